@@ -1,0 +1,103 @@
+"""Configuration of Qwen v1, under the keys of its December-2023 release.
+
+Folders of August 2023 use other names (``n_embd``, ``ffn_hidden_size``...); they are read as the later ones, and stay
+readable as attributes through transformers' ``attribute_map``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from errors import ConfigError
+
+
+@strict
+class QWenConfig(PreTrainedConfig):
+    """Configuration of ``QWenModel``.
+
+    Attributes:
+        vocab_size: rows of the embedding and of the head; more than the tokenizer has ids.
+        intermediate_size: twice the width of the MLP (``w1`` and ``w2`` have ``intermediate_size // 2`` rows each).
+        kv_channels: size of one head; ``kv_channels * num_attention_heads`` must be ``hidden_size``.
+        seq_length: tokens the model was pre-trained with; dynamic NTK and log-n attention start beyond it.
+        max_position_embeddings: tokens it is meant to be used with.
+        rotary_pct: share of a head that is rotated.
+        no_bias: whether the linear layers other than ``c_attn`` have no bias.
+        bf16, fp16, fp32: the precision the checkpoint was saved in; at most one is true.
+    """
+
+    model_type = "qwen"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    attribute_map: ClassVar[dict[str, str]] = {
+        "n_embd": "hidden_size",
+        "n_layer": "num_hidden_layers",
+        "n_head": "num_attention_heads",
+        "n_positions": "max_position_embeddings",
+        "ffn_hidden_size": "intermediate_size",
+        "padded_vocab_size": "vocab_size",
+        "embd_pdrop": "emb_dropout_prob",
+        "attn_pdrop": "attn_dropout_prob",
+        "head_dim": "kv_channels",
+    }
+
+    vocab_size: int = 151936
+    hidden_size: int = 4096
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    intermediate_size: int = 22016
+    kv_channels: int = 128
+    seq_length: int | None = None
+    max_position_embeddings: int = 8192
+    emb_dropout_prob: float | int = 0.0
+    attn_dropout_prob: float | int = 0.0
+    layer_norm_epsilon: float = 1e-6
+    initializer_range: float = 0.02
+    rotary_pct: float | int = 1.0
+    rotary_emb_base: float | int = 10000
+    use_dynamic_ntk: bool = True
+    use_logn_attn: bool = True
+    no_bias: bool = True
+    use_cache: bool = True
+    tie_word_embeddings: bool = False
+    scale_attn_weights: bool = True
+    use_flash_attn: bool | str = "auto"
+    bf16: bool = False
+    fp16: bool = False
+    fp32: bool = False
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # Where an old folder says both, the rows that its weights have are the padded ones.
+        super().__post_init__(**kwargs)
+        flags = [name for name in ("bf16", "fp16", "fp32") if getattr(self, name)]
+        if len(flags) > 1:
+            raise ConfigError(f"config.json: {' and '.join(flags)} are both true", "Only one of them may be")
+        if self.kv_channels * self.num_attention_heads != self.hidden_size:
+            raise ConfigError(
+                f"config.json: kv_channels {self.kv_channels} x num_attention_heads {self.num_attention_heads} is not "
+                f"hidden_size {self.hidden_size}",
+                "Restore the config.json of the checkpoint",
+            )
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading channels of a head that are rotated."""
+        return int(self.kv_channels * self.rotary_pct)
+
+    def trained_length(self) -> int:
+        """``seq_length``, which evaluation beyond it needs.
+
+        Raises:
+            ConfigError: the config does not say it.
+        """
+        if self.seq_length is None:
+            raise ConfigError(
+                "config.json: seq_length is missing, and use_dynamic_ntk or use_logn_attn needs it",
+                "Add the length the checkpoint was trained with: 8192 for 1.8B and 7B (2048 in the first 7B), 2048 for 14B",
+            )
+        return self.seq_length

@@ -1,0 +1,274 @@
+"""Prompts, stop words and answers of Qwen v1: ``make_context``, ``decode_tokens``, ``chat`` and ``chat_stream``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from queue import Queue
+from threading import Thread
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers.generation.streamers import BaseStreamer
+
+from errors import ConfigError
+from qwen_model.chatml import encode_prompt, render, render_prompt, text_of
+from qwen_model.families import DEFAULT_SYSTEM, QWEN_V1, Turn
+
+if TYPE_CHECKING:
+    from qwen_model.tokenization_qwen import QWenTokenizer
+
+History = Sequence[Sequence[str]]
+
+MAX_WINDOW_SIZE = 6144
+_FORCED = float(2**15)  # the score with which the original forces the end of a text
+
+
+def make_context(
+    tokenizer: QWenTokenizer,
+    query: str,
+    history: History | None = None,
+    system: str = "",
+    max_window_size: int = MAX_WINDOW_SIZE,
+    chat_format: str = "chatml",
+) -> tuple[str, list[int]]:
+    """The prompt for an answer to ``query``, as text and as ids.
+
+    Of the history the newest exchanges are kept whose ids fit into ``max_window_size`` together with the system
+    message; the query is not counted and never cut.
+
+    Args:
+        history: pairs of query and answer, oldest first.
+        chat_format: ``chatml``, or ``raw`` for a base model: the query as it stands, special tokens recognised.
+    """
+    if chat_format == "raw":
+        return query, tokenizer.encode(query, allowed_special="all")
+    _check_chat_format(chat_format)
+    exchanges = [_exchange(pair) for pair in history or ()]
+    system_turn = Turn("system", system)
+    first = len(exchanges)
+    used = len(encode_prompt(render([system_turn], QWEN_V1), tokenizer))
+    while first > 0:
+        used += len(encode_prompt(render(exchanges[first - 1], QWEN_V1)[1:], tokenizer))
+        if used > max_window_size:  # one newline more than the original counts, which compares with >=
+            break
+        first -= 1
+    turns = [system_turn, *(turn for exchange in exchanges[first:] for turn in exchange), Turn("user", query)]
+    rendered = render_prompt(turns, QWEN_V1)
+    return text_of(rendered), encode_prompt(rendered, tokenizer)
+
+
+def get_stop_words_ids(chat_format: str, tokenizer: QWenTokenizer) -> list[list[int]]:
+    """Id sequences that end an answer."""
+    if chat_format == "raw":
+        return [tokenizer.encode_plain("Human:"), [tokenizer.eod_id]]
+    _check_chat_format(chat_format)
+    return [[tokenizer.im_end_id], [tokenizer.im_start_id]]
+
+
+def decode_tokens(
+    tokens: Tensor | Sequence[int],
+    tokenizer: QWenTokenizer,
+    raw_text_len: int,
+    context_length: int,
+    chat_format: str,
+    errors: str = "replace",
+    return_end_reason: bool = False,
+) -> Any:
+    """The answer in the ids of a prompt and its continuation.
+
+    Args:
+        tokens: ids of the prompt and of the answer.
+        raw_text_len: characters that the prompt decodes to.
+        context_length: ids of the prompt.
+        return_end_reason: also return why the text ends.
+    """
+    ids = [int(id_) for id_ in tokens]
+    if chat_format == "raw":
+        answer = tokenizer.decode(ids, errors=errors)[raw_text_len:]
+        for stop_word in ("Human:", "<|endoftext|>"):
+            answer = answer.replace(stop_word, "").strip()
+        return (answer, f"Gen length {len(ids)}") if return_end_reason else answer
+    _check_chat_format(chat_format)
+    stops = {tokenizer.im_start_id, tokenizer.im_end_id}
+    stop = next((place for place in range(context_length, len(ids)) if ids[place] in stops), None)
+    # Without a stop token every id belongs to the answer, but for an end-of-text that closes it.
+    end = stop if stop is not None else len(ids) - (len(ids) > context_length and ids[-1] == tokenizer.eod_id)
+    answer = tokenizer.decode(ids[:end], errors=errors)[raw_text_len:].strip()
+    reason = f"Gen length {len(ids)}" if stop is None else f"Gen {tokenizer.decode([ids[stop]])!r}"
+    return (answer, reason) if return_end_reason else answer
+
+
+class StopWordsLogitsProcessor(LogitsProcessor):
+    """Forces the end of the text after one of the stop words, row by row.
+
+    Args:
+        stop_words_ids: id sequences; one that is ``eos_token_id`` alone needs no forcing.
+    """
+
+    def __init__(self, stop_words_ids: Sequence[Sequence[int]], eos_token_id: int) -> None:
+        if not isinstance(stop_words_ids, list) or not stop_words_ids:
+            raise ValueError(f"stop_words_ids must be a list of lists of ids with at least one entry, not {stop_words_ids!r}")
+        for word in stop_words_ids:
+            if not isinstance(word, list):
+                raise ValueError(f"stop_words_ids must be a list of lists of ids, not {stop_words_ids!r}")
+            if any(not isinstance(id_, int) or isinstance(id_, bool) or id_ < 0 for id_ in word):
+                raise ValueError(f"each entry of stop_words_ids must be a list of ids >= 0, not {word!r}")
+        self.stop_words = [list(word) for word in stop_words_ids if list(word) != [eos_token_id]]
+        self.eos_token_id = eos_token_id
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        stopped = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=scores.device)
+        for word in self.stop_words:
+            if word and len(word) <= input_ids.shape[1]:
+                tail = input_ids[:, -len(word) :]
+                stopped |= (tail == torch.tensor(word, device=tail.device)).all(-1).to(scores.device)
+        scores = scores.clone()
+        scores[stopped, self.eos_token_id] = _FORCED
+        return scores
+
+
+class QWenChatMixin:
+    """``generate`` with stop words, ``chat`` and ``chat_stream`` of the original, for ``QWenLMHeadModel``."""
+
+    generation_config: GenerationConfig
+    device: torch.device
+
+    def generate(self, *args: Any, stop_words_ids: list[list[int]] | None = None, **kwargs: Any) -> Any:
+        """transformers' ``generate``; ``stop_words_ids`` are id sequences after which a text ends."""
+        if stop_words_ids is not None:
+            config = kwargs.get("generation_config") or self.generation_config
+            eos = kwargs.get("eos_token_id", config.eos_token_id)
+            # With several end tokens the last one is end-of-text.
+            processor = StopWordsLogitsProcessor(stop_words_ids, eos[-1] if isinstance(eos, (list, tuple)) else eos)
+            kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), processor])
+        return super().generate(*args, **kwargs)  # type: ignore[misc]
+
+    def chat(
+        self,
+        tokenizer: QWenTokenizer,
+        query: str,
+        history: History | None,
+        system: str = DEFAULT_SYSTEM,
+        stop_words_ids: list[list[int]] | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> tuple[str, list[tuple[str, str]]]:
+        """Answer ``query``.
+
+        Args:
+            history: earlier pairs of query and answer, oldest first.
+            stop_words_ids: id sequences that end the answer, besides those of the chat format.
+            kwargs: go to ``generate``.
+
+        Returns:
+            The answer, and the history with it.
+        """
+        config = self._chat_config(generation_config, kwargs)
+        context, input_ids = self._chat_prompt(tokenizer, query, history, system, config)
+        outputs = self.generate(
+            input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            stop_words_ids=[*(stop_words_ids or []), *get_stop_words_ids("chatml", tokenizer)],
+            generation_config=config,
+            **kwargs,
+        )
+        # The prompt's own ids say how long its text is: normalisation can change the length of what was typed.
+        answer = decode_tokens(
+            outputs[0], tokenizer, len(tokenizer.decode(context)), len(context), chat_format="chatml"
+        )
+        return answer, [*((pair[0], pair[1]) for pair in history or ()), (query, answer)]
+
+    def chat_stream(
+        self,
+        tokenizer: QWenTokenizer,
+        query: str,
+        history: History | None,
+        system: str = DEFAULT_SYSTEM,
+        stop_words_ids: list[list[int]] | None = None,
+        generation_config: GenerationConfig | None = None,
+        **kwargs: Any,
+    ) -> Iterator[str]:
+        """Like ``chat``, yielding the answer so far after each token."""
+        config = self._chat_config(generation_config, kwargs)
+        _, input_ids = self._chat_prompt(tokenizer, query, history, system, config)
+        stops = {tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.eod_id}
+        streamer = _IdStreamer()
+        kwargs |= {
+            "attention_mask": torch.ones_like(input_ids),
+            "stop_words_ids": [*(stop_words_ids or []), *get_stop_words_ids("chatml", tokenizer)],
+            "generation_config": config,
+            "streamer": streamer,
+        }
+        thread = Thread(target=streamer.run, args=(self.generate, input_ids, kwargs), daemon=True)
+        thread.start()
+        answer: list[int] = []
+        for id_ in streamer:
+            if id_ in stops:
+                continue
+            answer.append(id_)
+            yield tokenizer.decode(answer, skip_special_tokens=True, errors="ignore")
+        thread.join()
+
+    def _chat_config(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> GenerationConfig:
+        """The settings of one answer; what ``kwargs`` says of them moves out of there."""
+        config = deepcopy(generation_config or self.generation_config)
+        config.max_window_size = kwargs.pop("max_window_size", None) or getattr(config, "max_window_size", None)
+        unused = config.update(**kwargs)
+        for name in set(kwargs) - set(unused):
+            del kwargs[name]
+        chat_format = getattr(config, "chat_format", "chatml")
+        if chat_format != "chatml":
+            raise ConfigError(
+                f"generation_config.json: chat_format {chat_format!r} is a base model's, and chat() speaks chatml",
+                "Use a chat model, or generate() with make_context(chat_format='raw')",
+            )
+        return config
+
+    def _chat_prompt(
+        self, tokenizer: QWenTokenizer, query: str, history: History | None, system: str, config: GenerationConfig
+    ) -> tuple[list[int], Tensor]:
+        _, context = make_context(tokenizer, query, history, system, config.max_window_size or MAX_WINDOW_SIZE)
+        return context, torch.tensor([context], device=self.device)
+
+
+class _IdStreamer(BaseStreamer):
+    """Hands the ids of one generated row from the thread that makes them to the one that reads them."""
+
+    def __init__(self) -> None:
+        self.queue: Queue[int | BaseException | None] = Queue()
+        self.is_prompt = True
+
+    def run(self, generate: Any, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
+        try:
+            generate(input_ids, **kwargs)
+        except BaseException as error:
+            self.queue.put(error)
+
+    def put(self, value: Tensor) -> None:
+        if not self.is_prompt:
+            for id_ in value.flatten().tolist():
+                self.queue.put(id_)
+        self.is_prompt = False
+
+    def end(self) -> None:
+        self.queue.put(None)
+
+    def __iter__(self) -> Iterator[int]:
+        while (item := self.queue.get()) is not None:
+            if isinstance(item, BaseException):
+                raise item
+            yield item
+
+
+def _check_chat_format(chat_format: str) -> None:
+    if chat_format != "chatml":
+        raise ConfigError(f"chat_format {chat_format!r} is unknown", "Use 'chatml' or 'raw'")
+
+
+def _exchange(pair: Sequence[str]) -> list[Turn]:
+    if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+        raise ValueError(f"each entry of history must be a pair of query and answer, not {pair!r}")
+    return [Turn("user", pair[0]), Turn("assistant", pair[1])]

@@ -1,0 +1,354 @@
+"""Qwen v1 on current transformers, under its original weight names.
+
+Shapes: B batch, T tokens of this call, H heads, D head size, C hidden size, V vocabulary rows.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.generation import GenerationMixin
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
+
+from qwen_model.configuration_qwen import QWenConfig
+from qwen_model.generation import QWenChatMixin
+from qwen_model.loss import causal_lm_loss
+from qwen_model.rope import RotaryTables, logn_scale, ntk_alpha, rotary_tables, rotate
+
+
+class QWenRMSNorm(nn.Module):
+    """Normalises in float32, casts back, then multiplies by the weight."""
+
+    def __init__(self, hidden_size: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(hidden_size))
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        states = hidden_states.float()
+        states = states * torch.rsqrt(states.pow(2).mean(-1, keepdim=True) + self.eps)
+        return states.to(hidden_states.dtype) * self.weight
+
+
+def eager_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor]:
+    """Attention written out; the one backend that returns its weights.
+
+    Args:
+        query, key, value: [B, H, T, D], keys and values over the cache's length.
+        attention_mask: additive, broadcast to [B, H, T, keys].
+
+    Returns:
+        Output [B, T, H, D] and weights [B, H, T, keys].
+    """
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    weights = F.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    weights = F.dropout(weights, p=dropout, training=module.training)
+    return (weights @ value).transpose(1, 2).contiguous(), weights
+
+
+class QWenAttention(nn.Module):
+    def __init__(self, config: QWenConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config = config
+        self.layer_idx = layer_idx
+        self.num_heads = config.num_attention_heads
+        self.head_dim = config.kv_channels
+        self.scaling = 1 / math.sqrt(self.head_dim) if config.scale_attn_weights else 1.0
+        self.is_causal = True
+        self.c_attn = nn.Linear(config.hidden_size, 3 * config.hidden_size)
+        self.c_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=not config.no_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None,
+        rotary: RotaryTables,
+        query_scale: Tensor | None,
+        past_key_values: Cache | None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor | None]:
+        batch, length, _ = hidden_states.shape
+        stacked = self.c_attn(hidden_states).view(batch, length, 3, self.num_heads, self.head_dim)
+        query, key, value = (states.transpose(1, 2) for states in stacked.unbind(2))
+        query, key = rotate(query, rotary), rotate(key, rotary)
+        if query_scale is not None:
+            query = query * query_scale[:, None, :, None].to(query.dtype)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attn_dropout_prob if self.training else 0.0,
+            **kwargs,
+        )
+        return self.c_proj(output.reshape(batch, length, -1)), weights
+
+
+class QWenMLP(nn.Module):
+    def __init__(self, config: QWenConfig) -> None:
+        super().__init__()
+        width = config.intermediate_size // 2
+        self.w1 = nn.Linear(config.hidden_size, width, bias=not config.no_bias)
+        self.w2 = nn.Linear(config.hidden_size, width, bias=not config.no_bias)
+        self.c_proj = nn.Linear(width, config.hidden_size, bias=not config.no_bias)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        return self.c_proj(self.w1(hidden_states) * F.silu(self.w2(hidden_states)))
+
+
+class QWenBlock(GradientCheckpointingLayer):
+    def __init__(self, config: QWenConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.ln_1 = QWenRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.attn = QWenAttention(config, layer_idx)
+        self.ln_2 = QWenRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mlp = QWenMLP(config)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        attended, weights = self.attn(self.ln_1(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.ln_2(hidden_states)), weights
+
+
+class QWenPreTrainedModel(PreTrainedModel):
+    config: QWenConfig
+    config_class = QWenConfig
+    base_model_prefix = "transformer"
+    supports_gradient_checkpointing = True
+    _no_split_modules: ClassVar[list[str]] = ["QWenBlock"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+    # Old checkpoints may carry tables that are computed today.
+    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq$", r"attn\.(bias|masked_bias)$"]
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        if isinstance(module, nn.Linear):
+            init.normal_(module.weight, mean=0.0, std=std)
+            if module.bias is not None:
+                init.zeros_(module.bias)
+        elif isinstance(module, nn.Embedding):
+            init.normal_(module.weight, mean=0.0, std=std)
+        elif isinstance(module, QWenRMSNorm):
+            init.ones_(module.weight)
+        if isinstance(module, (QWenAttention, QWenMLP)):
+            # The residual stream sums two projections per layer (Radford et al. 2019, section 2.3).
+            init.normal_(module.c_proj.weight, mean=0.0, std=std / math.sqrt(2 * self.config.num_hidden_layers))
+
+
+class QWenModel(QWenPreTrainedModel):
+    """The decoder without its head."""
+
+    def __init__(self, config: QWenConfig) -> None:
+        super().__init__(config)
+        if config.use_dynamic_ntk or config.use_logn_attn:
+            config.trained_length()
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.drop = nn.Dropout(config.emb_dropout_prob)
+        self.h = nn.ModuleList(QWenBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
+        self.ln_f = QWenRMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.wte
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.wte = value
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Hidden states of each position.
+
+        Args:
+            input_ids: [B, T]; or ``inputs_embeds`` [B, T, C].
+            attention_mask: 1 where a token is real, [B, cached + T]; padding may stand on either side.
+            position_ids: [B, T]; by default each row counts from its first real token. Without an attention mask,
+                positions that start again separate packed conversations from one another.
+            past_key_values: keys and values of the tokens before.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        hidden_states = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
+            past_key_values = DynamicCache(config=self.config)
+        with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
+        with_weights = self.config.output_attentions if output_attentions is None else output_attentions
+
+        cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        padding_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
+        if position_ids is None:
+            position_ids = _positions(hidden_states, padding_mask, cached)
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=hidden_states,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        rotary, query_scale = self._evaluation_tables(position_ids, padding_mask, past_key_values, cached)
+
+        hidden_states = self.drop(hidden_states)
+        all_states: tuple[Tensor, ...] = ()
+        all_weights: tuple[Tensor | None, ...] = ()
+        for block in self.h:
+            all_states += (hidden_states,)
+            hidden_states, weights = block(
+                hidden_states,
+                attention_mask=causal_mask,
+                rotary=rotary,
+                query_scale=query_scale,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                **kwargs,
+            )
+            all_weights += (weights,)
+        hidden_states = self.ln_f(hidden_states)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values if use_cache else None,
+            hidden_states=(*all_states, hidden_states) if with_states else None,
+            attentions=all_weights if with_weights else None,
+        )
+
+    def _evaluation_tables(
+        self, position_ids: Tensor, padding_mask: Tensor | None, past_key_values: Cache | None, cached: int
+    ) -> tuple[RotaryTables, Tensor | None]:
+        """Rotary tables [B, T, R], and the log-n factor on queries [B, T] if any of them lies beyond ``seq_length``.
+
+        Training has neither dynamic NTK nor log-n. In evaluation the NTK factor of a row follows its number of real
+        tokens; with a cache it stays what it was for the prompt, because the cached keys are rotated with it.
+        """
+        config = self.config
+        alpha = query_scale = None
+        if not self.training and (config.use_dynamic_ntk or config.use_logn_attn):
+            seq_length, total = config.trained_length(), cached + position_ids.shape[1]
+            if config.use_dynamic_ntk and cached:
+                alpha = getattr(past_key_values, "ntk_alpha", None)
+            elif config.use_dynamic_ntk and total > seq_length:
+                full = torch.full(position_ids.shape[:1], total, device=position_ids.device)
+                alpha = ntk_alpha(full if padding_mask is None else padding_mask.sum(-1), seq_length)
+            if config.use_dynamic_ntk and past_key_values is not None and not cached:
+                past_key_values.ntk_alpha = alpha
+            if config.use_logn_attn and total > seq_length:
+                query_scale = logn_scale(position_ids, seq_length)
+        if alpha is not None and alpha.shape[0] not in (1, position_ids.shape[0]):
+            # A cache that was repeated for several continuations of each prompt.
+            alpha = alpha.repeat_interleave(position_ids.shape[0] // alpha.shape[0])
+        return rotary_tables(position_ids, config.rotary_dim, config.rotary_emb_base, alpha), query_scale
+
+
+class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, GenerationMixin):
+    """Qwen v1 with its language-model head; the original's ``chat`` and ``chat_stream`` come from the mixin."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
+
+    def __init__(self, config: QWenConfig) -> None:
+        super().__init__(config)
+        self.transformer = QWenModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        self.lm_head = new_embeddings
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits, and the loss where labels are given.
+
+        Args:
+            labels: [B, T], an id or -100; not shifted.
+            logits_to_keep: compute the logits of the last N positions only (0: all), or of these positions.
+            num_items_in_batch: see ``loss.causal_lm_loss``.
+            Others as in ``QWenModel.forward``.
+
+        Returns:
+            ``logits`` [B, T, V] in the head's dtype, ``loss`` in float32.
+        """
+        outputs = self.transformer(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
+        return CausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+
+def _positions(hidden_states: Tensor, padding_mask: Tensor | None, cached: int) -> Tensor:
+    """Positions [B, T] that count from each row's first real token; padding before it shares position 0."""
+    length = hidden_states.shape[1]
+    positions = torch.arange(cached, cached + length, device=hidden_states.device)[None]
+    if padding_mask is None:
+        return positions
+    leading = (padding_mask.long().cumsum(-1) == 0).sum(-1, keepdim=True)
+    return (positions - leading).clamp(min=0)

@@ -1,0 +1,229 @@
+"""Qwen v1's tokenizer: byte-level BPE through tiktoken, special tokens after the ranks.
+
+Unlike the original's, it reads special-token text in a string as plain text; ``allowed_special="all"`` brings the
+original's behaviour back, for comparison and for prompts that are written out by hand.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import os
+import shutil
+import unicodedata
+from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Set as AbstractSet
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import tiktoken
+from transformers import AddedToken, PreTrainedTokenizer
+
+from errors import ConfigError
+from qwen_model.families import END_OF_TEXT, IM_END, IM_START
+
+SPLIT_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, *(f"<|extra_{number}|>" for number in range(205)))
+
+AllowedSpecial = Literal["all"] | AbstractSet[str]
+DisallowedSpecial = Literal["all"] | Collection[str]
+
+
+def load_ranks(path: str | os.PathLike[str]) -> dict[bytes, int]:
+    """Read a rank file: per line a token in base64, a space and its rank.
+
+    Raises:
+        ConfigError: the file is missing or empty, a line is broken, or a token or rank stands twice.
+    """
+    ranks: dict[bytes, int] = {}
+    seen: dict[int, int] = {}
+    try:
+        lines = Path(path).read_bytes().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}", "Copy the file from the original checkpoint") from error
+    for number, line in enumerate(lines, 1):
+        if not line:
+            continue
+        try:
+            encoded, rank_text = line.split()
+            token, rank = base64.b64decode(encoded, validate=True), int(rank_text)
+        except (ValueError, binascii.Error) as error:
+            raise ConfigError(
+                f"{path}:{number}: {line[:40]!r} is not a base64 token and a rank", "Copy the file again"
+            ) from error
+        if rank in seen or token in ranks:
+            twice = f"rank {rank}" if rank in seen else f"token {encoded.decode()}"
+            raise ConfigError(f"{path}:{number}: {twice} stands there a second time", "Copy the file again")
+        ranks[token] = rank
+        seen[rank] = number
+    if not ranks:
+        raise ConfigError(f"{path}: the file is empty", "Copy the file from the original checkpoint")
+    return ranks
+
+
+class QWenTokenizer(PreTrainedTokenizer):
+    """Tokenizer of Qwen v1.
+
+    Args:
+        vocab_file: ``qwen.tiktoken``.
+        errors: how ``decode`` treats bytes that are no UTF-8 (``replace``, ``ignore``, ``strict``).
+        extra_vocab_file: more ranks in the same format, numbered from behind the special tokens.
+    """
+
+    vocab_files_names: ClassVar[dict[str, str]] = {
+        "vocab_file": "qwen.tiktoken",
+        "extra_vocab_file": "qwen_extra.tiktoken",
+    }
+    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+
+    def __init__(
+        self,
+        vocab_file: str,
+        errors: str = "replace",
+        extra_vocab_file: str | None = None,
+        pad_token: str | AddedToken = END_OF_TEXT,
+        eos_token: str | AddedToken = END_OF_TEXT,
+        **kwargs: Any,
+    ) -> None:
+        self.vocab_file = vocab_file
+        self.extra_vocab_file = extra_vocab_file
+        self.errors = errors
+        self.mergeable_ranks = load_ranks(vocab_file)
+        first = len(self.mergeable_ranks)
+        if sorted(self.mergeable_ranks.values()) != list(range(first)):
+            raise ConfigError(f"{vocab_file}: the ranks are not 0 to {first - 1}", "Copy the file again")
+        self.special_tokens = {token: first + offset for offset, token in enumerate(SPECIAL_TOKENS)}
+        if extra_vocab_file is not None:
+            self._add_extra_ranks(extra_vocab_file)
+        self.tokenizer = self._build_encoding()
+        self.decoder: dict[int, bytes | str] = {rank: token for token, rank in self.mergeable_ranks.items()}
+        self.decoder |= {id_: token for token, id_ in self.special_tokens.items()}
+        self._special_ids = frozenset(self.special_tokens.values())
+        self.eod_id = self.special_tokens[END_OF_TEXT]
+        self.im_start_id = self.special_tokens[IM_START]
+        self.im_end_id = self.special_tokens[IM_END]
+        super().__init__(errors=errors, pad_token=pad_token, eos_token=eos_token, **kwargs)
+
+    def _add_extra_ranks(self, path: str) -> None:
+        """Ranks behind the special tokens, which tiktoken applies after all others."""
+        next_id = len(self.mergeable_ranks) + len(SPECIAL_TOKENS)
+        extra = load_ranks(path)
+        if sorted(extra.values()) != list(range(next_id, next_id + len(extra))):
+            raise ConfigError(
+                f"{path}: the ranks are not {next_id} to {next_id + len(extra) - 1}",
+                "Number them without gaps from behind the last special token",
+            )
+        known = next((token for token in extra if token in self.mergeable_ranks), None)
+        if known is not None:
+            raise ConfigError(f"{path}: the vocabulary already has the token {known!r}", "Remove its line")
+        self.mergeable_ranks |= extra
+
+    def _build_encoding(self) -> tiktoken.Encoding:
+        return tiktoken.Encoding(
+            "Qwen", pat_str=SPLIT_PATTERN, mergeable_ranks=self.mergeable_ranks, special_tokens=self.special_tokens
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {key: value for key, value in self.__dict__.items() if key != "tokenizer"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.tokenizer = self._build_encoding()
+
+    def __len__(self) -> int:
+        return int(self.tokenizer.n_vocab)
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.tokenizer.n_vocab)
+
+    def get_vocab(self) -> dict[bytes, int]:  # type: ignore[override]
+        """Tokens as bytes; the special ones are in ``special_tokens``."""
+        return self.mergeable_ranks
+
+    def encode_plain(self, text: str) -> list[int]:
+        """Ids of text of which nothing is read as a special token."""
+        ids: list[int] = self.tokenizer.encode_ordinary(unicodedata.normalize("NFC", text))
+        return ids
+
+    def tokenize(  # type: ignore[override]
+        self,
+        text: str,
+        allowed_special: AllowedSpecial = frozenset(),
+        disallowed_special: DisallowedSpecial = (),
+        **kwargs: Any,
+    ) -> list[bytes | str]:
+        """Tokens of ``text`` as bytes, special ones as strings.
+
+        Args:
+            allowed_special: special tokens that are recognised in the text; "all" is the original's behaviour.
+            disallowed_special: special tokens that raise a ``ValueError`` where the text holds them.
+        """
+        ids = self.tokenizer.encode(
+            unicodedata.normalize("NFC", text), allowed_special=allowed_special, disallowed_special=disallowed_special
+        )
+        return [self.decoder[id_] for id_ in ids]
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """Ids of a token or a list of them (bytes, or the string of a special token); ``None`` where there is none."""
+        if isinstance(tokens, str):
+            return self.special_tokens.get(tokens)
+        if isinstance(tokens, bytes):
+            return self.mergeable_ranks.get(tokens)
+        return [self.convert_tokens_to_ids(token) for token in tokens]
+
+    def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
+        """Tokens of an id or a list of them.
+
+        Raises:
+            ValueError: an id that no token has.
+        """
+        if isinstance(ids, int):
+            if ids not in self.decoder:
+                raise ValueError(f"no token has the id {ids}")
+            return self.decoder[ids]
+        return [
+            self.convert_ids_to_tokens(int(id_))
+            for id_ in ids
+            if not (skip_special_tokens and int(id_) in self._special_ids)
+        ]
+
+    def convert_tokens_to_string(self, tokens: Iterable[bytes | str]) -> str:
+        """Text of tokens; bytes that are no UTF-8 are treated as ``errors`` says."""
+        pieces = (token.encode() if isinstance(token, str) else token for token in tokens)
+        return b"".join(pieces).decode("utf-8", errors=self.errors)
+
+    def _decode(  # type: ignore[override]
+        self, token_ids: int | Sequence[int], skip_special_tokens: bool = False, errors: str | None = None, **kwargs: Any
+    ) -> str:
+        ids = [token_ids] if isinstance(token_ids, int) else [int(id_) for id_ in token_ids]
+        if skip_special_tokens:
+            ids = [id_ for id_ in ids if id_ not in self._special_ids]
+        unknown = next((id_ for id_ in ids if id_ not in self.decoder), None)
+        if unknown is not None:
+            raise ValueError(f"no token has the id {unknown}")
+        text: str = self.tokenizer.decode(ids, errors=errors or self.errors)
+        return text
+
+    def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
+        if new_tokens and not special_tokens:
+            raise ValueError("Qwen v1 cannot take new tokens; put ranks into an extra_vocab_file instead")
+        unknown = [str(token) for token in new_tokens or () if str(token) not in self.special_tokens]
+        if unknown:
+            raise ValueError(f"{unknown[0]!r} is no special token of Qwen v1; <|extra_0|> to <|extra_204|> are free")
+        return 0
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
+        """Copy the rank files, under the names that ``from_pretrained`` looks for."""
+        written = []
+        for attribute, name in self.vocab_files_names.items():
+            source = getattr(self, attribute)
+            if source is None:
+                continue
+            target = os.path.join(save_directory, f"{filename_prefix}-{name}" if filename_prefix else name)
+            if not (os.path.exists(target) and os.path.samefile(source, target)):
+                shutil.copyfile(source, target)
+            written.append(target)
+        return tuple(written)
