@@ -1,8 +1,8 @@
 """Conversations as ChatML: the only place that knows how a turn is written and which part of it is trained.
 
-A turn is ``<|im_start|>{role}\\n{content}<|im_end|>\\n``. Rendering gives segments rather than one string, because what is
-a control token, what is a person's text and what is trained must never be found out again by searching the text. One
-function turns segments into ids and mask together.
+A turn is ``<|im_start|>{role}\\n{content}<|im_end|>\\n``. Rendering gives segments rather than one string, because what
+is a control token, what is a person's text and what is trained must never be found out again by searching the text.
+One function turns segments into ids and mask together.
 
 Training and inference render here, so the ids of a prompt are a prefix of the training ids of the same conversation.
 """

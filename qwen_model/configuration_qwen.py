@@ -72,7 +72,6 @@ class QWenConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Where an old folder says both, the rows that its weights have are the padded ones.
         super().__post_init__(**kwargs)
         flags = [name for name in ("bf16", "fp16", "fp32") if getattr(self, name)]
         if len(flags) > 1:
@@ -98,6 +97,6 @@ class QWenConfig(PreTrainedConfig):
         if self.seq_length is None:
             raise ConfigError(
                 "config.json: seq_length is missing, and use_dynamic_ntk or use_logn_attn needs it",
-                "Add the length the checkpoint was trained with: 8192 for 1.8B and 7B (2048 in the first 7B), 2048 for 14B",
+                "Add the length the checkpoint was trained with: 8192 for Qwen-1.8B and Qwen-7B, 2048 for Qwen-14B",
             )
         return self.seq_length

@@ -1,9 +1,9 @@
 """What differs between the families of Qwen chat models, as data.
 
-A plain conversation (no tools, no thinking) is ChatML in every family; they differ in the default system message, in how
-text is cut into pieces before it is tokenised, and in what stands before an answer. Qwen v1 is fixed. A later checkpoint
-carries a chat template: its default system message is read off that template and its answer style is the one of
-``ANSWER_STYLES`` that renders the same text, so that what is trained is what the checkpoint's own template writes.
+A plain conversation (no tools, no thinking) is ChatML in every family; they differ in the default system message, in
+how text is cut into pieces before it is tokenised, and in what stands before an answer. Qwen v1 is fixed. A later
+checkpoint carries a chat template: its default system message is read off that template and its answer style is the one
+of ``ANSWER_STYLES`` that renders the same text, so that what is trained is what the checkpoint's own template writes.
 """
 
 from __future__ import annotations
@@ -97,7 +97,8 @@ def family_of(model_type: str, tokenizer: Any) -> Family:
         return QWEN_V1
     if model_type not in ("qwen2", "qwen3"):
         raise ConfigError(
-            f"config.json: model_type {model_type!r} is not supported", "Use a checkpoint of model_type qwen, qwen2 or qwen3"
+            f"config.json: model_type {model_type!r} is not supported",
+            "Use a checkpoint of model_type qwen, qwen2 or qwen3",
         )
     if not getattr(tokenizer, "chat_template", None):
         # Base checkpoints without a template: what the first instruct models of the model_type do.

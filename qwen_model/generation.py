@@ -87,7 +87,7 @@ def decode_tokens(
     """
     ids = [int(id_) for id_ in tokens]
     if chat_format == "raw":
-        answer = tokenizer.decode(ids, errors=errors)[raw_text_len:]
+        answer = _decode(tokenizer, ids, errors)[raw_text_len:]
         for stop_word in ("Human:", "<|endoftext|>"):
             answer = answer.replace(stop_word, "").strip()
         return (answer, f"Gen length {len(ids)}") if return_end_reason else answer
@@ -96,7 +96,7 @@ def decode_tokens(
     stop = next((place for place in range(context_length, len(ids)) if ids[place] in stops), None)
     # Without a stop token every id belongs to the answer, but for an end-of-text that closes it.
     end = stop if stop is not None else len(ids) - (len(ids) > context_length and ids[-1] == tokenizer.eod_id)
-    answer = tokenizer.decode(ids[:end], errors=errors)[raw_text_len:].strip()
+    answer = _decode(tokenizer, ids[:end], errors)[raw_text_len:].strip()
     reason = f"Gen length {len(ids)}" if stop is None else f"Gen {tokenizer.decode([ids[stop]])!r}"
     return (answer, reason) if return_end_reason else answer
 
@@ -110,7 +110,9 @@ class StopWordsLogitsProcessor(LogitsProcessor):
 
     def __init__(self, stop_words_ids: Sequence[Sequence[int]], eos_token_id: int) -> None:
         if not isinstance(stop_words_ids, list) or not stop_words_ids:
-            raise ValueError(f"stop_words_ids must be a list of lists of ids with at least one entry, not {stop_words_ids!r}")
+            raise ValueError(
+                f"stop_words_ids must be a list of lists of ids with at least one entry, not {stop_words_ids!r}"
+            )
         for word in stop_words_ids:
             if not isinstance(word, list):
                 raise ValueError(f"stop_words_ids must be a list of lists of ids, not {stop_words_ids!r}")
@@ -133,8 +135,11 @@ class StopWordsLogitsProcessor(LogitsProcessor):
 class QWenChatMixin:
     """``generate`` with stop words, ``chat`` and ``chat_stream`` of the original, for ``QWenLMHeadModel``."""
 
-    generation_config: GenerationConfig
-    device: torch.device
+    if TYPE_CHECKING:
+        generation_config: GenerationConfig
+
+        @property
+        def device(self) -> torch.device: ...
 
     def generate(self, *args: Any, stop_words_ids: list[list[int]] | None = None, **kwargs: Any) -> Any:
         """transformers' ``generate``; ``stop_words_ids`` are id sequences after which a text ends."""
@@ -209,13 +214,12 @@ class QWenChatMixin:
             if id_ in stops:
                 continue
             answer.append(id_)
-            yield tokenizer.decode(answer, skip_special_tokens=True, errors="ignore")
+            yield str(tokenizer.decode(answer, skip_special_tokens=True, errors="ignore"))
         thread.join()
 
     def _chat_config(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> GenerationConfig:
         """The settings of one answer; what ``kwargs`` says of them moves out of there."""
         config = deepcopy(generation_config or self.generation_config)
-        config.max_window_size = kwargs.pop("max_window_size", None) or getattr(config, "max_window_size", None)
         unused = config.update(**kwargs)
         for name in set(kwargs) - set(unused):
             del kwargs[name]
@@ -230,7 +234,9 @@ class QWenChatMixin:
     def _chat_prompt(
         self, tokenizer: QWenTokenizer, query: str, history: History | None, system: str, config: GenerationConfig
     ) -> tuple[list[int], Tensor]:
-        _, context = make_context(tokenizer, query, history, system, config.max_window_size or MAX_WINDOW_SIZE)
+        _, context = make_context(
+            tokenizer, query, history, system, getattr(config, "max_window_size", MAX_WINDOW_SIZE)
+        )
         return context, torch.tensor([context], device=self.device)
 
 
@@ -261,6 +267,10 @@ class _IdStreamer(BaseStreamer):
             if isinstance(item, BaseException):
                 raise item
             yield item
+
+
+def _decode(tokenizer: QWenTokenizer, ids: list[int], errors: str) -> str:
+    return str(tokenizer.decode(ids, errors=errors))
 
 
 def _check_chat_format(chat_format: str) -> None:

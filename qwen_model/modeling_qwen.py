@@ -6,14 +6,14 @@ Shapes: B batch, T tokens of this call, H heads, D head size, C hidden size, V v
 from __future__ import annotations
 
 import math
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
-from transformers.generation import GenerationMixin
+from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
@@ -140,14 +140,14 @@ class QWenPreTrainedModel(PreTrainedModel):
     config_class = QWenConfig
     base_model_prefix = "transformer"
     supports_gradient_checkpointing = True
-    _no_split_modules: ClassVar[list[str]] = ["QWenBlock"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _no_split_modules = ["QWenBlock"]
+    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     # Old checkpoints may carry tables that are computed today.
-    _keys_to_ignore_on_load_unexpected: ClassVar[list[str]] = [r"rotary_emb\.inv_freq$", r"attn\.(bias|masked_bias)$"]
+    _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"attn\.(bias|masked_bias)$"]
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
@@ -172,7 +172,7 @@ class QWenModel(QWenPreTrainedModel):
         super().__init__(config)
         if config.use_dynamic_ntk or config.use_logn_attn:
             config.trained_length()
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.wte: nn.Module = nn.Embedding(config.vocab_size, config.hidden_size)
         self.drop = nn.Dropout(config.emb_dropout_prob)
         self.h = nn.ModuleList(QWenBlock(config, layer_idx) for layer_idx in range(config.num_hidden_layers))
         self.ln_f = QWenRMSNorm(config.hidden_size, config.layer_norm_epsilon)
@@ -230,7 +230,7 @@ class QWenModel(QWenPreTrainedModel):
 
         hidden_states = self.drop(hidden_states)
         all_states: tuple[Tensor, ...] = ()
-        all_weights: tuple[Tensor | None, ...] = ()
+        all_weights: tuple[Any, ...] = ()
         for block in self.h:
             all_states += (hidden_states,)
             hidden_states, weights = block(
@@ -269,7 +269,7 @@ class QWenModel(QWenPreTrainedModel):
                 full = torch.full(position_ids.shape[:1], total, device=position_ids.device)
                 alpha = ntk_alpha(full if padding_mask is None else padding_mask.sum(-1), seq_length)
             if config.use_dynamic_ntk and past_key_values is not None and not cached:
-                past_key_values.ntk_alpha = alpha
+                setattr(past_key_values, "ntk_alpha", alpha)  # noqa: B010 - an attribute of ours on a library's object
             if config.use_logn_attn and total > seq_length:
                 query_scale = logn_scale(position_ids, seq_length)
         if alpha is not None and alpha.shape[0] not in (1, position_ids.shape[0]):
@@ -281,7 +281,7 @@ class QWenModel(QWenPreTrainedModel):
 class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, GenerationMixin):
     """Qwen v1 with its language-model head; the original's ``chat`` and ``chat_stream`` come from the mixin."""
 
-    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "transformer.wte.weight"}
+    _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
     def __init__(self, config: QWenConfig) -> None:
         super().__init__(config)

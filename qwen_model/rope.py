@@ -1,7 +1,7 @@
 """Rotary tables, dynamic NTK and log-n scaling of Qwen v1, computed from the config at each forward.
 
-Nothing here is a module buffer: a buffer outside the checkpoint is what ``from_pretrained`` can leave uninitialised, and
-the tables cost a few small kernels per forward pass.
+Nothing here is a module buffer: a buffer outside the checkpoint is what ``from_pretrained`` can leave uninitialised,
+and the tables cost a few small kernels per forward pass.
 
 Shapes: B batch, T tokens, D head size, R rotated channels of a head.
 """

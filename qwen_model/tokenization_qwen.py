@@ -14,7 +14,7 @@ import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import tiktoken
 from transformers import AddedToken, PreTrainedTokenizer
@@ -72,11 +72,11 @@ class QWenTokenizer(PreTrainedTokenizer):
         extra_vocab_file: more ranks in the same format, numbered from behind the special tokens.
     """
 
-    vocab_files_names: ClassVar[dict[str, str]] = {
+    vocab_files_names = {
         "vocab_file": "qwen.tiktoken",
         "extra_vocab_file": "qwen_extra.tiktoken",
     }
-    model_input_names: ClassVar[list[str]] = ["input_ids", "attention_mask"]
+    model_input_names = ["input_ids", "attention_mask"]
 
     def __init__(
         self,
@@ -196,7 +196,11 @@ class QWenTokenizer(PreTrainedTokenizer):
         return b"".join(pieces).decode("utf-8", errors=self.errors)
 
     def _decode(  # type: ignore[override]
-        self, token_ids: int | Sequence[int], skip_special_tokens: bool = False, errors: str | None = None, **kwargs: Any
+        self,
+        token_ids: int | Sequence[int],
+        skip_special_tokens: bool = False,
+        errors: str | None = None,
+        **kwargs: Any,
     ) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else [int(id_) for id_ in token_ids]
         if skip_special_tokens:

@@ -1,0 +1,73 @@
+"""Fine-tune a Qwen model on conversations: all parameters, or a LoRA adapter.
+
+python finetune.py --model_name_or_path DIR --data_path FILE --output_dir DIR --use_lora
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from errors import run_command
+
+
+def main(argv: Sequence[str]) -> None:
+    from transformers import set_seed
+
+    from training.adapters import attach_lora, embeddings_policy, hold_trained_weights_in_float32
+    from training.args import parse_args
+    from training.callbacks import RunLog
+    from training.checks import check_args
+    from training.data import build_collator, load_data
+    from training.loading import load_checkpoint, load_model
+    from training.logs import logger, set_up_logging
+    from training.run import describe_run, save_arguments, save_summary
+    from training.trainer import QwenTrainer
+
+    args = parse_args(argv)
+    set_up_logging(args)
+    check_args(args)
+    set_seed(args.training.seed)
+
+    checkpoint = load_checkpoint(args.model.model_name_or_path, args.training.cache_dir)
+    sets = load_data(args, checkpoint)
+    model = load_model(checkpoint, args)
+    policy = None
+    if args.lora.use_lora:
+        policy = embeddings_policy(args.lora.trainable_embeddings, checkpoint)
+        model = attach_lora(model, checkpoint, args.lora, policy)
+        if not args.training.pure_bf16:
+            hold_trained_weights_in_float32(model)
+
+    log = RunLog(args.output_dir, resumes=bool(args.training.resume_from_checkpoint))
+    trainer = QwenTrainer(
+        checkpoint,
+        model=model,
+        args=args.training,
+        data_collator=build_collator(checkpoint),
+        train_dataset=sets["train"],
+        eval_dataset=sets.get("eval"),
+        callbacks=[log],
+    )
+    log.trainer = trainer
+    logger.info("Fine-tuning\n%s", describe_run(trainer, args, sets["train"], policy))
+
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=args.training.resume_from_checkpoint)
+    seconds = time.monotonic() - started
+    logger.info("Saving to %s", args.output_dir)
+    trainer.save_model()
+    if trainer.is_world_process_zero():
+        save_arguments(args)
+        summary = save_summary(trainer, args, log, sets, policy, seconds)
+        logger.info(
+            "Done: %d steps in %.0f s, loss %s -> %s",
+            summary["steps"],
+            seconds,
+            summary["first_loss"],
+            summary["last_loss"],
+        )
+
+
+if __name__ == "__main__":
+    run_command(main, "finetune.py")

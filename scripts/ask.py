@@ -1,0 +1,65 @@
+"""Ask a model one question: ``python -m scripts.ask --model_name_or_path DIR [--adapter DIR] "question"``.
+
+The answer goes to stdout, everything else to stderr.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from collections.abc import Sequence
+from typing import Any, NoReturn
+
+from errors import ConfigError, run_command
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message, "python -m scripts.ask --help lists the flags")
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(prog="python -m scripts.ask", description="Ask a model one question.", allow_abbrev=False)
+    parser.add_argument("question")
+    parser.add_argument("--model_name_or_path", required=True, help="checkpoint folder, or a hub id")
+    parser.add_argument("--adapter", help="LoRA adapter to put on it")
+    parser.add_argument("--system_message", help="by default that of the model's family")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="default 512")
+    parser.add_argument(
+        "--do_sample", action="store_true", help="sample as generation_config.json says; by default greedy"
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse_args(argv)
+    import torch
+
+    from qwen_model.chatml import encode_prompt, render_prompt
+    from qwen_model.families import Turn
+    from training.loading import load_checkpoint, load_for_inference
+
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    checkpoint = load_checkpoint(args.model_name_or_path)
+    model = load_for_inference(checkpoint, args.adapter)
+    tokenizer = checkpoint.tokenizer
+    prompt = render_prompt([Turn("user", args.question)], checkpoint.family, args.system_message)
+    input_ids = torch.tensor([encode_prompt(prompt, tokenizer)], device=model.device)
+    settings: dict[str, Any] = (
+        {} if args.do_sample else {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
+    )
+    if not args.do_sample:
+        settings["repetition_penalty"] = 1.0
+    output = model.generate(
+        input_ids=input_ids,
+        attention_mask=torch.ones_like(input_ids),
+        max_new_tokens=args.max_new_tokens,
+        eos_token_id=checkpoint.end_ids,
+        pad_token_id=checkpoint.end_ids[-1],
+        **settings,
+    )
+    print(tokenizer.decode(output[0, input_ids.shape[1] :].tolist(), skip_special_tokens=True).strip())
+
+
+if __name__ == "__main__":
+    run_command(main, "scripts.ask")

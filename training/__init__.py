@@ -1,0 +1,1 @@
+"""Arguments, model loading, adapters, the trainer and what a run leaves behind."""

@@ -1,0 +1,220 @@
+"""Tokenizer and model of a checkpoint, in the precision that a mode of training wants."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from errors import ConfigError
+from qwen_model.families import END_OF_TEXT, IM_END, Family, family_of
+from qwen_model.register import register_qwen
+from training.args import RunArguments
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass
+class Checkpoint:
+    """What is known of a checkpoint before its weights are read.
+
+    Attributes:
+        name: as the user gave it, a folder or a hub id.
+        folder: where its files lie.
+        dtype: precision of its weights, in which a run's results are saved.
+        chat_format: ``chatml`` or ``raw``, from generation_config.json; ``None`` where it does not say.
+    """
+
+    name: str
+    folder: Path
+    config: Any
+    tokenizer: Any
+    family: Family
+    generation_config: GenerationConfig
+    dtype: torch.dtype
+    chat_format: str | None
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config.model_type)
+
+    @property
+    def end_ids(self) -> list[int]:
+        """Ids that end an answer: ``<|im_end|>`` and end-of-text."""
+        return [int(self.tokenizer.convert_tokens_to_ids(token)) for token in (IM_END, END_OF_TEXT)]
+
+
+def load_checkpoint(name_or_path: str, cache_dir: str | None = None) -> Checkpoint:
+    """Read everything of a checkpoint but its weights.
+
+    Raises:
+        ConfigError: no such checkpoint, an unknown model_type, or a tokenizer that does not belong to the model.
+    """
+    register_qwen()
+    folder = _find_folder(name_or_path, cache_dir)
+    config = _load_config(folder)
+    tokenizer = _load_tokenizer(folder)
+    family = family_of(config.model_type, tokenizer)
+    try:
+        generation_config = GenerationConfig.from_pretrained(str(folder))
+    except OSError:
+        generation_config = GenerationConfig.from_model_config(config)
+    _check_tokenizer(folder, config, tokenizer, generation_config)
+    return Checkpoint(
+        name=name_or_path,
+        folder=folder,
+        config=config,
+        tokenizer=tokenizer,
+        family=family,
+        generation_config=generation_config,
+        dtype=_saved_dtype(config),
+        chat_format=getattr(generation_config, "chat_format", None),
+    )
+
+
+def load_model(checkpoint: Checkpoint, args: RunArguments) -> Any:
+    """The model in the precision of the mode.
+
+    What trains is float32 (under autocast where ``--bf16`` or ``--fp16`` say so); weights that LoRA freezes take the
+    compute dtype. ``--pure_bf16`` holds everything in bfloat16.
+    """
+    training = args.training
+    if training.pure_bf16 or (args.lora.use_lora and training.bf16):
+        dtype = torch.bfloat16
+    elif args.lora.use_lora and training.fp16:
+        dtype = torch.float16
+    else:
+        dtype = torch.float32
+    model = _load_weights(checkpoint, dtype, args.model.attn_implementation)
+    # What the Trainer would set itself, with a warning.
+    for config in (model.config, model.generation_config):
+        config.pad_token_id, config.eos_token_id = checkpoint.tokenizer.pad_token_id, checkpoint.tokenizer.eos_token_id
+    return model
+
+
+def load_for_inference(checkpoint: Checkpoint, adapter: str | None = None) -> Any:
+    """The model in the precision it was saved in, on the GPU where there is one, with its adapter if it has one.
+
+    Raises:
+        ConfigError: weights or adapter cannot be read.
+    """
+    model = _load_weights(checkpoint, checkpoint.dtype, None)
+    if adapter is not None:
+        from peft import PeftModel
+
+        try:
+            model = PeftModel.from_pretrained(model, adapter)
+        except (OSError, ValueError, RuntimeError) as error:
+            raise ConfigError(
+                f"--adapter {adapter}: {_one_line(error)}", "Give the folder of an adapter of this model"
+            ) from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+
+def _load_weights(checkpoint: Checkpoint, dtype: torch.dtype, attn_implementation: str | None) -> Any:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            str(checkpoint.folder), config=checkpoint.config, dtype=dtype, attn_implementation=attn_implementation
+        )
+    except (OSError, ImportError) as error:
+        raise ConfigError(f"--model_name_or_path {checkpoint.folder}: {_one_line(error)}") from error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def _find_folder(name_or_path: str, cache_dir: str | None) -> Path:
+    path = Path(name_or_path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(
+                f"--model_name_or_path {name_or_path}: the folder has no config.json", "Give the folder of a checkpoint"
+            )
+        return path
+    if path.exists() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+        raise ConfigError(f"--model_name_or_path {name_or_path}: there is no such folder", "Check the path")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name_or_path, cache_dir=cache_dir, ignore_patterns=["*.py", "*.gguf", "*.onnx"]))
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ConfigError(
+            f"--model_name_or_path {name_or_path}: no such folder, and the model could not be fetched from the hub",
+            f"Check the name, or download it where there is a network: hf download {name_or_path}",
+        ) from error
+
+
+def _load_config(folder: Path) -> Any:
+    file = folder / "config.json"
+    try:
+        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{file}: not a JSON object ({error})", "Copy it again from the original checkpoint"
+        ) from error
+    if model_type not in ("qwen", "qwen2", "qwen3"):
+        raise ConfigError(
+            f"{file}: model_type {model_type!r} is not supported", "Use a checkpoint of model_type qwen, qwen2 or qwen3"
+        )
+    config = AutoConfig.from_pretrained(str(folder))
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(f"{file}: the weights are quantised, which is not available yet", "Use the unquantised model")
+    return config
+
+
+def _load_tokenizer(folder: Path) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(str(folder))
+    except ConfigError:
+        raise
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"--model_name_or_path {folder}: its tokenizer cannot be read ({_one_line(error)})",
+            "Copy the tokenizer's files from the original checkpoint into the folder",
+        ) from error
+
+
+def _check_tokenizer(folder: Path, config: Any, tokenizer: Any, generation_config: GenerationConfig) -> None:
+    """A rank file that lost lines still loads, with every special token at a wrong id."""
+    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
+    if tokenizer.convert_tokens_to_ids(IM_END) is None or end is None:
+        raise ConfigError(
+            f"{folder}: the tokenizer has no {IM_END} or no {END_OF_TEXT}", "Use the checkpoint's own tokenizer"
+        )
+    if len(tokenizer) > config.vocab_size:
+        raise ConfigError(
+            f"{folder}: the tokenizer has {len(tokenizer)} ids, the model {config.vocab_size} rows",
+            "Use the tokenizer that belongs to the model",
+        )
+    pad = generation_config.pad_token_id
+    if config.model_type == "qwen" and pad is not None and pad != end and pad >= 256:
+        raise ConfigError(
+            f"{folder}: end-of-text is id {end} in qwen.tiktoken and {pad} in generation_config.json",
+            "The rank file has lost lines or belongs to another model: copy it from the original checkpoint",
+        )
+
+
+def _saved_dtype(config: Any) -> torch.dtype:
+    flagged = [dtype for name, dtype in _DTYPE_FLAGS.items() if getattr(config, name, False)]
+    dtype = config.dtype
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype.removeprefix("torch."))
+    return dtype or (flagged[0] if flagged else torch.float32)
+
+
+_DTYPE_FLAGS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def set_saved_dtype(config: Any, dtype: torch.dtype) -> None:
+    """Say in a config, also in the flags of Qwen v1's, which precision the weights beside it have."""
+    config.dtype = dtype
+    if config.model_type == "qwen":
+        for name, flag_dtype in _DTYPE_FLAGS.items():
+            setattr(config, name, flag_dtype == dtype)

@@ -1,0 +1,100 @@
+"""The start and the end of a run in words: what is about to be trained, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from checkpoints.shards import fingerprint, save_json
+from data_utils.dataset import ExampleSet
+from training.adapters import EmbeddingsPolicy
+from training.args import RunArguments
+from training.callbacks import RunLog, peak_memory, versions
+from training.trainer import QwenTrainer
+
+logger = logging.getLogger(__name__)
+
+RUN_ARGUMENTS = "run_args.json"
+RUN_SUMMARY = "run_summary.json"
+
+
+def count_parameters(model: nn.Module | None) -> tuple[int, int]:
+    """Trained and all parameters."""
+    assert model is not None, "a Trainer without a model"
+    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+
+
+def describe_run(
+    trainer: QwenTrainer, args: RunArguments, examples: ExampleSet, policy: EmbeddingsPolicy | None
+) -> str:
+    """The start-up block: model, mode, what is trained, data, steps."""
+    training, checkpoint = args.training, trainer.checkpoint
+    trained, total = count_parameters(trainer.model)
+    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    per_epoch = max(1, math.ceil(len(examples) / batch))
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(per_epoch * training.num_train_epochs)
+    mode = "LoRA" if isinstance(trainer.model, PeftModel) else "all parameters"
+    precision = next((name for name in ("pure_bf16", "bf16", "fp16") if getattr(training, name)), "fp32")
+    report = examples.report
+    rows = [
+        (
+            "model",
+            f"{checkpoint.name} ({checkpoint.model_type}, saved in {str(checkpoint.dtype).removeprefix('torch.')})",
+        ),
+        ("mode", f"{mode}, {precision} on {training.device}"),
+        ("embeddings", f"{policy.mode} ({policy.reason})" if policy else "trained with the rest"),
+        ("trained", f"{trained:,} of {total:,} parameters ({trained / total:.2%})"),
+        ("data", f"{report.kept:,} of {report.read:,} conversations, {report.tokens:,} tokens"),
+        ("learnt", f"{report.trained_tokens:,} tokens ({report.trained_tokens / report.tokens:.1%})"),
+        ("steps", f"{steps:,} of {batch} conversations ({per_epoch:,} per epoch)"),
+        ("output", str(args.output_dir)),
+    ]
+    return "\n".join(f"  {name:<11}{value}" for name, value in rows)
+
+
+def save_arguments(args: RunArguments) -> None:
+    """Write every flag with its value to ``run_args.json``."""
+    values = json.loads(json.dumps(args.to_dict(), default=str))
+    save_json(values, args.output_dir / RUN_ARGUMENTS)
+
+
+def save_summary(
+    trainer: QwenTrainer,
+    args: RunArguments,
+    log: RunLog,
+    sets: dict[str, ExampleSet],
+    policy: EmbeddingsPolicy | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """Write ``run_summary.json`` and return what it says."""
+    trained, total = count_parameters(trainer.model)
+    losses, eval_losses = log.losses(), log.losses("eval_loss")
+    summary = {
+        "base_model": trainer.checkpoint.name,
+        "base_fingerprint": fingerprint(trainer.checkpoint.folder),
+        "model_type": trainer.checkpoint.model_type,
+        "mode": "lora" if isinstance(trainer.model, PeftModel) else "full",
+        "trainable_embeddings": None if policy is None else {"mode": policy.mode, "reason": policy.reason},
+        "trained_parameters": trained,
+        "parameters": total,
+        "data": {name: examples.report.as_dict() for name, examples in sets.items()},
+        "steps": trainer.state.global_step,
+        "trained_tokens": trainer.trained_tokens,
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "last_eval_loss": eval_losses[-1] if eval_losses else None,
+        "seconds": round(seconds, 3),
+        "trained_tokens_per_second": round(trainer.trained_tokens / seconds, 1),
+        "peak_memory": peak_memory(),
+        "versions": versions(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    save_json(summary, args.output_dir / RUN_SUMMARY)
+    return summary

@@ -1,0 +1,131 @@
+"""What a run writes: weights or adapter in the base's precision, and everything else a checkpoint needs to be used.
+
+Files are read back after writing: what was trained must be there, as it was in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import GenerationConfig, PreTrainedModel
+
+from checkpoints.shards import open_checkpoint, save_checkpoint
+from qwen_model.generation import MAX_WINDOW_SIZE
+from training.loading import Checkpoint, set_saved_dtype
+
+logger = logging.getLogger(__name__)
+
+MAX_SHARD_SIZE = 5 * 10**9
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+
+
+def save_model(
+    model: PreTrainedModel | PeftModel,
+    checkpoint: Checkpoint,
+    folder: str | Path,
+    state_dict: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Save an adapter or all weights, with tokenizer and generation_config, and check what was written.
+
+    Args:
+        model: what was trained, without the wrappers of a trainer.
+        checkpoint: the base; its precision is the one saved.
+        folder: made when missing; a model's own earlier files there are replaced.
+        state_dict: the gathered weights where the model itself holds only its share of them.
+
+    Raises:
+        RuntimeError: a tensor on disk is not the one in memory.
+    """
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint.tokenizer.save_pretrained(folder)
+    saved_generation_config(checkpoint).save_pretrained(folder)
+    if isinstance(model, PeftModel):
+        save_adapter(model, checkpoint.dtype, folder, state_dict)
+    else:
+        save_full(model, checkpoint, folder, state_dict)
+
+
+def save_adapter(
+    model: PeftModel, dtype: torch.dtype, folder: Path, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` as peft reads them."""
+    # Left to itself peft would look the base up on the hub to decide whether embeddings were resized.
+    tensors = get_peft_model_state_dict(
+        model, state_dict=None if state_dict is None else dict(state_dict), save_embedding_layers=False
+    )
+    # A tied embedding comes twice, and safetensors wants separate memory.
+    tensors = {name: _to_disk(tensor, dtype).clone() for name, tensor in tensors.items()}
+    partial = folder / f".{ADAPTER_WEIGHTS}.partial"
+    save_file(tensors, partial, metadata={"format": "pt"})
+    os.replace(partial, folder / ADAPTER_WEIGHTS)
+    config = copy.deepcopy(model.peft_config["default"])
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    _check_saved(tensors, folder, (ADAPTER_WEIGHTS,))
+
+
+def save_full(
+    model: PreTrainedModel, checkpoint: Checkpoint, folder: Path, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write all weights in safetensors shards, and a config that says their precision."""
+    for old in folder.glob("model*.safetensors*"):
+        old.unlink()
+    tensors = dict(model.state_dict() if state_dict is None else state_dict)
+    if model.config.tie_word_embeddings:
+        for name in model.all_tied_weights_keys:
+            tensors.pop(name, None)
+
+    def on_disk() -> Iterator[tuple[str, Tensor]]:
+        return ((name, _to_disk(tensor, checkpoint.dtype)) for name, tensor in tensors.items())
+
+    save_checkpoint(on_disk(), folder, MAX_SHARD_SIZE)
+    config = copy.deepcopy(model.config)
+    set_saved_dtype(config, checkpoint.dtype)
+    config.use_cache = True  # the trainer turns it off for its own time
+    config.architectures = [type(model).__name__]
+    if hasattr(config, "auto_map"):
+        del config.auto_map  # no remote code lies beside these weights
+    config.save_pretrained(folder)
+    _check_saved(dict(on_disk()), folder, ("model.safetensors", "model.safetensors.index.json"))
+
+
+def saved_generation_config(checkpoint: Checkpoint) -> GenerationConfig:
+    """The base's generation config with the end of a ChatML turn among its stops."""
+    config = copy.deepcopy(checkpoint.generation_config)
+    config.eos_token_id = checkpoint.end_ids
+    config.pad_token_id = checkpoint.end_ids[-1]
+    if checkpoint.model_type == "qwen":
+        config.update(chat_format="chatml", max_window_size=getattr(config, "max_window_size", MAX_WINDOW_SIZE))
+    return config
+
+
+def _to_disk(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    tensor = tensor.detach().to("cpu")
+    return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+
+
+def _check_saved(tensors: Mapping[str, Tensor], folder: Path, names: tuple[str, ...]) -> None:
+    """Read back what was written; an adapter that gathered nothing (all zero) or lost a tensor must not look whole."""
+    reader = open_checkpoint(folder, names)
+    untouched = []
+    for name, tensor in tensors.items():
+        if name not in reader:
+            raise RuntimeError(f"{folder}: {name} is missing in what was saved")
+        saved = reader.read(name)
+        if saved.shape != tensor.shape or not torch.equal(saved, tensor):
+            raise RuntimeError(f"{folder}: {name} is not on disk as it is in memory")
+        if not torch.isfinite(saved).all():
+            raise RuntimeError(f"{folder}: {name} holds NaN or infinity; the run diverged")
+        if not saved.any():
+            untouched.append(name)
+    if untouched:
+        logger.warning("%s: %d tensors are all zero, among them %s", folder, len(untouched), untouched[0])
