@@ -24,8 +24,8 @@ def main(argv: Sequence[str]) -> None:
     from training.run import describe_run, save_arguments, save_summary
     from training.trainer import QwenTrainer
 
+    set_up_logging()
     args = parse_args(argv)
-    set_up_logging(args)
     check_args(args)
     set_seed(args.training.seed)
 

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from errors import ConfigError
@@ -69,6 +70,11 @@ class FinetuneArguments(TrainingArguments):
         default=False, metadata={"help": "hold also what is trained in bfloat16, without float32 copies"}
     )
 
+    def __post_init__(self) -> None:
+        # Without a GPU everything runs on the CPU anyway; transformers wants to be told before it allows bfloat16.
+        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
+        super().__post_init__()
+
 
 @dataclass
 class RunArguments:
@@ -94,9 +100,12 @@ class RunArguments:
         }
 
 
+_HELP = "python finetune.py --help lists the flags"
+
+
 class _Parser(HfArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"command line: {message}", "python finetune.py --help lists the flags")
+        raise ConfigError(f"command line: {message}", _HELP)
 
 
 def parse_args(argv: Sequence[str]) -> RunArguments:
@@ -108,12 +117,14 @@ def parse_args(argv: Sequence[str]) -> RunArguments:
     sources = (ModelArguments, DataArguments, LoraArguments, FinetuneArguments)
     parser = _Parser(sources, prog="finetune.py", allow_abbrev=False, description="Fine-tune a Qwen model.")  # type: ignore[arg-type]
     try:
-        model, data, lora, training = parser.parse_args_into_dataclasses(
-            list(argv), look_for_args_file=False, args_file_flag=None
+        model, data, lora, training, unknown = parser.parse_args_into_dataclasses(
+            list(argv), return_remaining_strings=True, look_for_args_file=False
         )
     except ConfigError:
         raise
     except (ValueError, ImportError) as error:
         # What TrainingArguments finds wrong, without its traceback.
         raise ConfigError(f"command line: {' '.join(str(error).split())}") from error
+    if unknown:
+        raise ConfigError(f"command line: {unknown[0]} is no known flag", _HELP)
     return RunArguments(model, data, lora, training)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
+
 from data_utils.collate import Collator
 from data_utils.dataset import ExampleSet, load_examples
 from data_utils.encode import EncodeOptions, Encoder
 from training.args import RunArguments
 from training.loading import Checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 def load_data(args: RunArguments, checkpoint: Checkpoint) -> dict[str, ExampleSet]:
@@ -15,6 +19,8 @@ def load_data(args: RunArguments, checkpoint: Checkpoint) -> dict[str, ExampleSe
     Raises:
         DataError: a file or a record that cannot be used.
     """
+    if args.data.lazy_preprocess:
+        logger.info("--lazy_preprocess: conversations are tokenised once, before the first step, so faults show early")
     options = EncodeOptions(
         max_length=args.training.model_max_length,
         system_message=args.data.system_message,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
+from checkpoints.shards import open_checkpoint
 from errors import ConfigError
 from qwen_model.families import END_OF_TEXT, IM_END, Family, family_of
 from qwen_model.register import register_qwen
@@ -72,7 +73,7 @@ def load_checkpoint(name_or_path: str, cache_dir: str | None = None) -> Checkpoi
         tokenizer=tokenizer,
         family=family,
         generation_config=generation_config,
-        dtype=_saved_dtype(config),
+        dtype=_saved_dtype(folder, config),
         chat_format=getattr(generation_config, "chat_format", None),
     )
 
@@ -201,12 +202,16 @@ def _check_tokenizer(folder: Path, config: Any, tokenizer: Any, generation_confi
         )
 
 
-def _saved_dtype(config: Any) -> torch.dtype:
+def _saved_dtype(folder: Path, config: Any) -> torch.dtype:
+    """What the config says; where it says nothing, what the first matrix is stored in."""
     flagged = [dtype for name, dtype in _DTYPE_FLAGS.items() if getattr(config, name, False)]
-    dtype = config.dtype
+    dtype = config.dtype or next(iter(flagged), None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."))
-    return dtype or (flagged[0] if flagged else torch.float32)
+    if dtype is None:
+        reader = open_checkpoint(folder)
+        dtype = reader.dtype(reader.names()[0])
+    return dtype
 
 
 _DTYPE_FLAGS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -70,7 +70,7 @@ def save_adapter(
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
     config.save_pretrained(str(folder))
-    _check_saved(tensors, folder, (ADAPTER_WEIGHTS,))
+    _check_saved(tensors.items(), folder, (ADAPTER_WEIGHTS,))
 
 
 def save_full(
@@ -95,7 +95,7 @@ def save_full(
     if hasattr(config, "auto_map"):
         del config.auto_map  # no remote code lies beside these weights
     config.save_pretrained(folder)
-    _check_saved(dict(on_disk()), folder, ("model.safetensors", "model.safetensors.index.json"))
+    _check_saved(on_disk(), folder, ("model.safetensors", "model.safetensors.index.json"))
 
 
 def saved_generation_config(checkpoint: Checkpoint) -> GenerationConfig:
@@ -113,11 +113,11 @@ def _to_disk(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
 
 
-def _check_saved(tensors: Mapping[str, Tensor], folder: Path, names: tuple[str, ...]) -> None:
+def _check_saved(tensors: Iterable[tuple[str, Tensor]], folder: Path, names: tuple[str, ...]) -> None:
     """Read back what was written; an adapter that gathered nothing (all zero) or lost a tensor must not look whole."""
     reader = open_checkpoint(folder, names)
     untouched = []
-    for name, tensor in tensors.items():
+    for name, tensor in tensors:
         if name not in reader:
             raise RuntimeError(f"{folder}: {name} is missing in what was saved")
         saved = reader.read(name)
