@@ -14,6 +14,9 @@ from typing import Any, Literal, NamedTuple
 
 from qwen_model.families import IM_END, IM_START, Family, Turn
 
+IGNORE_INDEX = -100
+"""The label of an id that is not learnt, torch's and transformers' convention."""
+
 LabelMask = Literal["assistant", "qwen"]
 EncodeText = Callable[[str], list[int]]
 
@@ -51,12 +54,11 @@ def render(
     brings_system = bool(turns) and turns[0].role == "system"
     turns = with_system(turns, family, system_message)
     first = 1 if turns and turns[0].role == "system" else 0
-    last_user = max((index for index, turn in enumerate(turns) if turn.role == "user"), default=-1)
     rendered = []
     for index, turn in enumerate(turns):
         if turn.role == "assistant":
             is_last = index == len(turns) - 1
-            body = _answer_segments(turn.content, family, is_last, is_last and index > last_user)
+            body = _answer_segments(turn.content, family, is_last, is_last and _asks(turns))
             opens = index == first and not brings_system and not family.trains_opening
             if opens or not _prompt_holds(turns[:index], family):
                 body = [segment._replace(is_trained=False) for segment in body]
@@ -134,6 +136,11 @@ def _message_segments(turn: Turn, family: Family) -> list[Segment]:
     return [Segment(header, False, False), Segment(turn.content, False, False)]
 
 
+def _asks(turns: Sequence[Turn]) -> bool:
+    """Whether a user speaks at all: the later templates open a last answer only then."""
+    return any(turn.role == "user" for turn in turns)
+
+
 def _prompt_holds(before: Sequence[Turn], family: Family) -> bool:
     """Whether the prompt for an answer after ``before`` is what stands before it in the whole conversation.
 
@@ -142,7 +149,8 @@ def _prompt_holds(before: Sequence[Turn], family: Family) -> bool:
     if not before or before[-1].role != "assistant":
         return True
     previous = before[-1].content
-    as_last, in_between = (_answer_segments(previous, family, is_last, is_last) for is_last in (True, False))
+    as_last = _answer_segments(previous, family, True, _asks(before))
+    in_between = _answer_segments(previous, family, False, False)
     return family.continues_answers and as_last == in_between
 
 

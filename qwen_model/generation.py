@@ -114,8 +114,8 @@ class StopWordsLogitsProcessor(LogitsProcessor):
                 f"stop_words_ids must be a list of lists of ids with at least one entry, not {stop_words_ids!r}"
             )
         for word in stop_words_ids:
-            if not isinstance(word, list):
-                raise ValueError(f"stop_words_ids must be a list of lists of ids, not {stop_words_ids!r}")
+            if not isinstance(word, list) or not word:
+                raise ValueError(f"stop_words_ids must be a list of non-empty lists of ids, not {stop_words_ids!r}")
             if any(not isinstance(id_, int) or isinstance(id_, bool) or id_ < 0 for id_ in word):
                 raise ValueError(f"each entry of stop_words_ids must be a list of ids >= 0, not {word!r}")
         self.stop_words = [list(word) for word in stop_words_ids if list(word) != [eos_token_id]]
@@ -124,7 +124,7 @@ class StopWordsLogitsProcessor(LogitsProcessor):
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         stopped = torch.zeros(input_ids.shape[0], dtype=torch.bool, device=scores.device)
         for word in self.stop_words:
-            if word and len(word) <= input_ids.shape[1]:
+            if len(word) <= input_ids.shape[1]:
                 tail = input_ids[:, -len(word) :]
                 stopped |= (tail == torch.tensor(word, device=tail.device)).all(-1).to(scores.device)
         scores = scores.clone()

@@ -232,7 +232,8 @@ class QWenModel(QWenPreTrainedModel):
         all_states: tuple[Tensor, ...] = ()
         all_weights: tuple[Any, ...] = ()
         for block in self.h:
-            all_states += (hidden_states,)
+            if with_states:
+                all_states += (hidden_states,)
             hidden_states, weights = block(
                 hidden_states,
                 attention_mask=causal_mask,
@@ -242,7 +243,8 @@ class QWenModel(QWenPreTrainedModel):
                 position_ids=position_ids,
                 **kwargs,
             )
-            all_weights += (weights,)
+            if with_weights:
+                all_weights += (weights,)
         hidden_states = self.ln_f(hidden_states)
         return BaseModelOutputWithPast(
             last_hidden_state=hidden_states,

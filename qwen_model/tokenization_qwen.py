@@ -80,13 +80,18 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     def __init__(
         self,
-        vocab_file: str,
+        vocab_file: str | None = None,
         errors: str = "replace",
         extra_vocab_file: str | None = None,
         pad_token: str | AddedToken = END_OF_TEXT,
         eos_token: str | AddedToken = END_OF_TEXT,
         **kwargs: Any,
     ) -> None:
+        if vocab_file is None:
+            raise ConfigError(
+                f"{kwargs.get('name_or_path') or 'the tokenizer'}: there is no qwen.tiktoken",
+                "Copy the file from the original checkpoint",
+            )
         self.vocab_file = vocab_file
         self.extra_vocab_file = extra_vocab_file
         self.errors = errors
@@ -204,7 +209,8 @@ class QWenTokenizer(PreTrainedTokenizer):
     ) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else [int(id_) for id_ in token_ids]
         if skip_special_tokens:
-            ids = [id_ for id_ in ids if id_ not in self._special_ids]
+            # As in the original, ids of the model's rows that no token has drop out with the special ones.
+            ids = [id_ for id_ in ids if id_ in self.decoder and id_ not in self._special_ids]
         unknown = next((id_ for id_ in ids if id_ not in self.decoder), None)
         if unknown is not None:
             raise ValueError(f"no token has the id {unknown}")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import Trainer
 
-from qwen_model.loss import IGNORE_INDEX
+from qwen_model.chatml import IGNORE_INDEX
 from training.loading import Checkpoint
 from training.saving import save_model
 

@@ -1,0 +1,1 @@
+"""From a file of conversations to batches: schema -> encode -> dataset -> collate."""

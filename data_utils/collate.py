@@ -1,0 +1,38 @@
+"""Examples to the tensors of a batch.
+
+B samples of a batch, T tokens of its longest sample.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from data_utils.encode import Example
+from qwen_model.chatml import IGNORE_INDEX
+
+
+class Collator:
+    """Pads examples on the right to the longest of them.
+
+    The attention mask comes from the lengths: padding is ``<|endoftext|>``, which may also stand in a text.
+    """
+
+    def __init__(self, pad_token_id: int) -> None:
+        self.pad_token_id = pad_token_id
+
+    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
+        """``input_ids``, ``labels`` and ``attention_mask``, int64 [B, T]. Other keys of the examples are dropped."""
+        shape = (len(examples), max(len(example["input_ids"]) for example in examples))
+        batch = {
+            "input_ids": torch.full(shape, self.pad_token_id),
+            "labels": torch.full(shape, IGNORE_INDEX),
+            "attention_mask": torch.zeros(shape, dtype=torch.int64),
+        }
+        for row, example in enumerate(examples):
+            length = len(example["input_ids"])
+            batch["input_ids"][row, :length] = torch.as_tensor(example["input_ids"])
+            batch["labels"][row, :length] = torch.as_tensor(example["labels"])
+            batch["attention_mask"][row, :length] = 1
+        return batch
