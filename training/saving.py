@@ -92,8 +92,6 @@ def save_full(
     set_saved_dtype(config, checkpoint.dtype)
     config.use_cache = True  # the trainer turns it off for its own time
     config.architectures = [type(model).__name__]
-    if hasattr(config, "auto_map"):
-        del config.auto_map  # no remote code lies beside these weights
     config.save_pretrained(folder)
     _check_saved(on_disk(), folder, ("model.safetensors", "model.safetensors.index.json"))
 
