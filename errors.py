@@ -2,13 +2,15 @@
 
 Every command of this project reports a fault of its input in one line that names the flag or ``file:line``, the value
 and the fix, and ends with exit code 2. Anything else that escapes is a bug of ours and keeps its traceback.
-This module imports nothing, so that a wrong flag is refused before torch is loaded.
+This module imports nothing of ours and nothing heavy, so that a wrong flag is refused before torch is loaded.
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable, Sequence
+from typing import NoReturn
 
 
 class ConfigError(ValueError):
@@ -35,6 +37,13 @@ class DataError(ValueError):
     def __init__(self, where: str, what: str, fix: str = "") -> None:
         super().__init__(f"{where}: {what}. {fix}" if fix else f"{where}: {what}")
         self.where = where
+
+
+class CommandParser(argparse.ArgumentParser):
+    """An argument parser whose complaint is one line, like every other fault. Give it ``prog`` as the user types it."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"command line: {message}", f"{self.prog} --help lists the flags")
 
 
 def run_command(main: Callable[[Sequence[str]], int | None], name: str) -> None:

@@ -8,18 +8,13 @@ from __future__ import annotations
 import argparse
 import logging
 from collections.abc import Sequence
-from typing import Any, NoReturn
+from typing import Any
 
-from errors import ConfigError, run_command
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(message, "python -m scripts.ask --help lists the flags")
+from errors import CommandParser, run_command
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="python -m scripts.ask", description="Ask a model one question.", allow_abbrev=False)
+    parser = CommandParser(prog="python -m scripts.ask", description="Ask a model one question.", allow_abbrev=False)
     parser.add_argument("question")
     parser.add_argument("--model_name_or_path", required=True, help="checkpoint folder, or a hub id")
     parser.add_argument("--adapter", help="LoRA adapter to put on it")

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
 
-from errors import ConfigError
+from errors import CommandParser, ConfigError
 
 
 @dataclass
@@ -100,12 +100,8 @@ class RunArguments:
         }
 
 
-_HELP = "python finetune.py --help lists the flags"
-
-
-class _Parser(HfArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"command line: {message}", _HELP)
+class _Parser(CommandParser, HfArgumentParser):
+    pass
 
 
 def parse_args(argv: Sequence[str]) -> RunArguments:
@@ -114,8 +110,8 @@ def parse_args(argv: Sequence[str]) -> RunArguments:
     Raises:
         ConfigError: an unknown flag, a value that does not fit, or values that transformers refuses together.
     """
-    sources = (ModelArguments, DataArguments, LoraArguments, FinetuneArguments)
-    parser = _Parser(sources, prog="finetune.py", allow_abbrev=False, description="Fine-tune a Qwen model.")  # type: ignore[arg-type]
+    sources: Any = (ModelArguments, DataArguments, LoraArguments, FinetuneArguments)
+    parser = _Parser(sources, prog="python finetune.py", allow_abbrev=False, description="Fine-tune a Qwen model.")
     try:
         model, data, lora, training, unknown = parser.parse_args_into_dataclasses(
             list(argv), return_remaining_strings=True, look_for_args_file=False
@@ -126,5 +122,5 @@ def parse_args(argv: Sequence[str]) -> RunArguments:
         # What TrainingArguments finds wrong, without its traceback.
         raise ConfigError(f"command line: {' '.join(str(error).split())}") from error
     if unknown:
-        raise ConfigError(f"command line: {unknown[0]} is no known flag", _HELP)
+        parser.error(f"{unknown[0]} is no known flag")
     return RunArguments(model, data, lora, training)

@@ -20,6 +20,10 @@ def check_args(args: RunArguments) -> None:
     training, lora = args.training, args.lora
     if args.data.data_path is None:
         raise ConfigError("--data_path is missing", "Give a .json or .jsonl file of conversations")
+    for flag, path in (("--data_path", args.data.data_path), ("--eval_data_path", args.data.eval_data_path)):
+        if path is not None and not Path(path).is_file():
+            what = "is a folder" if Path(path).is_dir() else "there is no such file"
+            raise ConfigError(f"{flag} {path}: {what}", "Give a .json or .jsonl file of conversations")
     if lora.q_lora:
         raise ConfigError("--q_lora is not available yet", "Use --use_lora, with --bf16 on a GPU")
     if training.label_smoothing_factor:

@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import copy
 import logging
-import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from checkpoints.shards import open_checkpoint, save_checkpoint
+from checkpoints.shards import open_checkpoint, save_checkpoint, save_tensors
 from qwen_model.generation import MAX_WINDOW_SIZE
 from training.loading import Checkpoint, set_saved_dtype
 
@@ -64,9 +62,7 @@ def save_adapter(
     )
     # A tied embedding comes twice, and safetensors wants separate memory.
     tensors = {name: _to_disk(tensor, dtype).clone() for name, tensor in tensors.items()}
-    partial = folder / f".{ADAPTER_WEIGHTS}.partial"
-    save_file(tensors, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / ADAPTER_WEIGHTS)
+    save_tensors(tensors, folder / ADAPTER_WEIGHTS)
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
     config.save_pretrained(str(folder))
@@ -93,7 +89,7 @@ def save_full(
     config.use_cache = True  # the trainer turns it off for its own time
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    _check_saved(on_disk(), folder, ("model.safetensors", "model.safetensors.index.json"))
+    _check_saved(on_disk(), folder, ("model.safetensors",))
 
 
 def saved_generation_config(checkpoint: Checkpoint) -> GenerationConfig:

@@ -1,0 +1,1 @@
+"""Checkpoint folders, tensor by tensor, without building a model."""

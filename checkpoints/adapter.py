@@ -1,0 +1,177 @@
+"""A LoRA adapter's folder, read without peft: what each of its tensors does to which parameter of the base.
+
+Names, ranks and scales follow peft's rules (`peft/tuners/lora/model.py`, `peft/utils/other.py`).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints.shards import CheckpointReader, load_json, open_checkpoint
+from errors import ConfigError
+
+PREFIX = "base_model.model."
+
+# What an adapter's tensor is called -> its role, and the parameter of the module it acts on. Files that were not
+# written by save_pretrained have the adapter's own name in between (".default").
+_ROLES = tuple(
+    (re.compile(rf"(?P<module>.+)\.{pattern}"), role, parameter)
+    for pattern, role, parameter in (
+        (r"lora_A(\.[^.]+)?\.weight", "lora_A", "weight"),
+        (r"lora_B(\.[^.]+)?\.weight", "lora_B", "weight"),
+        (r"lora_B(\.[^.]+)?\.bias", "lora_bias", "bias"),
+        (r"lora_embedding_A(\.[^.]+)?", "embedding_A", "weight"),
+        (r"lora_embedding_B(\.[^.]+)?", "embedding_B", "weight"),
+        (r"lora_magnitude_vector(\.[^.]+)?(\.weight)?", "magnitude", "weight"),
+        (r"token_adapter\.trainable_tokens_delta(\.[^.]+)?", "rows", "weight"),
+        (r"modules_to_save\.[^.]+\.(?P<parameter>.+)", "replacement", None),
+        (r"base_layer\.(?P<parameter>weight|bias)", "replacement", None),
+        (r"(?P<parameter>[^.]+)", "replacement", None),
+    )
+)
+_PARTNERS = {"lora_A": "lora_B", "lora_B": "lora_A", "embedding_A": "embedding_B", "embedding_B": "embedding_A"}
+
+# Options that are read here, and options that leave the meaning of the saved tensors alone. Any other option that is
+# set is refused: what is not understood must not be merged.
+_READ_OPTIONS = {
+    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias", "lora_bias",
+    "modules_to_save", "trainable_token_indices", "init_lora_weights", "base_model_name_or_path",
+}  # fmt: skip
+_NEUTRAL_OPTIONS = {
+    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "target_modules", "exclude_modules",
+    "lora_dropout", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
+}  # fmt: skip
+# Ways to start an adapter that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) move a part of
+# the base into the adapter, which then fits that changed base only.
+_PLAIN_STARTS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
+
+
+@dataclass
+class Edit:
+    """What an adapter does to one parameter of the base.
+
+    ``roles`` maps each role to the adapter's tensor that plays it. In the order of their effect: ``replacement`` takes
+    the parameter's place; ``lora_A`` and ``lora_B`` (for an embedding ``embedding_A`` and ``embedding_B``) add their
+    product times ``scale``; ``magnitude`` (DoRA) sets the norms; ``lora_bias`` is added to a bias, times ``scale``;
+    ``rows`` replaces the rows ``row_indices``.
+    """
+
+    roles: dict[str, str] = field(default_factory=dict)
+    rank: int = 0
+    scale: float = 1.0
+    row_indices: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter: its config, its tensors (still on disk) and its edits by the base's parameter names."""
+
+    folder: Path
+    config: dict[str, Any]
+    tensors: CheckpointReader
+    edits: dict[str, Edit]
+
+    def read(self, edit: Edit, role: str) -> Tensor:
+        """The tensor that plays a role of an edit, in fp32; maybe a view of the file, so not to be changed in place."""
+        return self.tensors.read(edit.roles[role]).to(torch.float32)
+
+
+def load_adapter(folder: str | Path) -> Adapter:
+    """Read a LoRA adapter's folder as peft or the original Qwen script saved it.
+
+    Raises:
+        ConfigError: no adapter there, another method than LoRA, an option that cannot be merged, a tensor that is there
+            twice or without its partner.
+    """
+    folder = Path(folder)
+    if not (folder / "adapter_config.json").is_file():
+        raise ConfigError(f"--adapter {folder} holds no adapter_config.json", "Give the folder of a saved adapter")
+    config = load_json(folder / "adapter_config.json")
+    _check_options(config, folder / "adapter_config.json")
+    tensors = open_checkpoint(folder, ("adapter_model.safetensors", "adapter_model.bin"))
+    edits: dict[str, Edit] = {}
+    for name in tensors.names():
+        module, role, parameter = _parse_name(name, folder)
+        edit = edits.setdefault(parameter, Edit())
+        if role in edit.roles:
+            what = f"{folder}: {name} and {edit.roles[role]} claim the same place"
+            raise ConfigError(what, "Keep one adapter in a file")
+        edit.roles[role] = name
+        edit.rank, edit.scale = _rank_and_scale(module, config)
+        if role == "rows":
+            edit.row_indices = _row_indices(module, config, folder)
+    if not edits:
+        raise ConfigError(f"{folder} holds an adapter without tensors", "Save it again")
+    for parameter, edit in edits.items():
+        _check_roles(parameter, edit, config, folder)
+    return Adapter(folder, config, tensors, edits)
+
+
+def _check_options(config: Mapping[str, Any], path: Path) -> None:
+    if config.get("peft_type") != "LORA":
+        raise ConfigError(f"{path}: peft_type {config.get('peft_type')} cannot be merged", "Only LORA adapters can")
+    start = str(config.get("init_lora_weights", True)).lower()
+    if start not in _PLAIN_STARTS:
+        raise ConfigError(
+            f"{path}: init_lora_weights {start} trains against a changed copy of the base, which is not at hand",
+            "Convert the adapter with peft's save_pretrained(path_initial_model_for_weight_conversion=...) first",
+        )
+    for option, value in config.items():
+        if value and option not in _READ_OPTIONS | _NEUTRAL_OPTIONS:
+            fix = "Merge it with the peft version that saved it"
+            raise ConfigError(f"{path}: the option {option} ({value}) is not supported here", fix)
+
+
+def _parse_name(name: str, folder: Path) -> tuple[str, str, str]:
+    """An adapter's tensor name -> (module, role, the base's parameter)."""
+    for pattern, role, parameter in _ROLES:
+        if name.startswith(PREFIX) and (match := pattern.fullmatch(name, len(PREFIX))):
+            return match["module"], role, f"{match['module']}.{parameter or match['parameter']}"
+    raise ConfigError(f"{folder}: {name} is not a name of a LoRA adapter", f"Its names start with {PREFIX}")
+
+
+def _rank_and_scale(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
+    """A module's rank and scale: of the patterns, the first that matches the end of the module's name counts."""
+
+    def by_pattern(option: str, default: int) -> Any:
+        patterns = config.get(option) or {}
+        key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+        return patterns.get(key, default)
+
+    rank = by_pattern("rank_pattern", config.get("r", 8))
+    alpha = by_pattern("alpha_pattern", config.get("lora_alpha", 8))
+    return rank, alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+def _row_indices(module: str, config: Mapping[str, Any], folder: Path) -> tuple[int, ...]:
+    """The token ids whose rows the adapter holds for a module, in the order of the rows."""
+    indices = config.get("trainable_token_indices")
+    if isinstance(indices, dict):
+        indices = next((ids for name, ids in indices.items() if module.endswith(name)), None)
+    if not indices:
+        what = f"{folder}: trainable_token_indices of adapter_config.json lacks {module}, whose rows the file holds"
+        raise ConfigError(what, "Use the adapter_config.json that the tensors were saved with")
+    return tuple(indices)
+
+
+def _check_roles(parameter: str, edit: Edit, config: Mapping[str, Any], folder: Path) -> None:
+    """Every A has its B, DoRA its magnitude, and no parameter is trained in two ways at once."""
+    low_rank = [role for role in edit.roles if role in _PARTNERS]
+    for role in low_rank:
+        if _PARTNERS[role] not in edit.roles:
+            what = f"{folder}: {edit.roles[role]} comes without its {_PARTNERS[role].removeprefix('embedding_')}"
+            raise ConfigError(what, "The file is incomplete: save the adapter again")
+    if len(low_rank) > 2 or (low_rank and "rows" in edit.roles):
+        raise ConfigError(f"{folder}: {parameter} is trained in two ways ({', '.join(edit.roles)})", "Keep one of them")
+    if ("magnitude" in edit.roles) != bool(low_rank and config.get("use_dora")):
+        what = f"{folder}: use_dora is {bool(config.get('use_dora'))} but {parameter} has {', '.join(edit.roles)}"
+        raise ConfigError(what, "Use the adapter_config.json that the tensors were saved with")
