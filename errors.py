@@ -39,6 +39,11 @@ class DataError(ValueError):
         self.where = where
 
 
+def one_line(error: BaseException) -> str:
+    """A library's complaint for a message of ours: without line breaks, and not a page long."""
+    return " ".join(str(error).split())[:300]
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser whose complaint is one line, like every other fault. Give it ``prog`` as the user types it."""
 

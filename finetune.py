@@ -14,7 +14,7 @@ from errors import run_command
 def main(argv: Sequence[str]) -> None:
     from transformers import set_seed
 
-    from training.adapters import attach_lora, embeddings_policy, hold_trained_weights_in_float32
+    from training.adapters import attach_lora, embeddings_policy
     from training.args import parse_args
     from training.callbacks import RunLog
     from training.checks import check_args
@@ -34,12 +34,11 @@ def main(argv: Sequence[str]) -> None:
     model = load_model(checkpoint, args)
     policy = None
     if args.lora.use_lora:
-        policy = embeddings_policy(args.lora.trainable_embeddings, checkpoint)
-        model = attach_lora(model, checkpoint, args.lora, policy)
-        if not args.training.pure_bf16:
-            hold_trained_weights_in_float32(model)
+        policy = embeddings_policy(args.lora.trainable_embeddings, checkpoint, args.lora.lora_weight_path)
+        model = attach_lora(model, checkpoint, args.lora, policy, in_float32=not args.training.pure_bf16)
 
-    log = RunLog(args.output_dir, resumes=bool(args.training.resume_from_checkpoint))
+    resumed = args.resumed_checkpoint()
+    log = RunLog(args.output_dir, resumes=resumed is not None)
     trainer = QwenTrainer(
         checkpoint,
         model=model,
@@ -53,7 +52,7 @@ def main(argv: Sequence[str]) -> None:
     logger.info("Fine-tuning\n%s", describe_run(trainer, args, sets["train"], policy))
 
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=args.training.resume_from_checkpoint)
+    trainer.train(resume_from_checkpoint=resumed)
     seconds = time.monotonic() - started
     logger.info("Saving to %s", args.output_dir)
     trainer.save_model()

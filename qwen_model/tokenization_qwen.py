@@ -92,6 +92,8 @@ class QWenTokenizer(PreTrainedTokenizer):
                 f"{kwargs.get('name_or_path') or 'the tokenizer'}: there is no qwen.tiktoken",
                 "Copy the file from the original checkpoint",
             )
+        # Published folders name the remote code beside them; this class needs none, and saves none.
+        kwargs.pop("auto_map", None)
         self.vocab_file = vocab_file
         self.extra_vocab_file = extra_vocab_file
         self.errors = errors

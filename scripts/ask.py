@@ -32,7 +32,8 @@ def main(argv: Sequence[str]) -> None:
 
     from qwen_model.chatml import encode_prompt, render_prompt
     from qwen_model.families import Turn
-    from training.loading import load_checkpoint, load_for_inference
+    from training.inference import load_for_inference
+    from training.loading import load_checkpoint
 
     logging.basicConfig(format="%(levelname)s: %(message)s")
     checkpoint = load_checkpoint(args.model_name_or_path)

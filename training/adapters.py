@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
-from errors import ConfigError
+from checkpoints.shards import open_checkpoint
+from errors import ConfigError, one_line
 from qwen_model.chatml import control_ids_of
 from training.args import LoraArguments
 from training.loading import Checkpoint
@@ -19,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _LATER_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 TARGET_MODULES = {"qwen": ["c_attn", "c_proj", "w1", "w2"], "qwen2": _LATER_LAYERS, "qwen3": _LATER_LAYERS}
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 EMBEDDING_MODULES = {
     "qwen": ["wte", "lm_head"],
     "qwen2": ["embed_tokens", "lm_head"],
@@ -34,12 +37,23 @@ class EmbeddingsPolicy:
     reason: str
 
 
-def embeddings_policy(requested: str, checkpoint: Checkpoint) -> EmbeddingsPolicy:
+def embeddings_policy(requested: str, checkpoint: Checkpoint, lora_weight_path: str = "") -> EmbeddingsPolicy:
     """Resolve ``--trainable_embeddings``.
+
+    An adapter that is continued has decided already.
 
     A base model of Qwen v1 never saw ``<|im_start|>`` and ``<|im_end|>``: without training their rows it cannot learn
     where an answer ends. Whether a checkpoint is one is what its generation_config says, not what its folder is called.
     """
+    if lora_weight_path:
+        config = _load_adapter_config(lora_weight_path, "--lora_weight_path")
+        mode = "full" if config.modules_to_save else "chatml_tokens" if config.trainable_token_indices else "none"
+        if requested not in ("auto", mode):
+            raise ConfigError(
+                f"--trainable_embeddings {requested}: the adapter of --lora_weight_path was made with {mode}",
+                "Leave --trainable_embeddings out, or start a new adapter",
+            )
+        return EmbeddingsPolicy(mode, f"--lora_weight_path {lora_weight_path}: as that adapter was made")
     if requested != "auto":
         return EmbeddingsPolicy(requested, f"--trainable_embeddings {requested}")
     if checkpoint.model_type != "qwen":
@@ -54,21 +68,84 @@ def embeddings_policy(requested: str, checkpoint: Checkpoint) -> EmbeddingsPolic
 
 
 def attach_lora(
-    model: PreTrainedModel, checkpoint: Checkpoint, lora: LoraArguments, policy: EmbeddingsPolicy
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    lora: LoraArguments,
+    policy: EmbeddingsPolicy,
+    in_float32: bool = True,
 ) -> PeftModel:
     """Freeze the model and put an adapter on it.
+
+    Args:
+        in_float32: hold what trains in float32 whatever the model's precision: updates of a few thousandths of a
+            weight vanish in bfloat16's eight bits.
 
     Raises:
         ConfigError: target modules that the model does not have, or an adapter that cannot be continued.
     """
     if lora.lora_weight_path:
-        try:
-            return PeftModel.from_pretrained(model, lora.lora_weight_path, is_trainable=True)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"--lora_weight_path {lora.lora_weight_path}: {' '.join(str(error).split())[:300]}",
-                "Give the folder of a LoRA adapter of this model",
-            ) from error
+        adapted = load_adapter(model, lora.lora_weight_path, "--lora_weight_path", True, in_float32)
+    else:
+        config = _build_config(model, checkpoint, lora, policy)
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
+    if in_float32:
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return adapted
+
+
+def load_adapter(
+    model: PreTrainedModel, folder: str, flag: str, is_trainable: bool = False, in_float32: bool = True
+) -> PeftModel:
+    """Put a saved adapter on its base.
+
+    Args:
+        flag: the one that named the folder, for messages.
+
+    Raises:
+        ConfigError: no adapter, one of another model, or one whose file lacks a LoRA matrix.
+    """
+    _load_adapter_config(folder, flag)
+    try:
+        adapted = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, autocast_adapter_dtype=in_float32)
+        saved = {name.replace(".default", "") for name in open_checkpoint(folder, ADAPTER_FILES).names()}
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(
+            f"{flag} {folder}: {one_line(error)}", "Give the folder of an adapter of this model"
+        ) from error
+    # Where the file lacks a tensor peft goes on with a fresh one.
+    missing = sorted(get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - saved)
+    if lora := [name for name in missing if ".lora_" in name]:
+        raise ConfigError(f"{flag} {folder}: its file lacks {lora[0]}", "Copy the adapter again, or train a new one")
+    if missing:
+        logger.warning(
+            "%s %s lacks %s, which it was trained with: the base's takes its place, and the answers will not be those "
+            "of the trained model. The original script saved adapters of base models this way.",
+            flag,
+            folder,
+            " and ".join(missing),
+        )
+    return adapted
+
+
+def _load_adapter_config(folder: str, flag: str) -> LoraConfig:
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{flag} {folder}: there is no adapter ({one_line(error)})", "Give a folder with an adapter_config.json"
+        ) from error
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"{flag} {folder}: its adapter is of the type {config.peft_type}", "Give a LoRA adapter")
+    return config
+
+
+def _build_config(
+    model: PreTrainedModel, checkpoint: Checkpoint, lora: LoraArguments, policy: EmbeddingsPolicy
+) -> LoraConfig:
     targets = lora.lora_target_modules or TARGET_MODULES[checkpoint.model_type]
     _check_targets(model, targets)
     tied = bool(model.config.tie_word_embeddings)
@@ -80,7 +157,7 @@ def attach_lora(
         ids = sorted(control_ids_of(checkpoint.tokenizer).values())
         names = EMBEDDING_MODULES[checkpoint.model_type][: 1 if tied else 2]
         embeddings = {"trainable_token_indices": {name: ids for name in names}}
-    config = LoraConfig(
+    return LoraConfig(
         r=lora.lora_r,
         lora_alpha=lora.lora_alpha,
         lora_dropout=lora.lora_dropout,
@@ -90,14 +167,6 @@ def attach_lora(
         base_model_name_or_path=checkpoint.name,
         **embeddings,
     )
-    return get_peft_model(model, config)
-
-
-def hold_trained_weights_in_float32(model: torch.nn.Module) -> None:
-    """Updates of a few thousandths of a weight vanish in bfloat16's eight bits."""
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
 
 
 def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:

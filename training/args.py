@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 import torch
 from transformers import HfArgumentParser, TrainingArguments
+from transformers.trainer_utils import get_last_checkpoint
 
-from errors import CommandParser, ConfigError
+from errors import CommandParser, ConfigError, one_line
 
 
 @dataclass
@@ -90,6 +91,22 @@ class RunArguments:
         """Where the run writes."""
         return Path(str(self.training.output_dir))
 
+    def resumed_checkpoint(self) -> str | None:
+        """The checkpoint folder of ``--resume_from_checkpoint``; the value True means the newest in ``output_dir``.
+
+        Raises:
+            ConfigError: there is none.
+        """
+        value = self.training.resume_from_checkpoint
+        if value is None or value.lower() == "false":
+            return None
+        folder = get_last_checkpoint(self.output_dir) if value.lower() == "true" and self.output_dir.is_dir() else value
+        if folder is None or not (Path(folder) / "trainer_state.json").is_file():
+            raise ConfigError(
+                f"--resume_from_checkpoint {value}: there is no checkpoint", "Give a checkpoint-* folder of the run"
+            )
+        return folder
+
     def to_dict(self) -> dict[str, Any]:
         """Every flag with its value, as JSON can hold it."""
         return {
@@ -120,7 +137,7 @@ def parse_args(argv: Sequence[str]) -> RunArguments:
         raise
     except (ValueError, ImportError) as error:
         # What TrainingArguments finds wrong, without its traceback.
-        raise ConfigError(f"command line: {' '.join(str(error).split())}") from error
+        raise ConfigError(f"command line: {one_line(error)}") from error
     if unknown:
         parser.error(f"{unknown[0]} is no known flag")
     return RunArguments(model, data, lora, training)

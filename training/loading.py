@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from checkpoints.shards import open_checkpoint
-from errors import ConfigError
+from errors import ConfigError, one_line
 from qwen_model.families import END_OF_TEXT, IM_END, Family, family_of
 from qwen_model.register import register_qwen
 from training.args import RunArguments
@@ -61,10 +62,7 @@ def load_checkpoint(name_or_path: str, cache_dir: str | None = None) -> Checkpoi
     config = _load_config(folder)
     tokenizer = _load_tokenizer(folder)
     family = family_of(config.model_type, tokenizer)
-    try:
-        generation_config = GenerationConfig.from_pretrained(str(folder))
-    except OSError:
-        generation_config = GenerationConfig.from_model_config(config)
+    generation_config = _load_generation_config(folder, config)
     _check_tokenizer(folder, config, tokenizer, generation_config)
     return Checkpoint(
         name=name_or_path,
@@ -91,43 +89,44 @@ def load_model(checkpoint: Checkpoint, args: RunArguments) -> Any:
         dtype = torch.float16
     else:
         dtype = torch.float32
-    model = _load_weights(checkpoint, dtype, args.model.attn_implementation)
+    model = load_weights(checkpoint, dtype, args.model.attn_implementation)
     # What the Trainer would set itself, with a warning.
     for config in (model.config, model.generation_config):
         config.pad_token_id, config.eos_token_id = checkpoint.tokenizer.pad_token_id, checkpoint.tokenizer.eos_token_id
     return model
 
 
-def load_for_inference(checkpoint: Checkpoint, adapter: str | None = None) -> Any:
-    """The model in the precision it was saved in, on the GPU where there is one, with its adapter if it has one.
+def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
+    """The model of a checkpoint, in evaluation mode on the CPU.
 
     Raises:
-        ConfigError: weights or adapter cannot be read.
+        ConfigError: weights that are missing, broken, incomplete or of another shape than the config says.
     """
-    model = _load_weights(checkpoint, checkpoint.dtype, None)
-    if adapter is not None:
-        from peft import PeftModel
-
-        try:
-            model = PeftModel.from_pretrained(model, adapter)
-        except (OSError, ValueError, RuntimeError) as error:
-            raise ConfigError(
-                f"--adapter {adapter}: {_one_line(error)}", "Give the folder of an adapter of this model"
-            ) from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-
-
-def _load_weights(checkpoint: Checkpoint, dtype: torch.dtype, attn_implementation: str | None) -> Any:
+    where = f"--model_name_or_path {checkpoint.folder}"
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            str(checkpoint.folder), config=checkpoint.config, dtype=dtype, attn_implementation=attn_implementation
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            str(checkpoint.folder),
+            config=checkpoint.config,
+            dtype=dtype,
+            attn_implementation=attn_implementation,
+            output_loading_info=True,
         )
-    except (OSError, ImportError) as error:
-        raise ConfigError(f"--model_name_or_path {checkpoint.folder}: {_one_line(error)}") from error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]
+    except ConfigError:
+        raise
+    except (OSError, ImportError, RuntimeError, ValueError, SafetensorError) as error:
+        if attn_implementation is not None and attn_implementation in str(error):
+            raise ConfigError(f"--attn_implementation {attn_implementation}: {one_line(error)}") from error
+        raise ConfigError(
+            f"{where}: {one_line(error)}", "Copy the weights again from the original checkpoint"
+        ) from error
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
+        # transformers fills them with random numbers.
+        raise ConfigError(
+            f"{where}: {len(missing)} tensors of the model are not among its weights, the first is {missing[0]}",
+            "Copy config.json and all weight files again from the original checkpoint",
+        )
+    return model
 
 
 def _find_folder(name_or_path: str, cache_dir: str | None) -> Path:
@@ -141,11 +140,11 @@ def _find_folder(name_or_path: str, cache_dir: str | None) -> Path:
     if path.exists() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
         raise ConfigError(f"--model_name_or_path {name_or_path}: there is no such folder", "Check the path")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return Path(snapshot_download(name_or_path, cache_dir=cache_dir, ignore_patterns=["*.py", "*.gguf", "*.onnx"]))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+    except (OSError, ValueError, HfHubHTTPError) as error:  # a name that cannot be one is a ValueError
         raise ConfigError(
             f"--model_name_or_path {name_or_path}: no such folder, and the model could not be fetched from the hub",
             f"Check the name, or download it where there is a network: hf download {name_or_path}",
@@ -170,6 +169,16 @@ def _load_config(folder: Path) -> Any:
     return config
 
 
+def _load_generation_config(folder: Path, config: Any) -> GenerationConfig:
+    file = folder / "generation_config.json"
+    if not file.exists():
+        return GenerationConfig.from_model_config(config)
+    try:
+        return GenerationConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(f"{file}: {one_line(error)}", "Copy it again from the original checkpoint") from error
+
+
 def _load_tokenizer(folder: Path) -> Any:
     try:
         return AutoTokenizer.from_pretrained(str(folder))
@@ -177,7 +186,7 @@ def _load_tokenizer(folder: Path) -> Any:
         raise
     except (OSError, ValueError, TypeError) as error:
         raise ConfigError(
-            f"--model_name_or_path {folder}: its tokenizer cannot be read ({_one_line(error)})",
+            f"--model_name_or_path {folder}: its tokenizer cannot be read ({one_line(error)})",
             "Copy the tokenizer's files from the original checkpoint into the folder",
         ) from error
 

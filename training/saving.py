@@ -15,7 +15,7 @@ from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from checkpoints.shards import open_checkpoint, save_checkpoint, save_tensors
+from checkpoints.shards import open_checkpoint, save_checkpoint, save_json, save_tensors
 from qwen_model.generation import MAX_WINDOW_SIZE
 from training.loading import Checkpoint, set_saved_dtype
 
@@ -44,12 +44,13 @@ def save_model(
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    checkpoint.tokenizer.save_pretrained(folder)
-    saved_generation_config(checkpoint).save_pretrained(folder)
     if isinstance(model, PeftModel):
         save_adapter(model, checkpoint.dtype, folder, state_dict)
     else:
         save_full(model, checkpoint, folder, state_dict)
+    checkpoint.tokenizer.save_pretrained(folder)
+    # Not by its save_pretrained, which refuses settings that real checkpoints have (top_p beside do_sample false).
+    save_json(saved_generation_config(checkpoint).to_diff_dict(), folder / "generation_config.json")
 
 
 def save_adapter(
@@ -61,7 +62,7 @@ def save_adapter(
         model, state_dict=None if state_dict is None else dict(state_dict), save_embedding_layers=False
     )
     # A tied embedding comes twice, and safetensors wants separate memory.
-    tensors = {name: _to_disk(tensor, dtype).clone() for name, tensor in tensors.items()}
+    tensors = {name: _to_disk(name, tensor, dtype).clone() for name, tensor in tensors.items()}
     save_tensors(tensors, folder / ADAPTER_WEIGHTS)
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
@@ -81,7 +82,7 @@ def save_full(
             tensors.pop(name, None)
 
     def on_disk() -> Iterator[tuple[str, Tensor]]:
-        return ((name, _to_disk(tensor, checkpoint.dtype)) for name, tensor in tensors.items())
+        return ((name, _to_disk(name, tensor, checkpoint.dtype)) for name, tensor in tensors.items())
 
     save_checkpoint(on_disk(), folder, MAX_SHARD_SIZE)
     config = copy.deepcopy(model.config)
@@ -98,13 +99,19 @@ def saved_generation_config(checkpoint: Checkpoint) -> GenerationConfig:
     config.eos_token_id = checkpoint.end_ids
     config.pad_token_id = checkpoint.end_ids[-1]
     if checkpoint.model_type == "qwen":
-        config.update(chat_format="chatml", max_window_size=getattr(config, "max_window_size", MAX_WINDOW_SIZE))
+        # Keys of Qwen v1's own, which update() would not add.
+        vars(config).setdefault("max_window_size", MAX_WINDOW_SIZE)
+        vars(config)["chat_format"] = "chatml"
     return config
 
 
-def _to_disk(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _to_disk(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     tensor = tensor.detach().to("cpu")
-    return (tensor.to(dtype) if tensor.is_floating_point() else tensor).contiguous()
+    if tensor.is_floating_point():
+        tensor = tensor.to(dtype)
+        if not torch.isfinite(tensor).all():
+            raise RuntimeError(f"{name} holds NaN or infinity: the run diverged, and nothing is saved")
+    return tensor.contiguous()
 
 
 def _check_saved(tensors: Iterable[tuple[str, Tensor]], folder: Path, names: tuple[str, ...]) -> None:
@@ -117,8 +124,6 @@ def _check_saved(tensors: Iterable[tuple[str, Tensor]], folder: Path, names: tup
         saved = reader.read(name)
         if saved.shape != tensor.shape or not torch.equal(saved, tensor):
             raise RuntimeError(f"{folder}: {name} is not on disk as it is in memory")
-        if not torch.isfinite(saved).all():
-            raise RuntimeError(f"{folder}: {name} holds NaN or infinity; the run diverged")
         if not saved.any():
             untouched.append(name)
     if untouched:

@@ -1,0 +1,248 @@
+"""Generation against the original's: greedy, with and without a cache, stop words, penalties, chat."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import re
+import unicodedata
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from qwen_model.generation import make_context
+from qwen_model.modeling_qwen import QWenLMHeadModel
+from qwen_model.tokenization_qwen import QWenTokenizer
+from tests.golden import LOGITS_ATOL, Golden, assert_close
+
+# The large set records no D4.
+PROMPTS = [
+    (name, case) for name in ("small", "large") for case in ("D1", "D2", "D3", "D4") if (name, case) != ("large", "D4")
+]
+# Below this distance between the two best logits, rounding may choose the other.
+MARGIN = 1e-3
+
+
+def greedy(model: QWenLMHeadModel, prompt: torch.Tensor, **kwargs: Any) -> list[int]:
+    """Ids after the prompt, as the goldens were made: 20 tokens, no penalty, over the checkpoint's own settings."""
+    arguments = {"max_new_tokens": 20, "do_sample": False, "repetition_penalty": 1.0, **kwargs}
+    output = model.generate(prompt, attention_mask=torch.ones_like(prompt), **arguments)
+    return output[0, prompt.shape[1] :].tolist()
+
+
+def assert_same_choices(actual: list[int], expected: list[int], margins: list[float]) -> None:
+    """Equal, up to the first choice that was too close to call."""
+    for index, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
+        if ours != theirs:
+            assert margins[index] <= MARGIN, f"token {index} is {ours}, not {theirs}: margin {margins[index]:.4f}"
+            return
+
+
+@pytest.mark.parametrize(("any_golden", "case"), PROMPTS, indirect=["any_golden"])
+def test_greedy_with_a_cache(tiny_model: QWenLMHeadModel, any_golden: Golden, case: str) -> None:
+    prompt = any_golden.tensors.ids(f"{case}.prompt")
+    margins = any_golden.tensors[f"{case}.greedy_top2_margin"].tolist()
+    assert_same_choices(greedy(tiny_model, prompt), any_golden.tensors[f"{case}.greedy"].tolist(), margins)
+
+
+@pytest.mark.parametrize(("any_golden", "case"), PROMPTS, indirect=["any_golden"])
+def test_greedy_without_a_cache(tiny_model: QWenLMHeadModel, any_golden: Golden, case: str) -> None:
+    """Beyond seq_length this differs: without a cache dynamic NTK follows the length at each token."""
+    tensors = any_golden.tensors
+    prompt = any_golden.tensors.ids(f"{case}.prompt")
+    expected = tensors[f"{case}.greedy_nocache"].tolist()
+    actual = greedy(tiny_model, prompt, use_cache=False)
+    if f"{case}.greedy_nocache_top2_margin" in tensors:
+        assert_same_choices(actual, expected, tensors[f"{case}.greedy_nocache_top2_margin"].tolist())
+    else:
+        assert actual == expected
+    crosses = prompt.shape[1] <= tiny_model.config.seq_length < prompt.shape[1] + 20
+    assert (expected != tensors[f"{case}.greedy"].tolist()) == crosses
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("any_golden", "case"), PROMPTS, indirect=["any_golden"])
+def test_incremental_logits(tiny_model: QWenLMHeadModel, any_golden: Golden, case: str) -> None:
+    """Teacher forced: the logits after the prompt and each recorded token, one at a time on a cache."""
+    tensors = any_golden.tensors
+    prompt = any_golden.tensors.ids(f"{case}.prompt")
+    name, stride = tensors.strided(f"{case}.incremental_logits")
+    output = tiny_model(input_ids=prompt, use_cache=True)
+    steps = [output.logits[:, -1, ::stride]]
+    for token in tensors[f"{case}.greedy"].tolist()[:-1]:
+        output = tiny_model(input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values)
+        steps.append(output.logits[:, -1, ::stride])
+    assert_close(torch.stack(steps, dim=1), tensors[name], LOGITS_ATOL, name)
+
+
+def test_greedy_of_other_architectures(any_golden: Golden) -> None:
+    tensors = any_golden.tensors
+    for variant in sorted({name.split(".")[1] for name in tensors if name.startswith("G.")}):
+        model = QWenLMHeadModel.from_pretrained(any_golden.path / variant, dtype=torch.float32).eval()
+        prompt = tensors.ids(f"G.{variant}.input_ids")[:1, : {"small": 6, "large": 10}[any_golden.name]]
+        actual = greedy(model, prompt, eos_token_id=None, pad_token_id=0)
+        assert actual == tensors[f"G.{variant}.greedy"].tolist(), variant
+
+
+def test_batch_with_left_padding_generates_what_each_prompt_does(
+    tiny_model: QWenLMHeadModel, any_golden: Golden
+) -> None:
+    tensors = any_golden.tensors
+    rows = [tensors.ids("D1.prompt")[0], tensors.ids("D2.prompt")[0]]
+    width = max(len(row) for row in rows)
+    ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
+    mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (width - len(row), 0)) for row in rows])
+    assert 0 in mask
+    output = tiny_model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, repetition_penalty=1.0)
+    for row, case in zip(output[:, width:].tolist(), ("D1", "D2"), strict=True):
+        assert_same_choices(row, tensors[f"{case}.greedy"].tolist(), tensors[f"{case}.greedy_top2_margin"].tolist())
+
+
+def test_a_single_left_padded_prompt_generates_what_it_does_alone(
+    tiny_model: QWenLMHeadModel, any_golden: Golden
+) -> None:
+    """The original dropped the mask of a batch of one."""
+    prompt = any_golden.tensors.ids("D2.prompt")
+    ids = torch.nn.functional.pad(prompt, (5, 0))
+    mask = torch.nn.functional.pad(torch.ones_like(prompt), (5, 0))
+    output = tiny_model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, repetition_penalty=1.0)
+    margins = any_golden.tensors["D2.greedy_top2_margin"].tolist()
+    assert_same_choices(output[0, ids.shape[1] :].tolist(), any_golden.tensors["D2.greedy"].tolist(), margins)
+
+
+def test_stop_words(tiny_model: QWenLMHeadModel, any_golden: Golden) -> None:
+    """After a stop word, which may be longer than one token, the end token is forced."""
+    chosen = any_golden.tensors["D1.greedy"].tolist()
+    recorded = {key: ids for key, ids in any_golden.notes.items() if key.startswith("D1 stop_words_ids=")}
+    assert recorded
+    for key, expected in recorded.items():
+        # "[[g[3],g[4]]]": tokens of the greedy continuation
+        words = [
+            [chosen[int(index)] for index in re.findall(r"g\[(\d+)\]", word)]
+            for word in re.findall(r"\[((?:g\[\d+\],?)+)\]", key)
+        ]
+        assert words, key
+        prompt = any_golden.tensors.ids("D1.prompt")
+        assert greedy(tiny_model, prompt, stop_words_ids=words) == expected, key
+
+
+def test_repetition_penalty(tiny_model: QWenLMHeadModel, any_golden: Golden) -> None:
+    expected = any_golden.notes["D1 greedy, repetition_penalty 1.1, top_p from generation_config ignored"]
+    prompt = any_golden.tensors.ids("D1.prompt")
+    assert tiny_model.generation_config.repetition_penalty == 1.1
+    assert greedy(tiny_model, prompt, repetition_penalty=1.1) == expected
+
+
+def test_end_and_stop_words_together(tiny_model: QWenLMHeadModel, any_golden: Golden) -> None:
+    """With a list of end tokens any of them ends the text, and after a stop word the last of them is forced."""
+    prompt = any_golden.tensors.ids("D1.prompt")
+    chosen = any_golden.tensors["D1.greedy"].tolist()
+    assert chosen.index(chosen[4]) == 4
+    end = any_golden.load_json("tokenizer.json")["attributes"]["eod_id"]
+    assert greedy(tiny_model, prompt, eos_token_id=[chosen[4], end]) == chosen[:5]
+    stopped = greedy(tiny_model, prompt, eos_token_id=[chosen[10], end], stop_words_ids=[[chosen[3], chosen[4]]])
+    assert stopped == [*chosen[:5], end]
+
+
+def test_beam_search(tiny_model: QWenLMHeadModel, any_golden: Golden) -> None:
+    prompt = any_golden.tensors.ids("D1.prompt")
+    assert greedy(tiny_model, prompt, num_beams=3) == any_golden.notes["D1 beam search 3"]
+
+
+def test_settings_come_from_the_checkpoint(golden_small: Path) -> None:
+    folder = golden_small / "tiny-qwen-small"
+    model = QWenLMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
+    written = json.loads((folder / "generation_config.json").read_text())
+    for name in ("eos_token_id", "pad_token_id", "max_new_tokens", "top_k", "top_p", "repetition_penalty", "do_sample"):
+        assert getattr(model.generation_config, name) == written[name], name
+    assert (model.generation_config.chat_format, model.generation_config.max_window_size) == ("chatml", 6144)
+    answers = []
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        answers.append(model.generate(torch.tensor([[1, 2, 3]]), eos_token_id=None)[0].tolist())
+    assert [len(answer) for answer in answers] == [3 + written["max_new_tokens"]] * 2
+    assert answers[0] != answers[1], "sampled"
+
+
+CHAT = {"do_sample": False, "max_new_tokens": 20, "repetition_penalty": 1.0}
+
+
+def last_token_more(original: str, ours: str) -> bool:
+    """The original's chat() dropped the last token when none of them was a stop token."""
+    return ours.startswith(original) and len(ours) > len(original)
+
+
+def test_chat(tiny_model: QWenLMHeadModel, tiny_tokenizer: QWenTokenizer, any_golden: Golden) -> None:
+    recorded = any_golden.notes["chat greedy"]
+    first, second = recorded["first"], recorded["second"]
+
+    response, history = tiny_model.chat(tiny_tokenizer, first["query"], first["history"], **CHAT)
+    assert last_token_more(first["response"], response)
+    assert history == [(first["query"], response)]
+
+    # Answer to the recorded history, which the original built from its shortened answer.
+    before = [tuple(turn) for turn in second["history"]]
+    response, history = tiny_model.chat(tiny_tokenizer, second["query"], before, system=second["system"], **CHAT)
+    assert last_token_more(second["response"], response)
+    assert history == [*before, (second["query"], response)]
+    assert before == [tuple(turn) for turn in second["history"]], "the caller's history is not changed"
+
+
+def test_chat_with_a_query_that_normalisation_shortens(
+    tiny_model: QWenLMHeadModel, tiny_tokenizer: QWenTokenizer
+) -> None:
+    """The original cut as many characters off the answer as the query had lost."""
+    query = "a café in Göteborg"
+    decomposed = unicodedata.normalize("NFD", query)
+    assert len(decomposed) == len(query) + 2
+    answer, _ = tiny_model.chat(tiny_tokenizer, query, None, **CHAT)
+    same, history = tiny_model.chat(tiny_tokenizer, decomposed, None, **CHAT)
+    assert same == answer != ""
+    assert history == [(decomposed, answer)]
+
+
+def test_chat_ends_at_stop_words_of_the_caller(
+    tiny_model: QWenLMHeadModel, tiny_tokenizer: QWenTokenizer, any_golden: Golden
+) -> None:
+    query = any_golden.notes["chat greedy"]["first"]["query"]
+    whole, _ = tiny_model.chat(tiny_tokenizer, query, None, **CHAT)
+    _, context = make_context(tiny_tokenizer, query, None, system="You are a helpful assistant.")
+    third = greedy(tiny_model, torch.tensor([context]))[2]
+    short, _ = tiny_model.chat(tiny_tokenizer, query, None, stop_words_ids=[[third]], **CHAT)
+    assert whole.startswith(short) and len(short) < len(whole)
+    assert short.endswith(tiny_tokenizer.decode([third]).strip())
+
+
+def test_chat_of_a_base_model_is_refused(tiny_model: QWenLMHeadModel, tiny_tokenizer: QWenTokenizer) -> None:
+    settings = deepcopy(tiny_model.generation_config)
+    settings.chat_format = "raw"
+    with pytest.raises(ValueError, match="'raw'"):
+        tiny_model.chat(tiny_tokenizer, "hi", None, generation_config=settings)
+    with pytest.raises(ValueError, match="'raw'"):
+        next(tiny_model.chat_stream(tiny_tokenizer, "hi", None, generation_config=settings))
+
+
+def test_faults_within_chat_stream_reach_the_caller(tiny_model: QWenLMHeadModel, tiny_tokenizer: QWenTokenizer) -> None:
+    with pytest.raises(ValueError, match="stop_words_ids"):
+        list(tiny_model.chat_stream(tiny_tokenizer, "hi", None, stop_words_ids=[[-1]], **CHAT))
+
+
+def test_chat_stream_grows_to_what_chat_returns(
+    tiny_model: QWenLMHeadModel, tiny_tokenizer: QWenTokenizer, any_golden: Golden
+) -> None:
+    query = any_golden.notes["chat greedy"]["first"]["query"]
+    texts = list(tiny_model.chat_stream(tiny_tokenizer, query, None, **CHAT))
+    assert len(texts) > 10
+    for shorter, longer in itertools.pairwise(texts):
+        # An incomplete character at the end is shown once it is complete.
+        assert longer.startswith(shorter.rstrip("\ufffd"))
+    response, _ = tiny_model.chat(tiny_tokenizer, query, None, **CHAT)
+    # As the original's, the stream leaves out control tokens and incomplete characters, which chat() shows.
+    shown = re.sub(r"<\|\w+\|>|\ufffd", "", response)
+    assert texts[-1].strip() == shown
+    recorded = any_golden.notes.get("chat_stream top_k=1 (partial strings)")
+    if recorded:
+        assert texts == recorded
