@@ -5,7 +5,6 @@ python finetune.py --model_name_or_path DIR --data_path FILE --output_dir DIR --
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 
 from errors import run_command
@@ -51,21 +50,14 @@ def main(argv: Sequence[str]) -> None:
     log.trainer = trainer
     logger.info("Fine-tuning\n%s", describe_run(trainer, args, sets["train"], policy))
 
-    started = time.monotonic()
     trainer.train(resume_from_checkpoint=resumed)
-    seconds = time.monotonic() - started
+    seconds = log.elapsed()
     logger.info("Saving to %s", args.output_dir)
     trainer.save_model()
     if trainer.is_world_process_zero():
         save_arguments(args)
         summary = save_summary(trainer, args, log, sets, policy, seconds)
-        logger.info(
-            "Done: %d steps in %.0f s, loss %s -> %s",
-            summary["steps"],
-            seconds,
-            summary["first_loss"],
-            summary["last_loss"],
-        )
+        logger.info("Done: %(steps)d steps in %(seconds).0f s, loss %(first_loss).4g -> %(last_loss).4g", summary)
 
 
 if __name__ == "__main__":

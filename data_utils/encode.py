@@ -84,7 +84,7 @@ class Encoder:
 
     Args:
         tokenizer: a ``QWenTokenizer`` or a fast tokenizer of the later families.
-        family: from ``qwen_model.families.family_of``.
+        family: from ``qwen_model.templates.family_of``.
     """
 
     def __init__(self, tokenizer: Any, family: Family, options: EncodeOptions) -> None:

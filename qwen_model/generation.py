@@ -171,15 +171,9 @@ class QWenChatMixin:
         Returns:
             The answer, and the history with it.
         """
-        config = self._chat_config(generation_config, kwargs)
-        context, input_ids = self._chat_prompt(tokenizer, query, history, system, config)
-        outputs = self.generate(
-            input_ids,
-            attention_mask=torch.ones_like(input_ids),
-            stop_words_ids=[*(stop_words_ids or []), *get_stop_words_ids("chatml", tokenizer)],
-            generation_config=config,
-            **kwargs,
-        )
+        inputs = self._chat_inputs(tokenizer, query, history, system, stop_words_ids, generation_config, kwargs)
+        outputs = self.generate(**inputs)
+        context = inputs["input_ids"][0].tolist()
         # The prompt's own ids say how long its text is: normalisation can change the length of what was typed.
         answer = decode_tokens(
             outputs[0], tokenizer, len(tokenizer.decode(context)), len(context), chat_format="chatml"
@@ -197,17 +191,10 @@ class QWenChatMixin:
         **kwargs: Any,
     ) -> Iterator[str]:
         """Like ``chat``, yielding the answer so far after each token."""
-        config = self._chat_config(generation_config, kwargs)
-        _, input_ids = self._chat_prompt(tokenizer, query, history, system, config)
+        inputs = self._chat_inputs(tokenizer, query, history, system, stop_words_ids, generation_config, kwargs)
         stops = {tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.eod_id}
         streamer = _IdStreamer()
-        kwargs |= {
-            "attention_mask": torch.ones_like(input_ids),
-            "stop_words_ids": [*(stop_words_ids or []), *get_stop_words_ids("chatml", tokenizer)],
-            "generation_config": config,
-            "streamer": streamer,
-        }
-        thread = Thread(target=streamer.run, args=(self.generate, input_ids, kwargs), daemon=True)
+        thread = Thread(target=streamer.run, args=(self.generate, inputs), daemon=True)
         thread.start()
         answer: list[int] = []
         for id_ in streamer:
@@ -217,27 +204,34 @@ class QWenChatMixin:
             yield str(tokenizer.decode(answer, skip_special_tokens=True, errors="ignore"))
         thread.join()
 
-    def _chat_config(self, generation_config: GenerationConfig | None, kwargs: dict[str, Any]) -> GenerationConfig:
-        """The settings of one answer; what ``kwargs`` says of them moves out of there."""
+    def _chat_inputs(
+        self,
+        tokenizer: QWenTokenizer,
+        query: str,
+        history: History | None,
+        system: str,
+        stop_words_ids: list[list[int]] | None,
+        generation_config: GenerationConfig | None,
+        kwargs: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Arguments of ``generate`` for one answer; settings among ``kwargs`` go into a config of its own."""
         config = deepcopy(generation_config or self.generation_config)
-        unused = config.update(**kwargs)
-        for name in set(kwargs) - set(unused):
-            del kwargs[name]
         chat_format = getattr(config, "chat_format", "chatml")
         if chat_format != "chatml":
             raise ConfigError(
                 f"generation_config.json: chat_format {chat_format!r} is a base model's, and chat() speaks chatml",
                 "Use a chat model, or generate() with make_context(chat_format='raw')",
             )
-        return config
-
-    def _chat_prompt(
-        self, tokenizer: QWenTokenizer, query: str, history: History | None, system: str, config: GenerationConfig
-    ) -> tuple[list[int], Tensor]:
-        _, context = make_context(
-            tokenizer, query, history, system, getattr(config, "max_window_size", MAX_WINDOW_SIZE)
-        )
-        return context, torch.tensor([context], device=self.device)
+        window = kwargs.pop("max_window_size", None) or getattr(config, "max_window_size", MAX_WINDOW_SIZE)
+        _, context = make_context(tokenizer, query, history, system, window)
+        input_ids = torch.tensor([context], device=self.device)
+        return {
+            **config.update(**kwargs),  # what is no setting: a streamer, processors
+            "input_ids": input_ids,
+            "attention_mask": torch.ones_like(input_ids),
+            "stop_words_ids": [*(stop_words_ids or []), *get_stop_words_ids("chatml", tokenizer)],
+            "generation_config": config,
+        }
 
 
 class _IdStreamer(BaseStreamer):
@@ -247,9 +241,9 @@ class _IdStreamer(BaseStreamer):
         self.queue: Queue[int | BaseException | None] = Queue()
         self.is_prompt = True
 
-    def run(self, generate: Any, input_ids: Tensor, kwargs: dict[str, Any]) -> None:
+    def run(self, generate: Any, inputs: dict[str, Any]) -> None:
         try:
-            generate(input_ids, **kwargs)
+            generate(**inputs, streamer=self)
         except BaseException as error:
             self.queue.put(error)
 

@@ -19,13 +19,13 @@ from training.loading import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-_LATER_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-TARGET_MODULES = {"qwen": ["c_attn", "c_proj", "w1", "w2"], "qwen2": _LATER_LAYERS, "qwen3": _LATER_LAYERS}
+_LATER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGET_MODULES = {"qwen": ("c_attn", "c_proj", "w1", "w2"), "qwen2": _LATER_LAYERS, "qwen3": _LATER_LAYERS}
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 EMBEDDING_MODULES = {
-    "qwen": ["wte", "lm_head"],
-    "qwen2": ["embed_tokens", "lm_head"],
-    "qwen3": ["embed_tokens", "lm_head"],
+    "qwen": ("wte", "lm_head"),
+    "qwen2": ("embed_tokens", "lm_head"),
+    "qwen3": ("embed_tokens", "lm_head"),
 }
 
 
@@ -146,13 +146,13 @@ def _load_adapter_config(folder: str, flag: str) -> LoraConfig:
 def _build_config(
     model: PreTrainedModel, checkpoint: Checkpoint, lora: LoraArguments, policy: EmbeddingsPolicy
 ) -> LoraConfig:
-    targets = lora.lora_target_modules or TARGET_MODULES[checkpoint.model_type]
+    targets = lora.lora_target_modules or list(TARGET_MODULES[checkpoint.model_type])
     _check_targets(model, targets)
     tied = bool(model.config.tie_word_embeddings)
     embeddings: dict[str, Any] = {}
     if policy.mode == "full":
         # Tied embedding and head stay one tensor only if peft is told.
-        embeddings = {"modules_to_save": EMBEDDING_MODULES[checkpoint.model_type], "ensure_weight_tying": tied}
+        embeddings = {"modules_to_save": list(EMBEDDING_MODULES[checkpoint.model_type]), "ensure_weight_tying": tied}
     elif policy.mode == "chatml_tokens":
         ids = sorted(control_ids_of(checkpoint.tokenizer).values())
         names = EMBEDDING_MODULES[checkpoint.model_type][: 1 if tied else 2]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import ExportableState
 
 if TYPE_CHECKING:
     from training.trainer import QwenTrainer
@@ -22,7 +23,7 @@ LOSS_CURVE = "training_loss.png"
 _LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch")
 
 
-class RunLog(TrainerCallback):
+class RunLog(TrainerCallback, ExportableState):
     """Appends every logged step to ``training_log.jsonl`` and draws the loss when training ends.
 
     Each line has ``step``, ``elapsed`` (seconds of training), ``tokens`` (targets so far) and what was logged of
@@ -36,17 +37,32 @@ class RunLog(TrainerCallback):
         self.started = time.monotonic()
         self.rows: list[dict[str, Any]] = []
 
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint keeps, so that a resumed run goes on counting."""
+        return {"args": {}, "attributes": {"tokens": self._tokens(), "elapsed": self.elapsed()}}
+
+    def _tokens(self) -> int:
+        return self.trainer.trained_tokens if self.trainer is not None else 0
+
+    def elapsed(self) -> float:
+        """Seconds of training so far, those before a resumed checkpoint included."""
+        return round(time.monotonic() - self.started, 3)
+
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self.started = time.monotonic()
+        # Read from a checkpoint this is a dict, whatever it is declared to be.
+        kept: Any = state.stateful_callbacks
+        before = kept.get(type(self).__name__, {}).get("attributes", {}) if self.resumes else {}
+        self.started = time.monotonic() - before.get("elapsed", 0)
+        if self.trainer is not None:
+            self.trainer.trained_tokens = before.get("tokens", 0)
         if not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.resumes and self.path.exists():
-            self.rows = [json.loads(line) for line in self.path.read_text().splitlines()]
             # Steps after the checkpoint happen again.
-            self.rows = [row for row in self.rows if row["step"] <= state.global_step]
+            self.rows = [row for row in _read_rows(self.path) if row["step"] <= state.global_step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def on_log(
@@ -62,12 +78,7 @@ class RunLog(TrainerCallback):
             return
         if "learning_rate" in values:
             values["lr"] = values.pop("learning_rate")
-        row: dict[str, Any] = {
-            "step": state.global_step,
-            **values,
-            "elapsed": round(time.monotonic() - self.started, 3),
-        }
-        row["tokens"] = self.trainer.trained_tokens if self.trainer is not None else 0
+        row = {"step": state.global_step, **values, "elapsed": self.elapsed(), "tokens": self._tokens()}
         self.rows.append(row)
         if state.is_world_process_zero:
             with self.path.open("a") as file:
@@ -82,6 +93,17 @@ class RunLog(TrainerCallback):
     def losses(self, name: str = "loss") -> list[float]:
         """The logged values of ``loss`` or ``eval_loss``, in order."""
         return [row[name] for row in self.rows if name in row]
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The lines of a log; the last may be cut where the machine stopped."""
+    rows = []
+    for line in path.read_text().splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
 
 
 def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:

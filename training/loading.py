@@ -14,8 +14,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Genera
 
 from checkpoints.shards import open_checkpoint
 from errors import ConfigError, one_line
-from qwen_model.families import END_OF_TEXT, IM_END, Family, family_of
+from qwen_model.families import END_OF_TEXT, IM_END, Family
 from qwen_model.register import register_qwen
+from qwen_model.templates import family_of
 from training.args import RunArguments
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,7 @@ def load_checkpoint(name_or_path: str, cache_dir: str | None = None) -> Checkpoi
     config = _load_config(folder)
     tokenizer = _load_tokenizer(folder)
     family = family_of(config.model_type, tokenizer)
-    generation_config = _load_generation_config(folder, config)
+    generation_config = _load_generation_config(folder)
     _check_tokenizer(folder, config, tokenizer, generation_config)
     return Checkpoint(
         name=name_or_path,
@@ -169,10 +170,10 @@ def _load_config(folder: Path) -> Any:
     return config
 
 
-def _load_generation_config(folder: Path, config: Any) -> GenerationConfig:
+def _load_generation_config(folder: Path) -> GenerationConfig:
     file = folder / "generation_config.json"
     if not file.exists():
-        return GenerationConfig.from_model_config(config)
+        return GenerationConfig()
     try:
         return GenerationConfig.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError) as error:

@@ -160,7 +160,7 @@ def test_a_run_from_any_folder(
 
 
 def launch_with_stub(stub: str, *arguments: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """Run the LoRA launcher in a checkout without .venv whose python3 is a shell script: there is no GPU to ask here."""
+    """Run the LoRA launcher in a checkout without .venv where python3 is a shell script: no GPU is here to be asked."""
     shutil.copytree(REPO / "finetune", tmp_path / "repo" / "finetune")
     python = tmp_path / "bin" / "python3"
     python.parent.mkdir()

@@ -29,7 +29,8 @@ from data_utils.encode import EncodedConversation, EncodeOptions, Encoder
 from data_utils.schema import Conversation
 from errors import ConfigError, DataError
 from qwen_model.chatml import encode_prompt, render, render_prompt, text_of
-from qwen_model.families import ANSWER_STYLES, QWEN_V1, Family, Turn, family_of
+from qwen_model.families import ANSWER_STYLES, QWEN_V1, Family, Turn
+from qwen_model.templates import family_of
 from qwen_model.tokenization_qwen import SPLIT_PATTERN
 
 IM_START, IM_END = 151644, 151645

@@ -1,0 +1,210 @@
+"""Write a small random Qwen v1 checkpoint, for trying everything out without downloading weights.
+
+    python -m scripts.make_tiny_qwen --output build/tiny-qwen
+
+The folder holds every file that a real one holds, under the same names and keys: the rank file of a byte-level BPE that
+is trained on the conversations of ``examples/`` (or a real one, with ``--vocab_from``), and seeded random weights. The
+same arguments give the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import shutil
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import Tensor
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from checkpoints.shards import save_checkpoint, save_json, staged_folder
+from data_utils.schema import parse_conversation, read_records
+from errors import CommandParser, ConfigError, run_command
+from qwen_model.chatml import render
+from qwen_model.families import QWEN_V1
+from qwen_model.tokenization_qwen import SPECIAL_TOKENS, SPLIT_PATTERN, load_ranks
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+NUM_RANKS = 2560
+# Not the 0.02 of the real models: at this width the logits of a frozen random head would hardly differ, and LoRA, which
+# leaves the head as it is, could not teach an answer.
+INITIALIZER_RANGE = 0.2
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse_args(argv)
+    with staged_folder(args.output) as folder:
+        num_ranks = save_ranks(folder / "qwen.tiktoken", args.vocab_from)
+        config = build_config(args, num_ranks)
+        save_json(config, folder / "config.json")
+        save_json(build_generation_config(num_ranks), folder / "generation_config.json")
+        save_json(build_tokenizer_config(config), folder / "tokenizer_config.json")
+        save_checkpoint(build_weights(config, args.seed), folder, max_shard_size=2 * 10**9)
+    print(f"Wrote {args.output}: Qwen v1, random weights of seed {args.seed}, {num_ranks} ranks")
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = CommandParser(
+        "python -m scripts.make_tiny_qwen",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--output", type=Path, required=True, help="folder to write; must be empty or not exist")
+    parser.add_argument("--vocab_from", type=Path, help="folder whose qwen.tiktoken is copied (default: trains one)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
+    parser.add_argument("--hidden_size", type=int, default=128, help="default: %(default)s")
+    parser.add_argument(
+        "--intermediate_size", type=int, default=512, help="twice the MLP's width (default: %(default)s)"
+    )
+    parser.add_argument("--num_hidden_layers", type=int, default=2, help="default: %(default)s")
+    parser.add_argument("--num_attention_heads", type=int, default=4, help="default: %(default)s")
+    args = parser.parse_args(argv)
+    for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} {getattr(args, name)}: not a size", "Give a positive number")
+    if args.hidden_size % (2 * args.num_attention_heads):
+        raise ConfigError(
+            f"--hidden_size {args.hidden_size} does not give {args.num_attention_heads} heads of an even size",
+            f"Give a multiple of {2 * args.num_attention_heads}, or another --num_attention_heads",
+        )
+    if args.intermediate_size % 2:
+        raise ConfigError(f"--intermediate_size {args.intermediate_size} is odd", "It is twice the width of the MLP")
+    return args
+
+
+def save_ranks(path: Path, vocab_from: Path | None) -> int:
+    """Write the rank file to ``path``, a trained one or a copy, and return the number of its ranks."""
+    if vocab_from is None:
+        tokens = rank_tokens(train_bpe(example_texts()))
+        path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
+        return len(tokens)
+    source = vocab_from / "qwen.tiktoken"
+    if not source.is_file():
+        raise ConfigError(f"--vocab_from {vocab_from}: there is no qwen.tiktoken in it", "Give a Qwen v1 folder")
+    num_ranks = len(load_ranks(source))
+    shutil.copyfile(source, path)
+    return num_ranks
+
+
+def example_texts() -> Iterator[str]:
+    """The pieces of text that training on ``examples/`` encodes, with the role names and the default system message."""
+    for path in sorted(EXAMPLES.glob("*.json*")):
+        for where, record in read_records(path):
+            for turn in render(parse_conversation(record, where).turns, QWEN_V1):
+                yield from (segment.text for segment in turn if not segment.is_control)
+
+
+def train_bpe(texts: Iterable[str]) -> Tokenizer:
+    """Train a byte-level BPE with Qwen's normalisation and splitting."""
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.NFC()
+    bpe.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trainer = trainers.BpeTrainer(
+        vocab_size=NUM_RANKS, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
+    bpe.train_from_iterator(texts, trainer)
+    return bpe
+
+
+def rank_tokens(bpe: Tokenizer) -> list[bytes]:
+    """The tokens as bytes in the order of their ranks: the 256 single bytes, then what the merges make.
+
+    The trainer sorts the single bytes by the characters that stand for them, which is their order in the real file.
+    """
+    byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
+    ids = bpe.get_vocab(with_added_tokens=False)
+    return [bytes(byte_of[char] for char in token) for token in sorted(ids, key=ids.__getitem__)]
+
+
+def build_config(args: argparse.Namespace, num_ranks: int) -> dict[str, Any]:
+    """config.json under the keys of December 2023."""
+    num_ids = num_ranks + len(SPECIAL_TOKENS)
+    return {
+        "architectures": ["QWenLMHeadModel"],
+        "attn_dropout_prob": 0.0,
+        "bf16": False,
+        "emb_dropout_prob": 0.0,
+        "fp16": False,
+        "fp32": True,
+        "hidden_size": args.hidden_size,
+        "intermediate_size": args.intermediate_size,
+        "initializer_range": INITIALIZER_RANGE,
+        "kv_channels": args.hidden_size // args.num_attention_heads,
+        "layer_norm_epsilon": 1e-6,
+        "max_position_embeddings": 2048,
+        "model_type": "qwen",
+        "no_bias": True,
+        "num_attention_heads": args.num_attention_heads,
+        "num_hidden_layers": args.num_hidden_layers,
+        "onnx_safe": None,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 1.0,
+        "scale_attn_weights": True,
+        "seq_length": 512,
+        "tie_word_embeddings": False,
+        "tokenizer_class": "QWenTokenizer",
+        "torch_dtype": "float32",
+        "transformers_version": "4.32.0",
+        "use_cache": True,
+        "use_dynamic_ntk": True,
+        "use_flash_attn": "auto",
+        "use_logn_attn": True,
+        "vocab_size": -(-num_ids // 64) * 64,
+    }
+
+
+def build_generation_config(num_ranks: int) -> dict[str, Any]:
+    """generation_config.json as the chat models have it; eos and pad are ``<|endoftext|>``, the first special token."""
+    return {
+        "chat_format": "chatml",
+        "eos_token_id": num_ranks,
+        "pad_token_id": num_ranks,
+        "max_window_size": 6144,
+        "max_new_tokens": 512,
+        "do_sample": True,
+        "top_k": 0,
+        "top_p": 0.8,
+        "repetition_penalty": 1.1,
+        "transformers_version": "4.31.0",
+    }
+
+
+def build_tokenizer_config(config: dict[str, Any]) -> dict[str, Any]:
+    return {"model_max_length": config["max_position_embeddings"], "tokenizer_class": "QWenTokenizer"}
+
+
+def build_weights(config: dict[str, Any], seed: int) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a checkpoint in fp32: normal matrices, norms of ones, biases of zeros."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, width = config["hidden_size"], config["intermediate_size"] // 2
+
+    def matrix(rows: int, columns: int) -> Tensor:
+        return torch.randn(rows, columns, generator=generator) * config["initializer_range"]
+
+    yield "transformer.wte.weight", matrix(config["vocab_size"], hidden)
+    for layer in range(config["num_hidden_layers"]):
+        prefix = f"transformer.h.{layer}"
+        yield f"{prefix}.ln_1.weight", torch.ones(hidden)
+        yield f"{prefix}.attn.c_attn.weight", matrix(3 * hidden, hidden)
+        yield f"{prefix}.attn.c_attn.bias", torch.zeros(3 * hidden)
+        yield f"{prefix}.attn.c_proj.weight", matrix(hidden, hidden)
+        yield f"{prefix}.ln_2.weight", torch.ones(hidden)
+        yield f"{prefix}.mlp.w1.weight", matrix(width, hidden)
+        yield f"{prefix}.mlp.w2.weight", matrix(width, hidden)
+        yield f"{prefix}.mlp.c_proj.weight", matrix(hidden, width)
+    yield "transformer.ln_f.weight", torch.ones(hidden)
+    yield "lm_head.weight", matrix(config["vocab_size"], hidden)
+
+
+if __name__ == "__main__":
+    run_command(main, "make_tiny_qwen")
