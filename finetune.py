@@ -20,7 +20,7 @@ def main(argv: Sequence[str]) -> None:
     from training.data import build_collator, load_data
     from training.loading import load_checkpoint, load_model
     from training.logs import logger, set_up_logging
-    from training.run import describe_run, save_arguments, save_summary
+    from training.run import describe_result, describe_run, save_arguments, save_summary
     from training.trainer import QwenTrainer
 
     set_up_logging()
@@ -57,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     if trainer.is_world_process_zero():
         save_arguments(args)
         summary = save_summary(trainer, args, log, sets, policy, seconds)
-        logger.info("Done: %(steps)d steps in %(seconds).0f s, loss %(first_loss).4g -> %(last_loss).4g", summary)
+        logger.info("Done: %s", describe_result(summary))
 
 
 if __name__ == "__main__":

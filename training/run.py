@@ -59,6 +59,14 @@ def describe_run(
     return "\n".join(f"  {name:<11}{value}" for name, value in rows)
 
 
+def describe_result(summary: dict[str, Any]) -> str:
+    """One line of what ``save_summary`` returned."""
+    line = f"{summary['steps']} steps in {summary['seconds']:.0f} s"
+    if summary["first_loss"] is not None:
+        line += f", loss {summary['first_loss']:.4g} -> {summary['last_loss']:.4g}"
+    return line
+
+
 def save_arguments(args: RunArguments) -> None:
     """Write every flag with its value to ``run_args.json``."""
     values = json.loads(json.dumps(args.to_dict(), default=str))
