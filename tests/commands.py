@@ -1,0 +1,121 @@
+"""Running the commands of this repository: as a user does, or inside of this process with a look at what happens."""
+
+from __future__ import annotations
+
+import json
+import logging
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from errors import run_command
+from tests.golden import REPO, offline_environment
+from training.callbacks import RunLog
+
+TIMEOUT = 300
+
+
+def environment() -> dict[str, str]:
+    """Offline, on the CPU also where there is a GPU, so that figures are the same everywhere, and with threads that
+    sleep while they wait: spinning ones starve each other on a busy machine."""
+    return {**offline_environment(), "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
+
+
+def run(*arguments: object, timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
+    """Run ``python <arguments>`` from the repository's root; the caller looks at the exit code."""
+    return subprocess.run(
+        [sys.executable, *map(str, arguments)],
+        cwd=REPO, env=environment(), capture_output=True, text=True, timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+def run_well(*arguments: object, timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
+    """``run`` of a command that has to end with exit code 0."""
+    result = run(*arguments, timeout=timeout)
+    assert result.returncode == 0, f"{arguments}\n{result.stderr}"
+    return result
+
+
+def run_all(commands: Sequence[Sequence[object]]) -> list[subprocess.CompletedProcess[str]]:
+    """``run`` for each command, two at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return list(pool.map(lambda arguments: run(*arguments), commands))
+
+
+class Recorder(RunLog):
+    """The run log of ``finetune.py`` that also keeps the gradients of every optimizer step, by parameter."""
+
+    def __init__(self, folder: str | Path, resumes: bool = False) -> None:
+        super().__init__(folder, resumes)
+        self.gradients: list[dict[str, torch.Tensor]] = []
+
+    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        named = kwargs["model"].named_parameters()
+        self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
+
+    @property
+    def model(self) -> Any:
+        """The model as it is after training."""
+        assert self.trainer is not None, "there was no training"
+        return self.trainer.model
+
+
+@contextmanager
+def own_logging() -> Iterator[None]:
+    """A command sets up logging for itself; behind it pytest's handlers come back."""
+    root = logging.getLogger()
+    handlers = root.handlers[:]
+    try:
+        yield
+    finally:
+        root.handlers[:] = handlers
+
+
+def finetune_here(*arguments: object) -> Recorder:
+    """Run ``finetune.py`` in this process and return what was recorded."""
+    import finetune
+
+    recorders: list[Recorder] = []
+
+    def record(folder: str | Path, resumes: bool = False) -> Recorder:
+        recorders.append(Recorder(folder, resumes))
+        return recorders[-1]
+
+    with pytest.MonkeyPatch.context() as patch, own_logging():
+        patch.setattr("training.callbacks.RunLog", record)
+        finetune.main([*map(str, arguments), "--disable_tqdm", "True", "--use_cpu", "True"])
+    [recorder] = recorders
+    return recorder
+
+
+def run_here(main: Callable[[Sequence[str]], int | None], name: str, arguments: Sequence[object]) -> int:
+    """Run a command's ``main`` in this process as ``run_command`` does for a user, and return the exit code."""
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        patch.setattr("sys.argv", [name, *map(str, arguments)])
+        with own_logging():
+            run_command(main, name)
+    return int(exit_.value.code or 0)
+
+
+def read_json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def read_log(output: Path) -> list[dict[str, Any]]:
+    """The lines of a run's ``training_log.jsonl``."""
+    return [json.loads(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
+
+
+def logged_losses(output: Path, name: str = "loss") -> list[float]:
+    return [row[name] for row in read_log(output) if name in row]
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []

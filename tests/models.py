@@ -1,0 +1,124 @@
+"""Tiny checkpoints of every family and small data files, written where a test wants them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, normalizers
+from transformers import (
+    AddedToken,
+    GenerationConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from transformers.convert_slow_tokenizer import TikTokenConverter
+
+from qwen_model.tokenization_qwen import SPLIT_PATTERN
+from tests.golden import SMALL
+
+TINY = SMALL / "tiny-qwen-small"
+
+# Different lengths, more than one answer, both languages: rows of a batch differ in padding and in targets.
+CONVERSATIONS: list[list[tuple[str, str]]] = [
+    [("user", "Hi"), ("assistant", "Hello!")],
+    [("user", "你好，你是谁？"), ("assistant", "我是一个小模型，很高兴认识你。")],
+    [("system", "Be short."), ("user", "What is water?"), ("assistant", "A liquid of hydrogen and oxygen.")],
+    [("user", "Count."), ("assistant", "One."), ("user", "Go on."), ("assistant", "Two, three, four, five.")],
+    [("user", "Which day follows Monday in the week, please?"), ("assistant", "Tuesday")],
+    [("user", "天"), ("assistant", "地"), ("user", "日"), ("assistant", "月"), ("user", "山"), ("assistant", "水")],
+    [("assistant", "Good morning."), ("user", "Morning!"), ("assistant", "What shall we read today?")],
+    [("user", "Name three colours of the rainbow."), ("assistant", "Red, green and violet.\n\nThere are more.")],
+]
+
+SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+# Not special: decoding with skip_special_tokens keeps them.
+PLAIN_TOKENS = {"qwen2": ("<tool_call>", "</tool_call>")}
+PLAIN_TOKENS["qwen3"] = (*PLAIN_TOKENS["qwen2"], "<tool_response>", "</tool_response>", "<think>", "</think>")
+
+
+def write_conversations(path: Path, conversations: Sequence[Sequence[tuple[str, str]]] = CONVERSATIONS) -> Path:
+    """A data file of conversations, each a list of (from, value)."""
+    records = [{"conversations": [{"from": f, "value": v} for f, v in turns]} for turns in conversations]
+    path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
+    return path
+
+
+def change_json(path: Path, **values: Any) -> None:
+    """Set values of a JSON object; ``None`` removes the key."""
+    changed = json.loads(path.read_text(encoding="utf-8")) | values
+    path.write_text(json.dumps({key: value for key, value in changed.items() if value is not None}))
+
+
+def copy_checkpoint(folder: Path, source: Path = TINY, chat_format: str = "chatml", **config: Any) -> Path:
+    """A copy of a Qwen v1 checkpoint, as the chat model it is or as a base model (``chat_format`` raw)."""
+    folder.mkdir(parents=True)
+    for file in source.iterdir():
+        shutil.copyfile(file, folder / file.name)
+    change_json(folder / "generation_config.json", chat_format=chat_format)
+    change_json(folder / "config.json", **config)
+    return folder
+
+
+def copy_tied(folder: Path, chat_format: str = "chatml") -> Path:
+    """The tiny Qwen v1 checkpoint with one matrix for embedding and head."""
+    copy_checkpoint(folder, chat_format=chat_format, tie_word_embeddings=True)
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def copy_in_bfloat16(folder: Path, chat_format: str = "chatml") -> Path:
+    """The tiny Qwen v1 checkpoint saved in bfloat16."""
+    copy_checkpoint(folder, chat_format=chat_format, bf16=True, fp32=False, torch_dtype="bfloat16")
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@cache
+def _fast_tokenizer(rank_file: Path) -> str:
+    converted = TikTokenConverter(str(rank_file), pattern=SPLIT_PATTERN).converted()
+    converted.normalizer = normalizers.NFC()
+    return str(converted.to_str())
+
+
+def write_later_checkpoint(
+    folder: Path, model_type: str, template: str | None = None, tied: bool = False, dtype: torch.dtype = torch.float32
+) -> Path:
+    """A tiny random checkpoint of Qwen2 or Qwen3, with a fast tokenizer of 700 ranks and a chat template."""
+    fast = Tokenizer.from_str(_fast_tokenizer(TINY / "qwen.tiktoken"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast)
+    for special, tokens in ((True, SPECIAL_TOKENS), (False, PLAIN_TOKENS[model_type])):
+        tokenizer.add_tokens(
+            [AddedToken(token, special=special, normalized=False) for token in tokens], special_tokens=special
+        )
+    tokenizer.pad_token, tokenizer.eos_token, tokenizer.chat_template = "<|endoftext|>", "<|im_end|>", template
+    tokenizer.save_pretrained(folder)
+    change_json(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")  # as the published ones say
+    sizes: dict[str, Any] = {
+        "vocab_size": 768, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.1,
+        "tie_word_embeddings": tied, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+    }  # fmt: skip
+    torch.manual_seed(0)
+    model: Any
+    if model_type == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(**sizes))
+    else:
+        model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=8))
+    model.to(dtype).save_pretrained(folder)
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
+    generation = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1], do_sample=True, top_p=0.8, top_k=20)
+    generation.save_pretrained(folder)
+    return folder
