@@ -1,0 +1,148 @@
+"""Qwen2.5 and Qwen3 checkpoints through the same commands: tuned, merged and asked, on their own templates' text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import finetune
+from data_utils.dataset import load_examples
+from data_utils.encode import EncodeOptions, Encoder
+from scripts import ask
+from tests.commands import finetune_here, logged_losses, names_in, read_json, run_all, run_here, run_well
+from tests.models import CONVERSATIONS, write_conversations, write_later_checkpoint
+from training.loading import load_checkpoint
+
+FAMILIES = {"qwen2": "qwen2_5", "qwen3": "qwen3"}
+QUESTION, ANSWER = CONVERSATIONS[1][0][1], CONVERSATIONS[1][1][1]
+IDS = torch.tensor([[701, 39, 72, 702, 198, 5, 6, 7, 701, 702, 300, 400]])
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> dict[str, Path]:
+    """A tiny random checkpoint of each family with its official chat template."""
+    folder = tmp_path_factory.mktemp("bases")
+    return {
+        model_type: write_later_checkpoint(
+            folder / model_type, model_type, (shared / "families" / "templates" / f"{template}.jinja").read_text()
+        )
+        for model_type, template in FAMILIES.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path]) -> dict[str, Path]:
+    """Both families tuned by LoRA and in full until they know the conversations by heart."""
+    folder = tmp_path_factory.mktemp("outputs")
+    data = write_conversations(folder / "train.json")
+    modes = {
+        "lora": ["--use_lora", "--lora_dropout", 0, "--lora_alpha", 64, "--learning_rate", 2e-2],
+        "full": ["--learning_rate", 1e-2],
+    }
+    arguments: dict[str, list[object]] = {
+        f"{model_type}-{mode}": [
+            "--model_name_or_path", bases[model_type], "--data_path", data, "--output_dir",
+            folder / f"{model_type}-{mode}", "--max_steps", 60, "--logging_steps", 1, "--save_strategy", "no",
+            *modes[mode],
+        ]
+        for model_type in FAMILIES for mode in modes
+    }  # fmt: skip
+    as_commands = ["qwen2-lora", "qwen3-full"]
+    for result in run_all([["finetune.py", *arguments[name]] for name in as_commands]):
+        assert result.returncode == 0, result.stderr
+    for name in arguments.keys() - as_commands:
+        finetune_here(*arguments[name])
+    return {name: folder / name for name in arguments}
+
+
+@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_the_loss_falls(outputs: dict[str, Path], model_type: str, mode: str) -> None:
+    output = outputs[f"{model_type}-{mode}"]
+    losses = logged_losses(output)
+    assert losses[0] > 6
+    # LoRA leaves the small random head as it is, whose logits cannot tell 768 rows apart as surely.
+    assert losses[-1] < (4.0 if mode == "lora" else 0.5)
+    summary = read_json(output / "run_summary.json")
+    assert (summary["model_type"], summary["mode"]) == (model_type, mode)
+    assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} < set(names_in(output))
+    assert read_json(output / "generation_config.json")["eos_token_id"] == [702, 700]
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_adapters_merge(outputs: dict[str, Path], bases: dict[str, Path], tmp_path: Path, model_type: str) -> None:
+    adapter = outputs[f"{model_type}-lora"]
+    run_well("merge_lora.py", "--adapter", adapter, "--output", tmp_path / "merged")
+    tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases[model_type]), adapter)
+    with torch.no_grad():
+        expected = tuned.eval()(input_ids=IDS).logits
+        merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(input_ids=IDS).logits
+    assert (merged - expected).abs().max() <= 1e-4
+    result = run_well("-m", "scripts.ask", "--model_name_or_path", tmp_path / "merged", QUESTION)
+    assert spoken(result.stdout) == ANSWER
+
+
+def test_adapters_and_full_weights_answer(
+    outputs: dict[str, Path], bases: dict[str, Path], capfd: pytest.CaptureFixture[str]
+) -> None:
+    for arguments in (
+        [bases["qwen2"], "--adapter", outputs["qwen2-lora"]],
+        [bases["qwen3"], "--adapter", outputs["qwen3-lora"]],
+        [outputs["qwen2-full"]],
+        [outputs["qwen3-full"]],
+    ):
+        assert run_here(ask.main, "scripts.ask", ["--model_name_or_path", *arguments, QUESTION]) == 0
+        assert spoken(capfd.readouterr().out) == ANSWER
+
+
+def spoken(text: str) -> str:
+    """An answer without the empty thought that Qwen3 writes before it."""
+    return text.removeprefix("<think>\n\n</think>\n\n").removesuffix("\n")
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_what_is_trained_is_the_checkpoints_own_template(
+    bases: dict[str, Path], tmp_path: Path, model_type: str
+) -> None:
+    checkpoint = load_checkpoint(str(bases[model_type]))
+    data = write_conversations(tmp_path / "train.json")
+    encoder = Encoder(checkpoint.tokenizer, checkpoint.family, EncodeOptions())
+    tokenizer = AutoTokenizer.from_pretrained(bases[model_type])
+    for turns, example in zip(CONVERSATIONS, load_examples(data, encoder, show_progress=False), strict=True):
+        messages = [{"role": role, "content": content} for role, content in turns]
+        assert tokenizer.decode(example["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
+        trained = [id_ for id_, label in zip(example["input_ids"], example["labels"], strict=True) if label != -100]
+        assert tokenizer.decode(trained).count("<|im_end|>\n") == sum(role == "assistant" for role, _ in turns) - (
+            turns[0][0] == "assistant"  # no prompt of these templates asks for an answer that opens the conversation
+        )
+
+
+THINKING = '[{"conversations": [{"from": "user", "value": "1+1?"}, {"from": "assistant", "value": "%s"}]}]'
+CALL = (
+    '{"conversations": [{"from": "user", "value": "Weather?"}, {"from": "assistant", "value": "Sunny."}], '
+    '"tools": "[{\\"name\\": \\"weather\\"}]"}'
+)
+
+
+def test_tools_and_thinking_are_refused(
+    bases: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    thinking, tools = tmp_path / "thinking.json", tmp_path / "tools.jsonl"
+    thinking.write_text(THINKING % "<think>\\nadd\\n</think>\\n\\n2")
+    tools.write_text(CALL + "\n")
+    for data, message in (
+        (
+            thinking,
+            f"{thinking}:1 (record 1): turn 2 holds <think> or </think>: thinking is not supported yet. Remove the "
+            "thinking from the answer, or leave the record out",
+        ),
+        (tools, f"{tools}:1: 'tools' in a record: tool calls are not supported yet. Leave the record out"),
+    ):
+        arguments = ["--model_name_or_path", bases["qwen3"], "--data_path", data, "--output_dir", tmp_path / "out"]
+        assert run_here(finetune.main, "finetune.py", [*arguments, "--disable_tqdm", "True"]) == 2
+        assert capfd.readouterr().err == f"finetune.py: error: {message}\n"
+    assert not (tmp_path / "out").exists()
