@@ -271,7 +271,7 @@ def test_a_fault_ends_the_command_with_one_line_and_code_2(golden: Golden, chat_
     (tmp_path / "mine").write_text("keep")
     for arguments, expected in (
         (["--base", golden.tiny], f"--output {tmp_path} is not empty"),
-        (["--bse", golden.tiny], "unrecognized arguments: --bse"),
+        (["--bse", golden.tiny], "command line: unrecognized arguments: --bse"),
     ):
         result = merge("--adapter", chat_adapter, "--output", tmp_path, *arguments)
         assert result.returncode == 2
