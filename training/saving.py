@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
+from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from checkpoints.shards import open_checkpoint, save_checkpoint, save_json, save_tensors
@@ -30,6 +31,7 @@ def save_model(
     checkpoint: Checkpoint,
     folder: str | Path,
     state_dict: Mapping[str, Tensor] | None = None,
+    show_progress: bool = True,
 ) -> None:
     """Save an adapter or all weights, with tokenizer and generation_config, and check what was written.
 
@@ -38,6 +40,7 @@ def save_model(
         checkpoint: the base; its precision is the one saved.
         folder: made when missing; a model's own earlier files there are replaced.
         state_dict: the gathered weights where the model itself holds only its share of them.
+        show_progress: whether to draw progress bars on stderr.
 
     Raises:
         RuntimeError: a tensor on disk is not the one in memory.
@@ -47,7 +50,7 @@ def save_model(
     if isinstance(model, PeftModel):
         save_adapter(model, checkpoint.dtype, folder, state_dict)
     else:
-        save_full(model, checkpoint, folder, state_dict)
+        save_full(model, checkpoint, folder, state_dict, show_progress)
     checkpoint.tokenizer.save_pretrained(folder)
     # Not by its save_pretrained, which refuses settings that real checkpoints have (top_p beside do_sample false).
     save_json(saved_generation_config(checkpoint).to_diff_dict(), folder / "generation_config.json")
@@ -71,7 +74,11 @@ def save_adapter(
 
 
 def save_full(
-    model: PreTrainedModel, checkpoint: Checkpoint, folder: Path, state_dict: Mapping[str, Tensor] | None = None
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    folder: Path,
+    state_dict: Mapping[str, Tensor] | None = None,
+    show_progress: bool = True,
 ) -> None:
     """Write all weights in safetensors shards, and a config that says their precision."""
     for old in folder.glob("model*.safetensors*"):
@@ -81,16 +88,17 @@ def save_full(
         for name in model.all_tied_weights_keys:
             tensors.pop(name, None)
 
-    def on_disk() -> Iterator[tuple[str, Tensor]]:
-        return ((name, _to_disk(name, tensor, checkpoint.dtype)) for name, tensor in tensors.items())
+    def on_disk(doing: str) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tqdm(tensors.items(), doing, unit=" tensors", disable=not show_progress):
+            yield name, _to_disk(name, tensor, checkpoint.dtype)
 
-    save_checkpoint(on_disk(), folder, MAX_SHARD_SIZE)
+    save_checkpoint(on_disk("Saving"), folder, MAX_SHARD_SIZE)
     config = copy.deepcopy(model.config)
     set_saved_dtype(config, checkpoint.dtype)
     config.use_cache = True  # the trainer turns it off for its own time
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
-    _check_saved(on_disk(), folder, ("model.safetensors",))
+    _check_saved(on_disk("Checking"), folder, ("model.safetensors",))
 
 
 def saved_generation_config(checkpoint: Checkpoint) -> GenerationConfig:

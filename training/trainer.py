@@ -76,4 +76,5 @@ class QwenTrainer(Trainer):
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model)
-            save_model(model, self.checkpoint, str(output_dir or self.args.output_dir), state_dict)
+            folder = str(output_dir or self.args.output_dir)
+            save_model(model, self.checkpoint, folder, state_dict, show_progress=not self.args.disable_tqdm)

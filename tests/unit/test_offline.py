@@ -48,6 +48,20 @@ AutoModelForCausalLM.from_pretrained(target)
 print("DONE", tuple(logits.shape))
 """
 
+TUNE_MERGE_ASK = """
+import sys
+import finetune, merge_lora
+from scripts import ask
+
+source, data, target = sys.argv[1:]
+finetune.main(["--model_name_or_path", source, "--data_path", data, "--output_dir", target + "/adapter", "--use_lora",
+               "--trainable_embeddings", "full", "--max_steps", "2", "--save_steps", "1", "--logging_steps", "1"])
+merge_lora.main(["--adapter", target + "/adapter", "--output", target + "/merged"])
+ask.main(["--model_name_or_path", source, "--adapter", target + "/adapter", "--max_new_tokens", "2", "hello"])
+ask.main(["--model_name_or_path", target + "/merged", "--max_new_tokens", "2", "hello"])
+print("DONE")
+"""
+
 
 def run_without_network(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = offline_environment()
@@ -69,6 +83,14 @@ def test_loading_and_saving_need_no_network(tmp_path: Path) -> None:
     assert result.returncode == 0, result.stdout + result.stderr
     assert "DONE (1, 4, 960)" in result.stdout
     assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "qwen.tiktoken").is_file()
+
+
+def test_the_main_job_needs_no_network(tmp_path: Path) -> None:
+    source, data = str(SMALL / "tiny-qwen-small"), str(REPO / "examples" / "identity.json")
+    result = run_without_network(TUNE_MERGE_ASK, source, data, str(tmp_path))
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.splitlines()[-1] == "DONE"
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
 def test_an_attempt_would_be_seen() -> None:
