@@ -6,6 +6,7 @@ B samples of a batch, T tokens of its longest sample.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -22,10 +23,14 @@ class Collator:
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
-    def __call__(self, examples: Sequence[Example]) -> dict[str, torch.Tensor]:
-        """``input_ids``, ``labels`` and ``attention_mask``, int64 [B, T]. Other keys of the examples are dropped."""
+    def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
+        """``input_ids``, ``labels`` and ``attention_mask``, int64 [B, T]; ``num_targets``, an int;
+        ``index``, a list, where examples have one.
+
+        Other keys of the examples are dropped.
+        """
         shape = (len(examples), max(len(example["input_ids"]) for example in examples))
-        batch = {
+        batch: dict[str, Any] = {
             "input_ids": torch.full(shape, self.pad_token_id),
             "labels": torch.full(shape, IGNORE_INDEX),
             "attention_mask": torch.zeros(shape, dtype=torch.int64),
@@ -35,4 +40,8 @@ class Collator:
             batch["input_ids"][row, :length] = torch.as_tensor(example["input_ids"])
             batch["labels"][row, :length] = torch.as_tensor(example["labels"])
             batch["attention_mask"][row, :length] = 1
+        # Counted here, where it costs nothing; on a GPU somebody would have to wait for it.
+        batch["num_targets"] = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
+        if all("index" in example for example in examples):
+            batch["index"] = [example.get("index") for example in examples]  # a list stays on the host
         return batch

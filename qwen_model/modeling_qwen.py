@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from qwen_model.configuration_qwen import QWenConfig
 from qwen_model.generation import QWenChatMixin
-from qwen_model.loss import causal_lm_loss
+from qwen_model.loss import CausalLMLossOutput, causal_lm_loss, lean_causal_lm_loss
 from qwen_model.rope import RotaryTables, logn_scale, ntk_alpha, rotary_tables, rotate
 
 
@@ -217,15 +217,15 @@ class QWenModel(QWenPreTrainedModel):
 
         cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         padding_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-        if position_ids is None:
-            position_ids = _positions(hidden_states, padding_mask, cached)
         causal_mask = create_causal_mask(
             config=self.config,
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            position_ids=position_ids,  # looked through for packed conversations, which only a caller can mean
         )
+        if position_ids is None:
+            position_ids = _positions(hidden_states, padding_mask, cached)
         rotary, query_scale = self._evaluation_tables(position_ids, padding_mask, past_key_values, cached)
 
         hidden_states = self.drop(hidden_states)
@@ -310,6 +310,10 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, GenerationMixin):
         output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        loss_weights: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        num_targets: int | None = None,
+        loss_only: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where labels are given.
@@ -317,7 +321,8 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, GenerationMixin):
         Args:
             labels: [B, T], an id or -100; not shifted.
             logits_to_keep: compute the logits of the last N positions only (0: all), or of these positions.
-            num_items_in_batch: see ``loss.causal_lm_loss``.
+            num_items_in_batch, loss_weights, label_smoothing, num_targets: see ``loss.lean_causal_lm_loss``.
+            loss_only: give the loss and ``num_correct`` without logits, which takes a small part of their memory.
             Others as in ``QWenModel.forward``.
 
         Returns:
@@ -334,6 +339,23 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, GenerationMixin):
             output_attentions=output_attentions,
             **kwargs,
         )
+        if labels is not None and loss_only:
+            lean_loss, correct = lean_causal_lm_loss(
+                outputs.last_hidden_state,
+                self.lm_head,
+                labels,
+                num_items_in_batch,
+                loss_weights,
+                label_smoothing,
+                num_targets,
+            )
+            return CausalLMLossOutput(
+                loss=lean_loss,
+                num_correct=correct,
+                past_key_values=outputs.past_key_values,
+                hidden_states=outputs.hidden_states,
+                attentions=outputs.attentions,
+            )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
         loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)

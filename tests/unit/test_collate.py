@@ -29,6 +29,7 @@ def test_padding_on_the_right_to_the_longest() -> None:
         {"input_ids": [8], "labels": [-100]},
     ]
     batch = Collator(9)(examples)
+    assert batch.pop("num_targets") == 2
     assert {key: value.tolist() for key, value in batch.items()} == {
         "input_ids": [[5, 6, 7], [8, 9, 9]],
         "labels": [[-100, 6, 7], [-100, -100, -100]],
@@ -40,7 +41,7 @@ def test_padding_on_the_right_to_the_longest() -> None:
 def test_a_real_end_of_text_is_seen_and_learnt_and_other_keys_are_dropped() -> None:
     example = {"input_ids": [5, 9, 9], "labels": [-100, 9, 9], "length": 3, "where": "file:1"}
     batch = Collator(9)([example])  # type: ignore[list-item]
-    assert sorted(batch) == ["attention_mask", "input_ids", "labels"]
+    assert sorted(batch) == ["attention_mask", "input_ids", "labels", "num_targets"]
     assert batch["attention_mask"].tolist() == [[1, 1, 1]]
     assert batch["labels"].tolist() == [[-100, 9, 9]]
 

@@ -1,0 +1,211 @@
+"""Memory and time of the loss: lean against full logits.
+
+    python -m benchmarks.loss [--quick] [--output benchmarks/results/loss.json]
+
+Each case runs in a process of its own that is watched from outside: the parent reads its RssAnon (memory that belongs
+to it alone) every few milliseconds. "Extra" is the peak while the loss and its gradients are computed, less what
+weights and hidden states took before. Times are medians of interleaved runs on two threads; ratios say more than
+seconds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+VOCABULARY, HIDDEN, TRAINED_SHARE, THREADS = 151_936, 896, 0.4, 2
+MIB = 2**20
+RESULTS = Path(__file__).parent / "results" / "loss.json"
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.loss", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one run each, and no more than 4,096 tokens")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    parser.add_argument("--case", nargs="+", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.case:
+        return run_case(*args.case)
+    repeats = 1 if args.quick else 5
+    lengths = [1024, 4096] if args.quick else [1024, 2048, 4096, 8192, 16384, 32768]
+    rows = compare(repeats) + grow(lengths) + whole_steps(repeats)
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    command = "python -m benchmarks.loss" + (" --quick" if args.quick else "")
+    record = {"command": command, "machine": machine(), "settings": settings(), "rows": rows}
+    args.output.write_text(json.dumps(record, indent=1) + "\n")
+
+
+def compare(repeats: int) -> list[dict[str, Any]]:
+    """Lean and full, frozen and trained, in turn."""
+    cases = [(loss, head) for head in ("frozen", "trained") for loss in ("lean", "full")]
+    found: dict[tuple[str, str], list[tuple[float, float]]] = {case: [] for case in cases}
+    for _ in range(repeats):
+        for loss, head in cases:
+            found[loss, head].append(measure("loss", loss, head, "1024"))
+    rows = []
+    for loss, head in cases:
+        memory, seconds = (statistics.median(values) for values in zip(*found[loss, head], strict=True))
+        full = statistics.median(seconds for _, seconds in found["full", head])
+        rows.append(
+            {"what": "loss", "head": head, "loss": loss, "tokens": 1024, "extra_mib": round(memory),
+             "seconds": round(seconds, 3), "time_ratio_to_full": round(seconds / full, 2)}
+        )  # fmt: skip
+    return rows
+
+
+def grow(lengths: list[int]) -> list[dict[str, Any]]:
+    """The lean loss with a frozen head as the text grows; what goes beyond two copies of the hidden states."""
+    rows = []
+    for length in lengths:
+        memory, seconds = measure("loss", "lean", "frozen", str(length))
+        beyond = memory - 2 * length * HIDDEN * 4 / MIB
+        rows.append(
+            {"what": "length", "loss": "lean", "tokens": length, "extra_mib": round(memory),
+             "beyond_2_hidden_mib": round(beyond), "seconds": round(seconds, 3)}
+        )  # fmt: skip
+    return rows
+
+
+def whole_steps(repeats: int) -> list[dict[str, Any]]:
+    """A whole training step of LoRA, with and without trained rows of the two ChatML tokens."""
+    found: dict[str, list[float]] = {"none": [], "chatml_tokens": []}
+    for _ in range(repeats):
+        for mode in found:
+            found[mode].append(measure("step", mode)[0])
+    base = statistics.median(found["none"])
+    return [
+        {"what": "step", "trainable_embeddings": mode, "peak_mib": round(statistics.median(values)),
+         "ratio": round(statistics.median(values) / base, 3)}
+        for mode, values in found.items()
+    ]  # fmt: skip
+
+
+def measure(*case: str) -> tuple[float, float]:
+    """Run a case in a process of its own: peak RssAnon in MiB (above its start for a loss), and seconds."""
+    command = [sys.executable, "-m", "benchmarks.loss", "--case", *case]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdin is not None and process.stdout is not None
+    assert process.stdout.readline() == "ready\n", "the case did not start"
+    start = anonymous_memory(process.pid)
+    peak, done = [start], threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            peak[0] = max(peak[0], anonymous_memory(process.pid))
+            time.sleep(0.002)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    print("go", file=process.stdin, flush=True)
+    seconds = float(process.stdout.readline())
+    done.set()
+    watcher.join()
+    process.communicate("end\n")
+    return peak[0] - (start if case[0] == "loss" else 0), seconds
+
+
+def anonymous_memory(pid: int) -> float:
+    """RssAnon of a process in MiB."""
+    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) / 1024
+    return 0.0
+
+
+def run_case(kind: str, *arguments: str) -> None:
+    """The child: get ready, wait for the word, work, say how long it took."""
+    import torch
+
+    torch.set_num_threads(THREADS)
+    torch.manual_seed(0)
+    work = loss_case(*arguments) if kind == "loss" else step_case(*arguments)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    started = time.perf_counter()
+    work()
+    print(time.perf_counter() - started, flush=True)
+    sys.stdin.readline()
+
+
+def loss_case(loss: str, head: str, tokens: str) -> Any:
+    import torch
+
+    from qwen_model.loss import causal_lm_loss, lean_causal_lm_loss
+
+    linear = torch.nn.Linear(HIDDEN, VOCABULARY, bias=False)
+    linear.weight.requires_grad_(head == "trained")
+    hidden = torch.randn(1, int(tokens), HIDDEN, requires_grad=True)
+    labels = torch.randint(0, VOCABULARY, (1, int(tokens)))
+    labels[torch.rand(labels.shape) >= TRAINED_SHARE] = -100
+    warm = torch.randn(64, 64)
+    (warm @ warm).sum()  # threads and libraries start before the measurement
+
+    def work() -> None:
+        value = (
+            lean_causal_lm_loss(hidden, linear, labels)[0] if loss == "lean" else causal_lm_loss(linear(hidden), labels)
+        )
+        value.backward()
+
+    return work
+
+
+def step_case(mode: str) -> Any:
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    from qwen_model.configuration_qwen import QWenConfig
+    from qwen_model.modeling_qwen import QWenLMHeadModel
+    from training.token_rows import use_lean_trainable_tokens
+
+    config = QWenConfig(
+        vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=4, num_attention_heads=14, kv_channels=64,
+        intermediate_size=4864, seq_length=2048, use_cache=False,
+    )  # fmt: skip
+    rows = {"trainable_token_indices": {name: [151644, 151645] for name in ("wte", "lm_head")}}
+    adapter = LoraConfig(
+        r=8, target_modules=["c_attn", "c_proj", "w1", "w2"], task_type="CAUSAL_LM",
+        **(rows if mode == "chatml_tokens" else {}),
+    )  # fmt: skip
+    model = get_peft_model(QWenLMHeadModel(config), adapter).train()
+    use_lean_trainable_tokens(model)
+    ids = torch.randint(0, 151_000, (1, 1024))
+    ids[:, ::50] = 151644
+    labels = ids.clone()
+    labels[torch.rand(labels.shape) >= TRAINED_SHARE] = -100
+    optimizer = torch.optim.AdamW([parameter for parameter in model.parameters() if parameter.requires_grad])
+
+    def work() -> None:
+        for _ in range(2):
+            model(input_ids=ids, labels=labels, loss_only=True).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return work
+
+
+def settings() -> dict[str, Any]:
+    return {
+        "vocabulary": VOCABULARY, "hidden_size": HIDDEN, "trained_share": TRAINED_SHARE, "dtype": "float32",
+        "threads": THREADS,
+    }  # fmt: skip
+
+
+def machine() -> dict[str, Any]:
+    import torch
+
+    return {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__, "system": platform.system()}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,40 @@
+"""Rows of an embedding that train apart, without a copy of the embedding.
+
+peft's trainable tokens write the trained rows into a copy of the whole matrix at every forward pass and give it a dense
+gradient: twice the vocabulary times the hidden size, for two rows. Its files are what others read, so the layer stays
+peft's; only the way it looks rows up is ours.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
+from torch import Tensor, nn
+
+
+class LeanTrainableTokens(TrainableTokensLayer):
+    """peft's layer; an embedding's rows are looked up in the frozen matrix and the trained ones put in their places."""
+
+    def forward_adapters(self, x: Tensor, active_adapters: Any, *args: Any, **kwargs: Any) -> Tensor:
+        """Embeddings [B, T, C] of ids [B, T]; anything but one trained adapter on an embedding is left to peft."""
+        plain = self.disable_adapters or self.merged or len(active_adapters) != 1
+        base = self.get_base_layer()
+        if plain or not isinstance(base, nn.Embedding):
+            result: Tensor = super().forward_adapters(x, active_adapters, *args, **kwargs)
+            return result
+        embedded = base(x)
+        (name,) = active_adapters
+        ids = torch.tensor(self.token_indices[name], device=x.device)
+        matches = x[..., None] == ids
+        rows = F.embedding(matches.long().argmax(-1), self.trainable_tokens_delta[name].to(embedded.dtype))
+        return torch.where(matches.any(-1, keepdim=True), rows, embedded)
+
+
+def use_lean_trainable_tokens(model: nn.Module) -> None:
+    """Let every layer of trained rows in a model look them up the lean way."""
+    for module in model.modules():
+        if type(module) is TrainableTokensLayer:
+            module.__class__ = LeanTrainableTokens
