@@ -1,24 +1,42 @@
-"""The arguments of ``finetune.py``: the original script's, ours, and those of transformers' Trainer."""
+"""The arguments of ``finetune.py``: the original script's, ours, and those of transformers' Trainer.
+
+Nothing here imports torch or transformers, so that a wrong flag is refused at once. ``RunArguments.training`` does,
+when it is first used.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-import torch
-from transformers import HfArgumentParser, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
+from errors import ConfigError
+from training.command_line import parse_command_line
+from training.config_file import SUFFIXES, Setting, load_config_file
+from training.flags import Flag, flags_of, nearest, transformers_flags
+from training.model_files import find_local_folder, load_model_config, most_positions
+from training.old_flags import old_flags, translate_old_flags
 
-from errors import CommandParser, ConfigError, one_line
+if TYPE_CHECKING:
+    from training.finetune_arguments import FinetuneArguments
 
 
 @dataclass
 class ModelArguments:
     model_name_or_path: str = field(default="Qwen/Qwen-7B", metadata={"help": "checkpoint folder, or a hub id"})
+    model_hub: Literal["hf", "modelscope"] = field(
+        default="hf", metadata={"help": "where a hub id is looked up: Hugging Face's hub or ModelScope"}
+    )
     attn_implementation: str | None = field(
         default=None, metadata={"help": "eager, sdpa or flash_attention_2; by default what transformers chooses"}
+    )
+    loss: Literal["lean", "full_logits"] = field(
+        default="lean",
+        metadata={"help": "lean: from hidden states, in chunks; full_logits: the plain one, for comparison"},
     )
 
 
@@ -62,34 +80,81 @@ class LoraArguments:
 
 
 @dataclass
-class FinetuneArguments(TrainingArguments):
-    """transformers' TrainingArguments with the original's additions."""
+class TrainingOptions:
+    """What stands beside transformers' flags in ``RunArguments.training``."""
 
     cache_dir: str | None = field(default=None, metadata={"help": "folder of downloaded models"})
-    model_max_length: int = field(default=8192, metadata={"help": "most tokens of a sample; longer ones lose turns"})
+    model_max_length: int = field(
+        default=8192,
+        metadata={"help": "most tokens of a sample, longer ones lose turns; by default not more than the model can"},
+    )
     pure_bf16: bool = field(
         default=False, metadata={"help": "hold also what is trained in bfloat16, without float32 copies"}
     )
-
-    def __post_init__(self) -> None:
-        # Without a GPU everything runs on the CPU anyway; transformers wants to be told before it allows bfloat16.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        super().__post_init__()
+    logging_dir: str | None = field(
+        default=None, metadata={"help": "where TensorBoard's files go; by default runs/ in --output_dir"}
+    )
+    early_stopping_patience: int | None = field(
+        default=None, metadata={"help": "stop after this many evaluations without a better one"}
+    )
+    profile_steps: str | None = field(
+        default=None, metadata={"help": "FIRST:LAST steps to profile: a trace and a table of the dearest operators"}
+    )
 
 
 @dataclass
-class RunArguments:
-    """All arguments of a run, by theme. Nothing changes them after parsing."""
+class RunOptions:
+    """What is done before a run and is no part of it."""
+
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "remove what an earlier run left in --output_dir; only files a run writes"}
+    )
+
+
+GROUPS: dict[str, Any] = {
+    "model": ModelArguments,
+    "data": DataArguments,
+    "LoRA": LoraArguments,
+    "run": TrainingOptions,
+    "output": RunOptions,
+}
+
+
+@dataclass(kw_only=True)
+class RunArguments(RunOptions):
+    """All arguments of a run, by theme. Nothing changes them after parsing.
+
+    Attributes:
+        trainer: transformers' flags that were given, with today's names.
+        debug: whether a failure shows its traceback.
+    """
 
     model: ModelArguments
     data: DataArguments
     lora: LoraArguments
-    training: FinetuneArguments
+    options: TrainingOptions
+    trainer: dict[str, Any]
+    debug: bool = False
+
+    @cached_property
+    def training(self) -> FinetuneArguments:
+        """transformers' TrainingArguments with ours beside them. Imports torch and transformers.
+
+        Raises:
+            ConfigError: values that transformers refuses.
+        """
+        from training.finetune_arguments import build_training_arguments
+
+        return build_training_arguments(self.trainer, self.options)
+
+    def trainer_value(self, name: str) -> Any:
+        """The value of one of transformers' flags, without importing transformers."""
+        return self.trainer.get(name, _trainer_flags()[name].default)
 
     @property
     def output_dir(self) -> Path:
         """Where the run writes."""
-        return Path(str(self.training.output_dir))
+        return Path(self.trainer_value("output_dir") or "trainer_output").expanduser()
 
     def resumed_checkpoint(self) -> str | None:
         """The checkpoint folder of ``--resume_from_checkpoint``; the value True means the newest in ``output_dir``.
@@ -97,47 +162,123 @@ class RunArguments:
         Raises:
             ConfigError: there is none.
         """
-        value = self.training.resume_from_checkpoint
+        value = self.trainer_value("resume_from_checkpoint")
         if value is None or value.lower() == "false":
             return None
-        folder = get_last_checkpoint(self.output_dir) if value.lower() == "true" and self.output_dir.is_dir() else value
-        if folder is None or not (Path(folder) / "trainer_state.json").is_file():
+        folder = newest_checkpoint(self.output_dir) if value.lower() == "true" else Path(value)
+        if folder is None or not (folder / "trainer_state.json").is_file():
             raise ConfigError(
                 f"--resume_from_checkpoint {value}: there is no checkpoint", "Give a checkpoint-* folder of the run"
             )
-        return folder
+        return str(folder)
 
     def to_dict(self) -> dict[str, Any]:
-        """Every flag with its value, as JSON can hold it."""
-        return {
-            **asdict(self.model),
-            **asdict(self.data),
-            **asdict(self.lora),
-            **{name: value for name, value in self.training.to_dict().items() if not name.startswith("_")},
-        }
+        """Every flag with its value, as ``--config`` reads it: the same run again, from its start.
+
+        What is said only once is left at its default: the checkpoint to resume, leave to overwrite, the hub's token.
+        """
+        values = {name: self.trainer_value(name) for name in _trainer_flags()}
+        for part in (self.model, self.data, self.lora, self.options):
+            values |= asdict(part)
+        values |= {item.name: getattr(self, item.name) for item in fields(RunOptions)}
+        for name in ("resume_from_checkpoint", "overwrite_output_dir", "hub_token"):
+            values[name] = False if name == "overwrite_output_dir" else None
+        return {**values, "output_dir": str(self.output_dir)}
 
 
-class _Parser(CommandParser, HfArgumentParser):
-    pass
+def newest_checkpoint(folder: Path) -> Path | None:
+    """The ``checkpoint-N`` with the highest N."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
 
 
 def parse_args(argv: Sequence[str]) -> RunArguments:
-    """Parse a command line.
+    """Parse a command line, and the file of ``--config`` (or the only argument) behind it.
 
     Raises:
-        ConfigError: an unknown flag, a value that does not fit, or values that transformers refuses together.
+        ConfigError: an unknown flag, or a value that does not fit; the flag and, in a file, the line are named.
     """
-    sources: Any = (ModelArguments, DataArguments, LoraArguments, FinetuneArguments)
-    parser = _Parser(sources, prog="python finetune.py", allow_abbrev=False, description="Fine-tune a Qwen model.")
+    ours = {title: flags_of(declaration) for title, declaration in GROUPS.items()}
+    known = {name: flag for flags in ours.values() for name, flag in flags.items()}
+    trainer = {name: flag for name, flag in _trainer_flags().items() if name not in known}
+    known |= trainer
+    old = old_flags(known)
+    if len(argv) == 1 and argv[0].endswith(SUFFIXES) and not argv[0].startswith("-"):
+        argv = ["--config", argv[0]]
+    given = parse_command_line(argv, ours, trainer, old)
+    layers = [{name: Setting(value) for name, value in given.items() if name != "config"}]
+    if given.get("config") is not None:
+        layers.insert(0, load_config_file(given["config"]))
+    values: dict[str, Any] = {}
+    for layer in layers:
+        converted = {name: _convert(name, setting, known | old) for name, setting in layer.items()}
+        debug = converted.get("debug", Setting(False))
+        if debug.where and debug.value is True:
+            raise ConfigError(f"{debug.where}: debug cannot stand in a file", "Give --debug")
+        values |= {name: setting.value for name, setting in translate_old_flags(converted, old).items()}
+    return _build(values)
+
+
+def _convert(name: str, setting: Setting, flags: dict[str, Flag]) -> Setting:
+    flag, where = flags.get(name), setting.where
+    if flag is None:
+        near = nearest(name, flags)
+        fix = f"Did you mean {near}?" if near else "python finetune.py --help_all lists the flags"
+        raise ConfigError(f"{where}: {name} is no known flag", fix)
     try:
-        model, data, lora, training, unknown = parser.parse_args_into_dataclasses(
-            list(argv), return_remaining_strings=True, look_for_args_file=False
-        )
-    except ConfigError:
-        raise
-    except (ValueError, ImportError) as error:
-        # What TrainingArguments finds wrong, without its traceback.
-        raise ConfigError(f"command line: {one_line(error)}") from error
-    if unknown:
-        parser.error(f"{unknown[0]} is no known flag")
-    return RunArguments(model, data, lora, training)
+        return Setting(flag.convert(setting.value), where)
+    except ValueError as error:
+        shown = setting.value if isinstance(setting.value, str) else json.dumps(setting.value, default=str)
+        place = f"{where}: {name}: {shown}" if where else f"command line: --{name} {shown}"
+        raise ConfigError(f"{place}: {error}", "" if where else "python finetune.py --help lists the flags") from error
+
+
+def _trainer_flags() -> dict[str, Flag]:
+    """transformers' flags by the names used here, which are the same for all its versions."""
+    flags = dict(transformers_flags())
+    for name in ("activation_checkpointing", "activation_checkpointing_kwargs"):
+        flags.pop(name, None)
+    replaced = {
+        "gradient_checkpointing": Flag(
+            "gradient_checkpointing", frozenset({"bool"}), False, bare=True,
+            help="compute activations again in the backward pass: less memory, slower steps",
+        ),
+        "gradient_checkpointing_kwargs": Flag(
+            "gradient_checkpointing_kwargs", frozenset({"dict"}), None, optional=True,
+            help="options of torch.utils.checkpoint",
+        ),
+        "resume_from_checkpoint": Flag(
+            "resume_from_checkpoint", frozenset({"str"}), None, optional=True, bare="True",
+            help="continue from a checkpoint-* folder; True: from the newest one in --output_dir",
+        ),
+        "debug": Flag(
+            "debug", frozenset({"bool", "str"}), False, bare=True, choices=("underflow_overflow", "tpu_metrics_debug"),
+            help="show the traceback of a failure; transformers' underflow_overflow can be given too",
+        ),
+        "output_dir": Flag("output_dir", frozenset({"str"}), "trainer_output", help="folder for the result"),
+    }  # fmt: skip
+    return flags | replaced
+
+
+def _build(values: dict[str, Any]) -> RunArguments:
+    parts = {}
+    for declaration in GROUPS.values():
+        names = [item.name for item in fields(declaration)]
+        parts[declaration] = {name: values.pop(name) for name in names if name in values}
+    model = ModelArguments(**parts[ModelArguments])
+    options = TrainingOptions(**parts[TrainingOptions])
+    if "model_max_length" not in parts[TrainingOptions]:
+        config = load_model_config(find_local_folder(model.model_name_or_path, options.cache_dir, model.model_hub))
+        options.model_max_length = min(options.model_max_length, most_positions(config) or options.model_max_length)
+    debug = values.get("debug")
+    if isinstance(debug, bool):
+        del values["debug"]
+    return RunArguments(
+        model=model,
+        data=DataArguments(**parts[DataArguments]),
+        lora=LoraArguments(**parts[LoraArguments]),
+        options=options,
+        trainer=values,
+        debug=debug is True,
+        **parts[RunOptions],
+    )

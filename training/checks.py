@@ -1,106 +1,284 @@
-"""What is refused before anything is loaded."""
+"""What is refused before anything is loaded: every conflict between arguments, and with the disk, at once."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import math
 import os
+from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import IntervalStrategy
-from transformers.integrations.integration_utils import get_available_reporting_integrations
+from errors import ConfigError, numbered
+from training.args import LoraArguments, RunArguments
+from training.flags import nearest
+from training.model_files import find_local_folder, load_model_config, module_names, most_positions
+from training.output import check_output
+from training.profile_steps import parse_profile_steps
 
-from errors import ConfigError
-from training.args import RunArguments
+# Where what --report_to names is imported from.
+REPORTERS = {
+    "tensorboard": ("tensorboard", "tensorboardX"), "wandb": ("wandb",), "swanlab": ("swanlab",),
+    "mlflow": ("mlflow",), "comet_ml": ("comet_ml",), "clearml": ("clearml",), "codecarbon": ("codecarbon",),
+    "dagshub": ("dagshub",), "dvclive": ("dvclive",), "neptune": ("neptune",), "trackio": ("trackio",),
+    "azure_ml": ("azureml",), "kubeflow": ("kubeflow",), "flyte": ("flytekit",),
+}  # fmt: skip
+
+Faults = Iterator[ConfigError]
 
 
 def check_args(args: RunArguments) -> None:
     """Check the arguments against each other and against the disk; nothing is changed.
 
+    Imports nothing heavy, but torch where ``--fp16`` asks what the machine can do.
+
+    Raises:
+        ConfigError: all faults; several are a numbered list.
+    """
+    checks: tuple[Callable[[RunArguments], Faults], ...] = (
+        _check_data, _check_numbers, _check_precision, _check_lora, _check_model, _check_schedule, _check_services,
+        _check_output,
+    )  # fmt: skip
+    faults = [fault for check in checks for fault in check(args)]
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        raise ConfigError(numbered(f"{len(faults)} faults in the arguments", faults))
+
+
+def check_machine(args: RunArguments) -> None:
+    """Check the arguments against the machine and transformers' own rules. Imports torch and transformers.
+
     Raises:
         ConfigError: the first fault.
     """
-    _check_data(args)
-    _check_numbers(args)
-    _check_lora(args)
-    _check_machine(args)
-    _check_output(args)
+    if args.training.n_gpu > 1:
+        raise ConfigError(
+            f"{args.training.n_gpu} GPUs are visible to one process",
+            "Set CUDA_VISIBLE_DEVICES=0, or launch with "
+            f"torchrun --nproc_per_node {args.training.n_gpu} finetune.py ...",
+        )
 
 
-def _check_data(args: RunArguments) -> None:
-    data, strategy = args.data, IntervalStrategy(args.training.eval_strategy)
+def _evaluates(args: RunArguments) -> bool:
+    return bool(args.trainer_value("eval_strategy") != "no")
+
+
+def _check_data(args: RunArguments) -> Faults:
+    data, get = args.data, args.trainer_value
     if data.data_path is None:
-        raise ConfigError("--data_path is missing", "Give a .json or .jsonl file of conversations")
+        yield ConfigError("--data_path is missing", "Give a .json or .jsonl file of conversations")
     for flag, path in (("--data_path", data.data_path), ("--eval_data_path", data.eval_data_path)):
         if path is not None and not Path(path).is_file():
             what = "is a folder" if Path(path).is_dir() else "there is no such file"
-            raise ConfigError(f"{flag} {path}: {what}", "Give a .json or .jsonl file of conversations")
-    if strategy != IntervalStrategy.NO and data.eval_data_path is None:
-        raise ConfigError(f"--eval_strategy {strategy.value} has nothing to evaluate on", "Give --eval_data_path too")
+            yield ConfigError(f"{flag} {path}: {what}", "Give a .json or .jsonl file of conversations")
+    asking = f"--eval_strategy {get('eval_strategy')}" if _evaluates(args) else "--eval_on_start"
+    if (_evaluates(args) or get("eval_on_start")) and data.eval_data_path is None:
+        yield ConfigError(f"{asking} has nothing to evaluate on", "Give --eval_data_path too")
 
 
-def _check_numbers(args: RunArguments) -> None:
-    training, lora = args.training, args.lora
-    positive = {
-        "--model_max_length": training.model_max_length,
-        "--per_device_train_batch_size": training.per_device_train_batch_size,
-        "--per_device_eval_batch_size": training.per_device_eval_batch_size,
-        "--gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "--lora_r": lora.lora_r,
+def _check_numbers(args: RunArguments) -> Faults:
+    get = args.trainer_value
+    counts = {
+        "model_max_length": args.options.model_max_length,
+        "per_device_train_batch_size": get("per_device_train_batch_size"),
+        "per_device_eval_batch_size": get("per_device_eval_batch_size"),
+        "gradient_accumulation_steps": get("gradient_accumulation_steps"),
+        "lora_r": args.lora.lora_r,
+        "save_total_limit": get("save_total_limit"),
+        "early_stopping_patience": args.options.early_stopping_patience,
     }
-    for flag, value in positive.items():
-        if value < 1:
-            raise ConfigError(f"{flag} {value} is not possible", "Give 1 or more")
-    if training.num_train_epochs <= 0 and training.max_steps <= 0:
-        raise ConfigError(f"--num_train_epochs {training.num_train_epochs} trains nothing", "Give more than 0")
-    if not 0 <= lora.lora_dropout < 1:
-        raise ConfigError(f"--lora_dropout {lora.lora_dropout} is not possible", "Give 0 or more and less than 1")
-    if training.label_smoothing_factor:
-        what = f"--label_smoothing_factor {training.label_smoothing_factor} is not available yet"
-        raise ConfigError(what, "Leave it out")
+    for name, value in counts.items():
+        if value is not None and value < 1:
+            yield ConfigError(f"--{name} {value} is not possible", "Give 1 or more")
+    for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon"):
+        if get(name) < 0:
+            yield ConfigError(f"--{name} {get(name)} is not possible", "Give 0 or more")
+    shares = {"lora_dropout": args.lora.lora_dropout, "adam_beta1": get("adam_beta1"), "adam_beta2": get("adam_beta2")}
+    for name, value in shares.items():
+        if not 0 <= value < 1:
+            yield ConfigError(f"--{name} {value} is not possible", "Give 0 or more and less than 1")
+    if get("num_train_epochs") <= 0 and get("max_steps") <= 0:
+        yield ConfigError(f"--num_train_epochs {get('num_train_epochs')} trains nothing", "Give more than 0")
+    if get("label_smoothing_factor") and args.model.loss != "lean":
+        what = f"--label_smoothing_factor {get('label_smoothing_factor')} needs --loss lean"
+        yield ConfigError(what, "Leave one of them out")
+    if get("dataloader_num_workers") == 0 and get("dataloader_prefetch_factor") is not None:
+        yield ConfigError("--dataloader_prefetch_factor needs --dataloader_num_workers", "Give 1 or more workers")
+    if args.options.profile_steps is not None:
+        try:
+            parse_profile_steps(args.options.profile_steps)
+        except ConfigError as error:
+            yield error
 
 
-def _check_lora(args: RunArguments) -> None:
+def _check_precision(args: RunArguments) -> Faults:
+    get, bf16 = args.trainer_value, "--pure_bf16" if args.options.pure_bf16 else "--bf16"
+    if get("fp16") and (get("bf16") or args.options.pure_bf16):
+        yield ConfigError(f"--fp16 and {bf16} are two precisions", "Give one of them")
+    elif get("fp16") and (get("use_cpu") or not _has_gpu()):
+        yield ConfigError("--fp16 needs a GPU, and there is none", "Leave it out, or use --bf16")
+    if get("fp16_full_eval") and get("bf16_full_eval"):
+        yield ConfigError("--fp16_full_eval and --bf16_full_eval are two precisions", "Give one of them")
+
+
+def _has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _check_lora(args: RunArguments) -> Faults:
     lora = args.lora
     if lora.q_lora:
-        raise ConfigError("--q_lora is not available yet", "Use --use_lora, with --bf16 on a GPU")
-    if lora.use_lora:
+        yield ConfigError("--q_lora is not available yet", "Use --use_lora, with --bf16 on a GPU")
+    elif lora.use_lora:
+        yield from _check_continued_adapter(lora)
+    else:
+        for item in fields(LoraArguments):
+            value = getattr(lora, item.name)
+            # Without LoRA embeddings always train, so "full" is what happens.
+            if value != item.default and not (item.name == "trainable_embeddings" and value == "full"):
+                shown = " ".join(value) if isinstance(value, list) else value
+                yield ConfigError(
+                    f"--{item.name} {shown} needs --use_lora: without it all parameters train",
+                    "Add --use_lora, or leave it out",
+                )
+
+
+def _check_continued_adapter(lora: LoraArguments) -> Faults:
+    """Rank, scale and layers of an adapter that is continued are its own."""
+    if not lora.lora_weight_path:
         return
-    if lora.lora_weight_path:
-        raise ConfigError(f"--lora_weight_path {lora.lora_weight_path} needs --use_lora", "Add --use_lora")
-    if lora.trainable_embeddings not in ("auto", "full"):
-        raise ConfigError(
-            f"--trainable_embeddings {lora.trainable_embeddings} needs --use_lora: without it all parameters train",
-            "Add --use_lora, or leave it out",
+    try:
+        config = json.loads((Path(lora.lora_weight_path) / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        config = None
+    if not isinstance(config, dict):
+        what = f"--lora_weight_path {lora.lora_weight_path}: there is no adapter"
+        yield ConfigError(what, "Give a folder with an adapter_config.json")
+        return
+    for flag, key in (
+        ("lora_r", "r"), ("lora_alpha", "lora_alpha"), ("lora_dropout", "lora_dropout"), ("lora_bias", "bias"),
+        ("lora_target_modules", "target_modules"),
+    ):  # fmt: skip
+        given, default = getattr(lora, flag), LoraArguments.__dataclass_fields__[flag].default
+        made = config.get(key)
+        same = sorted(given) == sorted(made) if isinstance(given, list) and isinstance(made, list) else given == made
+        if given != default and not same:
+            shown = " ".join(given) if isinstance(given, list) else given
+            yield ConfigError(
+                f"--{flag} {shown}: the adapter of --lora_weight_path was made with {made}",
+                f"Leave --{flag} out, or start a new adapter",
+            )
+
+
+def _check_model(args: RunArguments) -> Faults:
+    name, length = args.model.model_name_or_path, args.options.model_max_length
+    folder = find_local_folder(name, args.options.cache_dir, args.model.model_hub)
+    positions = most_positions(load_model_config(folder))
+    if positions is not None and length > positions:
+        yield ConfigError(
+            f"--model_max_length {length} is more than the {positions} positions of {name}",
+            f"Give {positions} or less",
+        )
+    targets = args.lora.lora_target_modules if args.lora.use_lora else None
+    modules = module_names(folder) if targets else []
+    unknown = [target for target in targets or () if not any(f".{module}".endswith(f".{target}") for module in modules)]
+    if modules and unknown:
+        layers = sorted({module.rpartition(".")[2] for module in modules if not _is_norm(module)})
+        yield ConfigError(
+            f"--lora_target_modules {' '.join(unknown)}: the model has no such layers", f"It has {', '.join(layers)}"
         )
 
 
-def _check_machine(args: RunArguments) -> None:
-    training = args.training
-    if training.fp16 and not torch.cuda.is_available():
-        raise ConfigError("--fp16 needs a GPU, and there is none", "Leave it out, or use --bf16")
-    if missing := sorted(set(training.report_to or ()) - set(get_available_reporting_integrations())):
-        raise ConfigError(
-            f"--report_to {missing[0]}: it is not installed", f"pip install {missing[0]}, or leave it out"
+def _is_norm(module: str) -> bool:
+    name = module.rpartition(".")[2]
+    return "norm" in name or name.startswith("ln_")
+
+
+def _check_schedule(args: RunArguments) -> Faults:
+    """Saving, evaluating, logging, and what depends on their order."""
+    get, evaluates = args.trainer_value, _evaluates(args)
+    for kind in ("logging", "eval", "save"):
+        steps = get(f"{kind}_steps")
+        if get(f"{kind}_strategy") == "steps" and steps is not None:
+            if steps <= 0 and not (kind == "eval" and steps == 0):
+                yield ConfigError(f"--{kind}_steps {steps:g} is not possible", "Give 1 or more, or a share of all")
+            elif steps > 1 and steps != int(steps):
+                yield ConfigError(f"--{kind}_steps {steps:g} is no whole number of steps", "Give one")
+    best, save = get("load_best_model_at_end"), get("save_strategy")
+    if best and not evaluates:
+        yield ConfigError("--load_best_model_at_end needs evaluations", "Give --eval_strategy and --eval_data_path")
+    elif best and save not in ("best", get("eval_strategy")):
+        yield ConfigError(
+            f"--load_best_model_at_end: --save_strategy {save} and --eval_strategy {get('eval_strategy')} differ",
+            "Give the same to both",
         )
-    if training.n_gpu > 1:
-        raise ConfigError(
-            f"{training.n_gpu} GPUs are visible to one process",
-            f"Set CUDA_VISIBLE_DEVICES=0, or launch with torchrun --nproc_per_node {training.n_gpu} finetune.py ...",
+    elif best and save == "steps":
+        yield from _check_multiple(args)
+    if save == "best" and not evaluates:
+        yield ConfigError("--save_strategy best needs evaluations", "Give --eval_strategy and --eval_data_path")
+    if args.options.early_stopping_patience is not None and not best:
+        yield ConfigError(
+            f"--early_stopping_patience {args.options.early_stopping_patience} needs --load_best_model_at_end",
+            "Add it, with --eval_strategy and --eval_data_path",
+        )
+    if get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy") and not evaluates:
+        yield ConfigError(
+            f"--lr_scheduler_type {get('lr_scheduler_type')} needs evaluations",
+            "Give --eval_strategy and --eval_data_path",
+        )
+    metric = get("metric_for_best_model")
+    known = ("loss", "token_accuracy")
+    if metric is not None and metric.removeprefix("eval_") not in known:
+        yield ConfigError(f"--metric_for_best_model {metric}: there is no such metric", f"Give {' or '.join(known)}")
+
+
+def _check_multiple(args: RunArguments) -> Faults:
+    """The best model can only be loaded again if it was saved, so every save has to follow an evaluation."""
+    save, evaluate = args.trainer_value("save_steps"), args.trainer_value("eval_steps")
+    evaluate = evaluate or args.trainer_value("logging_steps")
+    if save <= 0 or evaluate <= 0:
+        return  # said already
+    mixed = (save < 1) != (evaluate < 1)
+    quotient = save / evaluate
+    if mixed or not math.isclose(quotient, round(quotient)) or round(quotient) < 1:
+        yield ConfigError(
+            f"--load_best_model_at_end: --save_steps {save:g} is no multiple of --eval_steps {evaluate:g}",
+            "Save after every evaluation, or after every second, third...",
         )
 
 
-def _check_output(args: RunArguments) -> None:
-    output = args.output_dir
-    if output.exists() and not output.is_dir():
-        raise ConfigError(f"--output_dir {output} is a file", "Give a folder")
-    model = Path(args.model.model_name_or_path)
-    if model.is_dir() and output.exists() and output.samefile(model):
-        raise ConfigError(f"--output_dir {output} is the model's own folder", "Give another folder")
-    parent = next(folder for folder in (output, *output.absolute().parents) if folder.is_dir())
-    if not os.access(parent, os.W_OK | os.X_OK):
-        raise ConfigError(f"--output_dir {output}: {parent} is not writable", "Choose a folder you may write to")
-    if args.resumed_checkpoint() is None and output.is_dir() and any(output.iterdir()):
-        raise ConfigError(
-            f"--output_dir {output} is not empty",
-            "Give a new folder, or --resume_from_checkpoint with one of its checkpoints",
-        )
+def _check_services(args: RunArguments) -> Faults:
+    get = args.trainer_value
+    for name in ("deepspeed", "fsdp"):
+        if get(name) not in (None, "", False, "False", "false"):
+            yield ConfigError(f"--{name} {_shown(get(name))} is not available yet", "Leave it out")
+    report_to = get("report_to") or []
+    for name in [report_to] if isinstance(report_to, str) else report_to:
+        if name in ("none", "all"):
+            continue
+        if name not in REPORTERS:
+            near = nearest(name, REPORTERS)
+            yield ConfigError(
+                f"--report_to {name}: no such service{f'; the nearest is {near}' if near else ''}",
+                f"Known are {', '.join(REPORTERS)}",
+            )
+        elif not any(importlib.util.find_spec(module) for module in REPORTERS[name]):
+            yield ConfigError(f"--report_to {name}: it is not installed", f"pip install {name}, or leave it out")
+
+
+def _shown(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _check_output(args: RunArguments) -> Faults:
+    if os.environ.get("RANK", "0") != "0":
+        return  # the first process may be removing already what --overwrite_output_dir gives up
+    try:
+        check_output(args)
+    except ConfigError as error:
+        yield error

@@ -1,4 +1,4 @@
-"""Log lines of a run: on stderr, from the first process."""
+"""Log lines of a run: on stderr, from the first process; and where TensorBoard's files go."""
 
 from __future__ import annotations
 
@@ -6,13 +6,17 @@ import logging
 import os
 import sys
 import warnings
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from training.trainer import QwenTrainer
 
 logger = logging.getLogger("finetune")
 
 _KNOWN_WARNINGS = (
     "'pin_memory' argument is set as true but no accelerator is found",  # the Trainer's default, harmless on a CPU
     "`is_gradient_checkpointing` is deprecated",  # peft calls transformers by an old name
-    "`gradient_checkpointing",  # the flag that everybody knows, renamed in transformers 5.2x and still working
+    "`gradient_checkpointing",  # peft and the Trainer read the old name of transformers' flag, which still works
 )
 
 
@@ -26,3 +30,12 @@ def set_up_logging() -> None:
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
     for name in ("finetune", "training", "data_utils", "checkpoints"):
         logging.getLogger(name).setLevel(level)
+
+
+def set_tensorboard_folder(trainer: QwenTrainer, folder: str | None) -> None:
+    """Have TensorBoard's files written where ``--logging_dir`` says; transformers would ask an environment variable."""
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = None if folder is None else os.path.expanduser(folder)

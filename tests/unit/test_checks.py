@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 from pathlib import Path
 
@@ -10,11 +12,13 @@ import torch
 
 from errors import ConfigError
 from tests.golden import SMALL
-from tests.models import TINY
+from tests.models import TINY, write_later_checkpoint
 from training.args import parse_args
-from training.checks import check_args
+from training.checks import REPORTERS, check_args, check_machine
+from training.finetune_arguments import FinetuneArguments
 
 DATA = SMALL / "train.json"
+EVALUATES = ("--eval_data_path", DATA, "--eval_strategy", "steps")
 
 
 def check(tmp_path: Path, *flags: object, output: Path | None = None) -> None:
@@ -33,6 +37,10 @@ def test_a_good_command_line_passes_and_nothing_is_written(tmp_path: Path) -> No
     check(tmp_path, "--use_lora", "--bf16", "--trainable_embeddings", "chatml_tokens")
     check(tmp_path, "--trainable_embeddings", "full")
     check(tmp_path, "--eval_strategy", "steps", "--eval_data_path", DATA)
+    check(
+        tmp_path, *EVALUATES, "--load_best_model_at_end", "--early_stopping_patience", 2, "--save_steps", 0.2,
+        "--eval_steps", 0.1, "--metric_for_best_model", "eval_loss", "--profile_steps", "2:3", "--report_to", "none",
+    )  # fmt: skip
     assert list(tmp_path.iterdir()) == []
 
 
@@ -52,14 +60,20 @@ def test_data_files_that_are_not_there(tmp_path: Path) -> None:
 def test_what_is_not_available_yet(tmp_path: Path) -> None:
     refuses("--q_lora is not available yet. Use --use_lora, with --bf16 on a GPU", tmp_path, "--q_lora")
     refuses("--q_lora is not available yet. Use --use_lora, with --bf16 on a GPU", tmp_path, "--use_lora", "--q_lora")
+    smoothing = ["--label_smoothing_factor", "0.1"]
     refuses(
-        "--label_smoothing_factor 0.1 is not available yet. Leave it out", tmp_path, "--label_smoothing_factor", "0.1"
+        "--label_smoothing_factor 0.1 needs --loss lean. Leave one of them out",
+        tmp_path,
+        *smoothing,
+        "--loss",
+        "full_logits",
     )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_fp16_without_a_gpu(tmp_path: Path) -> None:
-    refuses("--fp16 needs a GPU, and there is none. Leave it out, or use --bf16", tmp_path, "--fp16")
+    for flags in ([], ["--use_lora"], ["--use_cpu"]):
+        refuses("--fp16 needs a GPU, and there is none. Leave it out, or use --bf16", tmp_path, "--fp16", *flags)
 
 
 @pytest.mark.parametrize("value", [0, -5])
@@ -67,7 +81,7 @@ def test_fp16_without_a_gpu(tmp_path: Path) -> None:
     "flag",
     [
         "--model_max_length", "--per_device_train_batch_size", "--per_device_eval_batch_size",
-        "--gradient_accumulation_steps", "--lora_r",
+        "--gradient_accumulation_steps", "--lora_r", "--save_total_limit",
     ],
 )  # fmt: skip
 def test_counts_that_are_none(tmp_path: Path, flag: str, value: int) -> None:
@@ -76,7 +90,18 @@ def test_counts_that_are_none(tmp_path: Path, flag: str, value: int) -> None:
 
 def test_numbers_that_make_no_sense(tmp_path: Path) -> None:
     message = "--lora_dropout 1.5 is not possible. Give 0 or more and less than 1"
-    refuses(message, tmp_path, "--lora_dropout", 1.5)
+    refuses(message, tmp_path, "--use_lora", "--lora_dropout", 1.5)
+    refuses("--adam_beta2 1.0 is not possible. Give 0 or more and less than 1", tmp_path, "--adam_beta2", 1)
+    refuses("--learning_rate -1.0 is not possible. Give 0 or more", tmp_path, "--learning_rate", -1)
+    refuses("--logging_steps 0 is not possible. Give 1 or more, or a share of all", tmp_path, "--logging_steps", 0)
+    refuses("--save_steps 1.5 is no whole number of steps. Give one", tmp_path, "--save_steps", 1.5)
+    message = "--dataloader_prefetch_factor needs --dataloader_num_workers. Give 1 or more workers"
+    refuses(message, tmp_path, "--dataloader_prefetch_factor", 2)
+    message = (
+        "--profile_steps 8:5 is no range of optimizer steps. "
+        "Give FIRST:LAST, both included and counted from 1, such as 5:8"
+    )
+    refuses(message, tmp_path, "--profile_steps", "8:5")
     refuses("--num_train_epochs 0.0 trains nothing. Give more than 0", tmp_path, "--num_train_epochs", 0)
     check(tmp_path, "--num_train_epochs", 0, "--max_steps", 1)
 
@@ -88,65 +113,127 @@ def test_evaluation_without_data(tmp_path: Path, strategy: str) -> None:
 
 
 def test_flags_of_lora_without_lora(tmp_path: Path) -> None:
-    message = "--lora_weight_path old needs --use_lora. Add --use_lora"
-    refuses(message, tmp_path, "--lora_weight_path", "old")
-    for mode in ("none", "chatml_tokens"):
-        message = (
-            f"--trainable_embeddings {mode} needs --use_lora: without it all parameters train. "
-            "Add --use_lora, or leave it out"
-        )
-        refuses(message, tmp_path, "--trainable_embeddings", mode)
+    for flags in (
+        "--lora_weight_path old", "--lora_r 8", "--lora_alpha 8", "--lora_dropout 0.5", "--lora_bias all",
+        "--lora_target_modules c_attn w1", "--trainable_embeddings none", "--trainable_embeddings chatml_tokens",
+    ):  # fmt: skip
+        message = f"{flags} needs --use_lora: without it all parameters train. Add --use_lora, or leave it out"
+        refuses(message, tmp_path, *flags.split())
+
+
+def test_an_adapter_that_is_continued_has_its_own_settings(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    message = f"--lora_weight_path {adapter}: there is no adapter. Give a folder with an adapter_config.json"
+    refuses(message, tmp_path, "--use_lora", "--lora_weight_path", adapter)
+    adapter.mkdir()
+    config = {"r": 8, "lora_alpha": 16, "target_modules": ["w1", "c_attn"], "bias": "none"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    flags = ("--use_lora", "--lora_weight_path", adapter)
+    check(tmp_path, *flags, "--lora_r", 8, "--lora_target_modules", "c_attn", "w1")
+    message = (
+        "--lora_r 4: the adapter of --lora_weight_path was made with 8. Leave --lora_r out, or start a new adapter"
+    )
+    refuses(message, tmp_path, *flags, "--lora_r", 4)
+
+
+def test_two_precisions(tmp_path: Path) -> None:
+    refuses("--fp16 and --bf16 are two precisions. Give one of them", tmp_path, "--fp16", "--bf16")
+    refuses("--fp16 and --pure_bf16 are two precisions. Give one of them", tmp_path, "--fp16", "--pure_bf16")
+
+
+def test_layers_that_the_model_does_not_have(tmp_path: Path) -> None:
+    """Those there are come from the header of the weights, or from the index where there are several files."""
+    message = "--lora_target_modules q_proj: the model has no such layers. It has c_attn, c_proj, lm_head, w1, w2, wte"
+    flags = ("--use_lora", "--lora_target_modules", "c_attn", "mlp.c_proj", "q_proj")
+    refuses(message, tmp_path, *flags)
+    check(tmp_path, *flags[:-1])
+    later = write_later_checkpoint(tmp_path / "later", "qwen2")
+    names = {f"model.layers.0.mlp.{name}.weight": "a" for name in ("up_proj", "down_proj")}
+    (later / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    message = "--lora_target_modules c_attn mlp.c_proj: the model has no such layers. It has down_proj, up_proj"
+    refuses(message, tmp_path, "--model_name_or_path", later, *flags[:-1])
+
+
+def test_samples_longer_than_the_model(tmp_path: Path) -> None:
+    message = f"--model_max_length 2049 is more than the 2048 positions of {TINY}. Give 2048 or less"
+    refuses(message, tmp_path, "--model_max_length", 2049)
+    check(tmp_path, "--model_max_length", 2048)  # beyond seq_length, 64: dynamic NTK
+    later = write_later_checkpoint(tmp_path / "later", "qwen3")
+    message = f"--model_max_length 513 is more than the 512 positions of {later}. Give 512 or less"
+    refuses(message, tmp_path, "--model_name_or_path", later, "--model_max_length", 513)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--load_best_model_at_end", "--load_best_model_at_end needs evaluations. "
+         "Give --eval_strategy and --eval_data_path"),
+        ("{evaluates} --load_best_model_at_end --save_strategy epoch", "--load_best_model_at_end: --save_strategy "
+         "epoch and --eval_strategy steps differ. Give the same to both"),
+        ("{evaluates} --load_best_model_at_end --save_steps 5 --eval_steps 2", "--load_best_model_at_end: "
+         "--save_steps 5 is no multiple of --eval_steps 2. Save after every evaluation, or after every second, "
+         "third..."),
+        ("{evaluates} --load_best_model_at_end --save_steps 5 --eval_steps 0.1", "--load_best_model_at_end: "
+         "--save_steps 5 is no multiple of --eval_steps 0.1. Save after every evaluation, or after every second, "
+         "third..."),
+        ("{evaluates} --load_best_model_at_end --save_steps 5 --logging_steps 2", "--load_best_model_at_end: "
+         "--save_steps 5 is no multiple of --eval_steps 2. Save after every evaluation, or after every second, "
+         "third..."),
+        ("{evaluates} --early_stopping_patience 2", "--early_stopping_patience 2 needs --load_best_model_at_end. "
+         "Add it, with --eval_strategy and --eval_data_path"),
+        ("--save_strategy best", "--save_strategy best needs evaluations. Give --eval_strategy and --eval_data_path"),
+        ("--lr_scheduler_type reduce_lr_on_plateau", "--lr_scheduler_type reduce_lr_on_plateau needs evaluations. "
+         "Give --eval_strategy and --eval_data_path"),
+        ("{evaluates} --metric_for_best_model bleu", "--metric_for_best_model bleu: there is no such metric. "
+         "Give loss or token_accuracy"),
+        ("--eval_on_start", "--eval_on_start has nothing to evaluate on. Give --eval_data_path too"),
+    ],
+)  # fmt: skip
+def test_what_depends_on_evaluations(tmp_path: Path, flags: str, message: str) -> None:
+    words = flags.replace("{evaluates}", " ".join(map(str, EVALUATES))).split()
+    refuses(message, tmp_path, *words)
+
+
+@pytest.mark.parametrize("flags", ["--deepspeed ds.json", "--fsdp full_shard", "--fsdp True"])
+def test_engines_that_are_not_available_yet(tmp_path: Path, flags: str) -> None:
+    refuses(f"{flags} is not available yet. Leave it out", tmp_path, *flags.split())
+
+
+def test_all_faults_are_reported_at_once_and_nothing_is_changed(tmp_path: Path) -> None:
+    flags = ("--data_path", "none.json", "--bf16", "--fp16", "--lora_r", 8, "--load_best_model_at_end")
+    (tmp_path / "out").write_text("")
+    refuses(
+        "6 faults in the arguments:\n"
+        "  1. --data_path none.json: there is no such file. Give a .json or .jsonl file of conversations\n"
+        "  2. --fp16 and --bf16 are two precisions. Give one of them\n"
+        "  3. --lora_r 8 needs --use_lora: without it all parameters train. Add --use_lora, or leave it out\n"
+        "  4. --load_best_model_at_end needs evaluations. Give --eval_strategy and --eval_data_path\n"
+        "  5. --report_to wandbb: no such service; the nearest is wandb. Known are " + ", ".join(REPORTERS) + "\n"
+        f"  6. --output_dir {tmp_path / 'out'} is a file. Give a folder",
+        tmp_path, *flags, "--report_to", "wandbb", output=tmp_path / "out",
+    )  # fmt: skip
+
+
+def test_checking_changes_nothing(tmp_path: Path) -> None:
+    args = parse_args(
+        ["--model_name_or_path", str(TINY), "--data_path", str(DATA), "--output_dir", str(tmp_path / "x")]
+    )
+    before = copy.deepcopy(args.to_dict())
+    check_args(args)
+    assert args.to_dict() == before
 
 
 def test_several_gpus_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("training.args.FinetuneArguments.n_gpu", 2)
+    monkeypatch.setattr(FinetuneArguments, "n_gpu", 2)
     message = (
-        "2 GPUs are visible to one process. Set CUDA_VISIBLE_DEVICES=0, or launch with "
-        "torchrun --nproc_per_node 2 finetune.py ..."
+        r"^2 GPUs are visible to one process\. Set CUDA_VISIBLE_DEVICES=0, or launch with "
+        r"torchrun --nproc_per_node 2 finetune\.py \.\.\.$"
     )
-    refuses(message, tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        check_machine(parse_args(["--output_dir", str(tmp_path)]))
 
 
-def test_output_that_is_a_file(tmp_path: Path) -> None:
-    (tmp_path / "taken").write_text("mine")
-    message = f"--output_dir {tmp_path / 'taken'} is a file. Give a folder"
-    refuses(message, tmp_path, output=tmp_path / "taken")
-    assert (tmp_path / "taken").read_text() == "mine"
-
-
-def test_output_that_is_the_model(tmp_path: Path) -> None:
-    link = tmp_path / "link"
-    link.symlink_to(TINY)
-    for path in (TINY, TINY / ".." / TINY.name, link):
-        refuses(f"--output_dir {path} is the model's own folder. Give another folder", tmp_path, output=path)
-
-
-def test_output_that_is_not_empty(tmp_path: Path) -> None:
-    (tmp_path / "mine.txt").write_text("mine")
-    message = (
-        f"--output_dir {tmp_path} is not empty. Give a new folder, or --resume_from_checkpoint with one of its "
-        "checkpoints"
-    )
-    refuses(message, tmp_path, output=tmp_path)
-
-
-def test_output_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For root, as whom these tests may run, every folder of a real disk is writable."""
-    asked = []
-
-    def deny(path: Path, mode: int) -> bool:
-        asked.append(Path(path))
-        return False
-
-    monkeypatch.setattr("training.checks.os.access", deny)
-    output = tmp_path / "a" / "b"
-    message = f"--output_dir {output}: {tmp_path} is not writable. Choose a folder you may write to"
-    refuses(message, tmp_path, output=output)
-    assert asked == [tmp_path]
-
-
-def test_output_that_is_empty_or_is_continued(tmp_path: Path) -> None:
-    check(tmp_path, output=tmp_path)
+def test_a_checkpoint_to_resume(tmp_path: Path) -> None:
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")

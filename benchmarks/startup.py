@@ -1,0 +1,70 @@
+"""How long a command line takes to be answered, beside the import that it does without.
+
+    python -m benchmarks.startup
+
+Runs each command in turn, five times over, and writes medians to benchmarks/results/startup.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+IMPORT = "import torch, transformers.trainer"
+COMMANDS = {
+    IMPORT: ["-c", IMPORT],
+    "finetune.py --help": ["finetune.py", "--help"],
+    "finetune.py --help_all": ["finetune.py", "--help_all"],
+    "finetune.py --use_lorra (refused)": ["finetune.py", "--use_lorra"],
+    "finetune.py --lora_r many (refused)": ["finetune.py", "--lora_r", "many"],
+    "finetune.py --lora_r 8 (refused)": ["finetune.py", "--lora_r", "8"],
+}
+
+
+def measure_startup(rounds: int) -> dict[str, float]:
+    """Median seconds of each command; the commands take turns, so that a busy machine hits all of them."""
+    seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
+    for _ in range(rounds):
+        for name, command in COMMANDS.items():
+            started = time.perf_counter()
+            result = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, check=False)
+            seconds[name].append(time.perf_counter() - started)
+            expected = 2 if name.endswith("(refused)") else 0
+            assert result.returncode == expected, f"{name}: {result.stderr.decode()}"
+    return {name: round(statistics.median(times), 4) for name, times in seconds.items()}
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results" / "startup.json"))
+    args = parser.parse_args(argv)
+    measure_startup(1)  # warms the disk's cache
+    seconds = measure_startup(args.rounds)
+    shares = {name: round(value / seconds[IMPORT], 4) for name, value in seconds.items()}
+    for name, value in seconds.items():
+        print(f"{value:8.3f} s {shares[name]:7.3f}x  {name}")
+    result: dict[str, Any] = {
+        "command": "python -m benchmarks.startup",
+        "rounds": args.rounds,
+        "median_seconds": seconds,
+        "share_of_import": shares,
+        "machine": {"cpus": os.cpu_count(), "python": platform.python_version()},
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+    }
+    Path(args.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

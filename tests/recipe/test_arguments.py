@@ -1,0 +1,159 @@
+"""Command lines and files of flags that people have, run whole."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from benchmarks.startup import IMPORT, measure_startup
+from tests.commands import finetune_here, logged_losses, names_in, read_json, read_log, run, run_all, run_well
+from tests.models import CONVERSATIONS, TINY, copy_checkpoint, write_conversations
+
+# As the original's launchers have them, but for the paths and --deepspeed.
+COMMON = (
+    '--bf16 True --num_train_epochs 5 --per_device_eval_batch_size 1 --evaluation_strategy no --save_strategy steps '
+    '--save_steps 1000 --save_total_limit 10 --weight_decay 0.1 --adam_beta2 0.95 --warmup_ratio 0.01 '
+    '--lr_scheduler_type cosine --logging_steps 1 --report_to none --model_max_length 512 '
+)  # fmt: skip
+FULL = COMMON + (
+    "--per_device_train_batch_size 1 --gradient_accumulation_steps 16 --learning_rate 1e-5 "
+    "--gradient_checkpointing True --lazy_preprocess True"
+)
+LORA = COMMON + (
+    "--per_device_train_batch_size 2 --gradient_accumulation_steps 8 --learning_rate 3e-4 "
+    "--lazy_preprocess True --gradient_checkpointing --use_lora"
+)
+
+
+def test_the_originals_command_lines(tmp_path: Path) -> None:
+    """Full parameters and LoRA, of a chat and of a base model: five steps with the original's learning rates."""
+    data = write_conversations(tmp_path / "train.json")
+    models = {"chat": TINY, "base": copy_checkpoint(tmp_path / "base", chat_format="raw")}
+    recipes = {(mode, kind): flags for mode, flags in (("full", FULL), ("lora", LORA)) for kind in models}
+    outputs = {key: tmp_path / "-".join(key) for key in recipes}
+    commands = [
+        ["finetune.py", "--model_name_or_path", models[key[1]], "--data_path", data, "--output_dir", outputs[key],
+         *flags.split()]
+        for key, flags in recipes.items()
+    ]  # fmt: skip
+    for key, result in zip(recipes, run_all(commands), strict=True):
+        assert result.returncode == 0, result.stderr
+        losses = logged_losses(outputs[key])
+        assert len(losses) == 5, key
+        arguments, summary = (read_json(outputs[key] / name) for name in ("run_args.json", "run_summary.json"))
+        expected = {
+            "bf16": True, "eval_strategy": "no", "warmup_steps": 0.01, "adam_beta2": 0.95, "weight_decay": 0.1,
+            "gradient_checkpointing": True, "lr_scheduler_type": "cosine", "use_lora": key[0] == "lora",
+        }  # fmt: skip
+        assert arguments | expected == arguments
+        embeddings = {("lora", "chat"): "none", ("lora", "base"): "full"}.get(key)
+        assert (summary["trainable_embeddings"] or {}).get("mode") == embeddings
+        weights = "adapter_model.safetensors" if key[0] == "lora" else "model.safetensors"
+        assert weights in names_in(outputs[key])
+        if key[0] == "lora":
+            assert losses[-1] < losses[0]
+        else:  # four steps of 1e-5 vanish in the rounding of a loss in bfloat16, but not in the weights
+            before, after = (load_file(folder / weights) for folder in (models[key[1]], outputs[key]))
+            moved = max((after[name] - before[name]).abs().max() for name in before)
+            assert 1e-5 <= moved <= 5e-5
+        # One warm-up step, a share of 0.01 of five, then the cosine.
+        rates = {"full": 1e-5, "lora": 3e-4}
+        assert [row["lr"] for row in read_log(outputs[key])][:2] == [0, rates[key[0]]]
+
+
+def test_the_saved_arguments_start_the_same_run_again(tmp_path: Path) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    run_well(
+        "finetune.py", "--model_name_or_path", TINY, "--data_path", write_conversations(tmp_path / "train.json"),
+        "--output_dir", first, "--use_lora", "--max_steps", 3, "--learning_rate", 1e-2, "--logging_steps", 1,
+        "--warmup_ratio", 0.5, "--system_message", "“Kurz” 😀", "--group_by_length", "--save_strategy", "no",
+        "--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-4}', "--bf16",
+    )  # fmt: skip
+    run_well("finetune.py", "--config", first / "run_args.json", "--output_dir", second)
+    assert logged_losses(second) == logged_losses(first)
+    tensors = [load_file(folder / "adapter_model.safetensors") for folder in (first, second)]
+    assert tensors[0].keys() == tensors[1].keys()
+    assert all(torch.equal(tensors[0][name], tensors[1][name]) for name in tensors[0])
+    arguments = [read_json(folder / "run_args.json") for folder in (first, second)]
+    assert arguments[1] == arguments[0] | {"output_dir": str(second)}
+    assert (arguments[0]["system_message"], arguments[0]["warmup_steps"]) == ("“Kurz” 😀", 0.5)
+
+
+def test_a_yaml_file_alone(tmp_path: Path) -> None:
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        f"model_name_or_path: {TINY}\ndata_path: {write_conversations(tmp_path / 'train.json')}\n"
+        f"output_dir: {tmp_path / 'out'}\nuse_lora: true\nmax_steps: 2\nlearning_rate: 1e-2\nlogging_steps: 1\n"
+        "save_strategy: no\n"
+    )
+    run_well("finetune.py", file)
+    assert len(logged_losses(tmp_path / "out")) == 2
+
+
+@pytest.mark.parametrize("mode", [[], ["--use_lora"], ["--use_lora", "--trainable_embeddings", "chatml_tokens"]])
+def test_early_stopping_ends_with_the_best_model(tmp_path: Path, mode: list[str]) -> None:
+    """Trained on four conversations until it knows nothing else, at a rate that soon harms the other four."""
+    data = write_conversations(tmp_path / "train.json", CONVERSATIONS[:4])
+    evaluation = write_conversations(tmp_path / "eval.json", CONVERSATIONS[4:])
+    output = tmp_path / "out"
+    finetune_here(
+        "--model_name_or_path", TINY, "--data_path", data, "--eval_data_path", evaluation, "--output_dir", output,
+        "--evaluation_strategy", "steps", "--eval_steps", 2, "--save_steps", 2, "--max_steps", 60,
+        "--load_best_model_at_end", "--early_stopping_patience", 2, "--lr_scheduler_type", "constant",
+        "--learning_rate", 5e-2, "--logging_steps", 2, *mode,
+    )  # fmt: skip
+    losses = logged_losses(output, "eval_loss")
+    best = min(range(len(losses)), key=losses.__getitem__)
+    assert len(losses) == best + 3 < 30, losses
+    name = "adapter_model.safetensors" if mode else "model.safetensors"
+    saved, kept = load_file(output / name), load_file(output / f"checkpoint-{2 * (best + 1)}" / name)
+    assert saved.keys() == kept.keys() and all(torch.equal(saved[key], kept[key]) for key in saved)
+    last = load_file(output / f"checkpoint-{2 * len(losses)}" / name)
+    assert not all(torch.equal(saved[key], last[key]) for key in saved)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
+@pytest.mark.parametrize("given", [True, False])
+def test_logging_dir_is_where_tensorboard_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool) -> None:
+    monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
+    finetune_here(
+        "--model_name_or_path", TINY, "--data_path", write_conversations(tmp_path / "train.json"), "--output_dir",
+        tmp_path / "out", "--max_steps", 1, "--save_strategy", "no", "--report_to", "tensorboard",
+        *(["--logging_dir", tmp_path / "board"] if given else []),
+    )  # fmt: skip
+    folder = tmp_path / "board" if given else tmp_path / "out" / "runs"
+    assert [path for path in folder.rglob("events.out.tfevents.*") if path.stat().st_size > 0]
+    assert not (tmp_path / "elsewhere").exists()
+    assert (tmp_path / "out" / "runs").exists() is not given
+
+
+def test_conflicts_end_the_command_before_anything_is_loaded(tmp_path: Path) -> None:
+    result = run(
+        "finetune.py", "--model_name_or_path", TINY, "--data_path", tmp_path / "none.json", "--output_dir",
+        tmp_path / "out", "--bf16", "--fp16", "--lora_r", 8,
+    )  # fmt: skip
+    lines = result.stderr.splitlines()
+    assert (result.returncode, result.stdout, len(lines)) == (2, "", 4)
+    assert lines[0] == "finetune.py: error: 3 faults in the arguments:"
+    assert [line[:5] for line in lines[1:]] == ["  1. ", "  2. ", "  3. "]
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_and_refusals_do_not_wait_for_torch() -> None:
+    seconds = measure_startup(rounds=1)
+    slow = {name: value for name, value in seconds.items() if name != IMPORT and value > 0.4 * seconds[IMPORT]}
+    assert slow == {}, seconds
+
+
+def test_the_help() -> None:
+    short, long = (run_well("finetune.py", flag).stdout for flag in ("--help", "--help_all"))
+    for text in ("--model_name_or_path", "--use_lora", "--learning_rate X", "(default: 5e-05)", "--eval_strategy"):
+        assert text in short and text in long
+    for text in ("--dataloader_prefetch_factor", "--evaluation_strategy", "--save_safetensors"):
+        assert text not in short and text in long
+    assert json.dumps(short).isascii()
