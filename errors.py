@@ -1,16 +1,26 @@
-"""The two errors a user can cause, and how a command ends with one.
+"""The errors a user can cause or meet, and how a command ends with one.
 
-Every command of this project reports a fault of its input in one line that names the flag or ``file:line``, the value
-and the fix, and ends with exit code 2. Anything else that escapes is a bug of ours and keeps its traceback.
+Every command of this project reports a fault in one line (or a numbered list) that names the flag or ``file:line``, the
+value and the fix. Exit codes tell a script what happened: 2 refused, 1 failed, 130 and 143 interrupted.
 This module imports nothing of ours and nothing heavy, so that a wrong flag is refused before torch is loaded.
 """
 
 from __future__ import annotations
 
 import argparse
+import errno
+import os
+import signal
 import sys
+import time
+import traceback
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import NoReturn
+
+_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# How long a process of several waits to be ended for the fault that the first one reports as well.
+_WAIT_FOR_FIRST = 15.0
 
 
 class ConfigError(ValueError):
@@ -39,9 +49,30 @@ class DataError(ValueError):
         self.where = where
 
 
+class RunError(RuntimeError):
+    """A run that had begun and cannot go on, for a reason that is known: a diverged loss, a full disk.
+
+    Args:
+        what: what happened, at which step or in which folder.
+        fix: what to do about it.
+    """
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(f"{what}. {fix}" if fix else what)
+
+
+class Terminated(BaseException):
+    """SIGTERM, raised in the main thread so that what cleans up after Ctrl-C cleans up after it too."""
+
+
 def one_line(error: BaseException) -> str:
     """A library's complaint for a message of ours: without line breaks, and not a page long."""
     return " ".join(str(error).split())[:300]
+
+
+def numbered(title: str, items: Sequence[object]) -> str:
+    """Several faults as one message: the title, then a line for each of them, counted from 1."""
+    return "\n".join([f"{title}:", *(f"  {number}. {item}" for number, item in enumerate(items, 1))])
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -54,14 +85,86 @@ class CommandParser(argparse.ArgumentParser):
 def run_command(main: Callable[[Sequence[str]], int | None], name: str) -> None:
     """Run ``main(argv)`` as the process's main function and exit with its code.
 
-    Exit codes: what ``main`` returns (``None`` is 0), 2 for a ``ConfigError`` or ``DataError``, 130 after Ctrl-C.
+    Exit codes: what ``main`` returns (``None`` is 0), 2 for a ``ConfigError`` or ``DataError``, 1 for any other
+    failure, 130 after Ctrl-C, 143 after SIGTERM. ``--debug`` among the arguments shows the traceback of a failure.
+    """
+    argv = sys.argv[1:]
+    before = signal.signal(signal.SIGTERM, _raise_terminated)
+    try:
+        code = main(argv)
+    except (Exception, KeyboardInterrupt, Terminated) as error:
+        code, message = _describe(error)
+        if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
+            _wait_for_first()
+        # A launcher that ends all processes after the first failure does not cut the message off.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _close_bars()
+        if any(argument in ("--debug", "--debug=True", "--debug=true") for argument in argv):
+            traceback.print_exc()
+        _report(name, code, message)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    sys.exit(code)
+
+
+def _report(name: str, code: int, message: str) -> None:
+    rank = os.environ.get("RANK", "0")
+    if rank != "0":
+        if code > 128:  # the first process says it
+            return
+        name = f"{name} [rank {rank}]"
+    print(f"{name}: {message}", file=sys.stderr, flush=True)
+
+
+def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
+    # Whoever asks twice asks for the same; cleaning up is not interrupted.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    raise Terminated
+
+
+def _describe(error: BaseException) -> tuple[int, str]:
+    """Exit code and line of a failure."""
+    if isinstance(error, (KeyboardInterrupt, Terminated)):
+        code, word = (130, "interrupted") if isinstance(error, KeyboardInterrupt) else (143, "terminated")
+        return code, f"{word}. {error}" if str(error) else word
+    if isinstance(error, (ConfigError, DataError)):
+        return 2, f"error: {error}"
+    if isinstance(error, RunError):
+        return 1, f"error: {error}"
+    if _is_out_of_memory(error):
+        fix = (
+            "Lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much), shorten "
+            "--model_max_length, or add --gradient_checkpointing"
+        )
+        return 1, f"error: out of memory ({one_line(error)}). {fix}"
+    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+        return 1, f"error: cannot write {error.filename or 'a file'} ({error.strerror}). Free some space"
+    what = f"{type(error).__name__}: {one_line(error)}" if str(error) else type(error).__name__
+    return 1, f"error: unexpected {what}. --debug shows the traceback"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # By name, because torch is not imported here. On the CPU torch raises a plain RuntimeError.
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
+    )
+
+
+def _wait_for_first() -> None:
+    """Under torchrun all processes of a machine find the same fault: the first reports it, the launcher ends the rest.
+
+    A process that nobody ends is alone with its fault and reports it itself.
     """
     try:
-        code = main(sys.argv[1:])
-    except (ConfigError, DataError) as error:
-        print(f"{name}: error: {error}", file=sys.stderr, flush=True)
-        code = 2
-    except KeyboardInterrupt:
-        print(f"{name}: interrupted", file=sys.stderr, flush=True)
-        code = 130
-    sys.exit(code)
+        time.sleep(_WAIT_FOR_FIRST)
+    except Terminated:
+        sys.exit(143)
+
+
+def _close_bars() -> None:
+    """Progress bars leave the cursor behind them; the message gets a line of its own."""
+    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    for bar in list(getattr(bars, "_instances", ())):
+        bar.close()

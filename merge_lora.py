@@ -88,11 +88,17 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--dtype", choices=("auto", *DTYPES), default="auto", help="what to write; auto: as the base (default)"
     )
     parser.add_argument("--max_shard_size", default="2GB", help="size of a weight file, as 2GB or 500MiB (default 2GB)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser.parse_args(argv)
 
 
 def find_base(base: Path | None, adapter: Path, adapter_config: dict[str, Any]) -> Path:
-    """The base's folder: --base, or what the adapter names, from here, from the adapter's folder or from its parent."""
+    """The base's folder: --base, or what the adapter names.
+
+    A folder is looked for from here, from the adapter's folder and from its parent, a hub id in the local cache.
+    """
+    from training.hubs import cached_folder
+
     if base is not None:
         if not (base / "config.json").is_file():
             raise ConfigError(f"--base {base} holds no config.json", "Give the folder of the model that was tuned")
@@ -102,6 +108,8 @@ def find_base(base: Path | None, adapter: Path, adapter_config: dict[str, Any]) 
         for folder in (Path(named), adapter / named, adapter.resolve().parent / named):
             if (folder / "config.json").is_file():
                 return folder
+        if named.count("/") == 1 and not named.startswith((".", "/", "~")) and (cached := cached_folder(named)):
+            return cached
     what = f"the adapter {adapter} names the base {named!r}, which is no model folder here"
     raise ConfigError(what, "Say where the base lies with --base DIR")
 

@@ -15,14 +15,15 @@ import numpy.typing as npt
 from tqdm import tqdm
 
 from data_utils.encode import EncodedConversation, Encoder, Example
-from data_utils.schema import parse_conversation, read_records
-from errors import DataError
+from data_utils.schema import Conversation, parse_conversation, read_records
+from errors import DataError, numbered
 from qwen_model.chatml import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
 _LOGGED_PLACES = 5
 _RECORDED_PLACES = 100
+_SHOWN_FAULTS = 20
 
 
 @dataclass
@@ -77,6 +78,12 @@ class DataReport:
         return [f"{self.path}: {counts}", *self.warnings()]
 
 
+class IndexedExample(Example):
+    """An example that knows its place in its set."""
+
+    index: int
+
+
 class ExampleSet:
     """The examples of a file, a dataset for torch: one array for all ids, one byte per id for what is trained.
 
@@ -103,13 +110,15 @@ class ExampleSet:
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> Example:
+    def __getitem__(self, index: int) -> IndexedExample:
+        index = range(len(self))[index]
         end = int(self._ends[index])
         span = slice(end - self.lengths[index], end)
         ids = self._input_ids[span]
-        return {"input_ids": ids.tolist(), "labels": np.where(self._trained[span], ids, IGNORE_INDEX).tolist()}
+        labels = np.where(self._trained[span], ids, IGNORE_INDEX).tolist()
+        return {"input_ids": ids.tolist(), "labels": labels, "index": index}
 
-    def __iter__(self) -> Iterator[Example]:
+    def __iter__(self) -> Iterator[IndexedExample]:
         return (self[index] for index in range(len(self)))
 
     def where(self, index: int) -> str:
@@ -127,9 +136,9 @@ def load_examples(path: str | Path, encoder: Encoder, *, show_progress: bool = T
         show_progress: whether to draw a progress bar on stderr.
 
     Raises:
-        DataError: the first record that cannot be used, or a file in which nothing is left to train on.
+        DataError: the records that cannot be used, up to 20 of them, or a file in which nothing is left to train on.
     """
-    conversations = [parse_conversation(record, where) for where, record in read_records(path)]
+    conversations = _read_conversations(path, needs_answer=encoder.options.needs_answer)
     report = DataReport(str(path), read=len(conversations))
     ids, trained = array("i"), bytearray()
     lengths: list[int] = []
@@ -154,6 +163,28 @@ def load_examples(path: str | Path, encoder: Encoder, *, show_progress: bool = T
     if not report.kept:
         raise _nothing_left(report)
     return ExampleSet(np.frombuffer(ids, np.int32), np.frombuffer(trained, np.bool_), lengths, places, report)
+
+
+def _read_conversations(path: str | Path, needs_answer: bool) -> list[Conversation]:
+    """All conversations of a file. The original's mask also trains the marks of other turns, so it needs no answer."""
+    conversations: list[Conversation] = []
+    faults: list[DataError] = []
+    try:
+        for where, record in read_records(path):
+            try:
+                conversations.append(parse_conversation(record, where, needs_answer))
+            except DataError as error:
+                faults.append(error)
+                if len(faults) == _SHOWN_FAULTS:
+                    break
+    except DataError as error:  # behind broken JSON nothing can be read
+        faults.append(error)
+    if len(faults) == 1:
+        raise faults[0]
+    if faults:
+        count = f"the first {_SHOWN_FAULTS}" if len(faults) == _SHOWN_FAULTS else str(len(faults))
+        raise DataError(str(path), numbered(f"{count} faults", faults))
+    return conversations
 
 
 def _skip_reason(encoded: EncodedConversation, encoder: Encoder) -> str:

@@ -43,12 +43,13 @@ class Conversation:
     where: str
 
 
-def parse_conversation(record: object, where: str) -> Conversation:
+def parse_conversation(record: object, where: str, needs_answer: bool = False) -> Conversation:
     """Check one record of a data file.
 
     Args:
         record: a decoded JSON value.
         where: its place (``file.jsonl:12``), for messages and reports.
+        needs_answer: whether a conversation without an assistant turn is refused.
 
     Raises:
         DataError: anything that is not a conversation, or asks for what is not supported yet.
@@ -71,7 +72,10 @@ def parse_conversation(record: object, where: str) -> Conversation:
         raise DataError(where, f'"conversations" must be a list of turns, not {_shown(entries)}', _RECORD)
     if not entries:
         raise DataError(where, '"conversations" is empty', "Give it at least one turn, or remove the record")
-    return Conversation(tuple(_parse_turn(entry, number, where) for number, entry in enumerate(entries, 1)), where)
+    turns = tuple(_parse_turn(entry, number, where) for number, entry in enumerate(entries, 1))
+    if needs_answer and all(turn.role != "assistant" for turn in turns):
+        raise DataError(where, "no turn is from the assistant, so there is nothing to learn", "Remove the record")
+    return Conversation(turns, where)
 
 
 def _parse_turn(entry: object, number: int, where: str) -> Turn:

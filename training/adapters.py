@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from errors import ConfigError, one_line
 from qwen_model.chatml import control_ids_of
 from training.args import LoraArguments
 from training.loading import Checkpoint
+from training.token_rows import use_lean_trainable_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -88,6 +90,7 @@ def attach_lora(
     else:
         config = _build_config(model, checkpoint, lora, policy)
         adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
+    use_lean_trainable_tokens(adapted)
     if in_float32:
         for parameter in adapted.parameters():
             if parameter.requires_grad:
@@ -114,7 +117,7 @@ def load_adapter(
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
-            f"{flag} {folder}: {one_line(error)}", "Give the folder of an adapter of this model"
+            f"{flag} {folder}: {_complaint(error)}", "Give the folder of an adapter of this model"
         ) from error
     # Where the file lacks a tensor peft goes on with a fresh one.
     missing = sorted(get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - saved)
@@ -129,6 +132,15 @@ def load_adapter(
             " and ".join(missing),
         )
     return adapted
+
+
+def _complaint(error: Exception) -> str:
+    """What peft says, of wrong shapes only the first."""
+    shapes = re.search(r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)", str(error))
+    if shapes is None:
+        return one_line(error).rstrip(".")
+    name, saved, wanted = shapes.groups()
+    return f"its {name.replace('.default', '')} has the shape ({saved}), the model asks for ({wanted})"
 
 
 def _load_adapter_config(folder: str, flag: str) -> LoraConfig:

@@ -10,14 +10,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from checkpoints.shards import open_checkpoint
+from checkpoints.shards import CheckpointReader, open_checkpoint
 from errors import ConfigError, one_line
 from qwen_model.families import END_OF_TEXT, IM_END, Family
+from qwen_model.later import MODEL_CLASSES
 from qwen_model.register import register_qwen
 from qwen_model.templates import family_of
 from training.args import RunArguments
+from training.hubs import find_folder
 
 logger = logging.getLogger(__name__)
 
@@ -52,15 +54,25 @@ class Checkpoint:
         return [int(self.tokenizer.convert_tokens_to_ids(token)) for token in (IM_END, END_OF_TEXT)]
 
 
-def load_checkpoint(name_or_path: str, cache_dir: str | None = None) -> Checkpoint:
-    """Read everything of a checkpoint but its weights.
+def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = "hf") -> Checkpoint:
+    """Read everything of a checkpoint but its weights, of which only the headers are looked at.
+
+    Args:
+        name_or_path: a folder, or an id of a model on the hub.
+        cache_dir: where the hub's library keeps models; by default its own place.
+        hub: ``hf`` or ``modelscope``.
 
     Raises:
-        ConfigError: no such checkpoint, an unknown model_type, or a tokenizer that does not belong to the model.
+        ConfigError: no such checkpoint, an unknown model_type, a tokenizer that does not belong to the model, or
+            weights that are missing or cut off.
     """
     register_qwen()
-    folder = _find_folder(name_or_path, cache_dir)
+    folder = find_folder(name_or_path, cache_dir, hub)
     config = _load_config(folder)
+    try:
+        reader = open_checkpoint(folder)
+    except ConfigError as error:
+        raise ConfigError(f"--model_name_or_path: {error}") from error
     tokenizer = _load_tokenizer(folder)
     family = family_of(config.model_type, tokenizer)
     generation_config = _load_generation_config(folder)
@@ -72,7 +84,7 @@ def load_checkpoint(name_or_path: str, cache_dir: str | None = None) -> Checkpoi
         tokenizer=tokenizer,
         family=family,
         generation_config=generation_config,
-        dtype=_saved_dtype(folder, config),
+        dtype=_saved_dtype(reader, config),
         chat_format=getattr(generation_config, "chat_format", None),
     )
 
@@ -101,11 +113,12 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, attn_implementation
     """The model of a checkpoint, in evaluation mode on the CPU.
 
     Raises:
-        ConfigError: weights that are missing, broken, incomplete or of another shape than the config says.
+        ConfigError: weights that are missing, broken, incomplete, not finite or of another shape than the config says.
     """
     where = f"--model_name_or_path {checkpoint.folder}"
+    model_class: Any = MODEL_CLASSES.get(checkpoint.model_type, AutoModelForCausalLM)
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = model_class.from_pretrained(
             str(checkpoint.folder),
             config=checkpoint.config,
             dtype=dtype,
@@ -127,29 +140,23 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, attn_implementation
             f"{where}: {len(missing)} tensors of the model are not among its weights, the first is {missing[0]}",
             "Copy config.json and all weight files again from the original checkpoint",
         )
+    _check_finite(model, checkpoint)
     return model
 
 
-def _find_folder(name_or_path: str, cache_dir: str | None) -> Path:
-    path = Path(name_or_path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+@torch.no_grad()
+def _check_finite(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
+    """A NaN in one weight makes every loss NaN, hours later and without a name."""
+    for name, parameter in model.named_parameters():
+        # The extremes carry NaN and infinity, and take no memory.
+        if parameter.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(parameter)):
+            files = open_checkpoint(checkpoint.folder).files
+            file = next((file for file in files if name in CheckpointReader([file])), checkpoint.folder)
             raise ConfigError(
-                f"--model_name_or_path {name_or_path}: the folder has no config.json", "Give the folder of a checkpoint"
+                f"{file}: {name} holds NaN or infinity in {str(parameter.dtype).removeprefix('torch.')}",
+                "Copy the file again from the original checkpoint"
+                + (", or use --bf16 instead of --fp16" if parameter.dtype == torch.float16 else ""),
             )
-        return path
-    if path.exists() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
-        raise ConfigError(f"--model_name_or_path {name_or_path}: there is no such folder", "Check the path")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
-
-    try:
-        return Path(snapshot_download(name_or_path, cache_dir=cache_dir, ignore_patterns=["*.py", "*.gguf", "*.onnx"]))
-    except (OSError, ValueError, HfHubHTTPError) as error:  # a name that cannot be one is a ValueError
-        raise ConfigError(
-            f"--model_name_or_path {name_or_path}: no such folder, and the model could not be fetched from the hub",
-            f"Check the name, or download it where there is a network: hf download {name_or_path}",
-        ) from error
 
 
 def _load_config(folder: Path) -> Any:
@@ -212,14 +219,13 @@ def _check_tokenizer(folder: Path, config: Any, tokenizer: Any, generation_confi
         )
 
 
-def _saved_dtype(folder: Path, config: Any) -> torch.dtype:
+def _saved_dtype(reader: CheckpointReader, config: Any) -> torch.dtype:
     """What the config says; where it says nothing, what the first matrix is stored in."""
     flagged = [dtype for name, dtype in _DTYPE_FLAGS.items() if getattr(config, name, False)]
     dtype = config.dtype or next(iter(flagged), None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."))
     if dtype is None:
-        reader = open_checkpoint(folder)
         dtype = reader.dtype(reader.names()[0])
     return dtype
 

@@ -17,13 +17,17 @@ from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
 from checkpoints.shards import open_checkpoint, save_checkpoint, save_json, save_tensors
+from errors import RunError
 from qwen_model.generation import MAX_WINDOW_SIZE
 from training.loading import Checkpoint, set_saved_dtype
+from training.output import saving_to, staged_files
 
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = 5 * 10**9
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_FAULTY_DISK = "Nothing was kept: save to another disk"
+_ARCHITECTURES = {"qwen": "QWenLMHeadModel", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 def save_model(
@@ -38,22 +42,27 @@ def save_model(
     Args:
         model: what was trained, without the wrappers of a trainer.
         checkpoint: the base; its precision is the one saved.
-        folder: made when missing; a model's own earlier files there are replaced.
+        folder: made when missing; a model's own earlier files there are replaced when the new ones are on disk.
         state_dict: the gathered weights where the model itself holds only its share of them.
         show_progress: whether to draw progress bars on stderr.
 
     Raises:
-        RuntimeError: a tensor on disk is not the one in memory.
+        RunError: the folder cannot be written, a tensor is not finite, or is not on disk as it is in memory.
     """
     folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    if isinstance(model, PeftModel):
-        save_adapter(model, checkpoint.dtype, folder, state_dict)
-    else:
-        save_full(model, checkpoint, folder, state_dict, show_progress)
-    checkpoint.tokenizer.save_pretrained(folder)
-    # Not by its save_pretrained, which refuses settings that real checkpoints have (top_p beside do_sample false).
-    save_json(saved_generation_config(checkpoint).to_diff_dict(), folder / "generation_config.json")
+    with saving_to(folder), staged_files(folder) as staging:
+        if isinstance(model, PeftModel):
+            save_adapter(model, checkpoint.dtype, staging, state_dict)
+        else:
+            save_full(model, checkpoint, staging, state_dict, show_progress)
+        checkpoint.tokenizer.save_pretrained(staging)
+        # Not by its save_pretrained, which refuses settings that real checkpoints have (top_p beside do_sample false).
+        save_json(saved_generation_config(checkpoint).to_diff_dict(), staging / "generation_config.json")
+        written = {file.name for file in staging.iterdir()}
+    if not isinstance(model, PeftModel):
+        for old in folder.glob("model*.safetensors*"):
+            if old.name not in written:
+                old.unlink()
 
 
 def save_adapter(
@@ -81,8 +90,6 @@ def save_full(
     show_progress: bool = True,
 ) -> None:
     """Write all weights in safetensors shards, and a config that says their precision."""
-    for old in folder.glob("model*.safetensors*"):
-        old.unlink()
     tensors = dict(model.state_dict() if state_dict is None else state_dict)
     if model.config.tie_word_embeddings:
         for name in model.all_tied_weights_keys:
@@ -96,7 +103,8 @@ def save_full(
     config = copy.deepcopy(model.config)
     set_saved_dtype(config, checkpoint.dtype)
     config.use_cache = True  # the trainer turns it off for its own time
-    config.architectures = [type(model).__name__]
+    # Not the class that trained: others know the checkpoint by the name it came with.
+    config.architectures = checkpoint.config.architectures or [_ARCHITECTURES[checkpoint.model_type]]
     config.save_pretrained(folder)
     _check_saved(on_disk("Checking"), folder, ("model.safetensors",))
 
@@ -118,7 +126,9 @@ def _to_disk(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     if tensor.is_floating_point():
         tensor = tensor.to(dtype)
         if not torch.isfinite(tensor).all():
-            raise RuntimeError(f"{name} holds NaN or infinity: the run diverged, and nothing is saved")
+            raise RunError(
+                f"{name} holds NaN or infinity: the run diverged, and nothing is saved", "Lower --learning_rate"
+            )
     return tensor.contiguous()
 
 
@@ -128,11 +138,11 @@ def _check_saved(tensors: Iterable[tuple[str, Tensor]], folder: Path, names: tup
     untouched = []
     for name, tensor in tensors:
         if name not in reader:
-            raise RuntimeError(f"{folder}: {name} is missing in what was saved")
+            raise RunError(f"{name} is missing in what was saved", _FAULTY_DISK)
         saved = reader.read(name)
         if saved.shape != tensor.shape or not torch.equal(saved, tensor):
-            raise RuntimeError(f"{folder}: {name} is not on disk as it is in memory")
+            raise RunError(f"{name} is not on disk as it is in memory", _FAULTY_DISK)
         if not saved.any():
             untouched.append(name)
     if untouched:
-        logger.warning("%s: %d tensors are all zero, among them %s", folder, len(untouched), untouched[0])
+        logger.warning("%d saved tensors are all zero, among them %s", len(untouched), untouched[0])

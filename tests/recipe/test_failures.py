@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 import finetune
-from tests.commands import names_in, run_all, run_here
+from tests.commands import free_port, names_in, run, run_all, run_here
+from tests.golden import SMALL
 from tests.models import TINY, copy_checkpoint, write_conversations
 
 SOUND = '{"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello!"}]}'
@@ -37,9 +40,36 @@ def truncate(file: Path, size: int) -> None:
     file.write_bytes(file.read_bytes()[:size])
 
 
+def append(file: Path, content: bytes) -> None:
+    file.write_bytes(file.read_bytes() + content)
+
+
+def spoil(file: Path, name: str) -> None:
+    tensors = load_file(file)
+    tensors[name][3] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def write_records(file: Path, *records: object) -> None:
+    """The records as lines behind a sound one."""
+    file.write_text("".join(f"{line}\n" for line in [SOUND, *map(json.dumps, records)]))
+
+
+def cut_adapter(folder: Path) -> None:
+    """The golden adapter, its first matrix with half the columns."""
+    shutil.copytree(SMALL / "training" / "lora_chat_adapter", folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    name = min(tensors)
+    tensors[name] = tensors[name][:, ::2].contiguous()
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+USER = {"from": "user", "value": "Hi"}
+
+
 CASES = {
-    "wrong flag": Case("command line: --lora_rank is no known flag. ", {"--lora_rank": "8"}),
-    "wrong value": Case("command line: argument --lora_r", {"--lora_r": "many"}),
+    "wrong flag": Case("command line: --lora_rank is no known flag, the nearest is ", {"--lora_rank": "8"}),
+    "wrong value": Case("command line: --lora_r many: a whole number is wanted. ", {"--lora_r": "many"}),
     "no data file": Case("--data_path {x}/none.json: there is no such file. ", {"--data_path": "{x}/none.json"}),
     "broken json": Case(
         "{x}/train.json:2:95: not valid JSON: ",
@@ -53,6 +83,27 @@ CASES = {
         "{x}/train.json:2: turn 1 is from an unknown role, 'robot'. ",
         setup=lambda x: (x / "train.json").write_text(f"{SOUND}\n{SOUND.replace('user', 'robot')}\n"),
     ),
+    "empty conversation": Case(
+        '{x}/train.json:2: "conversations" is empty. ',
+        setup=lambda x: write_records(x / "train.json", {"conversations": []}),
+    ),
+    "no conversation": Case(
+        "{x}/train.json:2: the record has no \"conversations\", its keys are ['text']. ",
+        setup=lambda x: write_records(x / "train.json", {"text": "Hi"}),
+    ),
+    "value is no string": Case(
+        '{x}/train.json:2: the "value" of turn 2 must be a string, not 7. ',
+        setup=lambda x: write_records(x / "train.json", {"conversations": [USER, {"from": "assistant", "value": 7}]}),
+    ),
+    "no answer": Case(
+        "{x}/train.json:2: no turn is from the assistant, so there is nothing to learn. ",
+        setup=lambda x: write_records(x / "train.json", {"conversations": [USER, USER]}),
+    ),
+    "wrong encoding": Case(
+        "{x}/train.json:1: not UTF-8: byte 0xff at offset 0. Save the file as UTF-8",
+        setup=lambda x: (x / "train.json").write_bytes(SOUND.encode("utf-16")),
+    ),
+    "a folder as data": Case("--data_path {x}: is a folder. ", {"--data_path": "{x}"}),
     "empty file": Case(
         "{x}/train.json: the file holds no conversations. ", setup=lambda x: (x / "train.json").write_text("")
     ),
@@ -62,20 +113,39 @@ CASES = {
     "nothing fits": Case("{x}/train.json: nothing is left to train on: ", {"--model_max_length": "4"}, starts=True),
     "no model": Case("--model_name_or_path {x}/none: there is no such folder. ", {"--model_name_or_path": "{x}/none"}),
     "no hub model": Case(
-        "--model_name_or_path nobody/none: no such folder, and the model could not be fetched from the hub. ",
+        "--model_name_or_path nobody/none: no such folder, not in the local cache, and the hub cannot be reached. ",
         {"--model_name_or_path": "nobody/none"},
     ),
     "no weights": Case(
-        "--model_name_or_path {x}/model: ",
+        "--model_name_or_path: {x}/model holds no weights ",
         {"--model_name_or_path": "{x}/model"},
         lambda x: (copy_checkpoint(x / "model") / "model.safetensors").unlink(),
-        starts=True,
     ),
     "truncated weights": Case(
-        "--model_name_or_path {x}/model: ",
+        "--model_name_or_path: {x}/model/model.safetensors is damaged or incomplete ",
         {"--model_name_or_path": "{x}/model"},
         lambda x: truncate(copy_checkpoint(x / "model") / "model.safetensors", 90_000),
+    ),
+    "weights with NaN": Case(
+        "{x}/model/model.safetensors: transformer.h.1.ln_2.weight holds NaN or infinity in float32. ",
+        {"--model_name_or_path": "{x}/model"},
+        lambda x: spoil(copy_checkpoint(x / "model") / "model.safetensors", "transformer.h.1.ln_2.weight"),
         starts=True,
+    ),
+    "unknown model": Case(
+        "{x}/model/config.json: model_type 'llama' is not supported. ",
+        {"--model_name_or_path": "{x}/model"},
+        lambda x: copy_checkpoint(x / "model", model_type="llama"),
+    ),
+    "no ranks": Case(
+        "{x}/model: there is no qwen.tiktoken. ",
+        {"--model_name_or_path": "{x}/model"},
+        lambda x: (copy_checkpoint(x / "model") / "qwen.tiktoken").unlink(),
+    ),
+    "rank twice": Case(
+        "{x}/model/qwen.tiktoken:701: rank 5 stands there a second time. ",
+        {"--model_name_or_path": "{x}/model"},
+        lambda x: append(copy_checkpoint(x / "model") / "qwen.tiktoken", b"enp6eno= 5\n"),
     ),
     "truncated ranks": Case(
         "{x}/model: end-of-text is id 512 in qwen.tiktoken and 700 in generation_config.json. ",
@@ -92,6 +162,22 @@ CASES = {
         "--output_dir {x}/model is the model's own folder. ",
         {"--model_name_or_path": "{x}/model", "--output_dir": "{x}/model"},
         lambda x: copy_checkpoint(x / "model"),
+    ),
+    "output in the model": Case(
+        "--output_dir {x}/model/out lies inside of --model_name_or_path {x}/model. ",
+        {"--model_name_or_path": "{x}/model", "--output_dir": "{x}/model/out"},
+        lambda x: copy_checkpoint(x / "model"),
+    ),
+    "output is a file": Case(
+        "--output_dir {x}/out is a file. ",
+        setup=lambda x: (x / "out").write_text("mine"),
+    ),
+    "adapter of other shapes": Case(
+        "--lora_weight_path {x}/adapter: its base_model.model.transformer.h.0.attn.c_attn.lora_A.weight has the shape "
+        "(2, 16), the model asks for (2, 32). ",
+        {"--lora_weight_path": "{x}/adapter"},
+        lambda x: cut_adapter(x / "adapter"),
+        starts=True,
     ),
     "no such layer": Case(
         "--lora_target_modules q_proj: the model has no such layers. ", {"--lora_target_modules": "q_proj"}, starts=True
@@ -142,14 +228,55 @@ def test_mistakes_as_a_user_makes_them(tmp_path: Path) -> None:
         check(name, folder, result.returncode, result.stdout, result.stderr)
 
 
+def test_several_faults_of_a_file_are_shown_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    write_conversations(tmp_path / "train.json")
+    faulty = [{"text": 1}, {"conversations": []}, {"conversations": [USER]}]
+    arguments = ["--use_lora", "--model_name_or_path", TINY, "--output_dir", tmp_path / "out"]
+    for count, title, last in ((1, "4 faults", "5:1: not valid JSON: "), (9, "the first 20 faults", "21: ")):
+        path = tmp_path / f"{count}.jsonl"
+        write_records(path, *faulty * count)
+        append(path, b"not json\n")
+        capfd.readouterr()
+        assert run_here(finetune.main, "finetune.py", [*arguments, "--data_path", path]) == 2
+        first, *lines = capfd.readouterr().err.splitlines()
+        assert first == f"finetune.py: error: {path}: {title}:"
+        assert lines[0].startswith(f"  1. {path}:2: the record has no \"conversations\", its keys are ['text']. ")
+        assert lines[1].startswith(f'  2. {path}:3: "conversations" is empty. ')
+        assert lines[-1].startswith(f"  {len(lines)}. {path}:{last}")
+        assert len(lines) == min(3 * count + 1, 20)
+    assert not (tmp_path / "out").exists()
+
+
+def test_several_processes_report_a_fault_once(tmp_path: Path) -> None:
+    write_records(tmp_path / "train.json", {"conversations": []})
+    result = run(
+        "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), "finetune.py",
+        "--model_name_or_path", TINY, "--data_path", tmp_path / "train.json", "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    ours = [line for line in result.stderr.splitlines() if line.startswith(("finetune.py:", "finetune.py ["))]
+    assert ours == [
+        f'finetune.py: error: {tmp_path}/train.json:2: "conversations" is empty. '
+        "Give it at least one turn, or remove the record"
+    ]
+    assert result.returncode != 0
+
+
 def test_mistakes_of_the_other_commands(tmp_path: Path) -> None:
-    shutil.copytree(TINY, tmp_path / "model")
+    adapter, cut = SMALL / "training" / "lora_chat_adapter", tmp_path / "cut"
+    cut_adapter(cut)
+    first_matrix = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
     cases = {
         "merge_lora.py: error: command line: unrecognized arguments: --adaptor x. ": [
             "merge_lora.py", "--adapter", "a", "--output", tmp_path / "out", "--adaptor", "x"
         ],
         f"merge_lora.py: error: --adapter {tmp_path / 'none'} holds no adapter_config.json. ": [
             "merge_lora.py", "--adapter", tmp_path / "none", "--output", tmp_path / "out"
+        ],
+        f"merge_lora.py: error: the adapter {adapter} names the base 'tiny-qwen-small', which is no model folder ": [
+            "merge_lora.py", "--adapter", adapter, "--output", tmp_path / "out"
+        ],
+        f"merge_lora.py: error: {cut}: {first_matrix} has shape (2, 16), base and adapter_config.json ask for ": [
+            "merge_lora.py", "--adapter", cut, "--output", tmp_path / "out", "--base", TINY
         ],
         "scripts.ask: error: command line: unrecognized arguments: --temperature=0.5. ": [
             "-m", "scripts.ask", "--model_name_or_path", TINY, "--temperature=0.5", "Hi"
@@ -162,7 +289,7 @@ def test_mistakes_of_the_other_commands(tmp_path: Path) -> None:
         assert result.stderr.startswith(expected), result.stderr
         assert result.stderr.count("\n") == 1
         assert (result.returncode, result.stdout) == (2, "")
-    assert names_in(tmp_path) == ["model"]
+    assert names_in(tmp_path) == ["cut"]
 
 
 def test_a_wrong_flag_is_answered_at_once() -> None:

@@ -148,7 +148,7 @@ def test_a_run_from_any_folder(
         "save_steps": 1000,
         "save_total_limit": 10,
         "logging_steps": 1,
-        "report_to": [],
+        "report_to": "none",
         "lazy_preprocess": True,
         "gradient_checkpointing": True,
         # There is no GPU here, so no precision is chosen.

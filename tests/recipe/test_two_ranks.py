@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import socket
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.commands import finetune_here, logged_losses, names_in, read_json, read_log, run_well
+from tests.commands import finetune_here, free_port, logged_losses, names_in, read_json, read_log, run_well
 from tests.models import CONVERSATIONS, TINY, write_conversations
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 def test_two_ranks_of_two_equal_one_rank_of_four(tmp_path: Path, mode: str) -> None:
-    """Ragged conversations, so that the ranks' shares differ in targets; as many as fill the last step."""
+    """Ragged conversations, so that the ranks' shares differ in targets; as many as fill the last step.
+
+    Of those to evaluate on, the second rank gets one less: none counts twice.
+    """
     data = write_conversations(tmp_path / "train.json")
-    held_out = write_conversations(tmp_path / "eval.json", CONVERSATIONS[:4])
+    held_out = write_conversations(tmp_path / "eval.json", CONVERSATIONS[:3])
 
     def arguments(output: str, batch: int) -> list[object]:
         lora = ["--use_lora", "--lora_dropout", 0] if mode == "lora" else []
@@ -42,6 +38,10 @@ def test_two_ranks_of_two_equal_one_rank_of_four(tmp_path: Path, mode: str) -> N
     assert len(logged_losses(one)) == 4
     assert logged_losses(two) == pytest.approx(logged_losses(one), rel=1e-5)
     assert logged_losses(two, "eval_loss") == pytest.approx(logged_losses(one, "eval_loss"), rel=1e-5)
+    for name in ("token_accuracy", "eval_token_accuracy", "padding"):
+        assert len(logged_losses(one, name)) >= 2
+    for name in ("token_accuracy", "eval_token_accuracy"):
+        assert logged_losses(two, name) == pytest.approx(logged_losses(one, name), abs=1e-6)
     assert [row["tokens"] for row in read_log(two)] == [row["tokens"] for row in read_log(one)]
     assert names_in(two) == names_in(one)
     file = "adapter_model.safetensors" if mode == "lora" else "model.safetensors"

@@ -38,10 +38,15 @@ def write_lines(path: Path, *conversations: object) -> Path:
 def test_examples_are_the_encoded_conversations_in_order(golden_small: Path, tokenizer: QWenTokenizer) -> None:
     path = golden_small / "train.json"
     encoder = Encoder(tokenizer, QWEN_V1, ORIGINAL)
-    encoded = [encoder.encode_conversation(parse_conversation(record, where)) for where, record in read_records(path)]
+    encoded = [
+        encoder.encode_conversation(parse_conversation(record, where, needs_answer=False))
+        for where, record in read_records(path)
+    ]
     examples = load_examples(path, encoder, show_progress=False)
     assert len(examples) == 32
-    assert list(examples) == [{"input_ids": each.input_ids, "labels": each.labels} for each in encoded]
+    assert list(examples) == [
+        {"input_ids": each.input_ids, "labels": each.labels, "index": index} for index, each in enumerate(encoded)
+    ]
     assert examples.lengths == [len(each.input_ids) for each in encoded]
     assert examples[-1] == examples[31]
     with pytest.raises(IndexError):
@@ -115,13 +120,29 @@ def test_answers_that_no_prompt_asks_for_are_not_trained(tmp_path: Path, tokeniz
         load_examples(path, Encoder(tokenizer, qwq, EncodeOptions()), show_progress=False)
 
 
-def test_the_first_faulty_record_ends_it_before_anything_is_encoded(
+def test_faulty_records_end_it_before_anything_is_encoded(
     tmp_path: Path, tokenizer: QWenTokenizer, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = write_lines(tmp_path / "chats.jsonl", SHORT, [{"from": "bot", "value": "x"}], [])
-    with pytest.raises(DataError, match=re.escape(f"{path}:3: turn 1 is from an unknown role, 'bot'")):
-        load_examples(path, Encoder(tokenizer, QWEN_V1, EncodeOptions()))
+    encoder = Encoder(tokenizer, QWEN_V1, EncodeOptions())
+    path = write_lines(tmp_path / "chats.jsonl", SHORT, [{"from": "bot", "value": "x"}], SHORT)
+    robot = f"{path}:3: turn 1 is from an unknown role, 'bot'. Known roles are user, human, assistant, gpt, system"
+    with pytest.raises(DataError, match=f"^{re.escape(robot)}$"):
+        load_examples(path, encoder)
+    write_lines(path, SHORT, [{"from": "bot", "value": "x"}], [])
+    empty = f'{path}:5: "conversations" is empty. Give it at least one turn, or remove the record'
+    with pytest.raises(DataError) as caught:
+        load_examples(path, encoder)
+    assert str(caught.value) == f"{path}: 2 faults:\n  1. {robot}\n  2. {empty}"
     assert capsys.readouterr().err == ""
+
+
+def test_a_conversation_without_an_answer_is_for_the_originals_mask_only(
+    tmp_path: Path, tokenizer: QWenTokenizer
+) -> None:
+    path = write_lines(tmp_path / "chats.jsonl", [{"from": "user", "value": "Hi"}])
+    assert len(load_examples(path, Encoder(tokenizer, QWEN_V1, ORIGINAL), show_progress=False)) == 1
+    with pytest.raises(DataError, match=r"^.*:1: no turn is from the assistant, so there is nothing to learn\."):
+        load_examples(path, Encoder(tokenizer, QWEN_V1, EncodeOptions()), show_progress=False)
 
 
 def test_progress_bar(tmp_path: Path, tokenizer: QWenTokenizer, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from checkpoints.shards import save_checkpoint
 from errors import ConfigError
+from qwen_model.later import MODEL_CLASSES
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from tests.commands import finetune_here
 from tests.models import (
@@ -23,7 +25,7 @@ from tests.models import (
 )
 from training.args import parse_args
 from training.inference import load_for_inference
-from training.loading import load_checkpoint, load_model
+from training.loading import load_checkpoint, load_model, load_weights
 
 IDS = torch.tensor([[701, 39, 72, 702, 198, 5, 6, 7]])
 
@@ -92,7 +94,7 @@ def test_checkpoints_of_later_families(tmp_path: Path, shared: Path, model_type:
     assert (checkpoint.model_type, checkpoint.chat_format, checkpoint.end_ids) == (model_type, None, [702, 700])
     default_system = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
     assert checkpoint.family.default_system == (default_system if model_type == "qwen2" else None)
-    assert type(load_model(checkpoint, parse_args([]))).__name__ == f"Qwen{model_type[-1]}ForCausalLM"
+    assert type(load_model(checkpoint, parse_args([]))) is MODEL_CLASSES[model_type]
 
 
 @pytest.mark.parametrize(
@@ -183,14 +185,6 @@ def test_names_that_are_no_checkpoint(tmp_path: Path) -> None:
     )
 
 
-def test_a_hub_id_that_is_not_on_this_machine() -> None:
-    refuses(
-        "nobody/no-such-model",
-        "--model_name_or_path nobody/no-such-model: no such folder, and the model could not be fetched from the hub",
-        "hf download nobody/no-such-model",
-    )
-
-
 @pytest.mark.parametrize("text", ['{"model_type": "qwen",', "[1, 2]", ""])
 def test_a_broken_config(tmp_path: Path, text: str) -> None:
     copy_checkpoint(tmp_path / "model")
@@ -265,16 +259,69 @@ def refuses_weights(folder: Path, expected: str, *flags: str) -> None:
 
 
 def test_weights_that_are_missing_or_damaged(tmp_path: Path) -> None:
+    """Noticed with the tokenizer, before the data is read."""
     folder = copy_checkpoint(tmp_path / "none")
     (folder / "model.safetensors").unlink()
-    refuses_weights(folder, f"--model_name_or_path {folder}: ")
+    refuses(folder, f"--model_name_or_path: {folder} holds no weights (model.safetensors or pytorch_model.bin")
     for name, content in (
         ("truncated", (TINY / "model.safetensors").read_bytes()[:100_000]),
         ("pointer", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 166352\n"),
+        ("empty", b""),
     ):
         folder = copy_checkpoint(tmp_path / name)
         (folder / "model.safetensors").write_bytes(content)
-        refuses_weights(folder, f"--model_name_or_path {folder}: ")
+        refuses(folder, f"--model_name_or_path: {folder / 'model.safetensors'} is damaged or incomplete (")
+
+
+def test_a_shard_that_is_missing_truncated_or_of_another_model(tmp_path: Path) -> None:
+    def sharded(name: str) -> tuple[Path, list[Path]]:
+        folder = copy_checkpoint(tmp_path / name)
+        tensors = load_file(folder / "model.safetensors")
+        (folder / "model.safetensors").unlink()
+        save_checkpoint(tensors.items(), folder, 50_000)
+        return folder, sorted(folder.glob("model-*.safetensors"))
+
+    folder, shards = sharded("whole")
+    assert len(shards) > 2
+    load_model(load_checkpoint(str(folder)), parse_args([]))
+    folder, shards = sharded("missing")
+    shards[1].unlink()
+    refuses(folder, f"--model_name_or_path: {shards[1]} is missing though model.safetensors.index.json names it")
+    folder, shards = sharded("truncated")
+    shards[1].write_bytes(shards[1].read_bytes()[:-10])
+    refuses(folder, f"--model_name_or_path: {shards[1]} is damaged or incomplete (")
+    folder, shards = sharded("exchanged")
+    shards[1].write_bytes(shards[2].read_bytes())
+    refuses(folder, f"--model_name_or_path: {shards[1]} lacks the tensor ")
+    folder, shards = sharded("index")
+    (folder / "model.safetensors.index.json").write_text("{")
+    refuses(folder, f"--model_name_or_path: {folder / 'model.safetensors.index.json'} is not JSON")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_weight_that_is_no_number(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    folder = copy_checkpoint(tmp_path / "model", torch_dtype=str(dtype).removeprefix("torch."), fp32=None)
+    name = "transformer.h.1.ln_2.weight"
+    tensors = {key: tensor.to(dtype) for key, tensor in load_file(folder / "model.safetensors").items()}
+    tensors[name][3] = value
+    (folder / "model.safetensors").unlink()
+    save_checkpoint(tensors.items(), folder, 50_000)
+    weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
+    fault = f"{folder / weight_map[name]}: {name} holds NaN or infinity in float32. Copy the file again"
+    refuses_weights(folder, fault)
+    refuses_weights(folder, f"{name} holds NaN or infinity in bfloat16", "--pure_bf16")
+
+
+def test_a_weight_that_is_too_large_for_the_precision_asked_for(tmp_path: Path) -> None:
+    folder = copy_checkpoint(tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"][0, 0] = 1e30
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = load_checkpoint(str(folder))
+    load_weights(checkpoint, torch.float32)
+    with pytest.raises(ConfigError, match=r"lm_head\.weight holds NaN or infinity in float16\. .* instead of --fp16$"):
+        load_weights(checkpoint, torch.float16)
 
 
 def test_weights_that_do_not_belong_to_the_config(tmp_path: Path) -> None:

@@ -16,8 +16,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from errors import RunError
 from qwen_model.register import register_qwen
-from tests.commands import Recorder, finetune_here, names_in, read_json
+from tests.commands import Recorder, finetune_here, limited_file_size, names_in, read_json
 from tests.models import (
     TINY,
     change_json,
@@ -281,9 +282,9 @@ def test_a_diverged_model_is_not_left_as_a_whole_one(
     checkpoint, model = untrained(*flags)
     model.get_parameter(name).data[1, 2] = value
     message = f"{name.replace('.default', '')} holds NaN or infinity: the run diverged, and nothing is saved"
-    with pytest.raises(RuntimeError, match=f"^{re.escape(message)}$"):
+    with pytest.raises(RunError, match=rf"^{re.escape(message)}\. Lower --learning_rate$"):
         save_model(model, checkpoint, tmp_path)
-    assert file not in names_in(tmp_path)
+    assert names_in(tmp_path) == []
 
 
 def losing(tensors: dict[str, Tensor], name: str) -> None:
@@ -327,8 +328,9 @@ def test_a_file_that_is_not_what_was_trained_is_noticed(
     # Adapters and shards are written by one function of safetensors.
     for module in ("training.saving", "checkpoints.shards"):
         monkeypatch.setattr(f"{module}.save_file", faulty, raising=False)
-    with pytest.raises(RuntimeError, match=f"{re.escape(saved_name)} {message}$"):
+    with pytest.raises(RunError, match=rf"^{re.escape(saved_name)} {message}\. Nothing was kept"):
         save_model(model, checkpoint, tmp_path)
+    assert names_in(tmp_path) == []
 
 
 def test_what_nothing_was_learnt_in_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -337,8 +339,36 @@ def test_what_nothing_was_learnt_in_is_warned_of(tmp_path: Path, caplog: pytest.
     with caplog.at_level(logging.WARNING):
         save_model(model, checkpoint, tmp_path)
     assert caplog.messages == [
-        f"{tmp_path}: 1 tensors are all zero, among them base_model.model.transformer.h.0.mlp.w1.lora_B.weight"
+        "1 saved tensors are all zero, among them base_model.model.transformer.h.0.mlp.w1.lora_B.weight"
     ]
+
+
+@MODES
+@pytest.mark.parametrize("large", [False, True], ids=["one file", "shards"])
+def test_a_later_save_that_fails_leaves_the_earlier_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], name: str, file: str, large: bool
+) -> None:
+    if large:
+        monkeypatch.setattr("training.saving.MAX_SHARD_SIZE", 100_000)
+    checkpoint, model = untrained(*flags)
+    save_model(model, checkpoint, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    model.get_parameter(name).data += 1
+    with limited_file_size(len(before["generation_config.json"]) // 2), pytest.raises(RunError) as caught:
+        save_model(model, checkpoint, tmp_path)
+    assert str(caught.value).startswith(f"cannot save to {tmp_path} (")
+    assert str(caught.value).endswith("). Free some space there; what was saved before is as it was")
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_the_class_of_a_checkpoint_is_saved_as_it_was(tmp_path: Path) -> None:
+    """Others know no class of ours."""
+    for model_type, architectures in (("qwen2", ["Qwen2ForCausalLM"]), ("qwen3", ["Qwen3ForCausalLM"])):
+        base = write_later_checkpoint(tmp_path / model_type, model_type)
+        change_json(base / "config.json", architectures=None if model_type == "qwen3" else architectures)
+        checkpoint = load_checkpoint(str(base))
+        save_model(load_model(checkpoint, parse_args([])), checkpoint, tmp_path / f"{model_type}-saved")
+        assert read_json(tmp_path / f"{model_type}-saved" / "config.json")["architectures"] == architectures
 
 
 @pytest.mark.parametrize("flags", [[], ["--use_lora"]], ids=["full", "lora"])

@@ -90,6 +90,10 @@ def test_an_answer_may_come_first() -> None:
             "turn 2 is from 'system'. A system message can only be the first turn",
         ),
         (
+            {"conversations": [{"from": "system", "value": "Be brief."}, HI]},
+            "no turn is from the assistant, so there is nothing to learn. Remove the record",
+        ),
+        (
             {**RECORD, "tools": '[{"name": "f"}]'},
             "'tools' in a record: tool calls are not supported yet. Leave the record out",
         ),
@@ -109,7 +113,7 @@ def test_an_answer_may_come_first() -> None:
 )
 def test_faulty_records(record: object, message: str) -> None:
     with pytest.raises(DataError, match="^" + re.escape(f"{WHERE}: {message}")) as error:
-        parse_conversation(record, WHERE)
+        parse_conversation(record, WHERE, needs_answer=True)
     assert "\n" not in str(error.value)
     assert error.value.where == WHERE
 

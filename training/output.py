@@ -1,0 +1,295 @@
+"""The output folder: whether a run may write there, what it replaces, and saving that is never half-done."""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from errors import ConfigError, RunError, Terminated, one_line
+
+if TYPE_CHECKING:
+    from training.args import RunArguments
+
+logger = logging.getLogger(__name__)
+
+TRAINER_STATE = "trainer_state.json"
+# What is being written lies here until it is whole.
+STAGING = ".saving"
+# The first file of a run and the last: a folder that holds one of them is a run's.
+RECORDS = ("training_log.jsonl", "run_summary.json")
+_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+_OUR_FILES = re.compile(
+    r"training_log\.jsonl|training_loss\.png|run_summary\.json|run_args\.(json|yaml)"
+    r"|config\.json|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|adapter_config\.json|adapter_model\.safetensors"
+    r"|qwen(_extra)?\.tiktoken|tokenizer(_config)?\.json|vocab\.json|merges\.txt|special_tokens_map\.json"
+    r"|added_tokens\.json|chat_template\.(jinja|json)"
+    r"|\..*\.partial"  # left by a process that was killed
+)
+# Of folders, every file in them must match.
+_OUR_FOLDERS = {
+    "runs": re.compile(r"events\.out\.tfevents"),  # TensorBoard's
+    "profile": re.compile(r"(trace\.json(\.gz)?|operators\.txt)$"),
+}
+
+
+# ------------------------------------------------------------------------------------------------------ before a run
+
+
+def check_output(args: RunArguments) -> None:
+    """Check that a run may write to its output folder; nothing is changed.
+
+    Only the first process looks: the others might see it remove and write already.
+
+    Raises:
+        ConfigError: the folder is a file, cannot be written, has to do with the model's own, or holds what the run
+            would mix with: it must be empty, or the folder of the checkpoint that is resumed, or a run's that
+            ``--overwrite_output_dir`` gives up.
+    """
+    if not _is_first():
+        return
+    output = args.output_dir
+    if output.exists() and not output.is_dir():
+        raise ConfigError(f"--output_dir {output} is a file", "Give a folder")
+    _check_apart(args)
+    _check_writable(output)
+    resumed = args.resumed_checkpoint()
+    if args.overwrite_output_dir:
+        if resumed is not None and _within(Path(resumed), output):
+            raise ConfigError(
+                f"--overwrite_output_dir would remove the checkpoint of --resume_from_checkpoint {resumed}",
+                "Leave one of them out",
+            )
+        removable(output)
+    elif output.is_dir() and any(output.iterdir()) and (resumed is None or not _within(Path(resumed), output)):
+        raise ConfigError(f"--output_dir {output} is not empty", _ways_on(output))
+
+
+def prepare_output(args: RunArguments) -> None:
+    """Check the output folder, then remove what ``--overwrite_output_dir`` gives up.
+
+    Raises:
+        ConfigError: see :func:`check_output`; nothing has been removed then.
+    """
+    check_output(args)
+    if not (args.overwrite_output_dir and _is_first()):
+        return
+    entries = removable(args.output_dir)
+    for path in entries:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+    if entries:
+        logger.info("--overwrite_output_dir: removed %d files and folders of an earlier run", len(entries))
+
+
+def removable(output: Path) -> list[Path]:
+    """What an earlier run left in a folder, its records last, so that the rest of a broken removal is known again.
+
+    Raises:
+        ConfigError: the folder is no run's, or holds something that no run writes.
+    """
+    entries = sorted(output.iterdir()) if output.is_dir() else []
+    names = [path.name for path in entries]
+    if foreign := [path.name for path in entries if not _is_ours(path)]:
+        raise ConfigError(
+            f"--overwrite_output_dir: {output} holds {foreign[0]}, which no run of finetune.py wrote",
+            "Move it away, or give another --output_dir",
+        )
+    if entries and not {*RECORDS, STAGING} & set(names) and not newest_checkpoint(output):
+        raise ConfigError(
+            f"--overwrite_output_dir: {output} is not the folder of a run, it has no {RECORDS[0]}",
+            "Give another --output_dir, or remove its files yourself",
+        )
+    return sorted(entries, key=lambda path: path.name in RECORDS)
+
+
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _is_ours(path: Path) -> bool:
+    if path.is_symlink():
+        return False
+    if not path.is_dir():
+        return _OUR_FILES.fullmatch(path.name) is not None
+    if path.name in _OUR_FOLDERS:
+        return all(file.is_dir() or _OUR_FOLDERS[path.name].match(file.name) for file in path.rglob("*"))
+    is_checkpoint = _CHECKPOINT.fullmatch(path.name) is not None and (path / TRAINER_STATE).is_file()
+    return is_checkpoint or path.name == STAGING
+
+
+def _check_apart(args: RunArguments) -> None:
+    """A run must not write among its own inputs."""
+    output = args.output_dir.resolve()
+    for flag, value in (
+        ("--model_name_or_path", args.model.model_name_or_path),
+        ("--lora_weight_path", args.lora.lora_weight_path),
+    ):
+        folder = Path(value).resolve() if value and Path(value).is_dir() else None
+        if folder is None:
+            continue
+        if folder == output:
+            what = "the model's own folder" if flag == "--model_name_or_path" else f"the folder of {flag}"
+            raise ConfigError(f"--output_dir {args.output_dir} is {what}", "Give another folder")
+        if _within(output, folder) or _within(folder, output):
+            side = "inside of" if _within(output, folder) else "around"
+            raise ConfigError(
+                f"--output_dir {args.output_dir} lies {side} {flag} {value}", "Give a folder that stands apart"
+            )
+    for flag, file in (("--data_path", args.data.data_path), ("--eval_data_path", args.data.eval_data_path)):
+        if args.overwrite_output_dir and file and _within(Path(file), output):
+            raise ConfigError(
+                f"--overwrite_output_dir: {flag} {file} lies in --output_dir {args.output_dir}", "Move the data away"
+            )
+
+
+def _within(path: Path, folder: Path) -> bool:
+    return folder.resolve() in path.resolve().parents
+
+
+def _check_writable(output: Path) -> None:
+    parent = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not parent.is_dir():
+        raise ConfigError(f"--output_dir {output}: {parent} is a file", "Give a folder")
+    try:
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise PermissionError(0, "permission denied")
+        # What the permissions say is not all: a disk can be mounted read-only, and root may do everything.
+        tempfile.TemporaryFile(dir=parent).close()
+    except OSError as error:
+        raise ConfigError(
+            f"--output_dir {output}: {parent} is not writable ({(error.strerror or str(error)).lower()})",
+            "Choose a folder you may write to",
+        ) from error
+
+
+def _ways_on(output: Path) -> str:
+    ways = ["Give a new folder"]
+    if newest := newest_checkpoint(output):
+        ways.append(f"go on with --resume_from_checkpoint {newest}")
+    try:
+        removable(output)
+        ways.append("start anew with --overwrite_output_dir, which removes what that run left")
+    except ConfigError:
+        pass  # there is more than a run's files
+    return ", or ".join(ways)
+
+
+# ------------------------------------------------------------------------------------------------- after interruptions
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """The whole ``checkpoint-N`` with the highest step, which can be resumed."""
+    steps = {
+        int(match[1]): path
+        for path in (output.iterdir() if output.is_dir() else ())
+        if (match := _CHECKPOINT.fullmatch(path.name)) and (path / TRAINER_STATE).is_file()
+    }
+    return steps[max(steps)] if steps else None
+
+
+@contextmanager
+def resumable(output: Path) -> Iterator[None]:
+    """Say with an interruption or a failure of the block how the run goes on."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise KeyboardInterrupt(_how_to_go_on(output)) from error
+    except Terminated as error:
+        raise Terminated(_how_to_go_on(output)) from error
+    except RunError as error:
+        raise RunError(str(error), _how_to_go_on(output)) from error
+
+
+def _how_to_go_on(output: Path) -> str:
+    newest = newest_checkpoint(output)
+    if newest is not None:
+        return f"The same command with --resume_from_checkpoint {newest} goes on from there"
+    return "No checkpoint had been saved: the same command with --overwrite_output_dir starts anew"
+
+
+# -------------------------------------------------------------------------------------------------------------- saving
+
+
+@contextmanager
+def saving_to(folder: Path) -> Iterator[None]:
+    """Turn what goes wrong while a run saves into one ``RunError`` that names the folder."""
+    try:
+        yield
+    except RunError:
+        raise
+    except (OSError, RuntimeError, ConfigError) as error:
+        if isinstance(error, RuntimeError):
+            # torch.save has no error of its own for a full disk.
+            if not re.search("PytorchStreamWriter|inline_container", str(error)):
+                raise
+            reason = "torch.save could not write all of a file"
+        else:
+            reason = one_line((isinstance(error, ConfigError) and error.__cause__) or error)
+        place = Path(*(part for part in folder.parts if part != STAGING))
+        raise RunError(
+            f"cannot save to {place} ({reason})", "Free some space there; what was saved before is as it was"
+        ) from error
+
+
+@contextmanager
+def staged_checkpoint(final: Path, is_writer: bool = True) -> Iterator[Path]:
+    """Let a ``checkpoint-N`` be filled in a hidden folder; it gets its place when the block ends well.
+
+    Args:
+        final: where it belongs. An earlier folder there is replaced then, not before.
+        is_writer: whether this process makes and moves the folder; the others only learn its name.
+
+    Yields:
+        The folder to fill, of the same name.
+    """
+    staging = final.parent / STAGING
+    staged, replaced = staging / final.name, staging / "replaced"
+    if is_writer:
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir(parents=True)
+    try:
+        yield staged
+        if is_writer:
+            _sync_files(staged)
+            if final.exists():
+                os.replace(final, replaced)
+            os.replace(staged, final)
+    finally:
+        if is_writer:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+@contextmanager
+def staged_files(folder: Path) -> Iterator[Path]:
+    """Let files be written to a hidden folder; they take their places in ``folder`` when all of them are on disk.
+
+    After an error ``folder`` holds what it held before.
+    """
+    staging = folder / STAGING
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    try:
+        yield staging
+        _sync_files(staging)
+        for path in sorted(staging.iterdir()):
+            os.replace(path, folder / path.name)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _sync_files(folder: Path) -> None:
+    """Have the operating system write all files of a folder to disk now."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
