@@ -63,6 +63,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--num_hidden_layers", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--num_attention_heads", type=int, default=4, help="default: %(default)s")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     args = parser.parse_args(argv)
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if getattr(args, name) < 1:

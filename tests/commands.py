@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import resource
+import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -47,6 +49,12 @@ def run_all(commands: Sequence[Sequence[object]]) -> list[subprocess.CompletedPr
     """``run`` for each command, two at a time."""
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda arguments: run(*arguments), commands))
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 class Recorder(RunLog):
@@ -93,6 +101,17 @@ def finetune_here(*arguments: object) -> Recorder:
         finetune.main([*map(str, arguments), "--disable_tqdm", "True", "--use_cpu", "True"])
     [recorder] = recorders
     return recorder
+
+
+@contextmanager
+def limited_file_size(size: int) -> Iterator[None]:
+    """No file of this process grows beyond ``size`` bytes: to what writes it, the disk is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def run_here(main: Callable[[Sequence[str]], int | None], name: str, arguments: Sequence[object]) -> int:

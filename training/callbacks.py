@@ -1,33 +1,127 @@
-"""What a run says of itself: a line of JSON per logged step, a curve of the loss and a summary."""
+"""What a run says of itself while it trains: log lines, the progress bar, a line of JSON per logged step, a curve."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
+import logging
 import platform
 import resource
 import sys
 import time
+from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    EarlyStoppingCallback,
+    ProgressCallback,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import ExportableState
+
+from training.args import RunArguments
+from training.counts import Counts
+from training.curves import LOSS_CURVE, TRAINING_LOG, Row, load_rows, plot_losses
+from training.profile_steps import parse_profile_steps
+from training.profiling import Profiler
 
 if TYPE_CHECKING:
     from training.trainer import QwenTrainer
 
-TRAINING_LOG = "training_log.jsonl"
-LOSS_CURVE = "training_loss.png"
-_LOGGED = ("loss", "eval_loss", "learning_rate", "grad_norm", "epoch")
+logger = logging.getLogger(__name__)
+
+# What of transformers' logs goes to which key of the run's own log, and how a person reads it.
+_KEYS = {
+    "loss": ("loss", "loss {:.4f}"),
+    "eval_loss": ("eval_loss", "evaluation loss {:.4f}"),
+    "token_accuracy": ("token_accuracy", "accuracy {:.1%}"),
+    "eval_token_accuracy": ("eval_token_accuracy", "accuracy {:.1%}"),
+    "learning_rate": ("lr", "lr {:.2e}"),
+    "grad_norm": ("grad_norm", "grad norm {:.3g}"),
+    "tokens_per_second": ("tokens_per_second", "{:,.0f} tokens/s"),
+    "padding": ("padding", "padding {:.0%}"),
+    "peak_memory_gib": ("peak_memory_gib", "peak {:.1f} GiB"),
+    "eta_seconds": ("eta_seconds", ""),
+    "epoch": ("epoch", ""),
+}
+
+
+def build_callbacks(args: RunArguments, log: RunLog) -> list[TrainerCallback]:
+    """What ``--profile_steps`` and ``--early_stopping_patience`` ask for, beside the run's log.
+
+    Raises:
+        ConfigError: ``--profile_steps`` is no range.
+    """
+    training = args.training
+    callbacks: list[TrainerCallback] = [log]
+    if training.profile_steps is not None:
+        callbacks.append(Profiler(args.output_dir, *parse_profile_steps(training.profile_steps)))
+    if training.early_stopping_patience is not None:
+        callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
+    return callbacks
+
+
+def describe_logs(logs: dict[str, Any]) -> str:
+    """``loss 1.2345, accuracy 71.3%, ...`` of what was logged; empty where it holds no loss."""
+    if not _is_measured(logs):
+        return ""
+    return ", ".join(text.format(logs[name]) for name, (_, text) in _KEYS.items() if text and name in logs)
+
+
+def _is_measured(logs: dict[str, Any]) -> bool:
+    """transformers also logs how long a run took: what has a loss is a step or an evaluation."""
+    return "loss" in logs or "eval_loss" in logs
+
+
+def _log_line(state: TrainerState, logs: dict[str, Any]) -> str:
+    left = f", {timedelta(seconds=round(logs['eta_seconds']))} left" if "eta_seconds" in logs else ""
+    return f"step {state.global_step}/{state.max_steps}: {describe_logs(logs)}{left}"
+
+
+class LogLines(TrainerCallback):
+    """A log line per logged step, in the place of transformers' print of a dict."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if state.is_world_process_zero and logs and _is_measured(logs):
+            logger.info(_log_line(state, logs))
+
+
+class ProgressBar(ProgressCallback):
+    """transformers' progress bar, which also carries the last log line; the bar itself says how long is left."""
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if self.training_bar is not None and logs and _is_measured(logs):
+            if "loss" in logs:
+                self.training_bar.set_postfix_str(describe_logs(logs))
+            self.training_bar.write(_log_line(state, logs), file=sys.stderr)
 
 
 class RunLog(TrainerCallback, ExportableState):
     """Appends every logged step to ``training_log.jsonl`` and draws the loss when training ends.
 
-    Each line has ``step``, ``elapsed`` (seconds of training), ``tokens`` (targets so far) and what was logged of
-    ``loss``, ``eval_loss``, ``lr``, ``grad_norm`` and ``epoch``.
+    Each line has ``step``, ``elapsed`` (seconds of training), ``tokens`` (targets so far), ``epoch`` and either
+    ``eval_loss`` and ``eval_token_accuracy``, or ``loss``, ``token_accuracy``, ``lr``, ``grad_norm``,
+    ``tokens_per_second``, ``padding`` (a share), ``peak_memory_gib`` and ``eta_seconds``.
     """
 
     def __init__(self, folder: str | Path, resumes: bool = False) -> None:
@@ -35,14 +129,12 @@ class RunLog(TrainerCallback, ExportableState):
         self.resumes = resumes
         self.trainer: QwenTrainer | None = None
         self.started = time.monotonic()
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Row] = []
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that a resumed run goes on counting."""
-        return {"args": {}, "attributes": {"tokens": self._tokens(), "elapsed": self.elapsed()}}
-
-    def _tokens(self) -> int:
-        return self.trainer.trained_tokens if self.trainer is not None else 0
+        counts = Counts() if self.trainer is None else self.trainer.total
+        return {"args": {}, "attributes": {"elapsed": self.elapsed(), "counts": asdict(counts)}}
 
     def elapsed(self) -> float:
         """Seconds of training so far, those before a resumed checkpoint included."""
@@ -56,13 +148,14 @@ class RunLog(TrainerCallback, ExportableState):
         before = kept.get(type(self).__name__, {}).get("attributes", {}) if self.resumes else {}
         self.started = time.monotonic() - before.get("elapsed", 0)
         if self.trainer is not None:
-            self.trainer.trained_tokens = before.get("tokens", 0)
+            self.trainer.total = Counts(**before.get("counts", {}))
         if not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.resumes and self.path.exists():
             # Steps after the checkpoint happen again.
-            self.rows = [row for row in _read_rows(self.path) if row["step"] <= state.global_step]
+            rows = load_rows(self.path, strict=False)
+            self.rows = [row for row in rows if row["step"] <= state.global_step]
         self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def on_log(
@@ -73,12 +166,11 @@ class RunLog(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        values = {name: float((logs or {})[name]) for name in _LOGGED if name in (logs or {})}
-        if "loss" not in values and "eval_loss" not in values:
+        if not logs or not _is_measured(logs):
             return
-        if "learning_rate" in values:
-            values["lr"] = values.pop("learning_rate")
-        row = {"step": state.global_step, **values, "elapsed": self.elapsed(), "tokens": self._tokens()}
+        values = {key: float(logs[name]) for name, (key, _) in _KEYS.items() if name in logs}
+        tokens = 0 if self.trainer is None else self.trainer.total.targets
+        row = {"step": state.global_step, **values, "elapsed": self.elapsed(), "tokens": tokens}
         self.rows.append(row)
         if state.is_world_process_zero:
             with self.path.open("a") as file:
@@ -88,42 +180,11 @@ class RunLog(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            plot_losses(self.rows, self.path.parent / LOSS_CURVE)
+            plot_losses({"": self.rows}, self.path.parent / LOSS_CURVE)
 
     def losses(self, name: str = "loss") -> list[float]:
-        """The logged values of ``loss`` or ``eval_loss``, in order."""
+        """The logged values of ``loss``, ``eval_loss`` or another key, in order."""
         return [row[name] for row in self.rows if name in row]
-
-
-def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The lines of a log; the last may be cut where the machine stopped."""
-    rows = []
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
-    return rows
-
-
-def plot_losses(rows: list[dict[str, Any]], path: Path) -> None:
-    """Draw training and evaluation loss over steps to a PNG."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
-    for name, label in (("loss", "training"), ("eval_loss", "evaluation")):
-        points = [(row["step"], row[name]) for row in rows if name in row]
-        if points:
-            axes.plot(*zip(*points, strict=True), label=label, marker="." if len(points) < 50 else None)
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("loss (nats per target)")
-    if axes.lines:
-        axes.legend()
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
 
 
 def peak_memory() -> dict[str, float]:

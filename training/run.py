@@ -64,6 +64,7 @@ def describe_result(summary: dict[str, Any]) -> str:
     line = f"{summary['steps']} steps in {summary['seconds']:.0f} s"
     if summary["first_loss"] is not None:
         line += f", loss {summary['first_loss']:.4g} -> {summary['last_loss']:.4g}"
+        line += f", token accuracy {summary['last_token_accuracy']:.1%}"
     return line
 
 
@@ -83,7 +84,7 @@ def save_summary(
 ) -> dict[str, Any]:
     """Write ``run_summary.json`` and return what it says."""
     trained, total = count_parameters(trainer.model)
-    losses, eval_losses = log.losses(), log.losses("eval_loss")
+    losses, eval_losses, accuracies = (log.losses(name) for name in ("loss", "eval_loss", "token_accuracy"))
     summary = {
         "base_model": trainer.checkpoint.name,
         "base_fingerprint": fingerprint(trainer.checkpoint.folder),
@@ -94,12 +95,14 @@ def save_summary(
         "parameters": total,
         "data": {name: examples.report.as_dict() for name, examples in sets.items()},
         "steps": trainer.state.global_step,
-        "trained_tokens": trainer.trained_tokens,
+        "trained_tokens": trainer.total.targets,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "last_eval_loss": eval_losses[-1] if eval_losses else None,
+        "last_token_accuracy": accuracies[-1] if accuracies else None,
+        "padding": round(trainer.total.padding, 4),
         "seconds": round(seconds, 3),
-        "trained_tokens_per_second": round(trainer.trained_tokens / seconds, 1),
+        "trained_tokens_per_second": round(trainer.total.targets / seconds, 1),
         "peak_memory": peak_memory(),
         "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -37,11 +37,12 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def train(model: Path, data: Path, output: Path, batch: int, accumulation: int, *flags: str) -> Recorder:
     """Plain SGD without clipping: the second step's gradients show that the first step's update was the same too."""
+    adapter = ["--lora_dropout", 0, "--lora_r", 4, "--lora_alpha", 4] if "--use_lora" in flags else []
     return finetune_here(
         "--model_name_or_path", model, "--data_path", data, "--output_dir", output, "--max_steps", 2,
         "--per_device_train_batch_size", batch, "--gradient_accumulation_steps", accumulation, "--optim", "sgd",
         "--learning_rate", 0.1, "--max_grad_norm", 0, "--logging_steps", 1, "--save_strategy", "no",
-        "--lora_dropout", 0, "--lora_r", 4, "--lora_alpha", 4, *flags,
+        *adapter, *flags,
     )  # fmt: skip
 
 

@@ -51,7 +51,10 @@ def test_the_log_has_a_line_per_logged_step(output: Path) -> None:
     rows = read_log(output)
     training = [row for row in rows if "loss" in row]
     assert [row["step"] for row in training] == [2, 4, 6, 8]
-    keys = {"step", "loss", "lr", "grad_norm", "elapsed", "tokens", "epoch"}
+    keys = {
+        "step", "loss", "token_accuracy", "lr", "grad_norm", "tokens_per_second", "padding", "peak_memory_gib",
+        "eta_seconds", "elapsed", "tokens", "epoch",
+    }  # fmt: skip
     assert all(row.keys() == keys for row in training)
     assert all(isinstance(value, (int, float)) for row in rows for value in row.values())
     assert {row["lr"] for row in training} == {1e-3}
@@ -61,7 +64,7 @@ def test_the_log_has_a_line_per_logged_step(output: Path) -> None:
 def test_the_log_has_a_line_per_evaluation(output: Path) -> None:
     rows = [row for row in read_log(output) if "eval_loss" in row]
     assert [row["step"] for row in rows] == [3, 6, 9]
-    assert all(row.keys() == {"step", "eval_loss", "elapsed", "tokens", "epoch"} for row in rows)
+    assert all(row.keys() == {"step", "eval_loss", "eval_token_accuracy", "elapsed", "tokens", "epoch"} for row in rows)
     assert all(6 < row["eval_loss"] < 8 for row in rows)
 
 
@@ -91,6 +94,7 @@ def test_the_summary(output: Path, data: Path, held_out: Path) -> None:
         "base_model": str(TINY), "base_fingerprint": fingerprint(TINY), "model_type": "qwen", "mode": "lora",
         "trained_parameters": lora, "parameters": base + lora, "steps": 9,
         "first_loss": losses[0], "last_loss": losses[-1], "last_eval_loss": eval_losses[-1],
+        "last_token_accuracy": logged_losses(output, "token_accuracy")[-1],
         "trainable_embeddings": {
             "mode": "none", "reason": "auto: generation_config.json says chat_format chatml, a chat model"
         },
@@ -101,6 +105,8 @@ def test_the_summary(output: Path, data: Path, held_out: Path) -> None:
         summary["trained_tokens"] / summary["seconds"], rel=0.01, abs=0.1
     )
     assert 0.05 < summary["peak_memory"]["cpu_gib"] < 64
+    shares = logged_losses(output, "padding")
+    assert min(shares) < summary["padding"] < max(shares)
 
 
 def test_the_summarys_account_of_the_data(output: Path, data: Path, held_out: Path) -> None:
@@ -163,6 +169,7 @@ def test_the_log_of_a_resumed_run_goes_on(tmp_path: Path, data: Path) -> None:
     """Steps behind the checkpoint happen again, and their old lines are gone; time and tokens go on growing."""
     resumable(tmp_path, data)
     whole = read_log(tmp_path / "out")
+    padding = read_json(tmp_path / "out" / "run_summary.json")["padding"]
     resumable(tmp_path, data, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-2")
     resumed = read_log(tmp_path / "out")
     assert [row["step"] for row in resumed] == [1, 2, 3, 4]
@@ -172,6 +179,7 @@ def test_the_log_of_a_resumed_run_goes_on(tmp_path: Path, data: Path) -> None:
     elapsed = [row["elapsed"] for row in resumed]
     assert elapsed == sorted(elapsed)
     summary = read_json(tmp_path / "out" / "run_summary.json")
+    assert summary["padding"] == padding
     assert summary["trained_tokens"] == whole[-1]["tokens"]
     assert (summary["steps"], summary["first_loss"]) == (4, whole[0]["loss"])
 

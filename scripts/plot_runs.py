@@ -1,0 +1,66 @@
+"""Losses of several runs in one picture: ``python -m scripts.plot_runs RUN... [--output FILE.png]``.
+
+A run is the output folder of ``finetune.py``, or a ``training_log.jsonl``.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from errors import CommandParser, ConfigError, one_line, run_command
+from training.curves import TRAINING_LOG, Row, load_rows, plot_losses
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = CommandParser(
+        prog="python -m scripts.plot_runs", description="Losses of several runs in one picture.", allow_abbrev=False
+    )
+    parser.add_argument("runs", nargs="+", metavar="RUN", help=f"output folder of a run, or its {TRAINING_LOG}")
+    parser.add_argument("--output", default="runs.png", metavar="FILE", help="the picture (default runs.png)")
+    return parser.parse_args(argv)
+
+
+def load_run(run: Path) -> list[Row]:
+    """The rows of a run's log.
+
+    Raises:
+        ConfigError, DataError: no log, or a broken one.
+    """
+    path = run / TRAINING_LOG if run.is_dir() else run
+    if not path.is_file():
+        what = f"there is no {TRAINING_LOG} in it" if run.is_dir() else "there is no such run"
+        raise ConfigError(f"{run}: {what}", "Give the output folder of finetune.py")
+    rows = load_rows(path)
+    if not any("loss" in row or "eval_loss" in row for row in rows):
+        raise ConfigError(f"{path}: no loss was logged", "Give a run with at least one logged step")
+    return rows
+
+
+def names_of(runs: Sequence[Path]) -> list[str]:
+    """What the legend calls each run: its folder, with as much of the path before it as tells the runs apart."""
+    folders = [(run if run.is_dir() else run.parent).resolve() for run in runs]
+    for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
+        names = ["/".join(folder.parts[-depth:]) for folder in folders]
+        if len(set(names)) == len(set(folders)):
+            break
+    return names
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse_args(argv)
+    runs = [Path(run) for run in args.runs]
+    output = Path(args.output)
+    curves = dict(zip(names_of(runs), [load_run(run) for run in runs], strict=True))
+    try:
+        plot_losses(curves, output)
+    except (OSError, ValueError) as error:  # a folder that is not there, an ending that is no picture
+        raise ConfigError(
+            f"--output {output}: {one_line(error)}", "Give a .png file in a folder that exists"
+        ) from error
+    print(f"{len(curves)} {'run' if len(curves) == 1 else 'runs'}: {output}")
+
+
+if __name__ == "__main__":
+    run_command(main, "scripts.plot_runs")
