@@ -8,6 +8,7 @@ This module imports nothing of ours and nothing heavy, so that a wrong flag is r
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
 import os
 import signal
@@ -167,4 +168,6 @@ def _close_bars() -> None:
     """Progress bars leave the cursor behind them; the message gets a line of its own."""
     bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
     for bar in list(getattr(bars, "_instances", ())):
-        bar.close()
+        # One whose first drawing failed, as on a full disk that stderr goes to, cannot be closed.
+        with contextlib.suppress(AttributeError, OSError):
+            bar.close()

@@ -7,7 +7,6 @@ when it is first used.
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -20,6 +19,7 @@ from training.config_file import SUFFIXES, Setting, load_config_file
 from training.flags import Flag, flags_of, nearest, transformers_flags
 from training.model_files import find_local_folder, load_model_config, most_positions
 from training.old_flags import old_flags, translate_old_flags
+from training.output import newest_checkpoint
 
 if TYPE_CHECKING:
     from training.finetune_arguments import FinetuneArguments
@@ -184,12 +184,6 @@ class RunArguments(RunOptions):
         for name in ("resume_from_checkpoint", "overwrite_output_dir", "hub_token"):
             values[name] = False if name == "overwrite_output_dir" else None
         return {**values, "output_dir": str(self.output_dir)}
-
-
-def newest_checkpoint(folder: Path) -> Path | None:
-    """The ``checkpoint-N`` with the highest N."""
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return max(found, key=lambda path: int(path.name.partition("-")[2]), default=None)
 
 
 def parse_args(argv: Sequence[str]) -> RunArguments:
