@@ -1,6 +1,7 @@
 """Conversations as ChatML: the only place that knows how a turn is written and which part of it is trained.
 
-A turn is ``<|im_start|>{role}\\n{content}<|im_end|>\\n``. Rendering gives segments rather than one string, because what
+A turn is ``<|im_start|>{role}\\n{content}<|im_end|>\\n``. How answers are written is found in ``answers.py``, tools and
+their calls by the family's tool form. Rendering gives segments rather than one string, because what
 is a control token, what is a person's text and what is trained must never be found out again by searching the text.
 One function turns segments into ids and mask together.
 
@@ -12,24 +13,37 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
-from qwen_model.families import IM_END, IM_START, Family, Turn
+from qwen_model.answers import Answers
+from qwen_model.families import IM_END, IM_START, Family
+from qwen_model.turns import Message, Piece, Tool, ToolForm, Turn
 
 IGNORE_INDEX = -100
 """The label of an id that is not learnt, torch's and transformers' convention."""
 
-LabelMask = Literal["assistant", "qwen"]
+LabelMask = Literal["assistant", "qwen", "last", "all"]
 EncodeText = Callable[[str], list[int]]
 
 
 class Segment(NamedTuple):
-    """A piece of a rendered turn: one control token, or text that is tokenised on its own."""
+    """A piece of a rendered message: one control token, or text that is tokenised on its own.
+
+    Attributes:
+        weight: of each of its ids in the loss; 0 is not trained.
+        role: whose text it is, or in whose message the control token stands.
+    """
 
     text: str
     is_control: bool
-    is_trained: bool
+    weight: float
+    role: str
 
 
-RenderedTurn = list[Segment]
+class RenderedMessage(NamedTuple):
+    """Segments of a message; how many turns of the conversation are written when it is; whether it was left open."""
+
+    segments: list[Segment]
+    end: int
+    is_open: bool = False
 
 
 def with_system(turns: Sequence[Turn], family: Family, system_message: str | None = None) -> list[Turn]:
@@ -41,66 +55,123 @@ def with_system(turns: Sequence[Turn], family: Family, system_message: str | Non
 
 
 def render(
-    turns: Sequence[Turn], family: Family, system_message: str | None = None, label_mask: LabelMask = "assistant"
-) -> list[RenderedTurn]:
-    """Render a conversation for training, one list of segments per turn (the system turn included).
+    turns: Sequence[Turn],
+    family: Family,
+    system_message: str | None = None,
+    label_mask: LabelMask = "assistant",
+    tools: Sequence[Tool] = (),
+) -> list[RenderedMessage]:
+    """Render a conversation for training, message by message (the system message included).
 
     Args:
         turns: the conversation; a first turn of role ``system`` is its system message.
         system_message: for a conversation without one; ``None`` takes the family's default.
-        label_mask: ``assistant`` trains each answer and its ``<|im_end|>\\n``; ``qwen`` trains what the original did:
-            the ``<|im_start|>`` and ``<|im_end|>\\n`` of every turn as well.
+        label_mask: what is trained where a turn's ``weight`` does not say it. ``assistant``: each answer and its
+            ``<|im_end|>\\n``; ``last``: of these the last one; ``qwen``: what the original did, also the
+            ``<|im_start|>`` and ``<|im_end|>\\n`` of every message; ``all``: everything.
+        tools: what the assistant may call.
+
+    Raises:
+        ValueError: tools or calls that the family cannot write; the message says what.
     """
-    brings_system = bool(turns) and turns[0].role == "system"
-    turns = with_system(turns, family, system_message)
-    first = 1 if turns and turns[0].role == "system" else 0
-    rendered = []
-    for index, turn in enumerate(turns):
-        if turn.role == "assistant":
-            is_last = index == len(turns) - 1
-            body = _answer_segments(turn.content, family, is_last, is_last and _asks(turns))
-            opens = index == first and not brings_system and not family.trains_opening
-            if opens or not _prompt_holds(turns[:index], family):
-                body = [segment._replace(is_trained=False) for segment in body]
-        else:
-            body = _message_segments(turn, family)
-        marks = label_mask == "qwen"
-        ends = marks or body[-1].is_trained
-        rendered.append(
-            [Segment(IM_START, True, marks), *body, Segment(IM_END, True, ends), Segment("\n", False, ends)]
-        )
+    return _render(turns, family, system_message, label_mask, tools, is_prompt=False)
+
+
+def render_prompt(
+    turns: Sequence[Turn], family: Family, system_message: str | None = None, tools: Sequence[Tool] = ()
+) -> list[RenderedMessage]:
+    """Render a conversation that the model is to continue: its turns, then the open header of an answer.
+
+    Where the family writes a function's result into the answer that asked for it, that answer stays open instead.
+    """
+    rendered = _render(turns, family, system_message, "assistant", tools, is_prompt=True)
+    if turns and turns[-1].role == "assistant" and not family.continues_answers:
+        return rendered
+    if rendered and rendered[-1].is_open:
+        return rendered
+    header = Segment("assistant\n" + family.prompt_suffix, False, 0, "assistant")
+    return [*rendered, RenderedMessage([Segment(IM_START, True, 0, "assistant"), header], len(turns))]
+
+
+def _render(
+    turns: Sequence[Turn],
+    family: Family,
+    system_message: str | None,
+    label_mask: LabelMask,
+    tools: Sequence[Tool],
+    is_prompt: bool,
+) -> list[RenderedMessage]:
+    complete = with_system(turns, family, system_message)
+    form = _form_for(complete, tools, family)
+    if form is not None:
+        complete = form.describe(complete, tools)
+    added = len(complete) - len(turns)
+    answers = Answers(complete, family)
+    weights = _weights(complete, answers, family, label_mask, bool(added))
+    written = answers.written()
+    rendered, start = [], 0
+    for message in _plain(written, weights) if form is None else form.write(written, weights, tools, is_prompt):
+        given = complete[start].weight
+        mark = 0.0 if label_mask not in ("qwen", "all") else 1.0 if given is None else given
+        body = _body(message, family, mark if label_mask == "all" else 0.0)
+        author = message.pieces[0].role
+        segments = [Segment(IM_START, True, mark, author), *body]
+        is_open = is_prompt and message.is_open
+        if not is_open:
+            end = 0.0 if message.is_open else body[-1].weight or mark
+            segments += [Segment(IM_END, True, end, author), Segment("\n", False, end, author)]
+        rendered.append(RenderedMessage(segments, max(0, message.end - added), is_open))
+        start = message.end
     return rendered
 
 
-def render_prompt(turns: Sequence[Turn], family: Family, system_message: str | None = None) -> list[RenderedTurn]:
-    """Render a conversation that the model is to continue: its turns, then the open header of an answer."""
-    rendered = render(turns, family, system_message)
-    if turns and turns[-1].role == "assistant" and not family.continues_answers:
-        return rendered
-    return [*rendered, [Segment(IM_START, True, False), Segment("assistant\n" + family.prompt_suffix, False, False)]]
+def _form_for(turns: Sequence[Turn], tools: Sequence[Tool], family: Family) -> ToolForm | None:
+    """The family's tool form where a conversation needs one."""
+    if not tools and not any(turn.calls or turn.role == "tool" for turn in turns):
+        return None
+    if family.tool_form is None:
+        raise ValueError(f"the chat format {family.name!r} cannot write tools and their calls yet")
+    return family.tool_form
 
 
-def text_of(rendered: Iterable[RenderedTurn]) -> str:
+def _plain(turns: Sequence[Turn], weights: Sequence[float]) -> list[Message]:
+    return [
+        Message(turn.role, (Piece(turn.content, turn.role, weight),), index)
+        for index, (turn, weight) in enumerate(zip(turns, weights, strict=True), 1)
+    ]
+
+
+def _weights(
+    turns: Sequence[Turn], answers: Answers, family: Family, label_mask: LabelMask, adds_system: bool
+) -> list[float]:
+    """The weight of each turn in the loss: its own, else what the mask gives it."""
+    indices = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
+    masked = set(indices[-1:] if label_mask == "last" else indices)
+    if label_mask != "all":
+        # No prompt of the later templates leads to an answer that opens the conversation.
+        first = 1 if turns and turns[0].role == "system" else 0
+        if (adds_system or not first) and not family.trains_opening:
+            masked.discard(first)
+        masked &= answers.asked_for()
+    return [
+        turn.weight if turn.weight is not None else float(label_mask == "all" or index in masked)
+        for index, turn in enumerate(turns)
+    ]
+
+
+def text_of(rendered: Iterable[RenderedMessage]) -> str:
     """The rendered conversation as one string."""
-    return "".join(segment.text for turn in rendered for segment in turn)
+    return "".join(segment.text for message in rendered for segment in message.segments)
 
 
-def encode_turn(
-    turn: RenderedTurn, encode_text: EncodeText, control_ids: dict[str, int]
-) -> tuple[list[int], list[bool]]:
-    """Ids of one rendered turn, and for each id whether it is trained.
+def encode_segment(segment: Segment, encode_text: EncodeText, control_ids: dict[str, int]) -> list[int]:
+    """Ids of a segment.
 
     Args:
         encode_text: text -> ids; must not turn text into control tokens (``plain_encoder``).
         control_ids: ids of ``<|im_start|>`` and ``<|im_end|>``.
     """
-    ids: list[int] = []
-    trained: list[bool] = []
-    for segment in turn:
-        piece = [control_ids[segment.text]] if segment.is_control else encode_text(segment.text)
-        ids += piece
-        trained += [segment.is_trained] * len(piece)
-    return ids, trained
+    return [control_ids[segment.text]] if segment.is_control else encode_text(segment.text)
 
 
 def control_ids_of(tokenizer: Any) -> dict[str, int]:
@@ -123,46 +194,22 @@ def plain_encoder(tokenizer: Any) -> EncodeText:
     return encode
 
 
-def encode_prompt(rendered: Iterable[RenderedTurn], tokenizer: Any) -> list[int]:
+def encode_prompt(rendered: Iterable[RenderedMessage], tokenizer: Any) -> list[int]:
     """Ids of a rendered prompt."""
     encode_text, control_ids = plain_encoder(tokenizer), control_ids_of(tokenizer)
-    return [id_ for turn in rendered for id_ in encode_turn(turn, encode_text, control_ids)[0]]
+    segments = (segment for message in rendered for segment in message.segments)
+    return [id_ for segment in segments for id_ in encode_segment(segment, encode_text, control_ids)]
 
 
-def _message_segments(turn: Turn, family: Family) -> list[Segment]:
-    header = f"{turn.role}\n"
-    if family.joins_header:
-        return [Segment(header + turn.content, False, False)]
-    return [Segment(header, False, False), Segment(turn.content, False, False)]
-
-
-def _asks(turns: Sequence[Turn]) -> bool:
-    """Whether a user speaks at all: the later templates open a last answer only then."""
-    return any(turn.role == "user" for turn in turns)
-
-
-def _prompt_holds(before: Sequence[Turn], family: Family) -> bool:
-    """Whether the prompt for an answer after ``before`` is what stands before it in the whole conversation.
-
-    It is not where an answer follows an answer and the former would be written differently as the last one.
-    """
-    if not before or before[-1].role != "assistant":
-        return True
-    previous = before[-1].content
-    as_last = _answer_segments(previous, family, True, _asks(before))
-    in_between = _answer_segments(previous, family, False, False)
-    return family.continues_answers and as_last == in_between
-
-
-def _answer_segments(content: str, family: Family, is_last: bool, is_opened: bool) -> list[Segment]:
-    """Header and answer. What the generation prompt already says is not trained; an answer that does not start as the
-    prompt does could never be generated, and is not trained at all."""
-    opening = family.opens_last_answer if is_opened else ""
-    strips = {"none": False, "opened": bool(opening), "history": not is_last, "all": True}[family.strips_answers]
-    answer = opening + (content.lstrip("\n") if strips else content)
-    follows_prompt = answer.startswith(family.prompt_suffix)
-    header = "assistant\n"
-    if follows_prompt:
-        header += family.prompt_suffix
-        answer = answer[len(family.prompt_suffix) :]
-    return [Segment(header, False, False), Segment(answer, False, follows_prompt)]
+def _body(message: Message, family: Family, header_weight: float) -> list[Segment]:
+    """Header and content of a message."""
+    first, *more = (Segment(piece.text, False, piece.weight, piece.role) for piece in message.pieces)
+    header = f"{message.role}\n"
+    if message.role == "assistant":
+        # The header is what the prompt says already; at inference the model continues its ids.
+        if first.text.startswith(family.prompt_suffix):
+            header += family.prompt_suffix
+            first = first._replace(text=first.text.removeprefix(family.prompt_suffix))
+    elif family.joins_header:
+        return [first._replace(text=header + first.text, weight=first.weight or header_weight), *more]
+    return [Segment(header, False, header_weight, first.role), first, *more]

@@ -15,7 +15,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from errors import ConfigError
 from qwen_model.chatml import encode_prompt, render, render_prompt, text_of
-from qwen_model.families import DEFAULT_SYSTEM, QWEN_V1, Turn
+from qwen_model.families import DEFAULT_SYSTEM, QWEN_V1
+from qwen_model.turns import Turn
 
 if TYPE_CHECKING:
     from qwen_model.tokenization_qwen import QWenTokenizer

@@ -35,7 +35,7 @@ def main(argv: Sequence[str]) -> None:
     import torch
 
     from qwen_model.chatml import encode_prompt, render_prompt
-    from qwen_model.families import Turn
+    from qwen_model.turns import Turn
     from training.inference import load_for_inference
     from training.loading import load_checkpoint
 

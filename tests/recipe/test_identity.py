@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qwen_model.chatml import encode_prompt, render_prompt
-from qwen_model.families import Turn
+from qwen_model.turns import Turn
 from tests.commands import environment, read_json
 from tests.golden import REPO
 from training.inference import load_for_inference

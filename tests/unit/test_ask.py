@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from errors import ConfigError
 from qwen_model.chatml import encode_prompt, render_prompt
-from qwen_model.families import Turn
+from qwen_model.turns import Turn
 from scripts import ask
 from tests.commands import finetune_here
 from tests.models import TINY, write_conversations, write_later_checkpoint

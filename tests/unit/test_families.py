@@ -12,48 +12,38 @@ ids of the whole text tokenised at once. Ours must give the same, but for two di
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from random import Random
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, normalizers
-from transformers import AddedToken, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerFast
 
-from data_utils.encode import EncodedConversation, EncodeOptions, Encoder
-from data_utils.schema import Conversation
 from errors import ConfigError, DataError
 from qwen_model.chatml import encode_prompt, render, render_prompt, text_of
-from qwen_model.families import ANSWER_STYLES, QWEN_V1, Family, Turn
+from qwen_model.families import ANSWER_STYLES, QWEN_V1, Family
+from qwen_model.hermes import HERMES_FORMS
 from qwen_model.templates import family_of
-from qwen_model.tokenization_qwen import SPLIT_PATTERN
+from qwen_model.turns import Turn
+from tests.families import (
+    STYLES,
+    Checkpoint,
+    Row,
+    closed,
+    left_out,
+    load_family,
+    trained_runs,
+    trained_spans,
+    turns_of,
+)
 
 IM_START, IM_END = 151644, 151645
+SPECIALS = {151643, *range(IM_START, 151657)}
 
-STYLES = {
-    "qwen1_5": "chatml",
-    "qwen1_5_launch": "chatml-launch",
-    "qwen1_5_base": "chatml",
-    "qwen2": "chatml",
-    "qwen2_5": "chatml",
-    "qwen2_5_coder": "chatml",
-    "qwen2_5_base": "chatml",
-    "qwen2_5_math": "chatml",
-    "qwen2_5_launch": "chatml",
-    "qwq_32b": "chatml-qwq",
-    "qwq_32b_launch": "chatml-qwq-launch",
-    "qwq_32b_preview": "chatml",
-    "qwen3": "chatml-hybrid",
-    "qwen3_launch": "chatml-hybrid",
-    "qwen3_instruct_2507": "chatml",
-    "qwen3_instruct_2507_launch": "chatml-hybrid",
-    "qwen3_thinking_2507": "chatml-thinking",
-}
+TOOL_ROWS = {"tool_call_and_answer", "tool_call_final", "tool_multi_step_thinking", "tool_multi_step_then_user"}
+OLD = ("qwen1_5", "qwen1_5_launch", "qwen1_5_base", "qwen2")
 
 # Rows whose recorded ids hold a token across the end of a prompt: an answer that starts with a newline, and in
 # Thinking-2507 the empty thought, "\\n</think>" behind the prompt's "<think>\\n". QwQ strips the newlines of answers.
@@ -69,80 +59,27 @@ MELTING: dict[str, set[str]] = {name: {"whitespace_answers"} for name in STYLES}
         "assistant_first",
         "two_assistants",
         "empty_answer",
+        "tool_call_and_answer",
+        "tool_call_final",
     },
 }
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """What a checkpoint of a family brings: its tokenizer with its template, and what was recorded of it."""
-
-    name: str
-    facts: dict[str, Any]
-    family: Family
-    tokenizer: PreTrainedTokenizerFast
-    rows: list[dict[str, Any]]
-
-    def encode(self, turns: list[Turn]) -> EncodedConversation:
-        return Encoder(self.tokenizer, self.family, EncodeOptions()).encode_conversation(
-            Conversation(tuple(turns), "here")
-        )
-
-
-@cache
-def _load(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-@cache
-def _base_tokenizer(rank_file: Path) -> str:
-    converted = TikTokenConverter(str(rank_file), pattern=SPLIT_PATTERN).converted()
-    converted.normalizer = normalizers.NFC()
-    return converted.to_str()
-
-
-@cache
-def _tokenizer(shared: Path, kind: str) -> PreTrainedTokenizerFast:
-    base = Tokenizer.from_str(_base_tokenizer(shared / "golden" / "tiny-qwen" / "qwen.tiktoken"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=base)
-    for token in _load(shared / "families" / "families.json")["added_tokens"][kind]:
-        added = AddedToken(token["content"], special=token["special"], normalized=False)
-        tokenizer.add_tokens([added], special_tokens=token["special"])
-        assert tokenizer.convert_tokens_to_ids(token["content"]) == token["id"]
-    return tokenizer
-
-
 @pytest.fixture(params=STYLES)
 def checkpoint(request: pytest.FixtureRequest, shared: Path) -> Checkpoint:
-    folder = shared / "families"
-    facts = _load(folder / "families.json")["families"][request.param]
-    tokenizer = _tokenizer(shared, facts["added_tokens"])
-    tokenizer.chat_template = (folder / facts["template"]).read_text(encoding="utf-8")
-    family = family_of("qwen2", tokenizer)
-    rows = _load(folder / "expected_training.json").get(facts.get("alias_of", request.param), [])
-    return Checkpoint(request.param, facts, family, tokenizer, [row for row in rows if _is_plain(row, family)])
+    return load_family(shared, request.param)
 
 
-def _is_plain(row: dict[str, Any], family: Family) -> bool:
-    """Only system, user and assistant with text; no tools, and no thinking where that has a meaning."""
-    for message in row["messages"]:
-        plain = set(message) == {"role", "content"} and isinstance(message["content"], str)
-        if not plain or message["role"] not in ("system", "user", "assistant"):
-            return False
-        if family.has_thinking and message["role"] == "assistant" and "think>" in message["content"]:
-            return False
-    return not row["tools"]
+def compared(checkpoint: Checkpoint) -> list[Row]:
+    return [row for row in checkpoint.rows if not left_out(row, checkpoint)]
 
 
-def _turns(row: dict[str, Any]) -> list[Turn]:
-    return [Turn(message["role"], message["content"]) for message in row["messages"]]
+def read_turns(row: Row, family: Family) -> list[Turn]:
+    """A row's turns as its template reads them: most ignore ``reasoning_content``, and an encoder refuses to."""
+    return [turn if family.thinking == "block" else turn._replace(thinking=None) for turn in turns_of(row)]
 
 
-def _closed(text: str) -> str:
-    return text if text.endswith("<|im_end|>\n") else text + "<|im_end|>\n"
-
-
-def _answer_starts(row: dict[str, Any], family: Family) -> list[int]:
+def _answer_starts(row: Row, family: Family) -> list[int]:
     """Where each answer starts behind its prompt, in characters, from the recorded header ends."""
     starts = []
     for turn in row["turns"]:
@@ -151,58 +88,49 @@ def _answer_starts(row: dict[str, Any], family: Family) -> list[int]:
     return starts
 
 
-def _trained_runs(encoded: EncodedConversation) -> list[tuple[int, int]]:
-    runs: list[tuple[int, int]] = []
-    for index, trained in enumerate(encoded.trained):
-        if trained and runs and runs[-1][1] == index:
-            runs[-1] = (runs[-1][0], index + 1)
-        elif trained:
-            runs.append((index, index + 1))
-    return runs
-
-
 def test_family_is_read_off_the_template(checkpoint: Checkpoint) -> None:
-    assert checkpoint.family.name == STYLES[checkpoint.name]
-    assert checkpoint.family.default_system == checkpoint.facts["default_system"]
-    if checkpoint.name != "qwen2_5_launch":  # the only family that nothing was recorded of
-        assert len(checkpoint.rows) >= 8
+    family = checkpoint.family
+    assert family.name == STYLES[checkpoint.name]
+    assert family.default_system == checkpoint.facts["default_system"]
+    assert family.knows_thinking
+    form = {"qwen2_5_launch": 1}.get(checkpoint.name, 2 if checkpoint.name.startswith("qwen3") else 0)
+    assert family.tool_form == (None if checkpoint.name in OLD else HERMES_FORMS[form])
+
+
+def test_all_rows_but_those_that_are_refused_are_compared(checkpoint: Checkpoint) -> None:
+    names = {row["name"] for row in checkpoint.rows}
+    refused = TOOL_ROWS & names if checkpoint.name in OLD else set()
+    assert {row["name"] for row in compared(checkpoint)} == names - refused
+    assert len(names) == (0 if checkpoint.name == "qwen2_5_launch" else len(checkpoint.rows))
 
 
 def test_text_and_trained_characters_are_the_templates_own(checkpoint: Checkpoint) -> None:
-    for row in checkpoint.rows:
-        position = 0
-        spans: list[list[int]] = []
-        rendered = render(_turns(row), checkpoint.family)
-        for segment in (segment for turn in rendered for segment in turn):
-            end = position + len(segment.text)
-            if segment.is_trained and spans and spans[-1][1] == position:
-                spans[-1][1] = end
-            elif segment.is_trained:
-                spans.append([position, end])
-            position = end
+    for row in compared(checkpoint):
+        rendered = render(turns_of(row), checkpoint.family, tools=row["tools"] or ())
         assert text_of(rendered) == row["text"], row["name"]
-        assert spans == row["spans"], row["name"]
-        template = checkpoint.tokenizer.apply_chat_template(row["messages"], tokenize=False)
-        assert text_of(rendered) == _closed(str(template)), row["name"]
+        assert trained_spans(rendered) == row["spans"], row["name"]
+        assert closed(checkpoint.template(row["messages"], row["tools"] or ()), checkpoint.family) == row["text"], row[
+            "name"
+        ]
 
 
 def test_ids_and_trained_tokens(checkpoint: Checkpoint) -> None:
     differing = set()
-    for row in checkpoint.rows:
-        encoded = checkpoint.encode(_turns(row))
-        runs = _trained_runs(encoded)
+    for row in compared(checkpoint):
+        encoded = checkpoint.encode(read_turns(row, checkpoint.family), row["tools"] or ())
+        runs = trained_runs(encoded)
         trained_texts = [checkpoint.tokenizer.decode(encoded.input_ids[start:end]) for start, end in runs]
         assert checkpoint.tokenizer.decode(encoded.input_ids) == row["text"], row["name"]
         assert trained_texts == [row["text"][start:end] for start, end in row["spans"]], row["name"]
         if encoded.input_ids != row["ids"]:
             differing.add(row["name"])
         else:
-            assert [list(run) for run in runs] == row["token_spans"], row["name"]
+            assert runs == row["token_spans"], row["name"]
     assert differing == ({"control_text"} | MELTING[checkpoint.name] if checkpoint.rows else set())
 
 
 def test_ids_are_those_of_the_text_cut_where_answers_start(checkpoint: Checkpoint) -> None:
-    for row in checkpoint.rows:
+    for row in compared(checkpoint):
         if row["name"] == "control_text":
             continue
         cuts = [0, *_answer_starts(row, checkpoint.family), len(row["text"])]
@@ -210,32 +138,30 @@ def test_ids_are_those_of_the_text_cut_where_answers_start(checkpoint: Checkpoin
         expected = [
             id_ for piece in pieces for id_ in checkpoint.tokenizer(piece, add_special_tokens=False)["input_ids"]
         ]
-        assert checkpoint.encode(_turns(row)).input_ids == expected, row["name"]
+        encoded = checkpoint.encode(read_turns(row, checkpoint.family), row["tools"] or ())
+        assert encoded.input_ids == expected, row["name"]
 
 
 def test_control_text_in_messages_gives_no_control_ids(checkpoint: Checkpoint) -> None:
-    for row in checkpoint.rows:
-        turns = _turns(row)
-        brings_system = turns[0].role == "system" or checkpoint.family.default_system is None
-        ids = checkpoint.encode(turns).input_ids
-        placed = len(turns) + (0 if brings_system else 1)
+    for row in compared(checkpoint):
+        turns = read_turns(row, checkpoint.family)
+        placed = len(render(turns, checkpoint.family, tools=row["tools"] or ()))
+        ids = checkpoint.encode(turns, row["tools"] or ()).input_ids
         assert ids.count(IM_START) == ids.count(IM_END) == placed, row["name"]
-        assert sum(id_ >= IM_START and id_ <= 151656 for id_ in ids) == 2 * placed, row["name"]
+        assert sum(id_ in SPECIALS for id_ in ids) == 2 * placed, row["name"]
 
 
 def test_prompts_are_the_templates_own_and_start_the_training_ids(checkpoint: Checkpoint) -> None:
-    for row in checkpoint.rows:
-        turns = _turns(row)
-        encoded = checkpoint.encode(turns)
-        starts = [start for start, _ in _trained_runs(encoded)]
+    for row in compared(checkpoint):
+        turns, tools = read_turns(row, checkpoint.family), row["tools"] or ()
+        encoded = checkpoint.encode(turns, tools)
+        starts = [start for start, _ in trained_runs(encoded)]
         prompts = []
         for index, turn in enumerate(turns):
             if turn.role != "assistant" or index == 0:
                 continue
-            rendered = render_prompt(turns[:index], checkpoint.family)
-            template = checkpoint.tokenizer.apply_chat_template(
-                row["messages"][:index], tokenize=False, add_generation_prompt=True
-            )
+            rendered = render_prompt(turns[:index], checkpoint.family, tools=tools)
+            template = checkpoint.template(row["messages"][:index], tools, prompt=True)
             assert text_of(rendered) == template, (row["name"], index)
             prompt = encode_prompt(rendered, checkpoint.tokenizer)
             if encoded.input_ids[: len(prompt)] == prompt:
@@ -244,49 +170,62 @@ def test_prompts_are_the_templates_own_and_start_the_training_ids(checkpoint: Ch
         assert len(starts) == len(row["spans"]), row["name"]
 
 
-def _random_conversation(random: Random) -> list[Turn]:
-    """Any order of turns, with texts of white space, control tokens and words."""
-    pieces = ("\n", "\n\n", " ", "\t", "\r\n", "a", "Hi", "你好", ".", "<|im_end|>", "<think")
-    roles = ["system"] if random.random() < 0.3 else []
-    roles += random.choices(("user", "assistant"), k=random.randint(1, 6))
-    return [Turn(role, "".join(random.choices(pieces, k=random.randint(0, 4)))) for role in roles]
+THOUGHT = Turn("assistant", "2", thinking="add")
+SAID = Turn("assistant", "<think>\nadd\n</think>\n\n2")
 
 
-def test_random_conversations_against_the_template(checkpoint: Checkpoint) -> None:
-    """Text, prompts, and that exactly those answers are trained whose prompt starts the conversation's text."""
-
-    def template(turns: list[Turn], prompt: bool) -> str:
-        messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-        return str(checkpoint.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-
-    random = Random(0)
-    for _ in range(60):
-        turns = _random_conversation(random)
-        rendered = render(turns, checkpoint.family)
-        text = _closed(template(turns, prompt=False))
-        assert text_of(rendered) == text, turns
-        for index, turn in enumerate(turns):
-            if turn.role != "assistant":
-                continue
-            trained = any(segment.is_trained for segment in rendered[index - len(turns)])
-            prompt = template(turns[:index], prompt=True) if index else None
-            if prompt is not None:
-                assert prompt == text_of(render_prompt(turns[:index], checkpoint.family)), turns[:index]
-            # Without a header at its end it asks for nothing: Qwen1.5 as published, after an answer.
-            asks = prompt is not None and prompt.endswith("<|im_start|>assistant\n" + checkpoint.family.prompt_suffix)
-            assert trained == (asks and text.startswith(str(prompt))), (index, turns)
-
-
-def test_thinking_is_refused_where_it_has_a_meaning(checkpoint: Checkpoint) -> None:
-    turns = [Turn("user", "1+1?"), Turn("assistant", "<think>\nadd\n</think>\n\n2")]
-    if checkpoint.family.has_thinking:
-        with pytest.raises(DataError, match="here: turn 2 holds <think> or </think>: thinking is not supported yet"):
-            checkpoint.encode(turns)
-        with pytest.raises(DataError, match="thinking is not supported yet"):
-            checkpoint.encode([turns[0], Turn("assistant", "add</think>2")])
+def test_thinking_is_trained_where_it_has_a_place_and_refused_elsewhere(checkpoint: Checkpoint) -> None:
+    ask = Turn("user", "1+1?")
+    kind = checkpoint.family.thinking
+    start = f"<|im_start|>assistant\n{checkpoint.family.prompt_suffix}"
+    if kind == "none":
+        with pytest.raises(
+            DataError, match=r"^here: turn 2 holds thinking, and the chat format 'chatml.*' has no place"
+        ):
+            checkpoint.encode([ask, THOUGHT])
     else:
-        assert checkpoint.encode(turns).trained_tokens > 0
-    assert checkpoint.encode([Turn("user", "what is <think>?"), Turn("assistant", "a tag")]).input_ids
+        # In a field or in the text: the same.
+        assert checkpoint.encode([ask, THOUGHT]) == checkpoint.encode([ask, SAID])
+    encoded = checkpoint.encode([ask, SAID])
+    decode = checkpoint.encoder().decode
+    text = decode(encoded.input_ids)
+    trained = [decode(encoded.input_ids[first:end]) for first, end in trained_runs(encoded)]
+    if kind == "all":
+        assert text.endswith("<|im_start|>assistant\n2<|im_end|>\n") and trained == []
+    else:
+        whole = "<|im_start|>assistant\n<think>\nadd\n</think>\n\n2<|im_end|>\n"
+        assert text.endswith(whole) and trained == [whole.removeprefix(start)]
+
+
+@pytest.mark.parametrize(
+    ("changed", "to"), [("# Tools", "## Tools"), ("{%- if tools %}", "{%- if tools %}{{- raise_exception('no') }}")]
+)
+def test_tools_that_a_template_writes_otherwise_are_refused(shared: Path, changed: str, to: str) -> None:
+    checkpoint = load_family(shared, "qwen3")
+    checkpoint.tokenizer.chat_template = str(checkpoint.tokenizer.chat_template).replace(changed, to, 1)
+    family = family_of("qwen2", checkpoint.tokenizer)
+    assert (family.name, family.tool_form, family.knows_thinking) == ("chatml-hybrid", None, True)
+    with pytest.raises(DataError, match=r"^here: the chat format 'chatml-hybrid' cannot write tools and their calls"):
+        replace(checkpoint, family=family).encode([Turn("user", "Hi"), Turn("assistant", "Hi")], [{"name": "f"}])
+
+
+def test_thinking_that_a_template_writes_otherwise_is_refused(shared: Path) -> None:
+    checkpoint = load_family(shared, "qwen3")
+    # As templates for training do: no answer loses its thinking.
+    checkpoint.tokenizer.chat_template = (
+        str(checkpoint.tokenizer.chat_template)
+        .replace("loop.last or (not loop.last and reasoning_content)", "loop.last or reasoning_content")
+        .replace("loop.index0 > ns.last_query_index", "loop.index0 > ns.last_query_index or reasoning_content")
+    )
+    family = family_of("qwen2", checkpoint.tokenizer)
+    assert (family.name, family.knows_thinking, family.tool_form) == ("chatml-hybrid", False, HERMES_FORMS[2])
+    changed = replace(checkpoint, family=family)
+    for answer in (SAID, THOUGHT, Turn("assistant", "add</think>2")):
+        with pytest.raises(
+            DataError, match=r"^here: turn 2 holds thinking, which the checkpoint's chat template writes"
+        ):
+            changed.encode([Turn("user", "1+1?"), answer])
+    assert changed.encode([Turn("user", "what is <think>?"), Turn("assistant", "a tag")]).input_ids
 
 
 @pytest.mark.parametrize(
