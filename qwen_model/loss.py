@@ -35,22 +35,33 @@ class CausalLMLossOutput(CausalLMOutputWithPast):
     num_correct: Tensor | None = None
 
 
-def causal_lm_loss(logits: Tensor, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+def causal_lm_loss(
+    logits: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    loss_weights: Tensor | None = None,
+) -> Tensor:
     """Cross entropy of each position's logits against the next position's label, in float32.
 
     Args:
         logits: [B, T, V].
         labels: [B, T], an id or -100; the first of a row is never a target.
-        num_items_in_batch: targets in the whole optimizer step, over accumulation and processes; ``None`` takes those
-            of this batch (the mean). A batch without a target has loss 0, not NaN.
+        num_items_in_batch: targets in the whole optimizer step, over accumulation and processes, or the sum of their
+            weights; ``None`` takes those of this batch (the mean). A batch without a target has loss 0, not NaN.
+        loss_weights: [B, T], weight of each label's cross entropy; ``None``: 1.
     """
-    targets = labels[:, 1:].reshape(-1)
     flat = logits[:, :-1].reshape(-1, logits.shape[-1]).float()
-    total = F.cross_entropy(flat, targets.to(flat.device), ignore_index=IGNORE_INDEX, reduction="sum")
-    count = (targets != IGNORE_INDEX).sum().clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-    if isinstance(count, Tensor):
-        count = count.to(total.device)
-    return total / count
+    targets = labels[:, 1:].reshape(-1).to(flat.device)
+    if loss_weights is None:
+        total = F.cross_entropy(flat, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+        count: Tensor | int = (targets != IGNORE_INDEX).sum().clamp(min=1)
+    else:
+        weights = loss_weights[:, 1:].reshape(-1).to(flat.device).float().masked_fill(targets == IGNORE_INDEX, 0)
+        total = (F.cross_entropy(flat, targets, ignore_index=IGNORE_INDEX, reduction="none") * weights).sum()
+        count = weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
+    if num_items_in_batch is not None:
+        count = num_items_in_batch
+    return total / (count.to(total.device) if isinstance(count, Tensor) else count)
 
 
 def lean_causal_lm_loss(

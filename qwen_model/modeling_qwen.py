@@ -358,7 +358,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, GenerationMixin):
             )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
+        loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch, loss_weights)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import binascii
 import os
+import re
 import shutil
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
@@ -26,6 +27,10 @@ SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, *(f"<|extra_{number}|>" for number in range(205)))
+
+# The least that ends tiktoken is 999,999 blanks that are no line ends.
+_MOST_SPACES = 900_000
+_TOO_MANY_SPACES = re.compile(rf"[^\S\r\n]{{{_MOST_SPACES}}}")
 
 AllowedSpecial = Literal["all"] | AbstractSet[str]
 DisallowedSpecial = Literal["all"] | Collection[str]
@@ -150,8 +155,23 @@ class QWenTokenizer(PreTrainedTokenizer):
         """Tokens as bytes; the special ones are in ``special_tokens``."""
         return self.mergeable_ranks
 
+    @staticmethod
+    def check_text(text: str) -> None:
+        """Check that a text can be tokenised: tiktoken goes back over at most a million blanks, then ends the process.
+
+        Raises:
+            ValueError: it has more of them in a row.
+        """
+        if len(text) >= _MOST_SPACES and _TOO_MANY_SPACES.search(text):
+            raise ValueError(f"{_MOST_SPACES:,} or more spaces in a row, which cannot be tokenised")
+
     def encode_plain(self, text: str) -> list[int]:
-        """Ids of text of which nothing is read as a special token."""
+        """Ids of text of which nothing is read as a special token.
+
+        Raises:
+            ValueError: a run of spaces that is longer than tiktoken can take.
+        """
+        self.check_text(text)
         ids: list[int] = self.tokenizer.encode_ordinary(unicodedata.normalize("NFC", text))
         return ids
 
@@ -168,6 +188,7 @@ class QWenTokenizer(PreTrainedTokenizer):
             allowed_special: special tokens that are recognised in the text; "all" is the original's behaviour.
             disallowed_special: special tokens that raise a ``ValueError`` where the text holds them.
         """
+        self.check_text(text)
         ids = self.tokenizer.encode(
             unicodedata.normalize("NFC", text), allowed_special=allowed_special, disallowed_special=disallowed_special
         )

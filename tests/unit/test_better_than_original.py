@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from qwen_model.modeling_qwen import QWenLMHeadModel
+from qwen_model.tokenization_qwen import QWenTokenizer
 from tests.golden import IGNORE, LOGITS_ATOL, LOSS_ATOL, Golden, assert_close
 
 
@@ -192,3 +193,15 @@ def test_a_new_model_is_initialised(any_golden: Golden) -> None:
             assert torch.equal(tensor, torch.zeros_like(tensor)), name
         else:
             assert 0.2 * config.initializer_range < tensor.std() < 1.2 * config.initializer_range, name
+
+
+@pytest.mark.parametrize("space", [" ", "\t", "\u00a0"])
+def test_a_flood_of_spaces_is_an_error_and_not_the_end_of_the_process(
+    space: str, tiny_tokenizer: QWenTokenizer
+) -> None:
+    """What tiktoken does with a million of them is no exception that anybody catches."""
+    for encode in (tiny_tokenizer.encode_plain, tiny_tokenizer):
+        with pytest.raises(ValueError, match="900,000 or more spaces in a row, which cannot be tokenised"):
+            encode(f"a{space * 900_000}b")
+    many = f"a{space * 899_999}b"
+    assert tiny_tokenizer.decode(tiny_tokenizer.encode_plain(many)) == many
