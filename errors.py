@@ -40,14 +40,14 @@ class DataError(ValueError):
     """A record of the user's data that cannot be used.
 
     Args:
-        where: ``file:line`` (or ``file: record N``) of the fault.
+        where: the place of the fault; as text ``file:line`` or ``file (record N)``.
         what: what was found there.
         fix: what to do instead.
     """
 
-    def __init__(self, where: str, what: str, fix: str = "") -> None:
+    def __init__(self, where: object, what: str, fix: str = "") -> None:
         super().__init__(f"{where}: {what}. {fix}" if fix else f"{where}: {what}")
-        self.where = where
+        self.where = str(where)
 
 
 class RunError(RuntimeError):

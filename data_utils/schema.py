@@ -1,220 +1,220 @@
-"""The format of a data file: which records it holds and what a record may be.
-
-A file is one JSON list of records, or one record per line (JSON Lines)::
-
-    {"id": "any", "conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello!"}]}
-
-``human`` and ``gpt`` are other names of ``user`` and ``assistant``. A first turn from ``system`` is the sample's system
-message. Keys that mean nothing here are ignored; what would silently change the training is refused.
-"""
+"""What a record of any format becomes, and the checks that all formats share."""
 
 from __future__ import annotations
 
-import codecs
-import json
-import re
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import BinaryIO
+from itertools import islice
+from math import isfinite
+from typing import TYPE_CHECKING, Any
 
-from errors import DataError
-from qwen_model.families import Turn
+from qwen_model.turns import Tool, Turn
 
-ROLES = {"user": "user", "human": "user", "assistant": "assistant", "gpt": "assistant", "system": "system"}
+if TYPE_CHECKING:
+    from data_utils.files import Place
 
-_TOOL_ROLES = ("tool", "function", "function_call", "observation")
-_TOOL_FIELDS = ("tools", "functions")
-_NO_TOOLS = "[]"  # as files that keep their tools as JSON text say it
-_TURN_FIELDS = ("tool_calls", "function_call", "reasoning_content")
-
-_FORMAT = "A data file is UTF-8: one JSON list of conversations, or one JSON object per line"
-_RECORD = 'Write {"conversations": [{"from": "user", "value": "..."}, {"from": "assistant", "value": "..."}]}'
-
-_DECODER = json.JSONDecoder()
-_SPACE = re.compile(r"[ \t\r\n]*")
+_SHOWN_WIDTH = 60
+_SHOWN_ITEMS = 12
+_SHOWN_LEVELS = 3
+_MOST_LEVELS = 200
+# Within what float32 and a mean over many tokens can bear.
+_LEAST_WEIGHT, _MOST_WEIGHT = 1e-6, 1e6
 
 
 @dataclass(frozen=True)
 class Conversation:
-    """A checked record: its turns (a ``system`` turn only as the first) and the place it came from."""
+    """A checked record.
+
+    Attributes:
+        turns: at least one; a ``system`` turn only as the first, ``tool`` turns only behind the calls that they answer,
+            in their order and one for each. Only the last turn's calls may have none.
+        where: the place it came from.
+        tools: descriptions of the functions that may be called.
+    """
 
     turns: tuple[Turn, ...]
-    where: str
+    where: Place | str
+    tools: tuple[Tool, ...] = ()
 
 
-def parse_conversation(record: object, where: str, needs_answer: bool = False) -> Conversation:
-    """Check one record of a data file.
+class Unfit(Exception):
+    """Why a record is refused, and the fix. Its place is added where it is known, in ``Format.parse``."""
+
+    def __init__(self, what: str, fix: str = "") -> None:
+        super().__init__(what)
+        self.what = what
+        self.fix = fix
+
+
+def is_empty(value: object) -> bool:
+    """Whether a field holds nothing: ``null``, or an empty string, list or object. A number is never nothing."""
+    return value is None or (isinstance(value, (str, list, dict)) and not value)
+
+
+def shown(value: object, width: int = _SHOWN_WIDTH) -> str:
+    """A value for a message: one line without control characters, shortened without touching all of a large value."""
+    text = repr(_clipped(value, width, _SHOWN_LEVELS))
+    return text if len(text) <= width else f"{text[: width - 3]}..."
+
+
+class _Dots:
+    def __repr__(self) -> str:
+        return "..."
+
+
+def _clipped(value: object, width: int, levels: int) -> object:
+    if isinstance(value, str):
+        return value if len(value) <= width else value[:width] + "..."
+    if isinstance(value, bytes):
+        return value[:width]
+    if isinstance(value, (list, dict)) and value and not levels:
+        return _Dots()
+    if isinstance(value, list):
+        return [_clipped(item, width, levels - 1) for item in value[:_SHOWN_ITEMS]]
+    if isinstance(value, dict):
+        # Half the width: a long text must not hide the keys behind it.
+        items = islice(value.items(), _SHOWN_ITEMS)
+        return {_clipped(key, width, 0): _clipped(item, width // 2, levels - 1) for key, item in items}
+    return value
+
+
+def check_json(value: object, what: str) -> None:
+    """Check a value that is to be written as JSON again.
 
     Args:
-        record: a decoded JSON value.
-        where: its place (``file.jsonl:12``), for messages and reports.
-        needs_answer: whether a conversation without an assistant turn is refused.
+        what: its name, for the message.
 
     Raises:
-        DataError: anything that is not a conversation, or asks for what is not supported yet.
+        Unfit: what JSON does not have (a date of a table, NaN), or nesting far beyond what anyone means, which Python's
+            JSON might give up on.
     """
-    if not isinstance(record, dict):
-        raise DataError(where, f"a record must be an object, not {_shown(record)}", _RECORD)
-    if "conversations" not in record:
-        raise DataError(where, f'the record has no "conversations", its keys are {_shown(list(record))}', _RECORD)
-    for field in _TOOL_FIELDS:
-        if record.get(field) and record[field] != _NO_TOOLS:
-            raise DataError(where, f"{field!r} in a record: tool calls are not supported yet", "Leave the record out")
-    if record.get("system"):
-        raise DataError(
-            where,
-            f'a "system" field ({_shown(record["system"])}) is not part of the format and would be ignored',
-            'Make it the first turn: {"from": "system", "value": "..."}',
+    level = [value]
+    for _ in range(_MOST_LEVELS):
+        inner: list[object] = []
+        for item in level:
+            if isinstance(item, list):
+                inner += item
+            elif isinstance(item, dict) and all(isinstance(key, str) for key in item):
+                inner += item.values()
+            elif not (item is None or isinstance(item, (str, int)) or (isinstance(item, float) and isfinite(item))):
+                raise Unfit(f"{what} holds {shown(item)}, which is no JSON", "Write it as a string or a number")
+        if not inner:
+            return
+        level = inner
+    raise Unfit(f"{what} is nested more than {_MOST_LEVELS} levels deep", "Leave the record out")
+
+
+Refusals = Mapping[str, tuple[str, str]]
+"""Fields that would silently change the training if they were ignored: why they are refused, and the fix."""
+
+_MEDIA = ("image", "images", "video", "videos", "audio", "audios")
+_PREFERENCES = ("chosen", "rejected", "rejected_response", "kto_tag")
+_THOUGHTS = ("reasoning_content", "reasoning", "thinking")  # the first is the one that is written
+_WEIGHTS = ("train", "loss", "weight")
+
+MEDIA_REFUSALS: Refusals = {name: ("only text can be trained on", "Leave the record out") for name in _MEDIA}
+PREFERENCE_REFUSALS: Refusals = {
+    name: (
+        "preferences between answers cannot be trained on, only one answer to each question",
+        "Keep the answer to train on, and remove this field",
+    )
+    for name in _PREFERENCES
+}
+RECORD_REFUSALS: Refusals = {
+    **MEDIA_REFUSALS,
+    **PREFERENCE_REFUSALS,
+    **{
+        name: (
+            "it counts for a turn and would be ignored here",
+            'Write it in a turn: {"role": "assistant", "content": "...", "weight": 0.5}; or rename the field',
         )
-    entries = record["conversations"]
-    if not isinstance(entries, list):
-        raise DataError(where, f'"conversations" must be a list of turns, not {_shown(entries)}', _RECORD)
-    if not entries:
-        raise DataError(where, '"conversations" is empty', "Give it at least one turn, or remove the record")
-    turns = tuple(_parse_turn(entry, number, where) for number, entry in enumerate(entries, 1))
-    if needs_answer and all(turn.role != "assistant" for turn in turns):
-        raise DataError(where, "no turn is from the assistant, so there is nothing to learn", "Remove the record")
-    return Conversation(turns, where)
+        for name in _WEIGHTS
+    },
+}
+TURN_FIELDS = frozenset({*_MEDIA, *_THOUGHTS, *_WEIGHTS})
+"""Fields of a turn, besides its author and text, that any format looks at."""
 
 
-def _parse_turn(entry: object, number: int, where: str) -> Turn:
-    turn = f"turn {number}"
-    if not isinstance(entry, dict):
-        raise DataError(where, f"{turn} must be an object, not {_shown(entry)}", _RECORD)
-    for key in ("from", "value"):
-        if key not in entry:
-            raise DataError(where, f'{turn} has no "{key}", its keys are {_shown(list(entry))}', _RECORD)
-    for field in _TURN_FIELDS:
-        if entry.get(field):
-            what = "thinking is" if field == "reasoning_content" else "tool calls are"
-            raise DataError(where, f"{field!r} in {turn}: {what} not supported yet", "Leave the record out")
-    sender, value = entry["from"], entry["value"]
-    if not isinstance(sender, str) or sender not in ROLES:
-        if sender in _TOOL_ROLES:
-            raise DataError(
-                where, f"{turn} is from {sender!r}: tool calls are not supported yet", "Leave the record out"
-            )
-        known = ", ".join(ROLES)
-        raise DataError(where, f"{turn} is from an unknown role, {_shown(sender)}", f"Known roles are {known}")
-    if not isinstance(value, str):
-        raise DataError(
-            where, f'the "value" of {turn} must be a string, not {_shown(value)}', "Write the text as a string"
-        )
-    role = ROLES[sender]
-    if role == "system" and number > 1:
-        raise DataError(where, f"{turn} is from 'system'", "A system message can only be the first turn")
-    return Turn(role, value)
+def refuse(fields: Mapping[str, Any], refusals: Refusals, owner: str) -> None:
+    """Refuse fields that hold something.
 
-
-def read_records(path: str | Path) -> Iterator[tuple[str, object]]:
-    """Read the records of a data file, each with its place.
-
-    What the file holds decides, not its name: a list if it starts with ``[``, otherwise an object per line (blank lines
-    are skipped, a byte order mark is allowed).
-
-    Yields:
-        ``("file.json:12 (record 3)", value)`` from a list, ``("file.jsonl:12", value)`` from lines; line and record
-        count from 1, the line is where the record starts.
+    Args:
+        owner: whose fields they are (``turn 2``), for the message.
 
     Raises:
-        DataError: a file that is missing, unreadable, not UTF-8 or without records; broken JSON, as
-            ``file:line:column``.
+        Unfit: the first of them.
     """
-    path = Path(path)
-    if path.is_dir():
-        raise DataError(str(path), "is a folder", "Name a .json or .jsonl file")
-    try:
-        with path.open("rb") as file:
-            empty = True
-            for record in _list_records(file, path) if _starts_list(file) else _line_records(file, path):
-                empty = False
-                yield record
-    except FileNotFoundError:
-        raise DataError(str(path), "no such file", "Check the path") from None
-    except OSError as error:
-        raise DataError(str(path), f"cannot be read ({error.strerror or error})") from None
-    if empty:
-        raise DataError(str(path), "the file holds no conversations", _FORMAT)
+    if refusals.keys().isdisjoint(fields):
+        return
+    for name, (why, fix) in refusals.items():
+        if not is_empty(fields.get(name)):
+            raise Unfit(f'"{name}" ({shown(fields[name])}) in {owner}: {why}', fix)
 
 
-def _starts_list(file: BinaryIO) -> bool:
-    head = file.read(4096).removeprefix(codecs.BOM_UTF8).lstrip()
-    file.seek(0)
-    return head.startswith(b"[")
+def parse_weight(turn: Mapping[str, Any], owner: str) -> float | None:
+    """What ``train``, its other name ``loss``, and ``weight`` of a turn say: see ``Turn.weight``.
+
+    Raises:
+        Unfit: of another type, negative or infinite, or two that contradict each other.
+    """
+    train, weight = turn.get("train"), turn.get("weight")
+    loss = turn.get("loss")
+    for name, value in (("train", train), ("loss", loss)):
+        if value is not None and not isinstance(value, bool):
+            raise Unfit(f'"{name}" of {owner} must be true or false, not {shown(value)}', 'A number is a "weight"')
+    if train is None:
+        train = loss
+    elif loss is not None and train != loss:
+        raise Unfit(f'"train" and "loss" of {owner} mean the same and differ', "Keep one of them")
+    if weight is None:
+        return None if train is None else float(train)
+    if (
+        isinstance(weight, bool)
+        or not isinstance(weight, (int, float))
+        or not (weight == 0 or _LEAST_WEIGHT <= weight <= _MOST_WEIGHT)
+    ):
+        raise Unfit(
+            f'"weight" of {owner} must be 0, or a number from {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}, not '
+            f"{shown(weight)}",
+            "0 does not train the turn, 1 is as usual",
+        )
+    if train is not None and train != (weight > 0):
+        said = "is to be trained" if train else "is not to be trained"
+        raise Unfit(f'{owner} {said}, and its "weight" of {shown(weight)} says otherwise', "Keep one of them")
+    return float(weight)
 
 
-def _line_records(file: BinaryIO, path: Path) -> Iterator[tuple[str, object]]:
-    offset = 0
-    for number, line in enumerate(file, 1):
-        # Without the line's end, behind which a broken line would be reported as a fault of the next one.
-        text = _decode_utf8(line, path, number, offset).rstrip(" \t\r\n")
-        offset += len(line)
-        start = _skip_space(text, 0)
-        if start == len(text):
-            continue
-        value, end = _decode_json(text, start, path, number)
-        if _skip_space(text, end) < len(text):
-            raise _broken_json(path, number, end + 1, "more than one JSON value on the line")
-        yield f"{path}:{number}", value
+def parse_thinking(turn: Mapping[str, Any], role: str, owner: str) -> str | None:
+    """What the assistant thought, under any of the field's names: see ``Turn.thinking``. An empty field says nothing.
+
+    Raises:
+        Unfit: no text, of someone else, or two that differ.
+    """
+    given = {name: turn[name] for name in _THOUGHTS if not is_empty(turn.get(name))}
+    for name, value in given.items():
+        if not isinstance(value, str):
+            raise Unfit(f'"{name}" of {owner} must be a string, not {shown(value)}', "Write the thinking as a string")
+        if role != "assistant":
+            raise Unfit(f'{owner} has "{name}" ({shown(value)}), and only the assistant thinks', "Remove the field")
+    if len(set(given.values())) > 1:
+        names = " and ".join(f'"{name}"' for name in given)
+        raise Unfit(f"{names} of {owner} mean the same and differ", "Keep one of them")
+    return next(iter(given.values()), None)
 
 
-def _list_records(file: BinaryIO, path: Path) -> Iterator[tuple[str, object]]:
-    # Value by value rather than at once, because the decoder tells no positions and a record's line is worth knowing.
-    text = _decode_utf8(file.read(), path, 1, 0)
-    position = _skip_space(text, text.index("[") + 1)
-    line, counted, number = 1, 0, 0
-    closed = text.startswith("]", position)
-    while not closed:
-        line, counted, number = line + text.count("\n", counted, position), position, number + 1
-        value, end = _decode_json(text, position, path, 1)
-        yield f"{path}:{line} (record {number})", value
-        end = _skip_space(text, end)
-        closed = text.startswith("]", end)
-        if not closed and not text.startswith(",", end):
-            raise _broken_json(path, *_line_and_column(text, end), "expecting ',' or ']' after a record")
-        position = end if closed else _skip_space(text, end + 1)
-    position = _skip_space(text, position + 1)
-    if position < len(text):
-        raise _broken_json(path, *_line_and_column(text, position), "more text after the end of the list")
+def with_system(record: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
+    """The turns with the record's ``system`` field as the first one. An empty field says nothing.
 
-
-def _decode_utf8(data: bytes, path: Path, line: int, offset: int) -> str:
-    try:
-        return data.decode("utf-8-sig" if offset == 0 else "utf-8")
-    except UnicodeDecodeError as error:
-        # The codec that eats the byte order mark counts from behind it.
-        bom = len(codecs.BOM_UTF8) if offset == 0 and data.startswith(codecs.BOM_UTF8) else 0
-        start = error.start + bom
-        line += data.count(b"\n", 0, start)
-        what = f"not UTF-8: byte 0x{data[start]:02x} at offset {offset + start}"
-        raise DataError(f"{path}:{line}", what, "Save the file as UTF-8") from None
-
-
-def _decode_json(text: str, position: int, path: Path, first_line: int) -> tuple[object, int]:
-    try:
-        return _DECODER.raw_decode(text, position)
-    except json.JSONDecodeError as error:
-        raise _broken_json(path, first_line + error.lineno - 1, error.colno, error.msg) from None
-    except (ValueError, RecursionError) as error:  # a number with thousands of digits, thousands of open brackets
-        line, column = _line_and_column(text, position)
-        raise _broken_json(path, first_line + line - 1, column, str(error)) from None
-
-
-def _broken_json(path: Path, line: int, column: int, what: str) -> DataError:
-    return DataError(f"{path}:{line}:{column}", f"not valid JSON: {what}", _FORMAT)
-
-
-def _line_and_column(text: str, position: int) -> tuple[int, int]:
-    return text.count("\n", 0, position) + 1, position - text.rfind("\n", 0, position)
-
-
-def _skip_space(text: str, position: int) -> int:
-    match = _SPACE.match(text, position)
-    assert match is not None, "the pattern matches the empty string"
-    return match.end()
-
-
-def _shown(value: object) -> str:
-    shown = repr(value)
-    return shown if len(shown) <= 60 else f"{shown[:57]}..."
+    Raises:
+        Unfit: no text, or a system turn that says something else.
+    """
+    system = record.get("system")
+    if is_empty(system):
+        return turns
+    if not isinstance(system, str):
+        raise Unfit(f'"system" must be a string, not {shown(system)}', "Write the text as a string")
+    if turns[0].role != "system":
+        return [Turn("system", system), *turns]
+    if turns[0].content != system:
+        raise Unfit(f'the "system" field ({shown(system)}) and the system turn differ', "Keep one of them")
+    return turns

@@ -22,7 +22,8 @@ from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from checkpoints.shards import save_checkpoint, save_json, staged_folder
-from data_utils.schema import parse_conversation, read_records
+from data_utils.files import read_records
+from data_utils.formats import recognise
 from errors import CommandParser, ConfigError, run_command
 from qwen_model.chatml import render
 from qwen_model.families import QWEN_V1
@@ -96,8 +97,8 @@ def example_texts() -> Iterator[str]:
     """The pieces of text that training on ``examples/`` encodes, with the role names and the default system message."""
     for path in sorted(EXAMPLES.glob("*.json*")):
         for where, record in read_records(path):
-            for turn in render(parse_conversation(record, where).turns, QWEN_V1):
-                yield from (segment.text for segment in turn if not segment.is_control)
+            for message in render(recognise(record, where).parse(record, where).turns, QWEN_V1):
+                yield from (segment.text for segment in message.segments if not segment.is_control)
 
 
 def train_bpe(texts: Iterable[str]) -> Tokenizer:
