@@ -24,8 +24,8 @@ class Collator:
         self.pad_token_id = pad_token_id
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """``input_ids``, ``labels`` and ``attention_mask``, int64 [B, T]; ``num_targets``, an int;
-        ``index``, a list, where examples have one.
+        """``input_ids``, ``labels`` and ``attention_mask``, int64 [B, T]; ``num_targets``, an int; where examples have
+        them, ``loss_weights``, float32 [B, T], and ``index``, a list.
 
         Other keys of the examples are dropped.
         """
@@ -35,11 +35,15 @@ class Collator:
             "labels": torch.full(shape, IGNORE_INDEX),
             "attention_mask": torch.zeros(shape, dtype=torch.int64),
         }
+        if any("loss_weights" in example for example in examples):
+            batch["loss_weights"] = torch.ones(shape)
         for row, example in enumerate(examples):
             length = len(example["input_ids"])
             batch["input_ids"][row, :length] = torch.as_tensor(example["input_ids"])
             batch["labels"][row, :length] = torch.as_tensor(example["labels"])
             batch["attention_mask"][row, :length] = 1
+            if (weights := example.get("loss_weights")) is not None:
+                batch["loss_weights"][row, :length] = torch.as_tensor(weights)
         # Counted here, where it costs nothing; on a GPU somebody would have to wait for it.
         batch["num_targets"] = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
         if all("index" in example for example in examples):

@@ -1,209 +1,364 @@
-"""A data file to the examples of a run, with an account of what was left out."""
+"""Data files to the examples of a run, with an account of what became of every record.
+
+Files are read twice: once to check all records and count them, so that a fault is found before anything is tokenised,
+and once to tokenise. Both times they stream, so an account alone (``read_data`` without keeping what it yields) takes
+the same memory for any number of records.
+"""
 
 from __future__ import annotations
 
+import itertools
 import logging
 from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from tqdm import tqdm
 
 from data_utils.encode import EncodedConversation, Encoder, Example
-from data_utils.schema import Conversation, parse_conversation, read_records
+from data_utils.files import Place, data_files, read_records
+from data_utils.fill import fill_turns
+from data_utils.formats import FORMATS, Format, recognise
+from data_utils.receipt import Receipt, Settings, SourceReport, show_sample
+from data_utils.receipt.counts import Seen
+from data_utils.schema import Conversation
+from data_utils.sources import Draw, Source
 from errors import DataError, numbered
 from qwen_model.chatml import IGNORE_INDEX
 
 logger = logging.getLogger(__name__)
 
-_LOGGED_PLACES = 5
-_RECORDED_PLACES = 100
 _SHOWN_FAULTS = 20
+_LOGGED_FAULTS = 5
+_CHECKING_DELAY = 1.0  # seconds
+BAD_RECORD = "bad record"
+
+
+@dataclass(frozen=True)
+class DataOptions:
+    """How sources are read.
+
+    Attributes:
+        data_format: a name of ``FORMATS``; ``auto`` recognises it, file by file.
+        fill: texts for ``{{name}}`` in messages.
+        skip_bad: leave out records that cannot be used, instead of refusing the data.
+        eval_share: share of the training sources that is held out for evaluation.
+        seed: of what is drawn and held out.
+    """
+
+    data_format: str = "auto"
+    fill: Mapping[str, str] = field(default_factory=dict)
+    skip_bad: bool = False
+    eval_share: float = 0.0
+    seed: int = 42
+
+
+class Taken(NamedTuple):
+    """A conversation that is used: in which set (``train`` or ``eval``), of which source, and how many times."""
+
+    set_name: str
+    source: int
+    copies: int
+    conversation: Conversation
+    encoded: EncodedConversation
 
 
 @dataclass
-class DataReport:
-    """What became of a data file; ``read == kept + len(skipped)``.
+class _Survey:
+    """What the first reading of a source found: its files with their formats, how many records can be used or not."""
+
+    files: list[tuple[Path, Format | None]] = field(default_factory=list)
+    usable: int = 0
+    bad: int = 0
+
+
+class DataReader:
+    """Reads the sources of a run.
+
+    Args:
+        sources: by the name of their set, ``train`` and perhaps ``eval``.
+        encoder: of this run's tokenizer.
+        settings: what of the run the accounts tell; from the encoder where not given.
+        most_samples: how many samples of each set its account keeps to show.
+        show_progress: whether to draw progress bars on stderr.
 
     Attributes:
-        read: conversations in the file.
-        kept: those that became examples.
-        skipped: place and reason of each that did not.
-        truncated: places of examples that were shortened.
-        tokens: ids of all examples.
-        trained_tokens: those of them that are learnt.
-    """
-
-    path: str
-    read: int = 0
-    kept: int = 0
-    skipped: list[tuple[str, str]] = field(default_factory=list)
-    truncated: list[str] = field(default_factory=list)
-    tokens: int = 0
-    trained_tokens: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """For the run's summary in JSON: counts, and the first 100 places of each kind."""
-        return {
-            "path": self.path,
-            "read": self.read,
-            "kept": self.kept,
-            "skipped": len(self.skipped),
-            "truncated": len(self.truncated),
-            "tokens": self.tokens,
-            "trained_tokens": self.trained_tokens,
-            "skipped_at": [{"where": where, "reason": reason} for where, reason in self.skipped[:_RECORDED_PLACES]],
-            "truncated_at": self.truncated[:_RECORDED_PLACES],
-        }
-
-    def warnings(self) -> list[str]:
-        """A line per kind of loss: how many conversations, why, and the first places."""
-        lines = []
-        for reason, count in Counter(reason for _, reason in self.skipped).items():
-            places = [where for where, its_reason in self.skipped if its_reason == reason]
-            lines.append(f"{self.path}: skipped {count} of {self.read} conversations, {reason}: {_first(places)}")
-        if self.truncated:
-            count = len(self.truncated)
-            lines.append(f"{self.path}: shortened {count} of {self.read} conversations: {_first(self.truncated)}")
-        return lines
-
-    def lines(self) -> list[str]:
-        """The report as short log lines."""
-        counts = f"{self.kept} of {self.read} conversations kept, {self.tokens} tokens, {self.trained_tokens} trained"
-        return [f"{self.path}: {counts}", *self.warnings()]
-
-
-class IndexedExample(Example):
-    """An example that knows its place in its set."""
-
-    index: int
-
-
-class ExampleSet:
-    """The examples of a file, a dataset for torch: one array for all ids, one byte per id for what is trained.
-
-    Attributes:
-        lengths: tokens of each example, for grouping by length.
-        report: what became of the file.
+        receipts: the account of each set, complete when ``read`` has come to its end.
     """
 
     def __init__(
         self,
-        input_ids: npt.NDArray[np.int32],
-        trained: npt.NDArray[np.bool_],
-        lengths: list[int],
-        places: list[str],
-        report: DataReport,
+        sources: Mapping[str, Sequence[Source]],
+        encoder: Encoder,
+        options: DataOptions | None = None,
+        settings: Settings | None = None,
+        *,
+        most_samples: int = 0,
+        show_progress: bool = True,
     ) -> None:
-        self.lengths = lengths
-        self.report = report
-        self._input_ids = input_ids
-        self._trained = trained
-        self._places = places
-        self._ends = np.cumsum(lengths, dtype=np.int64)
+        self.encoder = encoder
+        self.options = options or DataOptions()
+        self._sources = {name: list(each) for name, each in sources.items()}
+        self._show_progress = show_progress
+        self._faults: list[DataError] = []
+        self._placeholders: set[str] = set()
+        self._left_out = 0
+        names = [*self._sources, *(["eval"] if self.options.eval_share else [])]
+        settings = settings or Settings(
+            family=encoder.family.name,
+            label_mask=encoder.options.label_mask,
+            truncation=encoder.options.truncation,
+            model_max_length=encoder.options.max_length,
+        )
+        seen = Seen()  # also finds what is both trained and evaluated
+        self.receipts = {name: Receipt(name, settings, most_samples, seen=seen) for name in names}
+
+    def read(self) -> Iterator[Taken]:
+        """Check everything, then yield what is used, source by source.
+
+        Raises:
+            DataError: the records that cannot be used, up to 20 of them at once, and a file that cannot be read.
+        """
+        flat = [(name, source, data_files(source.path)) for name, each in self._sources.items() for source in each]
+        size = sum(path.stat().st_size for _, _, files in flat for path in files)
+        # What is checked in a moment needs no bar, so that a fault found there is all that is said.
+        with self._progress("Checking", size, delay=_CHECKING_DELAY, leave=False) as advance:
+            surveys = [self._survey(files, advance) for _, _, files in flat]
+        self._raise_faults()
+        given = "" if self.options.data_format == "auto" else ", as --data_format says"
+        for path, format_ in itertools.chain.from_iterable(survey.files for survey in surveys):
+            logger.info("%s: read as %s%s", path, "no known format" if format_ is None else format_.name, given)
+        with self._progress("Tokenising", size) as advance:
+            for (name, source, _), survey in zip(flat, surveys, strict=True):
+                yield from self._read_source(name, source, survey, advance)
+        self._raise_faults()
+        for receipt in self.receipts.values():
+            receipt.finish()
+        for name in self.options.fill.keys() - self._placeholders:
+            logger.warning("--fill %s: no message that was read holds {{%s}}", name, name)
+
+    @contextmanager
+    def _progress(self, what: str, size: int, **style: Any) -> Iterator[Callable[[int], object]]:
+        hidden = not self._show_progress
+        with tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=hidden, **style) as bar:
+            yield bar.update
+
+    # First reading
+
+    def _survey(self, files: Sequence[Path], advance: Callable[[int], object]) -> _Survey:
+        survey = _Survey()
+        for path in files:
+            format_ = None if self.options.data_format == "auto" else FORMATS[self.options.data_format]
+            try:
+                for where, record in read_records(path, advance):
+                    try:
+                        if format_ is None and not isinstance(record, DataError):
+                            format_ = recognise(record, where)
+                        self._parse(record, where, format_)
+                    except DataError as error:
+                        survey.bad += 1
+                        self._note_fault(error)
+                    else:
+                        survey.usable += 1
+                    if len(self._faults) == _SHOWN_FAULTS:
+                        return survey
+            except DataError as error:  # nothing behind it can be read, so it cannot be left out alone
+                self._faults.append(error)
+            survey.files.append((path, format_))
+        return survey
+
+    def _parse(self, record: object, where: Place, format_: Format | None) -> Conversation:
+        if isinstance(record, DataError):
+            raise record
+        if format_ is None:
+            format_ = recognise(record, where)
+        conversation = format_.parse(record, where)
+        self.encoder.check_conversation(conversation)
+        return conversation
+
+    def _note_fault(self, error: DataError) -> None:
+        """Keep it for the list of faults; or say what is left out, the first few times."""
+        if not self.options.skip_bad:
+            self._faults.append(error)
+            return
+        self._left_out += 1
+        if self._left_out <= _LOGGED_FAULTS:
+            logger.warning("Left out: %s", error)
+
+    def _raise_faults(self) -> None:
+        faults = self._faults[:_SHOWN_FAULTS]
+        if len(faults) == 1:
+            raise faults[0]
+        if faults:
+            count = f"the first {len(faults)} faults" if len(faults) == _SHOWN_FAULTS else f"{len(faults)} faults"
+            fix = "" if self.options.skip_bad else "\n  --on_bad_record skip leaves such records out"
+            raise DataError("--data_path", numbered(count, faults) + fix)
+
+    # Second reading
+
+    def _read_source(
+        self, set_name: str, source: Source, survey: _Survey, advance: Callable[[int], object]
+    ) -> Iterator[Taken]:
+        held = self.options.eval_share if set_name == "train" else 0.0
+        draw = Draw(source, survey.usable, held, self.options.seed)
+        formats = ", ".join(sorted({format_.name for _, format_ in survey.files if format_ is not None}))
+        reports = {
+            name: self.receipts[name].add_source(source.name, formats, survey.usable + survey.bad)
+            for name in ({set_name, "eval"} if held else {set_name})
+        }
+        if source.sample is not None and source.sample > survey.usable:
+            logger.warning("%s: only %d records can be drawn", source.name, survey.usable)
+        for path, format_ in survey.files:
+            for where, record in read_records(path, advance):
+                try:
+                    conversation = self._parse(record, where, format_)
+                except DataError:
+                    reports[set_name].skip(where, BAD_RECORD)
+                    continue
+                trained, evaluated = draw.take()
+                if trained or evaluated:
+                    name = "eval" if evaluated else set_name
+                    yield from self._encode(conversation, reports[name], name, trained or evaluated)
+                if len(self._faults) == _SHOWN_FAULTS:
+                    return
+
+    def _encode(self, conversation: Conversation, report: SourceReport, set_name: str, copies: int) -> Iterator[Taken]:
+        turns, placeholders = fill_turns(conversation.turns, self.options.fill)
+        self._placeholders |= placeholders
+        conversation = replace(conversation, turns=turns)
+        where = conversation.where
+        try:
+            encoded = self.encoder.encode_conversation(conversation)
+        except DataError as error:
+            self._note_fault(error)
+            report.skip(where, BAD_RECORD, copies)
+            return
+        if not encoded.trained_tokens:
+            report.skip(where, self._skip_reason(conversation, encoded), copies)
+            return
+        truncated = f"longer than --model_max_length {self.encoder.options.max_length}"
+        report.keep(
+            where,
+            encoded,
+            times=copies,
+            turns=turns,
+            truncated=truncated if encoded.turns_dropped else None,
+            unfilled=placeholders - self.options.fill.keys(),
+        )
+        receipt = self.receipts[set_name]
+        if receipt.wants_samples:
+            encoder = self.encoder
+            receipt.add_sample(show_sample(where, report.name, encoded, encoder.decode, encoder.control_ids))
+        yield Taken(set_name, len(receipt.sources) - 1, copies, conversation, encoded)
+
+    def _skip_reason(self, conversation: Conversation, encoded: EncodedConversation) -> str:
+        options = self.encoder.options
+        if encoded.turns_dropped:
+            if options.truncation == "drop":
+                return f"longer than --model_max_length {options.max_length} (--truncation drop)"
+            return f"no answer fits within --model_max_length {options.max_length}"
+        if any(turn.weight == 0 for turn in conversation.turns if turn.role == "assistant"):
+            return "none of its turns is to be trained"
+        return f"its answers are none that a prompt of the chat format {self.encoder.family.name!r} can ask for"
+
+
+class ExampleSet:
+    """The examples of a set, a dataset for torch: one array for all ids, and runs of ids with the same weight.
+
+    Attributes:
+        lengths: tokens of each example, for grouping by length.
+        source_sizes: how many examples each source has; they stand in this order.
+        receipt: what became of the records.
+        is_weighted: whether some labels count more than others.
+    """
+
+    def __init__(self, receipt: Receipt) -> None:
+        self.receipt = receipt
+        self.lengths: list[int] = []
+        self.source_sizes: list[int] = []
+        self.is_weighted = False
+        self._ids = array("i")
+        self._run_lengths, self._run_weights = array("i"), array("f")
+        # For each example where its ids and its runs begin; copies share theirs.
+        self._starts, self._runs, self._run_counts = array("q"), array("q"), array("i")
+        self._places: list[Place | str] = []
+
+    def add(self, taken: Taken) -> None:
+        """Append an example, ``copies`` times."""
+        encoded = taken.encoded
+        start, run = len(self._ids), len(self._run_lengths)
+        self._ids.extend(encoded.input_ids)
+        self._run_lengths.extend(span.length for span in encoded.spans)
+        self._run_weights.extend(span.weight for span in encoded.spans)
+        self.is_weighted |= any(span.weight not in (0, 1) for span in encoded.spans)
+        self.source_sizes.extend([0] * (taken.source + 1 - len(self.source_sizes)))
+        self.source_sizes[taken.source] += taken.copies
+        for _ in range(taken.copies):
+            self.lengths.append(len(encoded.input_ids))
+            self._starts.append(start)
+            self._runs.append(run)
+            self._run_counts.append(len(encoded.spans))
+            self._places.append(taken.conversation.where)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
-    def __getitem__(self, index: int) -> IndexedExample:
+    def __getitem__(self, index: int) -> Example:
         index = range(len(self))[index]
-        end = int(self._ends[index])
-        span = slice(end - self.lengths[index], end)
-        ids = self._input_ids[span]
-        labels = np.where(self._trained[span], ids, IGNORE_INDEX).tolist()
-        return {"input_ids": ids.tolist(), "labels": labels, "index": index}
+        start, run = self._starts[index], self._runs[index]
+        ids = self._ids[start : start + self.lengths[index]].tolist()
+        runs = slice(run, run + self._run_counts[index])
+        weights = np.repeat(np.array(self._run_weights[runs]), np.array(self._run_lengths[runs]))
+        example: Example = {
+            "input_ids": ids,
+            "labels": np.where(weights > 0, ids, IGNORE_INDEX).tolist(),
+            "index": index,
+        }
+        if self.is_weighted:
+            example["loss_weights"] = weights.tolist()
+        return example
 
-    def __iter__(self) -> Iterator[IndexedExample]:
+    def __iter__(self) -> Iterator[Example]:
         return (self[index] for index in range(len(self)))
 
     def where(self, index: int) -> str:
         """The place of an example in its file: ``file.jsonl:12`` or ``file.json:40 (record 3)``."""
-        return self._places[index]
+        return str(self._places[index])
 
 
-def load_examples(path: str | Path, encoder: Encoder, *, show_progress: bool = True) -> ExampleSet:
-    """Read, check and encode a data file. What is skipped or shortened is logged as a warning.
-
-    The whole file is read and checked before the first conversation is encoded, so that a fault is found at once.
-
-    Args:
-        path: a file as ``data_utils.schema`` describes it.
-        show_progress: whether to draw a progress bar on stderr.
+def load_examples(reader: DataReader) -> dict[str, ExampleSet]:
+    """Read, check and tokenise all sources. What is skipped or shortened is logged as a warning.
 
     Raises:
-        DataError: the records that cannot be used, up to 20 of them, or a file in which nothing is left to train on.
+        DataError: records that cannot be used, or a set in which nothing is left.
     """
-    conversations = _read_conversations(path, needs_answer=encoder.options.needs_answer)
-    report = DataReport(str(path), read=len(conversations))
-    ids, trained = array("i"), bytearray()
-    lengths: list[int] = []
-    places: list[str] = []
-    progress = tqdm(conversations, f"Tokenising {Path(path).name}", unit=" conversations", disable=not show_progress)
-    for conversation in progress:
-        encoded = encoder.encode_conversation(conversation)
-        trained_tokens = encoded.trained_tokens
-        if not trained_tokens:
-            report.skipped.append((conversation.where, _skip_reason(encoded, encoder)))
-            continue
-        if encoded.turns_dropped:
-            report.truncated.append(conversation.where)
-        report.trained_tokens += trained_tokens
-        ids.extend(encoded.input_ids)
-        trained.extend(encoded.trained)
-        lengths.append(len(encoded.input_ids))
-        places.append(conversation.where)
-    report.kept, report.tokens = len(lengths), len(ids)
-    for line in report.warnings():
-        logger.warning(line)
-    if not report.kept:
-        raise _nothing_left(report)
-    return ExampleSet(np.frombuffer(ids, np.int32), np.frombuffer(trained, np.bool_), lengths, places, report)
+    sets = {name: ExampleSet(receipt) for name, receipt in reader.receipts.items()}
+    for taken in reader.read():
+        sets[taken.set_name].add(taken)
+    for name, examples in sets.items():
+        for line in examples.receipt.warnings():
+            logger.warning(line)
+        if not len(examples):
+            raise _nothing_left(name, examples.receipt)
+    return sets
 
 
-def _read_conversations(path: str | Path, needs_answer: bool) -> list[Conversation]:
-    """All conversations of a file. The original's mask also trains the marks of other turns, so it needs no answer."""
-    conversations: list[Conversation] = []
-    faults: list[DataError] = []
-    try:
-        for where, record in read_records(path):
-            try:
-                conversations.append(parse_conversation(record, where, needs_answer))
-            except DataError as error:
-                faults.append(error)
-                if len(faults) == _SHOWN_FAULTS:
-                    break
-    except DataError as error:  # behind broken JSON nothing can be read
-        faults.append(error)
-    if len(faults) == 1:
-        raise faults[0]
-    if faults:
-        count = f"the first {_SHOWN_FAULTS}" if len(faults) == _SHOWN_FAULTS else str(len(faults))
-        raise DataError(str(path), numbered(f"{count} faults", faults))
-    return conversations
-
-
-def _skip_reason(encoded: EncodedConversation, encoder: Encoder) -> str:
-    if encoded.turns_dropped:
-        return f"no answer fits within --model_max_length {encoder.options.max_length}"
-    return f"its answers are none that a prompt of the chat format {encoder.family.name!r} can ask for"
-
-
-def _nothing_left(report: DataReport) -> DataError:
-    counts = Counter(reason for _, reason in report.skipped)
+def _nothing_left(name: str, receipt: Receipt) -> DataError:
+    counts: Counter[str] = Counter()
+    for source in receipt.sources:
+        counts.update(source.skipped.counts)
     reasons = "; ".join(f"{count} skipped, {reason}" for reason, count in counts.items())
+    read = sum(source.read for source in receipt.sources)
     fix = (
         "Raise --model_max_length, or shorten the conversations"
         if any("--model_max_length" in reason for reason in counts)
         else "Give each answer a user turn before it, and use a checkpoint whose prompts do not open a thought"
     )
-    return DataError(report.path, f"nothing is left to train on: {report.read} conversations read, {reasons}", fix)
-
-
-def _first(places: Sequence[str]) -> str:
-    more = ", ..." if len(places) > _LOGGED_PLACES else ""
-    return ", ".join(places[:_LOGGED_PLACES]) + more
+    what = "train" if name == "train" else "evaluate"
+    names = ", ".join(source.name for source in receipt.sources)
+    return DataError(names, f"nothing is left to {what} on: {read} conversations read, {reasons}", fix)

@@ -5,25 +5,50 @@ How a turn is written and what of it is trained is ``qwen_model.chatml``'s busin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, Literal, TypedDict
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
 from data_utils.schema import Conversation
 from errors import DataError
-from qwen_model.chatml import IGNORE_INDEX, LabelMask, control_ids_of, encode_turn, plain_encoder, render
-from qwen_model.families import QWEN_V1, Family, Turn
+from qwen_model.chatml import (
+    IGNORE_INDEX,
+    LabelMask,
+    RenderedMessage,
+    control_ids_of,
+    encode_segment,
+    plain_encoder,
+    render,
+)
+from qwen_model.families import QWEN_V1, THINK, THINK_END, Family, thought_block
+from qwen_model.turns import Tool, Turn
+
+if TYPE_CHECKING:
+    from data_utils.files import Place
+
+Truncation = Literal["turns", "turns_left", "cut", "drop", "error"]
 
 # Headers, line ends and system messages come back in every sample; so do the turns of a sample that is rendered again.
 _CACHED_TEXTS = 256
 
 
-class Example(TypedDict):
-    """One sample: ids, and in the same places the id where it is to be learnt, ``IGNORE_INDEX`` elsewhere. No shift."""
+class UnweightedExample(TypedDict):
+    """One sample: T ids, and in the same places the id where it is to be learnt, else ``IGNORE_INDEX``. No shift."""
 
     input_ids: list[int]
     labels: list[int]
+
+
+class Example(UnweightedExample, total=False):
+    """A sample whose T ``loss_weights`` say how much each label counts; without them all count the same.
+
+    ``index`` is its place in its set.
+    """
+
+    loss_weights: list[float]
+    index: int
 
 
 @dataclass(frozen=True)
@@ -33,25 +58,43 @@ class EncodeOptions:
     Attributes:
         max_length: most tokens of a sample.
         system_message: for conversations that bring none; ``None`` takes the family's default.
-        label_mask: ``assistant`` trains each answer and its ``<|im_end|>\\n``, ``qwen`` what the original did.
-        truncation: ``turns`` drops whole turns from the end until the rest fits, ``cut`` cuts at ``max_length`` as the
-            original did, also inside of an answer.
+        label_mask: what is trained where a turn does not say it itself; see ``qwen_model.chatml.render``.
+        truncation: of what is too long, ``turns`` drops whole turns from the end, ``turns_left`` the oldest ones behind
+            the system message, until the rest fits and still holds an answer; ``cut`` cuts at ``max_length`` as the
+            original did, also inside of an answer; ``drop`` leaves the conversation out, ``error`` refuses it.
         allow_special: read control tokens in the text of messages as such. Only to compare with the original (Qwen v1).
         drop_leading: drop an answer that opens the conversation, as the original did.
         needs_answer: whether a conversation without an assistant turn is an error.
+        turn_weights: whether what a turn says of its own weight counts; the original knew no such thing.
     """
 
     max_length: int = 8192
     system_message: str | None = None
     label_mask: LabelMask = "assistant"
-    truncation: Literal["turns", "cut"] = "turns"
+    truncation: Truncation = "turns"
     allow_special: bool = False
     drop_leading: bool = False
     needs_answer: bool = True
+    turn_weights: bool = True
 
 
-ORIGINAL = EncodeOptions(label_mask="qwen", truncation="cut", allow_special=True, drop_leading=True, needs_answer=False)
+ORIGINAL = EncodeOptions(
+    label_mask="qwen",
+    truncation="cut",
+    allow_special=True,
+    drop_leading=True,
+    needs_answer=False,
+    turn_weights=False,
+)
 """What the original Qwen v1 script did, at its default length: the base for comparing with it."""
+
+
+class Span(NamedTuple):
+    """A run of ids: whose text they are, and how much each counts in the loss (0: not trained)."""
+
+    length: int
+    role: str
+    weight: float
 
 
 @dataclass(frozen=True)
@@ -59,14 +102,24 @@ class EncodedConversation:
     """A conversation as numbers.
 
     Attributes:
-        input_ids: T ids, at most ``max_length``; none when not even the turns up to the first answer fit.
-        trained: for each id whether it is to be learnt.
-        turns_dropped: rendered turns that are missing, or with ``truncation="cut"`` not whole.
+        input_ids: T ids, at most ``max_length``; none when nothing that holds an answer fits.
+        spans: what the ids are, in order; their lengths add up to T.
+        turns_dropped: messages that are missing, or with ``truncation="cut"`` not whole.
     """
 
     input_ids: list[int]
-    trained: list[bool]
+    spans: list[Span]
     turns_dropped: int = 0
+
+    @property
+    def weights(self) -> list[float]:
+        """How much each of the T ids counts in the loss."""
+        return [span.weight for span in self.spans for _ in range(span.length)]
+
+    @property
+    def trained(self) -> list[bool]:
+        """For each of the T ids whether it is to be learnt."""
+        return [weight > 0 for weight in self.weights]
 
     @property
     def labels(self) -> list[int]:
@@ -76,7 +129,8 @@ class EncodedConversation:
     @property
     def trained_tokens(self) -> int:
         """How many ids are learnt. The first id of a sample is never predicted, whatever its label."""
-        return sum(self.trained[1:])
+        first = 1 if self.spans and self.spans[0].weight > 0 else 0
+        return sum(span.length for span in self.spans if span.weight > 0) - first
 
 
 class Encoder:
@@ -98,67 +152,209 @@ class Encoder:
 
         self.family = family
         self.options = options
+        self._decode = tokenizer.decode
+        self._check_text = getattr(tokenizer, "check_text", None)  # Qwen v1's knows texts that it cannot take
         self._encode_text = lru_cache(maxsize=_CACHED_TEXTS)(encode_text)
         self._control_ids = control_ids_of(tokenizer)
+
+    @property
+    def control_ids(self) -> frozenset[int]:
+        """Ids that only the renderer places."""
+        return frozenset(self._control_ids.values())
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of some ids, control tokens included."""
+        return str(self._decode(ids, skip_special_tokens=False))
+
+    def check_conversation(self, conversation: Conversation) -> None:
+        """Check what can be known before anything is tokenised.
+
+        Raises:
+            DataError: no assistant turn, a text that cannot be tokenised, or tools or thinking that the family cannot
+                write.
+        """
+        where, turns = conversation.where, conversation.turns
+        if self.options.needs_answer and all(turn.role != "assistant" for turn in turns):
+            raise DataError(where, "no turn is from the assistant, so there is nothing to learn", "Remove the record")
+        for number, turn in enumerate(turns, 1):
+            if self._check_text is not None:
+                try:
+                    self._check_text(turn.content)
+                except ValueError as error:
+                    fix = "Shorten it, or leave the record out"
+                    raise DataError(where, f"turn {number} holds {error}", fix) from None
+            if turn.thinking or (turn.role == "assistant" and (THINK in turn.content or THINK_END in turn.content)):
+                self._check_thinking(turn, number, where)
+        if conversation.tools or any(turn.calls for turn in turns):
+            try:
+                render(turns, self.family, self.options.system_message, self.options.label_mask, conversation.tools)
+            except ValueError as error:
+                raise DataError(where, str(error), "Leave the record out") from None
+
+    def _check_thinking(self, turn: Turn, number: int, where: Place | str) -> None:
+        family = self.family
+        if not family.knows_thinking:
+            raise DataError(
+                where,
+                f"turn {number} holds thinking, which the checkpoint's chat template writes in no known way",
+                "Restore the official chat template of the checkpoint, or remove the thinking",
+            )
+        if turn.thinking and not family.has_thinking:
+            raise DataError(
+                where,
+                f"turn {number} holds thinking, and the chat format {family.name!r} has no place for it",
+                "Remove the field with the thinking, or leave the record out",
+            )
 
     def encode_conversation(self, conversation: Conversation) -> EncodedConversation:
         """Ids and labels of a conversation, shortened to ``max_length`` where it must be.
 
-        With ``truncation="turns"`` what remains is the longest run of whole turns from the start that fits and holds an
-        answer, rendered as a conversation of its own: some families write the last answer differently.
+        What remains of one that is shortened by turns is rendered as a conversation of its own: some families write the
+        last answer differently, and the tools are described in a turn that may be gone.
 
         Raises:
-            DataError: no assistant turn, or thinking in a family that has it.
+            DataError: as ``check_conversation``; a text that cannot be tokenised; with ``truncation="error"`` a
+                conversation that is too long.
         """
-        turns = self._turns_of(conversation)
-        ids, trained, whole, total = self._encode(turns)
-        if whole < total and self.options.truncation == "cut":
-            ids, trained = ids[: self.options.max_length], trained[: self.options.max_length]
-        elif whole < total:
-            ids, trained, whole = self._encode_fitting(turns, whole, total)
-        return EncodedConversation(ids, trained, turns_dropped=total - whole)
-
-    def _turns_of(self, conversation: Conversation) -> Sequence[Turn]:
-        turns = conversation.turns
+        self.check_conversation(conversation)
+        turns, tools = conversation.turns, conversation.tools
         if self.options.drop_leading and turns[0].role == "assistant":
             turns = turns[1:]
-        if self.options.needs_answer and all(turn.role != "assistant" for turn in turns):
+        if not self.options.turn_weights:
+            turns = tuple(turn._replace(weight=None) for turn in turns)
+        if self.family.thinking in ("history", "all"):
+            turns = tuple(_with_thinking_as_text(turn) for turn in turns)
+        try:
+            sample = self._encode(turns, tools)
+        except ValueError as error:
+            raise DataError(conversation.where, str(error), "Shorten the text, or leave the record out") from None
+        if sample.fits:
+            return EncodedConversation(sample.ids, sample.spans)
+        if self.options.truncation == "error":
             raise DataError(
-                conversation.where, "the conversation has no assistant turn", "Give it an answer, or remove the record"
+                conversation.where,
+                f"the conversation has more than --model_max_length {self.options.max_length} tokens",
+                "Raise it, shorten the conversation, or choose another --truncation",
             )
-        if self.family.has_thinking:
-            for number, turn in enumerate(conversation.turns, 1):
-                if turn.role == "assistant" and ("<think>" in turn.content or "</think>" in turn.content):
-                    raise DataError(
-                        conversation.where,
-                        f"turn {number} holds <think> or </think>: thinking is not supported yet",
-                        "Remove the thinking from the answer, or leave the record out",
-                    )
-        return turns
+        if self.options.truncation == "cut":
+            most = self.options.max_length
+            return EncodedConversation(sample.ids[:most], _cut(sample.spans, most), sample.total - len(sample.ends))
+        if self.options.truncation == "drop":
+            return EncodedConversation([], [], sample.total)
+        if self.options.truncation == "turns":
+            kept = self._keep_oldest(turns, tools, sample)
+        else:
+            kept = self._keep_newest(turns, tools)
+        if kept is None:
+            return EncodedConversation([], [], sample.total)
+        return EncodedConversation(kept.ids, kept.spans, sample.total - kept.total)
 
-    def _encode(self, turns: Sequence[Turn]) -> tuple[list[int], list[bool], int, int]:
-        """Ids, mask, how many rendered turns lie within ``max_length``, and how many there are. Stops beyond it."""
-        rendered = render(turns, self.family, self.options.system_message, self.options.label_mask)
+    def _render(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> list[RenderedMessage]:
+        return render(turns, self.family, self.options.system_message, self.options.label_mask, tools)
+
+    def _encode(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> _Sample:
+        """Ids and spans of a conversation; what lies behind ``max_length`` is not encoded."""
+        rendered = self._render(turns, tools)
         ids: list[int] = []
-        trained: list[bool] = []
-        for index, turn in enumerate(rendered):
-            turn_ids, turn_trained = encode_turn(turn, self._encode_text, self._control_ids)
-            ids += turn_ids
-            trained += turn_trained
+        spans: list[Span] = []
+        ends: list[int] = []
+        for message in rendered:
+            for segment in message.segments:
+                piece = encode_segment(segment, self._encode_text, self._control_ids)
+                ids += piece
+                spans.append(Span(len(piece), segment.role, segment.weight))
             if len(ids) > self.options.max_length:
-                return ids, trained, index, len(rendered)
-        return ids, trained, len(rendered), len(rendered)
+                break
+            ends.append(message.end)
+        return _Sample(ids, list(_merged(spans)), ends, len(rendered))
 
-    def _encode_fitting(self, turns: Sequence[Turn], whole: int, total: int) -> tuple[list[int], list[bool], int]:
-        """Ids and mask of the longest start of ``turns`` that fits and holds an answer, and its rendered turns.
+    def _keep_oldest(self, turns: Sequence[Turn], tools: Sequence[Tool], sample: _Sample) -> _Sample | None:
+        """The longest start of the conversation that fits, holds an answer and, if possible, trains something: families
+        that think may only train an answer as the last one.
 
-        A turn is longer or shorter as the last one than in between, so the first turn that did not fit may do so as
+        A message is longer or shorter as the last one than in between, so the first one that did not fit may do so as
         the last one, and those that did may not.
         """
-        added = total - len(turns)
-        first_answer = next((index for index, turn in enumerate(turns) if turn.role == "assistant"), 0)
-        for kept in range(min(whole + 1, total - 1) - added, first_answer, -1):
-            ids, trained, fitting, rendered = self._encode(turns[:kept])
-            if fitting == rendered:
-                return ids, trained, rendered
-        return [], [], 0
+        longest = None
+        for message in reversed(self._render(turns, tools)[: len(sample.ends) + 1]):
+            kept = turns[: message.end]
+            if len(kept) == len(turns):
+                continue
+            if not kept or _has_answer(turns) > _has_answer(kept):
+                break
+            try:
+                shorter = self._encode(kept, tools)
+            except ValueError:
+                continue  # the tools are described in a turn that is gone
+            if shorter.fits and shorter.is_trained:
+                return shorter
+            longest = longest or (shorter if shorter.fits else None)
+        return longest
+
+    def _keep_newest(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> _Sample | None:
+        """The longest end of the conversation that fits, starts with a question and holds an answer; the system message
+        stays."""
+        first = 1 if turns[0].role == "system" else 0
+
+        def kept_from(start: int) -> list[Turn]:
+            return [*turns[:first], *turns[start:]]
+
+        starts = [index for index in range(first + 1, len(turns)) if turns[index].role == "user"]
+        # The later it starts, the shorter it is.
+        shortest = bisect_left(starts, True, key=lambda start: self._encode(kept_from(start), tools).fits)
+        if shortest == len(starts) or _has_answer(turns) > _has_answer(kept_from(starts[shortest])):
+            return None
+        return self._encode(kept_from(starts[shortest]), tools)
+
+
+def _with_thinking_as_text(turn: Turn) -> Turn:
+    """For families whose templates only know thinking within the text of an answer."""
+    if turn.thinking is None:
+        return turn
+    text = thought_block(turn.thinking) + turn.content if turn.thinking else turn.content
+    return turn._replace(content=text, thinking=None)
+
+
+def _has_answer(turns: Sequence[Turn]) -> bool:
+    return any(turn.role == "assistant" for turn in turns)
+
+
+class _Sample(NamedTuple):
+    """A conversation as far as it was encoded: ``ends`` of the messages that lie within the length, of ``total``."""
+
+    ids: list[int]
+    spans: list[Span]
+    ends: list[int]
+    total: int
+
+    @property
+    def fits(self) -> bool:
+        return len(self.ends) == self.total
+
+    @property
+    def is_trained(self) -> bool:
+        return any(span.weight for span in self.spans)
+
+
+def _merged(spans: Iterable[Span]) -> Iterable[Span]:
+    """The same with neighbours of one kind made one, and without empty ones."""
+    last: Span | None = None
+    for span in spans:
+        if last is not None and span[1:] == last[1:]:
+            last = last._replace(length=last.length + span.length)
+        elif span.length:
+            if last is not None:
+                yield last
+            last = span
+    if last is not None:
+        yield last
+
+
+def _cut(spans: Iterable[Span], length: int) -> list[Span]:
+    kept = []
+    for span in spans:
+        if length <= 0:
+            break
+        kept.append(span._replace(length=min(span.length, length)))
+        length -= span.length
+    return kept

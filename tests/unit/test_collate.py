@@ -8,7 +8,7 @@ import torch
 
 from data_utils.collate import Collator
 from data_utils.encode import ORIGINAL, Encoder, Example
-from data_utils.schema import parse_conversation
+from data_utils.formats import FORMATS
 from qwen_model.families import QWEN_V1
 from qwen_model.tokenization_qwen import QWenTokenizer
 from tests.golden import Golden
@@ -52,7 +52,7 @@ def test_batch_of_the_original(any_golden: Golden, tiny_tokenizer: QWenTokenizer
     cases = {case["tag"]: case for case in golden["cases"]}
     tags = golden.get("batch_tags", list(cases)[:2])
     encoder = Encoder(tiny_tokenizer, QWEN_V1, replace(ORIGINAL, max_length=64))
-    encoded = [encoder.encode_conversation(parse_conversation(cases[tag], tag)) for tag in tags]
+    encoded = [encoder.encode_conversation(FORMATS["conversations"].parse(cases[tag], tag)) for tag in tags]
     collator = Collator(golden["pad_token_id"])
     batch = collator([{"input_ids": each.input_ids, "labels": each.labels} for each in encoded])
 

@@ -15,8 +15,9 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from data_utils.encode import EncodedConversation, EncodeOptions, Encoder
 from data_utils.schema import Conversation
 from errors import DataError
-from qwen_model.families import ANSWER_STYLES, IM_END, QWEN_V1, Family, Turn
+from qwen_model.families import ANSWER_STYLES, EMPTY_THOUGHT, IM_END, QWEN_V1, Family
 from qwen_model.tokenization_qwen import SPLIT_PATTERN, QWenTokenizer
+from qwen_model.turns import Turn
 
 SYSTEM_IDS = [701, 458, 198, 418, 317, 258, 590, 637, 13, 702, 198]  # You are a helpful assistant.
 HI_IDS = [701, 388, 198, 39, 72, 702, 198]
@@ -117,7 +118,9 @@ def test_an_answer_that_opens_the_conversation_is_kept_or_dropped_as_the_origina
 
 
 def test_a_conversation_without_an_answer_is_an_error(tokenizer: QWenTokenizer) -> None:
-    with pytest.raises(DataError, match=r"^chats\.jsonl:7: the conversation has no assistant turn\. Give it an answer"):
+    with pytest.raises(
+        DataError, match=r"^chats\.jsonl:7: no turn is from the assistant, so there is nothing to learn\."
+    ):
         encode(tokenizer, HI)
     assert encode(tokenizer, HI, needs_answer=False).input_ids == [*SYSTEM_IDS, *HI_IDS]
 
@@ -171,7 +174,8 @@ LONG = (
 def test_the_longest_start_that_fits_is_kept_in_every_family(
     family: Family, opening: tuple[Turn, ...], tokenizer: QWenTokenizer, fast_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """At every length: of all starts that hold an answer, each rendered on its own, the longest that fits."""
+    """At every length: of all starts that hold an answer, each rendered on its own, the longest that fits; where
+    nothing of it is trained, its start up to an answer that is."""
     any_tokenizer = tokenizer if family == QWEN_V1 else fast_tokenizer
     starts = [
         encode(any_tokenizer, *opening[:kept], family=family, needs_answer=False) for kept in range(len(opening) + 1)
@@ -179,8 +183,15 @@ def test_the_longest_start_that_fits_is_kept_in_every_family(
     first_answer = next(index for index, turn in enumerate(opening) if turn.role == "assistant")
     for max_length in range(1, max(len(start.input_ids) for start in starts) + 1):
         encoded = encode(any_tokenizer, *opening, family=family, max_length=max_length)
-        fitting = [start for start in starts[first_answer + 1 :] if len(start.input_ids) <= max_length]
-        expected = fitting[-1] if fitting else EncodedConversation([], [])
+        fitting = [kept for kept in range(first_answer + 1, len(starts)) if len(starts[kept].input_ids) <= max_length]
+        expected = starts[fitting[-1]] if fitting else EncodedConversation([], [])
+        if fitting and fitting[-1] < len(opening) and not expected.trained_tokens:
+            trained = [
+                starts[kept]
+                for kept in fitting
+                if opening[kept - 1].role == "assistant" and starts[kept].trained_tokens
+            ]
+            expected = trained[-1] if trained else expected
         assert (encoded.input_ids, encoded.labels) == (expected.input_ids, expected.labels), max_length
 
 
@@ -197,11 +208,95 @@ def test_no_answer_is_trained_without_its_end(fast_tokenizer: PreTrainedTokenize
 
 def test_a_last_answer_is_written_anew_when_later_turns_are_dropped(fast_tokenizer: PreTrainedTokenizerFast) -> None:
     hybrid = ANSWER_STYLES[2]
-    assert hybrid.opens_last_answer == "<think>\n\n</think>\n\n"
-    thought = fast_tokenizer(hybrid.opens_last_answer)["input_ids"]
+    thought = fast_tokenizer(EMPTY_THOUGHT)["input_ids"]
     whole = encode(fast_tokenizer, HI, HELLO, HI, HELLO, family=hybrid)
     assert whole.input_ids == [*HI_IDS, *HELLO_IDS, *HI_IDS, *HELLO_IDS[:3], *thought, *HELLO_IDS[3:]]
     shortened = encode(fast_tokenizer, HI, HELLO, HI, HELLO, family=hybrid, max_length=22)
     assert shortened.input_ids == [*HI_IDS, *HELLO_IDS[:3], *thought, *HELLO_IDS[3:]]
     assert shortened.labels == [-100] * 10 + [*thought, *HELLO_IDS[3:]]
     assert shortened.turns_dropped == 2
+
+
+# ------------------------------------------------------------------------------------------------------ what is trained
+
+
+def trained_text(tokenizer: QWenTokenizer, encoded: EncodedConversation) -> list[tuple[str, float]]:
+    """The runs of trained ids with the same weight, as text."""
+    runs, start = [], 0
+    for span in encoded.spans:
+        if span.weight:
+            runs.append((tokenizer.decode(encoded.input_ids[start : start + span.length]), span.weight))
+        start += span.length
+    return runs
+
+
+FOUR = Turn("user", "One?"), Turn("assistant", "1"), Turn("user", "Two?"), Turn("assistant", "2")
+
+
+def test_last_trains_the_last_answer_only(tokenizer: QWenTokenizer) -> None:
+    assert trained_text(tokenizer, encode(tokenizer, *FOUR, label_mask="last")) == [("2<|im_end|>\n", 1)]
+    shortened = encode(tokenizer, *FOUR, label_mask="last", max_length=40)
+    assert shortened.turns_dropped > 0
+    assert trained_text(tokenizer, shortened) == [("1<|im_end|>\n", 1)]
+
+
+def test_all_trains_everything_but_what_nothing_predicts(tokenizer: QWenTokenizer) -> None:
+    encoded = encode(tokenizer, *FOUR, label_mask="all")
+    assert encoded.labels == encoded.input_ids
+    assert encoded.trained_tokens == len(encoded.input_ids) - 1
+    assert {span.role for span in encoded.spans} == {"system", "user", "assistant"}
+    assert encode(tokenizer, HI, label_mask="all", needs_answer=False).labels == [*SYSTEM_IDS, *HI_IDS]
+
+
+@pytest.mark.parametrize("label_mask", ["assistant", "last", "qwen", "all"])
+def test_a_turns_own_weight_goes_before_every_mask(tokenizer: QWenTokenizer, label_mask: str) -> None:
+    turns = FOUR[0]._replace(weight=0.5), FOUR[1]._replace(weight=2.0), FOUR[2], FOUR[3]._replace(weight=0.0)
+    runs = dict(trained_text(tokenizer, encode(tokenizer, *turns, label_mask=label_mask)))
+    texts = {weight: "".join(text for text, its in runs.items() if its == weight) for weight in (0.5, 2.0)}
+    assert "One?<|im_end|>\n" in texts[0.5]
+    assert "1<|im_end|>\n" in texts[2.0]
+    assert not any("2" in text for text in runs)
+    assert any("Two?" in text for text in runs) == (label_mask == "all")
+
+
+def test_weights_labels_and_spans_agree(tokenizer: QWenTokenizer) -> None:
+    encoded = encode(tokenizer, HI._replace(weight=0.25), HELLO, HI, HELLO._replace(weight=0.0))
+    assert sum(span.length for span in encoded.spans) == len(encoded.input_ids) == len(encoded.weights)
+    assert [label != -100 for label in encoded.labels] == encoded.trained == [weight > 0 for weight in encoded.weights]
+    assert encoded.weights[11:27] == [0] * 3 + [0.25] * 4 + [0] * 3 + [1] * 6
+    assert not any(encoded.weights[27:])
+
+
+# ------------------------------------------------------------------------------------------------------------- too long
+
+
+def test_turns_left_keeps_the_system_message_and_the_newest_questions(tokenizer: QWenTokenizer) -> None:
+    whole = encode(tokenizer, *FOUR)
+    system = Turn("system", "Hi")
+    for turns, head in ((FOUR, SYSTEM_IDS), ((system, *FOUR), [701, 458, 198, 39, 72, 702, 198])):
+        full = encode(tokenizer, *turns)
+        last = encode(tokenizer, *(turn for turn in turns if turn is system), *FOUR[2:])
+        assert last.input_ids[: len(head)] == head
+        for max_length in range(len(last.input_ids), len(full.input_ids)):
+            kept = encode(tokenizer, *turns, truncation="turns_left", max_length=max_length)
+            assert (kept.input_ids, kept.labels, kept.turns_dropped) == (last.input_ids, last.labels, 2)
+        assert not encode(tokenizer, *turns, truncation="turns_left", max_length=len(last.input_ids) - 1).input_ids
+    assert encode(tokenizer, *FOUR, truncation="turns_left") == whole
+    unanswered = encode(tokenizer, *FOUR[:2], HI, truncation="turns_left", max_length=20)
+    assert unanswered.input_ids == []  # what fits holds no answer
+
+
+def test_an_answer_never_opens_what_turns_left_keeps(tokenizer: QWenTokenizer) -> None:
+    turns = Turn("user", "One?"), Turn("assistant", "1"), Turn("assistant", "uno " * 9), HI, HELLO
+    for max_length in range(27, 70):
+        encoded = encode(tokenizer, *turns, truncation="turns_left", max_length=max_length)
+        assert encoded.input_ids[:14] == [*SYSTEM_IDS, 701, 388, 198], max_length
+
+
+def test_what_is_too_long_can_be_left_out_or_refused(tokenizer: QWenTokenizer) -> None:
+    assert encode(tokenizer, HI, HELLO, truncation="drop", max_length=27).turns_dropped == 0
+    assert encode(tokenizer, HI, HELLO, truncation="drop", max_length=26) == EncodedConversation([], [], 3)
+    assert encode(tokenizer, HI, HELLO, truncation="error", max_length=27).trained_tokens == 6
+    message = r"^chats\.jsonl:7: the conversation has more than --model_max_length 26 tokens\. Raise it, shorten"
+    with pytest.raises(DataError, match=message):
+        encode(tokenizer, HI, HELLO, truncation="error", max_length=26)

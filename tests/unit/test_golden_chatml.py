@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from data_utils.encode import ORIGINAL, EncodedConversation, EncodeOptions, Encoder
-from data_utils.schema import parse_conversation
+from data_utils.formats import FORMATS
+from data_utils.schema import Conversation
 from errors import DataError
 from qwen_model.chatml import encode_prompt, render_prompt
 from qwen_model.families import QWEN_V1
@@ -39,14 +40,17 @@ SPECIAL_TEXT = {
 SYSTEM_FIRST = "ERR system role first"
 
 
+def parse(case: dict[str, Any]) -> Conversation:
+    return FORMATS["conversations"].parse({"conversations": case["conversations"]}, case["tag"])
+
+
 def is_error(case: dict[str, Any]) -> bool:
     return any("error" in expected for expected in case["expected"].values())
 
 
 def encode(case: dict[str, Any], tokenizer: QWenTokenizer, options: EncodeOptions) -> EncodedConversation:
     options = replace(options, system_message=case.get("system_message"))
-    conversation = parse_conversation({"conversations": case["conversations"]}, case["tag"])
-    return Encoder(tokenizer, QWEN_V1, options).encode_conversation(conversation)
+    return Encoder(tokenizer, QWEN_V1, options).encode_conversation(parse(case))
 
 
 def test_ids_and_labels_of_every_case_at_every_length(any_golden: Golden, tiny_tokenizer: QWenTokenizer) -> None:
@@ -97,17 +101,22 @@ def test_ids_of_the_quantisation_script(any_golden: Golden, tiny_tokenizer: QWen
 
 @pytest.mark.parametrize("label_mask", ["assistant", "qwen"])
 def test_prompt_ids_start_the_training_ids(any_golden: Golden, tiny_tokenizer: QWenTokenizer, label_mask: str) -> None:
-    options = EncodeOptions(max_length=100_000, label_mask=label_mask, needs_answer=False)  # type: ignore[arg-type]
+    options = EncodeOptions(
+        max_length=100_000,
+        label_mask=label_mask,  # type: ignore[arg-type]
+        needs_answer=False,
+        turn_weights=False,
+    )
     prompts = 0
     for case in any_golden.load_json("chatml.json")["cases"]:
         if is_error(case) and case["tag"] != SYSTEM_FIRST:
             continue
-        conversation = parse_conversation({"conversations": case["conversations"]}, case["tag"])
+        turns = parse(case).turns
         encoded = encode(case, tiny_tokenizer, options)
-        for index, turn in enumerate(conversation.turns):
+        for index, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            before = conversation.turns[:index]
+            before = turns[:index]
             prompt = encode_prompt(render_prompt(before, QWEN_V1, case["system_message"]), tiny_tokenizer)
             answer = [*tiny_tokenizer.encode_plain(turn.content), tiny_tokenizer.im_end_id]
             end = len(prompt) + len(answer)

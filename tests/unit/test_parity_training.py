@@ -16,7 +16,8 @@ from torch import nn
 
 from data_utils.collate import Collator
 from data_utils.encode import ORIGINAL, Encoder, Example
-from data_utils.schema import parse_conversation, read_records
+from data_utils.files import read_records
+from data_utils.formats import FORMATS
 from qwen_model.chatml import IGNORE_INDEX
 from qwen_model.families import QWEN_V1
 from qwen_model.modeling_qwen import QWenLMHeadModel
@@ -34,7 +35,7 @@ def encode_file(golden: Golden, name: str, tokenizer: QWenTokenizer, max_length:
     """The conversations of a data file with the original's options."""
     encoder = Encoder(tokenizer, QWEN_V1, replace(ORIGINAL, max_length=max_length))
     records = read_records(golden.path / name)
-    encoded = [encoder.encode_conversation(parse_conversation(record, where)) for where, record in records]
+    encoded = [encoder.encode_conversation(FORMATS["conversations"].parse(record, where)) for where, record in records]
     return [{"input_ids": sample.input_ids, "labels": sample.labels} for sample in encoded]
 
 

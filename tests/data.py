@@ -1,0 +1,22 @@
+"""Reading data files in tests."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from data_utils.dataset import DataOptions, DataReader, ExampleSet, load_examples
+from data_utils.encode import Encoder
+from data_utils.sources import parse_source
+
+
+def reader(encoder: Encoder, *train: object, eval: tuple[object, ...] = (), **options: Any) -> DataReader:
+    """A reader of sources as ``--data_path`` and ``--eval_data_path`` name them; ``options`` of ``DataOptions``."""
+    sources = {"train": [parse_source(str(name)) for name in train]}
+    if eval:
+        sources["eval"] = [parse_source(str(name)) for name in eval]
+    return DataReader(sources, encoder, DataOptions(**options), show_progress=False)
+
+
+def load(encoder: Encoder, *train: object, **options: Any) -> ExampleSet:
+    """The examples to train on."""
+    return load_examples(reader(encoder, *train, **options))["train"]
