@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from errors import run_command
 
 
-def main(argv: Sequence[str]) -> None:
+def main(argv: Sequence[str]) -> int:
     from training.args import parse_args
     from training.checks import check_args
     from training.logs import logger, set_up_logging
@@ -26,7 +26,7 @@ def main(argv: Sequence[str]) -> None:
     from training.adapters import attach_lora, embeddings_policy
     from training.callbacks import RunLog, build_callbacks
     from training.checks import check_machine
-    from training.data import build_collator, load_data
+    from training.data import build_collator, load_data, preview_data, save_receipts, show_receipts
     from training.loading import load_checkpoint, load_model
     from training.logs import set_tensorboard_folder
     from training.run import describe_result, describe_run, save_arguments, save_summary
@@ -36,6 +36,8 @@ def main(argv: Sequence[str]) -> None:
     set_seed(args.training.seed)
 
     checkpoint = load_checkpoint(args.model.model_name_or_path, args.training.cache_dir, args.model.model_hub)
+    if args.dry_run:
+        return show_receipts(preview_data(args, checkpoint))  # 1 where the run would be worthless
     sets = load_data(args, checkpoint)
     model = load_model(checkpoint, args)
     policy = None
@@ -49,6 +51,7 @@ def main(argv: Sequence[str]) -> None:
     trainer = QwenTrainer(
         checkpoint,
         loss=args.model.loss,
+        data_mixing=args.data.data_mixing,
         model=model,
         args=args.training,
         data_collator=build_collator(checkpoint),
@@ -60,6 +63,8 @@ def main(argv: Sequence[str]) -> None:
     set_tensorboard_folder(trainer, args.options.logging_dir)
     logger.info("Fine-tuning\n%s", describe_run(trainer, args, sets["train"], policy))
 
+    if trainer.is_world_process_zero():
+        save_receipts({name: examples.receipt for name, examples in sets.items()}, args.output_dir)
     with resumable(args.output_dir):
         trainer.train(resume_from_checkpoint=resumed)
         seconds = log.elapsed()
@@ -69,6 +74,7 @@ def main(argv: Sequence[str]) -> None:
         save_arguments(args)
         summary = save_summary(trainer, args, log, sets, policy, seconds)
         logger.info("Done: %s", describe_result(summary))
+    return 0
 
 
 if __name__ == "__main__":

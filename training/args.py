@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from errors import ConfigError
-from training.command_line import parse_command_line
-from training.config_file import SUFFIXES, Setting, load_config_file
-from training.flags import Flag, flags_of, nearest, transformers_flags
+from training.cli.command_line import parse_command_line
+from training.cli.config_file import SUFFIXES, Setting, load_config_file
+from training.cli.flags import Flag, flags_of, nearest, transformers_flags
+from training.cli.old_flags import old_flags, translate_old_flags
 from training.model_files import find_local_folder, load_model_config, most_positions
-from training.old_flags import old_flags, translate_old_flags
 from training.output import newest_checkpoint
 
 if TYPE_CHECKING:
@@ -42,8 +42,30 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    data_path: str | None = field(default=None, metadata={"help": "conversations to train on, .json or .jsonl"})
-    eval_data_path: str | None = field(default=None, metadata={"help": "conversations to evaluate on"})
+    data_path: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "conversations to train on: .json, .jsonl (also .gz), .parquet, or folders of them; "
+            "FILE#N draws N records, FILE@xF takes each F times"
+        },
+    )
+    eval_data_path: list[str] | None = field(default=None, metadata={"help": "conversations to evaluate on"})
+    eval_split: float = field(
+        default=0.0, metadata={"help": "share of --data_path that is held out to evaluate on, 0.05 for a twentieth"}
+    )
+    data_format: Literal["auto", "conversations", "messages", "alpaca", "pairs"] = field(
+        default="auto", metadata={"help": "format of all files; auto recognises it, file by file"}
+    )
+    data_mixing: Literal["mixed", "sequential"] = field(
+        default="mixed",
+        metadata={"help": "several files are shuffled together, or trained one after the other in each epoch"},
+    )
+    fill: list[str] | None = field(
+        default=None, metadata={"help": "name=text pairs; text replaces {{name}} in all messages"}
+    )
+    on_bad_record: Literal["error", "skip"] = field(
+        default="error", metadata={"help": "refuse data with records that cannot be used, or leave these out"}
+    )
     lazy_preprocess: bool = field(
         default=False,
         metadata={"help": "accepted for old command lines; conversations are tokenised once, before the first step"},
@@ -52,9 +74,19 @@ class DataArguments:
         default=None,
         metadata={"help": "system message of conversations without one; by default that of the model's family"},
     )
-    label_mask: Literal["assistant", "qwen"] = field(
+    label_mask: Literal["assistant", "qwen", "last", "all"] = field(
         default="assistant",
-        metadata={"help": "assistant: train each answer and its end; qwen: also the turn marks, as the original did"},
+        metadata={
+            "help": "assistant: train each answer and its end; last: only the last one; qwen: also the turn marks, as "
+            'the original did; all: everything; "train" and "weight" of a turn go before'
+        },
+    )
+    truncation: Literal["turns", "turns_left", "cut", "drop", "error"] = field(
+        default="turns",
+        metadata={
+            "help": "what is longer than --model_max_length loses whole turns from its end, or its oldest ones, is cut "
+            "as in the original, left out, or refused"
+        },
     )
 
 
@@ -86,7 +118,7 @@ class TrainingOptions:
     cache_dir: str | None = field(default=None, metadata={"help": "folder of downloaded models"})
     model_max_length: int = field(
         default=8192,
-        metadata={"help": "most tokens of a sample, longer ones lose turns; by default not more than the model can"},
+        metadata={"help": "most tokens of a sample; by default not more than the model can"},
     )
     pure_bf16: bool = field(
         default=False, metadata={"help": "hold also what is trained in bfloat16, without float32 copies"}
@@ -108,6 +140,9 @@ class RunOptions:
 
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "remove what an earlier run left in --output_dir; only files a run writes"}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "read and show the data as it would be trained, and end; writes nothing"}
     )
 
 
@@ -175,14 +210,14 @@ class RunArguments(RunOptions):
     def to_dict(self) -> dict[str, Any]:
         """Every flag with its value, as ``--config`` reads it: the same run again, from its start.
 
-        What is said only once is left at its default: the checkpoint to resume, leave to overwrite, the hub's token.
+        What is said only once is left at its default: the checkpoint to resume, leave to overwrite, a dry run, the
+        hub's token.
         """
         values = {name: self.trainer_value(name) for name in _trainer_flags()}
         for part in (self.model, self.data, self.lora, self.options):
             values |= asdict(part)
-        values |= {item.name: getattr(self, item.name) for item in fields(RunOptions)}
-        for name in ("resume_from_checkpoint", "overwrite_output_dir", "hub_token"):
-            values[name] = False if name == "overwrite_output_dir" else None
+        values |= {item.name: item.default for item in fields(RunOptions)}
+        values |= {"resume_from_checkpoint": None, "hub_token": None}
         return {**values, "output_dir": str(self.output_dir)}
 
 

@@ -26,9 +26,9 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from training.args import RunArguments
+from training.cli.profile_steps import parse_profile_steps
 from training.counts import Counts
 from training.curves import LOSS_CURVE, TRAINING_LOG, Row, load_rows, plot_losses
-from training.profile_steps import parse_profile_steps
 from training.profiling import Profiler
 
 if TYPE_CHECKING:

@@ -11,12 +11,13 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from data_utils.sources import parse_fill, parse_source
 from errors import ConfigError, numbered
 from training.args import LoraArguments, RunArguments
-from training.flags import nearest
+from training.cli.flags import nearest
+from training.cli.profile_steps import parse_profile_steps
 from training.model_files import find_local_folder, load_model_config, module_names, most_positions
 from training.output import check_output
-from training.profile_steps import parse_profile_steps
 
 # Where what --report_to names is imported from.
 REPORTERS = {
@@ -25,6 +26,8 @@ REPORTERS = {
     "dagshub": ("dagshub",), "dvclive": ("dvclive",), "neptune": ("neptune",), "trackio": ("trackio",),
     "azure_ml": ("azureml",), "kubeflow": ("kubeflow",), "flyte": ("flytekit",),
 }  # fmt: skip
+
+_EVALUATE = "Give --eval_strategy, and --eval_data_path or --eval_split"
 
 Faults = Iterator[ConfigError]
 
@@ -68,15 +71,30 @@ def _evaluates(args: RunArguments) -> bool:
 
 def _check_data(args: RunArguments) -> Faults:
     data, get = args.data, args.trainer_value
-    if data.data_path is None:
-        yield ConfigError("--data_path is missing", "Give a .json or .jsonl file of conversations")
-    for flag, path in (("--data_path", data.data_path), ("--eval_data_path", data.eval_data_path)):
-        if path is not None and not Path(path).is_file():
-            what = "is a folder" if Path(path).is_dir() else "there is no such file"
-            yield ConfigError(f"{flag} {path}: {what}", "Give a .json or .jsonl file of conversations")
+    if not data.data_path:
+        yield ConfigError("--data_path is missing", "Give a file of conversations or a folder of them")
+    for flag, names in (("--data_path", data.data_path), ("--eval_data_path", data.eval_data_path)):
+        for name in names or ():
+            yield from _faults_of(parse_source, name, flag)
+    yield from _faults_of(parse_fill, data.fill or ())
+    if not 0 <= data.eval_split < 1:
+        yield ConfigError(f"--eval_split {data.eval_split:g} is not possible", "Give a share between 0 and 1")
+    if data.eval_split and data.eval_data_path:
+        what = f"--eval_split {data.eval_split:g} and --eval_data_path both say what to evaluate on"
+        yield ConfigError(what, "Give one of them")
     asking = f"--eval_strategy {get('eval_strategy')}" if _evaluates(args) else "--eval_on_start"
-    if (_evaluates(args) or get("eval_on_start")) and data.eval_data_path is None:
-        yield ConfigError(f"{asking} has nothing to evaluate on", "Give --eval_data_path too")
+    if (_evaluates(args) or get("eval_on_start")) and not (data.eval_data_path or data.eval_split):
+        yield ConfigError(f"{asking} has nothing to evaluate on", "Give --eval_data_path or --eval_split too")
+    if data.data_mixing != "mixed" and get("train_sampling_strategy") != "random":
+        strategy = f"--train_sampling_strategy {get('train_sampling_strategy')}"
+        yield ConfigError(f"--data_mixing {data.data_mixing} and {strategy} are two orders", "Leave one of them out")
+
+
+def _faults_of(check: Callable[..., object], *arguments: object) -> Faults:
+    try:
+        check(*arguments)
+    except ConfigError as error:
+        yield error
 
 
 def _check_numbers(args: RunArguments) -> Faults:
@@ -108,10 +126,7 @@ def _check_numbers(args: RunArguments) -> Faults:
     if get("dataloader_num_workers") == 0 and get("dataloader_prefetch_factor") is not None:
         yield ConfigError("--dataloader_prefetch_factor needs --dataloader_num_workers", "Give 1 or more workers")
     if args.options.profile_steps is not None:
-        try:
-            parse_profile_steps(args.options.profile_steps)
-        except ConfigError as error:
-            yield error
+        yield from _faults_of(parse_profile_steps, args.options.profile_steps)
 
 
 def _check_precision(args: RunArguments) -> Faults:
@@ -211,7 +226,7 @@ def _check_schedule(args: RunArguments) -> Faults:
                 yield ConfigError(f"--{kind}_steps {steps:g} is no whole number of steps", "Give one")
     best, save = get("load_best_model_at_end"), get("save_strategy")
     if best and not evaluates:
-        yield ConfigError("--load_best_model_at_end needs evaluations", "Give --eval_strategy and --eval_data_path")
+        yield ConfigError("--load_best_model_at_end needs evaluations", _EVALUATE)
     elif best and save not in ("best", get("eval_strategy")):
         yield ConfigError(
             f"--load_best_model_at_end: --save_strategy {save} and --eval_strategy {get('eval_strategy')} differ",
@@ -220,16 +235,16 @@ def _check_schedule(args: RunArguments) -> Faults:
     elif best and save == "steps":
         yield from _check_multiple(args)
     if save == "best" and not evaluates:
-        yield ConfigError("--save_strategy best needs evaluations", "Give --eval_strategy and --eval_data_path")
+        yield ConfigError("--save_strategy best needs evaluations", _EVALUATE)
     if args.options.early_stopping_patience is not None and not best:
         yield ConfigError(
             f"--early_stopping_patience {args.options.early_stopping_patience} needs --load_best_model_at_end",
-            "Add it, with --eval_strategy and --eval_data_path",
+            f"Add it. {_EVALUATE}",
         )
     if get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy") and not evaluates:
         yield ConfigError(
             f"--lr_scheduler_type {get('lr_scheduler_type')} needs evaluations",
-            "Give --eval_strategy and --eval_data_path",
+            _EVALUATE,
         )
     metric = get("metric_for_best_model")
     known = ("loss", "token_accuracy")
@@ -276,9 +291,6 @@ def _shown(value: Any) -> str:
 
 
 def _check_output(args: RunArguments) -> Faults:
-    if os.environ.get("RANK", "0") != "0":
+    if args.dry_run or os.environ.get("RANK", "0") != "0":
         return  # the first process may be removing already what --overwrite_output_dir gives up
-    try:
-        check_output(args)
-    except ConfigError as error:
-        yield error
+    yield from _faults_of(check_output, args)

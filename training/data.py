@@ -1,16 +1,28 @@
-"""The examples of a run, from its arguments."""
+"""The data of a run, from its arguments: examples to train on, or only the account of them."""
 
 from __future__ import annotations
 
 import logging
+import shutil
+import sys
+from collections.abc import Mapping
+from io import TextIOWrapper
+from pathlib import Path
 
+from checkpoints.shards import save_json, save_text
 from data_utils.collate import Collator
-from data_utils.dataset import ExampleSet, load_examples
+from data_utils.dataset import DataOptions, DataReader, ExampleSet, load_examples
 from data_utils.encode import EncodeOptions, Encoder
+from data_utils.receipt import Receipt, Settings
+from data_utils.receipt.page import render_html
+from data_utils.receipt.text import render_receipt, wants_color
+from data_utils.sources import parse_fill, parse_source
 from training.args import RunArguments
 from training.loading import Checkpoint
 
 logger = logging.getLogger(__name__)
+
+RECEIPT = "data_receipt"
 
 
 def load_data(args: RunArguments, checkpoint: Checkpoint) -> dict[str, ExampleSet]:
@@ -21,17 +33,86 @@ def load_data(args: RunArguments, checkpoint: Checkpoint) -> dict[str, ExampleSe
     """
     if args.data.lazy_preprocess:
         logger.info("--lazy_preprocess: conversations are tokenised once, before the first step, so faults show early")
-    options = EncodeOptions(
-        max_length=args.training.model_max_length,
-        system_message=args.data.system_message,
-        label_mask=args.data.label_mask,
+    return load_examples(build_reader(args, checkpoint))
+
+
+def preview_data(args: RunArguments, checkpoint: Checkpoint, most_samples: int = 3) -> dict[str, Receipt]:
+    """The account of each set, and nothing kept but that.
+
+    Raises:
+        DataError: a file or a record that cannot be used.
+    """
+    reader = build_reader(args, checkpoint, most_samples)
+    for _ in reader.read():
+        pass
+    return reader.receipts
+
+
+def build_reader(args: RunArguments, checkpoint: Checkpoint, most_samples: int = 3) -> DataReader:
+    """The sources of ``--data_path`` and ``--eval_data_path``, to be read as the other arguments say."""
+    data, training = args.data, args.training
+    encode_options = EncodeOptions(
+        max_length=training.model_max_length,
+        system_message=data.system_message,
+        label_mask=data.label_mask,
+        truncation=data.truncation,
+        needs_answer=data.label_mask != "all",
     )
-    encoder = Encoder(checkpoint.tokenizer, checkpoint.family, options)
-    paths = {"train": args.data.data_path, "eval": args.data.eval_data_path}
-    shows = not args.training.disable_tqdm and args.training.process_index == 0
-    return {name: load_examples(path, encoder, show_progress=shows) for name, path in paths.items() if path}
+    data_options = DataOptions(
+        data_format=data.data_format,
+        fill=parse_fill(data.fill or ()),
+        skip_bad=data.on_bad_record == "skip",
+        eval_share=data.eval_split,
+        seed=training.seed if training.data_seed is None else training.data_seed,
+    )
+    settings = Settings(
+        model=checkpoint.name,
+        family=checkpoint.family.name,
+        label_mask=data.label_mask,
+        truncation=data.truncation,
+        model_max_length=training.model_max_length,
+        batch_size=training.train_batch_size,
+        accumulation=training.gradient_accumulation_steps,
+        world_size=training.world_size,
+        epochs=training.num_train_epochs,
+        max_steps=training.max_steps,
+        batching="grouped" if training.train_sampling_strategy == "group_by_length" else "dynamic",
+    )
+    given = {"train": (data.data_path, "--data_path"), "eval": (data.eval_data_path, "--eval_data_path")}
+    return DataReader(
+        {set_: [parse_source(name, flag) for name in names] for set_, (names, flag) in given.items() if names},
+        Encoder(checkpoint.tokenizer, checkpoint.family, encode_options),
+        data_options,
+        settings,
+        most_samples=most_samples,
+        show_progress=not training.disable_tqdm and training.process_index == 0,
+    )
 
 
 def build_collator(checkpoint: Checkpoint) -> Collator:
     """Pads with end-of-text; the attention mask comes from lengths, so the choice has no effect."""
     return Collator(checkpoint.end_ids[-1])
+
+
+def show_receipts(receipts: Mapping[str, Receipt]) -> int:
+    """Print the account of each set, and return 1 where something in it would make the run worthless, else 0."""
+    if isinstance(sys.stdout, TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of another encoding shows what it can
+    width = shutil.get_terminal_size((100, 24)).columns
+    for receipt in receipts.values():
+        print(render_receipt(receipt, color=wants_color(sys.stdout), width=width))
+    return 1 if any(receipt.problems() for receipt in receipts.values()) else 0
+
+
+def save_receipts(receipts: Mapping[str, Receipt], folder: Path) -> None:
+    """Write ``data_receipt.json`` and, with the samples, ``data_receipt.html``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_receipts(receipts, folder / f"{RECEIPT}.json", folder / f"{RECEIPT}.html")
+
+
+def write_receipts(receipts: Mapping[str, Receipt], json_file: Path | None, html_file: Path | None) -> None:
+    """Write the accounts as figures, as a page, or both."""
+    if json_file is not None:
+        save_json({name: receipt.as_dict() for name, receipt in receipts.items()}, json_file)
+    if html_file is not None:
+        save_text(render_html(list(receipts.values())), html_file)

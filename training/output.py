@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from data_utils.sources import parse_source
 from errors import ConfigError, RunError, Terminated, one_line
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ STAGING = ".saving"
 RECORDS = ("training_log.jsonl", "run_summary.json")
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _OUR_FILES = re.compile(
-    r"training_log\.jsonl|training_loss\.png|run_summary\.json|run_args\.(json|yaml)"
+    r"training_log\.jsonl|training_loss\.png|run_summary\.json|run_args\.(json|yaml)|data_receipt\.(json|html)"
     r"|config\.json|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|adapter_config\.json|adapter_model\.safetensors"
     r"|qwen(_extra)?\.tiktoken|tokenizer(_config)?\.json|vocab\.json|merges\.txt|special_tokens_map\.json"
@@ -145,11 +146,17 @@ def _check_apart(args: RunArguments) -> None:
             raise ConfigError(
                 f"--output_dir {args.output_dir} lies {side} {flag} {value}", "Give a folder that stands apart"
             )
-    for flag, file in (("--data_path", args.data.data_path), ("--eval_data_path", args.data.eval_data_path)):
-        if args.overwrite_output_dir and file and _within(Path(file), output):
-            raise ConfigError(
-                f"--overwrite_output_dir: {flag} {file} lies in --output_dir {args.output_dir}", "Move the data away"
-            )
+    for flag, names in (("--data_path", args.data.data_path), ("--eval_data_path", args.data.eval_data_path)):
+        for name in names if args.overwrite_output_dir and names else ():
+            try:
+                path = parse_source(name, flag).path
+            except ConfigError:
+                continue  # said with the other faults
+            if _within(path, output):
+                raise ConfigError(
+                    f"--overwrite_output_dir: {flag} {name} lies in --output_dir {args.output_dir}",
+                    "Move the data away",
+                )
 
 
 def _within(path: Path, folder: Path) -> bool:
@@ -234,7 +241,8 @@ def saving_to(folder: Path) -> Iterator[None]:
                 raise
             reason = "torch.save could not write all of a file"
         else:
-            reason = one_line((isinstance(error, ConfigError) and error.__cause__) or error)
+            cause = (isinstance(error, ConfigError) and error.__cause__) or error
+            reason = (isinstance(cause, OSError) and cause.strerror) or one_line(cause)
         place = Path(*(part for part in folder.parts if part != STAGING))
         raise RunError(
             f"cannot save to {place} ({reason})", "Free some space there; what was saved before is as it was"

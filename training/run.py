@@ -13,6 +13,7 @@ from torch import nn
 
 from checkpoints.shards import fingerprint, save_json
 from data_utils.dataset import ExampleSet
+from data_utils.receipt import Receipt
 from training.adapters import EmbeddingsPolicy
 from training.args import RunArguments
 from training.callbacks import RunLog, peak_memory, versions
@@ -42,7 +43,7 @@ def describe_run(
     steps = training.max_steps if training.max_steps > 0 else math.ceil(per_epoch * training.num_train_epochs)
     mode = "LoRA" if isinstance(trainer.model, PeftModel) else "all parameters"
     precision = next((name for name in ("pure_bf16", "bf16", "fp16") if getattr(training, name)), "fp32")
-    report = examples.report
+    report = examples.receipt.total()
     rows = [
         (
             "model",
@@ -52,11 +53,20 @@ def describe_run(
         ("embeddings", f"{policy.mode} ({policy.reason})" if policy else "trained with the rest"),
         ("trained", f"{trained:,} of {total:,} parameters ({trained / total:.2%})"),
         ("data", f"{report.kept:,} of {report.read:,} conversations, {report.tokens:,} tokens"),
+        *_source_rows(examples.receipt),
         ("learnt", f"{report.trained_tokens:,} tokens ({report.trained_tokens / report.tokens:.1%})"),
         ("steps", f"{steps:,} of {batch} conversations ({per_epoch:,} per epoch)"),
         ("output", str(args.output_dir)),
     ]
     return "\n".join(f"  {name:<11}{value}" for name, value in rows)
+
+
+def _source_rows(receipt: Receipt) -> list[tuple[str, str]]:
+    if len(receipt.sources) == 1:
+        return []
+    return [
+        ("", f"{source.kept:,} of {source.read:,} from {source.name} ({source.format})") for source in receipt.sources
+    ]
 
 
 def describe_result(summary: dict[str, Any]) -> str:
@@ -72,6 +82,15 @@ def save_arguments(args: RunArguments) -> None:
     """Write every flag with its value to ``run_args.json``."""
     values = json.loads(json.dumps(args.to_dict(), default=str))
     save_json(values, args.output_dir / RUN_ARGUMENTS)
+
+
+_DATA_KEYS = ("path", "read", "kept", "skipped", "truncated", "tokens", "trained_tokens", "skipped_at", "truncated_at")
+
+
+def _data_summary(receipt: Receipt) -> dict[str, Any]:
+    """The main figures of ``data_receipt.json``."""
+    told = receipt.as_dict()
+    return {key: told[key] for key in _DATA_KEYS}
 
 
 def save_summary(
@@ -93,7 +112,7 @@ def save_summary(
         "trainable_embeddings": None if policy is None else {"mode": policy.mode, "reason": policy.reason},
         "trained_parameters": trained,
         "parameters": total,
-        "data": {name: examples.report.as_dict() for name, examples in sets.items()},
+        "data": {name: _data_summary(examples.receipt) for name, examples in sets.items()},
         "steps": trainer.state.global_step,
         "trained_tokens": trainer.total.targets,
         "first_loss": losses[0] if losses else None,

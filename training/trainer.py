@@ -6,14 +6,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
 
@@ -41,11 +41,13 @@ class QwenTrainer(Trainer):
     Args:
         checkpoint: the base that is tuned; tokenizer, precision and generation config of what is saved come from it.
         loss: ``lean`` lets the model compute the loss without logits, ``full_logits`` with them.
+        data_mixing: ``mixed`` draws examples as ``train_sampling_strategy`` says, ``sequential`` source by source.
     """
 
-    def __init__(self, checkpoint: Checkpoint, loss: str = "lean", **kwargs: Any) -> None:
+    def __init__(self, checkpoint: Checkpoint, loss: str = "lean", data_mixing: str = "mixed", **kwargs: Any) -> None:
         super().__init__(processing_class=checkpoint.tokenizer, **kwargs)
         self.checkpoint = checkpoint
+        self.data_mixing = data_mixing
         self.label_names = ["labels"]  # transformers takes every argument of forward that has the word in it
         self.is_lean = loss == "lean"
         if self.is_lean:
@@ -78,6 +80,13 @@ class QwenTrainer(Trainer):
     ) -> Callable[..., Any]:
         """The collator as it is: it picks the keys it knows, and ``index`` is no argument of the model."""
         return data_collator
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
+        examples: Any = self.train_dataset if train_dataset is None else train_dataset
+        if self.data_mixing == "sequential":
+            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+            return SequentialSources(examples.source_sizes, seed)
+        return super()._get_train_sampler(train_dataset)
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
         """Filled up with blank examples so that all processes get as many: else the first ones would count twice."""
@@ -297,6 +306,30 @@ class QwenTrainer(Trainer):
             model = self.accelerator.unwrap_model(self.model)
             folder = str(output_dir or self.args.output_dir)
             save_model(model, self.checkpoint, folder, state_dict, show_progress=not self.args.disable_tqdm)
+
+
+class SequentialSources(Sampler[int]):
+    """Every source's examples before those of the next, each source shuffled anew in every epoch.
+
+    Args:
+        sizes: examples of each source, in the order in which they stand in the dataset.
+    """
+
+    def __init__(self, sizes: Sequence[int], seed: int) -> None:
+        self.sizes, self.seed, self.epoch = list(sizes), seed, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(self.sizes)
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        start = 0
+        for size in self.sizes:
+            yield from (start + torch.randperm(size, generator=generator)).tolist()
+            start += size
 
 
 class _Filled(Dataset[Any]):

@@ -80,19 +80,19 @@ CASES = {
         setup=lambda x: (x / "train.json").write_text(f"{SOUND}\n\nnot json\n{SOUND}\n"),
     ),
     "unknown role": Case(
-        "{x}/train.json:2: turn 1 is from an unknown role, 'robot'. ",
+        "{x}/train.json:2: turn 1 is from an unknown role, 'robot' (read as conversations). ",
         setup=lambda x: (x / "train.json").write_text(f"{SOUND}\n{SOUND.replace('user', 'robot')}\n"),
     ),
     "empty conversation": Case(
-        '{x}/train.json:2: "conversations" is empty. ',
+        '{x}/train.json:2: "conversations" is empty (read as conversations). ',
         setup=lambda x: write_records(x / "train.json", {"conversations": []}),
     ),
     "no conversation": Case(
-        "{x}/train.json:2: the record has no \"conversations\", its keys are ['text']. ",
+        "{x}/train.json:2: the record has no \"conversations\", its fields are ['text'] (read as conversations). ",
         setup=lambda x: write_records(x / "train.json", {"text": "Hi"}),
     ),
     "value is no string": Case(
-        '{x}/train.json:2: the "value" of turn 2 must be a string, not 7. ',
+        '{x}/train.json:2: the "value" of turn 2 must be a string, not 7 (read as conversations). ',
         setup=lambda x: write_records(x / "train.json", {"conversations": [USER, {"from": "assistant", "value": 7}]}),
     ),
     "no answer": Case(
@@ -100,10 +100,12 @@ CASES = {
         setup=lambda x: write_records(x / "train.json", {"conversations": [USER, USER]}),
     ),
     "wrong encoding": Case(
-        "{x}/train.json:1: not UTF-8: byte 0xff at offset 0. Save the file as UTF-8",
+        "{x}/train.json: the file is UTF-16, not UTF-8. Save the file as UTF-8",
         setup=lambda x: (x / "train.json").write_bytes(SOUND.encode("utf-16")),
     ),
-    "a folder as data": Case("--data_path {x}: is a folder. ", {"--data_path": "{x}"}),
+    "a folder without data": Case(
+        "{x}/empty: the folder has no data files. ", {"--data_path": "{x}/empty"}, lambda x: (x / "empty").mkdir()
+    ),
     "empty file": Case(
         "{x}/train.json: the file holds no conversations. ", setup=lambda x: (x / "train.json").write_text("")
     ),
@@ -239,9 +241,11 @@ def test_several_faults_of_a_file_are_shown_at_once(tmp_path: Path, capfd: pytes
         capfd.readouterr()
         assert run_here(finetune.main, "finetune.py", [*arguments, "--data_path", path]) == 2
         first, *lines = capfd.readouterr().err.splitlines()
-        assert first == f"finetune.py: error: {path}: {title}:"
-        assert lines[0].startswith(f"  1. {path}:2: the record has no \"conversations\", its keys are ['text']. ")
-        assert lines[1].startswith(f'  2. {path}:3: "conversations" is empty. ')
+        assert first == f"finetune.py: error: --data_path: {title}:"
+        assert lines.pop() == "  --on_bad_record skip leaves such records out"
+        unfit = "the record has no \"conversations\", its fields are ['text'] (read as conversations). "
+        assert lines[0].startswith(f"  1. {path}:2: {unfit}")
+        assert lines[1].startswith(f'  2. {path}:3: "conversations" is empty (read as conversations). ')
         assert lines[-1].startswith(f"  {len(lines)}. {path}:{last}")
         assert len(lines) == min(3 * count + 1, 20)
     assert not (tmp_path / "out").exists()
@@ -255,7 +259,7 @@ def test_several_processes_report_a_fault_once(tmp_path: Path) -> None:
     )  # fmt: skip
     ours = [line for line in result.stderr.splitlines() if line.startswith(("finetune.py:", "finetune.py ["))]
     assert ours == [
-        f'finetune.py: error: {tmp_path}/train.json:2: "conversations" is empty. '
+        f'finetune.py: error: {tmp_path}/train.json:2: "conversations" is empty (read as conversations). '
         "Give it at least one turn, or remove the record"
     ]
     assert result.returncode != 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -10,10 +11,10 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune
-from data_utils.dataset import load_examples
 from data_utils.encode import EncodeOptions, Encoder
 from scripts import ask
 from tests.commands import finetune_here, logged_losses, names_in, read_json, run_all, run_here, run_well
+from tests.data import load
 from tests.models import CONVERSATIONS, write_conversations, write_later_checkpoint
 from training.loading import load_checkpoint
 
@@ -112,7 +113,7 @@ def test_what_is_trained_is_the_checkpoints_own_template(
     data = write_conversations(tmp_path / "train.json")
     encoder = Encoder(checkpoint.tokenizer, checkpoint.family, EncodeOptions())
     tokenizer = AutoTokenizer.from_pretrained(bases[model_type])
-    for turns, example in zip(CONVERSATIONS, load_examples(data, encoder, show_progress=False), strict=True):
+    for turns, example in zip(CONVERSATIONS, load(encoder, data), strict=True):
         messages = [{"role": role, "content": content} for role, content in turns]
         assert tokenizer.decode(example["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
         trained = [id_ for id_, label in zip(example["input_ids"], example["labels"], strict=True) if label != -100]
@@ -121,28 +122,40 @@ def test_what_is_trained_is_the_checkpoints_own_template(
         )
 
 
-THINKING = '[{"conversations": [{"from": "user", "value": "1+1?"}, {"from": "assistant", "value": "%s"}]}]'
-CALL = (
-    '{"conversations": [{"from": "user", "value": "Weather?"}, {"from": "assistant", "value": "Sunny."}], '
-    '"tools": "[{\\"name\\": \\"weather\\"}]"}'
-)
+TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"city": "string"}}}]
+ASK, THOUGHT = {"role": "user", "content": "Weather?"}, {"reasoning_content": "I should look."}
+CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Ulm"}}}
+STEPS = [
+    ASK,
+    {"role": "assistant", "content": "", "tool_calls": [CALL], **THOUGHT},
+    {"role": "tool", "content": "22"},
+    {"role": "assistant", "content": "Warm.", **THOUGHT},
+]
 
 
-def test_tools_and_thinking_are_refused(
+def test_tools_and_thinking_are_trained_as_the_template_writes_them(bases: dict[str, Path], tmp_path: Path) -> None:
+    checkpoint = load_checkpoint(str(bases["qwen3"]))
+    data = tmp_path / "steps.jsonl"
+    data.write_text(json.dumps({"messages": STEPS, "tools": TOOLS}) + "\n")
+    [example] = load(Encoder(checkpoint.tokenizer, checkpoint.family, EncodeOptions()), data)
+    tokenizer = AutoTokenizer.from_pretrained(bases["qwen3"])
+    text = tokenizer.apply_chat_template(STEPS, tools=TOOLS, tokenize=False)
+    assert tokenizer.decode(example["input_ids"]) == text
+    trained = [id_ for id_, label in zip(example["input_ids"], example["labels"], strict=True) if label != -100]
+    thought = "<think>\nI should look.\n</think>\n\n"
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>'
+    assert tokenizer.decode(trained) == f"{thought}{call}<|im_end|>\n{thought}Warm.<|im_end|>\n"
+
+
+def test_thinking_is_refused_where_the_template_has_no_place_for_it(
     bases: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    thinking, tools = tmp_path / "thinking.json", tmp_path / "tools.jsonl"
-    thinking.write_text(THINKING % "<think>\\nadd\\n</think>\\n\\n2")
-    tools.write_text(CALL + "\n")
-    for data, message in (
-        (
-            thinking,
-            f"{thinking}:1 (record 1): turn 2 holds <think> or </think>: thinking is not supported yet. Remove the "
-            "thinking from the answer, or leave the record out",
-        ),
-        (tools, f"{tools}:1: 'tools' in a record: tool calls are not supported yet. Leave the record out"),
-    ):
-        arguments = ["--model_name_or_path", bases["qwen3"], "--data_path", data, "--output_dir", tmp_path / "out"]
-        assert run_here(finetune.main, "finetune.py", [*arguments, "--disable_tqdm", "True"]) == 2
-        assert capfd.readouterr().err == f"finetune.py: error: {message}\n"
+    data = tmp_path / "steps.jsonl"
+    data.write_text(json.dumps({"messages": STEPS, "tools": TOOLS}) + "\n")
+    arguments = ["--model_name_or_path", bases["qwen2"], "--data_path", data, "--output_dir", tmp_path / "out"]
+    assert run_here(finetune.main, "finetune.py", [*arguments, "--disable_tqdm", "True"]) == 2
+    assert capfd.readouterr().err.endswith(
+        f"{data}:1: turn 2 holds thinking, and the chat format 'chatml' has no place for it. Remove the field with the "
+        "thinking, or leave the record out\n"
+    )
     assert not (tmp_path / "out").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,23 @@ from tests.commands import finetune_here, free_port, logged_losses, names_in, re
 from tests.models import CONVERSATIONS, TINY, write_conversations
 
 
-@pytest.mark.parametrize("mode", ["lora", "full"])
+@pytest.mark.parametrize("mode", ["lora", "full", "weighted"])
 def test_two_ranks_of_two_equal_one_rank_of_four(tmp_path: Path, mode: str) -> None:
     """Ragged conversations, so that the ranks' shares differ in targets; as many as fill the last step.
 
-    Of those to evaluate on, the second rank gets one less: none counts twice.
+    Of those to evaluate on, the second rank gets one less: none counts twice. ``weighted`` gives answers weights of
+    their own, so that the ranks' sums of weights differ as well.
     """
     data = write_conversations(tmp_path / "train.json")
     held_out = write_conversations(tmp_path / "eval.json", CONVERSATIONS[:3])
+    for path in (data, held_out) if mode == "weighted" else ():
+        records = json.loads(path.read_text(encoding="utf-8"))
+        for number, record in enumerate(records):
+            record["conversations"][1]["weight"] = 0.25 + number
+        path.write_text(json.dumps(records), encoding="utf-8")
 
     def arguments(output: str, batch: int) -> list[object]:
-        lora = ["--use_lora", "--lora_dropout", 0] if mode == "lora" else []
+        lora = [] if mode == "full" else ["--use_lora", "--lora_dropout", 0]
         return [
             "--model_name_or_path", TINY, "--data_path", data, "--eval_data_path", held_out, "--output_dir",
             tmp_path / output, "--per_device_train_batch_size", batch, "--num_train_epochs", 2, "--learning_rate", 1e-3,
@@ -44,7 +51,7 @@ def test_two_ranks_of_two_equal_one_rank_of_four(tmp_path: Path, mode: str) -> N
         assert logged_losses(two, name) == pytest.approx(logged_losses(one, name), abs=1e-6)
     assert [row["tokens"] for row in read_log(two)] == [row["tokens"] for row in read_log(one)]
     assert names_in(two) == names_in(one)
-    file = "adapter_model.safetensors" if mode == "lora" else "model.safetensors"
+    file = "model.safetensors" if mode == "full" else "adapter_model.safetensors"
     expected, found = load_file(one / file), load_file(two / file)
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from itertools import cycle
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from data_utils.dataset import load_examples
 from data_utils.encode import EncodeOptions, Encoder, Example
 from tests.commands import Recorder, finetune_here
+from tests.data import load
 from tests.golden import relative_difference
 from tests.models import CONVERSATIONS, TINY, write_conversations, write_later_checkpoint
 from training.args import parse_args
@@ -49,7 +51,7 @@ def train(model: Path, data: Path, output: Path, batch: int, accumulation: int, 
 def encode(model: Path, data: Path, label_mask: str) -> list[Example]:
     checkpoint = load_checkpoint(str(model))
     options = EncodeOptions(label_mask="qwen" if label_mask == "qwen" else "assistant")
-    return list(load_examples(data, Encoder(checkpoint.tokenizer, checkpoint.family, options), show_progress=False))
+    return list(load(Encoder(checkpoint.tokenizer, checkpoint.family, options), data))
 
 
 def targets(example: Example) -> list[int]:
@@ -64,6 +66,16 @@ def losses_of(model: Path, examples: list[Example]) -> Iterator[float]:
         with torch.no_grad():
             logits = network(torch.tensor([example["input_ids"]])).logits[0]
         yield F.cross_entropy(logits[:-1], torch.tensor(example["labels"][1:]), reduction="sum").item()
+
+
+def weigh_answers(path: Path) -> Path:
+    """Give each answer of a file a weight of its own; some are not trained at all."""
+    records = json.loads(path.read_text(encoding="utf-8"))
+    answers = [turn for record in records for turn in record["conversations"] if turn["from"] == "assistant"]
+    for turn, weight in zip(answers, cycle([0.5, 3, 1, 0.25, 0]), strict=False):
+        turn["weight"] = weight
+    path.write_text(json.dumps(records), encoding="utf-8")
+    return path
 
 
 @pytest.mark.parametrize(
@@ -91,6 +103,32 @@ def test_micro_batches_do_not_change_what_is_learnt(
     # The comparison means something: in the second step every gradient is there, and none is that of the first.
     first, second = whole.gradients
     assert all(gradient.norm() > 0 and not torch.equal(gradient, first[key]) for key, gradient in second.items())
+
+
+@pytest.mark.parametrize("loss", ["lean", "full_logits"])
+@pytest.mark.parametrize("name", ["qwen", "qwen2"])
+def test_a_weighted_steps_loss_is_the_weighted_mean_over_all_its_targets(
+    models: dict[str, Path], tmp_path: Path, name: str, loss: str
+) -> None:
+    data = weigh_answers(write_conversations(tmp_path / "train.json"))
+    examples = encode(models[name], data, "assistant")
+    network = load_model(load_checkpoint(str(models[name])), parse_args([]))
+    total = 0.0
+    for example in examples:
+        with torch.no_grad():
+            logits = network(torch.tensor([example["input_ids"]])).logits[0]
+        losses = F.cross_entropy(logits[:-1], torch.tensor(example["labels"][1:]), reduction="none")
+        total += (losses * torch.tensor(example["loss_weights"][1:])).sum().item()
+    weights = [weight for example in examples for weight in example["loss_weights"][1:]]
+    assert set(weights) == {0, 0.25, 0.5, 1, 3}
+
+    whole = train(models[name], data, tmp_path / "8x1", 8, 1, "--loss", loss)
+    parts = train(models[name], data, tmp_path / "1x8", 1, 8, "--loss", loss)
+    assert whole.losses()[0] == pytest.approx(total / sum(weights), rel=TOLERANCE)
+    assert parts.losses() == pytest.approx(whole.losses(), rel=TOLERANCE)
+    assert whole.rows[0]["tokens"] == sum(len(targets(example)) for example in examples)
+    for key, gradient in whole.gradients[0].items():
+        assert relative_difference(parts.gradients[0][key], gradient) < TOLERANCE, key
 
 
 @pytest.mark.parametrize("label_mask", ["assistant", "qwen"])

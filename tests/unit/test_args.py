@@ -51,7 +51,7 @@ def test_every_flag_is_read() -> None:
     assert args.model.model_name_or_path == "my/model"
     assert args.model.attn_implementation == "eager"
     data, lora, training = args.data, args.lora, args.training
-    assert (data.data_path, data.eval_data_path, data.lazy_preprocess) == ("train.json", "eval.json", True)
+    assert (data.data_path, data.eval_data_path, data.lazy_preprocess) == (["train.json"], ["eval.json"], True)
     assert (data.label_mask, data.system_message) == ("qwen", "Answer in one word.")
     assert (lora.use_lora, lora.lora_r, lora.lora_alpha, lora.lora_dropout) == (True, 8, 32, 0.1)
     assert lora.lora_target_modules == ["c_attn", "w1"]
@@ -93,9 +93,9 @@ def test_bf16_works_without_a_gpu() -> None:
         ("--lora_r many", "--lora_r many: a whole number is wanted."),
         ("--learning_rate fast", "--learning_rate fast: a number is wanted."),
         ("--lora_bias some", "--lora_bias some: one of none, all, lora_only is wanted."),
-        ("--label_mask user", "--label_mask user: one of assistant, qwen is wanted."),
+        ("--label_mask user", "--label_mask user: one of assistant, qwen, last, all is wanted."),
         ("--use_lora perhaps", "--use_lora perhaps: true or false is wanted."),
-        ("--data_path", "argument --data_path: expected one argument."),
+        ("--data_path", "argument --data_path: expected at least one argument."),
         ("--optim adamw_torhc", "--optim adamw_torhc: no such value; the nearest is adamw_torch."),
         ("--eval_strategy epcoh", "--eval_strategy epcoh: one of no, steps, epoch is wanted; the nearest is epoch."),
         ("--log_level loud",

@@ -18,6 +18,7 @@ from training.checks import REPORTERS, check_args, check_machine
 from training.finetune_arguments import FinetuneArguments
 
 DATA = SMALL / "train.json"
+NAME_DATA = "Give a file of conversations or a folder of them; #N draws N records, @xF takes each F times"
 EVALUATES = ("--eval_data_path", DATA, "--eval_strategy", "steps")
 
 
@@ -45,16 +46,41 @@ def test_a_good_command_line_passes_and_nothing_is_written(tmp_path: Path) -> No
 
 
 def test_no_data(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^--data_path is missing\. Give a \.json or \.jsonl file of conversations$"):
+    with pytest.raises(
+        ConfigError, match=r"^--data_path is missing\. Give a file of conversations or a folder of them$"
+    ):
         check_args(parse_args(["--model_name_or_path", str(TINY), "--output_dir", str(tmp_path / "new")]))
 
 
 def test_data_files_that_are_not_there(tmp_path: Path) -> None:
-    (tmp_path / "folder").mkdir()
+    path = tmp_path / "nowhere.json"
     for flag in ("--data_path", "--eval_data_path"):
-        for name, what in (("nowhere.json", "there is no such file"), ("folder", "is a folder")):
-            path = tmp_path / name
-            refuses(f"{flag} {path}: {what}. Give a .json or .jsonl file of conversations", tmp_path, flag, path)
+        refuses(f"{flag} {path}: there is no such file. {NAME_DATA}", tmp_path, flag, path)
+        what = f"{flag} {path}#5@x2: there is no such file as {path}"
+        refuses(f"{what}. {NAME_DATA}", tmp_path, flag, f"{path}#5@x2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--eval_split", 1], "--eval_split 1 is not possible. Give a share between 0 and 1"),
+        (["--eval_split", 0.1, "--eval_data_path", DATA],
+         "--eval_split 0.1 and --eval_data_path both say what to evaluate on. Give one of them"),
+        (["--fill", "name"], '--fill name is no name=text. Write --fill name="the text"'),
+        (["--fill", "a=1", "a=2"], "--fill gives a twice. Give each name once"),
+        (["--data_path", f"{DATA}#0"], f"--data_path {DATA}#0 takes nothing. Leave it out, or give more than 0"),
+        (["--data_mixing", "sequential", "--train_sampling_strategy", "group_by_length"],
+         "--data_mixing sequential and --train_sampling_strategy group_by_length are two orders. "
+         "Leave one of them out"),
+    ],
+)  # fmt: skip
+def test_data_flags_that_make_no_sense(flags: list[object], message: str, tmp_path: Path) -> None:
+    refuses(message, tmp_path, *flags)
+
+
+def test_a_part_of_the_data_is_something_to_evaluate_on(tmp_path: Path) -> None:
+    check(tmp_path, "--eval_split", 0.1, "--eval_strategy", "epoch", "--load_best_model_at_end", "--save_strategy",
+          "epoch")  # fmt: skip
 
 
 def test_what_is_not_available_yet(tmp_path: Path) -> None:
@@ -108,7 +134,7 @@ def test_numbers_that_make_no_sense(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
 def test_evaluation_without_data(tmp_path: Path, strategy: str) -> None:
-    message = f"--eval_strategy {strategy} has nothing to evaluate on. Give --eval_data_path too"
+    message = f"--eval_strategy {strategy} has nothing to evaluate on. Give --eval_data_path or --eval_split too"
     refuses(message, tmp_path, "--eval_strategy", strategy)
 
 
@@ -167,7 +193,7 @@ def test_samples_longer_than_the_model(tmp_path: Path) -> None:
     ("flags", "message"),
     [
         ("--load_best_model_at_end", "--load_best_model_at_end needs evaluations. "
-         "Give --eval_strategy and --eval_data_path"),
+         "Give --eval_strategy, and --eval_data_path or --eval_split"),
         ("{evaluates} --load_best_model_at_end --save_strategy epoch", "--load_best_model_at_end: --save_strategy "
          "epoch and --eval_strategy steps differ. Give the same to both"),
         ("{evaluates} --load_best_model_at_end --save_steps 5 --eval_steps 2", "--load_best_model_at_end: "
@@ -180,13 +206,14 @@ def test_samples_longer_than_the_model(tmp_path: Path) -> None:
          "--save_steps 5 is no multiple of --eval_steps 2. Save after every evaluation, or after every second, "
          "third..."),
         ("{evaluates} --early_stopping_patience 2", "--early_stopping_patience 2 needs --load_best_model_at_end. "
-         "Add it, with --eval_strategy and --eval_data_path"),
-        ("--save_strategy best", "--save_strategy best needs evaluations. Give --eval_strategy and --eval_data_path"),
+         "Add it. Give --eval_strategy, and --eval_data_path or --eval_split"),
+        ("--save_strategy best",
+         "--save_strategy best needs evaluations. Give --eval_strategy, and --eval_data_path or --eval_split"),
         ("--lr_scheduler_type reduce_lr_on_plateau", "--lr_scheduler_type reduce_lr_on_plateau needs evaluations. "
-         "Give --eval_strategy and --eval_data_path"),
+         "Give --eval_strategy, and --eval_data_path or --eval_split"),
         ("{evaluates} --metric_for_best_model bleu", "--metric_for_best_model bleu: there is no such metric. "
          "Give loss or token_accuracy"),
-        ("--eval_on_start", "--eval_on_start has nothing to evaluate on. Give --eval_data_path too"),
+        ("--eval_on_start", "--eval_on_start has nothing to evaluate on. Give --eval_data_path or --eval_split too"),
     ],
 )  # fmt: skip
 def test_what_depends_on_evaluations(tmp_path: Path, flags: str, message: str) -> None:
@@ -204,10 +231,10 @@ def test_all_faults_are_reported_at_once_and_nothing_is_changed(tmp_path: Path) 
     (tmp_path / "out").write_text("")
     refuses(
         "6 faults in the arguments:\n"
-        "  1. --data_path none.json: there is no such file. Give a .json or .jsonl file of conversations\n"
+        f"  1. --data_path none.json: there is no such file. {NAME_DATA}\n"
         "  2. --fp16 and --bf16 are two precisions. Give one of them\n"
         "  3. --lora_r 8 needs --use_lora: without it all parameters train. Add --use_lora, or leave it out\n"
-        "  4. --load_best_model_at_end needs evaluations. Give --eval_strategy and --eval_data_path\n"
+        "  4. --load_best_model_at_end needs evaluations. Give --eval_strategy, and --eval_data_path or --eval_split\n"
         "  5. --report_to wandbb: no such service; the nearest is wandb. Known are " + ", ".join(REPORTERS) + "\n"
         f"  6. --output_dir {tmp_path / 'out'} is a file. Give a folder",
         tmp_path, *flags, "--report_to", "wandbb", output=tmp_path / "out",

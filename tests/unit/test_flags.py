@@ -15,7 +15,7 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from tests.golden import REPO
-from training.flags import Flag, flag_of, nearest, transformers_flags
+from training.cli.flags import Flag, flag_of, nearest, transformers_flags
 
 
 def test_what_is_read_is_what_transformers_declares() -> None:

@@ -11,7 +11,7 @@ import pytest
 from errors import ConfigError
 from tests.commands import finetune_here, names_in
 from tests.models import TINY, write_conversations
-from training.profile_steps import parse_profile_steps
+from training.cli.profile_steps import parse_profile_steps
 
 
 def run(tmp_path: Path, steps: str) -> Path:

@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from checkpoints.shards import fingerprint
-from data_utils.dataset import load_examples
 from data_utils.encode import EncodeOptions, Encoder
 from tests.commands import Recorder, finetune_here, logged_losses, read_json, read_log
+from tests.data import load
 from tests.models import CONVERSATIONS, TINY, copy_checkpoint, write_conversations
 from training.args import parse_args
 from training.loading import load_checkpoint
@@ -78,7 +78,7 @@ def test_steps_time_and_tokens_only_grow(output: Path) -> None:
 def test_tokens_are_the_targets_that_were_learnt(output: Path, data: Path) -> None:
     checkpoint = load_checkpoint(str(TINY))
     encoder = Encoder(checkpoint.tokenizer, checkpoint.family, EncodeOptions(max_length=ANSWERLESS_LENGTH))
-    examples = load_examples(data, encoder, show_progress=False)
+    examples = load(encoder, data)
     per_epoch = sum(label != -100 for example in examples for label in example["labels"][1:])
     assert [row["tokens"] for row in read_log(output) if "eval_loss" in row] == [per_epoch * n for n in (1, 2, 3)]
     assert read_json(output / "run_summary.json")["trained_tokens"] == 3 * per_epoch
@@ -132,7 +132,7 @@ def test_all_flags_are_recorded(output: Path, data: Path, held_out: Path) -> Non
     recorded = read_json(output / "run_args.json")
     assert recorded.keys() == parse_args([]).to_dict().keys()
     expected = {
-        "model_name_or_path": str(TINY), "data_path": str(data), "eval_data_path": str(held_out),
+        "model_name_or_path": str(TINY), "data_path": [str(data)], "eval_data_path": [str(held_out)],
         "output_dir": str(output), "use_lora": True, "lora_r": 64, "learning_rate": 1e-3, "num_train_epochs": 3.0,
         "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "model_max_length": ANSWERLESS_LENGTH,
         "eval_strategy": "epoch", "label_mask": "assistant", "seed": 42,

@@ -57,6 +57,7 @@ def build_trainer(data: Path, output: Path, *flags: object, model: Path = TINY) 
     return QwenTrainer(
         checkpoint,
         loss=args.model.loss,
+        data_mixing=args.data.data_mixing,
         model=load_model(checkpoint, args),
         args=args.training,
         data_collator=build_collator(checkpoint),
@@ -357,3 +358,31 @@ def test_early_stopping_by_token_accuracy(data: Path, tmp_path: Path) -> None:
     state = run.trainer.state
     assert (state.global_step, state.best_global_step) == (3, 1)
     assert [row["step"] for row in run.rows if "eval_token_accuracy" in row] == [1, 2, 3]
+
+
+def test_sources_one_after_the_other(data: Path, tmp_path: Path) -> None:
+    """Each epoch has all of the first source before the second, each in a new order; the same seed repeats it."""
+    lines = data.read_text(encoding="utf-8").splitlines()
+    one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
+    one.write_text("\n".join(lines[:5]), encoding="utf-8")
+    two.write_text("\n".join(lines[5:]), encoding="utf-8")
+    flags = ("--data_path", one, f"{two}@x2", "--data_mixing", "sequential", "--train_sampling_strategy", "random")
+    seen: list[list[int]] = []
+    for attempt in ("a", "b"):
+        trainer = build_trainer(data, tmp_path / attempt, *flags, "--num_train_epochs", 2)
+        indices: list[int] = []
+        collate = trainer.data_collator
+
+        def record(examples: Any, collate: Any = collate, indices: list[int] = indices) -> Any:
+            indices += [example["index"] for example in examples]
+            return collate(examples)
+
+        trainer.data_collator = record
+        trainer.train()
+        seen.append(indices)
+    assert seen[0] == seen[1]
+    first, second = seen[0][:11], seen[0][11:]
+    for epoch in (first, second):
+        assert sorted(epoch[:5]) == [*range(5)]
+        assert sorted(epoch[5:]) == [*range(5, 11)]
+    assert first != second

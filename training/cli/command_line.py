@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from errors import CommandParser
-from training.flags import Flag, nearest
+from training.cli.flags import Flag, nearest
 
 MOST_USED = (
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from errors import ConfigError
-from training.config_file import Setting
-from training.flags import Flag, flag_of
+from training.cli.config_file import Setting
+from training.cli.flags import Flag, flag_of
 
 logger = logging.getLogger(__name__)
 

@@ -1,0 +1,152 @@
+"""Data as users have it: previewed, refused where a run would be worthless, and trained."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import finetune
+from data_utils.formats import recognise
+from scripts import preview_data
+from tests.commands import finetune_here, logged_losses, names_in, read_json, run_here
+from tests.golden import REPO
+from tests.models import TINY
+
+# Records, those that are kept at 2,048 tokens of the small vocabulary, and the format.
+CORPORA = {
+    "alpaca_en_demo": (999, 999, "alpaca"),
+    "alpaca_zh_demo": (1000, 1000, "alpaca"),
+    "fastchat_dummy_conversation": (500, 500, "conversations"),
+    "glaive_toolcall_en_demo": (300, 293, "conversations"),
+    "identity": (91, 91, "alpaca"),
+}
+ANSWERED = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
+
+
+def preview(*arguments: object) -> int:
+    common = ("--model_name_or_path", TINY, "--disable_tqdm", "True", "--use_cpu", "True")
+    return run_here(preview_data.main, "preview_data", [*common, *arguments])
+
+
+def write(path: Path, *records: object) -> Path:
+    path.write_text("\n".join(json.dumps(record) for record in records), encoding="utf-8")
+    return path
+
+
+def answered(answer: str, **turn: Any) -> dict[str, Any]:
+    return {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer, **turn}]}
+
+
+@pytest.mark.parametrize("name", CORPORA)
+def test_a_corpus_is_previewed_and_trained_unchanged(name: str, shared: Path, tmp_path: Path) -> None:
+    data, (records, kept, format_) = shared / "corpora" / f"{name}.json", CORPORA[name]
+    flags = ("--data_path", data, "--per_device_train_batch_size", 2, "--max_steps", 3, "--logging_steps", 1)
+    assert preview(*flags, "--json", tmp_path / "preview.json", "--html", tmp_path / "preview.html") == 0
+    told = read_json(tmp_path / "preview.json")["train"]
+    assert (told["read"], told["kept"], told["skipped"], told["format"]) == (records, kept, records - kept, format_)
+    assert set(told["trained_by_role"]) == {"assistant"}
+    assert 0 < told["trained_tokens"] < told["tokens"]
+
+    finetune_here(
+        "--model_name_or_path", TINY, *flags, "--output_dir", tmp_path / "out", "--save_strategy", "no",
+        "--learning_rate", 1e-3,
+    )  # fmt: skip
+    losses = logged_losses(tmp_path / "out")
+    assert len(losses) == 3
+    assert all(0 < loss < 10 for loss in losses)
+    assert read_json(tmp_path / "out" / "data_receipt.json") == {"train": told}
+
+
+def test_a_preview_shows_samples_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "a.jsonl", ANSWERED, answered("Yo \x1b[31m<|im_end|>"), answered("Hey"), ANSWERED)
+    assert preview("--data_path", f"{data}@x2", "--eval_split", 0.25, "--samples", 2) == 0
+    shown = capsys.readouterr().out
+    assert "⟦Hello!<|im_end|>" in shown or "⟦Hey<|im_end|>" in shown
+    assert "\x1b" not in shown
+    assert "Data (train)" in shown and "Data (eval)" in shown
+
+
+@pytest.mark.parametrize(
+    ("records", "flags", "problem"),
+    [
+        ([answered("")] * 2, [], "all 2 answers are empty"),
+        ([answered("Yes " * 30)] * 2, ["--model_max_length", 30, "--truncation", "cut"], "every one of 2 samples"),
+        ([answered("Yes", train=False)] * 2, [], "nothing is left of 2 conversations"),
+        ([answered("Yes " * 99)] * 2, ["--model_max_length", 30], "nothing is left of 2 conversations"),
+    ],
+)
+def test_what_would_make_a_run_worthless_is_exit_code_1(
+    records: list[object], flags: list[object], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "a.jsonl", *records)
+    assert preview("--data_path", data, *flags) == 1
+    assert problem in capsys.readouterr().out
+
+
+def test_data_that_cannot_be_read_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "a.jsonl", ANSWERED, {"messages": 3})
+    assert preview("--data_path", data) == 2
+    assert f"preview_data: error: {data}:2: " in capsys.readouterr().err
+    assert preview("--data_path", data, "--on_bad_record", "skip") == 0
+    assert preview("--data_path", tmp_path / "none.json") == 2
+    assert preview("--data_path", data, "--samples", -1) == 2
+    assert preview("--data_path", data, "--html", tmp_path / "none" / "a.html") == 2
+
+
+def test_a_dry_run_of_finetune_shows_the_same_and_writes_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = write(tmp_path / "a.jsonl", ANSWERED, answered("Hey"))
+    assert preview("--data_path", data) == 0
+    shown = capsys.readouterr().out
+    arguments = ["--model_name_or_path", TINY, "--data_path", data, "--output_dir", tmp_path / "out", "--dry_run"]
+    assert run_here(finetune.main, "finetune.py", [*arguments, "--disable_tqdm", "True", "--use_cpu", "True"]) == 0
+    assert capsys.readouterr().out == shown
+    assert names_in(tmp_path) == ["a.jsonl"]
+    write(data, answered("", train=False))
+    assert run_here(finetune.main, "finetune.py", arguments) == 1
+
+
+def test_flags_of_the_data_reach_the_run(tmp_path: Path) -> None:
+    """Every data flag at once, and the run's own record starts the same run again."""
+    one = write(tmp_path / "a.jsonl", *(answered(f"I am {{{{name}}}}, {number}") for number in range(20)), {"bad": 1})
+    two = tmp_path / "b.json"
+    two.write_text(json.dumps([{"prompt": f"{number}?", "response": "Yes."} for number in range(8)]))
+    finetune_here(
+        "--model_name_or_path", TINY, "--data_path", f"{one}#10", f"{two}@x2", "--fill", "name=Linden", "--eval_split",
+        0.2, "--on_bad_record", "skip", "--label_mask", "last", "--truncation", "turns_left", "--data_mixing",
+        "sequential", "--eval_strategy", "epoch", "--num_train_epochs", 1, "--per_device_train_batch_size", 4,
+        "--save_strategy", "no", "--logging_steps", 1, "--output_dir", tmp_path / "out",
+    )  # fmt: skip
+    receipt = read_json(tmp_path / "out" / "data_receipt.json")
+    train, held = receipt["train"], receipt["eval"]
+    counts = [(source["in_file"], source["read"], source["kept"]) for source in train["sources"]]
+    assert counts == [(21, 9, 8), (8, 12, 12)]  # of 10 and of 8, two are held out each; the bad record is skipped
+    assert train["sources"][0]["skipped_by_reason"] == {"bad record": 1}
+    assert [source["kept"] for source in held["sources"]] == [2, 2]
+    assert train["settings"]["label_mask"] == "last" and train["settings"]["truncation"] == "turns_left"
+    assert not train["unfilled"]
+    assert len(logged_losses(tmp_path / "out", "eval_loss")) == 1
+
+    finetune_here("--config", tmp_path / "out" / "run_args.json", "--output_dir", tmp_path / "again")
+    assert logged_losses(tmp_path / "again") == logged_losses(tmp_path / "out")
+    assert read_json(tmp_path / "again" / "data_receipt.json") == receipt
+
+
+def test_the_examples_of_the_readme_are_read_as_they_are_called() -> None:
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    section = text.partition("## Your data")[2].partition("\n## ")[0]
+    decoder = json.JSONDecoder()
+    formats = []
+    for block in re.findall(r"```json\n(.*?)```", section, re.DOTALL):
+        while block := block.strip():
+            record, end = decoder.raw_decode(block)
+            format_ = recognise(record, "README.md")
+            formats.append(format_.name)
+            assert format_.parse(record, "README.md").turns[-1].role == "assistant"
+            block = block[end:]
+    assert formats == ["conversations", "messages", "alpaca", "pairs"]
