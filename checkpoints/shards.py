@@ -6,6 +6,7 @@ carries its final name until it is whole: first the shards, last the index that 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -258,8 +259,10 @@ def _write_shard(shard: dict[str, Tensor], path: Path) -> None:
         save_file(shard, path, metadata={"format": "pt"})
         path.chmod(mode)
         _sync(path)
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"cannot write {path.parent}: {error}", "Free some space or choose another folder") from error
+    except SafetensorError as error:  # the system's error, in words
+        number = re.search(r"os error (\d+)", str(error))
+        code = int(number[1]) if number else errno.EIO
+        raise OSError(code, os.strerror(code), str(path.parent)) from error
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -290,10 +293,18 @@ def _publish(written: list[tuple[Path, list[str]]], folder: Path, total_size: in
 
 def save_json(value: Mapping[str, Any], path: Path) -> None:
     """Write a JSON object in one step: the file at ``path`` is the old one or the whole new one."""
+    save_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", path)
+
+
+def save_text(text: str, path: Path) -> None:
+    """Write a text file in UTF-8 in one step."""
     temporary = path.with_name(f".{path.name}.partial")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    _sync(temporary)
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        _sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:

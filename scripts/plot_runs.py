@@ -19,6 +19,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help=f"output folder of a run, or its {TRAINING_LOG}")
     parser.add_argument("--output", default="runs.png", metavar="FILE", help="the picture (default runs.png)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     return parser.parse_args(argv)
 
 

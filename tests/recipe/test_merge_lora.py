@@ -19,6 +19,7 @@ import merge_lora
 from checkpoints.shards import fingerprint
 from errors import ConfigError
 from qwen_model.register import register_qwen
+from tests.commands import limited_file_size, run_here
 from tests.golden import LOGITS_ATOL, REPO, Golden, GoldenTensors, assert_close, assert_logits, run_python
 
 register_qwen()
@@ -299,6 +300,19 @@ def test_a_failure_half_way_leaves_nothing(golden: Golden, chat_adapter: Path, t
     assert f"merge_lora.py: error: {last} is not finite after merging and casting to float16" in result.stderr
     assert "Traceback" not in result.stderr
     assert names(output.parent) == []
+
+
+def test_a_full_disk_is_a_failure_of_one_line(
+    golden: Golden, chat_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "merged"
+    with limited_file_size(2000):
+        code = run_here(
+            merge_lora.main, "merge_lora.py", ["--adapter", chat_adapter, "--base", golden.tiny, "--output", output]
+        )
+    assert code == 1
+    assert "merge_lora.py: error: cannot write " in capsys.readouterr().err
+    assert names(tmp_path) == []
 
 
 def test_a_wrong_flag_is_answered_before_torch_is_loaded() -> None:

@@ -36,7 +36,14 @@ from training.saving import save_model
 register_qwen()
 
 IDS = torch.tensor([[701, 39, 72, 702, 198, 5, 6, 7, 701, 702, 300, 400]])
-RECORDS = ["run_args.json", "run_summary.json", "training_log.jsonl", "training_loss.png"]
+RECORDS = [
+    "data_receipt.html",
+    "data_receipt.json",
+    "run_args.json",
+    "run_summary.json",
+    "training_log.jsonl",
+    "training_loss.png",
+]
 
 
 def finetune(model: Path, output: Path, *flags: object) -> Recorder:
