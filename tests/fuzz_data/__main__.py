@@ -1,0 +1,8 @@
+"""``python -m tests.fuzz_data``"""
+
+import sys
+
+from tests.fuzz_data.running import main
+
+if __name__ == "__main__":
+    sys.exit(main())
