@@ -33,7 +33,12 @@ def load_data(args: RunArguments, checkpoint: Checkpoint) -> dict[str, ExampleSe
     """
     if args.data.lazy_preprocess:
         logger.info("--lazy_preprocess: conversations are tokenised once, before the first step, so faults show early")
-    return load_examples(build_reader(args, checkpoint))
+    sets = load_examples(build_reader(args, checkpoint))
+    if "eval" in sets and args.training.eval_strategy == "no" and not args.training.eval_on_start:
+        logger.warning(
+            "%d conversations are held out, and nothing evaluates on them. Give --eval_strategy", len(sets["eval"])
+        )
+    return sets
 
 
 def preview_data(args: RunArguments, checkpoint: Checkpoint, most_samples: int = 3) -> dict[str, Receipt]:

@@ -386,3 +386,14 @@ def test_sources_one_after_the_other(data: Path, tmp_path: Path) -> None:
         assert sorted(epoch[:5]) == [*range(5)]
         assert sorted(epoch[5:]) == [*range(5, 11)]
     assert first != second
+
+
+def test_data_that_nothing_evaluates_on_is_pointed_out(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    message = "2 conversations are held out, and nothing evaluates on them. Give --eval_strategy"
+    build_trainer(data, tmp_path, "--eval_split", 0.25)
+    assert message in caplog.messages
+    caplog.clear()
+    build_trainer(data, tmp_path, "--eval_split", 0.25, "--eval_strategy", "epoch")
+    assert message not in caplog.messages
