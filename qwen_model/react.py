@@ -52,15 +52,16 @@ def describe_tools(tools: Sequence[Tool]) -> str:
     """The instruction that stands before ``Question:`` in a user message."""
     names, texts = [], []
     for tool in tools:
-        function = tool.get("function", tool)
+        function = tool.get("function") or tool
         name = function.get("name_for_model") or function["name"]
+        parameters = function.get("parameters")
         names.append(name)
         texts.append(
             _TOOL.format(
                 name=name,
                 human=function.get("name_for_human") or name,
                 description=function.get("description_for_model") or function.get("description") or "",
-                parameters=json.dumps(function.get("parameters", {}), ensure_ascii=False),
+                parameters=json.dumps({} if parameters is None else parameters, ensure_ascii=False),
             )
         )
     return _INSTRUCTION.format(tools="\n\n".join(texts), names=", ".join(names))

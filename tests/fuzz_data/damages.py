@@ -16,7 +16,6 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
 from tests.fuzz_data.drafts import (
-    JSON,
     LISTS,
     PACKED,
     TABLES,
@@ -120,16 +119,22 @@ WRONG = ("null", "true", "false", "0", "-7", "1.5", '""', '"x"', "[]", '["x"]', 
 
 @kind(TEXTS)
 def _null_keys(draft: Draft) -> Case:
+    """In the record, a turn, a tool or a call."""
     path = draft.owner()
-    names = _TURN_KEYS if path else (*_TURN_KEYS, *_RECORD_KEYS)
+    names: tuple[str, ...] = _TURN_KEYS if path else (*_TURN_KEYS, *_RECORD_KEYS)
+    named = [path for path, value in nodes(draft.record, inside=True) if isinstance(value, dict) and "name" in value]
+    if named and draft.random.random() < 0.5:
+        path, names = draft.random.choice(named), (*_TOOL_KEYS, *_CALL_KEYS)
     return draft.with_value(path, {**dict.fromkeys(names), **value_at(draft.record, path)}, Must.SAME)
 
 
 @kind(TEXTS)
 def _wrong_types(draft: Draft) -> Case:
-    path, wrong = draft.path(inside=True), draft.random.choice(WRONG)
-    is_text = bool(path) and JSON not in path and path[-1] in (*_TEXT_KEYS, "input", "system", "name")
-    is_refused = is_text and wrong not in ("null", '""', '"x"', "[]", "{}")
+    names = (*_TEXT_KEYS, "input", "system", "name")
+    texts = [path for path, _ in nodes(draft.record) if path and path[-1] in names]
+    path = draft.random.choice(texts) if draft.random.random() < 0.5 else draft.path(inside=True)
+    wrong = draft.random.choice(WRONG)
+    is_refused = path in texts and wrong not in ("null", '""', '"x"', "[]", "{}")
     return draft.with_json(path, wrong, Must.FAULTY if is_refused else Must.READ)
 
 
@@ -267,6 +272,12 @@ def _bytes(draft: Draft) -> Case:
         place, byte = draft.random.randrange(len(text)), draft.random.choice([*b'\n"{}[]:,\\0', *range(256)])
         text[place : place + 1] = draft.random.choice([bytes([byte]), b"", bytes([byte, text[place]])])
     return draft.case(bytes(text))
+
+
+@kind(TEXTS)
+def _behind_the_end(draft: Draft) -> Case:
+    text = draft.text().rstrip() + draft.random.choice([b"", b" ", b"\n"])
+    return draft.case(text + draft.random.choice([b"x", b"]", b",", b"{}", b"[]", b"null", b'"', b"\xff"]), Must.FAULTY)
 
 
 @kind(TEXTS)
@@ -458,14 +469,16 @@ def _table_columns(draft: Draft) -> Case:
 
 
 @kind(TABLES)
-def _table_no_rows(draft: Draft) -> Case:
-    """No rows, or texts that are not UTF-8, or the end cut off."""
-    columns, way = _columns(draft.records), draft.random.choice(["no rows", "no UTF-8", "cut"])
+def _table_broken(draft: Draft) -> Case:
+    """No rows, texts that are not UTF-8, a year that Python does not have, or the end cut off."""
+    columns, way = _columns(draft.records), draft.random.choice(["no rows", "no UTF-8", "no year", "cut"])
     if way == "no rows":
         columns = {name: column[:0] for name, column in columns.items()}
     elif way == "no UTF-8":
         bad = pa.array([b"\xff\xfe a"] * len(draft.records), pa.binary()).view(pa.string())
         columns[draft.random.choice(list(columns))] = bad
+    elif way == "no year":
+        columns["when"] = pa.array([10**12] * len(draft.records), pa.timestamp("s"))
     data = _table(columns)
     return draft.file(data[: draft.random.randrange(1, len(data))] if way == "cut" else data, Must.REFUSED)
 

@@ -56,6 +56,7 @@ LATER_WORDS = (
     "</tool_response>",
     "<|fim_pad|>",
 )
+_BY_WORDS = re.compile(f"({'|'.join(map(re.escape, LATER_WORDS))})")
 LATER_FAMILIES = (
     *(replace(style, tool_form=form) for style in ANSWER_STYLES for form in (HERMES_FORMS[0], HERMES_FORMS[2])),
     replace(ANSWER_STYLES[0], default_system=DEFAULT_SYSTEM),
@@ -94,9 +95,13 @@ class Subject:
         """What the tokens of a text say: its NFC, with U+FFFD for halves of a character that stand alone.
 
         A half beside its other half is that character, which Qwen v1 finds after it has made the NFC, later tokenizers
-        before.
+        before. Those find their words (``<think>``, no special tokens) before they make the NFC of what is between.
         """
-        return _whole(normalize("NFC", text)) if self.is_v1 else normalize("NFC", _whole(text))
+        if self.is_v1:
+            return _whole(normalize("NFC", text))
+        return "".join(
+            part if part in LATER_WORDS else normalize("NFC", part) for part in _BY_WORDS.split(_whole(text))
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))

@@ -117,6 +117,12 @@ def test_the_text_of_the_originals_own_fine_tuning_example(golden_large: Path) -
     assert written.replace("final answer.\n", "final answer\n") == answer
 
 
+def test_a_field_of_a_tool_that_is_null_is_absent() -> None:
+    null = {"name": "now", "description": None, "parameters": None, "function": None, "name_for_human": None}
+    assert describe_tools([null]) == describe_tools([{"name": "now"}])
+    assert "Parameters: []" in describe_tools([{"name": "now", "parameters": []}])
+
+
 def trained(turns: list[Turn], **options: Any) -> list[tuple[str, float]]:
     """What is rendered, by runs of the same weight."""
     runs: list[tuple[str, float]] = []
