@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from checkpoints.quantization import find_quantization
 from errors import ConfigError
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -161,8 +162,16 @@ def open_checkpoint(folder: str | Path, names: tuple[str, ...] = WEIGHTS) -> Che
     return CheckpointReader(files, weight_map)
 
 
+def _named_by_quantizer(folder: Path) -> tuple[str, ...]:
+    """Files of old quantised checkpoints, such as gptq_model-4bit-128g.safetensors, where the config names one."""
+    quantization = find_quantization(folder)
+    if quantization is None or quantization.file_name is None:
+        return ()
+    return tuple(f"{quantization.file_name}.{suffix}" for suffix in ("safetensors", "bin"))
+
+
 def _find_weights(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], dict[str, str] | None]:
-    for name in names:
+    for name in names + (_named_by_quantizer(folder) if names == WEIGHTS else ()):
         if (folder / name).is_file():
             return [folder / name], None
         index = folder / f"{name}.index.json"

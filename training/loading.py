@@ -10,16 +10,19 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from checkpoints.quantization import Quantization, find_quantization
 from checkpoints.shards import CheckpointReader, open_checkpoint
 from errors import ConfigError, one_line
 from qwen_model.families import END_OF_TEXT, IM_END, Family
 from qwen_model.later import MODEL_CLASSES
+from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.register import register_qwen
 from qwen_model.templates import family_of
 from training.args import RunArguments
 from training.hubs import find_folder
+from training.quantized import compute_in_float32, loading_arguments, settle_bitsandbytes
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +36,7 @@ class Checkpoint:
         folder: where its files lie.
         dtype: precision of its weights, in which a run's results are saved.
         chat_format: ``chatml`` or ``raw``, from generation_config.json; ``None`` where it does not say.
+        quantization: how its weights are quantised; ``None`` where they are not.
     """
 
     name: str
@@ -43,6 +47,7 @@ class Checkpoint:
     generation_config: GenerationConfig
     dtype: torch.dtype
     chat_format: str | None
+    quantization: Quantization | None
 
     @property
     def model_type(self) -> str:
@@ -73,6 +78,7 @@ def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = 
         reader = open_checkpoint(folder)
     except ConfigError as error:
         raise ConfigError(f"--model_name_or_path: {error}") from error
+    quantization = _find_quantization(folder, reader)
     tokenizer = _load_tokenizer(folder)
     family = family_of(config.model_type, tokenizer)
     generation_config = _load_generation_config(folder)
@@ -86,6 +92,7 @@ def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = 
         generation_config=generation_config,
         dtype=_saved_dtype(reader, config),
         chat_format=getattr(generation_config, "chat_format", None),
+        quantization=quantization,
     )
 
 
@@ -93,7 +100,7 @@ def load_model(checkpoint: Checkpoint, args: RunArguments) -> Any:
     """The model in the precision of the mode.
 
     What trains is float32 (under autocast where ``--bf16`` or ``--fp16`` say so); weights that LoRA freezes take the
-    compute dtype. ``--pure_bf16`` holds everything in bfloat16.
+    compute dtype. ``--pure_bf16`` holds everything in bfloat16. ``--q_lora`` quantises what is not quantised yet.
     """
     training = args.training
     if training.pure_bf16 or (args.lora.use_lora and training.bf16):
@@ -102,31 +109,46 @@ def load_model(checkpoint: Checkpoint, args: RunArguments) -> Any:
         dtype = torch.float16
     else:
         dtype = torch.float32
-    model = load_weights(checkpoint, dtype, args.model.attn_implementation)
+    quantize = None if checkpoint.quantization else args.lora.quantization
+    model = load_weights(checkpoint, dtype, args.model.attn_implementation, quantize)
     # What the Trainer would set itself, with a warning.
     for config in (model.config, model.generation_config):
         config.pad_token_id, config.eos_token_id = checkpoint.tokenizer.pad_token_id, checkpoint.tokenizer.eos_token_id
     return model
 
 
-def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, attn_implementation: str | None = None) -> Any:
-    """The model of a checkpoint, in evaluation mode on the CPU.
+def load_weights(
+    checkpoint: Checkpoint,
+    dtype: torch.dtype,
+    attn_implementation: str | None = None,
+    quantize: Quantization | None = None,
+) -> Any:
+    """The model of a checkpoint, in evaluation mode; on the CPU, or on the GPU that bitsandbytes quantises it on.
+
+    Args:
+        dtype: what it computes in. An unquantised model is held in it, too. Of a quantised one the rest (embedding,
+            norms, head) is never held wider than it is stored.
+        quantize: quantise a model that is not quantised while it is loaded.
 
     Raises:
         ConfigError: weights that are missing, broken, incomplete, not finite or of another shape than the config says.
     """
     where = f"--model_name_or_path {checkpoint.folder}"
-    model_class: Any = MODEL_CLASSES.get(checkpoint.model_type, AutoModelForCausalLM)
+    model_class: Any = MODEL_CLASSES.get(checkpoint.model_type, QWenLMHeadModel)
+    arguments, held = {"config": checkpoint.config}, dtype
+    if checkpoint.quantization or quantize:
+        held = checkpoint.dtype if dtype == torch.float32 else dtype
+        arguments = loading_arguments(checkpoint.folder, checkpoint.config, checkpoint.quantization, quantize, dtype)
     try:
         loaded: Any = model_class.from_pretrained(
-            str(checkpoint.folder),
-            config=checkpoint.config,
-            dtype=dtype,
+            None if "state_dict" in arguments else str(checkpoint.folder),
+            dtype=held,
             attn_implementation=attn_implementation,
             output_loading_info=True,
+            **arguments,
         )
-    except ConfigError:
-        raise
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from error
     except (OSError, ImportError, RuntimeError, ValueError, SafetensorError) as error:
         if attn_implementation is not None and attn_implementation in str(error):
             raise ConfigError(f"--attn_implementation {attn_implementation}: {one_line(error)}") from error
@@ -141,15 +163,23 @@ def load_weights(checkpoint: Checkpoint, dtype: torch.dtype, attn_implementation
             "Copy config.json and all weight files again from the original checkpoint",
         )
     _check_finite(model, checkpoint)
+    if "device_map" in arguments:
+        settle_bitsandbytes(model, dtype)
+    if held != dtype:
+        compute_in_float32(model)
     return model
 
 
 @torch.no_grad()
 def _check_finite(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """A NaN in one weight makes every loss NaN, hours later and without a name."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         # The extremes carry NaN and infinity, and take no memory.
-        if parameter.numel() and not all(torch.isfinite(extreme) for extreme in torch.aminmax(parameter)):
+        if (
+            parameter.is_floating_point()
+            and parameter.numel()
+            and not all(torch.isfinite(extreme) for extreme in torch.aminmax(parameter))
+        ):
             files = open_checkpoint(checkpoint.folder).files
             file = next((file for file in files if name in CheckpointReader([file])), checkpoint.folder)
             raise ConfigError(
@@ -171,10 +201,19 @@ def _load_config(folder: Path) -> Any:
         raise ConfigError(
             f"{file}: model_type {model_type!r} is not supported", "Use a checkpoint of model_type qwen, qwen2 or qwen3"
         )
-    config = AutoConfig.from_pretrained(str(folder))
-    if getattr(config, "quantization_config", None) is not None:
-        raise ConfigError(f"{file}: the weights are quantised, which is not available yet", "Use the unquantised model")
-    return config
+    return AutoConfig.from_pretrained(str(folder))
+
+
+def _find_quantization(folder: Path, reader: CheckpointReader) -> Quantization | None:
+    """What the configs say, which must be what the weights are."""
+    quantization = find_quantization(folder)
+    packed = next((name for name in reader.names() if name.endswith(".qweight")), None)
+    copy_again = "Copy config.json and all weight files again from the original checkpoint"
+    if quantization is not None and quantization.is_packed and packed is None:
+        raise ConfigError(f"{folder}: its config says {quantization}, and none of its weights are", copy_again)
+    if packed is not None and (quantization is None or not quantization.is_packed):
+        raise ConfigError(f"{folder}: {packed} is quantised, and no config says how", copy_again)
+    return quantization
 
 
 def _load_generation_config(folder: Path) -> GenerationConfig:
@@ -226,7 +265,9 @@ def _saved_dtype(reader: CheckpointReader, config: Any) -> torch.dtype:
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."))
     if dtype is None:
-        dtype = reader.dtype(reader.names()[0])
+        dtype = next(
+            (dtype for name in reader.names() if (dtype := reader.dtype(name)).is_floating_point), torch.float32
+        )
     return dtype
 
 

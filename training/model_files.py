@@ -46,8 +46,8 @@ def module_names(folder: Path) -> list[str]:
             names |= found["weight_map"].keys()
     for file in () if names else sorted(folder.glob("*.safetensors")):
         names |= _header(file).keys()
-    suffix = ".weight"
-    return sorted(name.removesuffix(suffix) for name in names if name.endswith(suffix))
+    modules = (name.rpartition(".") for name in names)
+    return sorted(module for module, _, part in modules if part in ("weight", "qweight"))
 
 
 def _header(file: Path) -> dict[str, Any]:

@@ -206,9 +206,15 @@ def test_a_config_that_contradicts_itself(tmp_path: Path) -> None:
     refuses(copy_checkpoint(tmp_path / "b", kv_channels=7), "kv_channels 7 x num_attention_heads 4", "hidden_size 32")
 
 
-def test_a_quantised_checkpoint(tmp_path: Path) -> None:
-    folder = copy_checkpoint(tmp_path / "model", quantization_config={"quant_method": "gptq", "bits": 4})
-    refuses(folder, f"{folder / 'config.json'}: the weights are quantised, which is not available yet")
+def test_a_config_that_says_other_than_the_weights_are(tmp_path: Path) -> None:
+    quantised = {"quant_method": "gptq", "bits": 4, "group_size": 32}
+    folder = copy_checkpoint(tmp_path / "model", quantization_config=quantised)
+    refuses(folder, f"{folder}: its config says GPTQ, 4 bits, groups of 32, and none of its weights are")
+    folder = copy_checkpoint(tmp_path / "packed")
+    tensors = load_file(folder / "model.safetensors")
+    tensors["transformer.h.0.mlp.w1.qweight"] = torch.zeros(4, 64, dtype=torch.int32)
+    save_file(tensors, folder / "model.safetensors")
+    refuses(folder, f"{folder}: transformer.h.0.mlp.w1.qweight is quantised, and no config says how")
 
 
 def test_a_broken_generation_config(tmp_path: Path) -> None:

@@ -1,0 +1,87 @@
+"""Packed integer weights, GPTQ's and AWQ's, as floating-point matrices.
+
+A word of 32 bits holds P = 32 / bits values. I inputs, O outputs, G groups of inputs that share scale and zero point:
+a weight is ``scale * (value - zero)``.
+
+GPTQ (Frantar et al. 2022) in auto-gptq's layout:
+    qweight [I / P, O], packed along the inputs; qzeros [G, O / P], packed along the outputs, each less one in the first
+    format; scales [G, O]; g_idx [I], the group of each input, which need not be sorted (act-order).
+AWQ (Lin et al. 2023) in AutoAWQ's GEMM layout:
+    qweight [I, O / P] and qzeros [G, O / P], packed along the outputs in the order 0 2 4 6 1 3 5 7; scales [G, O].
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from checkpoints.quantization import Quantization
+
+PARTS = ("qweight", "qzeros", "scales", "g_idx")
+"""Tensors of a packed layer; ``g_idx`` may be absent."""
+
+_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+
+# Weights that are unpacked at a time: on a CPU as many as its caches hold, on a GPU enough to keep it busy.
+_AT_A_TIME = {"cpu": 1 << 18}
+_ELSEWHERE = 1 << 25
+
+
+def dequantize(parts: Mapping[str, Tensor], quantization: Quantization, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The weight [O, I] of a packed layer; the products are exact in float32 and rounded once to ``dtype``.
+
+    Args:
+        parts: the layer's tensors by the last part of their names. Without ``g_idx`` groups are runs of inputs.
+    """
+    qweight, scales, is_awq = parts["qweight"], parts["scales"].float(), quantization.method == "awq"
+    per_word, outputs = 32 // quantization.bits, scales.shape[1]
+    shifts = _shifts(quantization).to(qweight.device)
+    zeros = (_unpack(parts["qzeros"], shifts, quantization.bits) + quantization.zero_offset) & _largest(quantization)
+    offsets = scales * zeros  # a zero point of 0, less one, is stored as the largest value, and comes back to 0
+    inputs = len(qweight) * (1 if is_awq else per_word)
+    size = inputs if quantization.group_size == -1 else quantization.group_size
+    groups = parts.get("g_idx")
+    if groups is None and inputs % size:
+        groups = torch.arange(inputs, device=qweight.device) // size
+    run = size if groups is None else per_word
+    step = run * max(1, _AT_A_TIME.get(qweight.device.type, _ELSEWHERE) // (run * outputs))
+    weight = torch.empty(inputs, outputs, dtype=dtype, device=qweight.device)
+    for start in range(0, inputs, step):
+        end = min(start + step, inputs)
+        if is_awq:
+            values = _unpack(qweight[start:end], shifts, quantization.bits)
+        else:
+            words = qweight[start // per_word : end // per_word, None]
+            values = ((words >> shifts[:, None]) & _largest(quantization)).flatten(0, 1)
+        if groups is None:
+            of_runs = slice(start // size, end // size)
+            block = values.view(-1, size, outputs) * scales[of_runs, None] - offsets[of_runs, None]
+        else:
+            of_inputs = groups[start:end].long()
+            block = values * scales[of_inputs] - offsets[of_inputs]
+        weight[start:end] = block.view(-1, outputs)
+    return weight.T
+
+
+def is_in_order(groups: Tensor, quantization: Quantization) -> bool:
+    """Whether a ``g_idx`` says nothing more than that groups are runs of inputs."""
+    size = len(groups) if quantization.group_size == -1 else quantization.group_size
+    return bool((groups == torch.arange(len(groups), device=groups.device) // size).all())
+
+
+def _shifts(quantization: Quantization) -> Tensor:
+    """[P]: by how many bits each of a word's values is shifted, in the order of inputs or outputs."""
+    order = _AWQ_ORDER if quantization.method == "awq" else range(32 // quantization.bits)
+    places = sorted(range(len(order)), key=lambda place: order[place])
+    return torch.tensor([quantization.bits * place for place in places], dtype=torch.int32)
+
+
+def _unpack(words: Tensor, shifts: Tensor, bits: int) -> Tensor:
+    """[R, O / P] -> [R, O], of words that are packed along the outputs."""
+    return ((words[:, :, None] >> shifts) & ((1 << bits) - 1)).flatten(1)
+
+
+def _largest(quantization: Quantization) -> int:
+    return (1 << quantization.bits) - 1
