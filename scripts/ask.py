@@ -32,6 +32,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
+    from training.logs import quiet_libraries
+
+    logging.basicConfig(format="%(levelname)s: %(message)s")
+    quiet_libraries()
     import torch
 
     from qwen_model.chatml import encode_prompt, render_prompt
@@ -39,7 +43,6 @@ def main(argv: Sequence[str]) -> None:
     from training.inference import load_for_inference
     from training.loading import load_checkpoint
 
-    logging.basicConfig(format="%(levelname)s: %(message)s")
     checkpoint = load_checkpoint(args.model_name_or_path)
     model = load_for_inference(checkpoint, args.adapter)
     tokenizer = checkpoint.tokenizer

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import awq, gptq
 from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
@@ -89,7 +92,8 @@ def attach_lora(
         adapted = load_adapter(model, lora.lora_weight_path, "--lora_weight_path", True, in_float32)
     else:
         config = _build_config(model, checkpoint, lora, policy)
-        adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
+        with _without_gptqmodel():
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
     use_lean_trainable_tokens(adapted)
     if in_float32:
         for parameter in adapted.parameters():
@@ -111,7 +115,10 @@ def load_adapter(
     """
     _load_adapter_config(folder, flag)
     try:
-        adapted = PeftModel.from_pretrained(model, folder, is_trainable=is_trainable, autocast_adapter_dtype=in_float32)
+        with _without_gptqmodel():
+            adapted = PeftModel.from_pretrained(
+                model, folder, is_trainable=is_trainable, autocast_adapter_dtype=in_float32
+            )
         saved = {name.replace(".default", "") for name in open_checkpoint(folder, ADAPTER_FILES).names()}
     except ConfigError:
         raise
@@ -132,6 +139,23 @@ def load_adapter(
             " and ".join(missing),
         )
     return adapted
+
+
+@contextmanager
+def _without_gptqmodel() -> Iterator[None]:
+    """Keep peft from importing gptqmodel, where it is installed, to ask of each layer whether it is one of its own.
+
+    None is, and the import takes seconds, prints a banner, sets environment variables and patches other libraries.
+    """
+    modules: list[Any] = [gptq, awq]
+    asked = [module.is_gptqmodel_available for module in modules]
+    for module in modules:
+        module.is_gptqmodel_available = lambda: False
+    try:
+        yield
+    finally:
+        for module, function in zip(modules, asked, strict=True):
+            module.is_gptqmodel_available = function
 
 
 def _complaint(error: Exception) -> str:

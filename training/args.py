@@ -13,6 +13,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from checkpoints.quantization import Quantization
 from errors import ConfigError
 from training.cli.command_line import parse_command_line
 from training.cli.config_file import SUFFIXES, Setting, load_config_file
@@ -93,7 +94,17 @@ class DataArguments:
 @dataclass
 class LoraArguments:
     use_lora: bool = field(default=False, metadata={"help": "train a LoRA adapter instead of all parameters"})
-    q_lora: bool = field(default=False, metadata={"help": "LoRA on quantised weights (not available yet)"})
+    q_lora: bool = field(
+        default=False,
+        metadata={"help": "LoRA on quantised weights: the checkpoint's own (GPTQ, AWQ), else quantised while loading"},
+    )
+    quant_type: Literal["nf4", "fp4"] | None = field(
+        default=None,
+        metadata={"help": "with --q_lora: the 4-bit type of weights that are not quantised yet; by default nf4"},
+    )
+    load_in_8bit: bool = field(
+        default=False, metadata={"help": "with --q_lora: quantise to 8 bits instead of 4 what is not quantised yet"}
+    )
     lora_r: int = field(default=64, metadata={"help": "rank"})
     lora_alpha: int = field(default=16, metadata={"help": "the adapter is scaled by alpha / rank"})
     lora_dropout: float = field(default=0.05, metadata={"help": "dropout on the adapter's input"})
@@ -109,6 +120,13 @@ class LoraArguments:
             "(chatml_tokens) or neither (none); auto: full for a Qwen v1 base model, else none"
         },
     )
+
+    @property
+    def quantization(self) -> Quantization | None:
+        """How ``--q_lora`` quantises a checkpoint that is not quantised yet."""
+        if not self.q_lora:
+            return None
+        return Quantization("int8", 8) if self.load_in_8bit else Quantization(self.quant_type or "nf4", 4)
 
 
 @dataclass

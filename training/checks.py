@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from checkpoints.quantization import find_quantization
 from data_utils.sources import parse_fill, parse_source
 from errors import ConfigError, numbered
 from training.args import LoraArguments, RunArguments
@@ -41,8 +42,8 @@ def check_args(args: RunArguments) -> None:
         ConfigError: all faults; several are a numbered list.
     """
     checks: tuple[Callable[[RunArguments], Faults], ...] = (
-        _check_data, _check_numbers, _check_precision, _check_lora, _check_model, _check_schedule, _check_services,
-        _check_output,
+        _check_data, _check_numbers, _check_precision, _check_lora, _check_quantization, _check_optimizer, _check_model,
+        _check_schedule, _check_services, _check_output,
     )  # fmt: skip
     faults = [fault for check in checks for fault in check(args)]
     if len(faults) == 1:
@@ -147,20 +148,64 @@ def _has_gpu() -> bool:
 
 def _check_lora(args: RunArguments) -> Faults:
     lora = args.lora
-    if lora.q_lora:
-        yield ConfigError("--q_lora is not available yet", "Use --use_lora, with --bf16 on a GPU")
-    elif lora.use_lora:
+    if lora.use_lora:
         yield from _check_continued_adapter(lora)
-    else:
-        for item in fields(LoraArguments):
-            value = getattr(lora, item.name)
-            # Without LoRA embeddings always train, so "full" is what happens.
-            if value != item.default and not (item.name == "trainable_embeddings" and value == "full"):
-                shown = " ".join(value) if isinstance(value, list) else value
-                yield ConfigError(
-                    f"--{item.name} {shown} needs --use_lora: without it all parameters train",
-                    "Add --use_lora, or leave it out",
-                )
+        return
+    for item in fields(LoraArguments):
+        value = getattr(lora, item.name)
+        # Without LoRA embeddings always train, so "full" is what happens.
+        if value != item.default and not (item.name == "trainable_embeddings" and value == "full"):
+            shown = "" if value is True else " " + (" ".join(value) if isinstance(value, list) else str(value))
+            yield ConfigError(
+                f"--{item.name}{shown} needs --use_lora: without it all parameters train",
+                "Add --use_lora, or leave it out",
+            )
+
+
+def _check_quantization(args: RunArguments) -> Faults:
+    """What is asked for against what the checkpoint is; its config says whether its weights are quantised."""
+    lora, folder = args.lora, _model_folder(args)
+    try:
+        saved = find_quantization(folder)
+    except ConfigError as error:
+        yield error
+        return
+    asked = [f"--quant_type {lora.quant_type}"] if lora.quant_type else []
+    asked += ["--load_in_8bit"] if lora.load_in_8bit else []
+    is_quantised = f"--model_name_or_path {args.model.model_name_or_path}: its weights are quantised ({saved})"
+    if saved and not lora.use_lora:
+        if not args.dry_run:  # a look at the data needs no word of how it will be trained
+            what = f"{is_quantised} and cannot be trained themselves"
+            yield ConfigError(what, "Add --use_lora --q_lora, or give the unquantised model")
+    elif saved and not lora.q_lora:
+        yield ConfigError(f"{is_quantised}: LoRA on them is Q-LoRA", "Add --q_lora, or give the unquantised model")
+    elif saved and asked:
+        yield ConfigError(f"{is_quantised} already: {' and '.join(asked)} cannot be had", f"Leave {asked[0]} out")
+    if asked and lora.use_lora and not lora.q_lora:
+        yield ConfigError(f"{' and '.join(asked)} needs --q_lora", "Add --q_lora, or leave it out")
+    if len(asked) == 2:
+        yield ConfigError(f"{' and '.join(asked)} are two ways to quantise", "Give one of them")
+    if lora.q_lora and args.options.pure_bf16:
+        yield ConfigError("--q_lora trains in float32, --pure_bf16 in bfloat16", "Give --bf16 instead of --pure_bf16")
+    quantization = saved or lora.quantization
+    if lora.use_lora and lora.q_lora and quantization and not quantization.is_packed and not args.dry_run:
+        yield from _check_bitsandbytes(f"{'--q_lora' if saved is None else '--model_name_or_path'} ({quantization})")
+
+
+def _check_optimizer(args: RunArguments) -> Faults:
+    name = str(args.trainer_value("optim"))
+    if not (
+        name.startswith(("paged_", "ademamix", "rmsprop_bnb", "lion_")) or name in ("adamw_bnb_8bit", "adamw_8bit")
+    ):
+        return
+    yield from _check_bitsandbytes(f"--optim {name}")
+    if args.trainer_value("use_cpu") or not _has_gpu():
+        yield ConfigError(f"--optim {name} needs a GPU, and there is none", "Leave it out")
+
+
+def _check_bitsandbytes(asking: str) -> Faults:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        yield ConfigError(f"{asking} needs bitsandbytes, which is not installed", "pip install bitsandbytes")
 
 
 def _check_continued_adapter(lora: LoraArguments) -> Faults:
@@ -191,8 +236,7 @@ def _check_continued_adapter(lora: LoraArguments) -> Faults:
 
 
 def _check_model(args: RunArguments) -> Faults:
-    name, length = args.model.model_name_or_path, args.options.model_max_length
-    folder = find_local_folder(name, args.options.cache_dir, args.model.model_hub)
+    name, length, folder = args.model.model_name_or_path, args.options.model_max_length, _model_folder(args)
     positions = most_positions(load_model_config(folder))
     if positions is not None and length > positions:
         yield ConfigError(
@@ -207,6 +251,10 @@ def _check_model(args: RunArguments) -> Faults:
         yield ConfigError(
             f"--lora_target_modules {' '.join(unknown)}: the model has no such layers", f"It has {', '.join(layers)}"
         )
+
+
+def _model_folder(args: RunArguments) -> Path:
+    return find_local_folder(args.model.model_name_or_path, args.options.cache_dir, args.model.model_hub)
 
 
 def _is_norm(module: str) -> bool:

@@ -19,11 +19,21 @@ _KNOWN_WARNINGS = (
     "`gradient_checkpointing",  # peft and the Trainer read the old name of transformers' flag, which still works
 )
 
+# Of what they find on other machines, on import, once per layer.
+_CHATTERERS = ("torchao", "torch.utils._pytree", "bitsandbytes")
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries say without a cause off the screen."""
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name in _CHATTERERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
 
 def set_up_logging() -> None:
     """One format for all lines; processes other than the first, as torchrun numbers them, only warn."""
-    for message in _KNOWN_WARNINGS:
-        warnings.filterwarnings("ignore", message=message)
+    quiet_libraries()
     logging.basicConfig(
         stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True
     )

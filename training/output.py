@@ -29,7 +29,7 @@ _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 _OUR_FILES = re.compile(
     r"training_log\.jsonl|training_loss\.png|run_summary\.json|run_args\.(json|yaml)|data_receipt\.(json|html)"
     r"|config\.json|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
-    r"|adapter_config\.json|adapter_model\.safetensors"
+    r"|adapter_config\.json|adapter_model\.safetensors|base_quantization\.json"
     r"|qwen(_extra)?\.tiktoken|tokenizer(_config)?\.json|vocab\.json|merges\.txt|special_tokens_map\.json"
     r"|added_tokens\.json|chat_template\.(jinja|json)"
     r"|\..*\.partial"  # left by a process that was killed

@@ -17,6 +17,7 @@ from data_utils.receipt import Receipt
 from training.adapters import EmbeddingsPolicy
 from training.args import RunArguments
 from training.callbacks import RunLog, peak_memory, versions
+from training.quantized import count_weights
 from training.trainer import QwenTrainer
 
 logger = logging.getLogger(__name__)
@@ -28,8 +29,8 @@ RUN_SUMMARY = "run_summary.json"
 def count_parameters(model: nn.Module | None) -> tuple[int, int]:
     """Trained and all parameters."""
     assert model is not None, "a Trainer without a model"
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
+    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return trained, count_weights(model)
 
 
 def describe_run(
@@ -42,6 +43,8 @@ def describe_run(
     per_epoch = max(1, math.ceil(len(examples) / batch))
     steps = training.max_steps if training.max_steps > 0 else math.ceil(per_epoch * training.num_train_epochs)
     mode = "LoRA" if isinstance(trainer.model, PeftModel) else "all parameters"
+    if quantization := checkpoint.quantization or args.lora.quantization:
+        mode = f"LoRA on quantised weights ({quantization})"
     precision = next((name for name in ("pure_bf16", "bf16", "fp16") if getattr(training, name)), "fp32")
     report = examples.receipt.total()
     rows = [
@@ -103,12 +106,14 @@ def save_summary(
 ) -> dict[str, Any]:
     """Write ``run_summary.json`` and return what it says."""
     trained, total = count_parameters(trainer.model)
+    quantization = trainer.checkpoint.quantization or args.lora.quantization
     losses, eval_losses, accuracies = (log.losses(name) for name in ("loss", "eval_loss", "token_accuracy"))
     summary = {
         "base_model": trainer.checkpoint.name,
         "base_fingerprint": fingerprint(trainer.checkpoint.folder),
         "model_type": trainer.checkpoint.model_type,
         "mode": "lora" if isinstance(trainer.model, PeftModel) else "full",
+        "quantization": None if quantization is None else str(quantization),
         "trainable_embeddings": None if policy is None else {"mode": policy.mode, "reason": policy.reason},
         "trained_parameters": trained,
         "parameters": total,

@@ -16,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel
 
+from checkpoints.quantization import BASE_QUANTIZATION
 from checkpoints.shards import open_checkpoint, save_checkpoint, save_json, save_tensors
 from errors import RunError
 from qwen_model.generation import MAX_WINDOW_SIZE
@@ -79,6 +80,9 @@ def save_adapter(
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
     config.save_pretrained(str(folder))
+    if (quantization := getattr(model.config, "quantization_config", None)) is not None:
+        # The adapter has learnt beside weights that were rounded this way.
+        save_json(quantization.to_dict(), folder / BASE_QUANTIZATION)
     _check_saved(tensors.items(), folder, (ADAPTER_WEIGHTS,))
 
 

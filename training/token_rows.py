@@ -1,4 +1,4 @@
-"""Rows of an embedding that train apart, without a copy of the embedding.
+"""Rows of an embedding or a head that train apart, without a copy of it.
 
 peft's trainable tokens write the trained rows into a copy of the whole matrix at every forward pass and give it a dense
 gradient: twice the vocabulary times the hidden size, for two rows. Its files are what others read, so the layer stays
@@ -16,18 +16,24 @@ from torch import Tensor, nn
 
 
 class LeanTrainableTokens(TrainableTokensLayer):
-    """peft's layer; an embedding's rows are looked up in the frozen matrix and the trained ones put in their places."""
+    """peft's layer; what comes of the frozen matrix is taken, and what comes of the trained rows put in its places."""
 
     def forward_adapters(self, x: Tensor, active_adapters: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Embeddings [B, T, C] of ids [B, T]; anything but one trained adapter on an embedding is left to peft."""
+        """Embeddings [B, T, C] of ids [B, T], or logits [B, T, V] of states [B, T, C].
+
+        Anything but one trained adapter is left to peft.
+        """
         plain = self.disable_adapters or self.merged or len(active_adapters) != 1
         base = self.get_base_layer()
-        if plain or not isinstance(base, nn.Embedding):
+        if plain or not isinstance(base, (nn.Embedding, nn.Linear)):
             result: Tensor = super().forward_adapters(x, active_adapters, *args, **kwargs)
             return result
         embedded = base(x)
         (name,) = active_adapters
         ids = torch.tensor(self.token_indices[name], device=x.device)
+        if isinstance(base, nn.Linear):
+            logits = F.linear(x, self.trainable_tokens_delta[name].to(x.dtype))
+            return embedded.index_copy(-1, ids, logits.to(embedded.dtype))
         matches = x[..., None] == ids
         rows = F.embedding(matches.long().argmax(-1), self.trainable_tokens_delta[name].to(embedded.dtype))
         return torch.where(matches.any(-1, keepdim=True), rows, embedded)

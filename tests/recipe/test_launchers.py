@@ -14,7 +14,8 @@ from tests.golden import REPO, SMALL, offline_environment
 
 LORA = "finetune_lora_single_gpu.sh"
 FULL = "finetune_single_gpu.sh"
-BOTH = pytest.mark.parametrize("name", [LORA, FULL])
+QLORA = "finetune_qlora_single_gpu.sh"
+EACH = pytest.mark.parametrize("name", [LORA, FULL, QLORA])
 
 CONVERSATION = {"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello!"}]}
 
@@ -43,19 +44,20 @@ def data(tmp_path: Path) -> Path:
     return path
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_names_the_options_and_the_defaults(name: str, flag: str, tmp_path: Path) -> None:
     result = launch(name, flag, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("Usage: ")
-    rate = {LORA: "--learning_rate 3e-4", FULL: "--learning_rate 1e-5"}[name]
+    rate = {FULL: "--learning_rate 1e-5"}.get(name, "--learning_rate 3e-4")
     for text in ("-m, --model", "-d, --data", "-o, --output", "-h, --help", "(default: output_qwen)", rate):
         assert text in result.stdout
-    assert ("--use_lora" in result.stdout) == (name == LORA)
+    assert ("--use_lora" in result.stdout) == (name != FULL)
+    assert ("--q_lora" in result.stdout) == (name == QLORA)
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -74,7 +76,7 @@ def test_a_wrong_option_is_one_line(name: str, arguments: list[str], message: st
     assert result.stderr.count("\n") == 1
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("arguments", [[], ["-m", "x"], ["-d", "y", "-o", "z"]])
 def test_model_and_data_are_needed(name: str, arguments: list[str], tmp_path: Path) -> None:
     result = launch(name, *arguments, cwd=tmp_path)
@@ -123,6 +125,7 @@ def test_faults_behind_the_launcher_are_the_commands(
             },
             "model.safetensors",
         ),
+        (QLORA, {"use_lora": True, "q_lora": True, "learning_rate": 3e-4}, "adapter_model.safetensors"),
     ],
 )
 def test_a_run_from_any_folder(

@@ -83,9 +83,7 @@ def test_a_part_of_the_data_is_something_to_evaluate_on(tmp_path: Path) -> None:
           "epoch")  # fmt: skip
 
 
-def test_what_is_not_available_yet(tmp_path: Path) -> None:
-    refuses("--q_lora is not available yet. Use --use_lora, with --bf16 on a GPU", tmp_path, "--q_lora")
-    refuses("--q_lora is not available yet. Use --use_lora, with --bf16 on a GPU", tmp_path, "--use_lora", "--q_lora")
+def test_smoothing_needs_the_lean_loss(tmp_path: Path) -> None:
     smoothing = ["--label_smoothing_factor", "0.1"]
     refuses(
         "--label_smoothing_factor 0.1 needs --loss lean. Leave one of them out",

@@ -1,0 +1,306 @@
+"""Adapters over quantised weights of every kind: they learn, nothing else changes, and what was trained comes back."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import bitsandbytes
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+import merge_lora
+from checkpoints.quantization import Quantization
+from scripts import ask, make_tiny_qwen
+from tests.commands import Recorder, finetune_here, logged_losses, read_json, run, run_here
+from tests.models import TINY, copy_checkpoint, write_conversations, write_later_checkpoint
+from tests.quantized import write_awq, write_gptq
+from training.inference import load_for_inference
+from training.loading import load_checkpoint, load_weights
+from training.quantized import QuantizedLinear
+
+CORPUS = "corpora/fastchat_dummy_conversation.json"
+NF4, INT8 = ["--q_lora"], ["--q_lora", "--load_in_8bit"]
+# What makes a checkpoint of a float one, and the flags beside --use_lora.
+KINDS: dict[str, tuple[Callable[[Path, Path], object] | None, list[str]]] = {
+    "nf4": (None, NF4),
+    "fp4": (None, [*NF4, "--quant_type", "fp4"]),
+    "int8": (None, INT8),
+    "gptq-int4": (lambda source, target: write_gptq(source, target, bits=4, group_size=32), NF4),
+    "gptq-int8": (lambda source, target: write_gptq(source, target, bits=8, group_size=32), NF4),
+    "gptq-act-order": (lambda source, target: write_gptq(source, target, bits=4, group_size=32, desc_act=True), NF4),
+    "awq": (lambda source, target: write_awq(source, target, group_size=32), NF4),
+}
+ON_LOAD = {"nf4": Quantization("nf4", 4), "fp4": Quantization("fp4", 4), "int8": Quantization("int8", 8)}
+LATER = {"qwen2": ("nf4", "gptq-int4"), "qwen3": ("nf4", "awq")}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Qwen v1 in each form, also with groups of 128, and Qwen2 and Qwen3 in two."""
+    folder = tmp_path_factory.mktemp("models")
+    plain = {"qwen": folder / "qwen"}
+    make_tiny_qwen.main(["--output", str(plain["qwen"])])
+    for model_type in LATER:
+        plain[model_type] = write_later_checkpoint(folder / model_type, model_type, dtype=torch.bfloat16)
+    write_gptq(plain["qwen"], folder / "wide-gptq", bits=4, group_size=128)
+    found = {"wide-gptq-int4": folder / "wide-gptq"}
+    for model_type, source in plain.items():
+        for kind in LATER.get(model_type, KINDS):
+            write = KINDS[kind][0]
+            target = folder / f"{model_type}-{kind}"
+            if write is not None:
+                write(source, target)
+            found[f"{model_type}-{kind}"] = source if write is None else target
+    return found
+
+
+NAMES = [f"qwen-{kind}" for kind in KINDS] + ["wide-gptq-int4"]
+NAMES += [f"{model_type}-{kind}" for model_type, kinds in LATER.items() for kind in kinds]
+
+
+def kind_of(name: str) -> str:
+    return name.partition("-")[2]
+
+
+def load(name: str, folder: Path) -> Any:
+    """A model in the form that its name says, computing in float32."""
+    return load_weights(load_checkpoint(str(folder)), torch.float32, quantize=ON_LOAD.get(kind_of(name)))
+
+
+@pytest.fixture(scope="module")
+def runs(
+    models: dict[str, Path], shared: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], tuple[Path, Recorder]]:
+    """Runs on real conversations, each made when it is first asked for: output folder and recorder."""
+    folder, done = tmp_path_factory.mktemp("runs"), {}
+
+    def get(name: str) -> tuple[Path, Recorder]:
+        if name not in done:
+            output = folder / name
+            recorder = finetune_here(
+                "--model_name_or_path", models[name], "--data_path", shared / CORPUS,
+                "--output_dir", output, "--use_lora", *KINDS[kind_of(name)][1], "--lora_dropout", 0, "--lora_alpha", 64,
+                "--learning_rate", 5e-3, "--max_steps", 20, "--per_device_train_batch_size", 4, "--logging_steps", 1,
+                "--model_max_length", 192, "--save_strategy", "no", "--gradient_checkpointing",
+                "--trainable_embeddings", "full" if name.startswith("qwen-") else "none",
+            )  # fmt: skip
+            done[name] = output, recorder
+        return done[name]
+
+    return get
+
+
+def frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Stored tensors of a model, by the base's names, without what an adapter adds."""
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if "lora_" not in name and "modules_to_save" not in name:
+            plain = name.removeprefix("base_model.model.")
+            yield plain.replace(".base_layer", "").replace(".original_module", ""), tensor
+
+
+def dequantised(layer: nn.Module) -> Tensor:
+    """The weight [O, I] of a quantised layer in float32."""
+    if isinstance(layer, QuantizedLinear):
+        return layer.weight
+    # Block by block: its kernel for CPUs reads rows of other than whole blocks wrongly.
+    weight: Any = layer.weight
+    state, packed = weight.quant_state, weight.data.flatten()
+    scales = bitsandbytes.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    values = torch.stack([packed >> 4, packed & 15], -1).flatten().long()
+    return (state.code[values].view(-1, state.blocksize) * scales[:, None]).view(state.shape)
+
+
+IDS = torch.tensor([[5, 39, 72, 198, 5, 6, 7, 300, 400, 12, 13, 14]])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_it_learns_and_leaves_the_quantised_weights_as_they_were(
+    name: str, models: dict[str, Path], runs: Callable[[str], tuple[Path, Recorder]]
+) -> None:
+    output, recorder = runs(name)
+    losses = logged_losses(output)
+    assert losses[-1] < losses[0] - (2.0 if name.startswith("qwen-") else 0.3)
+    before, after = dict(frozen(load(name, models[name]))), dict(frozen(recorder.model))
+    assert before.keys() == after.keys()
+    for tensor_name, tensor in before.items():
+        assert tensor.dtype == after[tensor_name].dtype and torch.equal(tensor, after[tensor_name]), tensor_name
+    trained = [parameter for parameter in recorder.model.parameters() if parameter.requires_grad]
+    assert {parameter.dtype for parameter in trained} == {torch.float32}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_an_adapter_reopens_and_answers_the_same(
+    name: str, models: dict[str, Path], runs: Callable[[str], tuple[Path, Recorder]]
+) -> None:
+    output, recorder = runs(name)
+    checkpoint = load_checkpoint(str(models[name]))
+    reopened = load_for_inference(checkpoint, str(output))
+    with torch.no_grad():
+        trained, again = (model.eval()(input_ids=IDS).logits for model in (recorder.model, reopened))
+    # The adapter is saved in the base's precision.
+    tolerance = 1e-6 if checkpoint.dtype == torch.float32 else 3e-2
+    assert (again - trained).norm() <= tolerance * trained.norm()
+    assert not torch.equal(load_for_inference(checkpoint)(input_ids=IDS).logits, again)
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if "int8" not in name or "gptq" in name])
+def test_logits_are_those_of_the_dequantised_model(name: str, models: dict[str, Path]) -> None:
+    model = load(name, models[name])
+    dense = copy.deepcopy(model)
+    replaced = 0
+    for layer_name, layer in model.named_modules():
+        if isinstance(layer, (QuantizedLinear, bitsandbytes.nn.Linear4bit)):
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+            linear.weight.data = dequantised(layer)
+            if layer.bias is not None:
+                linear.bias.data = layer.bias.float()
+            dense.set_submodule(layer_name, linear)
+            replaced += 1
+    assert replaced == model.config.num_hidden_layers * (5 if model.config.model_type == "qwen" else 7)
+    with torch.no_grad():
+        quantised, expected = model(input_ids=IDS).logits, dense(input_ids=IDS).logits
+    assert (quantised - expected).norm() <= 1e-3 * expected.norm()
+
+
+def test_nothing_that_is_stored_is_held_wider(models: dict[str, Path]) -> None:
+    for name, dtypes in (
+        ("qwen-gptq-int4", {torch.float16}),
+        ("qwen2-nf4", {torch.bfloat16, torch.uint8}),
+        ("qwen3-awq", {torch.float16}),
+    ):
+        model = load(name, models[name])
+        assert {tensor.dtype for tensor in model.parameters()} == dtypes
+        assert model(input_ids=IDS).logits.dtype == torch.float32
+
+
+def test_in_bfloat16(models: dict[str, Path], tmp_path: Path) -> None:
+    data = write_conversations(tmp_path / "train.json")
+    losses = []
+    for precision in ([], ["--bf16"]):
+        finetune_here(
+            "--model_name_or_path", models["qwen2-gptq-int4"], "--data_path", data, "--output_dir", tmp_path / "out",
+            "--use_lora", "--q_lora", "--max_steps", 4, "--logging_steps", 1, "--overwrite_output_dir",
+            "--save_strategy", "no", "--learning_rate", 1e-2, *precision,
+        )  # fmt: skip
+        losses.append(logged_losses(tmp_path / "out"))
+    assert losses[1] == pytest.approx(losses[0], rel=0.01) and losses[1] != losses[0]
+
+
+@pytest.mark.parametrize("kind", ["nf4", "gptq-int4"])
+def test_lean_and_full_logits_and_checkpointed_activations_are_the_same(
+    kind: str, models: dict[str, Path], tmp_path: Path
+) -> None:
+    data, runs = write_conversations(tmp_path / "train.json"), []
+    for number, flags in enumerate(([], ["--loss", "full_logits"], ["--gradient_checkpointing"])):
+        recorder = finetune_here(
+            "--model_name_or_path", models[f"qwen-{kind}"], "--data_path", data, "--output_dir", tmp_path / str(number),
+            "--use_lora", "--q_lora", "--max_steps", 2, "--logging_steps", 1, "--save_strategy", "no",
+            "--trainable_embeddings", "chatml_tokens", "--lora_dropout", 0, *flags,
+        )  # fmt: skip
+        runs.append((logged_losses(tmp_path / str(number)), recorder.gradients[0]))
+    for losses, gradients in runs[1:]:
+        assert losses == pytest.approx(runs[0][0], rel=1e-5)
+        assert gradients.keys() == runs[0][1].keys()
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(gradient, runs[0][1][name], rtol=1e-3, atol=1e-6)
+
+
+@pytest.mark.parametrize("kind", ["nf4", "gptq-int4"])
+def test_evaluating_and_resuming_change_nothing(kind: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """bitsandbytes repacks weights when it evaluates on some processors, and would go on without gradients."""
+    data = write_conversations(tmp_path / "train.json")
+
+    def train(name: str, *flags: object) -> list[float]:
+        finetune_here(
+            "--model_name_or_path", models[f"qwen-{kind}"], "--data_path", data, "--output_dir", tmp_path / name,
+            "--use_lora", "--q_lora", "--max_steps", 6, "--logging_steps", 1, "--save_steps", 3,
+            "--lora_dropout", 0, "--learning_rate", 5e-3, *flags,
+        )  # fmt: skip
+        return logged_losses(tmp_path / name)
+
+    plain = train("plain")
+    evaluated = train("evaluated", "--eval_data_path", data, "--eval_strategy", "steps", "--eval_steps", 1)
+    assert evaluated == plain
+    resumed = train("resumed", "--resume_from_checkpoint", tmp_path / "plain" / "checkpoint-3")
+    # A checkpoint holds the adapter in the base's precision.
+    assert resumed == pytest.approx(plain[3:], rel=1e-6 if kind == "nf4" else 1e-3)
+
+
+def test_a_base_model_learns_the_turn_marks(models: dict[str, Path], tmp_path: Path) -> None:
+    base = copy_checkpoint(tmp_path / "base", models["qwen-gptq-int4"], chat_format="raw")
+    recorder = finetune_here(
+        "--model_name_or_path", base, "--data_path", write_conversations(tmp_path / "train.json"), "--output_dir",
+        tmp_path / "out", "--use_lora", "--q_lora", "--max_steps", 2, "--learning_rate", 1e-2,
+    )  # fmt: skip
+    assert read_json(tmp_path / "out" / "run_summary.json")["trainable_embeddings"]["mode"] == "full"
+    saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    stored = load_file(base / "model.safetensors")
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        assert not torch.equal(saved[f"base_model.model.{name}"], stored[name]), name
+    assert {p.dtype for p in recorder.model.parameters() if p.requires_grad} == {torch.float32}
+
+
+def test_published_layouts_load(golden_small: Path, tmp_path: Path) -> None:
+    """August 2023's files: no quant_method, a config of its own, weights under another name, a bias on every layer."""
+    source, expected = golden_small / "tiny-qwen-small", None
+    for number, options in enumerate(
+        (
+            {"config": "new"},
+            {"config": "2023", "zero_biases": True},
+            {"config": "quantize_config.json", "zero_biases": True, "file_name": "gptq_model-4bit-32g"},
+            {"zeros": "v2", "config": "new"},
+        )
+    ):
+        target = tmp_path / str(number)
+        write_gptq(source, target, bits=4, group_size=32, **options)
+        logits = load("qwen-gptq-int4", target)(input_ids=IDS).logits
+        expected = logits if expected is None else expected
+        assert torch.equal(logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "title", "can_merge"),
+    [("qwen3-nf4", "NF4 by bitsandbytes", True), ("qwen3-awq", "AWQ, 4 bits, groups of 32", False)],
+)
+def test_asking_and_merging(
+    name: str, title: str, can_merge: bool, models: dict[str, Path],
+    runs: Callable[[str], tuple[Path, Recorder]], tmp_path: Path, capfd: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    output, _ = runs(name)
+    assert read_json(output / "run_summary.json")["quantization"] == title
+    question = ["--model_name_or_path", models[name], "--adapter", output, "--max_new_tokens", 4, "Hi"]
+    assert run_here(ask.main, "scripts.ask", question) == 0
+    # An adapter trained on NF4 fits the plain base; onto integers nothing is merged.
+    merge = ["--adapter", output, "--output", tmp_path / "merged"]
+    assert run_here(merge_lora.main, "merge_lora.py", merge) == (0 if can_merge else 2)
+    assert ("is quantised" in capfd.readouterr().err) != can_merge
+
+
+def test_peft_does_not_import_gptqmodel(runs: Callable[[str], tuple[Path, Recorder]]) -> None:
+    """Which is installed here, and would print a banner and patch other libraries in every run."""
+    assert importlib.util.find_spec("gptqmodel") is not None
+    runs("qwen2-gptq-int4")
+    assert "gptqmodel" not in sys.modules
+
+
+def test_without_bitsandbytes(tmp_path: Path) -> None:
+    """What is not installed is said before the model is read, with the command that helps."""
+    hidden = "import sys; sys.modules['bitsandbytes'] = None; import importlib.util as u; find = u.find_spec; "
+    hidden += "u.find_spec = lambda name, *rest: None if name == 'bitsandbytes' else find(name, *rest); "
+    command = hidden + "import finetune; from errors import run_command; run_command(finetune.main, 'finetune.py')"
+    result = run(
+        "-c", command, "--model_name_or_path", TINY, "--data_path", write_conversations(tmp_path / "train.json"),
+        "--output_dir", tmp_path / "out", "--use_lora", "--q_lora",
+    )  # fmt: skip
+    assert result.returncode == 2
+    assert result.stderr == (
+        "finetune.py: error: --q_lora (NF4 by bitsandbytes) needs bitsandbytes, which is not installed. "
+        "pip install bitsandbytes\n"
+    )
