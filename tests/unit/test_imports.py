@@ -17,6 +17,7 @@ PACKAGES = {
     "data_utils": {"errors", "qwen_model"},
     "checkpoints": {"errors"},
     "training": {"errors", "qwen_model", "data_utils", "checkpoints"},
+    "quantize": {"errors", "qwen_model", "data_utils", "checkpoints", "training"},
     "export": {"errors", "qwen_model", "checkpoints"},
     "serving": {"errors", "qwen_model"},
     "evaluation": {"errors", "qwen_model"},
@@ -149,6 +150,7 @@ def test_no_launcher_asks_for_remote_code() -> None:
         ("errors", "import qwen_model"),
         ("export", "import training"),
         ("training", "from tests.golden import REPO"),
+        ("training", "import quantize.gptq"),
     ],
 )
 def test_the_import_rule_can_be_broken(name: str, source: str) -> None:

@@ -1,0 +1,213 @@
+"""A model as a row of blocks: what is quantised in them, and samples that go through one block at a time.
+
+So one block is in float32 at a time, on the GPU where there is one, and the rest of the model needs no more memory than
+it is stored in.
+
+Shapes: T tokens of a sample, C hidden size, I inputs of a layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from data_utils.encode import UnweightedExample
+from qwen_model.chatml import IGNORE_INDEX
+from qwen_model.loss import lean_causal_lm_loss
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where a family has its parts.
+
+    Attributes:
+        blocks, norm: names of the list of blocks, and of the norm behind them.
+        layers: the linear layers of a block in the order of their computation, those with the same input together.
+        scaled_by: for each of these groups the layer that can make its input smaller, because each of the inputs is
+            proportional to one of its outputs; ``None`` where there is none.
+        gives_tuple: whether a block's output is a tuple that begins with the states.
+    """
+
+    blocks: str
+    norm: str
+    layers: tuple[tuple[str, ...], ...]
+    scaled_by: tuple[str | None, ...]
+    gives_tuple: bool = False
+
+
+_LATER = Layout(
+    blocks="model.layers",
+    norm="model.norm",
+    layers=(
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
+    ),
+    scaled_by=("input_layernorm", None, "post_attention_layernorm", "mlp.up_proj"),
+)
+LAYOUTS = {
+    "qwen": Layout(
+        blocks="transformer.h",
+        norm="transformer.ln_f",
+        layers=(("attn.c_attn",), ("attn.c_proj",), ("mlp.w1", "mlp.w2"), ("mlp.c_proj",)),
+        scaled_by=("ln_1", None, "ln_2", "mlp.w1"),
+        gives_tuple=True,
+    ),
+    "qwen2": _LATER,
+    "qwen3": _LATER,
+}
+
+
+def layout_of(model: Any) -> Layout:
+    """The layout of a model that ``training.loading`` can load."""
+    return LAYOUTS[model.config.model_type]
+
+
+def blocks_of(model: Any) -> nn.ModuleList:
+    """The blocks of a model in their order."""
+    blocks: nn.ModuleList = model.get_submodule(layout_of(model).blocks)
+    return blocks
+
+
+def take_blocks(model: Any, device: torch.device, what: str) -> Iterator[tuple[int, nn.Module]]:
+    """Each block in its turn, on the device and in float32; behind it its memory is free. Draws a bar."""
+    blocks = blocks_of(model)
+    for index in tqdm(range(len(blocks)), what, unit=" layers"):
+        yield index, blocks[index].to(device, torch.float32)
+        blocks[index] = nn.Identity()
+
+
+def stored_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """What of a model goes into files: a tied head does not."""
+    tied = model.all_tied_weights_keys if model.config.tie_word_embeddings else {}
+    return ((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
+
+
+class Stream:
+    """Samples on their way through the blocks of a model, each on its own and hence without padding.
+
+    Args:
+        device: where blocks compute; what waits lies on the CPU.
+
+    Attributes:
+        states: [1, T, C] of each sample in float32, behind the blocks that ``pass_through`` was called with.
+    """
+
+    def __init__(self, model: Any, examples: Sequence[UnweightedExample], device: torch.device) -> None:
+        self.device = device
+        self.states: list[Tensor] = []
+        self._labels = [torch.tensor([example["labels"]]) for example in examples]
+        blocks = blocks_of(model)
+        # For each sample what each block is called with: masks and rotary tables.
+        self._arguments: list[list[Mapping[str, Any]]] = []
+        with torch.no_grad(), _only_listening(blocks, layout_of(model).gives_tuple) as heard:
+            for example in examples:
+                model.base_model(torch.tensor([example["input_ids"]], device=model.device), use_cache=False)
+                self.states.append(heard[0][0].cpu())
+                self._arguments.append([_moved(arguments, torch.device("cpu")) for _, arguments in heard])
+                heard.clear()
+
+    @torch.no_grad()
+    def run(self, index: int, block: nn.Module) -> Iterator[Tensor]:
+        """The block's output for each sample, on ``device``."""
+        for states, arguments in zip(self.states, self._arguments, strict=True):
+            output = block(states.to(self.device), **_moved(arguments[index], self.device))
+            yield output[0] if isinstance(output, tuple) else output
+
+    def pass_through(self, index: int, block: nn.Module) -> None:
+        """Make the outputs of the block at this place the inputs of the next one."""
+        for place, output in enumerate(self.run(index, block)):
+            self.states[place] = output.cpu()
+
+    @property
+    def targets(self) -> int:
+        """Trained tokens of all samples."""
+        return sum(int((labels[:, 1:] != IGNORE_INDEX).sum()) for labels in self._labels)
+
+    @torch.no_grad()
+    def perplexity(self, model: Any) -> float:
+        """exp of the mean cross entropy over the trained tokens, from the states behind the last block."""
+        norm, head = model.get_submodule(layout_of(model).norm), model.lm_head
+        for module in (norm, head):
+            module.to(self.device, torch.float32)
+        total = torch.zeros((), dtype=torch.float64)
+        for states, labels in zip(self.states, self._labels, strict=True):
+            loss, _ = lean_causal_lm_loss(norm(states.to(self.device)), head, labels, num_items_in_batch=1)
+            total += loss.cpu()
+        return float((total / self.targets).exp())
+
+
+@contextmanager
+def _only_listening(blocks: nn.ModuleList, gives_tuple: bool) -> Iterator[list[tuple[Tensor, Mapping[str, Any]]]]:
+    """Within it blocks compute nothing: they hand on what they get, and note it, states and other arguments."""
+    heard: list[tuple[Tensor, Mapping[str, Any]]] = []
+
+    def listen(hidden_states: Tensor, **arguments: Any) -> Any:
+        heard.append((hidden_states, arguments))
+        return (hidden_states, None) if gives_tuple else hidden_states
+
+    for block in blocks:
+        block.forward = listen  # type: ignore[method-assign]
+    try:
+        yield heard
+    finally:
+        for block in blocks:
+            del block.forward
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    """The same with all tensors in it on that device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, Mapping):
+        return {name: _moved(each, device) for name, each in value.items()}
+    if isinstance(value, tuple):
+        moved = [_moved(each, device) for each in value]
+        return type(value)(*moved) if hasattr(value, "_fields") else tuple(moved)
+    return value
+
+
+@dataclass
+class InputStatistics:
+    """Of the inputs ``x`` of a layer.
+
+    Attributes:
+        gram: [I, I], the mean of ``x x^T``.
+        sizes: [I], the mean of ``|x|``.
+    """
+
+    gram: Tensor
+    sizes: Tensor
+
+
+def measure_inputs(stream: Stream, index: int, block: nn.Module, names: Sequence[str]) -> dict[str, InputStatistics]:
+    """Run all samples through a block and look at what these layers of it get."""
+    sums: dict[str, InputStatistics] = {}
+    tokens = 0
+
+    def look(name: str, x: Tensor) -> None:
+        x = x.flatten(0, -2).float()
+        if name not in sums:
+            width = x.shape[1]
+            sums[name] = InputStatistics(x.new_zeros(width, width), x.new_zeros(width))
+        sums[name].gram.addmm_(x.T, x)
+        sums[name].sizes.add_(x.abs().sum(0))
+
+    def hook(name: str) -> Any:
+        return lambda module, inputs: look(name, inputs[0])
+
+    handles = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    try:
+        for output in stream.run(index, block):
+            tokens += output.shape[1]
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {name: InputStatistics(each.gram / tokens, each.sizes / tokens) for name, each in sums.items()}

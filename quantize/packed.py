@@ -1,0 +1,178 @@
+"""GPTQ and AWQ weights of a whole model, block by block.
+
+A block is fitted to what the quantised blocks before it give, so that it makes up for a part of their error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from checkpoints.dequantize import dequantize
+from checkpoints.quantization import Quantization
+from checkpoints.shards import CheckpointReader
+from errors import ConfigError
+from quantize.awq import quantize_awq, search_scales
+from quantize.blocks import (
+    LAYOUTS,
+    InputStatistics,
+    Layout,
+    Stream,
+    blocks_of,
+    layout_of,
+    measure_inputs,
+    stored_tensors,
+    take_blocks,
+)
+from quantize.gptq import quantize_gptq
+from quantize.packing import Rounded, pack
+
+Parts = dict[str, Tensor]
+
+NF4_BLOCK = 64
+"""Weights that share a scale in bitsandbytes."""
+
+_TOO_NARROW = "The layers of this model cannot be quantised so"
+
+
+def check_sizes(reader: CheckpointReader, model_type: str, quantization: Quantization) -> None:
+    """Raise ``ConfigError`` unless every layer that is to be quantised consists of whole groups and words."""
+    if not quantization.is_packed:
+        _check_rows(reader, model_type)
+        return
+    per_word = 32 // quantization.bits
+    for name, (outputs, inputs) in _shapes(reader, model_type).items():
+        if inputs % quantization.group_size:
+            sizes = [size for size in (128, 64, 32) if inputs % size == 0]
+            raise ConfigError(
+                f"--group_size {quantization.group_size} does not divide the {inputs} inputs of {name}",
+                f"Give --group_size {sizes[0]}" if sizes else _TOO_NARROW,
+            )
+        if outputs % per_word:
+            raise ConfigError(
+                f"--bits {quantization.bits} needs layers with a multiple of {per_word} outputs, {name} has {outputs}",
+                _TOO_NARROW,
+            )
+
+
+def _check_rows(reader: CheckpointReader, model_type: str) -> None:
+    """On a CPU bitsandbytes reads rows that do not consist of whole blocks back as other numbers than it was given."""
+    for name, (_, inputs) in _shapes(reader, model_type).items():
+        if inputs % NF4_BLOCK and not torch.cuda.is_available():
+            raise ConfigError(
+                f"--format nf4 needs layers with a multiple of {NF4_BLOCK} inputs on a CPU, {name} has {inputs}",
+                "Give --format gptq or awq",
+            )
+
+
+def most_inputs(reader: CheckpointReader, model_type: str) -> int:
+    """Inputs of the widest layer that is quantised."""
+    return max((inputs for _, inputs in _shapes(reader, model_type).values()), default=0)
+
+
+def _shapes(reader: CheckpointReader, model_type: str) -> dict[str, tuple[int, int]]:
+    """Outputs and inputs of the first block's layers; what is missing is reported by whoever loads the weights."""
+    layout = LAYOUTS[model_type]
+    names = {name: f"{layout.blocks}.0.{name}.weight" for group in layout.layers for name in group}
+    shapes = {name: reader.shape(weight) for name, weight in names.items() if weight in reader}
+    return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
+
+
+def quantize_weights(
+    model: Any, quantization: Quantization, calibration: Stream, held_out: Stream, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of the quantised model by their names, on the CPU. The model's own blocks are gone afterwards.
+
+    Args:
+        model: as ``training.loading.load_weights`` gives it, on the CPU.
+        calibration: goes through the quantised blocks.
+        held_out: goes through the blocks as they were.
+        dtype: of what is not quantised.
+
+    Raises:
+        RunError: weights or inputs that cannot be quantised, see ``quantize.gptq``.
+    """
+    layout, last = layout_of(model), len(blocks_of(model)) - 1
+    quantize = _quantize_gptq if quantization.method == "gptq" else _quantize_awq
+    for index, block in take_blocks(model, calibration.device, "Quantising"):
+        held_out.pass_through(index, block)
+        packed = quantize(block, index, calibration, layout, quantization, dtype)
+        if index < last:
+            calibration.pass_through(index, block)
+        for tensor_name, tensor in block.state_dict().items():
+            layer = tensor_name.removesuffix(".weight")
+            if layer in packed:
+                yield from ((f"{layout.blocks}.{index}.{layer}.{part}", value) for part, value in packed[layer].items())
+            else:
+                yield f"{layout.blocks}.{index}.{tensor_name}", tensor.to("cpu", dtype)
+    for name, tensor in stored_tensors(model):
+        yield name, tensor.to("cpu", dtype)
+
+
+def _linear(block: nn.Module, name: str) -> nn.Linear:
+    layer = block.get_submodule(name)
+    assert isinstance(layer, nn.Linear), f"{name} is no linear layer"
+    return layer
+
+
+def _quantize_gptq(
+    block: nn.Module, index: int, stream: Stream, layout: Layout, quantization: Quantization, dtype: torch.dtype
+) -> dict[str, Parts]:
+    """Quantise the layers of a block in place, each fitted to the quantised ones before it."""
+    packed = {}
+    for group in layout.layers:
+        inputs = measure_inputs(stream, index, block, group[:1])[group[0]]
+        for name in group:
+            layer = _linear(block, name)
+            rounded = quantize_gptq(layer.weight, inputs.gram, quantization.bits, quantization.group_size)
+            packed[name] = _put(rounded, layer, quantization)
+    return packed
+
+
+def _quantize_awq(
+    block: nn.Module, index: int, stream: Stream, layout: Layout, quantization: Quantization, dtype: torch.dtype
+) -> dict[str, Parts]:
+    """Scale and quantise the layers of a block in place."""
+    statistics = measure_inputs(stream, index, block, [group[0] for group in layout.layers])
+    groups = [(statistics[group[0]], [_linear(block, name) for name in group]) for group in layout.layers]
+    for (inputs, layers), before in zip(groups, layout.scaled_by, strict=True):
+        if before is not None:
+            weights = [layer.weight for layer in layers]
+            scales = search_scales(weights, inputs.gram, inputs.sizes, quantization.group_size)
+            _move_scales(block.get_submodule(before), layers, inputs, scales, dtype)
+    packed = {}
+    for names, (inputs, layers) in zip(layout.layers, groups, strict=True):
+        for name, layer in zip(names, layers, strict=True):
+            packed[name] = _put(quantize_awq(layer.weight, inputs.gram, quantization.group_size), layer, quantization)
+    return packed
+
+
+@torch.no_grad()
+def _move_scales(
+    before: Any, layers: list[nn.Linear], inputs: InputStatistics, scales: Tensor, dtype: torch.dtype
+) -> None:
+    """Divide the output of one layer by ``scales`` [I] and multiply the columns of the next ones by them."""
+    if before.weight.dim() == 1:
+        # The norm is stored in ``dtype``: what it can hold decides what the scales are.
+        divided = (before.weight / scales).to(dtype).float()
+        is_kept = (before.weight != 0) & (divided != 0) & divided.isfinite()
+        scales = torch.where(is_kept, before.weight / divided, 1)
+        before.weight.copy_(torch.where(is_kept, divided, before.weight))
+    else:
+        before.weight.div_(scales[:, None])
+        if before.bias is not None:
+            before.bias.div_(scales)
+    for layer in layers:
+        layer.weight.mul_(scales)
+    inputs.gram.div_(scales[:, None]).div_(scales)
+
+
+@torch.no_grad()
+def _put(rounded: Rounded, layer: nn.Linear, quantization: Quantization) -> Parts:
+    """Give a layer the weight that will be read from its packed parts, and return these."""
+    parts = pack(rounded, quantization)
+    layer.weight.copy_(dequantize(parts, quantization))
+    return parts

@@ -1,0 +1,120 @@
+"""Quantise a checkpoint with your own conversations as calibration data.
+
+    python -m scripts.quantize --model_name_or_path DIR --data_path FILE --output_dir OUT --bits 4
+
+Conversations are drawn and rendered as in training. A tenth of them is held out, and the perplexity of its answers is
+measured before and after. The output folder appears when it is whole; it opens in transformers, and here, to ask it and
+to train an adapter on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+from errors import CommandParser, ConfigError, run_command
+
+GROUP_SIZES = (32, 64, 128)
+MODEL_MAX_LENGTH = 2048
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = CommandParser(
+        prog="python -m scripts.quantize",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model_name_or_path", required=True, help="checkpoint folder, or a hub id")
+    parser.add_argument(
+        "--data_path", required=True, nargs="+", metavar="FILE", help="conversations, as finetune.py takes them"
+    )
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder to write; must be empty or not exist")
+    parser.add_argument("--format", choices=("gptq", "awq", "nf4"), default="gptq", help="default: %(default)s")
+    parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="8 with gptq only; default: %(default)s")
+    parser.add_argument(
+        "--group_size", type=int, choices=GROUP_SIZES, help="inputs that share a scale, for gptq and awq; default: 128"
+    )
+    parser.add_argument("--samples", type=int, default=128, help="conversations to draw; default: %(default)s")
+    parser.add_argument(
+        "--model_max_length",
+        type=int,
+        help=f"most tokens of a sample; default: {MODEL_MAX_LENGTH}, or what the model can",
+    )
+    parser.add_argument("--seed", type=int, default=42, help="of what is drawn and held out; default: %(default)s")
+    parser.add_argument("--system_message", help="for conversations without one; by default that of the model's family")
+    parser.add_argument(
+        "--data_format",
+        choices=("auto", "conversations", "messages", "alpaca", "pairs"),
+        default="auto",
+        help="format of all files; auto recognises it, file by file (default)",
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    args = parser.parse_args(argv)
+    check_args(args)
+    return args
+
+
+def check_args(args: argparse.Namespace) -> None:
+    """Raise ``ConfigError`` for flags that cannot work, alone or together."""
+    if args.bits == 8 and args.format != "gptq":
+        raise ConfigError(f"--bits 8 is not possible with --format {args.format}", "Give --bits 4, or --format gptq")
+    if args.format == "nf4" and args.group_size is not None:
+        raise ConfigError(f"--group_size {args.group_size} has no meaning with --format nf4", "Leave it out")
+    if args.samples < 2:
+        raise ConfigError(
+            f"--samples {args.samples} is too few: one is held out, and the others are quantised with", "Give 2 or more"
+        )
+    if args.model_max_length is not None and args.model_max_length < 1:
+        raise ConfigError(f"--model_max_length {args.model_max_length} is not possible", "Give a positive number")
+
+
+def main(argv: Sequence[str]) -> None:
+    args = parse_args(argv)
+    from training.logs import set_up_logging
+
+    set_up_logging()
+    # Only now torch is loaded: a wrong flag is answered at once.
+    from checkpoints.quantization import Quantization
+    from checkpoints.shards import check_output_folder
+    from data_utils.encode import EncodeOptions
+    from quantize.calibration import draw_samples
+    from quantize.checkpoint import check_quantizable, quantize_checkpoint
+    from training.loading import load_checkpoint
+
+    check_output_folder(args.output_dir, "--output_dir")
+    group_size = 0 if args.format == "nf4" else args.group_size or 128
+    quantization = Quantization(args.format, args.bits, group_size, zero_offset=int(args.format == "gptq"))
+    checkpoint = load_checkpoint(args.model_name_or_path)
+    check_quantizable(checkpoint, quantization)
+    options = EncodeOptions(max_length=choose_length(args, checkpoint.folder), system_message=args.system_message)
+    samples = draw_samples(checkpoint, args.data_path, args.samples, options, args.data_format, args.seed)
+    result = quantize_checkpoint(checkpoint, quantization, samples, args.output_dir)
+    print(
+        f"calibrated: on {len(samples.calibration):,} conversations, {samples.calibration_tokens:,} tokens\n"
+        f"perplexity: {result.perplexity_before:.4f} before, {result.perplexity_after:.4f} after, "
+        f"on the {result.targets:,} answer tokens of {len(samples.held_out):,} conversations held out\n"
+        f"written:    {args.output_dir} ({quantization}), {result.bytes_after / 1e6:,.1f} MB of weights "
+        f"instead of {result.bytes_before / 1e6:,.1f}\n"
+        f'next:       python -m scripts.ask --model_name_or_path {shlex.quote(str(args.output_dir))} "Who are you?"'
+    )
+
+
+def choose_length(args: argparse.Namespace, folder: Path) -> int:
+    """Most tokens of a sample, never more than the model has positions."""
+    from training.model_files import load_model_config, most_positions
+
+    positions = most_positions(load_model_config(folder))
+    length: int = args.model_max_length or min(MODEL_MAX_LENGTH, positions or MODEL_MAX_LENGTH)
+    if positions is not None and length > positions:
+        raise ConfigError(
+            f"--model_max_length {length} is more than the {positions} positions of {args.model_name_or_path}",
+            f"Give {positions} or less",
+        )
+    return length
+
+
+if __name__ == "__main__":
+    run_command(main, "scripts.quantize")
