@@ -1,7 +1,11 @@
 #!/usr/bin/env bash
-# Runs the tests in the toolkit's own environment:  bash scripts/test.sh [pytest arguments]  (default: the whole suite)
+# Runs the tests in the toolkit's own environment:  bash scripts/test.sh [pytest arguments]
+# Without arguments the whole suite, in two processes (a file's tests in one of them); with arguments what they say.
 set -euo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 sh scripts/setup_env.sh .venv requirements_dev.txt constraints.txt
+if [ $# -eq 0 ]; then
+    set -- --numprocesses 2 --dist loadfile
+fi
 exec .venv/bin/python -m pytest "$@"
