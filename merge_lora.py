@@ -40,11 +40,12 @@ def main(argv: Sequence[str]) -> None:
     from tqdm import tqdm
 
     from checkpoints.adapter import load_adapter
+    from checkpoints.dequantized import open_dequantized
     from checkpoints.fold import plan_fold
+    from checkpoints.quantization import find_quantization
     from checkpoints.shards import (
         check_output_folder,
         load_json,
-        open_checkpoint,
         parse_size,
         save_checkpoint,
         staged_folder,
@@ -58,7 +59,12 @@ def main(argv: Sequence[str]) -> None:
     check_apart(args.output, {"--adapter": args.adapter, "--base": base_folder})
     check_output_folder(args.output)
     base_config = load_json(base_folder / "config.json")
-    fold = plan_fold(open_checkpoint(base_folder), base_config, adapter)
+    stored = declared_dtype(base_config)
+    if quantization := find_quantization(base_folder):
+        logger.info(
+            "The base is quantised (%s): its weights are dequantised, the merged model is not quantised", quantization
+        )
+    fold = plan_fold(open_dequantized(base_folder, stored), base_config, adapter)
     dtype = choose_dtype(args.dtype, base_config)
     check_space(fold, dtype, args.output)
     warn_of_other_base(args.adapter, base_folder)
@@ -134,6 +140,15 @@ def choose_dtype(flag: str, base_config: dict[str, Any]) -> torch.dtype | None:
     return torch.float32 if declared == "float32" or (not declared and base_config.get("fp32")) else None
 
 
+def declared_dtype(base_config: dict[str, Any]) -> torch.dtype:
+    """The precision that a config says its floats have; where it says nothing float16, as GPTQ's and AWQ's scales."""
+    import torch
+
+    declared = str(base_config.get("dtype") or base_config.get("torch_dtype") or "").removeprefix("torch.")
+    flagged = next((name for flag, name in DTYPES.items() if base_config.get(flag)), "float16")
+    return getattr(torch, declared if declared in DTYPES.values() else flagged)
+
+
 def check_space(fold: Fold, dtype: torch.dtype | None, output: Path) -> None:
     needed = sum(fold.nbytes(name, dtype) for name in fold.names)
     folder = next(parent for parent in output.resolve().parents if parent.is_dir())
@@ -169,7 +184,7 @@ def save_config(base_config: dict[str, Any], fold: Fold, dtype: torch.dtype | No
             sizes[str(written).removeprefix("torch.")] += fold.nbytes(name, dtype)
     main_dtype = sizes.most_common(1)[0][0]
     # No remote code ships with the merged checkpoint.
-    config = {key: value for key, value in base_config.items() if key != "auto_map"}
+    config = {key: value for key, value in base_config.items() if key not in ("auto_map", "quantization_config")}
     # Older folders say torch_dtype, newer ones dtype.
     config |= dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"], main_dtype)
     if config.get("model_type") == "qwen":

@@ -1,4 +1,4 @@
-"""Packed integer weights, GPTQ's and AWQ's, as floating-point matrices.
+"""Quantised weights as floating-point matrices: GPTQ's and AWQ's packed integers, and what bitsandbytes saves.
 
 A word of 32 bits holds P = 32 / bits values. I inputs, O outputs, G groups of inputs that share scale and zero point:
 a weight is ``scale * (value - zero)``.
@@ -8,11 +8,15 @@ GPTQ (Frantar et al. 2022) in auto-gptq's layout:
     format; scales [G, O]; g_idx [I], the group of each input, which need not be sorted (act-order).
 AWQ (Lin et al. 2023) in AutoAWQ's GEMM layout:
     qweight [I, O / P] and qzeros [G, O / P], packed along the outputs in the order 0 2 4 6 1 3 5 7; scales [G, O].
+NF4 and FP4 (Dettmers et al. 2023) as bitsandbytes saves them:
+    two values a byte, the first in its upper half, in one long row; each is a place in quant_map [16]; absmax, a scale
+    per block of them, may itself be quantised: to places in nested_quant_map [256], with scales and an offset.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -85,3 +89,31 @@ def _unpack(words: Tensor, shifts: Tensor, bits: int) -> Tensor:
 
 def _largest(quantization: Quantization) -> int:
     return (1 << quantization.bits) - 1
+
+
+def dequantize_4bit(parts: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
+    """The weight [O, I] in float32 of a layer that bitsandbytes has quantised to NF4 or FP4.
+
+    Args:
+        parts: the tensors by what follows ``.weight`` in their names; the packed values by an empty string.
+        state: the JSON that is saved beside them.
+    """
+    scales = parts[".absmax"]
+    if ".nested_absmax" in parts:
+        blocks = parts[".nested_absmax"].repeat_interleave(state["nested_blocksize"])[: scales.numel()]
+        scales = parts[".nested_quant_map"][scales.int()] * blocks + state["nested_offset"]
+    packed = parts[""].flatten()
+    values = torch.empty(2 * packed.numel(), dtype=torch.uint8)
+    values[0::2], values[1::2] = packed >> 4, packed & 15
+    weight = parts[".quant_map"].float()[values.int()]
+    whole = len(scales) * state["blocksize"]
+    if len(weight) < whole:  # the last block need not be full
+        weight = torch.nn.functional.pad(weight, (0, whole - len(weight)))
+    weight = weight.view(-1, state["blocksize"]).mul_(scales[:, None]).flatten()
+    shape = tuple(state["shape"])
+    return weight[: shape[0] * shape[1]].view(shape)
+
+
+def dequantize_8bit(values: Tensor, scales: Tensor) -> Tensor:
+    """The weight [O, I] in float32 of a layer that bitsandbytes has quantised to 8 bits: 127 is ``scales`` [O]."""
+    return values.float() * (scales.float() / 127)[:, None]

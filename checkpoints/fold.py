@@ -104,13 +104,11 @@ def plan_fold(base: CheckpointReader, base_config: Mapping[str, Any], adapter: A
     trained with is merged with a loud warning.
 
     Args:
+        base: the base's tensors; of a quantised one as :class:`checkpoints.dequantized.DequantizedReader` has them.
         base_config: the base's config.json.
     Raises:
-        ConfigError: a quantised base; a tensor of the adapter that fits no tensor of the base or is not finite.
+        ConfigError: a tensor of the adapter that fits no tensor of the base or is not finite.
     """
-    if quantization := base_config.get("quantization_config"):
-        what = f"--base is quantised ({quantization.get('quant_method', 'unknown method')})"
-        raise ConfigError(what, "Merging onto it comes later: give the unquantised base")
     embedding = next((name for name in EMBEDDINGS if name in base), None)
     tied = embedding is not None and bool(base_config.get("tie_word_embeddings", HEAD not in base))
     # A tied checkpoint may store its head all the same, but no loader takes that copy.

@@ -442,12 +442,6 @@ def test_token_indices_have_to_fit(plain_base: Path, tmp_path: Path, indices: li
     refuses(plain_base, adapter, r"ask for \(3, 16\)" if len(indices) == 3 else r"ids outside of 0\.\.39")
 
 
-def test_a_quantised_base_is_refused(plain_base: Path, plain_adapter: Path) -> None:
-    config = load_json(plain_base / "config.json") | {"quantization_config": {"quant_method": "gptq", "bits": 4}}
-    with pytest.raises(ConfigError, match=r"^--base is quantised \(gptq\)\. Merging onto it comes later"):
-        plan_fold(open_checkpoint(plain_base), config, load_adapter(plain_adapter))
-
-
 # ------------------------------------------------------------------------------------------------------------ warnings
 
 
