@@ -380,12 +380,12 @@ from data_utils.files import read_records
 from errors import DataError
 for path in sys.argv[1:]:
     tracemalloc.start()
-    start = time.perf_counter()
+    start = time.process_time()
     try:
         for place, value in read_records(path):
             pass
     except DataError as error:
-        print(tracemalloc.get_traced_memory()[1] >> 20, time.perf_counter() - start, error, sep="\\t")
+        print(tracemalloc.get_traced_memory()[1] >> 20, time.process_time() - start, error, sep="\\t")
     tracemalloc.stop()
 """
 
@@ -403,7 +403,7 @@ def test_a_bomb_ends_in_a_fault_with_bounded_memory(tmp_path: Path) -> None:
     for line in lines:
         megabytes, seconds, message = line.split("\t")
         assert int(megabytes) < 4 * 32, message
-        assert float(seconds) < 3, message
+        assert float(seconds) < 15, message  # of a processor; without a limit each would take minutes
         messages.append(re.split(r": |\. ", message)[1])
     limit = "one record, or the blank space before it, takes more than {} MiB of text"
     assert messages == [limit.format(1), *[limit.format(32)] * 2, "not valid JSON", *[limit.format(32)] * 2]

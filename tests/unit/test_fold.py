@@ -127,9 +127,10 @@ CASES: dict[str, dict[str, Any]] = {
     "LoRA on embedding and head": {"target_modules": ["q_proj", "embed_tokens", "lm_head"], **PATTERNS},
     "gaussian start": {"init_lora_weights": "gaussian"},
     "orthogonal start": {"init_lora_weights": "orthogonal"},
-    "mica start": {"init_lora_weights": "mica"},
     "some layers": {"layers_to_transform": [1], "layers_pattern": "layers"},
 }
+if "mica" in str(LoraConfig.__dataclass_fields__["init_lora_weights"].type):  # which peft knows from 0.20
+    CASES["mica start"] = {"init_lora_weights": "mica"}
 TIED_CASES: dict[str, dict[str, Any]] = {
     "plain": {},
     "embedding in full, tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
@@ -153,8 +154,6 @@ APART_CASES: dict[str, tuple[bool, dict[str, Any]]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_equals_pefts_merging(tmp_path: Path, case: str) -> None:
-    if case == "mica start" and "mica" not in str(LoraConfig.__dataclass_fields__["init_lora_weights"].type):
-        pytest.skip("this version of peft does not know mica")
     base = make_base(tmp_path / "base")
     adapter = make_adapter(base, tmp_path / "adapter", **{"target_modules": LINEAR} | CASES[case])
     merged = fold(base, adapter)

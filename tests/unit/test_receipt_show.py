@@ -152,9 +152,9 @@ def test_of_hundreds_of_turns_the_first_and_the_last_stay() -> None:
 def test_five_megabytes_in_one_line() -> None:
     receipt = receipt_of(("user", "\x1b<" * 2_500_000, 0.0), ("assistant", "Hello", 1.0))
     assert sum(len(piece.text) for piece in receipt.samples[0].pieces) < 50_000
-    begun = time.perf_counter()
+    begun = time.process_time()
     text, page = render_receipt(receipt, color=False), render_html([receipt])
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 10
     assert len(text) < 20_000
     assert len(page) < 200_000
     assert "tokens left out" in text
