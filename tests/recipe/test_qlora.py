@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -319,11 +318,15 @@ def test_merged_onto_the_quantised_base(
     assert difference.abs().max() <= 1e-5 * max(1, expected(input_ids=IDS).logits.abs().max())
 
 
-def test_peft_does_not_import_gptqmodel(runs: Callable[[str], tuple[Path, Recorder]]) -> None:
+def test_peft_does_not_import_gptqmodel(models: dict[str, Path], tmp_path: Path) -> None:
     """Which is installed here, and would print a banner and patch other libraries in every run."""
     assert importlib.util.find_spec("gptqmodel") is not None
-    runs("qwen2-gptq-int4")
-    assert "gptqmodel" not in sys.modules
+    result = run(
+        "-c", "import sys, finetune; finetune.main(sys.argv[1:]); print('gptqmodel' in sys.modules)",
+        "--model_name_or_path", models["qwen2-gptq-int4"], "--data_path", write_conversations(tmp_path / "train.json"),
+        "--output_dir", tmp_path / "out", "--use_lora", "--q_lora", "--max_steps", 1, "--save_strategy", "no",
+    )  # fmt: skip
+    assert (result.returncode, result.stdout) == (0, "False\n"), result.stderr
 
 
 def test_without_bitsandbytes(tmp_path: Path) -> None:
