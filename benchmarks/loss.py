@@ -116,11 +116,12 @@ def measure(*case: str) -> tuple[float, float]:
 
 
 def anonymous_memory(pid: int) -> float:
-    """RssAnon of a process in MiB."""
-    for line in Path(f"/proc/{pid}/status").read_text().splitlines():
-        if line.startswith("RssAnon:"):
-            return int(line.split()[1]) / 1024
-    return 0.0
+    """RssAnon of a process in MiB; 0 once it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0.0
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon:")), 0.0)
 
 
 def run_case(kind: str, *arguments: str) -> None:

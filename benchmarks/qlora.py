@@ -30,6 +30,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.loss import anonymous_memory
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "qlora.json"
 HIDDEN, LAYERS, WIDTH, GROUP, TOKENS, THREADS = 768, 12, 3072, 128, 256, 2
@@ -177,15 +179,6 @@ def watch(command: Sequence[str]) -> float:
             said.seek(0)
             raise RuntimeError(f"{' '.join(command)} failed:\n{said.read()[-2000:]}")
     return peak
-
-
-def anonymous_memory(pid: int) -> float:
-    """RssAnon of a process in MiB; 0 once it has ended."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except OSError:
-        return 0.0
-    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("RssAnon:")), 0.0)
 
 
 # -------------------------------------------------------------------------------------------------------------- layers

@@ -15,7 +15,7 @@ NF4 and FP4 (Dettmers et al. 2023) as bitsandbytes saves them:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,8 @@ from checkpoints.quantization import Quantization
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 """Tensors of a packed layer; ``g_idx`` may be absent."""
 
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
+"""The column, of eight, that stands at each place of a word of AWQ's."""
 
 # Weights that are unpacked at a time: on a CPU as many as its caches hold, on a GPU enough to keep it busy.
 _AT_A_TIME = {"cpu": 1 << 18}
@@ -37,16 +38,18 @@ def dequantize(parts: Mapping[str, Tensor], quantization: Quantization, dtype: t
     """The weight [O, I] of a packed layer; the products are exact in float32 and rounded once to ``dtype``.
 
     Args:
-        parts: the layer's tensors by the last part of their names. Without ``g_idx`` groups are runs of inputs.
+        parts: the layer's tensors by the last part of their names. Without ``g_idx``, or with an empty one, groups are
+            runs of inputs.
     """
     qweight, scales, is_awq = parts["qweight"], parts["scales"].float(), quantization.method == "awq"
-    per_word, outputs = 32 // quantization.bits, scales.shape[1]
+    per_word = 32 // quantization.bits
+    outputs, inputs = weight_shape(qweight.shape, quantization)
     shifts = _shifts(quantization).to(qweight.device)
     zeros = (_unpack(parts["qzeros"], shifts, quantization.bits) + quantization.zero_offset) & _largest(quantization)
     offsets = scales * zeros  # a zero point of 0, less one, is stored as the largest value, and comes back to 0
-    inputs = len(qweight) * (1 if is_awq else per_word)
-    size = inputs if quantization.group_size == -1 else quantization.group_size
-    groups = parts.get("g_idx")
+    size, groups = quantization.inputs_per_group(inputs), parts.get("g_idx")
+    if groups is not None and groups.numel() == 0:
+        groups = None
     if groups is None and inputs % size:
         groups = torch.arange(inputs, device=qweight.device) // size
     run = size if groups is None else per_word
@@ -69,15 +72,21 @@ def dequantize(parts: Mapping[str, Tensor], quantization: Quantization, dtype: t
     return weight.T
 
 
+def weight_shape(qweight: Sequence[int], quantization: Quantization) -> tuple[int, int]:
+    """O and I of the weight that a ``qweight`` of this shape holds."""
+    rows, columns, per_word = *qweight, 32 // quantization.bits
+    return (columns * per_word, rows) if quantization.method == "awq" else (columns, rows * per_word)
+
+
 def is_in_order(groups: Tensor, quantization: Quantization) -> bool:
     """Whether a ``g_idx`` says nothing more than that groups are runs of inputs."""
-    size = len(groups) if quantization.group_size == -1 else quantization.group_size
-    return bool((groups == torch.arange(len(groups), device=groups.device) // size).all())
+    runs = torch.arange(len(groups), device=groups.device) // quantization.inputs_per_group(max(1, len(groups)))
+    return torch.equal(groups.to(runs.dtype), runs)
 
 
 def _shifts(quantization: Quantization) -> Tensor:
     """[P]: by how many bits each of a word's values is shifted, in the order of inputs or outputs."""
-    order = _AWQ_ORDER if quantization.method == "awq" else range(32 // quantization.bits)
+    order = AWQ_ORDER if quantization.method == "awq" else range(32 // quantization.bits)
     places = sorted(range(len(order)), key=lambda place: order[place])
     return torch.tensor([quantization.bits * place for place in places], dtype=torch.int32)
 

@@ -10,21 +10,28 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from checkpoints.dequantize import PARTS, dequantize, dequantize_4bit, dequantize_8bit
+from checkpoints.dequantize import PARTS, dequantize, dequantize_4bit, dequantize_8bit, weight_shape
 from checkpoints.quantization import Quantization, find_quantization
 from checkpoints.shards import CheckpointReader, open_checkpoint
 from errors import ConfigError
 
 # Layers with a bias. auto-gptq wrote one, of zeros, for every layer that it quantised.
 _BIASED = ("c_attn", "q_proj", "k_proj", "v_proj")
-_STATE = ".weight.quant_state.bitsandbytes__"
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A weight that is made of several tensors: its shape [O, I] and how it is read."""
+    """A weight that is made of several tensors.
 
+    Attributes:
+        name: under which it is read.
+        shape: [O, I].
+        parts: the names of the tensors that it is made of.
+    """
+
+    name: str
     shape: tuple[int, ...]
+    parts: list[str]
     read: Callable[[], Tensor]
 
 
@@ -35,73 +42,20 @@ class DequantizedReader(CheckpointReader):
         dtype: what is told of a weight's precision; ``read`` gives it in float32, for the caller to round once.
 
     Raises:
-        ConfigError: a layer that lacks a part of its weight, or a bias that the plain model has no place for.
+        ConfigError: a layer that lacks a part of its weight.
     """
 
     def __init__(self, packed: CheckpointReader, quantization: Quantization, dtype: torch.dtype) -> None:
-        self.files, self._packed, self._quantization, self._dtype = packed.files, packed, quantization, dtype
-        self._layers: dict[str, _Layer] = {}
-        parts: set[str] = set()
-        for name in packed.names():
-            found = self._find_layer(name)
-            if found is not None:
-                weight, layer, its_parts = found
-                self._layers[weight] = layer
-                parts |= its_parts
-        quantised = {weight.removesuffix(".weight") for weight in self._layers}
-        others = [name for name in packed.names() if name not in parts]
-        plain = [name for name in others if not self._is_added_bias(name, quantised)]
-        self._names = [*dict.fromkeys([*plain, *self._layers])]
+        self.files, self._packed, self._dtype = packed.files, packed, dtype
+        layers = _find_layers(packed, quantization)
+        self._layers = {layer.name: layer for layer in layers}
+        parts = {part for layer in layers for part in layer.parts}
+        plain = [name for name in packed.names() if name not in parts and not self._is_added_bias(name)]
+        self._names = dict.fromkeys([*plain, *self._layers])
 
-    def _find_layer(self, name: str) -> tuple[str, _Layer, set[str]] | None:
-        """The weight that a tensor is the first part of, and the names of all its parts."""
-        packed, quantization = self._packed, self._quantization
-        if quantization.is_packed and name.endswith(".qweight"):
-            layer = name.removesuffix(".qweight")
-            parts = {part: f"{layer}.{part}" for part in PARTS if f"{layer}.{part}" in packed}
-            self._check_parts(layer, [f"{layer}.{part}" for part in PARTS[:3]])
-            per_word = 32 // quantization.bits
-            rows, columns = packed.shape(name)
-            inputs, outputs = (rows, columns * per_word) if quantization.method == "awq" else (rows * per_word, columns)
-
-            def read() -> Tensor:
-                return dequantize({part: packed.read(stored) for part, stored in parts.items()}, quantization)
-
-            return f"{layer}.weight", _Layer((outputs, inputs), read), set(parts.values())
-        if quantization.method in ("nf4", "fp4") and _STATE in name:
-            layer = name.partition(_STATE)[0]
-            prefix = f"{layer}.weight"
-            parts = {stored.removeprefix(prefix): stored for stored in packed.names() if stored.startswith(prefix)}
-            self._check_parts(layer, [prefix, f"{prefix}.absmax", f"{prefix}.quant_map"])
-            state = json.loads(bytes(packed.read(name).tolist()))
-            return (
-                prefix,
-                _Layer(
-                    tuple(state["shape"]),
-                    lambda: dequantize_4bit({part: packed.read(stored) for part, stored in parts.items()}, state),
-                ),
-                set(parts.values()) - {prefix},
-            )
-        if quantization.method == "int8" and name.endswith(".SCB"):
-            layer = name.removesuffix(".SCB")
-            weight = f"{layer}.weight"
-            self._check_parts(layer, [weight])
-            parts_of = {name, f"{layer}.weight_format"}
-            return (
-                weight,
-                _Layer(packed.shape(weight), lambda: dequantize_8bit(packed.read(weight), packed.read(name))),
-                parts_of,
-            )
-        return None
-
-    def _check_parts(self, layer: str, wanted: list[str]) -> None:
-        missing = next((name for name in wanted if name not in self._packed), None)
-        if missing is not None:
-            raise ConfigError(f"{missing} is missing though {layer} is quantised", "Copy or download the weights again")
-
-    def _is_added_bias(self, name: str, quantised: set[str]) -> bool:
+    def _is_added_bias(self, name: str) -> bool:
         layer, _, part = name.rpartition(".")
-        if part != "bias" or layer not in quantised or layer.rpartition(".")[2] in _BIASED:
+        if part != "bias" or f"{layer}.weight" not in self._layers or layer.rpartition(".")[2] in _BIASED:
             return False
         return not self._packed.read(name).any()
 
@@ -119,6 +73,61 @@ class DequantizedReader(CheckpointReader):
 
     def read(self, name: str) -> Tensor:
         return self._layers[name].read() if name in self._layers else self._packed.read(name)
+
+
+def _find_layers(packed: CheckpointReader, quantization: Quantization) -> list[_Layer]:
+    """The quantised layers of a checkpoint, each by the one tensor that tells it."""
+    if quantization.is_packed:
+        return [_packed_layer(packed, layer, quantization) for layer in _layers_with(packed, ".qweight")]
+    if quantization.method == "int8":
+        return [_8bit_layer(packed, layer) for layer in _layers_with(packed, ".SCB")]
+    mark = f".weight.quant_state.bitsandbytes__{quantization.method}"
+    return [_4bit_layer(packed, layer, mark) for layer in _layers_with(packed, mark)]
+
+
+def _layers_with(packed: CheckpointReader, ending: str) -> list[str]:
+    return [name.removesuffix(ending) for name in packed.names() if name.endswith(ending)]
+
+
+def _packed_layer(packed: CheckpointReader, layer: str, quantization: Quantization) -> _Layer:
+    parts = _present(packed, layer, [f".{part}" for part in PARTS], optional={".g_idx"})
+
+    def read() -> Tensor:
+        return dequantize({part.lstrip("."): packed.read(name) for part, name in parts.items()}, quantization)
+
+    shape = weight_shape(packed.shape(f"{layer}.qweight"), quantization)
+    return _Layer(f"{layer}.weight", shape, [*parts.values()], read)
+
+
+def _4bit_layer(packed: CheckpointReader, layer: str, mark: str) -> _Layer:
+    weight = f"{layer}.weight"
+    nested = {".nested_absmax", ".nested_quant_map"}
+    parts = _present(packed, weight, ["", ".absmax", ".quant_map", *sorted(nested)], optional=nested)
+    state = json.loads(bytes(packed.read(layer + mark).tolist()))
+
+    def read() -> Tensor:
+        return dequantize_4bit({part: packed.read(name) for part, name in parts.items()}, state)
+
+    return _Layer(weight, tuple(state["shape"]), [*parts.values(), layer + mark], read)
+
+
+def _8bit_layer(packed: CheckpointReader, layer: str) -> _Layer:
+    parts = _present(packed, layer, [".weight", ".SCB", ".weight_format"], optional={".weight_format"})
+
+    def read() -> Tensor:
+        return dequantize_8bit(packed.read(parts[".weight"]), packed.read(parts[".SCB"]))
+
+    return _Layer(parts[".weight"], packed.shape(parts[".weight"]), [*parts.values()], read)
+
+
+def _present(packed: CheckpointReader, layer: str, endings: list[str], optional: set[str]) -> dict[str, str]:
+    """The names of a layer's tensors by how they end."""
+    names = {ending: layer + ending for ending in endings if layer + ending in packed}
+    missing = next((ending for ending in endings if ending not in names and ending not in optional), None)
+    if missing is not None:
+        what = f"{layer}{missing} is missing though {layer.removesuffix('.weight')} is quantised"
+        raise ConfigError(what, "Copy or download the weights again")
+    return names
 
 
 def open_dequantized(folder: Path, dtype: torch.dtype) -> CheckpointReader:

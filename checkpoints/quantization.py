@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -41,6 +42,10 @@ class Quantization:
     def is_packed(self) -> bool:
         return self.method in PACKED
 
+    def inputs_per_group(self, inputs: int) -> int:
+        """Inputs that share a scale in a layer of so many."""
+        return inputs if self.group_size == -1 else self.group_size
+
     def __str__(self) -> str:
         if not self.is_packed:
             return f"{_TITLES[self.method]} by bitsandbytes"
@@ -64,6 +69,12 @@ def find_quantization(folder: Path) -> Quantization | None:
         if config and (given := _load_object(folder / name)):
             return _parse(given, folder / name, str(given.get("quant_method", method)))
     return None
+
+
+def check_bitsandbytes(asking: str) -> None:
+    """Raise ``ConfigError`` unless bitsandbytes can be imported; does not import it."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"{asking} needs bitsandbytes, which is not installed", "pip install bitsandbytes")
 
 
 def load_base_quantization(folder: Path) -> Quantization | None:

@@ -171,7 +171,7 @@ def _named_by_quantizer(folder: Path) -> tuple[str, ...]:
 
 
 def _find_weights(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], dict[str, str] | None]:
-    for name in names + (_named_by_quantizer(folder) if names == WEIGHTS else ()):
+    for name in names:
         if (folder / name).is_file():
             return [folder / name], None
         index = folder / f"{name}.index.json"
@@ -184,6 +184,8 @@ def _find_weights(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], dic
                 if Path(shard).name != shard or not (folder / shard).is_file():
                     raise ConfigError(f"{folder / shard} is missing though {index.name} names it", "Download it again")
             return [folder / shard for shard in shards], weight_map
+    if names == WEIGHTS and (others := _named_by_quantizer(folder)):
+        return _find_weights(folder, others)
     what = "is no folder" if not folder.is_dir() else f"holds no weights ({' or '.join(names)}, whole or with an index)"
     raise ConfigError(f"{folder} {what}", "Point to the folder of a saved model")
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from checkpoints.quantization import Quantization
+from checkpoints.quantization import Quantization, check_bitsandbytes
 from checkpoints.shards import load_json, open_checkpoint, save_checkpoint, save_json, staged_folder
 from data_utils.encode import UnweightedExample
 from errors import ConfigError, RunError, one_line
@@ -20,7 +20,7 @@ from quantize.blocks import Stream, stored_tensors, take_blocks
 from quantize.calibration import Samples
 from quantize.packed import check_sizes, most_inputs, quantize_weights
 from training.loading import Checkpoint, load_checkpoint, load_weights
-from training.quantized import check_bitsandbytes, compute_in_float32
+from training.quantized import compute_in_float32
 
 logger = logging.getLogger(__name__)
 

@@ -7,9 +7,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from checkpoints.dequantize import AWQ_ORDER
 from checkpoints.quantization import Quantization
-
-_AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
 class Rounded(NamedTuple):
@@ -31,7 +30,7 @@ def pack(rounded: Rounded, quantization: Quantization) -> dict[str, Tensor]:
     bits, per_word = quantization.bits, 32 // quantization.bits
     values, scales, zeros = (tensor.T.cpu() for tensor in rounded)
     if quantization.method == "awq":
-        qweight, qzeros = (_pack_columns(each, bits, _AWQ_ORDER) for each in (values, zeros))
+        qweight, qzeros = (_pack_columns(each, bits, AWQ_ORDER) for each in (values, zeros))
         return {"qweight": qweight, "qzeros": qzeros, "scales": scales.contiguous()}
     qweight = torch.zeros(values.shape[0] // per_word, values.shape[1], dtype=torch.int32)
     for place in range(per_word):

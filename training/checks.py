@@ -11,7 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from checkpoints.quantization import find_quantization
+from checkpoints.quantization import check_bitsandbytes, find_quantization
 from data_utils.sources import parse_fill, parse_source
 from errors import ConfigError, numbered
 from training.args import LoraArguments, RunArguments
@@ -189,7 +189,8 @@ def _check_quantization(args: RunArguments) -> Faults:
         yield ConfigError("--q_lora trains in float32, --pure_bf16 in bfloat16", "Give --bf16 instead of --pure_bf16")
     quantization = saved or lora.quantization
     if lora.use_lora and lora.q_lora and quantization and not quantization.is_packed and not args.dry_run:
-        yield from _check_bitsandbytes(f"{'--q_lora' if saved is None else '--model_name_or_path'} ({quantization})")
+        asking = "--q_lora" if saved is None else "--model_name_or_path"
+        yield from _faults_of(check_bitsandbytes, f"{asking} ({quantization})")
 
 
 def _check_optimizer(args: RunArguments) -> Faults:
@@ -198,14 +199,9 @@ def _check_optimizer(args: RunArguments) -> Faults:
         name.startswith(("paged_", "ademamix", "rmsprop_bnb", "lion_")) or name in ("adamw_bnb_8bit", "adamw_8bit")
     ):
         return
-    yield from _check_bitsandbytes(f"--optim {name}")
+    yield from _faults_of(check_bitsandbytes, f"--optim {name}")
     if args.trainer_value("use_cpu") or not _has_gpu():
         yield ConfigError(f"--optim {name} needs a GPU, and there is none", "Leave it out")
-
-
-def _check_bitsandbytes(asking: str) -> Faults:
-    if importlib.util.find_spec("bitsandbytes") is None:
-        yield ConfigError(f"{asking} needs bitsandbytes, which is not installed", "pip install bitsandbytes")
 
 
 def _check_continued_adapter(lora: LoraArguments) -> Faults:

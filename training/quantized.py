@@ -10,7 +10,6 @@ Shapes: I inputs, O outputs.
 from __future__ import annotations
 
 import copy
-import importlib.util
 import math
 from collections.abc import Mapping
 from functools import cache
@@ -25,8 +24,8 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from checkpoints.dequantize import PARTS, dequantize, is_in_order
-from checkpoints.quantization import Quantization
+from checkpoints.dequantize import PARTS, dequantize, is_in_order, weight_shape
+from checkpoints.quantization import Quantization, check_bitsandbytes
 from checkpoints.shards import CheckpointReader, open_checkpoint
 from errors import ConfigError
 
@@ -69,8 +68,7 @@ class QuantizedLinear(nn.Linear):
         """The weight [O, I]; what a layer was padded with to whole words and groups is left out."""
         parts = {name: part for name, part in self._buffers.items() if part is not None}
         if self._is_in_order is None:  # asked once: on a GPU the answer is waited for
-            groups = parts.get("g_idx")
-            self._is_in_order = groups is None or groups.numel() == 0 or is_in_order(groups, self.quantization)
+            self._is_in_order = "g_idx" not in parts or is_in_order(parts["g_idx"], self.quantization)
         if self._is_in_order:
             parts.pop("g_idx", None)
         return dequantize(parts, self.quantization, dtype)[: self.out_features, : self.in_features]
@@ -196,10 +194,8 @@ def _check_shapes(
     if missing:
         raise ConfigError(f"{name}.{missing[0]} is missing", "Copy the weights again from the original checkpoint")
     per_word = 32 // quantization.bits
-    rows, columns = parts["qweight"][0]
-    inputs, outputs = (rows, columns * per_word) if quantization.method == "awq" else (rows * per_word, columns)
-    size = inputs if quantization.group_size == -1 else quantization.group_size
-    groups = -(-inputs // size)
+    outputs, inputs = weight_shape(parts["qweight"][0], quantization)
+    groups = -(-inputs // quantization.inputs_per_group(inputs))
     expected = {"qzeros": (groups, outputs // per_word), "scales": (groups, outputs), "g_idx": (inputs,)}
     wrong = [part for part, shape in expected.items() if part in parts and parts[part][0] not in (shape, (0,))]
     if inputs < linear.in_features or outputs < linear.out_features or wrong:
@@ -296,9 +292,3 @@ def count_weights(model: nn.Module) -> int:
         for parameter in model.parameters()
     )
     return plain + sum(module.in_features * module.out_features for module in packed)
-
-
-def check_bitsandbytes(asking: str) -> None:
-    """Raise ``ConfigError`` unless bitsandbytes can be imported."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"{asking} needs bitsandbytes, which is not installed", "pip install bitsandbytes")

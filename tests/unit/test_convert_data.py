@@ -7,7 +7,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from data_utils.files import read_records
 from data_utils.formats import recognise
@@ -182,9 +184,6 @@ def test_a_folder_of_several_formats(tmp_path: Path) -> None:
 
 
 def test_a_table(tmp_path: Path) -> None:
-    pyarrow = pytest.importorskip("pyarrow")
-    from pyarrow import parquet
-
     rows = [
         {"messages": [{**ASK, "weight": None}, {**ANSWER, "weight": 0.5}], "score": float("nan"), "raw": b"x"},
         {"messages": [ASK, ANSWER], "score": 1.0, "raw": None},

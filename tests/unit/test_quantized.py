@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
-from checkpoints.quantization import Quantization
+from checkpoints.quantization import Quantization, check_bitsandbytes
 from errors import ConfigError
-from training.quantized import QuantizedLinear, check_bitsandbytes, compute_in_float32, count_weights
+from training.quantized import QuantizedLinear, compute_in_float32, count_weights
 
 INPUTS, OUTPUTS, GROUP = 32, 24, 16
 AWQ = Quantization("awq", 4, GROUP)
