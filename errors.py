@@ -8,6 +8,7 @@ This module imports nothing of ours and nothing heavy, so that a wrong flag is r
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import errno
 import os
@@ -105,7 +106,22 @@ def run_command(main: Callable[[Sequence[str]], int | None], name: str) -> None:
         _report(name, code, message)
     finally:
         signal.signal(signal.SIGTERM, before)
+    if "torch.distributed" in sys.modules and os.environ.get("WORLD_SIZE", "1") != "1":
+        _end_now(code or 0)
     sys.exit(code)
+
+
+def _end_now(code: int) -> NoReturn:
+    """End a process of several without taking the interpreter apart.
+
+    gloo's threads can hold the last reference to a tensor of Python. The one that lets go of it while the interpreter is
+    being taken apart gets no lock any more and aborts a run that went well (pytorch/pytorch#179291).
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _report(name: str, code: int, message: str) -> None:

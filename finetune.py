@@ -74,7 +74,7 @@ def main(argv: Sequence[str]) -> int:
         save_arguments(args)
         summary = save_summary(trainer, args, log, sets, policy, seconds)
         logger.info("Done: %s", describe_result(summary))
-    trainer.accelerator.end_training()  # a process that ends with the group's threads alive may be aborted
+    trainer.accelerator.end_training()
     return 0
 
 

@@ -315,7 +315,7 @@ def test_an_output_folder_that_is_taken_is_refused_at_once(tmp_path: Path, capsy
 def test_a_missing_library_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("training.quantized.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("checkpoints.quantization.importlib.util.find_spec", lambda name: None)
     base = write_base(tmp_path / "base", "qwen")
     given = ["--model_name_or_path", base, "--data_path", IDENTITY, "--output_dir", tmp_path / "out", "--format", "nf4"]
     assert run_here(quantize.main, "quantize", given) == 2

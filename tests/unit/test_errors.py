@@ -168,6 +168,19 @@ def test_of_several_processes_the_first_speaks(tmp_path: Path) -> None:
     assert alone.returncode == 1
 
 
+def test_a_process_of_several_ends_without_taking_the_interpreter_apart(tmp_path: Path) -> None:
+    """There gloo's threads may abort it; what is registered for the end still runs."""
+    lines = (
+        "import atexit, ctypes, torch.distributed",
+        "atexit.register(print, 'closed')",
+        "main.alive = type('Tensor', (), {'__del__': lambda tensor: ctypes.CDLL(None).abort()})()",
+        "return 3",
+    )
+    ended = [start(tmp_path, "\n        ".join(lines), WORLD_SIZE=size) for size in ("1", "2")]
+    assert [process.communicate(timeout=60)[0] for process in ended] == ["started\ncleaned up\nclosed\n"] * 2
+    assert [process.returncode for process in ended] == [-signal.SIGABRT, 3]
+
+
 def test_nothing_heavy_is_imported() -> None:
     code = "import sys, errors; print({'torch', 'transformers', 'numpy', 'tqdm'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
