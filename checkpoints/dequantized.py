@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from checkpoints.dequantize import PARTS, dequantize, dequantize_4bit, dequantize_8bit, weight_shape
 from checkpoints.quantization import Quantization, find_quantization
-from checkpoints.shards import CheckpointReader, open_checkpoint
+from checkpoints.shapes import block_shapes
+from checkpoints.shards import CheckpointReader, load_json, open_checkpoint
+from checkpoints.source import TensorSource
 from errors import ConfigError
 
 # Layers with a bias. auto-gptq wrote one, of zeros, for every layer that it quantised.
@@ -35,20 +38,29 @@ class _Layer:
     read: Callable[[], Tensor]
 
 
-class DequantizedReader(CheckpointReader):
+class DequantizedReader(TensorSource):
     """The tensors of a quantised checkpoint, with weights in the place of what they are packed into.
 
     Args:
         dtype: what is told of a weight's precision; ``read`` gives it in float32, for the caller to round once.
+        shapes: [O, I] of layers by the end of their names. Some quantisers fill up a layer to whole groups or words:
+            what lies beyond these shapes is left out.
 
     Raises:
-        ConfigError: a layer that lacks a part of its weight.
+        ConfigError: a layer that lacks a part of its weight, or is smaller than its shape.
     """
 
-    def __init__(self, packed: CheckpointReader, quantization: Quantization, dtype: torch.dtype) -> None:
-        self.files, self._packed, self._dtype = packed.files, packed, dtype
+    def __init__(
+        self,
+        packed: CheckpointReader,
+        quantization: Quantization,
+        dtype: torch.dtype,
+        shapes: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+    ) -> None:
+        self._packed, self._dtype = packed, dtype
+        self._last: tuple[str, Tensor] | None = None
         layers = _find_layers(packed, quantization)
-        self._layers = {layer.name: layer for layer in layers}
+        self._layers = {layer.name: _cropped(layer, shapes) for layer in layers}
         parts = {part for layer in layers for part in layer.parts}
         plain = [name for name in packed.names() if name not in parts and not self._is_added_bias(name)]
         self._names = dict.fromkeys([*plain, *self._layers])
@@ -71,8 +83,13 @@ class DequantizedReader(CheckpointReader):
     def dtype(self, name: str) -> torch.dtype:
         return self._dtype if name in self._layers else self._packed.dtype(name)
 
-    def read(self, name: str) -> Tensor:
-        return self._layers[name].read() if name in self._layers else self._packed.read(name)
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        if name not in self._layers:
+            return self._packed.rows(name, start, stop)
+        if self._last is None or self._last[0] != name:  # rows are asked for one after the other
+            self._last = None
+            self._last = name, self._layers[name].read()
+        return self._last[1][start:stop]
 
 
 def _find_layers(packed: CheckpointReader, quantization: Quantization) -> list[_Layer]:
@@ -83,6 +100,16 @@ def _find_layers(packed: CheckpointReader, quantization: Quantization) -> list[_
         return [_8bit_layer(packed, layer) for layer in _layers_with(packed, ".SCB")]
     mark = f".weight.quant_state.bitsandbytes__{quantization.method}"
     return [_4bit_layer(packed, layer, mark) for layer in _layers_with(packed, mark)]
+
+
+def _cropped(layer: _Layer, shapes: Mapping[str, tuple[int, int]]) -> _Layer:
+    shape = shapes.get(".".join(layer.name.split(".")[-3:-1]), layer.shape)
+    if layer.shape == shape:
+        return layer
+    if layer.shape[0] < shape[0] or layer.shape[1] < shape[1]:
+        what = f"{layer.name} is {list(layer.shape)}, smaller than the {list(shape)} that config.json asks for"
+        raise ConfigError(what, "Config and weights are not of one model: copy or download them again")
+    return replace(layer, shape=shape, read=lambda: layer.read()[: shape[0], : shape[1]])
 
 
 def _layers_with(packed: CheckpointReader, ending: str) -> list[str]:
@@ -130,7 +157,7 @@ def _present(packed: CheckpointReader, layer: str, endings: list[str], optional:
     return names
 
 
-def open_dequantized(folder: Path, dtype: torch.dtype) -> CheckpointReader:
+def open_dequantized(folder: Path, dtype: torch.dtype) -> TensorSource:
     """The tensors of a checkpoint as those of the plain model, whether it is quantised or not.
 
     Args:
@@ -140,4 +167,6 @@ def open_dequantized(folder: Path, dtype: torch.dtype) -> CheckpointReader:
         ConfigError: weights that are missing, damaged, or quantised in a way that cannot be read.
     """
     reader, quantization = open_checkpoint(folder), find_quantization(folder)
-    return reader if quantization is None else DequantizedReader(reader, quantization, dtype)
+    if quantization is None:
+        return reader
+    return DequantizedReader(reader, quantization, dtype, block_shapes(load_json(folder / "config.json")))

@@ -1,4 +1,4 @@
-"""Base + adapter -> merged tensors, one at a time: computed in fp32 and cast once, without building the model.
+"""Base + adapters -> merged tensors, some rows at a time: computed in fp32, without building the model.
 
 In fp32 the numbers are those of peft's ``merge_and_unload``, except where a base with tied embeddings got different
 changes for its embedding and its head: there the merged checkpoint does what the model with its adapter does (it is
@@ -10,8 +10,7 @@ Shapes: a linear weight is [O, I], an embedding [V, H]; R is a rank, N a number 
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.adapter import Adapter, Edit
-from checkpoints.shards import CheckpointReader
+from checkpoints.source import BLOCK, TensorSource, is_finite
 from errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -29,105 +28,159 @@ HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
-class Fold:
-    """A merged checkpoint, not computed yet. Made by :func:`plan_fold`.
+class WeightedAdapter:
+    """An adapter and how much of its change is taken: 1 is what was trained."""
+
+    adapter: Adapter
+    weight: float = 1.0
+
+
+class Fold(TensorSource):
+    """A merged checkpoint, computed where it is read: ``W + sum of weight x (W as the adapter alone makes it - W)``.
+
+    Made by :func:`plan_fold`.
 
     Attributes:
-        names: the merged checkpoint's tensors, in the base's order.
         untied: the base shares embedding and head, the merged checkpoint stores both
             (its config has to say ``tie_word_embeddings: false``).
     """
 
-    base: CheckpointReader
-    adapter: Adapter
-    names: list[str]
-    embedding: str | None
-    untied: bool
+    def __init__(
+        self,
+        base: TensorSource,
+        adapters: Sequence[WeightedAdapter],
+        names: list[str],
+        embedding: str | None,
+        untied: bool,
+    ) -> None:
+        self.base, self.adapters, self.untied = base, adapters, untied
+        self._names, self._embedding = dict.fromkeys(names), embedding
+        self._norms: dict[tuple[str, int], Tensor] = {}
 
     @property
     def changed(self) -> list[str]:
-        """The names of the tensors that the adapter changes."""
-        return [name for name in self.names if name in self.adapter.edits]
+        """The names of the tensors that an adapter changes."""
+        return [name for name in self._names if self._edits(name)]
 
-    def dtype(self, name: str, dtype: torch.dtype | None = None) -> torch.dtype:
-        """The dtype that ``name`` is written in: the base's, or ``dtype`` if one is given and the base's is a float."""
-        stored = self.base.dtype(self._source(name))
-        return dtype if dtype is not None and stored.is_floating_point else stored
+    def names(self) -> list[str]:
+        return list(self._names)
 
-    def nbytes(self, name: str, dtype: torch.dtype | None = None) -> int:
-        """The size that ``name`` is written with."""
-        return math.prod(self.base.shape(self._source(name))) * self.dtype(name, dtype).itemsize
+    def __contains__(self, name: str) -> bool:
+        return name in self._names
 
-    def tensors(self, dtype: torch.dtype | None = None) -> Iterator[tuple[str, Tensor]]:
-        """Compute the merged tensors one by one, as (name, tensor).
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.base.shape(self._source(name))
 
-        Raises:
-            ConfigError: a changed or cast tensor is not finite.
-        """
-        for name in self.names:
-            source, target = self._source(name), self.dtype(name, dtype)
-            edit = self.adapter.edits.get(name)
-            merged = (self._folded(source, edit) if edit else self.base.read(source)).to(target)
-            if (edit or target != self.base.dtype(source)) and not _is_finite(merged):
-                what = f"{name} is not finite after merging and casting to {str(target).removeprefix('torch.')}"
-                raise ConfigError(what, "Try --dtype bf16 or fp32; if that fails too, the base is damaged")
-            yield name, merged
+    def dtype(self, name: str) -> torch.dtype:
+        return self.base.dtype(self._source(name))
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        source, edits = self._source(name), self._edits(name)
+        if not edits:
+            return self.base.rows(source, start, stop)
+        window = slice(*slice(start, stop).indices(self.shape(name)[0]))
+        if [weighted.weight for weighted, _ in edits] == [1.0]:
+            return self._edited(source, *edits[0], window)
+        plain = self.base.rows(source, window.start, window.stop).to(torch.float32)
+        merged = plain.clone()
+        for weighted, edit in edits:
+            merged.add_(self._edited(source, weighted, edit, window).sub_(plain), alpha=weighted.weight)
+        return merged
 
     def _source(self, name: str) -> str:
         """The base's tensor that ``name`` starts from."""
-        return self.embedding if self.embedding and self.untied and name == HEAD else name
+        return self._embedding if self._embedding and self.untied and name == HEAD else name
 
-    def _folded(self, source: str, edit: Edit) -> Tensor:
-        """One changed tensor, in fp32."""
-        roles, read = edit.roles, self.adapter.read
-        start = self.adapter.tensors.read(roles["replacement"]) if "replacement" in roles else self.base.read(source)
-        value = start.to(torch.float32, copy=True)
+    def _edits(self, name: str) -> list[tuple[WeightedAdapter, Edit]]:
+        found = [(weighted, weighted.adapter.edits.get(name)) for weighted in self.adapters]
+        if self._source(name) != name:  # tokens that were trained for a tied embedding serve the head too
+            rows = [(weighted, weighted.adapter.edits.get(self._source(name))) for weighted in self.adapters]
+            shared = [edit if edit and edit.roles.keys() == {"rows"} else None for _, edit in rows]
+            found = [(weighted, edit or other) for (weighted, edit), other in zip(found, shared, strict=True)]
+        return [(weighted, edit) for weighted, edit in found if edit]
+
+    def _edited(self, source: str, weighted: WeightedAdapter, edit: Edit, window: slice) -> Tensor:
+        """Rows of what one adapter makes of a tensor, in fp32."""
+        adapter, roles = weighted.adapter, edit.roles
+        if "replacement" in roles:
+            value = adapter.tensors.rows(roles["replacement"], window.start, window.stop)
+        else:
+            value = self.base.rows(source, window.start, window.stop)
+        value = value.to(torch.float32, copy=True)
         if "lora_A" in roles:
-            value.addmm_(read(edit, "lora_B"), read(edit, "lora_A"), alpha=edit.scale)
+            value.addmm_(adapter.read(edit, "lora_B")[window], adapter.read(edit, "lora_A"), alpha=edit.scale)
             if "magnitude" in roles:
-                value.mul_((read(edit, "magnitude") / torch.linalg.norm(value, dim=1))[:, None])
+                value.mul_((adapter.read(edit, "magnitude")[window] / torch.linalg.norm(value, dim=1))[:, None])
         if "embedding_A" in roles:
-            value.addmm_(read(edit, "embedding_A").T, read(edit, "embedding_B").T, alpha=edit.scale)
+            self._add_to_embedding(value, adapter, edit, window)
             if "magnitude" in roles:
-                value.mul_(read(edit, "magnitude") / torch.linalg.norm(value, dim=0))
+                value.mul_(adapter.read(edit, "magnitude") / self._column_norms(source, adapter, edit))
         if "lora_bias" in roles:
-            value.add_(read(edit, "lora_bias"), alpha=edit.scale)
+            value.add_(adapter.read(edit, "lora_bias")[window], alpha=edit.scale)
         if "rows" in roles:
-            value[torch.tensor(edit.row_indices)] = read(edit, "rows")
+            for row, trained in zip(edit.row_indices, adapter.read(edit, "rows"), strict=True):
+                if window.start <= row < window.stop:
+                    value[row - window.start] = trained
         return value
 
+    def _add_to_embedding(self, value: Tensor, adapter: Adapter, edit: Edit, window: slice) -> None:
+        factor = adapter.read(edit, "embedding_A")[:, window]
+        value.addmm_(factor.T, adapter.read(edit, "embedding_B").T, alpha=edit.scale)
 
-def plan_fold(base: CheckpointReader, base_config: Mapping[str, Any], adapter: Adapter) -> Fold:
-    """Check that an adapter fits a base, and say what the merged checkpoint will hold.
+    def _column_norms(self, source: str, adapter: Adapter, edit: Edit) -> Tensor:
+        """[H]: DoRA norms an embedding over all of its rows, whatever rows are asked for."""
+        key = (source, id(adapter))
+        if key not in self._norms:
+            rows, width = self.base.shape(source)
+            squares = torch.zeros(width, dtype=torch.float64)
+            step = max(1, BLOCK // width)
+            for start in range(0, rows, step):
+                window = slice(start, min(start + step, rows))
+                value = self.base.rows(source, window.start, window.stop).to(torch.float32, copy=True)
+                self._add_to_embedding(value, adapter, edit, window)
+                squares += value.square().sum(0, dtype=torch.float64)
+            self._norms[key] = squares.sqrt().to(torch.float32)
+        return self._norms[key]
+
+
+def plan_fold(base: TensorSource, base_config: Mapping[str, Any], adapters: Sequence[WeightedAdapter]) -> Fold:
+    """Check that adapters fit a base, and say what the merged checkpoint will hold.
 
     All checks that need no merged tensor happen here, before anything is written. An adapter that lacks tensors it was
     trained with is merged with a loud warning.
 
     Args:
         base: the base's tensors; of a quantised one as :class:`checkpoints.dequantized.DequantizedReader` has them.
-        base_config: the base's config.json.
+        base_config: the base's config.json; decides whether embedding and head are tied.
+        adapters: in the base's layout.
     Raises:
-        ConfigError: a tensor of the adapter that fits no tensor of the base or is not finite.
+        ConfigError: an adapter's tensor fits no tensor of the base or is not finite.
     """
     embedding = next((name for name in EMBEDDINGS if name in base), None)
     tied = embedding is not None and bool(base_config.get("tie_word_embeddings", HEAD not in base))
     # A tied checkpoint may store its head all the same, but no loader takes that copy.
     names = [name for name in base.names() if not (tied and name == HEAD)]
     shapes_from = {name: name for name in names} | ({HEAD: embedding} if tied and embedding else {})
-    for parameter, edit in adapter.edits.items():
-        if parameter not in shapes_from:
-            what = f"{adapter.folder}: {next(iter(edit.roles.values()))} fits no tensor of the base"
-            raise ConfigError(what, "Give the base that the adapter was trained on")
-        _check_shapes(parameter, edit, base.shape(shapes_from[parameter]), adapter)
-    _check_finite(adapter)
-    _warn_of_missing(adapter, list(shapes_from), tied)
-    untied = tied and embedding is not None and _unties(adapter, embedding)
+    untied = False
+    for adapter in (weighted.adapter for weighted in adapters):
+        for parameter, edit in adapter.edits.items():
+            if parameter not in shapes_from:
+                what = f"{adapter.folder}: {next(iter(edit.roles.values()))} fits no tensor of the base"
+                raise ConfigError(what, "Give the base that the adapter was trained on")
+            _check_shapes(parameter, edit, base, shapes_from[parameter], adapter)
+        _check_finite(adapter)
+        _warn_of_missing(adapter, list(shapes_from), tied)
+        untied |= tied and embedding is not None and _unties(adapter, embedding)
     if untied:
         names.append(HEAD)
-    return Fold(base, adapter, names, embedding, untied)
+    return Fold(base, adapters, names, embedding, untied)
 
 
-def _check_shapes(parameter: str, edit: Edit, shape: tuple[int, ...], adapter: Adapter) -> None:
+def _check_shapes(parameter: str, edit: Edit, base: TensorSource, source: str, adapter: Adapter) -> None:
+    shape = base.shape(source)
+    if not base.dtype(source).is_floating_point:
+        what = f"the base's {source} is stored as {str(base.dtype(source)).removeprefix('torch.')}"
+        raise ConfigError(what, "Only floats, and what config.json says is quantised, can be merged into")
     if len(shape) != 2 and not edit.roles.keys() <= {"replacement", "lora_bias"}:
         what = f"{adapter.folder}: {parameter} has shape {shape}"
         raise ConfigError(what, "LoRA and trained tokens are merged into matrices only")
@@ -143,6 +196,9 @@ def _check_shapes(parameter: str, edit: Edit, shape: tuple[int, ...], adapter: A
         "rows": (len(edit.row_indices), inputs),
     }
     for role, name in edit.roles.items():
+        if not adapter.tensors.dtype(name).is_floating_point:
+            what = f"{adapter.folder}: {name} is stored as {str(adapter.tensors.dtype(name)).removeprefix('torch.')}"
+            raise ConfigError(what, "An adapter holds floats: save it again")
         if (found := adapter.tensors.shape(name)) != expected[role]:
             what = f"{adapter.folder}: {name} has shape {found}, base and adapter_config.json ask for {expected[role]}"
             raise ConfigError(what, "Give the base that the adapter was trained on")
@@ -153,13 +209,8 @@ def _check_shapes(parameter: str, edit: Edit, shape: tuple[int, ...], adapter: A
 
 def _check_finite(adapter: Adapter) -> None:
     for name in adapter.tensors.names():
-        if not _is_finite(adapter.tensors.read(name)):
+        if not all(map(is_finite, adapter.tensors.blocks(name))):
             raise ConfigError(f"{adapter.folder}: {name} holds NaN or infinity", "The training failed: train again")
-
-
-def _is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; unlike ``isfinite().all()`` it makes no tensor of the same size."""
-    return tensor.numel() == 0 or all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
 
 
 def _warn_of_missing(adapter: Adapter, parameters: list[str], tied: bool) -> None:
@@ -207,8 +258,11 @@ def _same_change(adapter: Adapter, embedding: Edit, head: Edit) -> bool:
         return False
     if (head.scale, head.row_indices) != (embedding.scale, embedding.row_indices):
         return False
-    for role in head.roles:
-        change, other = adapter.read(head, role), adapter.read(embedding, swapped.get(role, role))
-        if not torch.equal(change, other.T if role in swapped else other):
+    for role, name in head.roles.items():
+        other = embedding.roles[swapped.get(role, role)]
+        if role in swapped:
+            if not torch.equal(adapter.tensors.read(name), adapter.tensors.read(other).T):
+                return False
+        elif not all(map(torch.equal, adapter.tensors.blocks(name), adapter.tensors.blocks(other))):
             return False
     return True

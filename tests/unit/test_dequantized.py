@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -44,6 +45,23 @@ def test_an_unquantised_checkpoint_is_read_as_it_is() -> None:
     plain, reader = open_checkpoint(TINY), open_dequantized(TINY, torch.float64)
     assert torch.equal(reader.read("lm_head.weight"), plain.read("lm_head.weight"))
     assert reader.dtype("lm_head.weight") == plain.dtype("lm_head.weight") != torch.float64
+
+
+def test_what_a_quantiser_filled_up_is_left_out(tmp_path: Path) -> None:
+    """The layer is packed with more inputs and outputs than the model has."""
+    weights = write_gptq(TINY, tmp_path / "base")
+    config = json.loads((tmp_path / "base" / "config.json").read_text())
+    width = config["intermediate_size"] // 2
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"intermediate_size": 2 * (width - 8)}))
+    reader = open_dequantized(tmp_path / "base", torch.float16)
+    for name, expected in ((f"{LAYER}.weight", (width - 8, None)), (f"{LAYER[:-2]}c_proj.weight", (None, width - 8))):
+        whole = weights[name]
+        cropped = whole[: expected[0], : expected[1]]
+        assert reader.shape(name) == tuple(cropped.shape) != tuple(whole.shape)
+        assert torch.equal(reader.read(name), cropped) and torch.equal(reader.rows(name, 2, 5), cropped[2:5])
+    (tmp_path / "base" / "config.json").write_text(json.dumps(config | {"intermediate_size": 2 * (width + 8)}))
+    with pytest.raises(ConfigError, match=rf"smaller than the \[.*{width + 8}\] that config.json asks for"):
+        open_dequantized(tmp_path / "base", torch.float16)
 
 
 def test_a_part_is_missing(tmp_path: Path) -> None:

@@ -17,8 +17,10 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from checkpoints.adapter import load_adapter
-from checkpoints.fold import Fold, plan_fold
-from checkpoints.shards import load_json, open_checkpoint, save_checkpoint
+from checkpoints.fold import Fold, WeightedAdapter, plan_fold
+from checkpoints.shards import load_json, open_checkpoint
+from checkpoints.source import InDtype, TensorSource
+from checkpoints.writing import save_checkpoint, save_source
 from errors import ConfigError
 from tests.golden import Golden, assert_close
 
@@ -62,12 +64,26 @@ def open_peft(base: Path, adapter: Path) -> Any:
         return PeftModel.from_pretrained(Qwen2ForCausalLM.from_pretrained(base, dtype=torch.float32), adapter).eval()
 
 
-def plan(base: Path, adapter: Path) -> Fold:
-    return plan_fold(open_checkpoint(base), load_json(base / "config.json"), load_adapter(adapter))
+@pytest.fixture(autouse=True)
+def few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many blocks of rows as real tensors have."""
+    for module in ("source", "fold"):
+        monkeypatch.setattr(f"checkpoints.{module}.BLOCK", 48)
 
 
-def fold(base: Path, adapter: Path, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
-    return dict(plan(base, adapter).tensors(dtype))
+def plan(base: Path, *adapters: Path | tuple[Path, float]) -> Fold:
+    given = [each if isinstance(each, tuple) else (each, 1.0) for each in adapters]
+    weighted = [WeightedAdapter(load_adapter(folder), weight) for folder, weight in given]
+    return plan_fold(open_checkpoint(base), load_json(base / "config.json"), weighted)
+
+
+def read_all(source: TensorSource) -> dict[str, Tensor]:
+    return {name: torch.cat([*source.blocks(name)]).to(source.dtype(name)) for name in source.names()}
+
+
+def fold(base: Path, *adapters: Path | tuple[Path, float], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    folded = plan(base, *adapters)
+    return read_all(folded if dtype is None else InDtype(folded, dtype))
 
 
 def assert_equals_peft(base: Path, adapter: Path, merged: dict[str, Tensor]) -> None:
@@ -207,6 +223,52 @@ def test_a_redundant_head_of_a_tied_base_is_left_out(tmp_path: Path) -> None:
     assert fold(base, adapter).keys() == tensors.keys()
 
 
+# ----------------------------------------------------------------------------------------------------- several adapters
+
+BLENDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "of the same modules": ({}, {"r": 3, "lora_alpha": 5}),
+    "of other modules": ({"target_modules": ["q_proj"]}, {"target_modules": ["v_proj", "lm_head"], "bias": "all"}),
+    "of other kinds": ({"use_dora": True}, {"use_rslora": True, "modules_to_save": ["embed_tokens", "mlp"]}),
+    "with embeddings": (
+        {"trainable_token_indices": [7, 3]}, {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("blend", BLENDS)
+def test_weighted_adapters_add_up_their_changes(tmp_path: Path, blend: str) -> None:
+    base = make_base(tmp_path / "base")
+    adapters = [
+        make_adapter(base, tmp_path / f"adapter{number}", **{"target_modules": LINEAR} | options)
+        for number, options in enumerate(BLENDS[blend])
+    ]
+    alone = [open_peft(base, adapter).merge_and_unload().state_dict() for adapter in adapters]
+    plain = load_file(base / "model.safetensors")
+    merged = fold(base, (adapters[0], 0.7), (adapters[1], -0.3))
+    assert merged.keys() == plain.keys()
+    for name, tensor in plain.items():
+        expected = tensor + 0.7 * (alone[0][name] - tensor) - 0.3 * (alone[1][name] - tensor)
+        assert_close(merged[name], expected, 1e-6, name)
+    assert_same(fold(base, (adapters[0], 1.0)), fold(base, adapters[0]))
+
+
+def test_a_weight_of_nothing_is_the_base(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base")
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=LINEAR, modules_to_save=["lm_head"])
+    assert_same(fold(base, (adapter, 0.0)), load_file(base / "model.safetensors"))
+
+
+def test_tokens_trained_for_a_tied_embedding_serve_the_head_that_another_adapter_unties(tmp_path: Path) -> None:
+    base = make_base(tmp_path / "base", tied=True)
+    tokens = make_adapter(base, tmp_path / "tokens", target_modules=LINEAR, trainable_token_indices=[7])
+    head = make_adapter(base, tmp_path / "head", target_modules=["lm_head"])
+    merged, alone = fold(base, tokens, head), fold(base, head)
+    change = fold(base, tokens)[EMBEDDING][7] - load_file(base / "model.safetensors")[EMBEDDING][7]
+    assert change.any()
+    assert_close(merged[HEAD][7], alone[HEAD][7] + change, 1e-6, HEAD)
+    assert torch.equal(merged[HEAD][8], alone[HEAD][8])
+
+
 # --------------------------------------------------------------------------------------------- forms of adapter files
 
 
@@ -275,7 +337,7 @@ def test_16_bit_tensors_are_cast_once_from_fp32(tmp_path: Path, dtype: torch.dty
     base = make_base(tmp_path / "base", dtype=dtype)
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=LINEAR, trainable_token_indices=[2])
     rewrite(adapter, lambda tensors: {name: tensor.float() * 1.001 for name, tensor in tensors.items()})
-    exact = fold(base, adapter, torch.float32)
+    exact = fold(base, adapter, dtype=torch.float32)
     assert {tensor.dtype for tensor in exact.values()} == {torch.float32}
     assert_same(fold(base, adapter), {name: tensor.to(dtype) for name, tensor in exact.items()})
 
@@ -293,7 +355,7 @@ def test_what_is_not_a_float_keeps_its_type(tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=LINEAR)
     tensors = load_file(base / "model.safetensors") | {"model.table": torch.arange(3)}
     save_file(tensors, base / "model.safetensors")
-    merged = fold(base, adapter, torch.float16)
+    merged = fold(base, adapter, dtype=torch.float16)
     assert torch.equal(merged.pop("model.table"), torch.arange(3))
     assert {tensor.dtype for tensor in merged.values()} == {torch.float16}
 
@@ -303,9 +365,8 @@ def test_the_base_on_disk_is_not_touched(tmp_path: Path) -> None:
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=LINEAR, modules_to_save=["lm_head"], bias="all")
     files = (base / "model.safetensors", adapter / "adapter_model.safetensors")
     before = [file.read_bytes() for file in files]
-    reader, config = open_checkpoint(base), load_json(base / "config.json")
-    folded = plan_fold(reader, config, load_adapter(adapter))
-    assert_same(dict(folded.tensors()), dict(folded.tensors()))
+    folded = plan(base, adapter)
+    assert_same(read_all(folded), read_all(folded))
     assert [file.read_bytes() for file in files] == before
 
 
@@ -315,8 +376,9 @@ def test_an_overflow_is_refused(tmp_path: Path) -> None:
     rewrite(adapter, lambda tensors: {name: tensor * 1000 for name, tensor in tensors.items()})
     name = "model.layers.0.self_attn.q_proj.weight"
     assert fold(base, adapter)[name].isfinite().all()
-    with pytest.raises(ConfigError, match=rf"{name} is not finite after merging and casting to float16.*--dtype bf16"):
-        fold(base, adapter, torch.float16)
+    with pytest.raises(ConfigError, match=rf"{name} is not finite in float16\. Try --dtype bf16"):
+        save_source(InDtype(plan(base, adapter), torch.float16), tmp_path / "out", 10**9)
+    assert [*(tmp_path / "out").iterdir()] == []
 
 
 # ------------------------------------------------------------------------------------------------------------ refusals
@@ -489,7 +551,7 @@ def test_lost_token_rows_are_warned_of(
 
 def test_the_original_scripts_adapter_merges_to_its_recorded_blocks(any_golden: Golden) -> None:
     recorded = any_golden.tensors_of("training/lora_chat.safetensors")
-    merged = fold(any_golden.tiny, any_golden.path / "training" / "lora_chat_adapter", torch.float32)
+    merged = fold(any_golden.tiny, any_golden.path / "training" / "lora_chat_adapter", dtype=torch.float32)
     compared = set()
     for name in recorded:
         if name.startswith("merged."):

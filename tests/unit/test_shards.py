@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
+import time
+import weakref
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -13,17 +18,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoints.shards import (
-    MIB,
-    check_output_folder,
-    fingerprint,
-    load_json,
-    open_checkpoint,
-    parse_size,
-    save_checkpoint,
-    staged_folder,
-)
+from checkpoints.folders import check_output_folder, staged_folder
+from checkpoints.shards import MIB, fingerprint, load_json, open_checkpoint
+from checkpoints.source import InDtype
+from checkpoints.writing import parse_size, save_checkpoint, save_source
 from errors import ConfigError
+from tests.golden import REPO
 
 TENSORS = {
     "wte": torch.arange(24, dtype=torch.float32).reshape(6, 4),
@@ -141,7 +141,7 @@ def test_broken_folders_are_refused_by_the_files_name(tmp_path: Path) -> None:
 
     write_index(tmp_path, {"a": "../model.safetensors"})
     save_file({"a": torch.ones(3)}, tmp_path.parent / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"is missing though model\.safetensors\.index\.json names it"):
+    with pytest.raises(ConfigError, match=r"no name of a weight file"):
         open_checkpoint(tmp_path)
     write_index(tmp_path, [])
     with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json has no weight_map"):
@@ -256,14 +256,11 @@ def test_only_one_shard_is_held(tmp_path: Path) -> None:
     alive: list[int] = []
     most = 0
 
-    class Counted(torch.Tensor):
-        def __del__(self) -> None:
-            alive.pop()
-
     def make() -> Iterator[tuple[str, Tensor]]:
         nonlocal most
         for i in range(8):
-            tensor = torch.zeros(100).as_subclass(Counted)
+            tensor = torch.zeros(100)
+            weakref.finalize(tensor, alive.pop)
             alive.append(i)
             most = max(most, len(alive))
             yield f"t{i}", tensor
@@ -295,6 +292,34 @@ def test_a_failure_leaves_no_weights(tmp_path: Path) -> None:
     assert len(seen) == 2, "two shards had been written when it failed"
     assert not any(name.endswith(".safetensors") for name in seen), "no shard had its final name"
     assert files(tmp_path) == []
+
+
+def test_a_source_is_written_some_rows_at_a_time_and_rounded_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("checkpoints.source.BLOCK", 10)
+    tensors = {**TENSORS, "scalar": torch.tensor(3.5), "empty": torch.zeros(0, 7), "table": torch.rand(13, 3)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    written: list[int] = []
+    source = open_checkpoint(tmp_path)
+    save_source(source, tmp_path / "same", 10**9, written.append)
+    assert_holds(tmp_path / "same", tensors)
+    assert sum(written) == sum(tensor.nbytes for tensor in tensors.values()) and max(written) <= 48
+    save_source(InDtype(source, torch.bfloat16), tmp_path / "half", 60)
+    rounded = {name: each.bfloat16() if each.is_floating_point() else each for name, each in tensors.items()}
+    assert_holds(tmp_path / "half", rounded)
+    assert len(files(tmp_path / "half")) > 3
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e5m2])
+def test_what_is_no_number_is_not_written(tmp_path: Path, bad: float, dtype: torch.dtype) -> None:
+    tensor = torch.zeros(50, 2)
+    tensor[49, 1] = bad
+    save_file({"a": tensor.to(dtype), "b": torch.zeros(3)}, tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match=r"^a holds NaN or infinity"):
+        save_source(open_checkpoint(tmp_path), tmp_path / "out", 10**9)
+    assert files(tmp_path / "out") == []
 
 
 def test_present_weights_are_not_mixed_with_new_ones(tmp_path: Path) -> None:
@@ -337,6 +362,42 @@ def test_a_leftover_of_the_same_process_number_is_no_hindrance(tmp_path: Path) -
     with staged_folder(tmp_path / "out") as folder:
         (folder / "file").touch()
     assert files(tmp_path / "out") == ["file"]
+
+
+def test_what_dead_processes_have_left_is_removed_and_what_others_write_is_not(tmp_path: Path) -> None:
+    dead = tmp_path / "out.partial-1"
+    dead.mkdir()
+    (dead / "half.safetensors").touch()
+    alike = tmp_path / "out.partial.mine"
+    alike.mkdir()
+    with staged_folder(tmp_path / "out") as first:
+        with pytest.raises(RuntimeError), staged_folder_of_another_process(tmp_path / "out"):
+            assert first.is_dir() and not dead.exists()
+            raise RuntimeError
+        (first / "file").touch()
+    assert files(tmp_path) == ["out", "out.partial.mine"]
+
+
+@contextmanager
+def staged_folder_of_another_process(path: Path) -> Iterator[None]:
+    code = "import sys; from checkpoints.folders import staged_folder\nwith staged_folder(sys.argv[1]): input()"
+    with subprocess.Popen([sys.executable, "-c", code, str(path)], cwd=REPO, stdin=subprocess.PIPE) as process:
+        other = path.with_name(f"{path.name}.partial-{process.pid}")
+        while not other.is_dir():
+            assert process.poll() is None
+            time.sleep(0.01)
+        yield
+        assert other.is_dir()
+    assert not other.exists(), "it ended by itself: its standard input did"
+
+
+def test_a_link_is_no_output_folder(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    (tmp_path / "dangling").symlink_to(tmp_path / "nothing")
+    for name in ("link", "dangling"):
+        with pytest.raises(ConfigError, match=rf"{name} is a symbolic link"):
+            check_output_folder(tmp_path / name)
 
 
 def test_taken_output_folders_are_refused(tmp_path: Path) -> None:

@@ -1,0 +1,114 @@
+"""Files and folders that are whole or not there; needs no torch."""
+
+from __future__ import annotations
+
+import fcntl
+import glob
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+from errors import ConfigError
+
+
+def save_json(value: Mapping[str, Any], path: Path) -> None:
+    """Write a JSON object in one step: the file at ``path`` is the old one or the whole new one."""
+    save_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", path)
+
+
+def save_text(text: str, path: Path) -> None:
+    """Write a text file in UTF-8 in one step."""
+    temporary = path.with_name(f".{path.name}.partial")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        sync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def sync(path: Path) -> None:
+    """Make the operating system write a file or a folder's entries to disk now."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def check_output_folder(path: str | Path, flag: str = "--output") -> None:
+    """Raise ``ConfigError`` unless ``path`` is free: absent, or an empty folder."""
+    path = Path(path)
+    if path.is_symlink():
+        raise ConfigError(f"{flag} {path} is a symbolic link", "Give the folder itself, or one that does not exist yet")
+    if path.exists() and not path.is_dir():
+        raise ConfigError(f"{flag} {path} is a file", "Give a folder that does not exist yet")
+    if path.is_dir() and any(path.iterdir()):
+        raise ConfigError(f"{flag} {path} is not empty", "Give a folder that does not exist yet, or empty it")
+
+
+@contextmanager
+def staged_folder(path: str | Path, flag: str = "--output") -> Iterator[Path]:
+    """Write a folder in one step: yields ``path + ".partial-<pid>"``, which becomes ``path`` when the block ends well.
+
+    After an error in the block (Ctrl-C too) the partial folder is removed and ``path`` is as it was. What killed
+    processes have left for the same path is removed first.
+
+    Raises:
+        ConfigError: ``path`` is taken (see :func:`check_output_folder`) or cannot be made.
+    """
+    check_output_folder(path, flag)
+    final = Path(path).resolve()
+    staging = final.with_name(f"{final.name}.partial-{os.getpid()}")
+    try:
+        _remove_leftovers(final)
+        staging.mkdir(parents=True)
+        lock = os.open(staging, os.O_RDONLY)
+    except OSError as error:
+        what = f"{flag} {path} cannot be made: {error.strerror}"
+        raise ConfigError(what, "Choose a folder you may write to") from error
+    try:
+        with suppress(OSError):  # not every network file system has locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it ends
+        try:
+            yield staging
+            for file in staging.rglob("*"):
+                sync(file)
+        except BaseException:
+            remove_folder(staging)
+            raise
+        try:
+            sync(staging)
+            os.replace(staging, final)
+            sync(final.parent)
+        except OSError as error:
+            # The work is done and whole: leave it to the user rather than throw it away.
+            fix = f"The complete result is kept in {staging}: move it yourself"
+            raise ConfigError(f"{flag} {path} cannot take the result: {error.strerror}", fix) from error
+    finally:
+        os.close(lock)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, also where a signal ends the first attempt."""
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _remove_leftovers(final: Path) -> None:
+    """Remove what dead processes were writing for the same folder: what nobody has locked."""
+    for folder in final.parent.glob(f"{glob.escape(final.name)}.partial-*"):
+        lock = os.open(folder, os.O_RDONLY)
+        try:
+            with suppress(OSError):
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            os.close(lock)
