@@ -9,7 +9,6 @@ Shapes: T tokens of a sample, C hidden size, I inputs of a layer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,62 +17,53 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_utils.encode import UnweightedExample
+from qwen_model.blocks import PLACES, Places, hear_calls, run_block
+from qwen_model.blocks import blocks_of as blocks_of
 from qwen_model.chatml import IGNORE_INDEX
 from qwen_model.loss import lean_causal_lm_loss
 
 
-@dataclass(frozen=True)
-class Layout:
-    """Where a family has its parts.
+@dataclass(frozen=True, kw_only=True)
+class Layout(Places):
+    """Where a family has its parts, and what is quantised of them.
 
     Attributes:
-        blocks, norm: names of the list of blocks, and of the norm behind them.
         layers: the linear layers of a block in the order of their computation, those with the same input together.
         scaled_by: for each of these groups the layer that can make its input smaller, because each of the inputs is
             proportional to one of its outputs; ``None`` where there is none.
-        gives_tuple: whether a block's output is a tuple that begins with the states.
     """
 
-    blocks: str
-    norm: str
     layers: tuple[tuple[str, ...], ...]
     scaled_by: tuple[str | None, ...]
-    gives_tuple: bool = False
 
 
-_LATER = Layout(
-    blocks="model.layers",
-    norm="model.norm",
-    layers=(
-        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-        ("self_attn.o_proj",),
-        ("mlp.gate_proj", "mlp.up_proj"),
-        ("mlp.down_proj",),
-    ),
-    scaled_by=("input_layernorm", None, "post_attention_layernorm", "mlp.up_proj"),
-)
+def _later(model_type: str) -> Layout:
+    return Layout(
+        **vars(PLACES[model_type]),
+        layers=(
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("self_attn.o_proj",),
+            ("mlp.gate_proj", "mlp.up_proj"),
+            ("mlp.down_proj",),
+        ),
+        scaled_by=("input_layernorm", None, "post_attention_layernorm", "mlp.up_proj"),
+    )
+
+
 LAYOUTS = {
     "qwen": Layout(
-        blocks="transformer.h",
-        norm="transformer.ln_f",
+        **vars(PLACES["qwen"]),
         layers=(("attn.c_attn",), ("attn.c_proj",), ("mlp.w1", "mlp.w2"), ("mlp.c_proj",)),
         scaled_by=("ln_1", None, "ln_2", "mlp.w1"),
-        gives_tuple=True,
     ),
-    "qwen2": _LATER,
-    "qwen3": _LATER,
+    "qwen2": _later("qwen2"),
+    "qwen3": _later("qwen3"),
 }
 
 
 def layout_of(model: Any) -> Layout:
     """The layout of a model that ``training.loading`` can load."""
     return LAYOUTS[model.config.model_type]
-
-
-def blocks_of(model: Any) -> nn.ModuleList:
-    """The blocks of a model in their order."""
-    blocks: nn.ModuleList = model.get_submodule(layout_of(model).blocks)
-    return blocks
 
 
 def take_blocks(model: Any, device: torch.device, what: str) -> Iterator[tuple[int, nn.Module]]:
@@ -104,22 +94,18 @@ class Stream:
         self.device = device
         self.states: list[Tensor] = []
         self._labels = [torch.tensor([example["labels"]]) for example in examples]
-        blocks = blocks_of(model)
         # For each sample what each block is called with: masks and rotary tables.
         self._arguments: list[list[Mapping[str, Any]]] = []
-        with torch.no_grad(), _only_listening(blocks, layout_of(model).gives_tuple) as heard:
-            for example in examples:
-                model.base_model(torch.tensor([example["input_ids"]], device=model.device), use_cache=False)
-                self.states.append(heard[0][0].cpu())
-                self._arguments.append([_moved(arguments, torch.device("cpu")) for _, arguments in heard])
-                heard.clear()
+        for example in examples:
+            states, arguments = hear_calls(model, input_ids=torch.tensor([example["input_ids"]], device=model.device))
+            self.states.append(states.cpu())
+            self._arguments.append([_moved(each, torch.device("cpu")) for each in arguments])
 
     @torch.no_grad()
     def run(self, index: int, block: nn.Module) -> Iterator[Tensor]:
         """The block's output for each sample, on ``device``."""
         for states, arguments in zip(self.states, self._arguments, strict=True):
-            output = block(states.to(self.device), **_moved(arguments[index], self.device))
-            yield output[0] if isinstance(output, tuple) else output
+            yield run_block(block, states.to(self.device), _moved(arguments[index], self.device))
 
     def pass_through(self, index: int, block: nn.Module) -> None:
         """Make the outputs of the block at this place the inputs of the next one."""
@@ -142,24 +128,6 @@ class Stream:
             loss, _ = lean_causal_lm_loss(norm(states.to(self.device)), head, labels, num_items_in_batch=1)
             total += loss.cpu()
         return float((total / self.targets).exp())
-
-
-@contextmanager
-def _only_listening(blocks: nn.ModuleList, gives_tuple: bool) -> Iterator[list[tuple[Tensor, Mapping[str, Any]]]]:
-    """Within it blocks compute nothing: they hand on what they get, and note it, states and other arguments."""
-    heard: list[tuple[Tensor, Mapping[str, Any]]] = []
-
-    def listen(hidden_states: Tensor, **arguments: Any) -> Any:
-        heard.append((hidden_states, arguments))
-        return (hidden_states, None) if gives_tuple else hidden_states
-
-    for block in blocks:
-        block.forward = listen  # type: ignore[method-assign]
-    try:
-        yield heard
-    finally:
-        for block in blocks:
-            del block.forward
 
 
 def _moved(value: Any, device: torch.device) -> Any:

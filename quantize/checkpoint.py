@@ -12,8 +12,11 @@ from typing import Any
 
 import torch
 
+from checkpoints.folders import save_json, staged_folder
+from checkpoints.precision import with_dtype
 from checkpoints.quantization import Quantization, check_bitsandbytes
-from checkpoints.shards import load_json, open_checkpoint, save_checkpoint, save_json, staged_folder
+from checkpoints.shards import load_json, open_checkpoint
+from checkpoints.writing import save_checkpoint
 from data_utils.encode import UnweightedExample
 from errors import ConfigError, RunError, one_line
 from quantize.blocks import Stream, stored_tensors, take_blocks
@@ -153,9 +156,7 @@ def _save_others(checkpoint: Checkpoint, quantization_config: dict[str, Any], fo
     """config.json, generation_config.json and the tokenizer's files."""
     # No remote code ships with the result.
     config = {key: value for key, value in load_json(checkpoint.folder / "config.json").items() if key != "auto_map"}
-    dtype = _name_of(checkpoint.dtype)
-    # Older folders say torch_dtype, newer ones dtype.
-    config |= dict.fromkeys([key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"], dtype)
+    config = with_dtype(config, _name_of(checkpoint.dtype))
     save_json(config | {"quantization_config": quantization_config}, folder / "config.json")
     if (checkpoint.folder / "generation_config.json").is_file():
         shutil.copyfile(checkpoint.folder / "generation_config.json", folder / "generation_config.json")

@@ -72,8 +72,10 @@ class QWenConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Published folders name the remote code beside them; this class needs none, and saves none.
-        kwargs.pop("auto_map", None)
+        # Published folders name the remote code beside them; this class needs none, and saves none. Where it is that
+        # code itself, vLLM finds the model by this attribute.
+        if self._auto_class is None:
+            kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
         flags = [name for name in ("bf16", "fp16", "fp32") if getattr(self, name)]
         if len(flags) > 1:

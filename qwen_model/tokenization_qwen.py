@@ -1,7 +1,9 @@
 """Qwen v1's tokenizer: byte-level BPE through tiktoken, special tokens after the ranks.
 
 Unlike the original's, it reads special-token text in a string as plain text; ``allowed_special="all"`` brings the
-original's behaviour back, for comparison and for prompts that are written out by hand.
+original's behaviour back, for comparison and for prompts that are written out by hand. What a chat template has written
+is read with its control tokens; so is every text where this class is the code of a folder that says so: servers hand
+over whole prompts.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import shutil
 import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -31,6 +34,9 @@ SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, *(f"<|extra_{number}|>" for num
 # The least that ends tiktoken is 999,999 blanks that are no line ends.
 _MOST_SPACES = 900_000
 _TOO_MANY_SPACES = re.compile(rf"[^\S\r\n]{{{_MOST_SPACES}}}")
+
+# The header of a message is tokenised apart from it, as in training: else a newline behind it melts into it.
+_HEADER = re.compile(rf"{re.escape(IM_START)}[^<\n]*\n")
 
 AllowedSpecial = Literal["all"] | AbstractSet[str]
 DisallowedSpecial = Literal["all"] | Collection[str]
@@ -99,6 +105,8 @@ class QWenTokenizer(PreTrainedTokenizer):
             )
         # Published folders name the remote code beside them; this class needs none, and saves none.
         kwargs.pop("auto_map", None)
+        # A folder may say false only where this class is its own code: servers hand over whole prompts.
+        split_special_tokens = self._auto_class is None or kwargs.get("split_special_tokens", True)
         self.vocab_file = vocab_file
         self.extra_vocab_file = extra_vocab_file
         self.errors = errors
@@ -117,6 +125,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         self.im_start_id = self.special_tokens[IM_START]
         self.im_end_id = self.special_tokens[IM_END]
         super().__init__(errors=errors, pad_token=pad_token, eos_token=eos_token, **kwargs)
+        self.split_special_tokens = split_special_tokens  # where nothing is said the library's default is false
 
     def _add_extra_ranks(self, path: str) -> None:
         """Ranks behind the special tokens, which tiktoken applies after all others."""
@@ -178,8 +187,9 @@ class QWenTokenizer(PreTrainedTokenizer):
     def tokenize(  # type: ignore[override]
         self,
         text: str,
-        allowed_special: AllowedSpecial = frozenset(),
+        allowed_special: AllowedSpecial | None = None,
         disallowed_special: DisallowedSpecial = (),
+        split_special_tokens: bool | None = None,
         **kwargs: Any,
     ) -> list[bytes | str]:
         """Tokens of ``text`` as bytes, special ones as strings.
@@ -187,12 +197,32 @@ class QWenTokenizer(PreTrainedTokenizer):
         Args:
             allowed_special: special tokens that are recognised in the text; "all" is the original's behaviour.
             disallowed_special: special tokens that raise a ``ValueError`` where the text holds them.
+            split_special_tokens: where ``allowed_special`` is not given: true reads everything as plain text, false
+                reads a rendered conversation. By default as the tokenizer's attribute says.
         """
         self.check_text(text)
-        ids = self.tokenizer.encode(
-            unicodedata.normalize("NFC", text), allowed_special=allowed_special, disallowed_special=disallowed_special
-        )
-        return [self.decoder[id_] for id_ in ids]
+        pieces = [text]
+        if allowed_special is None:
+            is_plain = self.split_special_tokens if split_special_tokens is None else split_special_tokens
+            allowed_special = frozenset() if is_plain else "all"
+            pieces = [text] if is_plain else _cut_behind_headers(text)
+        return [
+            self.decoder[id_]
+            for piece in pieces
+            for id_ in self.tokenizer.encode(
+                unicodedata.normalize("NFC", piece),
+                allowed_special=allowed_special,
+                disallowed_special=disallowed_special,
+            )
+        ]
+
+    def apply_chat_template(  # type: ignore[override]
+        self, conversation: Any, *args: Any, tokenizer_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> Any:
+        """transformers' method; the control tokens that the template writes become their ids."""
+        tokenizer_kwargs = {"split_special_tokens": False, **(tokenizer_kwargs or {})}
+        parent: Any = super()
+        return parent.apply_chat_template(conversation, *args, tokenizer_kwargs=tokenizer_kwargs, **kwargs)
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """Ids of a token or a list of them (bytes, or the string of a special token); ``None`` where there is none."""
@@ -260,3 +290,8 @@ class QWenTokenizer(PreTrainedTokenizer):
                 shutil.copyfile(source, target)
             written.append(target)
         return tuple(written)
+
+
+def _cut_behind_headers(text: str) -> list[str]:
+    cuts = [0, *(header.end() for header in _HEADER.finditer(text)), len(text)]
+    return [text[start:stop] for start, stop in pairwise(cuts)]

@@ -21,7 +21,8 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from checkpoints.shards import save_checkpoint, save_json, staged_folder
+from checkpoints.folders import save_json, staged_folder
+from checkpoints.writing import save_checkpoint
 from data_utils.files import read_records
 from data_utils.formats import recognise
 from errors import CommandParser, ConfigError, run_command

@@ -77,8 +77,8 @@ def main(argv: Sequence[str]) -> None:
 
     set_up_logging()
     # Only now torch is loaded: a wrong flag is answered at once.
+    from checkpoints.folders import check_output_folder
     from checkpoints.quantization import Quantization
-    from checkpoints.shards import check_output_folder
     from data_utils.encode import EncodeOptions
     from quantize.calibration import draw_samples
     from quantize.checkpoint import check_quantizable, quantize_checkpoint

@@ -61,7 +61,7 @@ def embeddings_policy(requested: str, checkpoint: Checkpoint, lora_weight_path: 
         return EmbeddingsPolicy(mode, f"--lora_weight_path {lora_weight_path}: as that adapter was made")
     if requested != "auto":
         return EmbeddingsPolicy(requested, f"--trainable_embeddings {requested}")
-    if checkpoint.model_type != "qwen":
+    if checkpoint.model_type != "qwen" and checkpoint.chat_format is None:
         return EmbeddingsPolicy("none", f"auto: {checkpoint.model_type} checkpoints know the ChatML tokens")
     if checkpoint.chat_format == "chatml":
         return EmbeddingsPolicy("none", "auto: generation_config.json says chat_format chatml, a chat model")

@@ -35,7 +35,7 @@ class Checkpoint:
         name: as the user gave it, a folder or a hub id.
         folder: where its files lie.
         dtype: precision of its weights, in which a run's results are saved.
-        chat_format: ``chatml`` or ``raw``, from generation_config.json; ``None`` where it does not say.
+        chat_format: ``chatml`` or ``raw``, as Qwen v1's files say; ``None`` where they do not.
         quantization: how its weights are quantised; ``None`` where they are not.
     """
 
@@ -91,7 +91,7 @@ def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = 
         family=family,
         generation_config=generation_config,
         dtype=_saved_dtype(reader, config),
-        chat_format=getattr(generation_config, "chat_format", None),
+        chat_format=_chat_format(config, generation_config),
         quantization=quantization,
     )
 
@@ -236,6 +236,12 @@ def _load_tokenizer(folder: Path) -> Any:
             f"--model_name_or_path {folder}: its tokenizer cannot be read ({one_line(error)})",
             "Copy the tokenizer's files from the original checkpoint into the folder",
         ) from error
+
+
+def _chat_format(config: Any, generation_config: GenerationConfig) -> str | None:
+    # Qwen v1 in Qwen2's layout keeps it in config.json: later families' generation settings know no such key.
+    kept = getattr(config, "qwen_config", None) or {}
+    return getattr(generation_config, "chat_format", None) or kept.get("chat_format")
 
 
 def _check_tokenizer(folder: Path, config: Any, tokenizer: Any, generation_config: GenerationConfig) -> None:

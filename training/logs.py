@@ -38,7 +38,7 @@ def set_up_logging() -> None:
         stream=sys.stderr, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S", force=True
     )
     level = logging.INFO if os.environ.get("RANK", "0") == "0" else logging.WARNING
-    for name in ("finetune", "training", "data_utils", "checkpoints"):
+    for name in ("finetune", "merge_lora", "training", "data_utils", "checkpoints", "export"):
         logging.getLogger(name).setLevel(level)
 
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from checkpoints.folders import remove_folder
 from data_utils.sources import parse_source
 from errors import ConfigError, RunError, Terminated, one_line
 
@@ -274,7 +275,7 @@ def staged_checkpoint(final: Path, is_writer: bool = True) -> Iterator[Path]:
             os.replace(staged, final)
     finally:
         if is_writer:
-            shutil.rmtree(staging, ignore_errors=True)
+            remove_folder(staging)
 
 
 @contextmanager
@@ -292,7 +293,7 @@ def staged_files(folder: Path) -> Iterator[Path]:
         for path in sorted(staging.iterdir()):
             os.replace(path, folder / path.name)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        remove_folder(staging)
 
 
 def _sync_files(folder: Path) -> None:

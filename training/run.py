@@ -11,7 +11,8 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from checkpoints.shards import fingerprint, save_json
+from checkpoints.folders import save_json
+from checkpoints.shards import fingerprint
 from data_utils.dataset import ExampleSet
 from data_utils.receipt import Receipt
 from training.adapters import EmbeddingsPolicy
@@ -111,6 +112,7 @@ def save_summary(
     summary = {
         "base_model": trainer.checkpoint.name,
         "base_fingerprint": fingerprint(trainer.checkpoint.folder),
+        "base_is_quantized": trainer.checkpoint.quantization is not None,
         "model_type": trainer.checkpoint.model_type,
         "mode": "lora" if isinstance(trainer.model, PeftModel) else "full",
         "quantization": None if quantization is None else str(quantization),

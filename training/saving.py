@@ -14,12 +14,14 @@ import torch
 from peft import PeftModel, get_peft_model_state_dict
 from torch import Tensor
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
+from checkpoints.folders import save_json
 from checkpoints.quantization import BASE_QUANTIZATION
-from checkpoints.shards import open_checkpoint, save_checkpoint, save_json, save_tensors
+from checkpoints.shards import open_checkpoint
+from checkpoints.writing import save_checkpoint, save_tensors
 from errors import RunError
-from qwen_model.generation import MAX_WINDOW_SIZE
+from qwen_model.stops import stopping_generation_config
 from training.loading import Checkpoint, set_saved_dtype
 from training.output import saving_to, staged_files
 
@@ -58,7 +60,9 @@ def save_model(
             save_full(model, checkpoint, staging, state_dict, show_progress)
         checkpoint.tokenizer.save_pretrained(staging)
         # Not by its save_pretrained, which refuses settings that real checkpoints have (top_p beside do_sample false).
-        save_json(saved_generation_config(checkpoint).to_diff_dict(), staging / "generation_config.json")
+        generation_config = checkpoint.generation_config.to_diff_dict()
+        stopping = stopping_generation_config(generation_config, checkpoint.end_ids, checkpoint.model_type)
+        save_json(stopping, staging / "generation_config.json")
         written = {file.name for file in staging.iterdir()}
     if not isinstance(model, PeftModel):
         for old in folder.glob("model*.safetensors*"):
@@ -106,23 +110,13 @@ def save_full(
     save_checkpoint(on_disk("Saving"), folder, MAX_SHARD_SIZE)
     config = copy.deepcopy(model.config)
     set_saved_dtype(config, checkpoint.dtype)
+    if kept := getattr(config, "qwen_config", None):  # Qwen v1 in Qwen2's layout: from now on a chat model
+        config.qwen_config = {**kept, "chat_format": "chatml"}
     config.use_cache = True  # the trainer turns it off for its own time
     # Not the class that trained: others know the checkpoint by the name it came with.
     config.architectures = checkpoint.config.architectures or [_ARCHITECTURES[checkpoint.model_type]]
     config.save_pretrained(folder)
     _check_saved(on_disk("Checking"), folder, ("model.safetensors",))
-
-
-def saved_generation_config(checkpoint: Checkpoint) -> GenerationConfig:
-    """The base's generation config with the end of a ChatML turn among its stops."""
-    config = copy.deepcopy(checkpoint.generation_config)
-    config.eos_token_id = checkpoint.end_ids
-    config.pad_token_id = checkpoint.end_ids[-1]
-    if checkpoint.model_type == "qwen":
-        # Keys of Qwen v1's own, which update() would not add.
-        vars(config).setdefault("max_window_size", MAX_WINDOW_SIZE)
-        vars(config)["chat_format"] = "chatml"
-    return config
 
 
 def _to_disk(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from checkpoints.shards import save_checkpoint
+from checkpoints.writing import save_checkpoint
 from errors import ConfigError
 from qwen_model.later import MODEL_CLASSES
 from qwen_model.modeling_qwen import QWenLMHeadModel

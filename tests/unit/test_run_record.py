@@ -91,7 +91,8 @@ def test_the_summary(output: Path, data: Path, held_out: Path) -> None:
     lora = sum(rank * (rows + columns) * count for (rows, columns), count in alpha_layers.items())
     base = 82_272
     expected = {
-        "base_model": str(TINY), "base_fingerprint": fingerprint(TINY), "model_type": "qwen", "mode": "lora",
+        "base_model": str(TINY), "base_fingerprint": fingerprint(TINY), "base_is_quantized": False,
+        "model_type": "qwen", "mode": "lora",
         "trained_parameters": lora, "parameters": base + lora, "steps": 9,
         "first_loss": losses[0], "last_loss": losses[-1], "last_eval_loss": eval_losses[-1],
         "last_token_accuracy": logged_losses(output, "token_accuracy")[-1],
