@@ -114,8 +114,8 @@ def run_command(main: Callable[[Sequence[str]], int | None], name: str) -> None:
 def _end_now(code: int) -> NoReturn:
     """End a process of several without taking the interpreter apart.
 
-    gloo's threads can hold the last reference to a tensor of Python. The one that lets go of it while the interpreter is
-    being taken apart gets no lock any more and aborts a run that went well (pytorch/pytorch#179291).
+    gloo's threads can hold the last reference to a tensor of Python. One that lets go of it while the interpreter is
+    taken apart gets no lock any more and aborts a run that went well (pytorch/pytorch#179291).
     """
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,24 +14,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-import merge_lora
 from checkpoints.shards import fingerprint
-from errors import ConfigError
 from qwen_model.register import register_qwen
-from tests.commands import limited_file_size, run_here
-from tests.golden import LOGITS_ATOL, REPO, Golden, GoldenTensors, assert_close, assert_logits, run_python
+from scripts import convert_layout
+from tests.golden import LOGITS_ATOL, Golden, GoldenTensors, assert_close, assert_logits
+from tests.merging import merge, merge_well, message_of, names, read
+from tests.quantized import write_awq, write_gptq
 
 register_qwen()
-
-
-def merge(*arguments: object) -> subprocess.CompletedProcess[str]:
-    return run_python(["merge_lora.py", *map(str, arguments)])
-
-
-def merge_well(*arguments: object) -> subprocess.CompletedProcess[str]:
-    result = merge(*arguments)
-    assert result.returncode == 0, result.stderr
-    return result
 
 
 def logits(folder: Path, input_ids: Tensor, attention_mask: Tensor | None = None, **kwargs: Any) -> Tensor:
@@ -41,12 +30,21 @@ def logits(folder: Path, input_ids: Tensor, attention_mask: Tensor | None = None
         return model(input_ids=input_ids, attention_mask=attention_mask).logits
 
 
-def read(folder: Path, name: str = "config.json") -> dict[str, Any]:
-    return json.loads((folder / name).read_text())
+# Of Qwen v1, besides the code.
+FILES = [
+    "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "qwen.tiktoken",
+    "tokenizer_config.json",
+]  # fmt: skip
+CODE = {
+    "AutoConfig": "configuration_qwen.QWenConfig", "AutoModel": "modeling_qwen.QWenModel",
+    "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
+}  # fmt: skip
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
+def names_but_code(folder: Path) -> list[str]:
+    found = names(folder)
+    assert {f"{place.partition('.')[0]}.py" for place in CODE.values()} < set(found)
+    return [name for name in found if not name.endswith(".py")]
 
 
 @pytest.fixture
@@ -60,7 +58,7 @@ def chat_adapter(golden: Golden) -> Path:
     return golden.path / "training" / "lora_chat_adapter"
 
 
-# --------------------------------------------------------------------------------- adapters of the original script
+# -------------------------------------------------------------------------------- adapters of the original script
 
 
 def test_the_original_scripts_adapter_gives_its_merged_logits(any_golden: Golden, tmp_path: Path) -> None:
@@ -70,8 +68,8 @@ def test_the_original_scripts_adapter_gives_its_merged_logits(any_golden: Golden
     )
     assert "INCOMPLETE" not in result.stderr
     assert "10 of 19 tensors changed" in result.stdout
-    last = result.stdout.splitlines()[-1]
-    assert last == f'next:    python -m scripts.ask --model_name_or_path {output} "Who are you?"'
+    assert "verified: 12 prompts" in result.stdout and "same next token at 100.0 %" in result.stdout
+    assert f'python -m scripts.ask --model_name_or_path {output} "Who are you?"' in result.stdout
     recorded = any_golden.tensors_of("training/lora_chat.safetensors")
     assert_logits(logits(output, any_golden.tensors.ids("A.input_ids")), recorded, "logits.merged.A")
     inputs = [any_golden.tensors.ids(f"B.{name}") for name in ("input_ids", "attention_mask")]
@@ -80,9 +78,10 @@ def test_the_original_scripts_adapter_gives_its_merged_logits(any_golden: Golden
     text = "Hello, 世界! <|im_end|>"
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (output, any_golden.tiny)]
     assert tokenizers[0](text).input_ids == tokenizers[1](text).input_ids
-    assert read(output, "generation_config.json") == read(any_golden.tiny, "generation_config.json")
-    expected = ["config.json", "generation_config.json", "model.safetensors", "qwen.tiktoken", "tokenizer_config.json"]
-    assert names(output) == expected
+    ends = [tokenizers[0].im_end_id, tokenizers[0].eod_id]
+    settings = read(any_golden.tiny, "generation_config.json") | {"eos_token_id": ends, "pad_token_id": ends[1]}
+    assert read(output, "generation_config.json") == settings
+    assert names_but_code(output) == FILES
 
 
 def test_a_base_models_adapter_without_its_embeddings_is_merged_with_a_loud_warning(
@@ -90,7 +89,7 @@ def test_a_base_models_adapter_without_its_embeddings_is_merged_with_a_loud_warn
 ) -> None:
     adapter = any_golden.path / "training" / "lora_base_adapter"
     result = merge_well("--adapter", adapter, "--base", any_golden.tiny, "--output", tmp_path / "merged")
-    warnings = [line for line in result.stderr.splitlines() if line.startswith("WARNING: ")]
+    warnings = [line for line in result.stderr.splitlines() if " WARNING " in line]
     assert len(warnings) == 1
     assert f"THE ADAPTER {adapter} IS INCOMPLETE" in warnings[0]
     assert "Missing: lm_head.weight, transformer.wte.weight." in warnings[0]
@@ -100,7 +99,7 @@ def test_a_base_models_adapter_without_its_embeddings_is_merged_with_a_loud_warn
         assert_logits(actual, recorded, case)
 
 
-# --------------------------------------------------------------------------------------------------- what is written
+# -------------------------------------------------------------------------------------------------- what is written
 
 
 @pytest.mark.parametrize(
@@ -113,7 +112,8 @@ def test_the_dtype_that_is_asked_for(
     merge_well("--adapter", chat_adapter, "--base", golden.tiny, "--output", output, "--dtype", flag)
     expected = golden.config | {name: name == flag for name in ("bf16", "fp16", "fp32")}
     expected["torch_dtype"] = str(dtype).removeprefix("torch.")
-    del expected["auto_map"]
+    expected["auto_map"] = CODE
+    expected["rms_norm_eps"] = expected["layer_norm_epsilon"]  # llama.cpp reads it by this name
     assert read(output) == expected
     assert {tensor.dtype for tensor in load_file(output / "model.safetensors").values()} == {dtype}
     assert AutoModelForCausalLM.from_pretrained(output, dtype="auto").dtype == dtype
@@ -163,10 +163,13 @@ def test_the_adapters_tokenizer_and_generation_config_come_first(
         for name in ("modeling_qwen.py", "optimizer.pt", "training_args.bin", "pytorch_model.bin", "README.md"):
             (folder / name).write_text("not to be copied")
     merge_well("--adapter", adapter, "--base", base, "--output", output)
-    expected = ["chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "qwen.tiktoken"]
-    assert names(output) == [*expected, "tokenizer_config.json"]
+    assert names_but_code(output) == FILES
+    assert "not to be copied" not in {path.read_text() for path in output.glob("*.py")}
+    assert "not to be copied" not in (output / "README.md").read_text()
     assert read(output, "generation_config.json")["eos_token_id"] == [702, 700]
-    assert read(output, "tokenizer_config.json") == {"tokenizer_class": "QWenTokenizer", "model_max_length": 77}
+    expected = {**config, "auto_map": {"AutoTokenizer": ["tokenization_qwen.QWenTokenizer", None]}}
+    assert read(output, "tokenizer_config.json") == expected | {"split_special_tokens": False}
+    assert (output / "chat_template.jinja").read_text() == "{{ messages }}"
     assert (output / "qwen.tiktoken").read_bytes() == (base / "qwen.tiktoken").read_bytes()
 
 
@@ -224,99 +227,106 @@ def test_later_families_are_merged_too(tmp_path: Path) -> None:
     assert AutoConfig.from_pretrained(output).tie_word_embeddings is True
 
 
-# ------------------------------------------------------------------------------------------------------------- the base
+# ------------------------------------------------------------------------------------------------------------ the base
 
 
-def with_record(chat_adapter: Path, folder: Path, **summary: str) -> Path:
+def with_record(chat_adapter: Path, folder: Path, **summary: object) -> Path:
     shutil.copytree(chat_adapter, folder)
     (folder / "run_summary.json").write_text(json.dumps(summary))
     return folder
 
 
-def test_another_base_than_the_recorded_one_is_warned_of(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
+def test_another_base_than_the_recorded_one_is_refused(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
     right = with_record(chat_adapter, tmp_path / "right", base_fingerprint=fingerprint(golden.tiny))
     wrong = with_record(chat_adapter, tmp_path / "wrong", base_fingerprint="0" * 64)
     silent = with_record(chat_adapter, tmp_path / "silent", note="without a fingerprint")
-    for adapter, warned in ((right, False), (wrong, True), (silent, False)):
-        result = merge_well("--adapter", adapter, "--base", golden.tiny, "--output", tmp_path / "out" / adapter.name)
-        assert ("WARNING: THE BASE IS NOT THE ONE THAT THE ADAPTER WAS TRAINED ON" in result.stderr) == warned
-
-
-# ------------------------------------------------------------------------------------------------------------- refusals
-
-
-def refuses(expected: str, *arguments: object) -> None:
-    with pytest.raises(ConfigError) as caught:
-        merge_lora.main([str(argument) for argument in arguments])
-    assert expected in str(caught.value)
-    assert "\n" not in str(caught.value)
-
-
-def test_faults_of_the_command_line_are_named(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
-    output = tmp_path / "merged"
-    good = ["--adapter", chat_adapter, "--base", golden.tiny, "--output"]
-    refuses("required: --output", "--adapter", chat_adapter)
-    refuses("unrecognized arguments: --out_put x", *good, output, "--out_put", "x")
-    refuses("argument --dtype: invalid choice: 'int8'", *good, output, "--dtype", "int8")
-    refuses("--max_shard_size 2gigs: not a size", *good, output, "--max_shard_size", "2gigs")
-    refuses("nowhere holds no adapter_config.json", "--adapter", tmp_path / "nowhere", "--output", output)
-    refuses(f"names the base '{golden.tiny.name}'", "--adapter", chat_adapter, "--output", output)
-    refuses("with --base DIR", "--adapter", chat_adapter, "--output", output)
-    refuses(f"--base {chat_adapter} holds no config.json", *good[:2], "--base", chat_adapter, "--output", output)
-    refuses("is the folder of --adapter", *good, chat_adapter)
-    refuses("is the folder of --base", *good, golden.tiny)
-    assert names(tmp_path) == []
-
-
-def test_a_fault_ends_the_command_with_one_line_and_code_2(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
-    (tmp_path / "mine").write_text("keep")
-    for arguments, expected in (
-        (["--base", golden.tiny], f"--output {tmp_path} is not empty"),
-        (["--bse", golden.tiny], "command line: unrecognized arguments: --bse"),
-    ):
-        result = merge("--adapter", chat_adapter, "--output", tmp_path, *arguments)
-        assert result.returncode == 2
-        assert result.stdout == ""
-        assert result.stderr.startswith(f"merge_lora.py: error: {expected}") and result.stderr.count("\n") == 1
-    assert names(tmp_path) == ["mine"]
-
-
-def test_an_empty_output_folder_is_taken(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
-    merge_well("--adapter", chat_adapter, "--base", golden.tiny, "--output", tmp_path)
-    assert "model.safetensors" in names(tmp_path)
-
-
-def test_a_failure_half_way_leaves_nothing(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
-    base = copy_base(golden, tmp_path / "base")
-    tensors = load_file(base / "model.safetensors")
-    last = sorted(tensors)[-1]
-    tensors[last] = torch.full_like(tensors[last], 1e6)  # beyond fp16
-    save_file(tensors, base / "model.safetensors")
-    output = tmp_path / "out" / "merged"
-    result = merge(
-        "--adapter", chat_adapter, "--base", base, "--output", output, "--dtype", "fp16", "--max_shard_size", "1KB"
+    output = tmp_path / "out"
+    for adapter, code in ((right, 0), (wrong, 2), (silent, 0)):
+        arguments = ["--base", golden.tiny, "--output", output / adapter.name, "--no_verify"]
+        result = merge("--adapter", adapter, *arguments)
+        assert result.returncode == code, result.stderr
+    assert f"--adapter {wrong} was trained on other weights than those of {golden.tiny}" in message_of(
+        merge("--adapter", wrong, "--base", golden.tiny, "--output", output / "wrong")
     )
-    assert result.returncode == 2
-    assert f"merge_lora.py: error: {last} is not finite after merging and casting to float16" in result.stderr
-    assert "Traceback" not in result.stderr
-    assert names(output.parent) == []
+    assert names(output) == ["right", "silent"]
+    result = merge_well("--adapter", wrong, "--base", golden.tiny, "--output", output / "wrong", "--any_base")
+    assert " WARNING --adapter" in result.stderr and "may not answer like the one that was trained" in result.stderr
 
 
-def test_a_full_disk_is_a_failure_of_one_line(
-    golden: Golden, chat_adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_an_adapter_of_quantised_weights_is_added_to_the_plain_ones(
+    golden: Golden, chat_adapter: Path, tmp_path: Path
 ) -> None:
-    output = tmp_path / "merged"
-    with limited_file_size(2000):
-        code = run_here(
-            merge_lora.main, "merge_lora.py", ["--adapter", chat_adapter, "--base", golden.tiny, "--output", output]
-        )
-    assert code == 1
-    assert "merge_lora.py: error: cannot write " in capsys.readouterr().err
-    assert names(tmp_path) == []
+    record = {"base_fingerprint": "0" * 64, "base_is_quantized": True}
+    adapter = with_record(chat_adapter, tmp_path / "adapter", **record)
+    result = merge_well("--adapter", adapter, "--base", golden.tiny, "--output", tmp_path / "out", "--no_verify")
+    assert f"{adapter} was trained beside quantised weights: its changes are added to the unquantised" in result.stderr
+    shutil.copytree(golden.tiny, tmp_path / "tiny-qwen-small")
+    named = merge("--adapter", adapter, "--output", tmp_path / "named")
+    assert named.returncode == 2, "only where the user says so"
 
 
-def test_a_wrong_flag_is_answered_before_torch_is_loaded() -> None:
-    arguments = ["--adapter", "a", "--output", "b"]
-    code = f"import sys, merge_lora; merge_lora.parse_args({arguments}); print('torch' in sys.modules)"
-    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
-    assert result.stdout == "False\n"
+def test_a_base_in_another_layout_is_known_by_its_origin(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
+    record = fingerprint(golden.tiny)
+    adapter = with_record(chat_adapter, tmp_path / "adapter", base_fingerprint=record)
+    convert_layout.main([str(golden.tiny), str(tmp_path / "qwen2")])
+    arguments = ["--adapter", adapter, "--base", tmp_path / "qwen2", "--output"]
+    merge_well(*arguments, tmp_path / "merged")
+    merge_well(*arguments, tmp_path / "back", "--layout", "qwen")
+    merge_well("--adapter", adapter, "--base", golden.tiny, "--output", tmp_path / "plain", "--layout", "qwen2")
+    assert read(tmp_path / "merged")["model_type"] == "qwen2" and read(tmp_path / "back")["model_type"] == "qwen"
+    ids = golden.tensors.ids("A.input_ids")
+    expected = golden.tensors_of("training/lora_chat.safetensors")
+    for name in ("merged", "back", "plain"):
+        assert_logits(logits(tmp_path / name, ids), expected, "logits.merged.A")
+    same = [load_file(tmp_path / name / "model.safetensors") for name in ("merged", "plain")]
+    assert same[0].keys() == same[1].keys() and all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+
+
+# ----------------------------------------------------------------------------------------------------- several adapters
+
+
+def scaled(adapter: Path, folder: Path, factor: float) -> Path:
+    """The adapter whose change is ``factor`` times as large."""
+    shutil.copytree(adapter, folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    changed = {name: each * factor if "lora_B" in name else each for name, each in tensors.items()}
+    save_file(changed, folder / "adapter_model.safetensors")
+    return folder
+
+
+def test_several_adapters_with_weights(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
+    other = scaled(chat_adapter, tmp_path / "other", -2.0)
+    odd = scaled(chat_adapter, tmp_path / "name=0.5", 1.0)
+    arguments = ["--base", golden.tiny, "--no_verify", "--output"]
+    merge_well("--adapter", scaled(chat_adapter, tmp_path / "alone", 0.7 - 2 * 0.3), *arguments, tmp_path / "expected")
+    result = merge_well("--adapter", f"{chat_adapter}=0.7", f"{other}=0.3", *arguments, tmp_path / "both")
+    merge_well("--adapter", odd, *arguments, tmp_path / "odd")
+    expected, both = (load_file(tmp_path / name / "model.safetensors") for name in ("expected", "both"))
+    assert expected.keys() == both.keys()
+    for name, tensor in expected.items():
+        assert_close(both[name], tensor, 1e-6, name)
+    assert (tmp_path / "odd" / "model.safetensors").is_file()
+    card = (tmp_path / "both" / "README.md").read_text()
+    assert "0.7" in card and "0.3" in card and "10 of 19" in result.stdout
+
+
+def test_several_adapters_are_verified(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
+    other = scaled(chat_adapter, tmp_path / "other", -2.0)
+    adapters = ["--adapter", f"{chat_adapter}=0.7", f"{other}=0.3", "--base", golden.tiny]
+    result = merge_well(*adapters, "--output", tmp_path / "both", "--dtype", "bf16")
+    assert "verified: 12 prompts" in result.stdout
+
+
+# ----------------------------------------------------------------------------------------------------- quantised bases
+
+
+@pytest.mark.parametrize("write", [write_gptq, write_awq])
+def test_a_quantised_base_is_dequantised_and_verified(
+    golden: Golden, chat_adapter: Path, tmp_path: Path, write: Callable[..., dict[str, Tensor]]
+) -> None:
+    write(golden.tiny, tmp_path / "base")
+    arguments = ["--adapter", chat_adapter, "--base", tmp_path / "base", "--output"]
+    result = merge_well(*arguments, tmp_path / "merged", "--dtype", "fp32")
+    assert "quantised" in result.stderr and "verified: 12 prompts" in result.stdout
+    assert "quantization_config" not in read(tmp_path / "merged")
+    merge_well(*arguments, tmp_path / "qwen2", "--layout", "qwen2")

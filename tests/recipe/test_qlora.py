@@ -306,6 +306,8 @@ def test_merged_onto_the_quantised_base(
     output, _ = runs(name)
     base = saved(name, models, tmp_path / "base")
     merge = ["--adapter", output, "--base", base, "--output", tmp_path / "merged", "--dtype", "fp32"]
+    if kind_of(name) in ON_LOAD:  # it was trained on the unquantised files
+        merge.append("--any_base")
     assert run_here(merge_lora.main, "merge_lora.py", merge) == 0
     assert "quantization_config" not in read_json(tmp_path / "merged" / "config.json")
     plain = models[f"{'qwen' if name.startswith('wide') else name.partition('-')[0]}-nf4"]

@@ -1,0 +1,178 @@
+"""Memory and time of merging, beside peft's and beside copying the folder.
+
+    python -m benchmarks.merge [--quick] [--output benchmarks/results/merge.json]
+
+Makes a random checkpoint of Qwen2.5-0.5B's shape (bfloat16, tied embeddings) as one file and as shards, an adapter of
+rank 16 on all linear layers and one that also trains embedding and head in full, and merges them: with merge_lora.py
+(--no_verify, but for the last row), and with peft's merge_and_unload between transformers' from_pretrained and
+save_pretrained. Everything is on disk (fsync) before the clock stops. Each run is a process of its own that waits, with
+everything imported, for its start: memory is the peak of RssAnon, watched from outside, above what it was at that
+moment. Runs are interleaved, figures are medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from benchmarks.loss import anonymous_memory
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "merge.json"
+THREADS, RANK = 2, 16
+SHAPE: dict[str, Any] = {
+    "vocab_size": 151936, "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+    "num_attention_heads": 14, "num_key_value_heads": 2, "tie_word_embeddings": True,
+}  # fmt: skip
+EMBEDDING_MIB = SHAPE["vocab_size"] * SHAPE["hidden_size"] * 4 / 2**20
+
+OURS = """
+import sys
+import torch, tqdm, merge_lora, training.hubs
+import checkpoints.adapter, checkpoints.fold, checkpoints.writing, export.bases, export.folder, export.merging
+print("ready", flush=True)
+sys.stdin.readline()
+base, adapter, output = sys.argv[1:]
+merge_lora.main(["--base", base, "--adapter", adapter, "--output", output, "--no_verify"])
+"""
+VERIFIED = OURS.replace("import torch,", "import export.prompts, export.verify, torch,").replace(', "--no_verify"', "")
+PEFT = """
+import os, sys
+from pathlib import Path
+import torch
+from peft import PeftModel
+from transformers import Qwen2ForCausalLM
+print("ready", flush=True)
+sys.stdin.readline()
+base, adapter, output = sys.argv[1:]
+model = PeftModel.from_pretrained(Qwen2ForCausalLM.from_pretrained(base, dtype=torch.bfloat16), adapter)
+model.merge_and_unload().save_pretrained(output)
+for file in Path(output).iterdir():
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+"""
+COPY = """
+import os, shutil, sys
+from pathlib import Path
+print("ready", flush=True)
+sys.stdin.readline()
+base, adapter, output = sys.argv[1:]
+shutil.copytree(base, output)
+for file in Path(output).iterdir():
+    with file.open("rb") as stream:
+        os.fsync(stream.fileno())
+"""
+CASES = {
+    "copying the folder": (COPY, "one", "linear"),
+    "merge_lora.py, one file": (OURS, "one", "linear"),
+    "merge_lora.py, shards": (OURS, "shards", "linear"),
+    "peft": (PEFT, "one", "linear"),
+    "merge_lora.py, embeddings trained": (OURS, "one", "embeddings"),
+    "merge_lora.py, verified": (VERIFIED, "one", "linear"),
+}
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.merge", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="one run of each")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    found: dict[str, list[tuple[float, float]]] = {name: [] for name in CASES}
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        make_inputs(folder)
+        for _ in range(1 if args.quick else 5):
+            for name, (code, base, adapter) in CASES.items():
+                shutil.rmtree(folder / "output", ignore_errors=True)
+                os.sync()
+                found[name].append(measure(code, folder / base, folder / adapter, folder / "output"))
+    peft = statistics.median(seconds for _, seconds in found["peft"])
+    rows = []
+    for name, runs in found.items():
+        memory, seconds = (statistics.median(values) for values in zip(*runs, strict=True))
+        rows.append(
+            {"what": name, "memory_mib": round(memory), "seconds": round(seconds, 2),
+             "times_faster_than_peft": round(peft / seconds, 2)}
+        )  # fmt: skip
+    for row in rows:
+        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    limits = {"memory_mib": 128, "memory_mib_with_embeddings": round(128 + 1.3 * EMBEDDING_MIB), "times_faster": 3}
+    command = "python -m benchmarks.merge" + (" --quick" if args.quick else "")
+    told = {"command": command, "machine": machine(), "limits": limits, "rows": rows}
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    args.output.write_text(json.dumps(told, indent=1) + "\n")
+
+
+def make_inputs(folder: Path) -> None:
+    """The base as ``one`` file and in ``shards``; the adapters ``linear`` and ``embeddings``."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(0)
+    with torch.device("meta"):
+        model = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
+    model = model.to(torch.bfloat16).to_empty(device="cpu")
+    model.tie_weights()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    model.save_pretrained(folder / "one", max_shard_size="5GB")
+    model.save_pretrained(folder / "shards", max_shard_size="100MB")
+    everything = {"embeddings": ["embed_tokens", "lm_head"], "linear": None}
+    for name, modules in everything.items():
+        config = LoraConfig(r=RANK, target_modules="all-linear", modules_to_save=modules, task_type="CAUSAL_LM")
+        adapted = get_peft_model(model, config)
+        for parameter_name, parameter in adapted.named_parameters():
+            if "lora_" in parameter_name:
+                torch.nn.init.normal_(parameter, std=0.02)
+        adapted.save_pretrained(str(folder / name))
+        model = adapted.unload()
+
+
+def measure(code: str, base: Path, adapter: Path, output: Path) -> tuple[float, float]:
+    """MiB of anonymous memory above that of the imports, and seconds."""
+    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "passive"}
+    with tempfile.TemporaryFile("w+") as said:
+        command = [sys.executable, "-c", code, str(base), str(adapter), str(output)]
+        process = subprocess.Popen(
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, env=environment, text=True
+        )
+        assert process.stdin is not None and process.stdout is not None
+        while process.stdout.readline() not in ("ready\n", ""):  # libraries may have something to say first
+            pass
+        time.sleep(0.2)
+        floor = peak = anonymous_memory(process.pid)
+        started = time.perf_counter()
+        with contextlib.suppress(BrokenPipeError):  # what failed says so below
+            process.stdin.write("\n")
+            process.stdin.flush()
+        while process.poll() is None:
+            peak = max(peak, anonymous_memory(process.pid))
+            time.sleep(0.002)
+        seconds = time.perf_counter() - started
+        if process.returncode != 0:
+            said.seek(0)
+            raise RuntimeError(f"{code} failed:\n{said.read()[-2000:]}")
+    return peak - floor, seconds
+
+
+def machine() -> dict[str, Any]:
+    device = f"{platform.processor() or platform.machine()}, {THREADS} threads"
+    return {"device": device, **{name: version(name) for name in ("torch", "transformers", "peft", "safetensors")}}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
