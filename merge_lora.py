@@ -15,13 +15,12 @@ import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.precision import DTYPES
 from errors import CommandParser, ConfigError, RunError, run_command
 
 if TYPE_CHECKING:
-    from checkpoints.adapter import Adapter
     from checkpoints.fold import WeightedAdapter
     from export.merging import Merge
 
@@ -44,7 +43,8 @@ def main(argv: Sequence[str]) -> None:
     start = time.monotonic()
     max_shard_size = parse_size(args.max_shard_size)
     adapters = load_adapters(args.adapter)
-    base = open_base(find_base(args.base, adapters[0].adapter))
+    first = adapters[0].adapter
+    base = open_base(find_base(args.base, first.folder, first.config))
     check_apart(args.output, {"--adapter": [each.adapter.folder for each in adapters], "--base": [base.folder]})
     check_output_folder(args.output)
     check_trained_on(base, [each.adapter for each in adapters], args.base is not None, args.any_base)
@@ -133,7 +133,7 @@ def load_adapters(given: Sequence[str]) -> list[WeightedAdapter]:
     return adapters
 
 
-def find_base(base: Path | None, adapter: Adapter) -> Path:
+def find_base(base: Path | None, adapter: Path, adapter_config: dict[str, Any]) -> Path:
     """The base's folder: --base, or what the adapter names.
 
     A folder is looked for from here, from the adapter's folder and from its parent, a hub id in the local cache.
@@ -144,14 +144,14 @@ def find_base(base: Path | None, adapter: Adapter) -> Path:
         if not (base / "config.json").is_file():
             raise ConfigError(f"--base {base} holds no config.json", "Give the folder of the model that was tuned")
         return base
-    named = adapter.config.get("base_model_name_or_path")
+    named = adapter_config.get("base_model_name_or_path")
     if named:
-        for folder in (Path(named), adapter.folder / named, adapter.folder.resolve().parent / named):
+        for folder in (Path(named), adapter / named, adapter.resolve().parent / named):
             if (folder / "config.json").is_file():
                 return folder
         if named.count("/") == 1 and not named.startswith((".", "/", "~")) and (cached := cached_folder(named)):
             return cached
-    what = f"the adapter {adapter.folder} names the base {named!r}, which is no model folder here"
+    what = f"the adapter {adapter} names the base {named!r}, which is no model folder here"
     raise ConfigError(what, "Say where the base lies with --base DIR")
 
 

@@ -19,6 +19,7 @@ from qwen_model.families import END_OF_TEXT, IM_END, Family
 from qwen_model.later import MODEL_CLASSES
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.register import register_qwen
+from qwen_model.stops import end_ids_of
 from qwen_model.templates import family_of
 from training.args import RunArguments
 from training.hubs import find_folder
@@ -56,7 +57,7 @@ class Checkpoint:
     @property
     def end_ids(self) -> list[int]:
         """Ids that end an answer: ``<|im_end|>`` and end-of-text."""
-        return [int(self.tokenizer.convert_tokens_to_ids(token)) for token in (IM_END, END_OF_TEXT)]
+        return end_ids_of(self.tokenizer)
 
 
 def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = "hf") -> Checkpoint:
@@ -246,8 +247,8 @@ def _chat_format(config: Any, generation_config: GenerationConfig) -> str | None
 
 def _check_tokenizer(folder: Path, config: Any, tokenizer: Any, generation_config: GenerationConfig) -> None:
     """A rank file that lost lines still loads, with every special token at a wrong id."""
-    end = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
-    if tokenizer.convert_tokens_to_ids(IM_END) is None or end is None:
+    ends = end_ids_of(tokenizer)
+    if not ends:
         raise ConfigError(
             f"{folder}: the tokenizer has no {IM_END} or no {END_OF_TEXT}", "Use the checkpoint's own tokenizer"
         )
@@ -256,7 +257,7 @@ def _check_tokenizer(folder: Path, config: Any, tokenizer: Any, generation_confi
             f"{folder}: the tokenizer has {len(tokenizer)} ids, the model {config.vocab_size} rows",
             "Use the tokenizer that belongs to the model",
         )
-    pad = generation_config.pad_token_id
+    end, pad = ends[-1], generation_config.pad_token_id
     if config.model_type == "qwen" and pad is not None and pad != end and pad >= 256:
         raise ConfigError(
             f"{folder}: end-of-text is id {end} in qwen.tiktoken and {pad} in generation_config.json",
