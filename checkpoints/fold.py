@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.adapter import Adapter, Edit
-from checkpoints.source import BLOCK, TensorSource, is_finite
+from checkpoints.source import TensorSource, is_finite, row_blocks
 from errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -133,11 +133,9 @@ class Fold(TensorSource):
         if key not in self._norms:
             rows, width = self.base.shape(source)
             squares = torch.zeros(width, dtype=torch.float64)
-            step = max(1, BLOCK // width)
-            for start in range(0, rows, step):
-                window = slice(start, min(start + step, rows))
-                value = self.base.rows(source, window.start, window.stop).to(torch.float32, copy=True)
-                self._add_to_embedding(value, adapter, edit, window)
+            for start, stop in row_blocks(rows, width):
+                value = self.base.rows(source, start, stop).to(torch.float32, copy=True)
+                self._add_to_embedding(value, adapter, edit, slice(start, stop))
                 squares += value.square().sum(0, dtype=torch.float64)
             self._norms[key] = squares.sqrt().to(torch.float32)
         return self._norms[key]

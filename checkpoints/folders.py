@@ -40,6 +40,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_files(folder: Path) -> None:
+    """Have the operating system write all files of a folder to disk now."""
+    for path in folder.rglob("*"):
+        if path.is_file():
+            sync(path)
+
+
 def check_output_folder(path: str | Path, flag: str = "--output") -> None:
     """Raise ``ConfigError`` unless ``path`` is free: absent, or an empty folder."""
     path = Path(path)
@@ -76,8 +83,7 @@ def staged_folder(path: str | Path, flag: str = "--output") -> Iterator[Path]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it ends
         try:
             yield staging
-            for file in staging.rglob("*"):
-                sync(file)
+            sync_files(staging)
         except BaseException:
             remove_folder(staging)
             raise

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -55,9 +56,8 @@ class TensorSource(ABC):
         if not shape:
             yield self.read(name)
             return
-        step = max(1, BLOCK // max(1, math.prod(shape[1:])))
-        for start in range(0, shape[0], step):
-            yield self.rows(name, start, min(start + step, shape[0]))
+        for start, stop in row_blocks(shape[0], math.prod(shape[1:])):
+            yield self.rows(name, start, stop)
 
 
 class View(TensorSource):
@@ -92,6 +92,22 @@ class InDtype(View):
     def dtype(self, name: str) -> torch.dtype:
         stored = self.below.dtype(name)
         return self.target if stored.is_floating_point else stored
+
+
+def row_blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of the rows of a matrix, in pieces of about ``BLOCK`` elements."""
+    step = max(1, BLOCK // max(1, width))
+    for start in range(0, rows, step):
+        yield start, min(start + step, rows)
+
+
+def main_dtype(source: TensorSource) -> torch.dtype:
+    """The float type that most of a checkpoint's bytes are in; float32 where there are no floats."""
+    sizes: Counter[torch.dtype] = Counter()
+    for name in source.names():
+        if (dtype := source.dtype(name)).is_floating_point:
+            sizes[dtype] += source.nbytes(name)
+    return sizes.most_common(1)[0][0] if sizes else torch.float32
 
 
 def is_finite(tensor: Tensor) -> bool:

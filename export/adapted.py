@@ -8,7 +8,6 @@ Shapes: a linear weight is [O, I], an embedding [V, C]; R is a rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 
 from checkpoints.adapter import Edit
 from checkpoints.fold import WeightedAdapter
-from checkpoints.source import BLOCK, TensorSource
+from checkpoints.source import TensorSource, row_blocks
 from qwen_model.blocks import HEAD
 
 HEAD_WEIGHT = f"{HEAD}.weight"
@@ -192,10 +191,3 @@ class Adapted:
                 squares += change.output(None, self.plain(name, start, stop).T).double().square().sum(1)
             self._norms[key] = squares.sqrt().float()
         return self._norms[key]
-
-
-def row_blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the rows of a matrix, in pieces of about ``BLOCK`` elements."""
-    step = max(1, BLOCK // max(1, width))
-    for place in range(math.ceil(rows / step)):
-        yield place * step, min((place + 1) * step, rows)

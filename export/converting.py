@@ -20,10 +20,10 @@ from errors import ConfigError
 from export.adapter_config import save_relaid_adapter
 from export.chat import write_chat_template, write_generation_config
 from export.folder import TOKENIZER_FILES, convert_tokenizer, copy_first, copy_tokenizer
+from export.merging import relaid
 from export.model_card import copy_licenses
 from export.outputs import check_space, progress_bar
-from export.qwen2_config import KEPT, config_to_qwen, config_to_qwen2, find_quantization_config
-from export.qwen2_layout import to_qwen, to_qwen2
+from export.qwen2_config import KEPT, find_quantization_config
 from export.qwen2_names import Layout, layout_of_names
 from export.standalone import write_code
 from qwen_model.register import register_qwen
@@ -91,11 +91,7 @@ def convert_checkpoint(given: Conversion) -> str:
         what = f"{given.source / 'config.json'}: model_type {model_type!r} has no other layout"
         raise ConfigError(what, "Only qwen and qwen2 have")
     target = _other_layout(str(model_type), given)
-    below = _open_source(given, config)
-    if target == "qwen2":
-        source, changed = to_qwen2(below, config), config_to_qwen2(config, given.dynamic_ntk)
-    else:
-        source, changed = to_qwen(below, config), config_to_qwen(config)
+    source, changed = relaid(_open_source(given, config), config, target, given.dynamic_ntk)
     if given.dtype:
         changed = with_dtype(changed, given.dtype)
     with staged_folder(given.output, "OUT") as folder:

@@ -21,7 +21,6 @@ TOKENIZER_FILES = (
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
-
 # What a converted tokenizer consists of, besides the settings that both have.
 _COMMON = ("tokenizer_config.json", "chat_template.jinja")
 _KEPT = {"qwen": (*_COMMON, "qwen.tiktoken", "qwen_extra.tiktoken"), "qwen2": (*_COMMON, "tokenizer.json")}
@@ -56,7 +55,7 @@ def write_card(merge: Merge, name: str, verified: str, folder: Path) -> None:
         adapters=tuple((each.adapter.folder, each.weight) for each in merge.adapters),
         layout=str(merge.config["model_type"]),
         model_type=merge.base.model_type,
-        dtype=str(merge.dtype).removeprefix("torch."),
+        dtype=merge.dtype,
         changed=merge.summary(),
         verification=tuple(verified.splitlines()),
     )

@@ -5,7 +5,6 @@ Shapes: P prompts, T tokens of the longest, C hidden size, V vocabulary rows.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.fold import WeightedAdapter
-from checkpoints.source import TensorSource
+from checkpoints.source import TensorSource, main_dtype
 from errors import ConfigError
 from export.adapted import HEAD_WEIGHT, Adapted, AdaptedLinear
 from qwen_model.blocks import PLACES, blocks_of, hear_calls
@@ -74,11 +73,7 @@ class LayeredModel:
     @property
     def dtype(self) -> torch.dtype:
         """What most of the floats are stored in."""
-        sizes: Counter[torch.dtype] = Counter()
-        for name in self._shapes:
-            if name in self.source:
-                sizes[self.source.dtype(name)] += self.source.nbytes(name)
-        return sizes.most_common(1)[0][0] if sizes else torch.float32
+        return main_dtype(self.source)
 
     def faults(self) -> list[str]:
         """Tensors that the model has, and its files lack or hold in another shape."""

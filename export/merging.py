@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from checkpoints.fold import EMBEDDINGS, Fold, WeightedAdapter, plan_fold
 from checkpoints.precision import with_dtype
-from checkpoints.source import InDtype, TensorSource, View
+from checkpoints.source import InDtype, TensorSource, View, main_dtype
 from errors import ConfigError
 from export.bases import Base, choose_dtype
 from export.qwen2_config import KEPT, config_to_qwen, config_to_qwen2
@@ -67,10 +66,9 @@ class Merge:
     layout: str
 
     @property
-    def dtype(self) -> torch.dtype:
-        """What most of the weights are written in."""
-        dtype: torch.dtype = getattr(torch, main_dtype(self.source))
-        return dtype
+    def dtype(self) -> str:
+        """The name of what most of the weights are written in."""
+        return _name_of(main_dtype(self.source))
 
     @property
     def vocabulary(self) -> int:
@@ -83,7 +81,7 @@ class Merge:
         if self.base.quantization:
             text += f", those of {self.base.quantization} dequantised"
         if (error := self.source.relative_error()) > 1e-6:
-            text += f"; rounding to {main_dtype(self.source)} moves the weights by {error:.2%}"
+            text += f"; rounding to {self.dtype} moves the weights by {error:.2%}"
         return text
 
 
@@ -115,7 +113,7 @@ def plan_merge(base: Base, adapters: Sequence[WeightedAdapter], layout: str, dty
     merged, merged_config = relaid(fold, merged_config, target)
     chosen = choose_dtype(dtype, base.config)
     rounded = Rounded(merged if chosen is None else InDtype(merged, chosen))
-    merged_config = with_dtype(merged_config, main_dtype(rounded))
+    merged_config = with_dtype(merged_config, _name_of(main_dtype(rounded)))
     merged_config.pop("converted_from", None)
     if KEPT in merged_config:
         merged_config[KEPT] = {**merged_config[KEPT], "chat_format": "chatml"}
@@ -127,8 +125,17 @@ def layout_of(config: dict[str, Any]) -> str:
     return "qwen" if config.get("model_type") == "qwen" else "qwen2"
 
 
-def relaid(source: TensorSource, config: dict[str, Any], layout: str) -> tuple[TensorSource, dict[str, Any]]:
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def relaid(
+    source: TensorSource, config: dict[str, Any], layout: str, dynamic_ntk: bool = False
+) -> tuple[TensorSource, dict[str, Any]]:
     """Tensors and config in a layout.
+
+    Args:
+        dynamic_ntk: see :func:`export.qwen2_config.config_to_qwen2`.
 
     Raises:
         ConfigError: a model that the layout has no place for.
@@ -136,14 +143,5 @@ def relaid(source: TensorSource, config: dict[str, Any], layout: str) -> tuple[T
     if layout_of(config) == layout:
         return source, config
     if layout == "qwen2":
-        return to_qwen2(source, config), config_to_qwen2(config)
+        return to_qwen2(source, config), config_to_qwen2(config, dynamic_ntk)
     return to_qwen(source, config), config_to_qwen(config)
-
-
-def main_dtype(source: TensorSource) -> str:
-    """The name of the float type that most of a checkpoint's bytes are in."""
-    sizes: Counter[str] = Counter()
-    for name in source.names():
-        if (dtype := source.dtype(name)).is_floating_point:
-            sizes[str(dtype).removeprefix("torch.")] += source.nbytes(name)
-    return sizes.most_common(1)[0][0]

@@ -24,9 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from checkpoints.fold import WeightedAdapter
 from checkpoints.shards import load_json, open_checkpoint
-from checkpoints.source import TensorSource
+from checkpoints.source import TensorSource, row_blocks
 from errors import ConfigError
-from export.adapted import HEAD_WEIGHT, row_blocks
+from export.adapted import HEAD_WEIGHT
 from export.layers import LayeredModel, round_to
 from qwen_model.blocks import HEAD, PLACES, run_block
 

@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from data_utils.encode import UnweightedExample
-from qwen_model.blocks import PLACES, Places, hear_calls, run_block
-from qwen_model.blocks import blocks_of as blocks_of
+from qwen_model.blocks import PLACES, Places, blocks_of, hear_calls, run_block
 from qwen_model.chatml import IGNORE_INDEX
 from qwen_model.loss import lean_causal_lm_loss
 

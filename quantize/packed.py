@@ -21,7 +21,6 @@ from quantize.blocks import (
     InputStatistics,
     Layout,
     Stream,
-    blocks_of,
     layout_of,
     measure_inputs,
     stored_tensors,
@@ -29,6 +28,7 @@ from quantize.blocks import (
 )
 from quantize.gptq import quantize_gptq
 from quantize.packing import Rounded, pack
+from qwen_model.blocks import blocks_of
 
 Parts = dict[str, Tensor]
 

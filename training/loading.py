@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 
 from checkpoints.quantization import Quantization, find_quantization
 from checkpoints.shards import CheckpointReader, open_checkpoint
+from checkpoints.source import is_finite
 from errors import ConfigError, one_line
 from qwen_model.families import END_OF_TEXT, IM_END, Family
 from qwen_model.later import MODEL_CLASSES
@@ -175,12 +176,7 @@ def load_weights(
 def _check_finite(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """A NaN in one weight makes every loss NaN, hours later and without a name."""
     for name, parameter in (*model.named_parameters(), *model.named_buffers()):
-        # The extremes carry NaN and infinity, and take no memory.
-        if (
-            parameter.is_floating_point()
-            and parameter.numel()
-            and not all(torch.isfinite(extreme) for extreme in torch.aminmax(parameter))
-        ):
+        if not is_finite(parameter):
             files = open_checkpoint(checkpoint.folder).files
             file = next((file for file in files if name in CheckpointReader([file])), checkpoint.folder)
             raise ConfigError(

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoints.folders import remove_folder
+from checkpoints.folders import remove_folder, sync_files
 from data_utils.sources import parse_source
 from errors import ConfigError, RunError, Terminated, one_line
 
@@ -269,7 +269,7 @@ def staged_checkpoint(final: Path, is_writer: bool = True) -> Iterator[Path]:
     try:
         yield staged
         if is_writer:
-            _sync_files(staged)
+            sync_files(staged)
             if final.exists():
                 os.replace(final, replaced)
             os.replace(staged, final)
@@ -289,16 +289,8 @@ def staged_files(folder: Path) -> Iterator[Path]:
     staging.mkdir(parents=True)
     try:
         yield staging
-        _sync_files(staging)
+        sync_files(staging)
         for path in sorted(staging.iterdir()):
             os.replace(path, folder / path.name)
     finally:
         remove_folder(staging)
-
-
-def _sync_files(folder: Path) -> None:
-    """Have the operating system write all files of a folder to disk now."""
-    for path in folder.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())

@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from checkpoints.folders import save_json
 from checkpoints.quantization import BASE_QUANTIZATION
 from checkpoints.shards import open_checkpoint
+from checkpoints.source import is_finite
 from checkpoints.writing import save_checkpoint, save_tensors
 from errors import RunError
 from qwen_model.stops import stopping_generation_config
@@ -123,7 +124,7 @@ def _to_disk(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     tensor = tensor.detach().to("cpu")
     if tensor.is_floating_point():
         tensor = tensor.to(dtype)
-        if not torch.isfinite(tensor).all():
+        if not is_finite(tensor):
             raise RunError(
                 f"{name} holds NaN or infinity: the run diverged, and nothing is saved", "Lower --learning_rate"
             )

@@ -13,8 +13,9 @@ from checkpoints.quantization import Quantization
 from checkpoints.shards import open_checkpoint
 from data_utils.encode import UnweightedExample
 from errors import ConfigError
-from quantize.blocks import InputStatistics, Stream, blocks_of, layout_of, measure_inputs, stored_tensors, take_blocks
+from quantize.blocks import InputStatistics, Stream, layout_of, measure_inputs, stored_tensors, take_blocks
 from quantize.packed import _move_scales, check_sizes, most_inputs, quantize_weights
+from qwen_model.blocks import blocks_of
 from tests.models import TINY, write_later_checkpoint
 from training.loading import Checkpoint, load_checkpoint, load_weights
 from training.quantized import compute_in_float32
