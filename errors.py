@@ -12,17 +12,31 @@ import atexit
 import contextlib
 import errno
 import os
+import re
 import signal
+import socket
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # How long a process of several waits to be ended for the fault that the first one reports as well.
 _WAIT_FOR_FIRST = 15.0
+# How long a process that fails tries to tell the others: who keeps their messages may be gone.
+_TIME_TO_TELL = 5.0
+
+# What gloo, NCCL and the store of torch.distributed say when another process is gone, and when it does not come.
+_GONE = re.compile(
+    r"closed by peer|reset by peer|broken pipe|connection refused|socket closed|remote process exited|recvvalue failed"
+    r"|failed to recv|no route to host|connection was likely closed",
+    re.IGNORECASE,
+)
+_NOT_COMING = re.compile(r"timed out waiting|collective operation timeout|socket timeout|wait timeout", re.IGNORECASE)
+_GO_ON = "--resume_from_checkpoint auto goes on from what was saved"
 
 
 class ConfigError(ValueError):
@@ -31,7 +45,12 @@ class ConfigError(ValueError):
     Args:
         what: the flag or path, its value and what is wrong with it.
         fix: what to do instead.
+
+    Attributes:
+        is_shared: whether all processes of the run raise it, so that the first reports it for all.
     """
+
+    is_shared = False
 
     def __init__(self, what: str, fix: str = "") -> None:
         super().__init__(f"{what}. {fix}" if fix else what)
@@ -44,7 +63,12 @@ class DataError(ValueError):
         where: the place of the fault; as text ``file:line`` or ``file (record N)``.
         what: what was found there.
         fix: what to do instead.
+
+    Attributes:
+        is_shared: as that of ``ConfigError``.
     """
+
+    is_shared = False
 
     def __init__(self, where: object, what: str, fix: str = "") -> None:
         super().__init__(f"{where}: {what}. {fix}" if fix else f"{where}: {what}")
@@ -67,6 +91,15 @@ class Terminated(BaseException):
     """SIGTERM, raised in the main thread so that what cleans up after Ctrl-C cleans up after it too."""
 
 
+_Fault = TypeVar("_Fault", ConfigError, DataError)
+
+
+def shared(fault: _Fault) -> _Fault:
+    """Mark a fault that all processes of the run raise, with the same words: the first one reports it."""
+    fault.is_shared = True
+    return fault
+
+
 def one_line(error: BaseException) -> str:
     """A library's complaint for a message of ours: without line breaks, and not a page long."""
     return " ".join(str(error).split())[:300]
@@ -84,6 +117,32 @@ class CommandParser(argparse.ArgumentParser):
         raise ConfigError(f"command line: {message}", f"{self.prog} --help lists the flags")
 
 
+class _Command:
+    """The command that this process runs: its name, what the process is called, and who is told when it fails."""
+
+    name = "python"
+    process = ""
+    tell: Callable[[str], object] | None = None
+
+
+def tell_failures(process: str, tell: Callable[[str], object]) -> None:
+    """Have ``tell(message)`` called when the command of this process fails: others may be waiting for it.
+
+    The message is empty where all processes know it. ``process`` is how this one is called then.
+    """
+    _Command.process, _Command.tell = process, tell
+
+
+def end_from_thread(message: str) -> NoReturn:
+    """End this process with a line and exit code 1, though its main thread may be waiting for ever."""
+    _close_bars()
+    _report(_Command.name, 1, f"error: {message}. {_GO_ON}")
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(1)
+
+
 def run_command(main: Callable[[Sequence[str]], int | None], name: str) -> None:
     """Run ``main(argv)`` as the process's main function and exit with its code.
 
@@ -91,19 +150,25 @@ def run_command(main: Callable[[Sequence[str]], int | None], name: str) -> None:
     failure, 130 after Ctrl-C, 143 after SIGTERM. ``--debug`` among the arguments shows the traceback of a failure.
     """
     argv = sys.argv[1:]
+    _Command.name, _Command.process, _Command.tell = name, "", None
     before = signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         code = main(argv)
     except (Exception, KeyboardInterrupt, Terminated) as error:
         code, message = _describe(error)
-        if code == 2 and os.environ.get("LOCAL_RANK", "0") != "0":
+        is_shared = isinstance(error, (ConfigError, DataError)) and error.is_shared
+        is_spoken_for = is_shared and os.environ.get("RANK", "0") != "0"
+        if is_spoken_for or (code == 2 and os.environ.get("LOCAL_RANK", "0") != "0"):
+            _tell_others("" if is_shared else message)
             _wait_for_first()
         # A launcher that ends all processes after the first failure does not cut the message off.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         _close_bars()
         if any(argument in ("--debug", "--debug=True", "--debug=true") for argument in argv):
             traceback.print_exc()
-        _report(name, code, message)
+        if not is_spoken_for:
+            _report(name, code, message)
+        _tell_others("" if is_shared else message)
     finally:
         signal.signal(signal.SIGTERM, before)
     if "torch.distributed" in sys.modules and os.environ.get("WORLD_SIZE", "1") != "1":
@@ -125,12 +190,24 @@ def _end_now(code: int) -> NoReturn:
 
 
 def _report(name: str, code: int, message: str) -> None:
-    rank = os.environ.get("RANK", "0")
-    if rank != "0":
-        if code > 128:  # the first process says it
+    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+    if code > 128:
+        if rank not in (None, "0"):  # the first process says it
             return
-        name = f"{name} [rank {rank}]"
+    elif rank is not None and (rank, size) != ("0", "1"):
+        host = f" ({socket.gethostname()})" if os.environ.get("GROUP_WORLD_SIZE", "1") != "1" else ""
+        name = f"{name} [{_Command.process or f'rank {rank}{host}'}]"
     print(f"{name}: {message}", file=sys.stderr, flush=True)
+
+
+def _tell_others(message: str) -> None:
+    """Once."""
+    tell, _Command.tell = _Command.tell, None
+    if tell is not None:
+        teller = threading.Thread(target=tell, args=(message.removeprefix("error: "),), daemon=True)
+        teller.start()
+        # What all of them know, the others have to hear before they may find the first process gone.
+        teller.join(_TIME_TO_TELL if message else _WAIT_FOR_FIRST)
 
 
 def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
@@ -156,8 +233,24 @@ def _describe(error: BaseException) -> tuple[int, str]:
         return 1, f"error: out of memory ({one_line(error)}). {fix}"
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         return 1, f"error: cannot write {error.filename or 'a file'} ({error.strerror}). Free some space"
+    if isinstance(error, RuntimeError) and (lost := _describe_lost(error)):
+        return 1, f"error: {lost}. {_GO_ON}"
     what = f"{type(error).__name__}: {one_line(error)}" if str(error) else type(error).__name__
     return 1, f"error: unexpected {what}. --debug shows the traceback"
+
+
+def _describe_lost(error: RuntimeError) -> str | None:
+    """What a failed collective says of the other processes; ``None`` where it was something else."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return None
+    if _GONE.search(str(error)):
+        what = "another process of the run died, or its host is gone"
+        return f"{what} ({one_line(error)}). Look at the first error among the lines of all processes"
+    if _NOT_COMING.search(str(error)):
+        what = "another process of the run hangs, is gone, or takes longer than --ddp_timeout"
+        fix = "Look at the first error among the lines of all processes, or raise --ddp_timeout"
+        return f"{what} ({one_line(error)}). {fix}"
+    return None
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -179,19 +179,21 @@ def _check_shards(folder: Path, index: Path, weight_map: Mapping[str, object]) -
     return shards
 
 
-def fingerprint(folder: str | Path) -> str:
+def fingerprint(folder: str | Path, names: tuple[str, ...] = WEIGHTS) -> str:
     """A quick identity of a checkpoint's weights: SHA-256 over each weight file's size and samples of its content.
 
     The samples are the first MiB (names, shapes and dtypes stand there), the last MiB and 4 KiB at up to 256 places in
     between, so that merging into any large matrix shows. Neither the folder's place nor the files' names matter.
 
+    Args:
+        names: see :func:`open_checkpoint`.
     Returns:
         64 hex digits.
     Raises:
         ConfigError: the folder holds no weights.
     """
     digest = hashlib.sha256()
-    for path in _find_weights(Path(folder), WEIGHTS)[0]:
+    for path in _find_weights(Path(folder), names)[0]:
         size = path.stat().st_size
         digest.update(size.to_bytes(8, "little"))
         samples = [(place, 4096) for place in range(MIB, size, max(MIB, size // 256))]

@@ -9,18 +9,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-from array import array
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 from tqdm import tqdm
 
-from data_utils.encode import EncodedConversation, Encoder, Example
+from data_utils.encode import EncodedConversation, Encoder
+from data_utils.examples import ExampleSet, Taken
 from data_utils.files import Place, data_files, read_records
 from data_utils.fill import fill_turns
 from data_utils.formats import FORMATS, Format, recognise
@@ -29,7 +28,8 @@ from data_utils.receipt.counts import Seen
 from data_utils.schema import Conversation
 from data_utils.sources import Draw, Source
 from errors import DataError, numbered
-from qwen_model.chatml import IGNORE_INDEX
+
+__all__ = ["BAD_RECORD", "DataOptions", "DataReader", "ExampleSet", "Taken", "load_examples"]
 
 logger = logging.getLogger(__name__)
 
@@ -56,16 +56,6 @@ class DataOptions:
     skip_bad: bool = False
     eval_share: float = 0.0
     seed: int = 42
-
-
-class Taken(NamedTuple):
-    """A conversation that is used: in which set (``train`` or ``eval``), of which source, and how many times."""
-
-    set_name: str
-    source: int
-    copies: int
-    conversation: Conversation
-    encoded: EncodedConversation
 
 
 @dataclass
@@ -265,70 +255,6 @@ class DataReader:
         if any(turn.weight == 0 for turn in conversation.turns if turn.role == "assistant"):
             return "none of its turns is to be trained"
         return f"its answers are none that a prompt of the chat format {self.encoder.family.name!r} can ask for"
-
-
-class ExampleSet:
-    """The examples of a set, a dataset for torch: one array for all ids, and runs of ids with the same weight.
-
-    Attributes:
-        lengths: tokens of each example, for grouping by length.
-        source_sizes: how many examples each source has; they stand in this order.
-        receipt: what became of the records.
-        is_weighted: whether some labels count more than others.
-    """
-
-    def __init__(self, receipt: Receipt) -> None:
-        self.receipt = receipt
-        self.lengths: list[int] = []
-        self.source_sizes: list[int] = []
-        self.is_weighted = False
-        self._ids = array("i")
-        self._run_lengths, self._run_weights = array("i"), array("f")
-        # For each example where its ids and its runs begin; copies share theirs.
-        self._starts, self._runs, self._run_counts = array("q"), array("q"), array("i")
-        self._places: list[Place | str] = []
-
-    def add(self, taken: Taken) -> None:
-        """Append an example, ``copies`` times."""
-        encoded = taken.encoded
-        start, run = len(self._ids), len(self._run_lengths)
-        self._ids.extend(encoded.input_ids)
-        self._run_lengths.extend(span.length for span in encoded.spans)
-        self._run_weights.extend(span.weight for span in encoded.spans)
-        self.is_weighted |= any(span.weight not in (0, 1) for span in encoded.spans)
-        self.source_sizes.extend([0] * (taken.source + 1 - len(self.source_sizes)))
-        self.source_sizes[taken.source] += taken.copies
-        for _ in range(taken.copies):
-            self.lengths.append(len(encoded.input_ids))
-            self._starts.append(start)
-            self._runs.append(run)
-            self._run_counts.append(len(encoded.spans))
-            self._places.append(taken.conversation.where)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __getitem__(self, index: int) -> Example:
-        index = range(len(self))[index]
-        start, run = self._starts[index], self._runs[index]
-        ids = self._ids[start : start + self.lengths[index]].tolist()
-        runs = slice(run, run + self._run_counts[index])
-        weights = np.repeat(np.array(self._run_weights[runs]), np.array(self._run_lengths[runs]))
-        example: Example = {
-            "input_ids": ids,
-            "labels": np.where(weights > 0, ids, IGNORE_INDEX).tolist(),
-            "index": index,
-        }
-        if self.is_weighted:
-            example["loss_weights"] = weights.tolist()
-        return example
-
-    def __iter__(self) -> Iterator[Example]:
-        return (self[index] for index in range(len(self)))
-
-    def where(self, index: int) -> str:
-        """The place of an example in its file: ``file.jsonl:12`` or ``file.json:40 (record 3)``."""
-        return str(self._places[index])
 
 
 def load_examples(reader: DataReader) -> dict[str, ExampleSet]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -166,6 +167,84 @@ def test_of_several_processes_the_first_speaks(tmp_path: Path) -> None:
     alone = start(tmp_path, body.replace("ConfigError", "RunError"), RANK="1", LOCAL_RANK="1")
     assert alone.communicate(timeout=30)[1] == "tune.py [rank 1]: error: --x 1\n"
     assert alone.returncode == 1
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({"RANK": "0", "WORLD_SIZE": "2"}, "tune.py [rank 0]"),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "tune.py [rank 1]"),
+        ({"RANK": "3", "WORLD_SIZE": "4", "GROUP_WORLD_SIZE": "2"}, f"tune.py [rank 3 ({socket.gethostname()})]"),
+        ({"RANK": "0", "WORLD_SIZE": "1"}, "tune.py"),
+        ({"WORLD_SIZE": "2"}, "tune.py"),
+    ],
+)
+def test_a_failure_of_several_processes_names_its_rank(environment: dict[str, str], name: str, tmp_path: Path) -> None:
+    done = start(tmp_path, 'raise KeyError("wte")', **environment)
+    assert done.communicate(timeout=30)[1].startswith(f"{name}: error: unexpected KeyError: 'wte'. ")
+    assert done.returncode == 1
+
+
+@pytest.mark.parametrize("fault", ["ConfigError", "RunError"])
+def test_who_waits_is_told_of_a_failure(tmp_path: Path, fault: str) -> None:
+    lines = ("import errors", "errors.tell_failures('rank 1 (b)', print)", f"raise errors.{fault}('--x 1')")
+    body = "\n        ".join(lines)
+    process = start(tmp_path, body, RANK="1", WORLD_SIZE="2", LOCAL_RANK="0")
+    out, err = process.communicate(timeout=30)
+    assert out == "started\ncleaned up\n--x 1\n"
+    assert err == "tune.py [rank 1 (b)]: error: --x 1\n"
+    assert process.returncode == (2 if fault == "ConfigError" else 1)
+
+
+def test_telling_others_does_not_hold_a_failure_up(tmp_path: Path) -> None:
+    """Who keeps the messages may be gone."""
+    lines = ("import errors", "errors.tell_failures('rank 1', lambda message: time.sleep(60))", "raise KeyError")
+    process = start(tmp_path, "\n        ".join(lines), RANK="1", WORLD_SIZE="2")
+    started = time.monotonic()
+    assert "unexpected KeyError" in process.communicate(timeout=30)[1]
+    assert time.monotonic() - started < 20
+
+
+def test_a_fault_that_all_share_is_reported_by_the_first(tmp_path: Path) -> None:
+    """Wherever the others run: on another host each would be the first of its own."""
+    body = 'import errors; raise errors.shared(errors.ConfigError("--x 1"))'
+    first, second = (
+        start(tmp_path, body.replace("raise", "errors._WAIT_FOR_FIRST = 0.1; raise"), RANK=rank, WORLD_SIZE="2")
+        for rank in ("0", "1")
+    )
+    assert first.communicate(timeout=30)[1] == "tune.py [rank 0]: error: --x 1\n"
+    assert second.communicate(timeout=30)[1] == ""
+    assert (first.returncode, second.returncode) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("message", "words"),
+    [
+        (
+            "[../gloo/transport/tcp/pair.cc:534] Connection closed by peer [10.0.0.2]:1234",
+            "another process of the run died",
+        ),
+        ("Broken pipe", "another process of the run died"),
+        ("NCCL error: remote process exited or there was a network error", "another process of the run died"),
+        (
+            "[../gloo/transport/tcp/unbound_buffer.cc:119] Timed out waiting 1800000ms for recv",
+            "or raise --ddp_timeout",
+        ),
+        ("Watchdog caught collective operation timeout: WorkNCCL(SeqNum=7)", "or raise --ddp_timeout"),
+    ],
+)
+def test_a_lost_process_is_called_so(
+    message: str, words: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert ends(RuntimeError(message)) == 1
+    assert "unexpected RuntimeError" in capsys.readouterr().err  # one process has lost nobody
+    monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
+    monkeypatch.setattr("errors._end_now", sys.exit)  # which would end the tests
+    assert ends(RuntimeError(message)) == 1
+    line = capsys.readouterr().err
+    assert words in line
+    assert message in line
+    assert "--resume_from_checkpoint auto" in line
 
 
 def test_a_process_of_several_ends_without_taking_the_interpreter_apart(tmp_path: Path) -> None:

@@ -1,0 +1,164 @@
+"""A run of several processes: whatever started them, and what is said when one of them is not as it should be."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.commands import TIMEOUT, environment, free_port, logged_losses, read_json, run
+from tests.golden import REPO
+from tests.models import TINY, write_conversations
+
+MPIRUN = ["mpirun", "--oversubscribe", "-n", "2"]
+AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+
+
+def arguments(folder: Path, *more: object) -> list[str]:
+    data = write_conversations(folder / "train.json")
+    words = [
+        "finetune.py", "--model_name_or_path", TINY, "--data_path", data, "--output_dir", folder / "out", "--use_lora",
+        "--per_device_train_batch_size", 2, "--max_steps", 3, "--logging_steps", 1, "--save_strategy", "no",
+        "--disable_tqdm", "True", *more,
+    ]  # fmt: skip
+    return [sys.executable, *map(str, words)]
+
+
+def torchruns(rank: int, port: int) -> dict[str, str]:
+    ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+
+
+def sruns(rank: int, port: int) -> dict[str, str]:
+    """What srun sets for a task. The host's own name is looked up by everybody."""
+    return {
+        "SLURM_JOB_ID": str(port), "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "localhost",
+        "SLURM_STEP_TASKS_PER_NODE": "2",
+    }  # fmt: skip
+
+
+@contextmanager
+def started(
+    folder: Path, commands: Sequence[Sequence[str]], variables: Sequence[Mapping[str, str]]
+) -> Iterator[list[subprocess.Popen[str]]]:
+    """Processes whose lines go to ``err.0`` and so on; none of them outlives the block."""
+    processes = []
+    try:
+        for number, (command, more) in enumerate(zip(commands, variables, strict=True)):
+            with (folder / f"err.{number}").open("w") as err:
+                processes.append(
+                    subprocess.Popen(
+                        command, cwd=REPO, env={**environment(), **more}, stdout=err, stderr=err, text=True
+                    )
+                )
+        yield processes
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def last_line(folder: Path, number: int) -> str:
+    return (folder / f"err.{number}").read_text().rstrip().splitlines()[-1]
+
+
+def test_mpirun_and_srun_start_what_torchrun_starts(tmp_path: Path) -> None:
+    """The same losses; one process talks; MPI has nothing to complain of when they end."""
+    (tmp_path / "mpi").mkdir()
+    (tmp_path / "slurm").mkdir()
+    mpi = subprocess.run(
+        [*MPIRUN, *arguments(tmp_path / "mpi")], cwd=REPO, env={**environment(), **AS_ROOT}, capture_output=True,
+        text=True, timeout=TIMEOUT, check=False,
+    )  # fmt: skip
+    assert mpi.returncode == 0, mpi.stderr
+    assert mpi.stderr.count("INFO Fine-tuning") == 1
+    assert "mpirun " not in mpi.stderr + mpi.stdout
+    command, port = arguments(tmp_path / "slurm"), free_port()
+    with started(tmp_path, [command] * 2, [sruns(rank, port) for rank in range(2)]) as processes:
+        assert [process.wait(TIMEOUT) for process in processes] == [0, 0], last_line(tmp_path, 0)
+    assert (tmp_path / "err.1").read_text() == ""  # nothing at all
+    receipts = [read_json(tmp_path / name / "out" / "data_receipt.json") for name in ("mpi", "slurm")]
+    assert [receipt["train"]["kept"] for receipt in receipts] == [8, 8]
+    losses = logged_losses(tmp_path / "mpi" / "out")
+    assert len(losses) == 3
+    assert logged_losses(tmp_path / "slurm" / "out") == losses
+    assert not list(Path("/tmp").glob("qwen-data-*/train/ids.npy"))
+
+
+def test_one_process_asks_for_no_mpi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within mpirun, where mpi4py cannot be imported."""
+    (tmp_path / "mpi4py.py").write_text("raise SystemError('MPI was asked for')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
+    monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
+    result = run(*arguments(tmp_path)[1:])
+    assert result.returncode == 0, result.stderr
+
+
+def test_variables_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before anything is loaded, and before the command line is read."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    result = run("finetune.py", "--no_such_flag")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == (
+        "finetune.py: error: WORLD_SIZE=2 is set, but RANK is not. "
+        "Start the processes with torchrun, which sets all of them, or unset it\n"
+    )
+
+
+def test_processes_that_differ_and_broken_data_end_with_one_message(tmp_path: Path) -> None:
+    """Two runs at once: in one a process has other arguments, in the other the data are broken."""
+    for name in ("args", "data"):
+        (tmp_path / name).mkdir()
+    broken = tmp_path / "broken.json"
+    broken.write_text('[{"conversations": []}]')
+    command = arguments(tmp_path / "args")
+    other = [*command, "--learning_rate", "1e-3"]
+    faulty = [*arguments(tmp_path / "data"), "--data_path", str(broken)]
+    ports = [free_port(), free_port()]
+    commands = [command, other, faulty, faulty]
+    variables = [torchruns(number % 2, ports[number // 2]) for number in range(4)]
+    with started(tmp_path, commands, variables) as processes:
+        assert [process.wait(TIMEOUT) for process in processes] == [2] * 4
+    said = [(tmp_path / f"err.{number}").read_text() for number in range(4)]
+    assert said[0] == (
+        "finetune.py [rank 0]: error: rank 1: --learning_rate 0.001, rank 0: 5e-05. "
+        "Start all processes with the same command and the same installation\n"
+    )
+    assert said[1] == said[3] == ""
+    assert said[2].startswith(f'finetune.py [rank 0]: error: {broken}:1 (record 1): "conversations" is empty')
+    assert said[2].count("\n") == 1
+    assert not (tmp_path / "args" / "out").exists()
+    assert not (tmp_path / "data" / "out").exists()
+
+
+@pytest.mark.parametrize("stopped", [0, 1])
+def test_a_process_that_stands_still_is_named(tmp_path: Path, stopped: int) -> None:
+    """Rank 0 keeps the store that all talk through: without torchrun it is silent with it."""
+    command, port = arguments(tmp_path, "--max_steps", 100000, "--heartbeat_timeout", 5), free_port()
+    log = tmp_path / "out" / "training_log.jsonl"
+    with started(tmp_path, [command] * 2, [torchruns(rank, port) for rank in range(2)]) as processes:
+        until = time.monotonic() + TIMEOUT
+        while not log.exists() or log.read_text().count("\n") < 20:
+            assert time.monotonic() < until and all(process.poll() is None for process in processes)
+            time.sleep(0.1)
+        os.kill(processes[stopped].pid, signal.SIGSTOP)
+        stood = time.monotonic()
+        assert processes[1 - stopped].wait(TIMEOUT) == 1
+        assert 4 < time.monotonic() - stood < 30
+    line = last_line(tmp_path, 1 - stopped)
+    if stopped == 1:
+        assert line.startswith("finetune.py [rank 0]: error: rank 1 has been silent for ")
+        assert "; it was last seen at step " in line
+    else:
+        assert line.startswith("finetune.py [rank 1]: error: nothing has been heard of the other processes for ")
+        assert f"rank 0, through which they talk at MASTER_ADDR=127.0.0.1 MASTER_PORT={port}, cannot be reached" in line
+    assert line.endswith(". --resume_from_checkpoint auto goes on from what was saved")

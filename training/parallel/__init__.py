@@ -1,0 +1,1 @@
+"""Several processes, perhaps on several hosts: how they find each other, talk, and share a model."""
