@@ -46,6 +46,6 @@ class Collator:
                 batch["loss_weights"][row, :length] = torch.as_tensor(weights)
         # Counted here, where it costs nothing; on a GPU somebody would have to wait for it.
         batch["num_targets"] = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-        if all("index" in example for example in examples):
-            batch["index"] = [example.get("index") for example in examples]  # a list stays on the host
+        if indices := [example["index"] for example in examples if "index" in example]:  # blanks have none
+            batch["index"] = indices  # a list stays on the host
         return batch

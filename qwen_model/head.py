@@ -6,6 +6,7 @@ apart, a low-rank adapter. Wrappers are recognised by what they hold; peft need 
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,12 +50,51 @@ def head_of(module: nn.Module) -> Head:
     if hasattr(wrapper, "token_adapter"):  # peft's trainable tokens
         return _with_rows(wrapper.token_adapter)
     if hasattr(wrapper, "modules_to_save"):  # peft's copy that trains in the original's place
-        disabled = getattr(wrapper, "disable_adapters", False)
-        names = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
-        return head_of(wrapper.original_module if disabled or not names else wrapper.modules_to_save[names[0]])
+        return head_of(_chosen(wrapper))
     if hasattr(wrapper, "lora_A"):
         return _with_lora(wrapper)
     raise TypeError(f"the lean loss does not know a head of the type {type(module).__name__}; use --loss full_logits")
+
+
+def parts_of(module: nn.Module) -> list[nn.Module]:
+    """The modules whose parameters ``head_of`` takes, the outermost first."""
+    parts = [module]
+    wrapper: Any = module
+    if hasattr(wrapper, "token_adapter"):
+        parts += [wrapper.token_adapter, *parts_of(wrapper.token_adapter.get_base_layer())]
+    elif hasattr(wrapper, "modules_to_save"):
+        parts += parts_of(_chosen(wrapper))
+    elif hasattr(wrapper, "lora_A"):
+        names = _active(wrapper, wrapper.lora_A)
+        parts += [*(wrapper.lora_B[name] for name in names), *parts_of(wrapper.get_base_layer())]
+    return parts
+
+
+def call_within(modules: Sequence[nn.Module], function: Callable[..., Any], *inputs: Any) -> Any:
+    """Call a function in the place of modules' ``forward``, of each within that of the one before.
+
+    What shards parameters (ZeRO-3, FSDP) makes them whole in hooks around a module's call, and knows by what goes in
+    and comes out when their gradients are due. Using a parameter outside of such a call goes past all that.
+    """
+    if not modules:
+        return function(*inputs)
+    module, *rest = modules
+    own = vars(module).get("forward")  # set by what wraps a single module
+    module.forward = lambda *args: call_within(rest, function, *args)
+    try:
+        return module(*inputs)
+    finally:
+        del module.forward
+        if own is not None:
+            module.forward = own
+
+
+def _chosen(wrapper: Any) -> nn.Module:
+    """The module that peft's wrapper of a trained copy stands for."""
+    disabled = getattr(wrapper, "disable_adapters", False)
+    names = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
+    chosen: nn.Module = wrapper.original_module if disabled or not names else wrapper.modules_to_save[names[0]]
+    return chosen
 
 
 def _active(layer: Any, parts: Any) -> list[str]:

@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from qwen_model.chatml import IGNORE_INDEX
-from qwen_model.head import Head, head_of
+from qwen_model.head import Head, call_within, head_of, parts_of
 
 CHUNK_BYTES = 32 * 2**20
 """Float32 logits that exist at a time."""
@@ -102,11 +102,15 @@ def lean_causal_lm_loss(
         weights = F.pad(loss_weights.to(hidden.device)[:, 1:], (0, 1)).flatten()[places].float()
     count: Tensor | int = weights.sum() if num_items_in_batch is None else num_items_in_batch
     weights = weights / torch.as_tensor(count, device=hidden.device).clamp(min=torch.finfo(torch.float32).tiny)
-    head = head_of(lm_head)
-    loss, correct = _LeanCrossEntropy.apply(
-        hidden, head.weight, head.bias, head.row_values, head.adapter_input(hidden), head.adapter_output,
-        head.row_ids, targets, weights, label_smoothing,
-    )  # fmt: skip
+
+    def loss_of(hidden: Tensor) -> Any:
+        head = head_of(lm_head)
+        return _LeanCrossEntropy.apply(
+            hidden, head.weight, head.bias, head.row_values, head.adapter_input(hidden), head.adapter_output,
+            head.row_ids, targets, weights, label_smoothing,
+        )  # fmt: skip
+
+    loss, correct = call_within(parts_of(lm_head), loss_of, hidden)
     return loss, correct
 
 

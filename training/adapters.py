@@ -20,7 +20,7 @@ from errors import ConfigError, one_line
 from qwen_model.chatml import control_ids_of
 from training.args import LoraArguments
 from training.loading import Checkpoint
-from training.token_rows import use_lean_trainable_tokens
+from training.token_rows import rows_of_shared_out_weights, use_lean_trainable_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -92,7 +92,7 @@ def attach_lora(
         adapted = load_adapter(model, lora.lora_weight_path, "--lora_weight_path", True, in_float32)
     else:
         config = _build_config(model, checkpoint, lora, policy)
-        with _without_gptqmodel():
+        with _without_gptqmodel(), rows_of_shared_out_weights():
             adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
     use_lean_trainable_tokens(adapted)
     if in_float32:

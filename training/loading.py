@@ -176,7 +176,7 @@ def load_weights(
 def _check_finite(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """A NaN in one weight makes every loss NaN, hours later and without a name."""
     for name, parameter in (*model.named_parameters(), *model.named_buffers()):
-        if not is_finite(parameter):
+        if not is_finite(getattr(parameter, "ds_tensor", parameter)):  # ZeRO-3: this process's share
             files = open_checkpoint(checkpoint.folder).files
             file = next((file for file in files if name in CheckpointReader([file])), checkpoint.folder)
             raise ConfigError(

@@ -284,11 +284,18 @@ def _linear_4bit_of_cpus() -> type[nn.Module]:
     return CpuLinear4bit
 
 
+def count_elements(parameter: nn.Parameter) -> int:
+    """Elements of a parameter, also of one of which ZeRO-3 left this process a share."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))
+
+
 def count_weights(model: nn.Module) -> int:
     """Weights of a model, of quantised layers as many as they stand for."""
     packed = (module for module in model.modules() if isinstance(module, QuantizedLinear))
     plain = sum(
-        parameter.numel() if (state := getattr(parameter, "quant_state", None)) is None else math.prod(state.shape)
+        count_elements(parameter)
+        if (state := getattr(parameter, "quant_state", None)) is None
+        else math.prod(state.shape)
         for parameter in model.parameters()
     )
     return plain + sum(module.in_features * module.out_features for module in packed)

@@ -7,12 +7,16 @@ peft's; only the way it looks rows up is ours.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners.trainable_tokens.layer import TrainableTokensLayer
 from torch import Tensor, nn
+
+from training.parallel.whole import whole_parameter
 
 
 class LeanTrainableTokens(TrainableTokensLayer):
@@ -44,3 +48,20 @@ def use_lean_trainable_tokens(model: nn.Module) -> None:
     for module in model.modules():
         if type(module) is TrainableTokensLayer:
             module.__class__ = LeanTrainableTokens
+
+
+@contextmanager
+def rows_of_shared_out_weights() -> Iterator[None]:
+    """Let peft take the rows it starts from out of a matrix that ZeRO-3 shares out; its own way works on CUDA only."""
+    layer_class: Any = TrainableTokensLayer
+    theirs = layer_class._collect_token_weights
+    layer_class._collect_token_weights = _collect_rows
+    try:
+        yield
+    finally:
+        layer_class._collect_token_weights = theirs
+
+
+def _collect_rows(layer: nn.Module, weight: Tensor, rows: list[int], width: int) -> Tensor:
+    with whole_parameter(weight) as matrix:
+        return matrix.detach()[rows].clone()

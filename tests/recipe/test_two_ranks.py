@@ -12,7 +12,7 @@ from tests.commands import finetune_here, free_port, logged_losses, names_in, re
 from tests.models import CONVERSATIONS, TINY, write_conversations
 
 
-@pytest.mark.parametrize("mode", ["lora", "full", "weighted"])
+@pytest.mark.parametrize("mode", ["full", "weighted"])
 def test_two_ranks_of_two_equal_one_rank_of_four(tmp_path: Path, mode: str) -> None:
     """Ragged conversations, so that the ranks' shares differ in targets; as many as fill the last step.
 

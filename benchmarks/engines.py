@@ -1,0 +1,215 @@
+"""Every mode of training under every engine, with two processes beside one.
+
+    python -m benchmarks.engines [--modes full lora ...] [--engines ddp zero3 ...] [--output FILE]
+
+For each mode one process trains with batches of 8, and under each engine two processes with batches of 4: a tiny Qwen
+v1 in float32 on the CPU, on conversations of many lengths whose last batch is not full. Twenty steps of AdamW,
+evaluated twice, give the differences of the loss curves; one step of SGD with a huge learning rate gives the gradients
+of the first step, for what it leaves of the weights is the gradient. Then the files of both results are compared, and
+adapters merged. A combination that is refused is one whose command ended with exit code 2 before a model was loaded.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results" / "engines.json"
+MODEL = ROOT / "tests" / "references" / "qwen_v1_small" / "tiny-qwen-small"
+TRAINED, EVALUATED = 19, 5  # conversations: neither fills its last batch
+STEPS, BATCH, WORLD = 20, 8, 2
+# A power of two: the weights after the step are exactly as many gradients, but for what they were before.
+GRADIENT_RATE = 2.0**20
+
+MODES: dict[str, list[str]] = {
+    "full": [],
+    "lora": ["--use_lora", "--trainable_embeddings", "none"],
+    "lora_embeddings": ["--use_lora", "--trainable_embeddings", "full"],
+    "lora_chatml_tokens": ["--use_lora", "--trainable_embeddings", "chatml_tokens"],
+    "q_lora_nf4": ["--use_lora", "--q_lora", "--trainable_embeddings", "none"],
+}
+ENGINES: dict[str, list[str]] = {
+    "ddp": [],
+    "zero2": ["--deepspeed", "finetune/ds_config_zero2.json"],
+    "zero3": ["--deepspeed", "finetune/ds_config_zero3.json"],
+    "zero3_offload": ["--deepspeed", "finetune/ds_config_zero3_offload.json"],
+    "fsdp2": ["--fsdp", "--fsdp_config", "finetune/fsdp_config.json"],
+}
+# DeepSpeed offloads its own Adam only.
+NO_GRADIENTS = ("zero3_offload",)
+SGD = [
+    "--max_steps", 1, "--optim", "sgd", "--learning_rate", GRADIENT_RATE, "--max_grad_norm", 0, "--weight_decay", 0,
+]  # fmt: skip
+
+
+@dataclass
+class Result:
+    """What a command left: its exit code, the lines it printed, the folder it wrote."""
+
+    code: int
+    stderr: str
+    folder: Path
+
+    @property
+    def message(self) -> str:
+        """The first line of its error."""
+        lines = [line for line in self.stderr.splitlines() if "finetune.py" in line and "error: " in line]
+        return lines[0].partition("error: ")[2] if lines else ""
+
+    def logged(self, name: str) -> list[float]:
+        """The values of a key in the run's log."""
+        rows = map(json.loads, (self.folder / "training_log.jsonl").read_text().splitlines())
+        return [row[name] for row in rows if name in row]
+
+    def weights(self) -> dict[str, Tensor]:
+        """What was trained and saved."""
+        adapter = self.folder / "adapter_model.safetensors"
+        return load_file(adapter if adapter.exists() else self.folder / "model.safetensors")
+
+    def files(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir())
+
+
+class Runs:
+    """Runs of ``finetune.py`` on the same model and data, in a folder of their own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        records = json.loads((ROOT / "examples" / "identity.json").read_text(encoding="utf-8"))
+        for name, part in (("train", records[:TRAINED]), ("eval", records[TRAINED : TRAINED + EVALUATED])):
+            (folder / f"{name}.json").write_text(json.dumps(part, ensure_ascii=False), encoding="utf-8")
+
+    def run(self, name: str, mode: Sequence[object], engine: Sequence[object] | None, *flags: object) -> Result:
+        """Train; without an engine in one process, else in two."""
+        output = self.folder / name
+        processes = 1 if engine is None else WORLD
+        start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", WORLD] if processes > 1 else []
+        words = [
+            sys.executable, *start, "finetune.py", "--model_name_or_path", MODEL, "--data_path",
+            self.folder / "train.json", "--eval_data_path", self.folder / "eval.json", "--output_dir", output,
+            "--per_device_train_batch_size", BATCH // processes, "--per_device_eval_batch_size", 2, "--lora_dropout",
+            0, "--logging_steps", 1, "--save_strategy", "no", "--lr_scheduler_type", "constant", "--report_to", "none",
+            "--use_cpu", "--disable_tqdm", "True", *mode, *(engine or ()), *flags,
+        ]  # fmt: skip
+        if "--use_lora" not in mode:
+            at = words.index("--lora_dropout")
+            del words[at : at + 2]
+        shutil.rmtree(output, ignore_errors=True)
+        environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            list(map(str, words)), cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+        )
+        return Result(done.returncode, done.stderr, output)
+
+    def train(self, name: str, mode: Sequence[object], engine: Sequence[object] | None) -> Result:
+        """Twenty steps of AdamW, evaluated twice."""
+        evaluate = ["--eval_strategy", "steps", "--eval_steps", STEPS // 2]
+        return self.run(name, mode, engine, "--max_steps", STEPS, "--learning_rate", 1e-3, *evaluate)
+
+    def first_gradients(self, name: str, mode: Sequence[object], engine: Sequence[object] | None) -> Result:
+        """One step of SGD, which leaves gradients where weights were."""
+        return self.run(name, mode, engine, *SGD)
+
+
+def largest_difference(ours: Sequence[float], theirs: Sequence[float]) -> float:
+    """Of two curves of the same length."""
+    return max(abs(a - b) for a, b in zip(ours, theirs, strict=True))
+
+
+def gradient_difference(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest norm of a difference, as a share of the tensor's norm."""
+    assert ours.keys() == theirs.keys(), ours.keys() ^ theirs.keys()
+    shares = [
+        ((ours[name] - tensor).double().norm() / tensor.double().norm()).item()
+        for name, tensor in theirs.items()
+        if tensor.any()
+    ]
+    return max(shares)
+
+
+def compare(runs: Runs, mode: str, engine: str, alone: Result, alone_gradients: Result | None) -> dict[str, Any]:
+    """The figures of one combination.
+
+    Raises:
+        RuntimeError: its run failed.
+    """
+    flags, name = (MODES[mode], ENGINES[engine]), f"{mode}-{engine}"
+    together = runs.train(name, *flags)
+    if together.code == 1 and "exitcode  : 2" in together.stderr and not together.folder.exists():
+        return {"refused": together.message}
+    if together.code:
+        raise RuntimeError(f"{name}: {together.stderr[-3000:]}")
+    figures: dict[str, Any] = {
+        "loss": largest_difference(together.logged("loss"), alone.logged("loss")),
+        "eval_loss": largest_difference(together.logged("eval_loss"), alone.logged("eval_loss")),
+    }
+    if alone_gradients is not None and engine not in NO_GRADIENTS:
+        gradients = runs.first_gradients(f"{name}-gradients", *flags)
+        if gradients.code:
+            raise RuntimeError(f"{name}, gradients: {gradients.stderr[-3000:]}")
+        figures["first_gradients"] = gradient_difference(gradients.weights(), alone_gradients.weights())
+    shapes = [
+        {name: (tensor.shape, tensor.dtype) for name, tensor in run.weights().items()} for run in (together, alone)
+    ]
+    figures["same_files"] = together.files() == alone.files() and shapes[0] == shapes[1]
+    if mode != "full":
+        figures["merges"] = merges(together.folder)
+    return figures
+
+
+def merges(adapter: Path) -> bool:
+    """Whether merge_lora.py folds an adapter into the model."""
+    merged = adapter.with_name(f"{adapter.name}-merged")
+    words = [sys.executable, "merge_lora.py", "--adapter", str(adapter), "--output", str(merged)]
+    code = subprocess.run(words, cwd=ROOT, capture_output=True, check=False).returncode
+    return code == 0 and (merged / "model.safetensors").is_file()
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=__doc__)
+    parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args(argv)
+    results: dict[str, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        runs = Runs(Path(folder))
+        for mode in args.modes:
+            alone = runs.train(f"{mode}-alone", MODES[mode], None)
+            alone_gradients = runs.first_gradients(f"{mode}-alone-gradients", MODES[mode], None)
+            for result in (alone, alone_gradients):
+                if result.code:
+                    raise RuntimeError(f"{mode}, one process: {result.stderr[-3000:]}")
+            results[mode] = {}
+            for engine in args.engines:
+                results[mode][engine] = compare(runs, mode, engine, alone, alone_gradients)
+                print(mode, engine, json.dumps(results[mode][engine]), flush=True)
+    report = {
+        "command": f"python -m benchmarks.engines {' '.join(argv)}".strip(),
+        "what": "largest differences between two processes with batches of 4 and one with batches of 8; gradients as a "
+        "share of each tensor's norm",
+        "steps": STEPS,
+        "machine": platform.machine(),
+        "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "peft", "deepspeed")},
+        "results": results,
+    }
+    args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

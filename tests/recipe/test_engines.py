@@ -1,0 +1,77 @@
+"""A third of what ``python -m benchmarks.engines`` runs: two processes under an engine train as one process does."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from benchmarks.engines import ENGINES, MODES, Result, Runs, compare, largest_difference
+
+LOSS, GRADIENTS = 1e-5, 1e-6
+# DDP is the business of ``test_two_ranks.py``. With the gradients of the first step where the engine's way with gradients
+# differs, not for every mode again.
+CASES = [
+    ("full", "zero3", True),
+    ("full", "fsdp2", True),
+    ("lora_embeddings", "zero3", False),
+    ("lora_chatml_tokens", "fsdp2", False),
+    ("q_lora_nf4", "zero2", False),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return Runs(tmp_path_factory.mktemp("engines"))
+
+
+@cache
+def alone(runs: Runs, mode: str) -> Result:
+    """What one process makes of a mode."""
+    return runs.train(f"{mode}-alone", MODES[mode], None)
+
+
+@cache
+def gradients_alone(runs: Runs, mode: str) -> Result:
+    return runs.first_gradients(f"{mode}-alone-gradients", MODES[mode], None)
+
+
+@pytest.mark.parametrize(("mode", "engine", "with_gradients"), CASES)
+def test_two_processes_train_as_one(runs: Runs, mode: str, engine: str, with_gradients: bool) -> None:
+    gradients = gradients_alone(runs, mode) if with_gradients else None
+    figures = compare(runs, mode, engine, alone(runs, mode), gradients)
+    losses = alone(runs, mode).logged("loss")
+    assert losses[-1] < losses[0]
+    assert figures["loss"] <= LOSS and figures["eval_loss"] <= LOSS
+    assert figures.get("first_gradients", 0) <= GRADIENTS
+    assert figures["same_files"] and figures.get("merges", True)
+
+
+@pytest.mark.parametrize("config", ["ds_config_zero2_offload.json", "ds_config_zero3_offload.json"])
+def test_an_optimizer_in_the_hosts_memory_does_the_same(runs: Runs, config: str) -> None:
+    offloaded = runs.train(config, MODES["full"], ["--deepspeed", f"finetune/{config}"])
+    assert offloaded.code == 0, offloaded.stderr
+    assert largest_difference(offloaded.logged("loss"), alone(runs, "full").logged("loss")) <= LOSS
+
+
+def test_a_run_that_is_resumed_under_fsdp_ends_with_the_same_bits(runs: Runs) -> None:
+    """DDP and ZeRO are the business of ``benchmarks.kill_resume``."""
+    flags = ["--max_steps", 6, "--save_strategy", "steps", "--save_steps", 3, "--learning_rate", 1e-3]
+    whole = runs.run("whole", MODES["lora_embeddings"], ENGINES["fsdp2"], *flags)
+    assert whole.code == 0, whole.stderr
+    checkpoint = whole.folder / "checkpoint-3"
+    resumed = runs.run(
+        "resumed", MODES["lora_embeddings"], ENGINES["fsdp2"], *flags, "--resume_from_checkpoint", checkpoint
+    )
+    assert resumed.code == 0, resumed.stderr
+    assert resumed.logged("loss") == whole.logged("loss")[3:]
+    weights = resumed.weights()
+    assert all(torch.equal(weights[name], tensor) for name, tensor in whole.weights().items())
+
+
+def test_what_cannot_be_sharded_is_refused_before_it_is_loaded(runs: Runs) -> None:
+    result = runs.train("refused", MODES["q_lora_nf4"], ["--fsdp"])
+    assert result.code == 1 and "exitcode  : 2" in result.stderr  # the launcher's code, and the processes'
+    assert result.message.startswith("--q_lora: quantised weights cannot be sharded by FSDP2. ")
+    assert not result.folder.exists()

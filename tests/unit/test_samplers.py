@@ -1,0 +1,58 @@
+"""The order of examples: the same for a seed and an epoch, complete, and filled up without changing a figure."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from training.samplers import EpochSampler, Order, as_given, by_source, grouped, mixed
+
+LENGTHS = [7, 3, 9, 1, 5, 8, 2, 6, 4, 10]
+ORDERS = {
+    "mixed": mixed(10),
+    "as_given": as_given(10),
+    "grouped": grouped(LENGTHS, 2),
+    "by_source": by_source([4, 0, 6]),
+}
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_every_example_once_and_the_blanks_behind_them(order: Order) -> None:
+    sampler = EpochSampler(order, 10, seed=3, filled=12)
+    for epoch in range(3):
+        sampler.set_epoch(epoch)
+        indices = list(sampler)
+        assert len(indices) == len(sampler) == 12
+        assert sorted(indices[:10]) == list(range(10))
+        assert indices[10:] == [10, 11]
+
+
+@pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
+def test_the_order_depends_on_seed_and_epoch_alone(order: Order) -> None:
+    sampler = EpochSampler(order, 10, seed=3, filled=10)
+    first = list(sampler)
+    torch.randn(5)  # what else a run draws
+    assert list(sampler) == first
+    again = EpochSampler(order, 10, seed=3, filled=10)
+    sampler.set_epoch(2)
+    again.set_epoch(2)
+    assert list(sampler) == list(again)
+    assert (list(sampler) == first) == (order is ORDERS["as_given"])
+
+
+def test_mixed_is_the_order_that_transformers_draws() -> None:
+    from accelerate.data_loader import SeedableRandomSampler
+
+    theirs = SeedableRandomSampler(range(10), data_seed=42)
+    theirs.set_epoch(1)
+    ours = EpochSampler(mixed(10), 10, seed=42, filled=10)
+    ours.set_epoch(1)
+    assert list(ours) == list(theirs)
+
+
+def test_sources_stay_apart_and_groups_have_like_lengths() -> None:
+    indices = list(EpochSampler(ORDERS["by_source"], 10, seed=1, filled=10))
+    assert sorted(indices[:4]) == list(range(4))
+    indices = list(EpochSampler(grouped(LENGTHS, 5), 10, seed=1, filled=10))
+    lengths = [LENGTHS[index] for index in indices]
+    assert lengths[0] == 10  # what needs most memory comes first
