@@ -15,8 +15,12 @@ def main(argv: Sequence[str]) -> int:
     from training.checks import check_args
     from training.logs import logger, set_up_logging
     from training.output import prepare_output, resumable
+    from training.parallel.launch import find_processes
+    from training.resume.signals import Signals, ignore_save_requests
 
+    find_processes()
     set_up_logging()
+    ignore_save_requests()
     args = parse_args(argv)
     check_args(args)
 
@@ -29,52 +33,73 @@ def main(argv: Sequence[str]) -> int:
     from training.data import build_collator, load_data, preview_data, save_receipts, show_receipts
     from training.loading import load_checkpoint, load_model
     from training.logs import set_tensorboard_folder
-    from training.run import describe_result, describe_run, save_arguments, save_summary
+    from training.parallel.agreement import check_agreement, check_same_data
+    from training.parallel.heartbeat import HeartbeatCallback, join_run
+    from training.parallel.shared_data import load_shared
+    from training.resume.start import agree_on_start
+    from training.run import describe_result, describe_run, known_by, save_arguments, save_summary
     from training.trainer import QwenTrainer
 
     check_machine(args)
     set_seed(args.training.seed)
-
+    world, heartbeat = join_run(args)
     checkpoint = load_checkpoint(args.model.model_name_or_path, args.training.cache_dir, args.model.model_hub)
     if args.dry_run:
-        return show_receipts(preview_data(args, checkpoint))  # 1 where the run would be worthless
-    sets = load_data(args, checkpoint)
-    model = load_model(checkpoint, args)
+        # 1 where the run would be worthless
+        return show_receipts(preview_data(args, checkpoint)) if world.is_first else 0
+    check_agreement(world, args, checkpoint)
+    sets = load_shared(world, lambda: load_data(args, checkpoint))
+    check_same_data(world, sets)
     policy = None
     if args.lora.use_lora:
         policy = embeddings_policy(args.lora.trainable_embeddings, checkpoint, args.lora.lora_weight_path)
+    facts = known_by(args, checkpoint, sets, policy) if world.is_first else {}
+    start = agree_on_start(world, args, facts)
+    if start.is_finished:
+        logger.info("%s holds this run, and it is done: there is nothing to do", args.output_dir)
+        heartbeat.leave()
+        return 0
+
+    model = load_model(checkpoint, args)
+    if policy is not None:
         model = attach_lora(model, checkpoint, args.lora, policy, in_float32=not args.training.pure_bf16)
 
-    resumed = args.resumed_checkpoint()
-    prepare_output(args)  # old results go only when nothing can be refused any more
-    log = RunLog(args.output_dir, resumes=resumed is not None)
+    prepare_output(args, start.takes_over)  # old results go only when nothing can be refused any more
+    if world.is_first:
+        save_arguments(args)
+    log = RunLog(args.output_dir, resumes=start.checkpoint is not None)
+    signals = Signals()
     trainer = QwenTrainer(
         checkpoint,
         loss=args.model.loss,
         data_mixing=args.data.data_mixing,
+        facts=facts,
+        signals=signals,
+        pulse=heartbeat.pulse,
+        world=world,
         model=model,
         args=args.training,
         data_collator=build_collator(checkpoint),
         train_dataset=sets["train"],
         eval_dataset=sets.get("eval"),
-        callbacks=build_callbacks(args, log),
+        callbacks=[*build_callbacks(args, log), HeartbeatCallback(heartbeat.pulse)],
     )
     log.trainer = trainer
     set_tensorboard_folder(trainer, args.options.logging_dir)
-    logger.info("Fine-tuning\n%s", describe_run(trainer, args, sets["train"], policy))
-
-    if trainer.is_world_process_zero():
+    if world.is_first:  # who alone knows what became of the records
+        logger.info("Fine-tuning\n%s", describe_run(trainer, args, sets["train"], policy))
         save_receipts({name: examples.receipt for name, examples in sets.items()}, args.output_dir)
-    with resumable(args.output_dir):
-        trainer.train(resume_from_checkpoint=resumed)
+    with resumable(args.output_dir, args.resumes_itself):
+        with signals.noted():
+            trainer.train(resume_from_checkpoint=start.checkpoint)
         seconds = log.elapsed()
         logger.info("Saving to %s", args.output_dir)
         trainer.save_model()
     if trainer.is_world_process_zero():
-        save_arguments(args)
         summary = save_summary(trainer, args, log, sets, policy, seconds)
         logger.info("Done: %s", describe_result(summary))
     trainer.accelerator.end_training()
+    heartbeat.leave()
     return 0
 
 

@@ -7,6 +7,7 @@ when it is first used.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -147,6 +148,13 @@ class TrainingOptions:
     early_stopping_patience: int | None = field(
         default=None, metadata={"help": "stop after this many evaluations without a better one"}
     )
+    heartbeat_timeout: float = field(
+        default=600.0,
+        metadata={
+            "help": "of several processes one that is silent, or behind the others and does not move, for so many "
+            "seconds is named, and the run ends; 0: never"
+        },
+    )
     profile_steps: str | None = field(
         default=None, metadata={"help": "FIRST:LAST steps to profile: a trace and a table of the dearest operators"}
     )
@@ -158,6 +166,10 @@ class RunOptions:
 
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "remove what an earlier run left in --output_dir; only files a run writes"}
+    )
+    allow_resume_changes: bool = field(
+        default=False,
+        metadata={"help": "go on from a checkpoint of other data, seed, batch or number of processes"},
     )
     dry_run: bool = field(
         default=False, metadata={"help": "read and show the data as it would be trained, and end; writes nothing"}
@@ -209,21 +221,46 @@ class RunArguments(RunOptions):
         """Where the run writes."""
         return Path(self.trainer_value("output_dir") or "trainer_output").expanduser()
 
-    def resumed_checkpoint(self) -> str | None:
-        """The checkpoint folder of ``--resume_from_checkpoint``; the value True means the newest in ``output_dir``.
-
-        Raises:
-            ConfigError: there is none.
-        """
+    @property
+    def resume(self) -> str | None:
+        """``--resume_from_checkpoint``: nothing, ``auto``, ``True``, or a folder."""
         value = self.trainer_value("resume_from_checkpoint")
         if value is None or value.lower() == "false":
             return None
-        folder = newest_checkpoint(self.output_dir) if value.lower() == "true" else Path(value)
-        if folder is None or not (folder / "trainer_state.json").is_file():
-            raise ConfigError(
-                f"--resume_from_checkpoint {value}: there is no checkpoint", "Give a checkpoint-* folder of the run"
-            )
-        return str(folder)
+        return {"true": "True", "auto": "auto"}.get(value.lower(), str(value))
+
+    @property
+    def resumes_itself(self) -> bool:
+        """Whether the output folder decides if the run goes on or starts."""
+        return self.resume == "auto"
+
+    @property
+    def starts_anew(self) -> bool:
+        """Whether what an earlier run left is given up.
+
+        With ``auto`` only once: processes that a launcher starts again after a failure go on with what they saved.
+        """
+        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+        return self.overwrite_output_dir and not (self.resumes_itself and is_restart)
+
+    def resumed_checkpoint(self) -> str | None:
+        """The folder of ``--resume_from_checkpoint`` as far as names tell; which one is whole is found out later.
+
+        Raises:
+            ConfigError: there is none, and ``auto`` was not given.
+        """
+        value = self.resume
+        if value is None or (self.resumes_itself and self.starts_anew):
+            return None
+        folder = newest_checkpoint(self.output_dir) if value in ("True", "auto") else Path(value).expanduser()
+        if folder is not None and (folder / "trainer_state.json").is_file():
+            return str(folder)
+        if self.resumes_itself:
+            return None
+        raise ConfigError(
+            f"--resume_from_checkpoint {self.trainer_value('resume_from_checkpoint')}: there is no checkpoint",
+            "Give a checkpoint-* folder of the run",
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """Every flag with its value, as ``--config`` reads it: the same run again, from its start.
@@ -283,7 +320,8 @@ def _convert(name: str, setting: Setting, flags: dict[str, Flag]) -> Setting:
 def _trainer_flags() -> dict[str, Flag]:
     """transformers' flags by the names used here, which are the same for all its versions."""
     flags = dict(transformers_flags())
-    for name in ("activation_checkpointing", "activation_checkpointing_kwargs"):
+    # Newer names of what stands below, and another way to save on SIGTERM, which is always done here.
+    for name in ("activation_checkpointing", "activation_checkpointing_kwargs", "enable_jit_checkpoint"):
         flags.pop(name, None)
     replaced = {
         "gradient_checkpointing": Flag(
@@ -296,11 +334,15 @@ def _trainer_flags() -> dict[str, Flag]:
         ),
         "resume_from_checkpoint": Flag(
             "resume_from_checkpoint", frozenset({"str"}), None, optional=True, bare="True",
-            help="continue from a checkpoint-* folder; True: from the newest one in --output_dir",
+            help="continue from a checkpoint-* folder; True: from the newest whole one in --output_dir; auto: from "
+            "that, or start where there is none",
         ),
         "debug": Flag(
             "debug", frozenset({"bool", "str"}), False, bare=True, choices=("underflow_overflow", "tpu_metrics_debug"),
             help="show the traceback of a failure; transformers' underflow_overflow can be given too",
+        ),
+        "fsdp": Flag(
+            "fsdp", frozenset({"bool"}), False, bare=True, help="shard the model over all processes with FSDP2"
         ),
         "output_dir": Flag("output_dir", frozenset({"str"}), "trainer_output", help="folder for the result"),
     }  # fmt: skip

@@ -25,6 +25,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
+from checkpoints.folders import save_text
 from training.args import RunArguments
 from training.cli.profile_steps import parse_profile_steps
 from training.counts import Counts
@@ -63,7 +64,7 @@ def build_callbacks(args: RunArguments, log: RunLog) -> list[TrainerCallback]:
     if training.profile_steps is not None:
         callbacks.append(Profiler(args.output_dir, *parse_profile_steps(training.profile_steps)))
     if training.early_stopping_patience is not None:
-        callbacks.append(EarlyStoppingCallback(training.early_stopping_patience))
+        callbacks.append(EarlyStopping(training.early_stopping_patience))
     return callbacks
 
 
@@ -116,6 +117,20 @@ class ProgressBar(ProgressCallback):
             self.training_bar.write(_log_line(state, logs), file=sys.stderr)
 
 
+class EarlyStopping(EarlyStoppingCallback):
+    """transformers' own, which also goes on counting, or stops, where a checkpoint says so."""
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        super().on_train_begin(args, state, control, **kwargs)
+        kept: Any = state.stateful_callbacks
+        before = kept.get(type(self).__name__, {})
+        self.early_stopping_patience_counter = before.get("attributes", {}).get("early_stopping_patience_counter", 0)
+        if self.early_stopping_patience_counter >= self.early_stopping_patience:
+            control.should_training_stop = True
+
+
 class RunLog(TrainerCallback, ExportableState):
     """Appends every logged step to ``training_log.jsonl`` and draws the loss when training ends.
 
@@ -133,8 +148,11 @@ class RunLog(TrainerCallback, ExportableState):
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, so that a resumed run goes on counting."""
-        counts = Counts() if self.trainer is None else self.trainer.total
-        return {"args": {}, "attributes": {"elapsed": self.elapsed(), "counts": asdict(counts)}}
+        kept: dict[str, Any] = {"elapsed": self.elapsed(), "rows": len(self.rows)}
+        if (trainer := self.trainer) is not None:
+            kept |= {"counts": asdict(trainer.total), "window": asdict(trainer.window)}
+            kept["window_seconds"] = round(time.monotonic() - trainer.window_started, 3)
+        return {"args": {}, "attributes": kept}
 
     def elapsed(self) -> float:
         """Seconds of training so far, those before a resumed checkpoint included."""
@@ -149,14 +167,16 @@ class RunLog(TrainerCallback, ExportableState):
         self.started = time.monotonic() - before.get("elapsed", 0)
         if self.trainer is not None:
             self.trainer.total = Counts(**before.get("counts", {}))
+            self.trainer.window = Counts(**before.get("window", {}))
+            self.trainer.window_started -= before.get("window_seconds", 0)
         if not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.resumes and self.path.exists():
-            # Steps after the checkpoint happen again.
-            rows = load_rows(self.path, strict=False)
-            self.rows = [row for row in rows if row["step"] <= state.global_step]
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+            # What was said after the checkpoint is said again.
+            rows = [row for row in load_rows(self.path, strict=False) if row["step"] <= state.global_step]
+            self.rows = rows[: before.get("rows", len(rows))]
+        save_text("".join(json.dumps(row) + "\n" for row in self.rows), self.path)
 
     def on_log(
         self,

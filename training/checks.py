@@ -9,7 +9,6 @@ import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
 
 from checkpoints.quantization import check_bitsandbytes, find_quantization
 from data_utils.sources import parse_fill, parse_source
@@ -19,6 +18,8 @@ from training.cli.flags import nearest
 from training.cli.profile_steps import parse_profile_steps
 from training.model_files import find_local_folder, load_model_config, module_names, most_positions
 from training.output import check_output
+from training.parallel.engines import check_engine, has_gpu
+from training.resume.start import check_start
 
 # Where what --report_to names is imported from.
 REPORTERS = {
@@ -27,6 +28,9 @@ REPORTERS = {
     "dagshub": ("dagshub",), "dvclive": ("dvclive",), "neptune": ("neptune",), "trackio": ("trackio",),
     "azure_ml": ("azureml",), "kubeflow": ("kubeflow",), "flyte": ("flytekit",),
 }  # fmt: skip
+
+# Seconds. Python does not let another thread speak while a library is imported or a kernel compiled.
+MIN_HEARTBEAT = 5
 
 _EVALUATE = "Give --eval_strategy, and --eval_data_path or --eval_split"
 
@@ -43,7 +47,7 @@ def check_args(args: RunArguments) -> None:
     """
     checks: tuple[Callable[[RunArguments], Faults], ...] = (
         _check_data, _check_numbers, _check_precision, _check_lora, _check_quantization, _check_optimizer, _check_model,
-        _check_schedule, _check_services, _check_output,
+        _check_schedule, _check_services, check_engine, _check_output,
     )  # fmt: skip
     faults = [fault for check in checks for fault in check(args)]
     if len(faults) == 1:
@@ -119,6 +123,8 @@ def _check_numbers(args: RunArguments) -> Faults:
     for name, value in shares.items():
         if not 0 <= value < 1:
             yield ConfigError(f"--{name} {value} is not possible", "Give 0 or more and less than 1")
+    if (seconds := args.options.heartbeat_timeout) != 0 and seconds < MIN_HEARTBEAT:
+        yield ConfigError(f"--heartbeat_timeout {seconds:g} is not possible", f"Give {MIN_HEARTBEAT} or more, or 0")
     if get("num_train_epochs") <= 0 and get("max_steps") <= 0:
         yield ConfigError(f"--num_train_epochs {get('num_train_epochs')} trains nothing", "Give more than 0")
     if get("label_smoothing_factor") and args.model.loss != "lean":
@@ -134,16 +140,10 @@ def _check_precision(args: RunArguments) -> Faults:
     get, bf16 = args.trainer_value, "--pure_bf16" if args.options.pure_bf16 else "--bf16"
     if get("fp16") and (get("bf16") or args.options.pure_bf16):
         yield ConfigError(f"--fp16 and {bf16} are two precisions", "Give one of them")
-    elif get("fp16") and (get("use_cpu") or not _has_gpu()):
+    elif get("fp16") and (get("use_cpu") or not has_gpu()):
         yield ConfigError("--fp16 needs a GPU, and there is none", "Leave it out, or use --bf16")
     if get("fp16_full_eval") and get("bf16_full_eval"):
         yield ConfigError("--fp16_full_eval and --bf16_full_eval are two precisions", "Give one of them")
-
-
-def _has_gpu() -> bool:
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def _check_lora(args: RunArguments) -> Faults:
@@ -200,7 +200,7 @@ def _check_optimizer(args: RunArguments) -> Faults:
     ):
         return
     yield from _faults_of(check_bitsandbytes, f"--optim {name}")
-    if args.trainer_value("use_cpu") or not _has_gpu():
+    if args.trainer_value("use_cpu") or not has_gpu():
         yield ConfigError(f"--optim {name} needs a GPU, and there is none", "Leave it out")
 
 
@@ -313,9 +313,6 @@ def _check_multiple(args: RunArguments) -> Faults:
 
 def _check_services(args: RunArguments) -> Faults:
     get = args.trainer_value
-    for name in ("deepspeed", "fsdp"):
-        if get(name) not in (None, "", False, "False", "false"):
-            yield ConfigError(f"--{name} {_shown(get(name))} is not available yet", "Leave it out")
     report_to = get("report_to") or []
     for name in [report_to] if isinstance(report_to, str) else report_to:
         if name in ("none", "all"):
@@ -330,11 +327,8 @@ def _check_services(args: RunArguments) -> Faults:
             yield ConfigError(f"--report_to {name}: it is not installed", f"pip install {name}, or leave it out")
 
 
-def _shown(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
-
-
 def _check_output(args: RunArguments) -> Faults:
     if args.dry_run or os.environ.get("RANK", "0") != "0":
         return  # the first process may be removing already what --overwrite_output_dir gives up
-    yield from _faults_of(check_output, args)
+    faults = list(_faults_of(check_output, args)) or list(_faults_of(check_start, args))
+    yield from faults

@@ -12,6 +12,10 @@ from transformers import TrainingArguments
 
 from errors import ConfigError, one_line
 from training.args import TrainingOptions
+from training.parallel.engines import count_processes
+from training.parallel.faults import setting_up_processes
+from training.parallel.launch import use_one_process
+from training.parallel.processes import start_processes
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +43,13 @@ def build_training_arguments(given: dict[str, Any], options: TrainingOptions) ->
         new = old.replace("gradient", "activation")
         if old in values and new in names:
             values[new] = values.pop(old)
+    if not values.get("fsdp"):
+        values.pop("fsdp", None)
+    deepspeed = bool(values.get("deepspeed"))
+    if deepspeed and count_processes() == 1:
+        use_one_process()
+    with setting_up_processes():
+        start_processes(values.get("ddp_timeout", 1800), deepspeed, values.get("use_cpu", False))
     try:
         return FinetuneArguments(**values, **asdict(options))
     except ConfigError:

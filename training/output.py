@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from checkpoints.folders import remove_folder, sync_files
 from data_utils.sources import parse_source
 from errors import ConfigError, RunError, Terminated, one_line
+from training.resume.manifest import MANIFEST, checkpoints_in
 
 if TYPE_CHECKING:
     from training.args import RunArguments
@@ -24,9 +25,11 @@ logger = logging.getLogger(__name__)
 TRAINER_STATE = "trainer_state.json"
 # What is being written lies here until it is whole.
 STAGING = ".saving"
-# The first file of a run and the last: a folder that holds one of them is a run's.
-RECORDS = ("training_log.jsonl", "run_summary.json")
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+# The first file of a run and the last.
+RUN_ARGUMENTS, RUN_SUMMARY = "run_args.json", "run_summary.json"
+# A folder that holds one of them is a run's.
+RECORDS = ("training_log.jsonl", RUN_SUMMARY, RUN_ARGUMENTS)
+_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _OUR_FILES = re.compile(
     r"training_log\.jsonl|training_loss\.png|run_summary\.json|run_args\.(json|yaml)|data_receipt\.(json|html)"
     r"|config\.json|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
@@ -53,7 +56,7 @@ def check_output(args: RunArguments) -> None:
     Raises:
         ConfigError: the folder is a file, cannot be written, has to do with the model's own, or holds what the run
             would mix with: it must be empty, or the folder of the checkpoint that is resumed, or a run's that
-            ``--overwrite_output_dir`` gives up.
+            ``--overwrite_output_dir`` gives up or ``--resume_from_checkpoint auto`` looks into.
     """
     if not _is_first():
         return
@@ -63,7 +66,7 @@ def check_output(args: RunArguments) -> None:
     _check_apart(args)
     _check_writable(output)
     resumed = args.resumed_checkpoint()
-    if args.overwrite_output_dir:
+    if args.starts_anew:
         if resumed is not None and _within(Path(resumed), output):
             raise ConfigError(
                 f"--overwrite_output_dir would remove the checkpoint of --resume_from_checkpoint {resumed}",
@@ -71,26 +74,40 @@ def check_output(args: RunArguments) -> None:
             )
         removable(output)
     elif output.is_dir() and any(output.iterdir()) and (resumed is None or not _within(Path(resumed), output)):
+        if args.resumes_itself and (
+            (output / RUN_ARGUMENTS).is_file() or all(path.name.startswith(".") for path in output.iterdir())
+        ):
+            return  # what it holds is looked at when the data is known: see training.resume.start
         raise ConfigError(f"--output_dir {output} is not empty", _ways_on(output))
 
 
-def prepare_output(args: RunArguments) -> None:
-    """Check the output folder, then remove what ``--overwrite_output_dir`` gives up.
+def prepare_output(args: RunArguments, takes_over: bool = False) -> None:
+    """Check the output folder, then remove what the run does not go on with.
+
+    That is all of an earlier run with ``--overwrite_output_dir``, and else the summary of one that had ended.
+
+    Args:
+        takes_over: whether what this run left when it died before its first checkpoint is removed, too.
 
     Raises:
         ConfigError: see :func:`check_output`; nothing has been removed then.
     """
     check_output(args)
-    if not (args.overwrite_output_dir and _is_first()):
+    output = args.output_dir
+    if not _is_first() or not output.is_dir():
         return
-    entries = removable(args.output_dir)
+    entries = [output / RUN_SUMMARY] if (output / RUN_SUMMARY).is_file() else []
+    if args.starts_anew:
+        entries = removable(output)
+        if entries:
+            logger.info("--overwrite_output_dir: removing %d files and folders of an earlier run", len(entries))
+    elif takes_over:
+        entries = _records_last(path for path in output.iterdir() if _is_ours(path))
     for path in entries:
         if path.is_dir():
             shutil.rmtree(path)
         else:
             path.unlink()
-    if entries:
-        logger.info("--overwrite_output_dir: removed %d files and folders of an earlier run", len(entries))
 
 
 def removable(output: Path) -> list[Path]:
@@ -111,6 +128,10 @@ def removable(output: Path) -> list[Path]:
             f"--overwrite_output_dir: {output} is not the folder of a run, it has no {RECORDS[0]}",
             "Give another --output_dir, or remove its files yourself",
         )
+    return _records_last(entries)
+
+
+def _records_last(entries: Iterable[Path]) -> list[Path]:
     return sorted(entries, key=lambda path: path.name in RECORDS)
 
 
@@ -125,8 +146,8 @@ def _is_ours(path: Path) -> bool:
         return _OUR_FILES.fullmatch(path.name) is not None
     if path.name in _OUR_FOLDERS:
         return all(file.is_dir() or _OUR_FOLDERS[path.name].match(file.name) for file in path.rglob("*"))
-    is_checkpoint = _CHECKPOINT.fullmatch(path.name) is not None and (path / TRAINER_STATE).is_file()
-    return is_checkpoint or path.name == STAGING
+    is_checkpoint = any((path / name).is_file() for name in (TRAINER_STATE, MANIFEST))
+    return (_CHECKPOINT.fullmatch(path.name) is not None and is_checkpoint) or path.name == STAGING
 
 
 def _check_apart(args: RunArguments) -> None:
@@ -196,30 +217,31 @@ def _ways_on(output: Path) -> str:
 
 
 def newest_checkpoint(output: Path) -> Path | None:
-    """The whole ``checkpoint-N`` with the highest step, which can be resumed."""
-    steps = {
-        int(match[1]): path
-        for path in (output.iterdir() if output.is_dir() else ())
-        if (match := _CHECKPOINT.fullmatch(path.name)) and (path / TRAINER_STATE).is_file()
-    }
-    return steps[max(steps)] if steps else None
+    """The ``checkpoint-N`` with the highest step that looks like one; whether it is whole takes longer to find out."""
+    return next((path for path in checkpoints_in(output) if (path / TRAINER_STATE).is_file()), None)
 
 
 @contextmanager
-def resumable(output: Path) -> Iterator[None]:
-    """Say with an interruption or a failure of the block how the run goes on."""
+def resumable(output: Path, resumes_itself: bool = False) -> Iterator[None]:
+    """Say with an interruption or a failure of the block how the run goes on.
+
+    Args:
+        resumes_itself: whether ``--resume_from_checkpoint auto`` was given.
+    """
     try:
         yield
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(_how_to_go_on(output)) from error
+        raise KeyboardInterrupt(_how_to_go_on(output, resumes_itself)) from error
     except Terminated as error:
-        raise Terminated(_how_to_go_on(output)) from error
+        raise Terminated(_how_to_go_on(output, resumes_itself)) from error
     except RunError as error:
-        raise RunError(str(error), _how_to_go_on(output)) from error
+        raise RunError(str(error), _how_to_go_on(output, resumes_itself)) from error
 
 
-def _how_to_go_on(output: Path) -> str:
+def _how_to_go_on(output: Path, resumes_itself: bool) -> str:
     newest = newest_checkpoint(output)
+    if resumes_itself:
+        return f"The same command goes on from {newest}" if newest else "The same command starts anew"
     if newest is not None:
         return f"The same command with --resume_from_checkpoint {newest} goes on from there"
     return "No checkpoint had been saved: the same command with --overwrite_output_dir starts anew"

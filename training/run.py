@@ -18,19 +18,19 @@ from data_utils.receipt import Receipt
 from training.adapters import EmbeddingsPolicy
 from training.args import RunArguments
 from training.callbacks import RunLog, peak_memory, versions
-from training.quantized import count_weights
+from training.loading import Checkpoint
+from training.output import RUN_ARGUMENTS, RUN_SUMMARY
+from training.quantized import count_elements, count_weights
+from training.resume.changes import early_facts
 from training.trainer import QwenTrainer
 
 logger = logging.getLogger(__name__)
-
-RUN_ARGUMENTS = "run_args.json"
-RUN_SUMMARY = "run_summary.json"
 
 
 def count_parameters(model: nn.Module | None) -> tuple[int, int]:
     """Trained and all parameters."""
     assert model is not None, "a Trainer without a model"
-    trained = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    trained = sum(count_elements(parameter) for parameter in model.parameters() if parameter.requires_grad)
     return trained, count_weights(model)
 
 
@@ -85,16 +85,30 @@ def describe_result(summary: dict[str, Any]) -> str:
 def save_arguments(args: RunArguments) -> None:
     """Write every flag with its value to ``run_args.json``."""
     values = json.loads(json.dumps(args.to_dict(), default=str))
+    args.output_dir.mkdir(parents=True, exist_ok=True)
     save_json(values, args.output_dir / RUN_ARGUMENTS)
+
+
+def known_by(
+    args: RunArguments, checkpoint: Checkpoint, sets: dict[str, ExampleSet], policy: EmbeddingsPolicy | None
+) -> dict[str, Any]:
+    """What a run is known by to its checkpoints: all the facts of ``training.resume.changes``."""
+    return {
+        **early_facts(args),
+        "embeddings": None if policy is None else policy.mode,
+        "base": fingerprint(checkpoint.folder),
+        "data": {name: examples.digest() for name, examples in sets.items()},
+        "versions": versions(),
+    }
 
 
 _DATA_KEYS = ("path", "read", "kept", "skipped", "truncated", "tokens", "trained_tokens", "skipped_at", "truncated_at")
 
 
-def _data_summary(receipt: Receipt) -> dict[str, Any]:
-    """The main figures of ``data_receipt.json``."""
-    told = receipt.as_dict()
-    return {key: told[key] for key in _DATA_KEYS}
+def _data_summary(examples: ExampleSet) -> dict[str, Any]:
+    """The main figures of ``data_receipt.json``, and what the examples are recognised by."""
+    told = examples.receipt.as_dict()
+    return {**{key: told[key] for key in _DATA_KEYS}, "digest": examples.digest()}
 
 
 def save_summary(
@@ -119,7 +133,7 @@ def save_summary(
         "trainable_embeddings": None if policy is None else {"mode": policy.mode, "reason": policy.reason},
         "trained_parameters": trained,
         "parameters": total,
-        "data": {name: _data_summary(examples.receipt) for name, examples in sets.items()},
+        "data": {name: _data_summary(examples) for name, examples in sets.items()},
         "steps": trainer.state.global_step,
         "trained_tokens": trainer.total.targets,
         "first_loss": losses[0] if losses else None,

@@ -40,6 +40,7 @@ def save_model(
     folder: str | Path,
     state_dict: Mapping[str, Tensor] | None = None,
     show_progress: bool = True,
+    exact: bool = False,
 ) -> None:
     """Save an adapter or all weights, with tokenizer and generation_config, and check what was written.
 
@@ -49,16 +50,17 @@ def save_model(
         folder: made when missing; a model's own earlier files there are replaced when the new ones are on disk.
         state_dict: the gathered weights where the model itself holds only its share of them.
         show_progress: whether to draw progress bars on stderr.
+        exact: save in the precision of memory instead, as what a run goes on from must be.
 
     Raises:
         RunError: the folder cannot be written, a tensor is not finite, or is not on disk as it is in memory.
     """
-    folder = Path(folder)
+    folder, dtype = Path(folder), None if exact else checkpoint.dtype
     with saving_to(folder), staged_files(folder) as staging:
         if isinstance(model, PeftModel):
-            save_adapter(model, checkpoint.dtype, staging, state_dict)
+            save_adapter(model, dtype, staging, state_dict)
         else:
-            save_full(model, checkpoint, staging, state_dict, show_progress)
+            save_full(model, checkpoint, dtype, staging, state_dict, show_progress)
         checkpoint.tokenizer.save_pretrained(staging)
         # Not by its save_pretrained, which refuses settings that real checkpoints have (top_p beside do_sample false).
         generation_config = checkpoint.generation_config.to_diff_dict()
@@ -72,9 +74,13 @@ def save_model(
 
 
 def save_adapter(
-    model: PeftModel, dtype: torch.dtype, folder: Path, state_dict: Mapping[str, Tensor] | None = None
+    model: PeftModel, dtype: torch.dtype | None, folder: Path, state_dict: Mapping[str, Tensor] | None = None
 ) -> None:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` as peft reads them."""
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` as peft reads them.
+
+    Args:
+        dtype: the precision that is saved; without one that of memory.
+    """
     # Left to itself peft would look the base up on the hub to decide whether embeddings were resized.
     tensors = get_peft_model_state_dict(
         model, state_dict=None if state_dict is None else dict(state_dict), save_embedding_layers=False
@@ -94,11 +100,16 @@ def save_adapter(
 def save_full(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
     folder: Path,
     state_dict: Mapping[str, Tensor] | None = None,
     show_progress: bool = True,
 ) -> None:
-    """Write all weights in safetensors shards, and a config that says their precision."""
+    """Write all weights in safetensors shards, and a config that says their precision.
+
+    Args:
+        dtype: see :func:`save_adapter`.
+    """
     tensors = dict(model.state_dict() if state_dict is None else state_dict)
     if model.config.tie_word_embeddings:
         for name in model.all_tied_weights_keys:
@@ -106,11 +117,11 @@ def save_full(
 
     def on_disk(doing: str) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tqdm(tensors.items(), doing, unit=" tensors", disable=not show_progress):
-            yield name, _to_disk(name, tensor, checkpoint.dtype)
+            yield name, _to_disk(name, tensor, dtype)
 
     save_checkpoint(on_disk("Saving"), folder, MAX_SHARD_SIZE)
     config = copy.deepcopy(model.config)
-    set_saved_dtype(config, checkpoint.dtype)
+    set_saved_dtype(config, dtype or next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()))
     if kept := getattr(config, "qwen_config", None):  # Qwen v1 in Qwen2's layout: from now on a chat model
         config.qwen_config = {**kept, "chat_format": "chatml"}
     config.use_cache = True  # the trainer turns it off for its own time
@@ -120,10 +131,10 @@ def save_full(
     _check_saved(on_disk("Checking"), folder, ("model.safetensors",))
 
 
-def _to_disk(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+def _to_disk(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     tensor = tensor.detach().to("cpu")
     if tensor.is_floating_point():
-        tensor = tensor.to(dtype)
+        tensor = tensor.to(dtype or tensor.dtype)
         if not is_finite(tensor):
             raise RunError(
                 f"{name} holds NaN or infinity: the run diverged, and nothing is saved", "Lower --learning_rate"

@@ -6,24 +6,29 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
-from transformers import PrinterCallback, ProgressCallback, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, rotate_checkpoints
+from torch.utils.data import DataLoader, Sampler
+from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from data_utils.dataset import ExampleSet
 from errors import RunError
 from qwen_model.chatml import IGNORE_INDEX
 from training.callbacks import LogLines, ProgressBar, peak_memory
 from training.counts import Counts
 from training.loading import Checkpoint
 from training.output import TRAINER_STATE, saving_to, staged_checkpoint
+from training.parallel.heartbeat import Pulse
+from training.parallel.world import World
+from training.resume.manifest import write_manifest
+from training.resume.resuming import ResumingTrainer, remove_superseded
+from training.resume.signals import Signals, Wish
+from training.samplers import EpochSampler, Filled, as_given, by_source, grouped, mixed
 from training.saving import save_model
 
 logger = logging.getLogger(__name__)
@@ -31,7 +36,7 @@ logger = logging.getLogger(__name__)
 _NAMED_PLACES = 20
 
 
-class QwenTrainer(Trainer):
+class QwenTrainer(ResumingTrainer):
     """transformers' Trainer for causal language models.
 
     What the host reads from the device: after the backward passes of an optimizer step and before its update, one
@@ -42,10 +47,26 @@ class QwenTrainer(Trainer):
         checkpoint: the base that is tuned; tokenizer, precision and generation config of what is saved come from it.
         loss: ``lean`` lets the model compute the loss without logits, ``full_logits`` with them.
         data_mixing: ``mixed`` draws examples as ``train_sampling_strategy`` says, ``sequential`` source by source.
+        facts: what checkpoints say of the run, see ``training.resume.changes``.
+        signals: where the process notes what it is asked for.
+        pulse: where it notes how far it is.
+        world: the processes of the run; by default this one alone.
     """
 
-    def __init__(self, checkpoint: Checkpoint, loss: str = "lean", data_mixing: str = "mixed", **kwargs: Any) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        loss: str = "lean",
+        data_mixing: str = "mixed",
+        facts: Mapping[str, Any] | None = None,
+        signals: Signals | None = None,
+        pulse: Pulse | None = None,
+        world: World | None = None,
+        **kwargs: Any,
+    ) -> None:
         super().__init__(processing_class=checkpoint.tokenizer, **kwargs)
+        self.facts, self.signals = facts or {}, signals or Signals()
+        self.pulse, self.world = pulse or Pulse(), world or World()
         self.checkpoint = checkpoint
         self.data_mixing = data_mixing
         self.label_names = ["labels"]  # transformers takes every argument of forward that has the word in it
@@ -58,8 +79,8 @@ class QwenTrainer(Trainer):
             self.remove_callback(theirs)
         self.add_callback(LogLines if self.args.disable_tqdm else ProgressBar)
         self.total = Counts()  # since the start of the run
-        self._window = Counts()  # since the last log line
-        self._started = self._window_started = time.monotonic()
+        self.window = Counts()  # since the last log line
+        self._started = self.window_started = time.monotonic()
         self._steps_done = 0  # in this process: a resumed run has done others before
         # Of the optimizer step at hand and of the evaluation at hand, on the device; this process's share.
         self._correct = torch.zeros((), dtype=torch.long, device=self.args.device)
@@ -68,9 +89,10 @@ class QwenTrainer(Trainer):
         self._batches: list[list[int]] = []
         self._counts: list[Tensor | int] = []
         self._staging: Path | None = None
+        self._order: EpochSampler | None = None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._started = self._window_started = time.monotonic()
+        self._started = self.window_started = time.monotonic()
         return super().train(*args, **kwargs)
 
     # Batches
@@ -82,18 +104,41 @@ class QwenTrainer(Trainer):
         return data_collator
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
-        examples: Any = self.train_dataset if train_dataset is None else train_dataset
+        examples: Any = self.train_dataset
+        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        orders = {
+            "random": mixed(len(examples)),
+            "sequential": as_given(len(examples)),
+            "group_by_length": grouped(examples.lengths, batch),
+        }
+        order = orders.get(self.args.train_sampling_strategy)
         if self.data_mixing == "sequential":
-            seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-            return SequentialSources(examples.source_sizes, seed)
-        return super()._get_train_sampler(train_dataset)
+            order = by_source(examples.source_sizes)
+        if order is None:
+            return super()._get_train_sampler(train_dataset)
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
+        self._order = EpochSampler(order, len(examples), seed, filled=len(train_dataset or examples))
+        return self._order
 
-    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader[Any]:
-        """Filled up with blank examples so that all processes get as many: else the first ones would count twice."""
-        examples: Any = self.eval_dataset if eval_dataset is None else eval_dataset
-        if self.args.world_size > 1 and isinstance(examples, ExampleSet):
-            examples = _Filled(examples, self.args.world_size * self.args.eval_batch_size, self.checkpoint.end_ids[-1])
-        return super().get_eval_dataloader(examples)
+    def _get_dataloader(
+        self,
+        dataset: Any,
+        description: str,
+        batch_size: int,
+        sampler_fn: Any = None,
+        is_training: bool = False,
+        dataloader_key: str | None = None,
+    ) -> DataLoader[Any]:
+        """Filled up with blanks so that all processes get as many: else the first examples would count twice."""
+        if self.args.world_size > 1 and not (is_training and self.args.dataloader_drop_last):
+            dataset = Filled(dataset, self.args.world_size * batch_size, self.checkpoint.end_ids[-1])
+        return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        # A dataloader that skips what a resumed run has seen does not tell the sampler.
+        if self._order is not None:
+            self._order.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
         """The micro-batches of an optimizer step; what is counted of them does not go to the model."""
@@ -114,6 +159,7 @@ class QwenTrainer(Trainer):
         transformers decides by the name of the model's class whether labels are shifted; here they always are: the
         first token of a row is never a target.
         """
+        self.pulse.advance(self.pulse.phase)  # before what waits for the other processes
         weight = sum(_weigh_targets(batch).to(device) for batch in batch_samples)
         assert isinstance(weight, Tensor), "a step has at least one batch"
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
@@ -135,6 +181,7 @@ class QwenTrainer(Trainer):
             if self.args.label_smoothing_factor:
                 inputs["label_smoothing"] = self.args.label_smoothing_factor
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        self.pulse.advance(self.pulse.phase)
         correct = outputs["num_correct"] if self.is_lean else _count_correct(outputs["logits"], labels)
         if model.training:
             self._correct += correct
@@ -160,39 +207,47 @@ class QwenTrainer(Trainer):
         """
         # float64 holds every count exactly; Apple's GPUs have none.
         dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
-        mine: list[Any] = [sum(self._losses), self._correct, *self._counts, math.nan if norm is None else norm]
+        norm_or_none = math.nan if norm is None else norm
+        mine: list[Any] = [sum(self._losses), self._correct, *self._counts, norm_or_none, self.signals.wish]
         values = torch.stack([torch.as_tensor(value, device=self.args.device).to(dtype) for value in mine])
         rows = self.accelerator.gather(values[None]).tolist()
-        losses, correct, targets, tokens, slots, norms = zip(*rows, strict=True)
+        losses, correct, targets, tokens, slots, norms, wishes = zip(*rows, strict=True)
+        self.signals.agree(wishes)
         if not all(map(math.isfinite, losses)):
-            raise self._diverged("loss", next(loss for loss in losses if not math.isfinite(loss)))
+            raise self.diverged("loss", next(loss for loss in losses if not math.isfinite(loss)))
         # A scaler leaves out the update when a gradient overflows, and tries a smaller scale: that is no fault.
-        if norm is not None and self.accelerator.scaler is None and not math.isfinite(norms[0]):
-            raise self._diverged("gradient norm", norms[0])
+        scales = self.accelerator.scaler is not None or (self.is_deepspeed_enabled and self.args.fp16)
+        if norm is not None and not scales and not math.isfinite(norms[0]):
+            raise self.diverged("gradient norm", norms[0])
         # Each process's loss is its part of the mean, times the processes.
         step = Counts(1, sum(losses) / len(losses), *(int(sum(each)) for each in (correct, targets, tokens, slots)))
         if self.state.global_step == 0:
             self._check_first_loss(step.loss)
-        self._window.add(step)
+        self.window.add(step)
         self.total.add(step)
         self._steps_done += 1
         return None if norm is None else norms[0]
 
-    def _diverged(self, what: str, value: float) -> RunError:
+    def diverged(self, what: str, value: float) -> RunError:
         """The error of a loss or gradient that is no number, with the places of the samples that it may come from."""
-        culprits = [
-            index
-            for loss, indices in zip(self._losses, self._batches, strict=True)
-            for index in indices
-            if what != "loss" or not math.isfinite(loss)
-        ]
         examples: Any = self.train_dataset
+        if self.is_deepspeed_enabled and what == "loss":  # found before the backward pass, by this process alone
+            culprits = self._batches[len(self._losses)]
+            used = "the step changed nothing"
+        else:
+            culprits = [
+                index
+                for loss, indices in zip(self._losses, self._batches, strict=True)
+                for index in indices
+                if what != "loss" or not math.isfinite(loss)
+            ]
+            used = "DeepSpeed has used it" if self.is_deepspeed_enabled else "the step changed nothing"
         places = [examples.where(index) for index in culprits]
-        if self.args.world_size > 1:
+        if self.args.world_size > 1 and not (self.is_deepspeed_enabled and what == "loss"):
             places = gather_object(places)
         more = f" and {len(places) - _NAMED_PLACES} more" if len(places) > _NAMED_PLACES else ""
         return RunError(
-            f"Optimizer step {self.state.global_step + 1}: the {what} is {value}, and the step changed nothing; "
+            f"Optimizer step {self.state.global_step + 1}: the {what} is {value}, and {used}; "
             f"its samples: {', '.join(places[:_NAMED_PLACES])}{more}",
             f"Look at these samples, or lower --learning_rate {self.args.learning_rate:g}",
         )
@@ -222,41 +277,47 @@ class QwenTrainer(Trainer):
         learning_rate: float | None = None,
     ) -> None:
         """transformers' own, but the log line is made of what ``_read_step`` has read already."""
-        if self.control.should_log and self._window.steps:
+        if self.control.should_log and self.window.steps:
             tr_loss.zero_()
-            self._total_loss_scalar += self._window.loss
+            self._total_loss_scalar += self.window.loss
             self._globalstep_last_logged = self.state.global_step
             self.log(self._describe_window(grad_norm, learning_rate), start_time)
         started = time.monotonic()
+        self.control.should_save |= self.signals.agreed is not Wish.NOTHING
         super()._maybe_log_save_evaluate(
-            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate
+            tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
         )
-        self._window_started += time.monotonic() - started  # tokens/s are those of training
+        self.signals.end_if_asked()
+        self.window_started += time.monotonic() - started  # tokens/s are those of training
 
     def _describe_window(self, grad_norm: Any, learning_rate: float | None) -> dict[str, float]:
         """What is logged of the steps since the last line, and a new window."""
-        window, now = self._window, time.monotonic()
+        window, now = self.window, time.monotonic()
         peaks = peak_memory()
-        per_step = (now - self._started) / self._steps_done
+        per_step = (now - self._started) / max(1, self._steps_done)
         logs = {
             "loss": window.loss / window.steps,
             "token_accuracy": round(window.token_accuracy, 6),
             "learning_rate": self._get_learning_rate() if learning_rate is None else learning_rate,
             **({} if grad_norm is None else {"grad_norm": float(grad_norm)}),
-            "tokens_per_second": round(window.targets / (now - self._window_started), 1),
+            "tokens_per_second": round(window.targets / (now - self.window_started), 1),
             "padding": round(window.padding, 4),
             "peak_memory_gib": peaks.get("gpu_gib", peaks["cpu_gib"]),
             "eta_seconds": round(per_step * (self.state.max_steps - self.state.global_step), 1),
         }
-        self._window, self._window_started = Counts(), now
+        self.window, self.window_started = Counts(), now
         return logs
 
     # Evaluation
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """transformers' loop; its loss is the mean over targets, as in training, not over batches."""
+        """transformers' loop; its loss is the mean over targets, as in training, not over batches.
+
+        Training's random numbers are the same with and without it.
+        """
         self._evaluated.zero_()
-        output = super().evaluation_loop(*args, **kwargs)
+        with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
+            output = super().evaluation_loop(*args, **kwargs)
         total, weight, correct, targets = self.accelerator.reduce(self._evaluated, reduction="sum").tolist()
         assert output.metrics is not None, "the loop always reports"
         prefix = kwargs.get("metric_key_prefix", "eval")
@@ -285,7 +346,7 @@ class QwenTrainer(Trainer):
         output, writes = Path(str(self.args.output_dir)), self.args.should_save
         final = output / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with saving_to(output), staged_checkpoint(final, writes) as staged:
-            self.accelerator.wait_for_everyone()
+            self.world.wait("checkpoint")  # no collective: a large one may take longer than its time-out
             self._staging = staged.parent
             try:
                 super()._save_checkpoint(model, trial)
@@ -295,56 +356,20 @@ class QwenTrainer(Trainer):
                 self.state.best_model_checkpoint = str(final)
                 if writes:
                     self.state.save_to_json(str(staged / TRAINER_STATE))
-            self.accelerator.wait_for_everyone()
+            self.world.wait("checkpoint")
+            if writes:
+                write_manifest(staged, self.state.global_step, self.facts)
+            self.world.wait("checkpoint")
         if writes:
             # transformers' own rotation saw the hidden folder only.
-            limit, best = self.args.save_total_limit, self.state.best_model_checkpoint
-            rotate_checkpoints(str(output), limit, best, use_mtime=True)
+            remove_superseded(final, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model)
             folder = str(output_dir or self.args.output_dir)
-            save_model(model, self.checkpoint, folder, state_dict, show_progress=not self.args.disable_tqdm)
-
-
-class SequentialSources(Sampler[int]):
-    """Every source's examples before those of the next, each source shuffled anew in every epoch.
-
-    Args:
-        sizes: examples of each source, in the order in which they stand in the dataset.
-    """
-
-    def __init__(self, sizes: Sequence[int], seed: int) -> None:
-        self.sizes, self.seed, self.epoch = list(sizes), seed, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return sum(self.sizes)
-
-    def __iter__(self) -> Iterator[int]:
-        generator = torch.Generator().manual_seed(self.seed + self.epoch)
-        start = 0
-        for size in self.sizes:
-            yield from (start + torch.randperm(size, generator=generator)).tolist()
-            start += size
-
-
-class _Filled(Dataset[Any]):
-    """Examples, and behind them blank ones up to a multiple: a token that is no target, so no figure changes."""
-
-    def __init__(self, examples: ExampleSet, multiple: int, token: int) -> None:
-        self.examples = examples
-        self.length = math.ceil(len(examples) / multiple) * multiple
-        self.blank = {"input_ids": [token], "labels": [IGNORE_INDEX]}
-
-    def __len__(self) -> int:
-        return self.length
-
-    def __getitem__(self, index: int) -> Any:
-        return self.examples[index] if index < len(self.examples) else self.blank
+            exact = self._staging is not None  # what a run goes on from
+            save_model(model, self.checkpoint, folder, state_dict, not self.args.disable_tqdm, exact)
 
 
 def _count_targets(batch: dict[str, Any]) -> Tensor:

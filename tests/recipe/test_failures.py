@@ -259,7 +259,7 @@ def test_several_processes_report_a_fault_once(tmp_path: Path) -> None:
     )  # fmt: skip
     ours = [line for line in result.stderr.splitlines() if line.startswith(("finetune.py:", "finetune.py ["))]
     assert ours == [
-        f'finetune.py: error: {tmp_path}/train.json:2: "conversations" is empty (read as conversations). '
+        f'finetune.py [rank 0]: error: {tmp_path}/train.json:2: "conversations" is empty (read as conversations). '
         "Give it at least one turn, or remove the record"
     ]
     assert result.returncode != 0

@@ -176,11 +176,11 @@ def test_bfloat16_on_a_cpu(runs: dict[str, Path]) -> None:
     assert {tensor.dtype for tensor in saved.values()} == {torch.float32}  # the base's
 
 
-def test_grouping_by_length_trains_the_same_conversations_in_another_order(runs: dict[str, Path]) -> None:
+def test_grouping_by_length_trains_the_same_conversations_with_no_more_padding(runs: dict[str, Path]) -> None:
+    """In which order, ``tests/unit/test_samplers.py`` says; eight conversations have few."""
     plain, grouped = ([row for row in read_log(runs[name]) if "loss" in row] for name in ("plain", "grouped"))
     assert grouped[-1]["tokens"] == plain[-1]["tokens"]
-    steps = [[row["tokens"] for row in rows] for rows in (plain, grouped)]
-    assert steps[0] != steps[1]
+    assert sum(row["padding"] for row in grouped) <= sum(row["padding"] for row in plain)
 
 
 def test_evaluation_is_logged(runs: dict[str, Path]) -> None:

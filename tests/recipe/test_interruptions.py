@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -25,9 +28,11 @@ from tests.commands import (
 )
 from tests.golden import REPO
 from tests.models import TINY, write_conversations
+from training.curves import load_rows
+from training.resume.manifest import checkpoints_in, step_of
 
 MODEL = ["config.json", "generation_config.json", "model.safetensors", "qwen.tiktoken", "tokenizer_config.json"]
-CHECKPOINT = sorted([*MODEL, "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"])
+CHECKPOINT = sorted([*MODEL, "manifest.json", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"])
 
 
 def arguments(folder: Path, max_steps: int, *flags: object) -> list[object]:
@@ -72,8 +77,9 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_saved(
         f"finetune.py: error: cannot save to {output / place} ({reason}). Free some space there; what was saved before "
         f"is as it was. The same command with --resume_from_checkpoint {output / 'checkpoint-2'} goes on from there"
     )
-    # The log goes on with the steps that were done, the receipt tells of the run at hand.
-    changed = ("training_log.jsonl", "data_receipt.json", "data_receipt.html")
+    # The log goes on with the steps that were done, receipt and arguments tell of the run at hand, which is not done.
+    changed = ("training_log.jsonl", "data_receipt.json", "data_receipt.html", "run_args.json", "run_summary.json")
+    assert "run_summary.json" not in names_in(output)
     assert {name: content for name, content in contents(output).items() if name not in changed} == {
         name: content for name, content in before.items() if name not in changed
     }
@@ -90,7 +96,8 @@ def test_a_disk_that_is_full_at_the_end(tmp_path: Path, capfd: pytest.CaptureFix
     error = message(capfd.readouterr().err)
     assert error.startswith(f"finetune.py: error: cannot save to {output} (File too large). ")
     assert error.endswith("No checkpoint had been saved: the same command with --overwrite_output_dir starts anew")
-    assert names_in(output) == ["data_receipt.html", "data_receipt.json", "training_log.jsonl", "training_loss.png"]
+    records = ["data_receipt.html", "data_receipt.json", "run_args.json", "training_log.jsonl", "training_loss.png"]
+    assert names_in(output) == records
     finetune_here(*arguments(tmp_path, 2, "--save_strategy", "no", "--overwrite_output_dir"))
     assert set(MODEL) < set(names_in(output))
 
@@ -98,42 +105,64 @@ def test_a_disk_that_is_full_at_the_end(tmp_path: Path, capfd: pytest.CaptureFix
 # -------------------------------------------------------------------------------------------------------------- signals
 
 
-def test_interruptions_leave_checkpoints_that_go_on(tmp_path: Path) -> None:
-    signals = {signal.SIGINT: (130, "interrupted"), signal.SIGTERM: (143, "terminated"), signal.SIGKILL: (-9, None)}
-    for number, (code, word) in signals.items():
-        folder = tmp_path / number.name
-        output = folder / "out"
-        assert interrupted_run(folder, number) == code
-        steps = sorted(int(name.partition("-")[2]) for name in names_in(output) if name.startswith("checkpoint-"))
-        assert all(names_in(output / f"checkpoint-{step}") == CHECKPOINT for step in steps)
-        assert not set(names_in(output)) & set(MODEL)
-        newest = output / f"checkpoint-{steps[-1]}"
-        if word is not None:
-            assert ".saving" not in names_in(output)
-            how = f"The same command with --resume_from_checkpoint {newest} goes on from there"
-            assert message((folder / "stderr").read_text()) == f"finetune.py: {word}. {how}"
-        resume = arguments(folder, steps[-1] + 2, "--resume_from_checkpoint", newest)
-        assert run_here(finetune.main, "finetune.py", resume) == 0
-        assert read_json(output / "run_summary.json")["steps"] == steps[-1] + 2
-        assert ".saving" not in names_in(output)
-
-
-def interrupted_run(folder: Path, number: signal.Signals) -> int:
-    """Start a long run, signal it when its second checkpoint is there; returns the exit code."""
-    folder.mkdir()
-    words = [sys.executable, "finetune.py", *map(str, arguments(folder, 100_000))]
-    with (folder / "stderr").open("w") as stderr:
-        process = subprocess.Popen(words, cwd=REPO, env=environment(), stdout=stderr, stderr=stderr)
-    try:
-        deadline = time.monotonic() + 120
-        while not (folder / "out" / "checkpoint-4").exists():
-            assert process.poll() is None and time.monotonic() < deadline, (folder / "stderr").read_text()
-            time.sleep(0.01)
+@pytest.mark.parametrize(
+    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+)
+def test_a_run_that_is_asked_to_stop_saves_first(tmp_path: Path, number: signal.Signals, code: int, word: str) -> None:
+    """It saves at the step at hand, whenever the next checkpoint were due; SIGUSR1 only saves."""
+    output = tmp_path / "out"
+    flags = ["--save_steps", 1000, "--resume_from_checkpoint", "auto"]
+    with running(tmp_path, ["finetune.py"], arguments(tmp_path, 100_000, *flags)) as process:
+        wait_for(process, tmp_path, lambda: len(logged(output)) > 3)
+        process.send_signal(signal.SIGUSR1)
+        wait_for(process, tmp_path, lambda: len(saved(output)) == 1)
+        asked = saved(output)[0]
+        wait_for(process, tmp_path, lambda: logged(output)[-1] > asked)
         process.send_signal(number)
-        return process.wait(timeout=60)
+        assert process.wait(60) == code
+    assert saved(output)[:-1] == [asked]
+    newest = output / f"checkpoint-{saved(output)[-1]}"
+    assert logged(output)[-1] == saved(output)[-1]  # not a step is lost
+    assert all(names_in(output / f"checkpoint-{step}") == CHECKPOINT for step in saved(output))
+    assert not {*MODEL, ".saving"} & set(names_in(output))
+    said = (tmp_path / "stderr").read_text()
+    assert message(said) == f"finetune.py: {word}. The same command goes on from {newest}"
+    assert f"{number.name}: finishing the step at hand and saving a checkpoint, then ending" in said
+    resume = arguments(tmp_path, saved(output)[-1] + 2, *flags)
+    assert run_here(finetune.main, "finetune.py", resume) == 0
+    assert logged(output) == list(range(1, saved(output)[-1] + 1))
+
+
+def logged(output: Path) -> list[int]:
+    """The steps in the log, without a line that is being written."""
+    log = output / "training_log.jsonl"
+    return [row["step"] for row in load_rows(log)] if log.is_file() else []
+
+
+def saved(output: Path) -> list[int]:
+    return [step_of(path) for path in reversed(checkpoints_in(output))]
+
+
+@contextmanager
+def running(folder: Path, launcher: Sequence[object], words: Sequence[object]) -> Iterator[subprocess.Popen[str]]:
+    """A command in the background, whose stderr goes to a file in the folder."""
+    with (folder / "stderr").open("w") as stderr:
+        process = subprocess.Popen(
+            [sys.executable, *map(str, [*launcher, *words])],
+            cwd=REPO, env=environment(), stdout=stderr, stderr=stderr, text=True,
+        )  # fmt: skip
+    try:
+        yield process
     finally:
         process.kill()
         process.wait()
+
+
+def wait_for(process: subprocess.Popen[str], folder: Path, is_so: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 120
+    while not is_so():
+        assert process.poll() is None and time.monotonic() < deadline, (folder / "stderr").read_text()
+        time.sleep(0.01)
 
 
 # Ends the process at once in the middle of the second checkpoint, as a lost machine does.
@@ -186,11 +215,42 @@ def test_limits_and_the_best_checkpoint(tmp_path: Path) -> None:
     ).read_bytes()
 
 
-def test_checkpoints_of_two_processes(tmp_path: Path) -> None:
+def test_two_processes_save_after_the_same_step(tmp_path: Path) -> None:
+    """Only the second one gets the signal. What they saved is found damaged later, and the one before is taken."""
+    output = tmp_path / "out"
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port"]
-    run_well(*torchrun, free_port(), "finetune.py", *arguments(tmp_path, 2))
+    flags = ["--save_steps", 4, "--resume_from_checkpoint", "auto"]
+    words = arguments(tmp_path, 100_000, *flags)
+    with running(tmp_path, [*torchrun, free_port(), "finetune.py"], words) as process:
+        wait_for(process, tmp_path, lambda: len(logged(output)) > 5)
+        [second] = [pid for pid in children_of(process.pid) if rank_of(pid) == 1]
+        os.kill(second, signal.SIGTERM)
+        assert process.wait(60) != 0
     ours = sorted({*CHECKPOINT, "rng_state_0.pth", "rng_state_1.pth"} - {"rng_state.pth"})
-    run_well(*torchrun, free_port(), "finetune.py", *arguments(tmp_path, 4, "--resume_from_checkpoint", "True"))
-    for step in (2, 4):
-        assert names_in(tmp_path / "out" / f"checkpoint-{step}") == ours
-    assert ".saving" not in names_in(tmp_path / "out")
+    first, *_, last = saved(output)
+    assert (first, last) == (4, logged(output)[-1])
+    assert names_in(output / f"checkpoint-{last}") == ours
+    said = (tmp_path / "stderr").read_text()
+    assert said.count(f"finetune.py: terminated. The same command goes on from {output / f'checkpoint-{last}'}\n") == 1
+
+    state = output / f"checkpoint-{last}" / "rng_state_1.pth"
+    state.write_bytes(state.read_bytes()[:-1])
+    before = saved(output)[-2]
+    words[words.index("--max_steps") + 1] = before + 1
+    result = run_well(*torchrun, free_port(), "finetune.py", *words)
+    assert f"checkpoint-{last} is not whole and is left out: rng_state_1.pth has" in result.stderr
+    assert result.stderr.count(f"Going on from {output / f'checkpoint-{before}'}") == 1
+    assert saved(output)[-1] == before + 1  # the damaged one, of a later step, is gone
+    assert logged(output) == list(range(1, before + 2))
+    assert ".saving" not in names_in(output)
+
+
+def children_of(parent: int) -> list[int]:
+    """Processes that a process started."""
+    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True, check=True)
+    return [int(word) for word in listed.stdout.split()]
+
+
+def rank_of(process: int) -> int:
+    variables = Path(f"/proc/{process}/environ").read_bytes().split(b"\0")
+    return int(next(each for each in variables if each.startswith(b"RANK=")).removeprefix(b"RANK="))

@@ -219,11 +219,6 @@ def test_what_depends_on_evaluations(tmp_path: Path, flags: str, message: str) -
     refuses(message, tmp_path, *words)
 
 
-@pytest.mark.parametrize("flags", ["--deepspeed ds.json", "--fsdp full_shard", "--fsdp True"])
-def test_engines_that_are_not_available_yet(tmp_path: Path, flags: str) -> None:
-    refuses(f"{flags} is not available yet. Leave it out", tmp_path, *flags.split())
-
-
 def test_all_faults_are_reported_at_once_and_nothing_is_changed(tmp_path: Path) -> None:
     flags = ("--data_path", "none.json", "--bf16", "--fp16", "--lora_r", 8, "--load_best_model_at_end")
     (tmp_path / "out").write_text("")
