@@ -1,6 +1,8 @@
 # Read by the launchers beside it, after they have set
-#   arguments        the finetune.py arguments of their mode (words without spaces), each can be given again after --
 #   summary          one line for -h
+#   arguments        the finetune.py arguments of their mode (words without spaces)
+#   processes        one, or many: one for each GPU, on one host or several
+#   engine           the flag of an engine and its file beside this one, or nothing
 # It reads the launcher's options and runs finetune.py from the current folder, so that relative paths mean what the
 # user sees. POSIX sh: dash is /bin/sh on many machines.
 set -eu
@@ -8,6 +10,18 @@ set -eu
 launcher=$(basename -- "$0")
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 usage="Usage: sh $0 -m MODEL -d DATA [-o OUTPUT] [-- finetune.py arguments]"
+# What all modes share. warmup_steps below 1 is a share of all steps.
+arguments="$arguments
+    --num_train_epochs 5
+    --per_device_eval_batch_size 1
+    --save_strategy steps --save_steps 1000 --save_total_limit 10
+    --lr_scheduler_type cosine --warmup_steps 0.01
+    --weight_decay 0.1 --adam_beta2 0.95
+    --logging_steps 1 --report_to none
+    --model_max_length 512 --lazy_preprocess True
+    --gradient_checkpointing True
+    --resume_from_checkpoint auto
+"
 
 fail() {
     echo "$launcher: error: $*" >&2
@@ -26,9 +40,20 @@ $summary
   -h, --help           this text
 
 Everything after -- goes to finetune.py and wins over these defaults:
-$(printf '%s\n' "$arguments" | sed '/^ *$/d; s/^ */  /')
+$(printf '%s\n' "${engine:+${engine%% *} $root/finetune/${engine#* }}" "$arguments" | sed '/^ *$/d; s/^ */  /')
 On a GPU also --bf16 True (or --fp16 True where it has no bf16), unless a precision is given; without a GPU the CPU
-trains in fp32. CUDA_VISIBLE_DEVICES chooses the GPU (default: the first).
+trains in fp32. CUDA_VISIBLE_DEVICES chooses the GPU$([ "$processes" = one ] && echo ' (default: the first)' || echo s).
+EOF
+    [ "$processes" = one ] || cat <<EOF
+
+Environment:
+  GPUS_PER_NODE    processes of this host (default: its visible GPUs; without a GPU NPROC, else 1)
+  NNODES           hosts (default: 1); on each of several hosts run this with
+    NODE_RANK      which of them this is, from 0
+    MASTER_ADDR    the name or address of host 0, as all hosts reach it
+    MASTER_PORT    a free port of host 0 (default: 6001; on a single host any free one)
+  MAX_RESTARTS     how often all processes are started again, from the last checkpoint, when one fails (default: 0)
+  OMP_NUM_THREADS  threads of a process (default: the host's cores, divided among its processes)
 EOF
 }
 
@@ -65,23 +90,36 @@ fi
 python=$root/.venv/bin/python
 [ -x "$python" ] || python=python3
 
-precision=auto
+if [ "$processes" = one ]; then
+    # One GPU, also where there are more: several visible ones would be a different job (data parallelism).
+    export CUDA_DEVICE_MAX_CONNECTIONS=1
+    export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-0}"
+else
+    . "$root/finetune/many.sh"
+    check_environment
+fi
+
+# Old GPUs only emulate bf16; they are faster in fp16.
+machine=$("$python" -c '
+import os, torch
+gpus = torch.cuda.device_count()
+cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+bf16 = bool(gpus) and torch.cuda.is_bf16_supported(including_emulation=False)
+print(gpus, cores, "" if not gpus else "--bf16 True" if bf16 else "--fp16 True")
+' 2>/dev/null) || fail "$python cannot import torch. Make an environment: sh $root/scripts/setup_env.sh"
+read -r gpus cores precision <<EOF
+$machine
+EOF
 for argument in "$@"; do
     case $argument in --bf16* | --fp16* | --pure_bf16*) precision= ;; esac
 done
-# One GPU, also where there are more: several visible ones would be a different job (data parallelism).
-export CUDA_DEVICE_MAX_CONNECTIONS=1
-export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-0}"
-if [ -n "$precision" ]; then
-    # Old GPUs only emulate bf16; they are faster in fp16.
-    precision=$("$python" -c '
-import torch
-if torch.cuda.is_available():
-    print("--bf16 True" if torch.cuda.is_bf16_supported(including_emulation=False) else "--fp16 True")
-' 2>/dev/null) || fail "$python cannot import torch. Make an environment: sh $root/scripts/setup_env.sh"
-fi
 
 # $arguments and $precision are lists of words.
 # shellcheck disable=SC2086
-exec "$python" "$root/finetune.py" --model_name_or_path "$model" --data_path "$data" --output_dir "$output" \
-    $arguments $precision "$@"
+set -- --model_name_or_path "$model" --data_path "$data" --output_dir "$output" \
+    ${engine:+"${engine%% *}" "$root/finetune/${engine#* }"} $arguments $precision "$@"
+if [ "$processes" = many ]; then
+    run_many "$@"
+else
+    exec "$python" "$root/finetune.py" "$@"
+fi

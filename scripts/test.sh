@@ -6,6 +6,7 @@ set -euo pipefail
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 sh scripts/setup_env.sh .venv requirements_dev.txt constraints.txt
 if [ $# -eq 0 ]; then
-    set -- --numprocesses 2 --dist loadfile
+    # In the order of the files: the long ones of tests/recipe begin, the quick ones fill the gaps.
+    set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
 fi
 exec .venv/bin/python -m pytest "$@"

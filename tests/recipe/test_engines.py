@@ -10,8 +10,8 @@ import torch
 from benchmarks.engines import ENGINES, MODES, Result, Runs, compare, largest_difference
 
 LOSS, GRADIENTS = 1e-5, 1e-6
-# DDP is the business of ``test_two_ranks.py``. With the gradients of the first step where the engine's way with gradients
-# differs, not for every mode again.
+# DDP is the business of ``test_two_ranks.py``. Gradients of the first step are compared where the engine's way with
+# them differs, not for every mode again.
 CASES = [
     ("full", "zero3", True),
     ("full", "fsdp2", True),

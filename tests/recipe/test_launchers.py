@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.commands import free_port
 from tests.golden import REPO, SMALL, offline_environment
 
 LORA = "finetune_lora_single_gpu.sh"
 FULL = "finetune_single_gpu.sh"
 QLORA = "finetune_qlora_single_gpu.sh"
-EACH = pytest.mark.parametrize("name", [LORA, FULL, QLORA])
+FULL_DS, LORA_DS, QLORA_DS, FSDP = "finetune_ds.sh", "finetune_lora_ds.sh", "finetune_qlora_ds.sh", "finetune_fsdp.sh"
+MANY = [FULL_DS, LORA_DS, QLORA_DS, FSDP]
+EACH = pytest.mark.parametrize("name", [LORA, FULL, QLORA, *MANY])
 
 CONVERSATION = {"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello!"}]}
 
 
-def launch(name: str, *arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+def launch(name: str, *arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     """Run a launcher from ``cwd`` under dash where there is one, without a GPU."""
-    environment = {**offline_environment(), "CUDA_VISIBLE_DEVICES": ""}
+    environment = {**offline_environment(), "CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "passive", **variables}
     # In a checkout without .venv the launchers take python3.
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     del environment["PYTHONPATH"]
@@ -50,11 +54,23 @@ def test_help_names_the_options_and_the_defaults(name: str, flag: str, tmp_path:
     result = launch(name, flag, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("Usage: ")
-    rate = {FULL: "--learning_rate 1e-5"}.get(name, "--learning_rate 3e-4")
-    for text in ("-m, --model", "-d, --data", "-o, --output", "-h, --help", "(default: output_qwen)", rate):
+    full = name in (FULL, FULL_DS, FSDP)
+    texts = ["-m, --model", "-d, --data", "-o, --output", "-h, --help", "(default: output_qwen)"]
+    for text in (*texts, "--learning_rate 1e-5" if full else "--learning_rate 3e-4", "--resume_from_checkpoint auto"):
         assert text in result.stdout
-    assert ("--use_lora" in result.stdout) == (name != FULL)
-    assert ("--q_lora" in result.stdout) == (name == QLORA)
+    assert ("--use_lora" in result.stdout) == (not full)
+    assert ("--q_lora" in result.stdout) == (name in (QLORA, QLORA_DS))
+    engine = {
+        FULL_DS: "--deepspeed ds_config_zero3.json",
+        LORA_DS: "--deepspeed ds_config_zero2.json",
+        FSDP: "--fsdp_config fsdp_config.json",
+    }.get(name, "")
+    if engine:
+        flag, file = engine.split()
+        assert f"{flag} {REPO / 'finetune' / file}\n" in result.stdout
+    assert ("--deepspeed" in result.stdout) == engine.startswith("--deepspeed")
+    variables = ("NNODES", "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "GPUS_PER_NODE", "NPROC", "MAX_RESTARTS")
+    assert [variable in result.stdout for variable in variables] == [name in MANY] * len(variables)
 
 
 @EACH
@@ -126,17 +142,23 @@ def test_faults_behind_the_launcher_are_the_commands(
             "model.safetensors",
         ),
         (QLORA, {"use_lora": True, "q_lora": True, "learning_rate": 3e-4}, "adapter_model.safetensors"),
+        (FULL_DS, {"use_lora": False, "gradient_accumulation_steps": 16}, "model.safetensors"),
+        (LORA_DS, {"use_lora": True, "gradient_accumulation_steps": 8}, "adapter_model.safetensors"),
+        (QLORA_DS, {"use_lora": True, "q_lora": True, "deepspeed": None}, "adapter_model.safetensors"),
+        (FSDP, {"use_lora": False, "learning_rate": 1e-5, "deepspeed": None}, "model.safetensors"),
     ],
 )
 def test_a_run_from_any_folder(
     name: str, defaults: dict[str, object], weights: str, data: Path, tmp_path: Path
 ) -> None:
-    """Paths are those of the current folder, names may hold spaces, what stands after ``--`` wins."""
+    """Paths are those of the current folder, names may hold spaces, what stands after ``--`` wins.
+
+    Those for many GPUs run two processes here. Started again, a run that is done says so and changes nothing.
+    """
     output = "my output"
     overrides = ["--num_train_epochs", "1", "--model_max_length", "64", "--system_message", "Two words"]
-    result = launch(
-        name, "-m", str(SMALL / "tiny-qwen-small"), "-d", data.name, "-o", output, "--", *overrides, cwd=tmp_path
-    )
+    command = [name, "-m", str(SMALL / "tiny-qwen-small"), "-d", data.name, "-o", output, "--", *overrides]
+    result = launch(*command, cwd=tmp_path, NPROC="2")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / output / weights).is_file()
     arguments = json.loads((tmp_path / output / "run_args.json").read_text(encoding="utf-8"))
@@ -160,34 +182,38 @@ def test_a_run_from_any_folder(
         **defaults,
     }
     assert {key: arguments[key] for key in expected} == expected
+    assert f" of {32 if name in MANY else 16} conversations (" in result.stderr  # that many processes have a share
 
 
-def launch_with_stub(stub: str, *arguments: str, tmp_path: Path) -> subprocess.CompletedProcess[str]:
-    """Run the LoRA launcher in a checkout without .venv where python3 is a shell script: no GPU is here to be asked."""
+def launch_with_stub(
+    stub: str, *arguments: str, tmp_path: Path, name: str = LORA, **variables: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a launcher in a checkout without .venv where python3 is a shell script: no GPU is here to be asked."""
     shutil.copytree(REPO / "finetune", tmp_path / "repo" / "finetune")
     python = tmp_path / "bin" / "python3"
     python.parent.mkdir()
     python.write_text(f"#!/bin/sh\n{stub}\n", encoding="utf-8")
     python.chmod(0o755)
     return subprocess.run(
-        [shutil.which("dash") or "sh", str(tmp_path / "repo" / "finetune" / LORA), "-m", "M", "-d", "D", *arguments],
-        env={"PATH": f"{python.parent}:/usr/bin:/bin"},
+        [shutil.which("dash") or "sh", str(tmp_path / "repo" / "finetune" / name), "-m", "M", "-d", "D", *arguments],
+        env={"PATH": f"{python.parent}:/usr/bin:/bin", **variables},
         capture_output=True,
         text=True,
         check=False,
     )
 
 
-# Answers the launcher's question (-c) like a GPU with bf16, and shows what it is asked to run.
-GPU_STUB = (
-    """if [ "$1" = -c ]; then echo "--bf16 True"; else echo "gpu $CUDA_VISIBLE_DEVICES"; printf '%s\\n' "$@"; fi"""
-)
+# Answers the launcher's question (-c) like a host with 4 GPUs with bf16, and shows what it is asked to run.
+SHOW = """echo "gpu $CUDA_VISIBLE_DEVICES, threads $OMP_NUM_THREADS, gloo $GLOO_SOCKET_IFNAME"; printf '%s\\n' "$@";"""
+GPU_STUB = f"""if [ "$1" = -c ]; then echo "4 16 --bf16 True"; else {SHOW} fi"""
+# The same on this machine, which is asked.
+HERE_STUB = f"""if [ "$1" = -c ]; then exec "{sys.executable}" "$@"; else {SHOW} fi"""
 
 
 def test_the_precision_of_the_gpu_is_used(tmp_path: Path) -> None:
     result = launch_with_stub(GPU_STUB, "--", "--seed", "7", tmp_path=tmp_path)
     lines = result.stdout.splitlines()
-    assert lines[:2] == ["gpu 0", str(tmp_path / "repo" / "finetune.py")]
+    assert lines[:2] == ["gpu 0, threads , gloo ", str(tmp_path / "repo" / "finetune.py")]
     assert lines[2:8] == ["--model_name_or_path", "M", "--data_path", "D", "--output_dir", "output_qwen"]
     assert lines[-4:] == ["--bf16", "True", "--seed", "7"]
 
@@ -196,6 +222,99 @@ def test_a_precision_of_the_users_is_left_alone(tmp_path: Path) -> None:
     result = launch_with_stub(GPU_STUB, "--", "--fp16", "True", tmp_path=tmp_path)
     assert result.stdout.splitlines()[-2:] == ["--fp16", "True"]
     assert "--bf16" not in result.stdout
+
+
+def torchrun_options(lines: list[str]) -> dict[str, str]:
+    """The options of torchrun that stand before finetune.py in what a stub shows."""
+    assert lines[1:3] == ["-m", "torch.distributed.run"]
+    end = next(number for number, line in enumerate(lines) if line.endswith("/finetune.py"))
+    assert lines[end + 1 : end + 3] == ["--model_name_or_path", "M"]
+    return dict(zip(lines[3:end:2], lines[4:end:2], strict=True))
+
+
+@pytest.mark.parametrize(
+    ("variables", "processes", "threads"),
+    [
+        ({}, "4", "4"),
+        ({"NPROC": "2"}, "4", "4"),  # only for machines without a GPU
+        ({"GPUS_PER_NODE": "3"}, "3", "5"),
+        ({"OMP_NUM_THREADS": "7"}, "4", "7"),
+    ],
+)
+def test_every_gpu_gets_a_process(variables: dict[str, str], processes: str, threads: str, tmp_path: Path) -> None:
+    result = launch_with_stub(GPU_STUB, "--", "--seed", "7", tmp_path=tmp_path, name=LORA_DS, **variables)
+    lines = result.stdout.splitlines()
+    assert lines[0] == f"gpu , threads {threads}, gloo "  # CUDA_VISIBLE_DEVICES stays as it is
+    options = torchrun_options(lines)
+    assert (options["--nnodes"], options["--nproc_per_node"], options["--max_restarts"]) == ("1", processes, "0")
+    assert options["--rdzv_endpoint"] == "localhost:0"
+    assert lines[lines.index("--deepspeed") + 1] == f"{tmp_path}/repo/finetune/ds_config_zero2.json"
+    assert lines[-4:] == ["--bf16", "True", "--seed", "7"]
+
+
+def test_hosts_find_each_other_by_the_first_ones_address(tmp_path: Path) -> None:
+    """This machine's loopback stands for the network between two hosts."""
+    variables = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "MAX_RESTARTS": "3"}
+    for rank in ("0", "1"):
+        result = launch_with_stub(
+            HERE_STUB, tmp_path=tmp_path / rank, name=FULL_DS, CUDA_VISIBLE_DEVICES="", NODE_RANK=rank, **variables
+        )
+        lines = result.stdout.splitlines()
+        if sys.platform == "linux":
+            assert lines[0].endswith(", gloo lo")
+        assert torchrun_options(lines) == {
+            "--nnodes": "2",
+            "--nproc_per_node": "1",
+            "--max_restarts": "3",
+            "--rdzv_backend": "c10d",
+            "--rdzv_endpoint": f"127.0.0.1:{variables['MASTER_PORT']}",
+            "--rdzv_id": f"qwen-{variables['MASTER_PORT']}",
+            "--rdzv_conf": f"is_host={1 - int(rank)}",
+            "--local_addr": "127.0.0.1",
+        }
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        ({"NNODES": "two"}, "NNODES=two is not possible. Give a whole number from 1"),
+        ({"NNODES": "0"}, "NNODES=0 is not possible"),
+        ({"NNODES": "2", "NODE_RANK": "0"}, "NNODES=2 needs MASTER_ADDR"),
+        ({"NNODES": "2", "MASTER_ADDR": "10.0.0.1"}, "NNODES=2 needs NODE_RANK"),
+        (
+            {"NNODES": "2", "MASTER_ADDR": "x", "NODE_RANK": "2"},
+            "NODE_RANK=2 is not possible. Give a whole number from 0 to 1",
+        ),
+        ({"NODE_RANK": "1"}, "NODE_RANK=1 is not possible"),
+        ({"NNODES": "2", "MASTER_ADDR": "no host", "NODE_RANK": "1"}, "MASTER_ADDR=no host cannot be found or reached"),
+        ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is not possible"),
+        ({"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE=0 is not possible"),
+        ({"NPROC": "1.5"}, "NPROC=1.5 is not possible"),
+        ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1 is not possible"),
+    ],
+)
+def test_wrong_variables_are_one_line(variables: dict[str, str], message: str, tmp_path: Path) -> None:
+    result = launch(LORA_DS, "-m", "x", "-d", "y", cwd=tmp_path, **variables)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith(f"{LORA_DS}: error: {message}")
+    assert result.stderr.count("\n") == 1
+
+
+def test_more_processes_than_gpus_are_refused(tmp_path: Path) -> None:
+    result = launch_with_stub(GPU_STUB, tmp_path=tmp_path, name=FSDP, GPUS_PER_NODE="8")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == f"{FSDP}: error: GPUS_PER_NODE=8: this host has 4 visible GPUs\n"
+
+
+def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+    with socket.socket() as listener:
+        listener.bind(("", 0))
+        listener.listen()
+        port = str(listener.getsockname()[1])
+        result = launch(FULL_DS, "-m", "x", "-d", "y", cwd=tmp_path, MASTER_PORT=port)
+    assert result.returncode == 2
+    assert result.stderr.startswith(f"{FULL_DS}: error: MASTER_PORT={port} cannot be listened on")
+    assert result.stderr.count("\n") == 1
 
 
 def test_a_python_without_torch_is_named(tmp_path: Path) -> None:
