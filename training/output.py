@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from checkpoints.folders import remove_folder, sync_files
 from data_utils.sources import parse_source
 from errors import ConfigError, RunError, Terminated, one_line
-from training.resume.manifest import MANIFEST, checkpoints_in
+from training.resume.manifest import CHECKPOINT, MANIFEST, checkpoints_in
 
 if TYPE_CHECKING:
     from training.args import RunArguments
@@ -29,7 +29,6 @@ STAGING = ".saving"
 RUN_ARGUMENTS, RUN_SUMMARY = "run_args.json", "run_summary.json"
 # A folder that holds one of them is a run's.
 RECORDS = ("training_log.jsonl", RUN_SUMMARY, RUN_ARGUMENTS)
-_CHECKPOINT = re.compile(r"checkpoint-\d+")
 _OUR_FILES = re.compile(
     r"training_log\.jsonl|training_loss\.png|run_summary\.json|run_args\.(json|yaml)|data_receipt\.(json|html)"
     r"|config\.json|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
@@ -147,7 +146,7 @@ def _is_ours(path: Path) -> bool:
     if path.name in _OUR_FOLDERS:
         return all(file.is_dir() or _OUR_FOLDERS[path.name].match(file.name) for file in path.rglob("*"))
     is_checkpoint = any((path / name).is_file() for name in (TRAINER_STATE, MANIFEST))
-    return (_CHECKPOINT.fullmatch(path.name) is not None and is_checkpoint) or path.name == STAGING
+    return (CHECKPOINT.fullmatch(path.name) is not None and is_checkpoint) or path.name == STAGING
 
 
 def _check_apart(args: RunArguments) -> None:

@@ -105,10 +105,10 @@ def known_by(
 _DATA_KEYS = ("path", "read", "kept", "skipped", "truncated", "tokens", "trained_tokens", "skipped_at", "truncated_at")
 
 
-def _data_summary(examples: ExampleSet) -> dict[str, Any]:
+def _data_summary(examples: ExampleSet, digest: str) -> dict[str, Any]:
     """The main figures of ``data_receipt.json``, and what the examples are recognised by."""
     told = examples.receipt.as_dict()
-    return {**{key: told[key] for key in _DATA_KEYS}, "digest": examples.digest()}
+    return {**{key: told[key] for key in _DATA_KEYS}, "digest": digest}
 
 
 def save_summary(
@@ -125,7 +125,7 @@ def save_summary(
     losses, eval_losses, accuracies = (log.losses(name) for name in ("loss", "eval_loss", "token_accuracy"))
     summary = {
         "base_model": trainer.checkpoint.name,
-        "base_fingerprint": fingerprint(trainer.checkpoint.folder),
+        "base_fingerprint": trainer.facts["base"],
         "base_is_quantized": trainer.checkpoint.quantization is not None,
         "model_type": trainer.checkpoint.model_type,
         "mode": "lora" if isinstance(trainer.model, PeftModel) else "full",
@@ -133,7 +133,7 @@ def save_summary(
         "trainable_embeddings": None if policy is None else {"mode": policy.mode, "reason": policy.reason},
         "trained_parameters": trained,
         "parameters": total,
-        "data": {name: _data_summary(examples) for name, examples in sets.items()},
+        "data": {name: _data_summary(examples, trainer.facts["data"][name]) for name, examples in sets.items()},
         "steps": trainer.state.global_step,
         "trained_tokens": trainer.total.targets,
         "first_loss": losses[0] if losses else None,

@@ -106,15 +106,16 @@ class QwenTrainer(ResumingTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         examples: Any = self.train_dataset
         batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        orders = {
-            "random": mixed(len(examples)),
-            "sequential": as_given(len(examples)),
-            "group_by_length": grouped(examples.lengths, batch),
-        }
-        order = orders.get(self.args.train_sampling_strategy)
+        strategy = self.args.train_sampling_strategy
         if self.data_mixing == "sequential":
             order = by_source(examples.source_sizes)
-        if order is None:
+        elif strategy == "random":
+            order = mixed(len(examples))
+        elif strategy == "sequential":
+            order = as_given(len(examples))
+        elif strategy == "group_by_length":
+            order = grouped(examples.lengths, batch)
+        else:
             return super()._get_train_sampler(train_dataset)
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         self._order = EpochSampler(order, len(examples), seed, filled=len(train_dataset or examples))

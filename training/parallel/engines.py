@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -106,12 +106,10 @@ def check_engine(args: RunArguments) -> Iterator[ConfigError]:
         yield ConfigError("--deepspeed and --fsdp are two engines", "Give one of them")
     if args.trainer_value("fsdp_config") is not None and engine.name != "fsdp2":
         yield ConfigError("--fsdp_config needs --fsdp", "Add it, or leave both out")
-    checks: dict[bool, Callable[[RunArguments, Engine], Iterator[ConfigError]]] = {
-        engine.is_deepspeed: _check_deepspeed,
-        engine.name == "fsdp2": _check_fsdp,
-    }
-    if check := checks.get(True):
-        yield from check(args, engine)
+    if engine.is_deepspeed:
+        yield from _check_deepspeed(args, engine)
+    elif engine.name == "fsdp2":
+        yield from _check_fsdp(args, engine)
     if engine.shards_parameters:
         yield from _check_sharded(args, engine)
 

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from datetime import timedelta
 
-import torch
 import torch.distributed as dist
 
-from training.parallel.engines import count_processes
+from training.parallel.engines import count_processes, has_gpu
 
 
 def start_processes(timeout: float, deepspeed: bool, use_cpu: bool) -> None:
@@ -20,7 +19,7 @@ def start_processes(timeout: float, deepspeed: bool, use_cpu: bool) -> None:
         deepspeed: whether DeepSpeed is to use the same processes.
     """
     if count_processes() > 1 and not dist.is_initialized():
-        backend = "gloo" if use_cpu or not torch.cuda.is_available() else "cpu:gloo,cuda:nccl"
+        backend = "gloo" if use_cpu or not has_gpu() else "cpu:gloo,cuda:nccl"
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     if deepspeed:
         from deepspeed.comm import init_distributed

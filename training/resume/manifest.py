@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
 FORMAT = 1
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # the folder's name
 _BLOCK = 1 << 20
 _MOST_THREADS = 8
 
@@ -37,13 +37,13 @@ class DamagedError(Exception):
 
 def checkpoints_in(output: Path) -> list[Path]:
     """The folders ``checkpoint-N`` of a run, those of the latest steps first, whatever is in them."""
-    found = [path for path in (output.iterdir() if output.is_dir() else ()) if _CHECKPOINT.fullmatch(path.name)]
+    found = [path for path in (output.iterdir() if output.is_dir() else ()) if CHECKPOINT.fullmatch(path.name)]
     return sorted((path for path in found if path.is_dir()), key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
     """N of a folder ``checkpoint-N``."""
-    match = _CHECKPOINT.fullmatch(checkpoint.name)
+    match = CHECKPOINT.fullmatch(checkpoint.name)
     assert match is not None, f"{checkpoint} is no checkpoint's name"
     return int(match[1])
 
