@@ -7,16 +7,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from errors import run_command
+from commands import run_command
 
 
 def main(argv: Sequence[str]) -> int:
-    from training.args import parse_args
     from training.checks import check_args
+    from training.config.args import parse_args
+    from training.distributed.launch import find_processes
     from training.logs import logger, set_up_logging
-    from training.output import prepare_output, resumable
-    from training.parallel.launch import find_processes
-    from training.resume.signals import Signals, ignore_save_requests
+    from training.run_folder.output import explain_how_to_resume, prepare_output
+    from training.signals import Signals, ignore_save_requests
 
     find_processes()
     set_up_logging()
@@ -27,17 +27,17 @@ def main(argv: Sequence[str]) -> int:
     # What takes seconds to import, after the arguments have been found good.
     from transformers import set_seed
 
-    from training.adapters import attach_lora, embeddings_policy
+    from loading.adapters import attach_lora, embeddings_policy
+    from loading.checkpoint import load_checkpoint, load_model
     from training.callbacks import RunLog, build_callbacks
     from training.checks import check_machine
-    from training.data import build_collator, load_data, preview_data, save_receipts, show_receipts
-    from training.loading import load_checkpoint, load_model
+    from training.data import build_collator, load_data, preview_data, save_reports, show_reports
+    from training.distributed.agreement import check_agreement, check_same_data
+    from training.distributed.heartbeat import HeartbeatCallback, join_run
+    from training.distributed.shared_data import load_shared
     from training.logs import set_tensorboard_folder
-    from training.parallel.agreement import check_agreement, check_same_data
-    from training.parallel.heartbeat import HeartbeatCallback, join_run
-    from training.parallel.shared_data import load_shared
-    from training.resume.start import agree_on_start
-    from training.run import describe_result, describe_run, known_by, save_arguments, save_summary
+    from training.run_folder.start import agree_on_start
+    from training.summary import describe_result, describe_run, run_facts, save_arguments, save_summary
     from training.trainer import QwenTrainer
 
     check_machine(args)
@@ -46,14 +46,14 @@ def main(argv: Sequence[str]) -> int:
     checkpoint = load_checkpoint(args.model.model_name_or_path, args.training.cache_dir, args.model.model_hub)
     if args.dry_run:
         # 1 where the run would be worthless
-        return show_receipts(preview_data(args, checkpoint)) if world.is_first else 0
+        return show_reports(preview_data(args, checkpoint)) if world.is_first else 0
     check_agreement(world, args, checkpoint)
     sets = load_shared(world, lambda: load_data(args, checkpoint))
     check_same_data(world, sets)
     policy = None
     if args.lora.use_lora:
         policy = embeddings_policy(args.lora.trainable_embeddings, checkpoint, args.lora.lora_weight_path)
-    facts = known_by(args, checkpoint, sets, policy) if world.is_first else {}
+    facts = run_facts(args, checkpoint, sets, policy) if world.is_first else {}
     start = agree_on_start(world, args, facts)
     if start.is_finished:
         logger.info("%s holds this run, and it is done: there is nothing to do", args.output_dir)
@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     if policy is not None:
         model = attach_lora(model, checkpoint, args.lora, policy, in_float32=not args.training.pure_bf16)
 
-    prepare_output(args, start.takes_over)  # old results go only when nothing can be refused any more
+    prepare_output(args, start.removes_leftovers)  # old results go only when nothing can be refused any more
     if world.is_first:
         save_arguments(args)
     log = RunLog(args.output_dir, resumes=start.checkpoint is not None)
@@ -88,8 +88,8 @@ def main(argv: Sequence[str]) -> int:
     set_tensorboard_folder(trainer, args.options.logging_dir)
     if world.is_first:  # who alone knows what became of the records
         logger.info("Fine-tuning\n%s", describe_run(trainer, args, sets["train"], policy))
-        save_receipts({name: examples.receipt for name, examples in sets.items()}, args.output_dir)
-    with resumable(args.output_dir, args.resumes_itself):
+        save_reports({name: examples.report for name, examples in sets.items()}, args.output_dir)
+    with explain_how_to_resume(args.output_dir, args.resumes_itself):
         with signals.noted():
             trainer.train(resume_from_checkpoint=start.checkpoint)
         seconds = log.elapsed()

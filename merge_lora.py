@@ -17,8 +17,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.precision import DTYPES
-from errors import CommandParser, ConfigError, RunError, run_command
+from checkpoints.model_config import DTYPES
+from commands import CommandParser, run_command
+from errors import ConfigError, RunError
 
 if TYPE_CHECKING:
     from checkpoints.fold import WeightedAdapter
@@ -30,13 +31,12 @@ LAYOUTS = ("auto", "qwen", "qwen2")
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     # Only now torch is loaded: a wrong flag is answered at once.
-    from checkpoints.folders import check_output_folder, staged_folder
+    from checkpoints.folders import check_apart, check_output_folder, check_space, progress_bar, staged_folder
     from checkpoints.writing import parse_size, save_source
     from export.bases import check_trained_on, open_base
     from export.folder import write_card, write_others
     from export.merging import plan_merge
     from export.model_card import serve_lines
-    from export.outputs import check_apart, check_space, progress_bar
     from training.logs import set_up_logging
 
     set_up_logging()
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     check_trained_on(base, [each.adapter for each in adapters], args.base is not None, args.any_base)
     merge = plan_merge(base, adapters, args.layout, args.dtype)
     if args.verify:
-        from export.verify import check_verifiable
+        from export.verify.compare import check_verifiable
 
         check_verifiable(merge.base.model_type)
     with staged_folder(args.output) as folder:
@@ -138,7 +138,7 @@ def find_base(base: Path | None, adapter: Path, adapter_config: dict[str, Any]) 
 
     A folder is looked for from here, from the adapter's folder and from its parent, a hub id in the local cache.
     """
-    from training.hubs import cached_folder
+    from loading.hubs import cached_folder
 
     if base is not None:
         if not (base / "config.json").is_file():
@@ -163,8 +163,8 @@ def verify(merge: Merge, folder: Path) -> str:
     """
     from tqdm import tqdm
 
-    from export.prompts import prompt_ids
-    from export.verify import describe, verify_merge
+    from export.verify.compare import describe, verify_merge
+    from export.verify.prompts import prompt_ids
 
     prompts = prompt_ids(folder, merge.vocabulary)
     with tqdm(desc="verifying", unit=" steps") as bar:

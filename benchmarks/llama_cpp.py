@@ -7,8 +7,8 @@ Builds llama.cpp from the sources that PyPI has of llama-cpp-python, in a virtua
 written in the layout qwen2 by scripts.convert_layout and in the layout qwen with the model's code in the folder, each
 becomes a GGUF file in float32 by llama.cpp's converter, and llama.cpp computes in float32 throughout, its cache too.
 
-Compared are the ids of texts (those of the large reference set in ``$QWEN_SHARED``; without it those in export.prompts)
-and, on the conversations in export.prompts, all logits and the greedy tokens that follow. Nothing goes beyond
+Compared are the ids of texts (those of the large reference set in ``$QWEN_SHARED``; without it those in export.verify.prompts)
+and, on the conversations in export.verify.prompts, all logits and the greedy tokens that follow. Nothing goes beyond
 seq_length, where the two layouts mean different rotary embeddings.
 """
 
@@ -33,8 +33,8 @@ import torch
 
 from checkpoints.shards import load_json
 from export.chat import write_chat_template, write_generation_config
-from export.prompts import PROMPTS, prompt_ids
 from export.standalone import write_code
+from export.verify.prompts import PROMPTS, prompt_ids
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.tokenization_qwen import QWenTokenizer
 
@@ -183,7 +183,7 @@ def load_texts() -> tuple[str, list[str]]:
     """Where the texts are from, and the texts. Lone surrogates have no UTF-8, which is what llama.cpp reads."""
     file = Path(os.environ.get("QWEN_SHARED") or ROOT.parent / "shared") / "golden" / "tokenizer.json"
     if not file.is_file():
-        return "export/prompts.py", [text for question_and_answer in PROMPTS for text in question_and_answer]
+        return "export/verify/prompts.py", [text for question_and_answer in PROMPTS for text in question_and_answer]
     cases = json.loads(file.read_text(encoding="utf-8"))["strings"]
     return "golden/tokenizer.json", [case["text"] for case in cases if not case["lone_surrogate"]]
 

@@ -165,9 +165,9 @@ def step_case(mode: str) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
 
+    from loading.token_rows import use_lean_trainable_tokens
     from qwen_model.configuration_qwen import QWenConfig
     from qwen_model.modeling_qwen import QWenLMHeadModel
-    from training.token_rows import use_lean_trainable_tokens
 
     config = QWenConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=4, num_attention_heads=14, kv_channels=64,

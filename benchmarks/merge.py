@@ -41,14 +41,16 @@ EMBEDDING_MIB = SHAPE["vocab_size"] * SHAPE["hidden_size"] * 4 / 2**20
 
 OURS = """
 import sys
-import torch, tqdm, merge_lora, training.hubs
+import torch, tqdm, merge_lora, loading.hubs
 import checkpoints.adapter, checkpoints.fold, checkpoints.writing, export.bases, export.folder, export.merging
 print("ready", flush=True)
 sys.stdin.readline()
 base, adapter, output = sys.argv[1:]
 merge_lora.main(["--base", base, "--adapter", adapter, "--output", output, "--no_verify"])
 """
-VERIFIED = OURS.replace("import torch,", "import export.prompts, export.verify, torch,").replace(', "--no_verify"', "")
+VERIFIED = OURS.replace("import torch,", "import export.verify.prompts, export.verify.compare, torch,").replace(
+    ', "--no_verify"', ""
+)
 PEFT = """
 import os, sys
 from pathlib import Path

@@ -207,7 +207,7 @@ def train_layers(whose: str, model_folder: str) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, GPTQConfig
 
-    from training.loading import load_checkpoint, load_weights
+    from loading.checkpoint import load_checkpoint, load_weights
 
     torch.set_num_threads(THREADS)
     checkpoint = load_checkpoint(model_folder)

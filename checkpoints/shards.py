@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoints.quantization import find_quantization
+from checkpoints.model_config import find_quantization
 from checkpoints.source import TensorSource
 from errors import ConfigError
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from chat.label_mask import IGNORE_INDEX
 from data_utils.encode import Example
-from qwen_model.chatml import IGNORE_INDEX
 
 
 class Collator:

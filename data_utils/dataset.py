@@ -19,17 +19,16 @@ from typing import Any
 from tqdm import tqdm
 
 from data_utils.encode import EncodedConversation, Encoder
-from data_utils.examples import ExampleSet, Taken
+from data_utils.examples import ExampleSet, KeptConversation
 from data_utils.files import Place, data_files, read_records
-from data_utils.fill import fill_turns
 from data_utils.formats import FORMATS, Format, recognise
-from data_utils.receipt import Receipt, Settings, SourceReport, show_sample
-from data_utils.receipt.counts import Seen
+from data_utils.report import DataReport, Settings, SourceReport, show_sample
+from data_utils.report.counts import DuplicateIndex
 from data_utils.schema import Conversation
-from data_utils.sources import Draw, Source
+from data_utils.sources import RecordSampler, Source, fill_turns
 from errors import DataError, numbered
 
-__all__ = ["BAD_RECORD", "DataOptions", "DataReader", "ExampleSet", "Taken", "load_examples"]
+__all__ = ["BAD_RECORD", "DataOptions", "DataReader", "ExampleSet", "KeptConversation", "load_examples"]
 
 logger = logging.getLogger(__name__)
 
@@ -78,7 +77,7 @@ class DataReader:
         show_progress: whether to draw progress bars on stderr.
 
     Attributes:
-        receipts: the account of each set, complete when ``read`` has come to its end.
+        reports: the account of each set, complete when ``read`` has come to its end.
     """
 
     def __init__(
@@ -105,10 +104,10 @@ class DataReader:
             truncation=encoder.options.truncation,
             model_max_length=encoder.options.max_length,
         )
-        seen = Seen()  # also finds what is both trained and evaluated
-        self.receipts = {name: Receipt(name, settings, most_samples, seen=seen) for name in names}
+        seen = DuplicateIndex()  # also finds what is both trained and evaluated
+        self.reports = {name: DataReport(name, settings, most_samples, seen=seen) for name in names}
 
-    def read(self) -> Iterator[Taken]:
+    def read(self) -> Iterator[KeptConversation]:
         """Check everything, then yield what is used, source by source.
 
         Raises:
@@ -127,8 +126,8 @@ class DataReader:
             for (name, source, _), survey in zip(flat, surveys, strict=True):
                 yield from self._read_source(name, source, survey, advance)
         self._raise_faults()
-        for receipt in self.receipts.values():
-            receipt.finish()
+        for report in self.reports.values():
+            report.finish()
         for name in self.options.fill.keys() - self._placeholders:
             logger.warning("--fill %s: no message that was read holds {{%s}}", name, name)
 
@@ -193,12 +192,12 @@ class DataReader:
 
     def _read_source(
         self, set_name: str, source: Source, survey: _Survey, advance: Callable[[int], object]
-    ) -> Iterator[Taken]:
+    ) -> Iterator[KeptConversation]:
         held = self.options.eval_share if set_name == "train" else 0.0
-        draw = Draw(source, survey.usable, held, self.options.seed)
+        draw = RecordSampler(source, survey.usable, held, self.options.seed)
         formats = ", ".join(sorted({format_.name for _, format_ in survey.files if format_ is not None}))
         reports = {
-            name: self.receipts[name].add_source(source.name, formats, survey.usable + survey.bad)
+            name: self.reports[name].add_source(source.name, formats, survey.usable + survey.bad)
             for name in ({set_name, "eval"} if held else {set_name})
         }
         if source.sample is not None and source.sample > survey.usable:
@@ -217,7 +216,9 @@ class DataReader:
                 if len(self._faults) == _SHOWN_FAULTS:
                     return
 
-    def _encode(self, conversation: Conversation, report: SourceReport, set_name: str, copies: int) -> Iterator[Taken]:
+    def _encode(
+        self, conversation: Conversation, source_report: SourceReport, set_name: str, copies: int
+    ) -> Iterator[KeptConversation]:
         turns, placeholders = fill_turns(conversation.turns, self.options.fill)
         self._placeholders |= placeholders
         conversation = replace(conversation, turns=turns)
@@ -226,13 +227,13 @@ class DataReader:
             encoded = self.encoder.encode_conversation(conversation)
         except DataError as error:
             self._note_fault(error)
-            report.skip(where, BAD_RECORD, copies)
+            source_report.skip(where, BAD_RECORD, copies)
             return
         if not encoded.trained_tokens:
-            report.skip(where, self._skip_reason(conversation, encoded), copies)
+            source_report.skip(where, self._skip_reason(conversation, encoded), copies)
             return
         truncated = f"longer than --model_max_length {self.encoder.options.max_length}"
-        report.keep(
+        source_report.keep(
             where,
             encoded,
             times=copies,
@@ -240,11 +241,11 @@ class DataReader:
             truncated=truncated if encoded.turns_dropped else None,
             unfilled=placeholders - self.options.fill.keys(),
         )
-        receipt = self.receipts[set_name]
-        if receipt.wants_samples:
+        report = self.reports[set_name]
+        if report.wants_samples:
             encoder = self.encoder
-            receipt.add_sample(show_sample(where, report.name, encoded, encoder.decode, encoder.control_ids))
-        yield Taken(set_name, len(receipt.sources) - 1, copies, conversation, encoded)
+            report.add_sample(show_sample(where, source_report.name, encoded, encoder.decode, encoder.control_ids))
+        yield KeptConversation(set_name, len(report.sources) - 1, copies, conversation, encoded)
 
     def _skip_reason(self, conversation: Conversation, encoded: EncodedConversation) -> str:
         options = self.encoder.options
@@ -263,28 +264,28 @@ def load_examples(reader: DataReader) -> dict[str, ExampleSet]:
     Raises:
         DataError: records that cannot be used, or a set in which nothing is left.
     """
-    sets = {name: ExampleSet(receipt) for name, receipt in reader.receipts.items()}
+    sets = {name: ExampleSet(report) for name, report in reader.reports.items()}
     for taken in reader.read():
         sets[taken.set_name].add(taken)
     for name, examples in sets.items():
-        for line in examples.receipt.warnings():
+        for line in examples.report.warnings():
             logger.warning(line)
         if not len(examples):
-            raise _nothing_left(name, examples.receipt)
+            raise _nothing_left(name, examples.report)
     return sets
 
 
-def _nothing_left(name: str, receipt: Receipt) -> DataError:
+def _nothing_left(name: str, report: DataReport) -> DataError:
     counts: Counter[str] = Counter()
-    for source in receipt.sources:
+    for source in report.sources:
         counts.update(source.skipped.counts)
     reasons = "; ".join(f"{count} skipped, {reason}" for reason, count in counts.items())
-    read = sum(source.read for source in receipt.sources)
+    read = sum(source.read for source in report.sources)
     fix = (
         "Raise --model_max_length, or shorten the conversations"
         if any("--model_max_length" in reason for reason in counts)
         else "Give each answer a user turn before it, and use a checkpoint whose prompts do not open a thought"
     )
     what = "train" if name == "train" else "evaluate"
-    names = ", ".join(source.name for source in receipt.sources)
+    names = ", ".join(source.name for source in report.sources)
     return DataError(names, f"nothing is left to {what} on: {read} conversations read, {reasons}", fix)

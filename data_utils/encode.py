@@ -1,6 +1,6 @@
 """Conversations to token ids and labels, and what happens to one that is too long.
 
-How a turn is written and what of it is trained is ``qwen_model.chatml``'s business; here its segments become numbers.
+How a turn is written and what of it is trained is ``chat.render``'s business; here its segments become numbers.
 """
 
 from __future__ import annotations
@@ -11,19 +11,12 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
 
+from chat.families import QWEN_V1, THINK, THINK_END, Family, thought_block
+from chat.label_mask import IGNORE_INDEX, LabelMask
+from chat.render import RenderedMessage, control_ids_of, encode_segment, plain_encoder, render
+from chat.turns import Tool, Turn
 from data_utils.schema import Conversation
 from errors import DataError
-from qwen_model.chatml import (
-    IGNORE_INDEX,
-    LabelMask,
-    RenderedMessage,
-    control_ids_of,
-    encode_segment,
-    plain_encoder,
-    render,
-)
-from qwen_model.families import QWEN_V1, THINK, THINK_END, Family, thought_block
-from qwen_model.turns import Tool, Turn
 
 if TYPE_CHECKING:
     from data_utils.files import Place
@@ -58,7 +51,7 @@ class EncodeOptions:
     Attributes:
         max_length: most tokens of a sample.
         system_message: for conversations that bring none; ``None`` takes the family's default.
-        label_mask: what is trained where a turn does not say it itself; see ``qwen_model.chatml.render``.
+        label_mask: what is trained where a turn does not say it itself; see ``chat.render.render``.
         truncation: of what is too long, ``turns`` drops whole turns from the end, ``turns_left`` the oldest ones behind
             the system message, until the rest fits and still holds an answer; ``cut`` cuts at ``max_length`` as the
             original did, also inside of an answer; ``drop`` leaves the conversation out, ``error`` refuses it.
@@ -138,7 +131,7 @@ class Encoder:
 
     Args:
         tokenizer: a ``QWenTokenizer`` or a fast tokenizer of the later families.
-        family: from ``qwen_model.templates.family_of``.
+        family: from ``chat.detect.family_of``.
     """
 
     def __init__(self, tokenizer: Any, family: Family, options: EncodeOptions) -> None:

@@ -11,11 +11,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from chat.label_mask import IGNORE_INDEX
 from data_utils.encode import EncodedConversation, Example
 from data_utils.files import Place
-from data_utils.receipt import Receipt
+from data_utils.report import DataReport
 from data_utils.schema import Conversation
-from qwen_model.chatml import IGNORE_INDEX
 
 # What makes examples the same ones, by their types: all ids; runs of ids with the same weight; for each example its
 # length and where its ids and its runs begin (copies share theirs).
@@ -27,7 +27,7 @@ _PLACES = {"paths": "i", "lines": "q", "records": "q"}
 _REST = "examples.json"
 
 
-class Taken(NamedTuple):
+class KeptConversation(NamedTuple):
     """A conversation that is used: in which set (``train`` or ``eval``), of which source, and how many times."""
 
     set_name: str
@@ -42,19 +42,19 @@ class ExampleSet:
 
     Attributes:
         source_sizes: how many examples each source has; they stand in this order.
-        receipt: what became of the records; without sources where another process has read them.
+        report: what became of the records; without sources where another process has read them.
         is_weighted: whether some labels count more than others.
     """
 
-    def __init__(self, receipt: Receipt) -> None:
-        self.receipt = receipt
+    def __init__(self, report: DataReport) -> None:
+        self.report = report
         self.source_sizes: list[int] = []
         self.is_weighted = False
         # Arrays that grow while examples are added; of numpy, mapped from files, where they were loaded.
         self._columns: dict[str, Any] = {name: array(code) for name, code in (_CONTENT | _PLACES).items()}
         self._paths: dict[str, int] = {}
 
-    def add(self, taken: Taken) -> None:
+    def add(self, taken: KeptConversation) -> None:
         """Append an example, ``copies`` times."""
         encoded, columns = taken.encoded, self._columns
         start, run = len(columns["ids"]), len(columns["run_lengths"])
@@ -126,7 +126,7 @@ class ExampleSet:
         return digest.hexdigest()
 
     def save(self, folder: Path) -> None:
-        """Write the examples to a folder that is made, without their receipt: numpy's files, and JSON."""
+        """Write the examples to a folder that is made, without their report: numpy's files, and JSON."""
         folder.mkdir(parents=True)
         for name, column in self._columns.items():
             np.save(folder / f"{name}.npy", np.asarray(column), allow_pickle=False)
@@ -134,12 +134,12 @@ class ExampleSet:
         (folder / _REST).write_text(json.dumps(rest), encoding="utf-8")
 
     @classmethod
-    def load(cls, folder: Path, receipt: Receipt) -> ExampleSet:
+    def load(cls, folder: Path, report: DataReport) -> ExampleSet:
         """Open the examples of a folder.
 
         They stay in its files, which all processes share, and are readable after the folder has been removed.
         """
-        examples = cls(receipt)
+        examples = cls(report)
         # A plain array over the same pages: taking one number of numpy's memmap costs several times as much.
         examples._columns = {
             name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))

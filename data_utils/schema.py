@@ -8,7 +8,7 @@ from itertools import islice
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from qwen_model.turns import Tool, Turn
+from chat.turns import Tool, Turn
 
 if TYPE_CHECKING:
     from data_utils.files import Place
@@ -37,7 +37,7 @@ class Conversation:
     tools: tuple[Tool, ...] = ()
 
 
-class Unfit(Exception):
+class InvalidRecord(Exception):
     """Why a record is refused, and the fix. Its place is added where it is known, in ``Format.parse``."""
 
     def __init__(self, what: str, fix: str = "") -> None:
@@ -85,7 +85,7 @@ def check_json(value: object, what: str) -> None:
         what: its name, for the message.
 
     Raises:
-        Unfit: what JSON does not have (a date of a table, NaN), or nesting far beyond what anyone means, which Python's
+        InvalidRecord: what JSON does not have (a date of a table, NaN), or nesting far beyond what anyone means, which Python's
             JSON might give up on.
     """
     level = [value]
@@ -97,11 +97,11 @@ def check_json(value: object, what: str) -> None:
             elif isinstance(item, dict) and all(isinstance(key, str) for key in item):
                 inner += item.values()
             elif not (item is None or isinstance(item, (str, int)) or (isinstance(item, float) and isfinite(item))):
-                raise Unfit(f"{what} holds {shown(item)}, which is no JSON", "Write it as a string or a number")
+                raise InvalidRecord(f"{what} holds {shown(item)}, which is no JSON", "Write it as a string or a number")
         if not inner:
             return
         level = inner
-    raise Unfit(f"{what} is nested more than {_MOST_LEVELS} levels deep", "Leave the record out")
+    raise InvalidRecord(f"{what} is nested more than {_MOST_LEVELS} levels deep", "Leave the record out")
 
 
 Refusals = Mapping[str, tuple[str, str]]
@@ -142,30 +142,32 @@ def refuse(fields: Mapping[str, Any], refusals: Refusals, owner: str) -> None:
         owner: whose fields they are (``turn 2``), for the message.
 
     Raises:
-        Unfit: the first of them.
+        InvalidRecord: the first of them.
     """
     if refusals.keys().isdisjoint(fields):
         return
     for name, (why, fix) in refusals.items():
         if not is_empty(fields.get(name)):
-            raise Unfit(f'"{name}" ({shown(fields[name])}) in {owner}: {why}', fix)
+            raise InvalidRecord(f'"{name}" ({shown(fields[name])}) in {owner}: {why}', fix)
 
 
 def parse_weight(turn: Mapping[str, Any], owner: str) -> float | None:
     """What ``train``, its other name ``loss``, and ``weight`` of a turn say: see ``Turn.weight``.
 
     Raises:
-        Unfit: of another type, negative or infinite, or two that contradict each other.
+        InvalidRecord: of another type, negative or infinite, or two that contradict each other.
     """
     train, weight = turn.get("train"), turn.get("weight")
     loss = turn.get("loss")
     for name, value in (("train", train), ("loss", loss)):
         if value is not None and not isinstance(value, bool):
-            raise Unfit(f'"{name}" of {owner} must be true or false, not {shown(value)}', 'A number is a "weight"')
+            raise InvalidRecord(
+                f'"{name}" of {owner} must be true or false, not {shown(value)}', 'A number is a "weight"'
+            )
     if train is None:
         train = loss
     elif loss is not None and train != loss:
-        raise Unfit(f'"train" and "loss" of {owner} mean the same and differ', "Keep one of them")
+        raise InvalidRecord(f'"train" and "loss" of {owner} mean the same and differ', "Keep one of them")
     if weight is None:
         return None if train is None else float(train)
     if (
@@ -173,14 +175,14 @@ def parse_weight(turn: Mapping[str, Any], owner: str) -> float | None:
         or not isinstance(weight, (int, float))
         or not (weight == 0 or _LEAST_WEIGHT <= weight <= _MOST_WEIGHT)
     ):
-        raise Unfit(
+        raise InvalidRecord(
             f'"weight" of {owner} must be 0, or a number from {_LEAST_WEIGHT:g} to {_MOST_WEIGHT:g}, not '
             f"{shown(weight)}",
             "0 does not train the turn, 1 is as usual",
         )
     if train is not None and train != (weight > 0):
         said = "is to be trained" if train else "is not to be trained"
-        raise Unfit(f'{owner} {said}, and its "weight" of {shown(weight)} says otherwise', "Keep one of them")
+        raise InvalidRecord(f'{owner} {said}, and its "weight" of {shown(weight)} says otherwise', "Keep one of them")
     return float(weight)
 
 
@@ -188,17 +190,21 @@ def parse_thinking(turn: Mapping[str, Any], role: str, owner: str) -> str | None
     """What the assistant thought, under any of the field's names: see ``Turn.thinking``. An empty field says nothing.
 
     Raises:
-        Unfit: no text, of someone else, or two that differ.
+        InvalidRecord: no text, of someone else, or two that differ.
     """
     given = {name: turn[name] for name in _THOUGHTS if not is_empty(turn.get(name))}
     for name, value in given.items():
         if not isinstance(value, str):
-            raise Unfit(f'"{name}" of {owner} must be a string, not {shown(value)}', "Write the thinking as a string")
+            raise InvalidRecord(
+                f'"{name}" of {owner} must be a string, not {shown(value)}', "Write the thinking as a string"
+            )
         if role != "assistant":
-            raise Unfit(f'{owner} has "{name}" ({shown(value)}), and only the assistant thinks', "Remove the field")
+            raise InvalidRecord(
+                f'{owner} has "{name}" ({shown(value)}), and only the assistant thinks', "Remove the field"
+            )
     if len(set(given.values())) > 1:
         names = " and ".join(f'"{name}"' for name in given)
-        raise Unfit(f"{names} of {owner} mean the same and differ", "Keep one of them")
+        raise InvalidRecord(f"{names} of {owner} mean the same and differ", "Keep one of them")
     return next(iter(given.values()), None)
 
 
@@ -206,15 +212,15 @@ def with_system(record: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
     """The turns with the record's ``system`` field as the first one. An empty field says nothing.
 
     Raises:
-        Unfit: no text, or a system turn that says something else.
+        InvalidRecord: no text, or a system turn that says something else.
     """
     system = record.get("system")
     if is_empty(system):
         return turns
     if not isinstance(system, str):
-        raise Unfit(f'"system" must be a string, not {shown(system)}', "Write the text as a string")
+        raise InvalidRecord(f'"system" must be a string, not {shown(system)}', "Write the text as a string")
     if turns[0].role != "system":
         return [Turn("system", system), *turns]
     if turns[0].content != system:
-        raise Unfit(f'the "system" field ({shown(system)}) and the system turn differ', "Keep one of them")
+        raise InvalidRecord(f'the "system" field ({shown(system)}) and the system turn differ', "Keep one of them")
     return turns

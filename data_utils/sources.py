@@ -7,11 +7,12 @@ random 30 %, ``a.json#500@x2`` draws 500 and takes each of them twice.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
+from chat.turns import Turn
 from errors import ConfigError
 
 _SUFFIXES = re.compile(r"(?P<path>.+?)(#(?P<sample>\d+))?(@x(?P<factor>\d+(\.\d+)?|\.\d+))?")
@@ -56,7 +57,7 @@ def parse_source(name: str, flag: str = "--data_path") -> Source:
     return source
 
 
-class Draw:
+class RecordSampler:
     """How often each record of a source is taken, asked record by record: for training, and for evaluation.
 
     The same seed makes the same choice. What is held out for evaluation is held out before records are repeated.
@@ -72,9 +73,9 @@ class Draw:
         held = min(max(1, round(drawn * eval_share)), drawn) if eval_share and drawn else 0
         whole, part = divmod(source.factor, 1)
         self._copies = int(whole)
-        self._drawn = _Choice(random, drawn, total)
-        self._held = _Choice(random, held, drawn)
-        self._extra = _Choice(random, round((drawn - held) * part), drawn - held)
+        self._drawn = _Selection(random, drawn, total)
+        self._held = _Selection(random, held, drawn)
+        self._extra = _Selection(random, round((drawn - held) * part), drawn - held)
 
     def take(self) -> tuple[int, int]:
         """Of the next record: how many times it is trained, and how many times evaluated."""
@@ -85,7 +86,7 @@ class Draw:
         return self._copies + self._extra.take(), 0
 
 
-class _Choice:
+class _Selection:
     """``chosen`` of ``total`` things, each as likely, decided one by one in order (Knuth, TAOCP 2, algorithm S)."""
 
     def __init__(self, random: Random, chosen: int, total: int) -> None:
@@ -113,3 +114,26 @@ def parse_fill(values: Iterable[str]) -> dict[str, str]:
             raise ConfigError(f"--fill gives {name.strip()} twice", "Give each name once")
         fill[name.strip()] = text
     return fill
+
+
+_PLACEHOLDER = re.compile(r"\{\{\s*([^\W\d]\w*)\s*\}\}")
+
+
+def fill_turns(turns: Sequence[Turn], fill: Mapping[str, str]) -> tuple[tuple[Turn, ...], set[str]]:
+    """The turns with every placeholder of ``fill`` replaced, and the names of all that were found.
+
+    What is put in is not searched again, and stays text.
+    """
+    found: set[str] = set()
+
+    def replacement(match: re.Match[str]) -> str:
+        found.add(match[1])
+        return fill.get(match[1], match[0])
+
+    def filled(text: str) -> str:
+        return _PLACEHOLDER.sub(replacement, text) if "{{" in text else text
+
+    return tuple(
+        turn._replace(content=filled(turn.content), thinking=None if turn.thinking is None else filled(turn.thinking))
+        for turn in turns
+    ), found

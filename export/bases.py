@@ -11,9 +11,8 @@ from typing import Any
 import torch
 
 from checkpoints.adapter import Adapter
-from checkpoints.dequantized import open_dequantized
-from checkpoints.precision import DTYPES, declared_dtype
-from checkpoints.quantization import Quantization, find_quantization, load_base_quantization
+from checkpoints.dequantized_reader import open_dequantized
+from checkpoints.model_config import DTYPES, Quantization, declared_dtype, find_quantization, load_base_quantization
 from checkpoints.shards import fingerprint, load_json
 from checkpoints.source import TensorSource
 from errors import ConfigError, numbered

@@ -6,12 +6,11 @@ import json
 import logging
 from pathlib import Path
 
+from chat.families import DEFAULT_SYSTEM, END_OF_TEXT, IM_END, IM_START
+from chat.stops import end_ids_of, stopping_generation_config
 from checkpoints.folders import save_json, save_text
 from checkpoints.shards import load_json
 from errors import ConfigError, one_line
-from qwen_model.chat_template import CHATML_TEMPLATE
-from qwen_model.families import END_OF_TEXT, IM_END
-from qwen_model.stops import end_ids_of, stopping_generation_config
 from qwen_model.tokenization_qwen import QWenTokenizer
 
 logger = logging.getLogger(__name__)
@@ -93,3 +92,19 @@ def _end_ids(folder: Path) -> list[int]:
         added = load_json(file).get("added_tokens_decoder", {})
         ids |= {token["content"]: int(id_) for id_, token in added.items()}
     return [ids[IM_END], ids[END_OF_TEXT]] if {IM_END, END_OF_TEXT} <= ids.keys() else []
+
+
+CHATML_TEMPLATE = (
+    # Qwen v1 calls functions in ReAct text; a template that dropped them in silence would look as if it knew them.
+    "{%- if tools %}{{ raise_exception('the chat template of Qwen v1 knows no tools') }}{% endif %}\n"
+    "{%- if not messages or messages[0]['role'] != 'system' %}\n"
+    f"    {{{{- '{IM_START}system\\n{DEFAULT_SYSTEM}{IM_END}\\n' }}}}\n"
+    "{%- endif %}\n"
+    "{%- for message in messages %}\n"
+    f"    {{{{- '{IM_START}' + message['role'] + '\\n' + message['content'] + '{IM_END}\\n' }}}}\n"
+    "{%- endfor %}\n"
+    "{%- if add_generation_prompt %}\n"
+    f"    {{{{- '{IM_START}assistant\\n' }}}}\n"
+    "{%- endif %}\n"
+)
+"""Content of ``chat_template.jinja``."""

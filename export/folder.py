@@ -64,7 +64,7 @@ def write_card(merge: Merge, name: str, verified: str, folder: Path) -> None:
 
 def convert_tokenizer(folder: Path, layout: str) -> None:
     """Bring the tokenizer in a folder to what belongs to a layout; where there is none nothing is done."""
-    from export.fast_tokenizer import save_fast_tokenizer, save_rank_tokenizer
+    from export.layouts.tokenizer import save_fast_tokenizer, save_rank_tokenizer
 
     needed = "qwen.tiktoken" if layout == "qwen2" else "tokenizer.json"
     if not (folder / needed).is_file():

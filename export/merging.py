@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from checkpoints.fold import EMBEDDINGS, Fold, WeightedAdapter, plan_fold
-from checkpoints.precision import with_dtype
+from checkpoints.model_config import with_dtype
 from checkpoints.source import InDtype, TensorSource, View, main_dtype
 from errors import ConfigError
 from export.bases import Base, choose_dtype
-from export.qwen2_config import KEPT, config_to_qwen, config_to_qwen2
-from export.qwen2_layout import to_qwen, to_qwen2
-from export.qwen2_names import layout_of_names
+from export.layouts.config import KEPT, config_to_qwen, config_to_qwen2
+from export.layouts.qwen2_names import layout_of_names
+from export.layouts.tensors import to_qwen, to_qwen2
 
 logger = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def relaid(
     """Tensors and config in a layout.
 
     Args:
-        dynamic_ntk: see :func:`export.qwen2_config.config_to_qwen2`.
+        dynamic_ntk: see :func:`export.layouts.config.config_to_qwen2`.
 
     Raises:
         ConfigError: a model that the layout has no place for.

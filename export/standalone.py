@@ -10,6 +10,7 @@ import ast
 from collections.abc import Iterator
 from pathlib import Path
 
+import chat
 import errors
 import qwen_model
 from checkpoints.folders import save_json, save_text
@@ -22,10 +23,15 @@ _MODEL_CLASSES = {
     "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
 }
 _TOKENIZER_CLASS = "tokenization_qwen.QWenTokenizer"
+_OURS = ("errors", "chat", "qwen_model")
 _NOTICE = "# SPDX-License-Identifier: Apache-2.0\n# From the Qwen fine-tuning toolkit, with relative imports.\n"
 
 # The folders of what may go along, by the prefix of a module's name.
-_SOURCES = {"qwen_model.": Path(qwen_model.__file__).parent, "": Path(errors.__file__).parent}
+_SOURCES = {
+    "chat.": Path(chat.__file__).parent,
+    "qwen_model.": Path(qwen_model.__file__).parent,
+    "": Path(errors.__file__).parent,
+}
 
 
 def write_code(folder: Path) -> list[Path]:
@@ -91,15 +97,15 @@ def _own_imports(source: str) -> Iterator[ast.ImportFrom]:
     """Every import of a module of ours, also within functions."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
-            if (node.module or "").partition(".")[0] in ("errors", "qwen_model"):
+            if (node.module or "").partition(".")[0] in _OURS:
                 yield node
         elif isinstance(node, ast.Import):
-            ours = [alias.name for alias in node.names if alias.name.partition(".")[0] in ("errors", "qwen_model")]
+            ours = [alias.name for alias in node.names if alias.name.partition(".")[0] in _OURS]
             assert not ours, f"line {node.lineno}: has no relative form, write from {ours[0]} import ..."
 
 
 def _flat(module: str) -> str:
-    return module.removeprefix("qwen_model.")
+    return module.rpartition(".")[2]
 
 
 def _source(module: str) -> str:

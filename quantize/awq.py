@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from quantize.packing import Rounded
+from checkpoints.packed_weights import Rounded
 
 _STRENGTHS = 20
 _SHRINKS = 10

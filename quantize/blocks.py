@@ -16,9 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from chat.label_mask import IGNORE_INDEX
 from data_utils.encode import UnweightedExample
-from qwen_model.blocks import PLACES, Places, blocks_of, hear_calls, run_block
-from qwen_model.chatml import IGNORE_INDEX
+from qwen_model.block_runner import PLACES, Places, blocks_of, capture_block_inputs, run_block
 from qwen_model.loss import lean_causal_lm_loss
 
 
@@ -61,7 +61,7 @@ LAYOUTS = {
 
 
 def layout_of(model: Any) -> Layout:
-    """The layout of a model that ``training.loading`` can load."""
+    """The layout of a model that ``loading.checkpoint`` can load."""
     return LAYOUTS[model.config.model_type]
 
 
@@ -96,7 +96,9 @@ class Stream:
         # For each sample what each block is called with: masks and rotary tables.
         self._arguments: list[list[Mapping[str, Any]]] = []
         for example in examples:
-            states, arguments = hear_calls(model, input_ids=torch.tensor([example["input_ids"]], device=model.device))
+            states, arguments = capture_block_inputs(
+                model, input_ids=torch.tensor([example["input_ids"]], device=model.device)
+            )
             self.states.append(states.cpu())
             self._arguments.append([_moved(each, torch.device("cpu")) for each in arguments])
 

@@ -11,7 +11,7 @@ from data_utils.dataset import DataOptions, DataReader
 from data_utils.encode import EncodedConversation, EncodeOptions, Encoder, UnweightedExample
 from data_utils.sources import parse_source
 from errors import DataError
-from training.loading import Checkpoint
+from loading.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ def draw_samples(
     seed: int,
     show_progress: bool = True,
 ) -> Samples:
-    """Draw ``count`` of the conversations, and a tenth of these (at least one) to hold out.
+    """RecordSampler ``count`` of the conversations, and a tenth of these (at least one) to hold out.
 
     Args:
         data_path: as ``--data_path`` gives them.
@@ -63,7 +63,7 @@ def draw_samples(
             drawn.append(taken.encoded)
         elif (place := random.randrange(number + 1)) < count:
             drawn[place] = taken.encoded
-    for source in reader.receipts["train"].sources:
+    for source in reader.reports["train"].sources:
         for line in source.warnings():
             logger.warning("%s", line)
     if len(drawn) < 2:

@@ -13,17 +13,16 @@ from typing import Any
 import torch
 
 from checkpoints.folders import save_json, staged_folder
-from checkpoints.precision import with_dtype
-from checkpoints.quantization import Quantization, check_bitsandbytes
+from checkpoints.model_config import Quantization, check_bitsandbytes, with_dtype
 from checkpoints.shards import load_json, open_checkpoint
 from checkpoints.writing import save_checkpoint
 from data_utils.encode import UnweightedExample
 from errors import ConfigError, RunError, one_line
+from loading.checkpoint import Checkpoint, load_checkpoint, load_weights
+from loading.quantized import compute_in_float32
 from quantize.blocks import Stream, stored_tensors, take_blocks
 from quantize.calibration import Samples
 from quantize.packed import check_sizes, most_inputs, quantize_weights
-from training.loading import Checkpoint, load_checkpoint, load_weights
-from training.quantized import compute_in_float32
 
 logger = logging.getLogger(__name__)
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from checkpoints.packed_weights import Rounded
 from errors import RunError
-from quantize.packing import Rounded
 
 DAMPING = 0.01
 """Share of the mean diagonal that is added to the Gram matrix, so that it can be inverted."""

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from checkpoints.dequantize import dequantize
-from checkpoints.quantization import Quantization
+from checkpoints.model_config import Quantization
+from checkpoints.packed_weights import Rounded, dequantize, pack
 from checkpoints.shards import CheckpointReader
 from errors import ConfigError
 from quantize.awq import quantize_awq, search_scales
@@ -27,8 +27,7 @@ from quantize.blocks import (
     take_blocks,
 )
 from quantize.gptq import quantize_gptq
-from quantize.packing import Rounded, pack
-from qwen_model.blocks import blocks_of
+from qwen_model.block_runner import blocks_of
 
 Parts = dict[str, Tensor]
 
@@ -87,7 +86,7 @@ def quantize_weights(
     """The tensors of the quantised model by their names, on the CPU. The model's own blocks are gone afterwards.
 
     Args:
-        model: as ``training.loading.load_weights`` gives it, on the CPU.
+        model: as ``loading.checkpoint.load_weights`` gives it, on the CPU.
         calibration: goes through the quantised blocks.
         held_out: goes through the blocks as they were.
         dtype: of what is not quantised.

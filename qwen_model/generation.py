@@ -13,17 +13,17 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
+from chat.families import DEFAULT_SYSTEM, QWEN_V1
+from chat.render import encode_prompt, render, render_prompt, text_of
+from chat.turns import Turn
 from errors import ConfigError
-from qwen_model.chatml import encode_prompt, render, render_prompt, text_of
-from qwen_model.families import DEFAULT_SYSTEM, QWEN_V1
-from qwen_model.turns import Turn
 
 if TYPE_CHECKING:
     from qwen_model.tokenization_qwen import QWenTokenizer
+from chat.stops import MAX_WINDOW_SIZE
 
 History = Sequence[Sequence[str]]
 
-MAX_WINDOW_SIZE = 6144
 _FORCED = float(2**15)  # the score with which the original forces the end of a text
 
 

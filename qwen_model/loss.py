@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
-from qwen_model.chatml import IGNORE_INDEX
+from chat.label_mask import IGNORE_INDEX
 from qwen_model.head import Head, call_within, head_of, parts_of
 
 CHUNK_BYTES = 32 * 2**20

@@ -23,8 +23,8 @@ from typing import Any, Literal
 import tiktoken
 from transformers import AddedToken, PreTrainedTokenizer
 
+from chat.families import END_OF_TEXT, IM_END, IM_START
 from errors import ConfigError
-from qwen_model.families import END_OF_TEXT, IM_END, IM_START
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from errors import CommandParser, run_command
+from commands import CommandParser, run_command
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -38,10 +38,10 @@ def main(argv: Sequence[str]) -> None:
     quiet_libraries()
     import torch
 
-    from qwen_model.chatml import encode_prompt, render_prompt
-    from qwen_model.turns import Turn
-    from training.inference import load_for_inference
-    from training.loading import load_checkpoint
+    from chat.render import encode_prompt, render_prompt
+    from chat.turns import Turn
+    from loading.checkpoint import load_checkpoint
+    from loading.inference import load_for_inference
 
     checkpoint = load_checkpoint(args.model_name_or_path)
     model = load_for_inference(checkpoint, args.adapter)

@@ -19,11 +19,12 @@ from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
+from commands import CommandParser, run_command
 from data_utils.files import data_files, read_records
 from data_utils.formats import FORMATS, Format, recognise
 from data_utils.formats.losses import losses_of, other_fields
 from data_utils.schema import Conversation
-from errors import CommandParser, ConfigError, DataError, numbered, run_command
+from errors import ConfigError, DataError, numbered
 
 logger = logging.getLogger(__name__)
 

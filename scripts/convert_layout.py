@@ -15,8 +15,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoints.precision import DTYPES
-from errors import CommandParser, ConfigError, run_command
+from checkpoints.model_config import DTYPES
+from commands import CommandParser, run_command
+from errors import ConfigError
 
 LAYOUTS = ("qwen", "qwen2")
 
@@ -26,10 +27,9 @@ def main(argv: Sequence[str]) -> None:
     is_adapter = (args.input / "adapter_config.json").is_file()
     check_args(args, is_adapter)
     # Only now torch is loaded: a wrong flag is answered at once.
-    from checkpoints.folders import check_output_folder
+    from checkpoints.folders import check_apart, check_output_folder
     from checkpoints.writing import parse_size
-    from export.converting import Conversion, convert_adapter, convert_checkpoint
-    from export.outputs import check_apart
+    from export.layouts.convert import Conversion, convert_adapter, convert_checkpoint
     from training.logs import set_up_logging
 
     set_up_logging()

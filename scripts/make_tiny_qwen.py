@@ -21,13 +21,14 @@ from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, tr
 from torch import Tensor
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from chat.families import QWEN_V1
+from chat.render import render
 from checkpoints.folders import save_json, staged_folder
 from checkpoints.writing import save_checkpoint
+from commands import CommandParser, run_command
 from data_utils.files import read_records
 from data_utils.formats import recognise
-from errors import CommandParser, ConfigError, run_command
-from qwen_model.chatml import render
-from qwen_model.families import QWEN_V1
+from errors import ConfigError
 from qwen_model.tokenization_qwen import SPECIAL_TOKENS, SPLIT_PATTERN, load_ranks
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"

@@ -9,8 +9,9 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from errors import CommandParser, ConfigError, one_line, run_command
-from training.curves import TRAINING_LOG, Row, load_rows, plot_losses
+from commands import CommandParser, run_command
+from errors import ConfigError, one_line
+from training.run_folder.curves import TRAINING_LOG, Row, load_rows, plot_losses
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

@@ -11,7 +11,8 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from errors import CommandParser, ConfigError, run_command
+from commands import CommandParser, run_command
+from errors import ConfigError
 
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -37,21 +38,21 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 
 def main(argv: Sequence[str]) -> int:
     args, others = parse_args(argv)
-    from training.args import parse_args as parse_run_args
     from training.checks import check_args
+    from training.config.args import parse_args as parse_run_args
     from training.logs import set_up_logging
 
     set_up_logging()
     run = parse_run_args([*others, "--dry_run"])
     check_args(run)
 
-    from training.data import preview_data, show_receipts, write_receipts
-    from training.loading import load_checkpoint
+    from loading.checkpoint import load_checkpoint
+    from training.data import preview_data, show_reports, write_reports
 
     checkpoint = load_checkpoint(run.model.model_name_or_path, run.training.cache_dir, run.model.model_hub)
-    receipts = preview_data(run, checkpoint, args.samples)
-    write_receipts(receipts, args.json, args.html)
-    return show_receipts(receipts)
+    reports = preview_data(run, checkpoint, args.samples)
+    write_reports(reports, args.json, args.html)
+    return show_reports(reports)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from errors import CommandParser, ConfigError, run_command
+from commands import CommandParser, run_command
+from errors import ConfigError
 
 GROUP_SIZES = (32, 64, 128)
 MODEL_MAX_LENGTH = 2048
@@ -78,11 +79,11 @@ def main(argv: Sequence[str]) -> None:
     set_up_logging()
     # Only now torch is loaded: a wrong flag is answered at once.
     from checkpoints.folders import check_output_folder
-    from checkpoints.quantization import Quantization
+    from checkpoints.model_config import Quantization
     from data_utils.encode import EncodeOptions
+    from loading.checkpoint import load_checkpoint
     from quantize.calibration import draw_samples
     from quantize.checkpoint import check_quantizable, quantize_checkpoint
-    from training.loading import load_checkpoint
 
     check_output_folder(args.output_dir, "--output_dir")
     group_size = 0 if args.format == "nf4" else args.group_size or 128
@@ -104,7 +105,7 @@ def main(argv: Sequence[str]) -> None:
 
 def choose_length(args: argparse.Namespace, folder: Path) -> int:
     """Most tokens of a sample, never more than the model has positions."""
-    from training.model_files import load_model_config, most_positions
+    from loading.config_files import load_model_config, most_positions
 
     positions = most_positions(load_model_config(folder))
     length: int = args.model_max_length or min(MODEL_MAX_LENGTH, positions or MODEL_MAX_LENGTH)

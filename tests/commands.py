@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from errors import run_command
+from commands import run_command
 from tests.golden import REPO, offline_environment
 from training.callbacks import RunLog
 

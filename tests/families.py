@@ -13,14 +13,14 @@ from tokenizers import Tokenizer, normalizers
 from transformers import AddedToken, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
+from chat.detect import family_of
+from chat.families import Family
+from chat.render import RenderedMessage
+from chat.tools_hermes import Hermes
+from chat.turns import Tool, ToolCall, Turn
 from data_utils.encode import EncodedConversation, EncodeOptions, Encoder
 from data_utils.schema import Conversation
-from qwen_model.chatml import RenderedMessage
-from qwen_model.families import Family
-from qwen_model.hermes import Hermes
-from qwen_model.templates import family_of
 from qwen_model.tokenization_qwen import SPLIT_PATTERN
-from qwen_model.turns import Tool, ToolCall, Turn
 
 STYLES = {
     "qwen1_5": "chatml",

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 from hypothesis import strategies as st
 
+from chat.turns import Turn
 from data_utils.formats import FORMATS, recognise
 from data_utils.schema import Conversation
 from errors import DataError
-from qwen_model.turns import Turn
 
 WHERE = "chats.jsonl:7"
 HI = {"from": "user", "value": "Hi"}

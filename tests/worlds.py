@@ -8,7 +8,7 @@ from typing import Any
 
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
-from training.parallel.world import World
+from training.distributed.world import World
 
 
 def in_each(size: int, work: Callable[[World], Any], hosts: Sequence[str] | None = None) -> list[Any]:

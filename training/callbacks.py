@@ -6,7 +6,6 @@ import importlib.metadata
 import json
 import logging
 import platform
-import resource
 import sys
 import time
 from dataclasses import asdict
@@ -14,7 +13,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import (
     EarlyStoppingCallback,
     ProgressCallback,
@@ -26,11 +24,10 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from checkpoints.folders import save_text
-from training.args import RunArguments
-from training.cli.profile_steps import parse_profile_steps
-from training.counts import Counts
-from training.curves import LOSS_CURVE, TRAINING_LOG, Row, load_rows, plot_losses
+from training.config.args import RunArguments, parse_profile_steps
 from training.profiling import Profiler
+from training.progress import Counts
+from training.run_folder.curves import LOSS_CURVE, TRAINING_LOG, Row, load_rows, plot_losses
 
 if TYPE_CHECKING:
     from training.trainer import QwenTrainer
@@ -205,16 +202,6 @@ class RunLog(TrainerCallback, ExportableState):
     def losses(self, name: str = "loss") -> list[float]:
         """The logged values of ``loss``, ``eval_loss`` or another key, in order."""
         return [row[name] for row in self.rows if name in row]
-
-
-def peak_memory() -> dict[str, float]:
-    """Peak memory so far in GiB: of the process, and of the GPU where there is one."""
-    # Linux counts in KiB, macOS in bytes.
-    unit = 2**10 if sys.platform != "darwin" else 1
-    peaks = {"cpu_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)}
-    if torch.cuda.is_available():
-        peaks["gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
-    return peaks
 
 
 def versions() -> dict[str, str]:

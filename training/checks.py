@@ -10,16 +10,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
-from checkpoints.quantization import check_bitsandbytes, find_quantization
+from checkpoints.model_config import check_bitsandbytes, find_quantization
 from data_utils.sources import parse_fill, parse_source
 from errors import ConfigError, numbered
-from training.args import LoraArguments, RunArguments
-from training.cli.flags import nearest
-from training.cli.profile_steps import parse_profile_steps
-from training.model_files import find_local_folder, load_model_config, module_names, most_positions
-from training.output import check_output
-from training.parallel.engines import check_engine, has_gpu
-from training.resume.start import check_start
+from loading.config_files import find_local_folder, load_model_config, module_names, most_positions
+from processes import has_gpu
+from training.config.args import LoraArguments, RunArguments, parse_profile_steps
+from training.config.engines import check_engine
+from training.config.flags import nearest
+from training.run_folder.output import check_output
+from training.run_folder.start import check_start
 
 # Where what --report_to names is imported from.
 REPORTERS = {

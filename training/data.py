@@ -13,16 +13,16 @@ from checkpoints.folders import save_json, save_text
 from data_utils.collate import Collator
 from data_utils.dataset import DataOptions, DataReader, ExampleSet, load_examples
 from data_utils.encode import EncodeOptions, Encoder
-from data_utils.receipt import Receipt, Settings
-from data_utils.receipt.page import render_html
-from data_utils.receipt.text import render_receipt, wants_color
+from data_utils.report import DataReport, Settings
+from data_utils.report.page import render_html
+from data_utils.report.text import render_report, wants_color
 from data_utils.sources import parse_fill, parse_source
-from training.args import RunArguments
-from training.loading import Checkpoint
+from loading.checkpoint import Checkpoint
+from training.config.args import RunArguments
 
 logger = logging.getLogger(__name__)
 
-RECEIPT = "data_receipt"
+DATA_REPORT = "data_receipt"
 
 
 def load_data(args: RunArguments, checkpoint: Checkpoint) -> dict[str, ExampleSet]:
@@ -41,7 +41,7 @@ def load_data(args: RunArguments, checkpoint: Checkpoint) -> dict[str, ExampleSe
     return sets
 
 
-def preview_data(args: RunArguments, checkpoint: Checkpoint, most_samples: int = 3) -> dict[str, Receipt]:
+def preview_data(args: RunArguments, checkpoint: Checkpoint, most_samples: int = 3) -> dict[str, DataReport]:
     """The account of each set, and nothing kept but that.
 
     Raises:
@@ -50,7 +50,7 @@ def preview_data(args: RunArguments, checkpoint: Checkpoint, most_samples: int =
     reader = build_reader(args, checkpoint, most_samples)
     for _ in reader.read():
         pass
-    return reader.receipts
+    return reader.reports
 
 
 def build_reader(args: RunArguments, checkpoint: Checkpoint, most_samples: int = 3) -> DataReader:
@@ -99,25 +99,25 @@ def build_collator(checkpoint: Checkpoint) -> Collator:
     return Collator(checkpoint.end_ids[-1])
 
 
-def show_receipts(receipts: Mapping[str, Receipt]) -> int:
+def show_reports(reports: Mapping[str, DataReport]) -> int:
     """Print the account of each set, and return 1 where something in it would make the run worthless, else 0."""
     if isinstance(sys.stdout, TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of another encoding shows what it can
     width = shutil.get_terminal_size((100, 24)).columns
-    for receipt in receipts.values():
-        print(render_receipt(receipt, color=wants_color(sys.stdout), width=width))
-    return 1 if any(receipt.problems() for receipt in receipts.values()) else 0
+    for report in reports.values():
+        print(render_report(report, color=wants_color(sys.stdout), width=width))
+    return 1 if any(report.problems() for report in reports.values()) else 0
 
 
-def save_receipts(receipts: Mapping[str, Receipt], folder: Path) -> None:
+def save_reports(reports: Mapping[str, DataReport], folder: Path) -> None:
     """Write ``data_receipt.json`` and, with the samples, ``data_receipt.html``."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_receipts(receipts, folder / f"{RECEIPT}.json", folder / f"{RECEIPT}.html")
+    write_reports(reports, folder / f"{DATA_REPORT}.json", folder / f"{DATA_REPORT}.html")
 
 
-def write_receipts(receipts: Mapping[str, Receipt], json_file: Path | None, html_file: Path | None) -> None:
+def write_reports(reports: Mapping[str, DataReport], json_file: Path | None, html_file: Path | None) -> None:
     """Write the accounts as figures, as a page, or both."""
     if json_file is not None:
-        save_json({name: receipt.as_dict() for name, receipt in receipts.items()}, json_file)
+        save_json({name: report.as_dict() for name, report in reports.items()}, json_file)
     if html_file is not None:
-        save_text(render_html(list(receipts.values())), html_file)
+        save_text(render_html(list(reports.values())), html_file)

@@ -13,8 +13,8 @@ import torch
 from torch.utils.data import Dataset, Sampler
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
+from chat.label_mask import IGNORE_INDEX
 from data_utils.dataset import ExampleSet
-from qwen_model.chatml import IGNORE_INDEX
 
 Order = Callable[[torch.Generator], list[int]]
 
@@ -26,7 +26,7 @@ class EpochSampler(Sampler[int]):
         order: the indices of an epoch, drawn with the generator that it is given.
         length: how many there are.
         seed: of the run; the epoch is added to it.
-        filled: how many with the blanks (``Filled``), whose indices are those from ``length`` on.
+        filled: how many with the blanks (``PaddedDataset``), whose indices are those from ``length`` on.
     """
 
     def __init__(self, order: Order, length: int, seed: int, filled: int) -> None:
@@ -74,7 +74,7 @@ def by_source(sizes: Sequence[int]) -> Order:
     return order
 
 
-class Filled(Dataset[Any]):
+class PaddedDataset(Dataset[Any]):
     """Examples, and blanks behind them: a token that is no target, so no figure changes.
 
     Processes that get equally many batches from this neither wait for each other nor see an example twice.

@@ -17,19 +17,20 @@ from torch.utils.data import DataLoader, Sampler
 from transformers import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
+from chat.label_mask import IGNORE_INDEX
 from errors import RunError
-from qwen_model.chatml import IGNORE_INDEX
-from training.callbacks import LogLines, ProgressBar, peak_memory
-from training.counts import Counts
-from training.loading import Checkpoint
-from training.output import TRAINER_STATE, saving_to, staged_checkpoint
-from training.parallel.heartbeat import Pulse
-from training.parallel.world import World
-from training.resume.manifest import write_manifest
-from training.resume.resuming import ResumingTrainer, remove_superseded
-from training.resume.signals import Signals, Wish
-from training.samplers import EpochSampler, Filled, as_given, by_source, grouped, mixed
-from training.saving import save_model
+from loading.checkpoint import Checkpoint
+from training.callbacks import LogLines, ProgressBar
+from training.distributed.heartbeat import RankStatus
+from training.distributed.world import World
+from training.progress import Counts, peak_memory
+from training.run_folder.manifest import write_manifest
+from training.run_folder.output import TRAINER_STATE
+from training.run_folder.saving import save_model
+from training.run_folder.staging import saving_errors, staged_checkpoint
+from training.samplers import EpochSampler, PaddedDataset, as_given, by_source, grouped, mixed
+from training.signals import Signals, StopRequest
+from training.trainer_resume import ResumingTrainer, remove_superseded
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ class QwenTrainer(ResumingTrainer):
         checkpoint: the base that is tuned; tokenizer, precision and generation config of what is saved come from it.
         loss: ``lean`` lets the model compute the loss without logits, ``full_logits`` with them.
         data_mixing: ``mixed`` draws examples as ``train_sampling_strategy`` says, ``sequential`` source by source.
-        facts: what checkpoints say of the run, see ``training.resume.changes``.
+        facts: what checkpoints say of the run, see ``training.run_folder.changes``.
         signals: where the process notes what it is asked for.
         pulse: where it notes how far it is.
         world: the processes of the run; by default this one alone.
@@ -60,13 +61,13 @@ class QwenTrainer(ResumingTrainer):
         data_mixing: str = "mixed",
         facts: Mapping[str, Any] | None = None,
         signals: Signals | None = None,
-        pulse: Pulse | None = None,
+        pulse: RankStatus | None = None,
         world: World | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(processing_class=checkpoint.tokenizer, **kwargs)
         self.facts, self.signals = facts or {}, signals or Signals()
-        self.pulse, self.world = pulse or Pulse(), world or World()
+        self.pulse, self.world = pulse or RankStatus(), world or World()
         self.checkpoint = checkpoint
         self.data_mixing = data_mixing
         self.label_names = ["labels"]  # transformers takes every argument of forward that has the word in it
@@ -130,9 +131,9 @@ class QwenTrainer(ResumingTrainer):
         is_training: bool = False,
         dataloader_key: str | None = None,
     ) -> DataLoader[Any]:
-        """Filled up with blanks so that all processes get as many: else the first examples would count twice."""
+        """PaddedDataset up with blanks so that all processes get as many: else the first examples would count twice."""
         if self.args.world_size > 1 and not (is_training and self.args.dataloader_drop_last):
-            dataset = Filled(dataset, self.args.world_size * batch_size, self.checkpoint.end_ids[-1])
+            dataset = PaddedDataset(dataset, self.args.world_size * batch_size, self.checkpoint.end_ids[-1])
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
@@ -284,7 +285,7 @@ class QwenTrainer(ResumingTrainer):
             self._globalstep_last_logged = self.state.global_step
             self.log(self._describe_window(grad_norm, learning_rate), start_time)
         started = time.monotonic()
-        self.control.should_save |= self.signals.agreed is not Wish.NOTHING
+        self.control.should_save |= self.signals.agreed is not StopRequest.NOTHING
         super()._maybe_log_save_evaluate(
             tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
         )
@@ -346,7 +347,7 @@ class QwenTrainer(ResumingTrainer):
         """transformers' ``checkpoint-N``, whole or not at all: filled in a hidden folder, moved when all are done."""
         output, writes = Path(str(self.args.output_dir)), self.args.should_save
         final = output / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with saving_to(output), staged_checkpoint(final, writes) as staged:
+        with saving_errors(output), staged_checkpoint(final, writes) as staged:
             self.world.wait("checkpoint")  # no collective: a large one may take longer than its time-out
             self._staging = staged.parent
             try:

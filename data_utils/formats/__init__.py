@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from chat.turns import Tool, Turn
 from data_utils.formats import pairs, turns
-from data_utils.schema import PREFERENCE_REFUSALS, RECORD_REFUSALS, Conversation, Unfit, refuse, shown
+from data_utils.schema import PREFERENCE_REFUSALS, RECORD_REFUSALS, Conversation, InvalidRecord, refuse, shown
 from errors import DataError
-from qwen_model.turns import Tool, Turn
 
 if TYPE_CHECKING:
     from data_utils.files import Place
@@ -32,7 +32,7 @@ class Format:
         looks_for: what a record of it has, in one phrase.
         example: what to write, for messages.
         matches: whether a record has the fields of this format; cheap.
-        read: the turns and tools of a record; raises ``Unfit``.
+        read: the turns and tools of a record; raises ``InvalidRecord``.
         fields: names of a record's fields that ``read`` looks at.
         write: a record of a conversation and of other fields that it is to have; ``None`` where it is never written.
     """
@@ -61,10 +61,10 @@ class Format:
         """
         try:
             if not isinstance(record, dict):
-                raise Unfit(f"a record must be an object, not {shown(record)}", self.example)
+                raise InvalidRecord(f"a record must be an object, not {shown(record)}", self.example)
             refuse(record, RECORD_REFUSALS, "the record")
             read_turns, tools = self.read(record)
-        except Unfit as unfit:
+        except InvalidRecord as unfit:
             raise DataError(str(where), f"{unfit.what} (read as {self.name})", unfit.fix) from None
         return Conversation(tuple(read_turns), where, tools)
 
@@ -123,7 +123,7 @@ def recognise(record: object, where: Place | str) -> Format:
     if isinstance(record, dict):
         try:
             refuse(record, PREFERENCE_REFUSALS, "the record")
-        except Unfit as unfit:
+        except InvalidRecord as unfit:
             raise DataError(str(where), unfit.what, unfit.fix) from None
     looked_for = "; ".join(f"{format_.name}: {format_.looks_for}" for format_ in FORMATS.values())
     raise DataError(

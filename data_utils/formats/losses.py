@@ -6,10 +6,10 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from chat.turns import ToolCall
 from data_utils.formats import Format, Record
 from data_utils.formats.turns import arguments_value
-from data_utils.schema import Conversation, Unfit, check_json, is_empty, shown
-from qwen_model.turns import ToolCall
+from data_utils.schema import Conversation, InvalidRecord, check_json, is_empty, shown
 
 # What the formats read of a turn, and of what lies within.
 _LEAF: dict[str, Any] = {}
@@ -38,7 +38,7 @@ def other_fields(record: Record, source: Format, target: Format) -> Record:
 def _is_json(value: object) -> bool:
     try:
         check_json(value, "field")
-    except Unfit:
+    except InvalidRecord:
         return False
     return True
 

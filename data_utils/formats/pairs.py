@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from chat.turns import Tool, Turn
 from data_utils.formats.tools import parse_tools
-from data_utils.schema import Unfit, is_empty, shown, with_system
-from qwen_model.turns import Tool, Turn
+from data_utils.schema import InvalidRecord, is_empty, shown, with_system
 
 Record = dict[str, Any]
 Parsed = tuple[list[Turn], tuple[Tool, ...]]
@@ -33,7 +33,7 @@ def parse_alpaca(record: Record) -> Parsed:
     """Alpaca's format. The question is the instruction and, on the next line, the input.
 
     Raises:
-        Unfit: anything else.
+        InvalidRecord: anything else.
     """
     instruction = _text(record, "instruction", ALPACA_EXAMPLE)
     answer = _text(record, "output", ALPACA_EXAMPLE)
@@ -55,17 +55,17 @@ def parse_pair(record: Record) -> Parsed:
     """A question and an answer under one of the names in ``PAIRS``.
 
     Raises:
-        Unfit: anything else, or two pairs.
+        InvalidRecord: anything else, or two pairs.
     """
     pairs = _pairs_in(record)
     if not pairs:
         known = ", ".join(f'"{question}" and "{answer}"' for question, answer in PAIRS)
-        raise Unfit(f"the record has no pair {known}, its fields are {shown(list(record))}", PAIR_EXAMPLE)
+        raise InvalidRecord(f"the record has no pair {known}, its fields are {shown(list(record))}", PAIR_EXAMPLE)
     if len(pairs) > 1:
         both = " and ".join(f'"{question}", "{answer}"' for question, answer in pairs)
-        raise Unfit(f"the record has several pairs: {both}", "Keep the one to train on")
+        raise InvalidRecord(f"the record has several pairs: {both}", "Keep the one to train on")
     if isinstance(record.get("label"), bool):
-        raise Unfit(
+        raise InvalidRecord(
             f'"label" ({record["label"]}) says whether the answer is wanted: preferences cannot be trained on',
             "Keep the records with wanted answers, and remove this field",
         )
@@ -89,11 +89,11 @@ def _history(record: Record) -> list[Turn]:
         return []
     fix = 'Write "history": [["question", "answer"], ...]'
     if not isinstance(history, list):
-        raise Unfit(f'"history" must be a list of [question, answer], not {shown(history)}', fix)
+        raise InvalidRecord(f'"history" must be a list of [question, answer], not {shown(history)}', fix)
     turns = []
     for number, pair in enumerate(history, 1):
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise Unfit(f'entry {number} of "history" must be two strings, not {shown(pair)}', fix)
+            raise InvalidRecord(f'entry {number} of "history" must be two strings, not {shown(pair)}', fix)
         turns += [Turn("user", pair[0]), Turn("assistant", pair[1])]
     return turns
 
@@ -103,5 +103,5 @@ def _text(record: Record, name: str, example: str) -> str:
     if isinstance(text, str):
         return text
     if name not in record:
-        raise Unfit(f'the record has no "{name}", its fields are {shown(list(record))}', example)
-    raise Unfit(f'"{name}" must be a string, not {shown(text)}', _STRING_FIX)
+        raise InvalidRecord(f'the record has no "{name}", its fields are {shown(list(record))}', example)
+    raise InvalidRecord(f'"{name}" must be a string, not {shown(text)}', _STRING_FIX)

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import NoneType
 from typing import Any, NoReturn
 
-from data_utils.schema import Unfit, check_json, is_empty, shown
+from chat.turns import Tool, ToolCall, Turn
+from data_utils.schema import InvalidRecord, check_json, is_empty, shown
 from errors import one_line
-from qwen_model.turns import Tool, ToolCall, Turn
 
 _TOOL_FIELDS = ("tools", "functions")
 _TOOL_NAMES = ("name", "name_for_model")
@@ -27,13 +27,13 @@ def parse_tools(record: Mapping[str, Any]) -> tuple[Tool, ...]:
     """The functions that a record describes, in ``tools`` or ``functions``: a list, or one as JSON text.
 
     Raises:
-        Unfit: anything else, or a description without a name.
+        InvalidRecord: anything else, or a description without a name.
     """
     if "tools" not in record and "functions" not in record:
         return ()
     given = {field: tools for field in _TOOL_FIELDS if (tools := _tool_list(record.get(field), field))}
     if len(given) > 1:
-        raise Unfit('the record has "tools" and "functions"', "Keep one of them")
+        raise InvalidRecord('the record has "tools" and "functions"', "Keep one of them")
     for field, tools in given.items():
         for number, tool in enumerate(tools, 1):
             _check_tool(tool, f'tool {number} in "{field}"')
@@ -49,7 +49,7 @@ def _tool_list(value: object, field: str) -> list[Any]:
     if value is None:
         return []
     if not isinstance(value, list):
-        raise Unfit(f'"{field}" must be a list of tools, or one as JSON text, not {shown(value)}', _TOOLS_FIX)
+        raise InvalidRecord(f'"{field}" must be a list of tools, or one as JSON text, not {shown(value)}', _TOOLS_FIX)
     return value
 
 
@@ -57,32 +57,32 @@ def _check_tool(tool: object, owner: str) -> None:
     inner = tool.get("function") if isinstance(tool, dict) else tool
     described = tool if inner is None else inner
     if not isinstance(described, dict):
-        raise Unfit(f"{owner} must be an object, not {shown(described)}", _TOOLS_FIX)
+        raise InvalidRecord(f"{owner} must be an object, not {shown(described)}", _TOOLS_FIX)
     if all(is_empty(described.get(key)) for key in _TOOL_NAMES):
-        raise Unfit(f"{owner} has no name: {shown(tool)}", _TOOLS_FIX)
+        raise InvalidRecord(f"{owner} has no name: {shown(tool)}", _TOOLS_FIX)
     for key in _TOOL_TEXTS:
         if not isinstance(described.get(key), (str, NoneType)):
-            raise Unfit(f'"{key}" of {owner} must be a string, not {shown(described[key])}', _TOOLS_FIX)
+            raise InvalidRecord(f'"{key}" of {owner} must be a string, not {shown(described[key])}', _TOOLS_FIX)
 
 
 def parse_call(value: object, owner: str) -> ToolCall:
     """A call as ``{"name": ..., "arguments": ...}``, or with that as its ``function``. No arguments are ``{}``.
 
     Raises:
-        Unfit: anything else.
+        InvalidRecord: anything else.
     """
     inner = value.get("function") if isinstance(value, dict) else value
     call = value if inner is None else inner
     if not isinstance(call, dict):
-        raise Unfit(f"a call in {owner} must be an object, not {shown(call)}", _CALL_FIX)
+        raise InvalidRecord(f"a call in {owner} must be an object, not {shown(call)}", _CALL_FIX)
     name, arguments = call.get("name"), call.get("arguments")
     if not isinstance(name, str) or not name:
-        raise Unfit(f"a call in {owner} has no name: {shown(value)}", _CALL_FIX)
+        raise InvalidRecord(f"a call in {owner} has no name: {shown(value)}", _CALL_FIX)
     if arguments is None:
         # Under another name ("parameters", "args") they would be lost.
         others = [key for key in call if key not in _CALL_FIELDS and not is_empty(call[key])]
         if others:
-            raise Unfit(f'a call in {owner} has no "arguments", but {shown(others)}', _CALL_FIX)
+            raise InvalidRecord(f'a call in {owner} has no "arguments", but {shown(others)}', _CALL_FIX)
         return ToolCall(name, {})
     if not isinstance(arguments, str):
         check_json(arguments, f'"arguments" in {owner}')
@@ -93,12 +93,12 @@ def parse_call_text(text: str, owner: str) -> tuple[ToolCall, ...]:
     """The calls of a ``function_call`` turn: JSON text of one call, or of a list of them.
 
     Raises:
-        Unfit: anything else.
+        InvalidRecord: anything else.
     """
     value = parse_json(text, f"the call in {owner}", _CALL_FIX)
     values = value if isinstance(value, list) else [value]
     if not values:
-        raise Unfit(f"{owner} calls nothing: {shown(text)}", _CALL_FIX)
+        raise InvalidRecord(f"{owner} calls nothing: {shown(text)}", _CALL_FIX)
     return tuple(parse_call(value, owner) for value in values)
 
 
@@ -106,17 +106,17 @@ def parse_tool_calls(message: Mapping[str, Any], owner: str) -> tuple[ToolCall, 
     """The calls of an OpenAI message: ``tool_calls``, or ``function_call`` as it was written before.
 
     Raises:
-        Unfit: anything else, or both.
+        InvalidRecord: anything else, or both.
     """
     calls, call = message.get("tool_calls"), message.get("function_call")
     if is_empty(call):
         if is_empty(calls):
             return ()
         if not isinstance(calls, list):
-            raise Unfit(f'"tool_calls" of {owner} must be a list, not {shown(calls)}', _CALL_FIX)
+            raise InvalidRecord(f'"tool_calls" of {owner} must be a list, not {shown(calls)}', _CALL_FIX)
         return tuple(parse_call(value, owner) for value in calls)
     if not is_empty(calls):
-        raise Unfit(f'{owner} has "tool_calls" and "function_call"', "Keep one of them")
+        raise InvalidRecord(f'{owner} has "tool_calls" and "function_call"', "Keep one of them")
     return (parse_call(call, owner),)
 
 
@@ -128,7 +128,7 @@ def match_results(turns: list[Turn], ids_of: IdsOf | None = None) -> list[Turn]:
     """The turns with the results of calls in the calls' order: by id where results have one, otherwise as they stand.
 
     Raises:
-        Unfit: results without calls, other than one for each call, or with ids that are not those of the calls. Calls
+        InvalidRecord: results without calls, other than one for each call, or with ids that are not those of the calls. Calls
             at the end of the conversation need no results.
     """
     matched: list[Turn] = []
@@ -136,7 +136,7 @@ def match_results(turns: list[Turn], ids_of: IdsOf | None = None) -> list[Turn]:
     while index < len(turns):
         turn = turns[index]
         if turn.role == "tool":
-            raise Unfit(f"turn {index + 1} is the result of a call, but no call stands before it", _RESULTS_FIX)
+            raise InvalidRecord(f"turn {index + 1} is the result of a call, but no call stands before it", _RESULTS_FIX)
         matched.append(turn)
         index += 1
         if turn.calls:
@@ -159,7 +159,7 @@ def _check_count(turns: list[Turn], start: int, end: int) -> None:
         return
     called = "1 function" if calls == 1 else f"{calls} functions"
     have = "1 result follows" if results == 1 else f"{results or 'no'} results follow"
-    raise Unfit(f"turn {start} calls {called}, and {have} it", _RESULTS_FIX)
+    raise InvalidRecord(f"turn {start} calls {called}, and {have} it", _RESULTS_FIX)
 
 
 def _order(ids_of: IdsOf, start: int, end: int) -> Iterator[int]:
@@ -172,7 +172,7 @@ def _order(ids_of: IdsOf, start: int, end: int) -> Iterator[int]:
     _check_ids(list(results.values()), f"the results of turn {start}")
     for index, id_ in results.items():
         if id_ not in calls:
-            raise Unfit(
+            raise InvalidRecord(
                 f'"tool_call_id" {shown(id_)} of turn {index + 1} is no call of turn {start}, which has {shown(calls)}',
                 'Give it the "id" of its call, or leave all ids out',
             )
@@ -187,10 +187,10 @@ def _check_ids(ids: list[object], owner: str) -> None:
         what = (
             "have no ids, or only some have one" if wrong is None else f"have an id that is no string: {shown(wrong)}"
         )
-        raise Unfit(f"{owner} {what}", "Give each call and result its id, or leave all ids out")
+        raise InvalidRecord(f"{owner} {what}", "Give each call and result its id, or leave all ids out")
     twice = _first_twice(strings)
     if twice is not None:
-        raise Unfit(f"{owner} have the id {shown(twice)} twice", "Give each call an id of its own")
+        raise InvalidRecord(f"{owner} have the id {shown(twice)} twice", "Give each call an id of its own")
 
 
 def _first_twice(names: Iterable[str]) -> str | None:
@@ -209,16 +209,18 @@ def parse_json(text: str, what: str, fix: str = "") -> Any:
         what: the text's name, for the message.
 
     Raises:
-        Unfit: no JSON, a key that is given twice, a number that does not fit, or nesting without end.
+        InvalidRecord: no JSON, a key that is given twice, a number that does not fit, or nesting without end.
     """
     try:
         value = _DECODER.decode(text)
     except json.JSONDecodeError as error:
-        raise Unfit(f"{what} is no JSON: {error.msg} at character {error.pos + 1} of {shown(text)}", fix) from None
+        raise InvalidRecord(
+            f"{what} is no JSON: {error.msg} at character {error.pos + 1} of {shown(text)}", fix
+        ) from None
     except _Altered as error:
-        raise Unfit(f"{what} {error}", fix) from None
+        raise InvalidRecord(f"{what} {error}", fix) from None
     except (ValueError, RecursionError) as error:  # a number with thousands of digits, thousands of open brackets
-        raise Unfit(f"{what} is no JSON that can be read: {one_line(error)}", fix) from None
+        raise InvalidRecord(f"{what} is no JSON that can be read: {one_line(error)}", fix) from None
     if text.count("[") + text.count("{") > _FEW_LEVELS:
         check_json(value, what)
     return value

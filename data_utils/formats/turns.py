@@ -6,12 +6,13 @@ import json
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
+from chat.turns import Tool, ToolCall, Turn
 from data_utils.formats.tools import match_results, parse_call_text, parse_json, parse_tool_calls, parse_tools
 from data_utils.schema import (
     MEDIA_REFUSALS,
     TURN_FIELDS,
     Conversation,
-    Unfit,
+    InvalidRecord,
     is_empty,
     parse_thinking,
     parse_weight,
@@ -19,7 +20,6 @@ from data_utils.schema import (
     shown,
     with_system,
 )
-from qwen_model.turns import Tool, ToolCall, Turn
 
 Record = dict[str, Any]
 Parsed = tuple[list[Turn], tuple[Tool, ...]]
@@ -113,7 +113,7 @@ def parse_conversations(record: Record) -> Parsed:
     """The original format and ShareGPT's.
 
     Raises:
-        Unfit: anything else.
+        InvalidRecord: anything else.
     """
     entries = _entries(record, CONVERSATIONS)
     turns = match_results([_parse_conversation_turn(entry, number) for number, entry in enumerate(entries, 1)])
@@ -140,7 +140,7 @@ def parse_messages(record: Record) -> Parsed:
     """OpenAI's format.
 
     Raises:
-        Unfit: anything else.
+        InvalidRecord: anything else.
     """
     entries = _entries(record, MESSAGES)
     turns = [_parse_message(entry, number) for number, entry in enumerate(entries, 1)]
@@ -160,7 +160,9 @@ def _parse_message(entry: object, number: int) -> Turn:
             thinking = parse_thinking(entry, role, owner)
         calls = parse_tool_calls(entry, owner)
         if calls and role != "assistant":
-            raise Unfit(f"{owner} is from {shown(entry['role'])} and calls a function", "Only the assistant calls")
+            raise InvalidRecord(
+                f"{owner} is from {shown(entry['role'])} and calls a function", "Only the assistant calls"
+            )
     content = entry.get("content")
     if isinstance(content, str):
         return Turn(role, content, calls, weight, thinking)
@@ -175,12 +177,14 @@ def _part_texts(parts: list[Any], number: int) -> Iterator[str]:
     fix = 'Write {"type": "text", "text": "..."}, or a string instead of the list'
     for part in parts:
         if not isinstance(part, dict):
-            raise Unfit(f"a part of turn {number} must be an object, not {shown(part)}", fix)
+            raise InvalidRecord(f"a part of turn {number} must be an object, not {shown(part)}", fix)
         if part.get("type") != "text":
-            raise Unfit(f"turn {number} has a part of type {shown(part.get('type'))}: only text can be trained on", fix)
+            raise InvalidRecord(
+                f"turn {number} has a part of type {shown(part.get('type'))}: only text can be trained on", fix
+            )
         text = part.get("text")
         if not isinstance(text, str):
-            raise Unfit(f'the "text" of a part of turn {number} must be a string, not {shown(text)}', fix)
+            raise InvalidRecord(f'the "text" of a part of turn {number} must be a string, not {shown(text)}', fix)
         yield text
 
 
@@ -201,37 +205,41 @@ def _entries(record: Record, style: Style) -> list[Any]:
     if entries is None:
         entries, name = others, other
     elif others is not None:
-        raise Unfit(f'the record has "{own}" and "{other}"', "Keep one of them")
+        raise InvalidRecord(f'the record has "{own}" and "{other}"', "Keep one of them")
     if entries is None:
-        raise Unfit(f'the record has no "{own}", its fields are {shown(list(record))}', style.example)
+        raise InvalidRecord(f'the record has no "{own}", its fields are {shown(list(record))}', style.example)
     if not isinstance(entries, list):
-        raise Unfit(f'"{name}" must be a list of turns, not {shown(entries)}', style.example)
+        raise InvalidRecord(f'"{name}" must be a list of turns, not {shown(entries)}', style.example)
     if not entries:
-        raise Unfit(f'"{name}" is empty', "Give it at least one turn, or remove the record")
+        raise InvalidRecord(f'"{name}" is empty', "Give it at least one turn, or remove the record")
     return entries
 
 
 def _role(entry: object, number: int, style: Style) -> str:
     if not isinstance(entry, dict):
-        raise Unfit(f"turn {number} must be an object, not {shown(entry)}", style.example)
+        raise InvalidRecord(f"turn {number} must be an object, not {shown(entry)}", style.example)
     author = entry.get(style.author)
     role = style.roles.get(author) if isinstance(author, str) else None
     if role is None:
         if author is None:
-            raise Unfit(f'turn {number} has no "{style.author}", its fields are {shown(list(entry))}', style.example)
-        raise Unfit(
+            raise InvalidRecord(
+                f'turn {number} has no "{style.author}", its fields are {shown(list(entry))}', style.example
+            )
+        raise InvalidRecord(
             f"turn {number} is from an unknown role, {shown(author)}", f"Known roles are {', '.join(style.roles)}"
         )
     if role == "system" and number > 1:
-        raise Unfit(f"turn {number} is from {shown(author)}", "A system message can only be the first turn")
+        raise InvalidRecord(f"turn {number} is from {shown(author)}", "A system message can only be the first turn")
     return role
 
 
-def _no_text(entry: Record, number: int, style: Style) -> Unfit:
+def _no_text(entry: Record, number: int, style: Style) -> InvalidRecord:
     if style.text not in entry:
-        return Unfit(f'turn {number} has no "{style.text}", its fields are {shown(list(entry))}', style.example)
+        return InvalidRecord(f'turn {number} has no "{style.text}", its fields are {shown(list(entry))}', style.example)
     text = shown(entry[style.text])
-    return Unfit(f'the "{style.text}" of turn {number} must be a string, not {text}', "Write the text as a string")
+    return InvalidRecord(
+        f'the "{style.text}" of turn {number} must be a string, not {text}', "Write the text as a string"
+    )
 
 
 # --------------------------------------------------------------------------------------------------- turns -> record
@@ -268,7 +276,7 @@ def arguments_value(call: ToolCall) -> Any:
         return call.arguments
     try:
         value = parse_json(call.arguments, "arguments")
-    except Unfit:
+    except InvalidRecord:
         return call.arguments
     # A string would be taken for the text of arguments again, and null for none.
     if value is None or isinstance(value, str) or json.dumps(value, ensure_ascii=False) != call.arguments:

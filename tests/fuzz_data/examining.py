@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+from chat.label_mask import IGNORE_INDEX
 from data_utils import files, json_stream
 from data_utils.dataset import BAD_RECORD, DataOptions, DataReader, ExampleSet
-from data_utils.receipt.text import render_receipt
+from data_utils.report.text import render_report
 from data_utils.sources import parse_source
 from errors import DataError
-from qwen_model.chatml import IGNORE_INDEX
 from tests.fuzz_data.drafts import Case, Must
 from tests.fuzz_data.plain import BAD, At, Sample, encoder, expected, plain_units, row_units
 
@@ -102,7 +102,7 @@ def read(path: Path, skip_bad: bool) -> Reading:
     sources, options = {"train": [parse_source(str(path))]}, DataOptions(skip_bad=skip_bad)
     with _watched(reading):
         reader = DataReader(sources, encoder(), options, most_samples=2, show_progress=False)
-        examples = ExampleSet(reader.receipts["train"])
+        examples = ExampleSet(reader.reports["train"])
         try:
             for taken in reader.read():
                 examples.add(taken)
@@ -138,9 +138,9 @@ def _read_message(message: str, path: Path, reading: Reading) -> None:
 
 
 def _read_account(examples: ExampleSet, path: Path, reading: Reading) -> None:
-    receipt = examples.receipt
-    [source] = receipt.sources
-    receipt.as_dict()
+    report = examples.report
+    [source] = report.sources
+    report.as_dict()
     reading.skipped = [_place(place, path) for place in source.skipped.places.get(BAD_RECORD, [])]
     reading.skipped_total = source.skipped.total
     if not source.in_file == source.read == source.kept + source.skipped.total:
@@ -148,9 +148,9 @@ def _read_account(examples: ExampleSet, path: Path, reading: Reading) -> None:
         reading.wrong.append(f"an account that does not add up: {counts}")
     if source.kept != len(examples):
         reading.wrong.append(f"{source.kept} kept, {len(examples)} examples")
-    shown = render_receipt(receipt, color=False)
+    shown = render_report(report, color=False)
     if not shown.replace("\n", "").isprintable():
-        reading.wrong.append("a receipt that cannot be shown")
+        reading.wrong.append("a report that cannot be shown")
 
 
 def examine(case: Case, path: Path, number: int = 0) -> Result:

@@ -13,10 +13,10 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from chat.families import QWEN_V1
 from data_utils.encode import EncodeOptions, Encoder
 from data_utils.formats import Format, recognise
 from errors import DataError
-from qwen_model.families import QWEN_V1
 from qwen_model.tokenization_qwen import QWenTokenizer
 from tests.fuzz_data.drafts import Record
 

@@ -14,6 +14,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from checkpoints.shards import fingerprint
+from loading.adapters import embeddings_policy
+from loading.checkpoint import load_checkpoint, load_weights
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.register import register_qwen
 from scripts.convert_layout import main
@@ -22,8 +24,6 @@ from tests.golden import LOGITS_ATOL, assert_close
 from tests.merging import merge_well
 from tests.models import TINY, change_json, copy_checkpoint, write_conversations, write_later_checkpoint
 from tests.quantized import write_gptq
-from training.adapters import embeddings_policy
-from training.loading import load_checkpoint, load_weights
 
 IDS = torch.arange(40).view(2, 20)
 

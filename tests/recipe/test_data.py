@@ -122,8 +122,8 @@ def test_flags_of_the_data_reach_the_run(tmp_path: Path) -> None:
         "sequential", "--eval_strategy", "epoch", "--num_train_epochs", 1, "--per_device_train_batch_size", 4,
         "--save_strategy", "no", "--logging_steps", 1, "--output_dir", tmp_path / "out",
     )  # fmt: skip
-    receipt = read_json(tmp_path / "out" / "data_receipt.json")
-    train, held = receipt["train"], receipt["eval"]
+    report = read_json(tmp_path / "out" / "data_receipt.json")
+    train, held = report["train"], report["eval"]
     counts = [(source["in_file"], source["read"], source["kept"]) for source in train["sources"]]
     assert counts == [(21, 9, 8), (8, 12, 12)]  # of 10 and of 8, two are held out each; the bad record is skipped
     assert train["sources"][0]["skipped_by_reason"] == {"bad record": 1}
@@ -134,7 +134,7 @@ def test_flags_of_the_data_reach_the_run(tmp_path: Path) -> None:
 
     finetune_here("--config", tmp_path / "out" / "run_args.json", "--output_dir", tmp_path / "again")
     assert logged_losses(tmp_path / "again") == logged_losses(tmp_path / "out")
-    assert read_json(tmp_path / "again" / "data_receipt.json") == receipt
+    assert read_json(tmp_path / "again" / "data_receipt.json") == report
 
 
 def test_the_examples_of_the_readme_are_read_as_they_are_called() -> None:

@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune
 from data_utils.encode import EncodeOptions, Encoder
+from loading.checkpoint import load_checkpoint
 from scripts import ask
 from tests.commands import finetune_here, logged_losses, names_in, read_json, run_all, run_here, run_well
 from tests.data import load
 from tests.models import CONVERSATIONS, write_conversations, write_later_checkpoint
-from training.loading import load_checkpoint
 
 FAMILIES = {"qwen2": "qwen2_5", "qwen3": "qwen3"}
 QUESTION, ANSWER = CONVERSATIONS[1][0][1], CONVERSATIONS[1][1][1]

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from qwen_model.chatml import encode_prompt, render_prompt
-from qwen_model.turns import Turn
+from chat.render import encode_prompt, render_prompt
+from chat.turns import Turn
+from loading.checkpoint import load_checkpoint
+from loading.inference import load_for_inference
 from tests.commands import environment, read_json
 from tests.golden import REPO
-from training.inference import load_for_inference
-from training.loading import load_checkpoint
 
 WORK = REPO / "build" / "quickstart"
 IDENTITY = REPO / "examples" / "identity.json"

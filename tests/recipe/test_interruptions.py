@@ -28,8 +28,8 @@ from tests.commands import (
 )
 from tests.golden import REPO
 from tests.models import TINY, write_conversations
-from training.curves import load_rows
-from training.resume.manifest import checkpoints_in, step_of
+from training.run_folder.curves import load_rows
+from training.run_folder.manifest import checkpoints_in, step_of
 
 MODEL = ["config.json", "generation_config.json", "model.safetensors", "qwen.tiktoken", "tokenizer_config.json"]
 CHECKPOINT = sorted([*MODEL, "manifest.json", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"])
@@ -77,7 +77,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_saved(
         f"finetune.py: error: cannot save to {output / place} ({reason}). Free some space there; what was saved before "
         f"is as it was. The same command with --resume_from_checkpoint {output / 'checkpoint-2'} goes on from there"
     )
-    # The log goes on with the steps that were done, receipt and arguments tell of the run at hand, which is not done.
+    # The log goes on with the steps that were done, report and arguments tell of the run at hand, which is not done.
     changed = ("training_log.jsonl", "data_receipt.json", "data_receipt.html", "run_args.json", "run_summary.json")
     assert "run_summary.json" not in names_in(output)
     assert {name: content for name, content in contents(output).items() if name not in changed} == {

@@ -304,7 +304,7 @@ def test_a_merged_tensor_that_is_not_what_it_should_be_is_found(
 
 KILLED = """
 import os, sys
-import merge_lora, training.hubs, export.bases, export.folder, export.merging, export.prompts, export.verify, torch
+import merge_lora, loading.hubs, export.bases, export.folder, export.merging, export.verify.prompts, export.verify.compare, torch
 torch.set_num_threads(1)
 print("ready", flush=True)
 for line in sys.stdin:

@@ -85,8 +85,8 @@ def test_mpirun_and_srun_start_what_torchrun_starts(tmp_path: Path) -> None:
     with started(tmp_path, [command] * 2, [sruns(rank, port) for rank in range(2)]) as processes:
         assert [process.wait(TIMEOUT) for process in processes] == [0, 0], last_line(tmp_path, 0)
     assert (tmp_path / "err.1").read_text() == ""  # nothing at all
-    receipts = [read_json(tmp_path / name / "out" / "data_receipt.json") for name in ("mpi", "slurm")]
-    assert [receipt["train"]["kept"] for receipt in receipts] == [8, 8]
+    reports = [read_json(tmp_path / name / "out" / "data_receipt.json") for name in ("mpi", "slurm")]
+    assert [report["train"]["kept"] for report in reports] == [8, 8]
     losses = logged_losses(tmp_path / "mpi" / "out")
     assert len(losses) == 3
     assert logged_losses(tmp_path / "slurm" / "out") == losses

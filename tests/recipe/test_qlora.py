@@ -16,16 +16,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 import merge_lora
-from checkpoints.quantization import Quantization
+from checkpoints.model_config import Quantization
 from checkpoints.shards import open_checkpoint
+from loading.adapters import load_adapter
+from loading.checkpoint import load_checkpoint, load_weights
+from loading.inference import load_for_inference
+from loading.quantized import QuantizedLinear
 from scripts import ask, make_tiny_qwen
 from tests.commands import Recorder, finetune_here, logged_losses, read_json, run, run_here
 from tests.models import TINY, copy_checkpoint, write_conversations, write_later_checkpoint
 from tests.quantized import write_awq, write_gptq
-from training.adapters import load_adapter
-from training.inference import load_for_inference
-from training.loading import load_checkpoint, load_weights
-from training.quantized import QuantizedLinear
 
 CORPUS = "corpora/fastchat_dummy_conversation.json"
 NF4, INT8 = ["--q_lora"], ["--q_lora", "--load_in_8bit"]

@@ -13,9 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from chat.label_mask import IGNORE_INDEX
 from data_utils.encode import EncodeOptions, UnweightedExample
+from loading.checkpoint import load_checkpoint, load_weights
 from quantize.calibration import draw_samples
-from qwen_model.chatml import IGNORE_INDEX
 from qwen_model.register import register_qwen
 from scripts import make_tiny_qwen, quantize
 from tests.commands import finetune_here, limited_file_size, names_in, read_json, run_here, run_well
@@ -28,7 +29,6 @@ from tests.models import (
     write_conversations,
     write_later_checkpoint,
 )
-from training.loading import load_checkpoint, load_weights
 
 IDENTITY = REPO / "examples" / "identity.json"
 FAMILIES = ("qwen", "qwen2", "qwen3")
@@ -315,7 +315,7 @@ def test_an_output_folder_that_is_taken_is_refused_at_once(tmp_path: Path, capsy
 def test_a_missing_library_is_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("checkpoints.quantization.importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("checkpoints.model_config.importlib.util.find_spec", lambda name: None)
     base = write_base(tmp_path / "base", "qwen")
     given = ["--model_name_or_path", base, "--data_path", IDENTITY, "--output_dir", tmp_path / "out", "--format", "nf4"]
     assert run_here(quantize.main, "quantize", given) == 2

@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from checkpoints.dequantize import PARTS, dequantize
-from checkpoints.quantization import find_quantization
+from checkpoints.model_config import find_quantization
+from checkpoints.packed_weights import PARTS, dequantize
+from loading.checkpoint import load_checkpoint, load_weights
 from tests.golden import REPO
 from tests.models import TINY, write_later_checkpoint
 from tests.quantized import write_awq, write_dequantized, write_gptq, write_wide
-from training.loading import load_checkpoint, load_weights
 
 IDS = torch.randint(0, 700, (2, 24), generator=torch.Generator().manual_seed(0))
 

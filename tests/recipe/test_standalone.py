@@ -13,15 +13,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from chat.families import QWEN_V1
+from chat.render import encode_prompt, render_prompt
+from chat.turns import Turn
 from checkpoints.shards import open_checkpoint
 from checkpoints.writing import save_source
 from export.chat import write_chat_template, write_generation_config
 from export.standalone import write_code
-from qwen_model.chatml import encode_prompt, render_prompt
-from qwen_model.families import QWEN_V1
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.tokenization_qwen import QWenTokenizer
-from qwen_model.turns import Turn
 from tests.golden import Golden, assert_close
 from tests.models import copy_checkpoint
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from errors import ConfigError, DataError, RunError, numbered, run_command
+from commands import run_command
+from errors import ConfigError, DataError, RunError, numbered
 from tests.golden import REPO
 
 
@@ -187,7 +188,7 @@ def test_a_failure_of_several_processes_names_its_rank(environment: dict[str, st
 
 @pytest.mark.parametrize("fault", ["ConfigError", "RunError"])
 def test_who_waits_is_told_of_a_failure(tmp_path: Path, fault: str) -> None:
-    lines = ("import errors", "errors.tell_failures('rank 1 (b)', print)", f"raise errors.{fault}('--x 1')")
+    lines = ("import commands, errors", "commands.tell_failures('rank 1 (b)', print)", f"raise errors.{fault}('--x 1')")
     body = "\n        ".join(lines)
     process = start(tmp_path, body, RANK="1", WORLD_SIZE="2", LOCAL_RANK="0")
     out, err = process.communicate(timeout=30)
@@ -198,7 +199,11 @@ def test_who_waits_is_told_of_a_failure(tmp_path: Path, fault: str) -> None:
 
 def test_telling_others_does_not_hold_a_failure_up(tmp_path: Path) -> None:
     """Who keeps the messages may be gone."""
-    lines = ("import errors", "errors.tell_failures('rank 1', lambda message: time.sleep(60))", "raise KeyError")
+    lines = (
+        "import commands, errors",
+        "commands.tell_failures('rank 1', lambda message: time.sleep(60))",
+        "raise KeyError",
+    )
     process = start(tmp_path, "\n        ".join(lines), RANK="1", WORLD_SIZE="2")
     started = time.monotonic()
     assert "unexpected KeyError" in process.communicate(timeout=30)[1]
@@ -209,7 +214,7 @@ def test_a_fault_that_all_share_is_reported_by_the_first(tmp_path: Path) -> None
     """Wherever the others run: on another host each would be the first of its own."""
     body = 'import errors; raise errors.shared(errors.ConfigError("--x 1"))'
     first, second = (
-        start(tmp_path, body.replace("raise", "errors._WAIT_FOR_FIRST = 0.1; raise"), RANK=rank, WORLD_SIZE="2")
+        start(tmp_path, body.replace("raise", "commands._WAIT_FOR_FIRST = 0.1; raise"), RANK=rank, WORLD_SIZE="2")
         for rank in ("0", "1")
     )
     assert first.communicate(timeout=30)[1] == "tune.py [rank 0]: error: --x 1\n"
@@ -239,7 +244,7 @@ def test_a_lost_process_is_called_so(
     assert ends(RuntimeError(message)) == 1
     assert "unexpected RuntimeError" in capsys.readouterr().err  # one process has lost nobody
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    monkeypatch.setattr("errors._end_now", sys.exit)  # which would end the tests
+    monkeypatch.setattr("commands._end_now", sys.exit)  # which would end the tests
     assert ends(RuntimeError(message)) == 1
     line = capsys.readouterr().err
     assert words in line

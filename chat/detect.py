@@ -1,0 +1,150 @@
+"""Which family a checkpoint belongs to.
+
+Qwen v1 is fixed. A later checkpoint carries a chat template: its default system message is read off that template, and
+its answer style and tool form are those of ``families.ANSWER_STYLES`` and ``hermes.HERMES_FORMS`` that render the same
+text, so that what is trained is what the checkpoint's own template writes. Names decide nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from jinja2 import TemplateError
+
+from chat.families import ANSWER_STYLES, DEFAULT_SYSTEM, IM_END, IM_START, QWEN_V1, Family
+from chat.render import render, render_prompt, text_of
+from chat.tools_hermes import HERMES_FORMS
+from chat.turns import Tool, ToolCall, Turn
+from errors import ConfigError
+
+Probe = tuple[Turn, ...]
+
+_ASK, _ANSWER = Turn("user", "u"), Turn("assistant", "b")
+# Each pair of styles renders at least one of these differently.
+_PROBES: tuple[Probe, ...] = (
+    (Turn("system", "s"), _ASK, _ANSWER),
+    (Turn("user", "\nu"), Turn("assistant", "\n\na\n"), _ASK, Turn("assistant", "\nb")),
+    (_ASK, Turn("assistant", "\na"), _ANSWER),
+)
+
+_TOOLS: tuple[Tool, ...] = ({"type": "function", "function": {"name": "é", "parameters": {"b": [1.0], "a": {}}}}, {})
+_CALL, _RESULT = ToolCall("f", {"é": [True, "<"], "a": 1e-07}), Turn("tool", "\nr")
+_CALLING = Turn("assistant", "", (_CALL,))
+_TOOL_PROBES: tuple[Probe, ...] = (
+    (Turn("system", "s"), _ASK, Turn("assistant", "a\n", (_CALL, ToolCall("g", {}))), _RESULT, _RESULT, _ANSWER),
+    (_ASK, _CALLING, _RESULT, _ANSWER, _ASK, _CALLING._replace(content="a")),
+)
+_TEXT_PROBE: Probe = (_ASK, Turn("assistant", "", (ToolCall("f", '{"a" :1}'),)), _RESULT, _ANSWER)
+
+_THOUGHT = Turn("assistant", "a", thinking="\nt\n")
+_THINKING_PROBES: tuple[Probe, ...] = (
+    (_ASK, Turn("assistant", "<think>\nt\n</think>\n\na"), _ASK, Turn("assistant", "t</think>b")),
+    (_ASK, _THOUGHT, _THOUGHT, _ASK, _THOUGHT, _THOUGHT),
+)
+_STEP = _THOUGHT._replace(calls=(_CALL,))
+_STEPS_PROBE: Probe = (_ASK, _STEP, _RESULT, _STEP, _RESULT, _THOUGHT, _ASK, _STEP._replace(content=""), _RESULT, _STEP)
+
+ApplyTemplate = Callable[[Sequence[dict[str, Any]], Sequence[Tool], bool], str]
+
+
+def family_of(model_type: str, tokenizer: Any) -> Family:
+    """The family of a checkpoint, from its config's ``model_type`` and its tokenizer's chat template.
+
+    Raises:
+        ConfigError: an unknown ``model_type``, or a chat template that writes plain conversations in no known way.
+    """
+    if model_type == "qwen":
+        return QWEN_V1
+    if model_type not in ("qwen2", "qwen3"):
+        raise ConfigError(
+            f"config.json: model_type {model_type!r} is not supported",
+            "Use a checkpoint of model_type qwen, qwen2 or qwen3",
+        )
+    if not getattr(tokenizer, "chat_template", None):
+        # Base checkpoints without a template: what the first instruct models of the model_type do.
+        return replace(ANSWER_STYLES[0], default_system=DEFAULT_SYSTEM if model_type == "qwen2" else None)
+
+    def apply(messages: Sequence[dict[str, Any]], tools: Sequence[Tool], prompt: bool) -> str:
+        return str(
+            tokenizer.apply_chat_template(
+                list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
+            )
+        )
+
+    return match_template(apply)
+
+
+def match_template(apply: ApplyTemplate) -> Family:
+    """The answer style, tool form and default system message with which our rendering equals a chat template's.
+
+    Without a tool form that does, the family has none; where thinking is written otherwise, it does not know thinking.
+
+    Args:
+        apply: renders messages (OpenAI's dicts) and tools, with or without the generation prompt, to text.
+
+    Raises:
+        ConfigError: no known style renders the probes as the template does.
+    """
+    default_system = _default_system(apply)
+    for style in ANSWER_STYLES:
+        family = replace(style, default_system=default_system)
+        if all(_renders_alike(probe, (), family, apply) for probe in _PROBES):
+            return _with_thinking(_with_tools(family, apply), apply)
+    raise ConfigError(
+        "tokenizer_config.json: the checkpoint's chat template does not write plain conversations as any known Qwen "
+        "template does",
+        "Restore the official chat template of the checkpoint",
+    )
+
+
+def _default_system(apply: ApplyTemplate) -> str | None:
+    before, _, _ = apply([{"role": "user", "content": "u"}], (), True).partition(f"{IM_START}user\nu")
+    opening, closing = f"{IM_START}system\n", f"{IM_END}\n"
+    if before.startswith(opening) and before.endswith(closing):
+        return before[len(opening) : -len(closing)]
+    return None
+
+
+def _with_tools(family: Family, apply: ApplyTemplate) -> Family:
+    for form in HERMES_FORMS:
+        with_form = replace(family, tool_form=form)
+        probes = (*_TOOL_PROBES, _TEXT_PROBE) if form.keeps_text else _TOOL_PROBES
+        if all(_renders_alike(probe, _TOOLS, with_form, apply) for probe in probes):
+            return with_form
+    return family
+
+
+def _with_thinking(family: Family, apply: ApplyTemplate) -> Family:
+    probes = (*_THINKING_PROBES, _STEPS_PROBE) if family.tool_form else _THINKING_PROBES
+    return replace(family, knows_thinking=all(_renders_alike(probe, (), family, apply) for probe in probes))
+
+
+def _renders_alike(probe: Sequence[Turn], tools: Sequence[Tool], family: Family, apply: ApplyTemplate) -> bool:
+    """Whether a probe, and the prompt for its last answer, have the template's text; false where that fails."""
+    try:
+        whole, prompt = apply(_messages(probe), tools, False), apply(_messages(probe[:-1]), tools, True)
+    except (TemplateError, TypeError, ValueError):
+        return False
+    return _closed(whole) == text_of(render(probe, family, tools=tools)) and prompt == text_of(
+        render_prompt(probe[:-1], family, tools=tools)
+    )
+
+
+def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
+    return [_message(turn) for turn in turns]
+
+
+def _message(turn: Turn) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": turn.role, "content": turn.content}
+    if turn.thinking is not None:
+        message["reasoning_content"] = turn.thinking
+    if turn.calls:
+        message["tool_calls"] = [{"type": "function", "function": call._asdict()} for call in turn.calls]
+    return message
+
+
+def _closed(text: str) -> str:
+    """The template of Qwen1.5's launch leaves the last message open; a training text is always closed."""
+    return text if text.endswith(f"{IM_END}\n") else f"{text}{IM_END}\n"

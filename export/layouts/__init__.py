@@ -1,0 +1,1 @@
+"""Qwen v1 in Qwen2's layout, and back."""

@@ -1,0 +1,192 @@
+"""Qwen v1's tokenizer as a fast one (``tokenizer.json``) and back: the same ids for every text.
+
+A rank file says which tokens there are and, by their order, which are merged first. ``tokenizer.json`` wants the pairs
+that are merged. A token's pair is what its bytes are merged into by all tokens of lower rank: where a text holds its
+bytes between two cuts that still stand at that moment, the same merges have happened there as in the token alone.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
+from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+from chat.families import END_OF_TEXT, IM_END, IM_START
+from checkpoints.folders import save_json, save_text
+from checkpoints.shards import load_json
+from errors import ConfigError, one_line
+from export.chat import CHATML_TEMPLATE
+from qwen_model.tokenization_qwen import SPECIAL_TOKENS, SPLIT_PATTERN, QWenTokenizer
+
+CONTROL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
+TEMPLATE_FILE = "chat_template.jinja"
+_LETTERS: dict[int, str] = bytes_to_unicode()
+_BYTES = {letter: byte for byte, letter in _LETTERS.items()}
+
+
+def save_fast_tokenizer(folder_in: Path, folder_out: Path) -> None:
+    """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` for Qwen v1's rank files.
+
+    As in Qwen2's tokenizers three control tokens are recognised in a text, and no more: the 205 ``<|extra_N|>`` keep
+    their ids, which no text gets. A text after a header is tokenised together with it, which Qwen v1 cut there: a
+    message that begins with a line break differs.
+
+    Args:
+        folder_in: holds ``qwen.tiktoken`` and what else belongs to Qwen v1's tokenizer.
+        folder_out: may be the same folder.
+
+    Raises:
+        ConfigError: a rank file that is missing or broken.
+    """
+    tokenizer = _load(folder_in)
+    template = _find_template(folder_in) or CHATML_TEMPLATE
+    ranks = tokenizer.mergeable_ranks
+    vocabulary = {_letters(token): rank for token, rank in ranks.items()} | tokenizer.special_tokens
+    # A piece that is a token is that token, whether merges lead there or not: ranks that were added later need it.
+    fast = Tokenizer(models.BPE(vocab=vocabulary, merges=_merges(ranks), ignore_merges=True))
+    fast.normalizer = normalizers.NFC()
+    split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated")
+    in_letters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.pre_tokenizer = pre_tokenizers.Sequence([split, in_letters])
+    fast.decoder = decoders.ByteLevel()
+    fast.post_processor = processors.ByteLevel(trim_offsets=False)
+    fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
+    save_text(fast.to_str(pretty=True) + "\n", folder_out / "tokenizer.json")
+    save_text(template, folder_out / TEMPLATE_FILE)
+    settings = {
+        # Takes tokenizer.json as it stands; Qwen2Tokenizer builds it anew, without the rule for whole pieces.
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": tokenizer.model_max_length,
+        "eos_token": IM_END,
+        "pad_token": END_OF_TEXT,
+        "clean_up_tokenization_spaces": False,
+    }
+    save_json(settings, folder_out / "tokenizer_config.json")
+
+
+def save_rank_tokenizer(folder_in: Path, folder_out: Path) -> None:
+    """Write ``qwen.tiktoken`` (with ``qwen_extra.tiktoken``, if need be) and Qwen v1's settings for a fast tokenizer.
+
+    Args:
+        folder_in: holds ``tokenizer.json``.
+        folder_out: may be the same folder.
+
+    Raises:
+        ConfigError: a tokenizer that is missing, or that ranks cannot say.
+    """
+    path = folder_in / "tokenizer.json"
+    fast = load_json(path)
+    try:
+        model, added = fast["model"], {each["content"]: int(each["id"]) for each in fast["added_tokens"]}
+        _check_pipeline(fast, path)
+        ids: dict[str, int] = model["vocab"] | added
+        first = ids[END_OF_TEXT]
+        specials = {token: first + place for place, token in enumerate(SPECIAL_TOKENS)}
+        strange = [token for token in (*added, *CONTROL_TOKENS) if specials.get(token) != ids[token]]
+        if strange:
+            what = f"{path}: {strange[0]} has the id {ids[strange[0]]}, which it has not in Qwen v1's tokenizer"
+            raise ConfigError(what, "Keep the layout of Qwen2")
+        ranks = {_token(letters): rank for letters, rank in model["vocab"].items() if letters not in specials}
+        pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        what = f"{path} is no byte-level BPE with Qwen's tokens ({type(error).__name__}: {one_line(error)})"
+        raise ConfigError(what, "Copy it again from the original checkpoint") from error
+    if pairs != _merges(ranks):
+        what = f"{path}: its merges are not those that the order of its tokens says"
+        raise ConfigError(what, "Keep the layout of Qwen2")
+    _save_ranks({token: rank for token, rank in ranks.items() if rank < first}, folder_out / "qwen.tiktoken")
+    if extra := {token: rank for token, rank in ranks.items() if rank >= first}:
+        _save_ranks(extra, folder_out / "qwen_extra.tiktoken")
+    if template := _find_template(folder_in):
+        save_text(template, folder_out / TEMPLATE_FILE)
+    settings = {"tokenizer_class": "QWenTokenizer"}
+    save_json(settings | _model_max_length(folder_in), folder_out / "tokenizer_config.json")
+    _load(folder_out)
+
+
+def _load(folder: Path) -> QWenTokenizer:
+    try:
+        tokenizer: QWenTokenizer = QWenTokenizer.from_pretrained(folder)
+    except ConfigError:
+        raise
+    except (OSError, ValueError, TypeError) as error:
+        what = f"{folder}: its tokenizer cannot be read ({one_line(error)})"
+        raise ConfigError(what, "Copy qwen.tiktoken and tokenizer_config.json from the original checkpoint") from error
+    return tokenizer
+
+
+def _find_template(folder: Path) -> str | None:
+    """The chat template that a folder has."""
+    if (folder / TEMPLATE_FILE).is_file():
+        return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+    config = folder / "tokenizer_config.json"
+    named = load_json(config).get("chat_template") if config.is_file() else None
+    return named if isinstance(named, str) else None
+
+
+def _model_max_length(folder: Path) -> dict[str, int]:
+    config = folder / "tokenizer_config.json"
+    length = load_json(config).get("model_max_length") if config.is_file() else None
+    return {"model_max_length": length} if isinstance(length, int) else {}
+
+
+def _merges(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:
+    """The pairs that are merged, the first ones first."""
+    by_rank = sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__)
+    return [(_letters(left), _letters(right)) for token in by_rank for left, right in _pairs(token, ranks)]
+
+
+def _pairs(token: bytes, ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
+    """The pairs that become a token: one, unless a part of it has a higher rank than the token itself."""
+    parts, rank = [bytes((byte,)) for byte in token], ranks[token]
+    while len(parts) > 2:
+        merged = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
+        lowest = min(merged)
+        if lowest >= rank:
+            break
+        place = merged.index(lowest)
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    if len(parts) == 2:
+        yield parts[0], parts[1]
+        return
+    for cut in range(1, len(token)):
+        if token[:cut] in ranks and token[cut:] in ranks:
+            yield token[:cut], token[cut:]
+
+
+def _letters(token: bytes) -> str:
+    """Bytes in the alphabet of byte-level BPE, which has a printable letter for each of them."""
+    return "".join(_LETTERS[byte] for byte in token)
+
+
+def _token(letters: str) -> bytes:
+    return bytes(_BYTES[letter] for letter in letters)
+
+
+def _check_pipeline(fast: Mapping[str, Any], path: Path) -> None:
+    """What happens to a text before it is merged is what happens in Qwen v1's tokenizer."""
+    patterns = [
+        step["pattern"].get("Regex") for step in fast["pre_tokenizer"]["pretokenizers"] if step["type"] == "Split"
+    ]
+    if (
+        fast["model"].get("type", "BPE") != "BPE"
+        or fast["normalizer"] != {"type": "NFC"}
+        or patterns != [SPLIT_PATTERN]
+    ):
+        found = json.dumps({"normalizer": fast["normalizer"], "patterns": patterns}, ensure_ascii=False)
+        raise ConfigError(f"{path} cuts texts otherwise than Qwen v1's tokenizer ({found})", "Keep the layout of Qwen2")
+
+
+def _save_ranks(ranks: Mapping[bytes, int], path: Path) -> None:
+    lines = [
+        f"{base64.b64encode(token).decode()} {rank}\n" for token, rank in sorted(ranks.items(), key=lambda i: i[1])
+    ]
+    save_text("".join(lines), path)

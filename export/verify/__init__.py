@@ -1,0 +1,1 @@
+"""Compare an exported folder with what it was made from."""

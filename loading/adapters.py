@@ -1,0 +1,215 @@
+"""LoRA adapters: which layers get one, and whether embeddings train beside it."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora import awq, gptq
+from safetensors import SafetensorError
+from transformers import PreTrainedModel
+
+from chat.render import control_ids_of
+from checkpoints.shards import open_checkpoint
+from errors import ConfigError, one_line
+from loading.checkpoint import Checkpoint
+from loading.token_rows import sharded_token_rows, use_lean_trainable_tokens
+from training.config.args import LoraArguments
+
+logger = logging.getLogger(__name__)
+
+_LATER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGET_MODULES = {"qwen": ("c_attn", "c_proj", "w1", "w2"), "qwen2": _LATER_LAYERS, "qwen3": _LATER_LAYERS}
+ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
+EMBEDDING_MODULES = {
+    "qwen": ("wte", "lm_head"),
+    "qwen2": ("embed_tokens", "lm_head"),
+    "qwen3": ("embed_tokens", "lm_head"),
+}
+
+
+@dataclass(frozen=True)
+class EmbeddingsPolicy:
+    """What trains of embedding and head (``full``, ``chatml_tokens``, ``none``), and why."""
+
+    mode: str
+    reason: str
+
+
+def embeddings_policy(requested: str, checkpoint: Checkpoint, lora_weight_path: str = "") -> EmbeddingsPolicy:
+    """Resolve ``--trainable_embeddings``.
+
+    An adapter that is continued has decided already.
+
+    A base model of Qwen v1 never saw ``<|im_start|>`` and ``<|im_end|>``: without training their rows it cannot learn
+    where an answer ends. Whether a checkpoint is one is what its generation_config says, not what its folder is called.
+    """
+    if lora_weight_path:
+        config = _load_adapter_config(lora_weight_path, "--lora_weight_path")
+        mode = "full" if config.modules_to_save else "chatml_tokens" if config.trainable_token_indices else "none"
+        if requested not in ("auto", mode):
+            raise ConfigError(
+                f"--trainable_embeddings {requested}: the adapter of --lora_weight_path was made with {mode}",
+                "Leave --trainable_embeddings out, or start a new adapter",
+            )
+        return EmbeddingsPolicy(mode, f"--lora_weight_path {lora_weight_path}: as that adapter was made")
+    if requested != "auto":
+        return EmbeddingsPolicy(requested, f"--trainable_embeddings {requested}")
+    if checkpoint.model_type != "qwen" and checkpoint.chat_format is None:
+        return EmbeddingsPolicy("none", f"auto: {checkpoint.model_type} checkpoints know the ChatML tokens")
+    if checkpoint.chat_format == "chatml":
+        return EmbeddingsPolicy("none", "auto: generation_config.json says chat_format chatml, a chat model")
+    return EmbeddingsPolicy(
+        "full",
+        f"auto: generation_config.json says chat_format {checkpoint.chat_format!r}, a base model that does not know "
+        "the ChatML tokens yet",
+    )
+
+
+def attach_lora(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    lora: LoraArguments,
+    policy: EmbeddingsPolicy,
+    in_float32: bool = True,
+) -> PeftModel:
+    """Freeze the model and put an adapter on it.
+
+    Args:
+        in_float32: hold what trains in float32 whatever the model's precision: updates of a few thousandths of a
+            weight vanish in bfloat16's eight bits.
+
+    Raises:
+        ConfigError: target modules that the model does not have, or an adapter that cannot be continued.
+    """
+    if lora.lora_weight_path:
+        adapted = load_adapter(model, lora.lora_weight_path, "--lora_weight_path", True, in_float32)
+    else:
+        config = _build_config(model, checkpoint, lora, policy)
+        with _without_gptqmodel(), sharded_token_rows():
+            adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
+    use_lean_trainable_tokens(adapted)
+    if in_float32:
+        for parameter in adapted.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+    return adapted
+
+
+def load_adapter(
+    model: PreTrainedModel, folder: str, flag: str, is_trainable: bool = False, in_float32: bool = True
+) -> PeftModel:
+    """Put a saved adapter on its base.
+
+    Args:
+        flag: the one that named the folder, for messages.
+
+    Raises:
+        ConfigError: no adapter, one of another model, or one whose file lacks a LoRA matrix.
+    """
+    _load_adapter_config(folder, flag)
+    try:
+        with _without_gptqmodel():
+            adapted = PeftModel.from_pretrained(
+                model, folder, is_trainable=is_trainable, autocast_adapter_dtype=in_float32
+            )
+        saved = {name.replace(".default", "") for name in open_checkpoint(folder, ADAPTER_FILES).names()}
+    except ConfigError:
+        raise
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        raise ConfigError(
+            f"{flag} {folder}: {_complaint(error)}", "Give the folder of an adapter of this model"
+        ) from error
+    # Where the file lacks a tensor peft goes on with a fresh one.
+    missing = sorted(get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - saved)
+    if lora := [name for name in missing if ".lora_" in name]:
+        raise ConfigError(f"{flag} {folder}: its file lacks {lora[0]}", "Copy the adapter again, or train a new one")
+    if missing:
+        logger.warning(
+            "%s %s lacks %s, which it was trained with: the base's takes its place, and the answers will not be those "
+            "of the trained model. The original script saved adapters of base models this way.",
+            flag,
+            folder,
+            " and ".join(missing),
+        )
+    return adapted
+
+
+@contextmanager
+def _without_gptqmodel() -> Iterator[None]:
+    """Keep peft from importing gptqmodel, where it is installed, to ask of each layer whether it is one of its own.
+
+    None is, and the import takes seconds, prints a banner, sets environment variables and patches other libraries.
+    """
+    modules: list[Any] = [gptq, awq]
+    asked = [module.is_gptqmodel_available for module in modules]
+    for module in modules:
+        module.is_gptqmodel_available = lambda: False
+    try:
+        yield
+    finally:
+        for module, function in zip(modules, asked, strict=True):
+            module.is_gptqmodel_available = function
+
+
+def _complaint(error: Exception) -> str:
+    """What peft says, of wrong shapes only the first."""
+    shapes = re.search(r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)", str(error))
+    if shapes is None:
+        return one_line(error).rstrip(".")
+    name, saved, wanted = shapes.groups()
+    return f"its {name.replace('.default', '')} has the shape ({saved}), the model asks for ({wanted})"
+
+
+def _load_adapter_config(folder: str, flag: str) -> LoraConfig:
+    try:
+        config = PeftConfig.from_pretrained(folder)
+    except (OSError, ValueError, TypeError) as error:
+        raise ConfigError(
+            f"{flag} {folder}: there is no adapter ({one_line(error)})", "Give a folder with an adapter_config.json"
+        ) from error
+    if not isinstance(config, LoraConfig):
+        raise ConfigError(f"{flag} {folder}: its adapter is of the type {config.peft_type}", "Give a LoRA adapter")
+    return config
+
+
+def _build_config(
+    model: PreTrainedModel, checkpoint: Checkpoint, lora: LoraArguments, policy: EmbeddingsPolicy
+) -> LoraConfig:
+    targets = lora.lora_target_modules or list(TARGET_MODULES[checkpoint.model_type])
+    _check_targets(model, targets)
+    tied = bool(model.config.tie_word_embeddings)
+    embeddings: dict[str, Any] = {}
+    if policy.mode == "full":
+        # Tied embedding and head stay one tensor only if peft is told.
+        embeddings = {"modules_to_save": list(EMBEDDING_MODULES[checkpoint.model_type]), "ensure_weight_tying": tied}
+    elif policy.mode == "chatml_tokens":
+        ids = sorted(control_ids_of(checkpoint.tokenizer).values())
+        names = EMBEDDING_MODULES[checkpoint.model_type][: 1 if tied else 2]
+        embeddings = {"trainable_token_indices": {name: ids for name in names}}
+    return LoraConfig(
+        r=lora.lora_r,
+        lora_alpha=lora.lora_alpha,
+        lora_dropout=lora.lora_dropout,
+        target_modules=targets,
+        bias=lora.lora_bias,
+        task_type="CAUSAL_LM",
+        base_model_name_or_path=checkpoint.name,
+        **embeddings,
+    )
+
+
+def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:
+    layers = {name.rsplit(".", 1)[-1] for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    missing = [target for target in targets if target.rsplit(".", 1)[-1] not in layers]
+    if missing:
+        raise ConfigError(
+            f"--lora_target_modules {' '.join(missing)}: the model has no such layers",
+            f"It has {' '.join(sorted(layers))}",
+        )

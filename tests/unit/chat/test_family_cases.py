@@ -1,0 +1,188 @@
+"""Qwen1.5 to Qwen3: cases and random conversations with tools and thinking against the official chat templates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+
+from chat.families import Family
+from chat.render import render, render_prompt, text_of
+from chat.tools_hermes import Hermes
+from chat.turns import Tool, ToolCall, Turn
+from data_utils.files import read_records
+from data_utils.formats import FORMATS
+from errors import DataError
+from tests.families import STYLES, Checkpoint, closed, left_out, load_family, messages_of, turns_of
+
+# Templates that are the same as another's.
+ALIASES = ("qwen1_5", "qwen2_5_coder")
+
+FAILING = {
+    "empty_conversation", "list_content_assistant", "list_content_system", "missing_content", "none_content",
+    "call_content_none", "call_content_missing", "continue_final_closed_think",
+}  # fmt: skip
+NO_TEXT = {
+    "list_content_assistant", "missing_content", "none_content", "response_content_dict",
+}  # fmt: skip
+PROMPTS = {
+    "prompt_enable_thinking_false", "prompt_multi_turn_no_thinking", "think_in_content_prompt_nothink",
+    "tools_no_thinking_prompt",
+}  # fmt: skip
+LEFT_OUT = {
+    "the template fails": FAILING,
+    "an answer that is begun is no prompt of training": {
+        "continue_final", "continue_final_trailing_space", "continue_final_closed_think",
+    },
+    "there are only prompts of the default mode": PROMPTS,
+    "no such role": {"unknown_role"},
+    "content that is no text: read as text, or refused": NO_TEXT,
+    "another name of reasoning_content, which the formats read": {"reasoning_key_alias"},
+    "tools are refused, the template ignores them": {"call_without_tools", "response_then_answer"},
+    "arguments that are text are written as what they are": {"call_arguments_string"},
+}  # fmt: skip
+"""Cases that a training conversation cannot express, in any family."""
+
+
+@pytest.fixture(params=[name for name in STYLES if name not in ALIASES])
+def checkpoint(request: pytest.FixtureRequest, shared: Path) -> Checkpoint:
+    return load_family(shared, request.param)
+
+
+def asks(prompt: str, family: Family) -> bool:
+    """Whether a prompt ends in an answer's header: that of Qwen1.5 as published does not, after an answer."""
+    return prompt.endswith(f"<|im_start|>assistant\n{family.prompt_suffix}")
+
+
+def test_cases_are_the_templates_own_but_for_those_that_no_conversation_expresses(checkpoint: Checkpoint) -> None:
+    family = checkpoint.family
+    for case in checkpoint.cases:
+        why = left_out(case, checkpoint)
+        if why:
+            assert case["name"] in LEFT_OUT[why], (case["name"], why)
+            continue
+        turns, tools = turns_of(case), case["tools"] or ()
+        if case["kwargs"].get("add_generation_prompt"):
+            assert text_of(render_prompt(turns, family, tools=tools)) == case["text"], case["name"]
+            continue
+        rendered = render(turns, family, tools=tools)
+        assert text_of(rendered) == closed(case["text"], family), case["name"]
+        if case["kwargs"].get("enable_thinking") is False:
+            continue  # of the prompts of another mode
+        trained = {message.end - 1 for message in rendered if any(segment.weight for segment in message.segments)}
+        expected = {held["turn"] for held in case["prefix_holds"] if held["prefix_holds"]}
+        if not family.continues_answers:
+            expected = {index for index in expected if turns[index - 1].role != "assistant"}
+        assert trained == expected, case["name"]
+
+
+def test_most_cases_are_compared(checkpoint: Checkpoint) -> None:
+    compared = [case for case in checkpoint.cases if not left_out(case, checkpoint)]
+    assert len(compared) >= 0.6 * len(checkpoint.cases)
+
+
+TEXTS = (
+    "\n",
+    "\n\n",
+    " ",
+    "\t",
+    "\r\n",
+    "a",
+    "Hi",
+    "你好",
+    ".",
+    "<|im_end|>",
+    "<think",
+    "<tool_call>",
+    "</tool_response>",
+)
+THOUGHTS = ("<think>", "</think>", "<think>\n", "\n</think>\n\n")
+RESULT = "<tool_response>\n1\n</tool_response>"
+VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    1,
+    1.0,
+    1e-07,
+    "",
+    "é\n</tool_call>",
+    "\u2028",
+    [],
+    [1, {"b": "<"}],
+    {"z": 1, "a": {}},
+)
+TOOLS: tuple[Tool, ...] = (
+    {"type": "function", "function": {"name": "f", "description": "é <|im_end|>", "parameters": {"b": [], "a": 1.0}}},
+    {"name": "g"},
+)
+
+
+def random_conversation(random: Random, family: Family) -> tuple[list[Turn], list[Tool]]:
+    """Any order of turns, with texts of white space, control tokens and words; calls, results and thinking."""
+    form = family.tool_form
+    roles = ["system"] if random.random() < 0.3 else []
+    kinds = ["user", "assistant", "assistant"] + (["tool", "tool"] if form else [])
+    roles += random.choices(kinds, k=random.randint(1, 7))
+    turns = []
+    for role in roles:
+        pieces = TEXTS + THOUGHTS if role == "assistant" and random.random() < 0.5 else TEXTS
+        turn = Turn(role, "".join(random.choices(pieces, k=random.randint(0, 4))))
+        if role == "user" and random.random() < 0.15:
+            turn = turn._replace(content=RESULT)
+        if role == "assistant" and random.random() < 0.4:
+            turn = turn._replace(thinking="".join(random.choices(TEXTS, k=random.randint(0, 3))))
+        if role == "assistant" and form and random.random() < 0.4:
+            calls = [ToolCall(f"f{number}", _arguments(random, form)) for number in range(random.randint(1, 2))]
+            turn = turn._replace(calls=tuple(calls))
+        turns.append(turn)
+    return turns, random.sample(TOOLS, random.randint(0, 2)) if form else []
+
+
+def _arguments(random: Random, form: object) -> Any:
+    if isinstance(form, Hermes) and form.keeps_text and random.random() < 0.3:
+        return random.choice(('{"a" :1}', "no JSON", ""))
+    return {key: random.choice(VALUES) for key in random.sample("abc", random.randint(0, 3))}
+
+
+def test_random_conversations_against_the_template(checkpoint: Checkpoint) -> None:
+    """Text, prompts, and that exactly those answers are trained whose prompt starts the conversation's text."""
+    family, random = checkpoint.family, Random(0)
+    for _ in range(300):
+        turns, tools = random_conversation(random, family)
+        rendered = render(turns, family, tools=tools)
+        text = closed(checkpoint.template(messages_of(turns), tools), family)
+        assert text_of(rendered) == text, (turns, tools)
+        trained = {message.end - 1 for message in rendered if any(segment.weight for segment in message.segments)}
+        for index, turn in enumerate(turns):
+            if turn.role != "assistant":
+                continue
+            prompt = checkpoint.template(messages_of(turns[:index]), tools, prompt=True) if index else ""
+            if index:
+                assert prompt == text_of(render_prompt(turns[:index], family, tools=tools)), (turns[:index], tools)
+            assert (index in trained) == (asks(prompt, family) and text.startswith(prompt)), (index, turns)
+
+
+@pytest.mark.parametrize("name", ["qwen2_5", "qwen3"])
+def test_a_corpus_of_calls_from_its_file_to_ids(shared: Path, name: str) -> None:
+    """Every record encodes to its template's text, and of what functions gave back nothing is trained."""
+    checkpoint = load_family(shared, name)
+    encoder = checkpoint.encoder(max_length=16384)  # one record is very long
+    records = results = 0
+    for where, record in read_records(shared / "corpora" / "glaive_toolcall_en_demo.json"):
+        assert not isinstance(record, DataError)
+        conversation = FORMATS["conversations"].parse(record, where)
+        encoded = encoder.encode_conversation(conversation)
+        text = checkpoint.template(messages_of(conversation.turns), conversation.tools)
+        assert encoder.decode(encoded.input_ids) == text, where
+        assert {span.role for span in encoded.spans if span.weight} == {"assistant"}, where
+        position = 0
+        for span in encoded.spans:
+            position += span.length
+            if span.role == "tool":
+                written = encoder.decode(encoded.input_ids[position - span.length : position])
+                results += written.count("<tool_response>")
+        records += 1
+        results -= sum(turn.role == "tool" for turn in conversation.turns)
+    assert (records, results) == (300, 0)

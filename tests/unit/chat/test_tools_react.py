@@ -1,0 +1,210 @@
+"""ReAct text for Qwen v1: the original's prompts and parsed answers, and what of it is trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from chat.families import ANSWER_STYLES, QWEN_V1
+from chat.render import encode_prompt, render, render_prompt, text_of
+from chat.tools_react import describe_tools, parse_react, write_react
+from chat.turns import ToolCall, Turn
+from data_utils.encode import EncodeOptions, Encoder
+from data_utils.formats import FORMATS
+from errors import DataError
+from qwen_model.tokenization_qwen import QWenTokenizer
+from tests.golden import Golden
+
+WEATHER = {"name": "weather", "description": "Weather of a city.", "parameters": {"type": "object"}}
+ASK, CALL = Turn("user", "Ulm?"), Turn("assistant", "I look.", (ToolCall("weather", {"city": "Ulm", "días": None}),))
+RESULT, ANSWER = Turn("tool", "22\n"), Turn("assistant", "It is 22.")
+CALLED = 'Thought: I look.\nAction: weather\nAction Input: {"city": "Ulm", "días": null}'
+CONCLUDES = " I now know the final answer.\nFinal Answer: "
+
+
+def turns_of(case: dict[str, Any]) -> list[Turn]:
+    """The messages of a recorded request."""
+    turns = []
+    for message in case["messages"]:
+        call = message.get("function_call")
+        calls = (ToolCall(call["name"], call["arguments"]),) if call else ()
+        role = "tool" if message["role"] == "function" else message["role"]
+        turns.append(Turn(role, message.get("content") or "", calls))
+    return turns
+
+
+def with_functions(golden: Golden) -> list[dict[str, Any]]:
+    cases = golden.load_json("react.json")["parse_messages"]
+    return [case for case in cases if case["functions"] and "error" not in case]
+
+
+def test_messages_of_every_recorded_request(any_golden: Golden) -> None:
+    cases = with_functions(any_golden)
+    assert len(cases) == {"small": 3, "large": 14}[any_golden.name]
+    for case in cases:
+        turns = turns_of(case)
+        messages = write_react(turns, [1.0] * len(turns), case["functions"], is_prompt=True, described_in="recent")
+        written = ["".join(piece.text for piece in message.pieces) for message in messages if message.role != "system"]
+        recorded = [text for exchange in case["history"] for text in exchange]
+        assert written == recorded + [case["query"]] * (not case["text_completion"]), case["tag"]
+
+
+def test_prompts_that_go_on_behind_a_result(any_golden: Golden) -> None:
+    compared = 0
+    for case in with_functions(any_golden):
+        turns = turns_of(case)
+        if case["text_completion"] and sum(turn.role == "user" for turn in turns) == 1:
+            prompt = render_prompt(turns, QWEN_V1, tools=case["functions"])
+            assert text_of(prompt) == case["text_completion_prompt"], case["tag"]
+            compared += 1
+    assert compared == {"small": 1, "large": 3}[any_golden.name]
+
+
+def test_answers_of_the_model_are_parsed_as_the_original_did(any_golden: Golden) -> None:
+    cases = any_golden.load_json("react.json")["parse_response"]
+    assert len(cases) == {"small": 8, "large": 17}[any_golden.name]
+    for case in cases:
+        content, call = parse_react(case["response"])
+        assert content == case["content"], case["tag"]
+        recorded = case["function_call"]
+        assert (call and {"name": call.name, "arguments": call.arguments}) == recorded, case["tag"]
+
+
+def test_the_text_of_the_originals_own_fine_tuning_example(golden_large: Path) -> None:
+    """The same conversation from function turns: their text, but for the full stop that Qwen's server writes."""
+    example = Golden("large", golden_large).load_json("chatml.json")["function_call_finetune_examples"][0]
+    question, answer = (turn["value"] for turn in example["conversations"])
+    tools = [
+        {
+            "name_for_human": "Google Search",
+            "name_for_model": "google_search",
+            "description_for_model": "Google Search is a general search engine that can be used to access the "
+            "internet, query encyclopedia knowledge, and stay informed about current events. Format the arguments as "
+            "a JSON object.",
+            "parameters": [
+                {
+                    "name": "search_query",
+                    "description": "Search keywords or phrases",
+                    "required": True,
+                    "schema": {"type": "string"},
+                }
+            ],
+        },
+        {
+            "name_for_human": "Code Interpreter",
+            "name_for_model": "code_interpreter",
+            "description_for_model": "Code interpreter that can execute Python code.Enclose the code within triple "
+            "backticks (`) at the beginning and end of the code.",
+            "parameters": [
+                {"name": "code", "description": "Code to be executed", "required": True, "schema": {"type": "string"}}
+            ],
+        },
+    ]
+    searches = [(ToolCall("google_search", {"search_query": query}),) for query in ("Jay Chou", "Jay Chou's wife")]
+    turns = [
+        Turn("user", "Who is jay chou? And who is his wife?"),
+        Turn("assistant", "I need to google Jay Chou.", searches[0]),
+        Turn("tool", "Jay Chou is ..."),
+        Turn("assistant", "I need to google Jay's wife.", searches[1]),
+        Turn("tool", "Jay Chou's wife is ..."),
+        Turn("assistant", "Jay Chou is ... His wife is ..."),
+    ]
+    user, assistant = write_react(turns, [1.0] * len(turns), tools)
+    assert user.pieces[0].text == question
+    written = "".join(piece.text for piece in assistant.pieces)
+    assert written.replace("final answer.\n", "final answer\n") == answer
+
+
+def test_a_field_of_a_tool_that_is_null_is_absent() -> None:
+    null = {"name": "now", "description": None, "parameters": None, "function": None, "name_for_human": None}
+    assert describe_tools([null]) == describe_tools([{"name": "now"}])
+    assert "Parameters: []" in describe_tools([{"name": "now", "parameters": []}])
+
+
+def trained(turns: list[Turn], **options: Any) -> list[tuple[str, float]]:
+    """What is rendered, by runs of the same weight."""
+    runs: list[tuple[str, float]] = []
+    for message in render(turns, QWEN_V1, tools=[WEATHER], **options):
+        for segment in message.segments:
+            if runs and runs[-1][1] == segment.weight:
+                runs[-1] = (runs[-1][0] + segment.text, segment.weight)
+            else:
+                runs.append((segment.text, segment.weight))
+    return runs
+
+
+SYSTEM = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
+QUESTION = f"{SYSTEM}<|im_start|>user\n{describe_tools([WEATHER])}\n\nQuestion: Ulm?<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_calls_and_answers_are_trained_and_results_are_not() -> None:
+    assert trained([ASK, CALL, RESULT, ANSWER]) == [
+        (QUESTION, 0),
+        (f"{CALLED}\nObservation:", 1),
+        (" 22\nThought:", 0),
+        (f"{CONCLUDES}It is 22.<|im_end|>\n", 1),
+    ]
+
+
+def test_the_last_answer_alone() -> None:
+    assert trained([ASK, CALL, RESULT, ANSWER], label_mask="last") == [
+        (f"{QUESTION}{CALLED}\nObservation: 22\nThought:", 0),
+        (f"{CONCLUDES}It is 22.<|im_end|>\n", 1),
+    ]
+
+
+def test_weights_are_those_of_the_turns() -> None:
+    turns = [ASK, CALL._replace(weight=0.0), RESULT, ANSWER._replace(weight=2.0)]
+    assert [weight for _, weight in trained(turns)] == [0, 2]
+
+
+def test_a_call_that_waits_ends_where_a_server_stops() -> None:
+    """The model has to write ``Observation:``; that the message is closed behind it is nobody's answer."""
+    assert trained([ASK, CALL]) == [(QUESTION, 0), (f"{CALLED}\nObservation:", 1), ("<|im_end|>\n", 0)]
+
+
+def test_calls_at_once_come_one_after_the_other() -> None:
+    both = CALL._replace(calls=(ToolCall("weather", '{"city":"Ulm"}'), ToolCall("weather", [1e-07, 2])))
+    other = Turn("tool", "23")
+    assert [text for text, _ in trained([ASK, both, RESULT, other, ANSWER])][1:4] == [
+        'Thought: I look.\nAction: weather\nAction Input: {"city":"Ulm"}\nObservation:',
+        " 22\nThought:",
+        " \nAction: weather\nAction Input: [1e-07, 2]\nObservation:",
+    ]
+    with pytest.raises(ValueError, match="2 calls at once wait for their results"):
+        trained([ASK, both])
+
+
+def test_the_prompt_is_the_start_of_the_training_ids_at_every_step(golden_large: Path) -> None:
+    tokenizer = QWenTokenizer.from_pretrained(golden_large / "tiny-qwen")
+    turns = [ASK, CALL, RESULT, ANSWER, Turn("user", "And Bonn?"), CALL, Turn("tool", "\n"), ANSWER]
+    record = {
+        "tools": [WEATHER],
+        "messages": [
+            {"role": turn.role, "content": turn.content, "tool_calls": [
+                {"id": "x", "function": {"name": call.name, "arguments": call.arguments}} for call in turn.calls
+            ]} if turn.calls else {"role": turn.role, "content": turn.content}
+            for turn in turns
+        ],
+    }  # fmt: skip
+    conversation = FORMATS["messages"].parse(record, "here")
+    encoded = Encoder(tokenizer, QWEN_V1, EncodeOptions()).encode_conversation(conversation)
+    assert tokenizer.decode(encoded.input_ids) == text_of(render(turns, QWEN_V1, tools=[WEATHER]))
+    for index in (1, 3, 5, 7):
+        prompt = encode_prompt(render_prompt(turns[:index], QWEN_V1, tools=[WEATHER]), tokenizer)
+        assert encoded.input_ids[: len(prompt)] == prompt, index
+        assert encoded.trained[len(prompt) - 1 : len(prompt) + 1] == [False, True], index
+
+
+def test_what_cannot_be_written_is_refused_with_its_place(golden_small: Path) -> None:
+    tokenizer = QWenTokenizer.from_pretrained(golden_small / "tiny-qwen-small")
+    answer, question = {"from": "gpt", "value": "Hi"}, {"from": "human", "value": "Hi"}
+    for family, turns, what in (
+        (QWEN_V1, [answer], "there are tools, and no user turn that could describe them"),
+        (ANSWER_STYLES[0], [question, answer], "the chat format 'chatml' cannot write tools"),
+    ):
+        conversation = FORMATS["conversations"].parse({"tools": [WEATHER], "conversations": turns}, "a.json:3")
+        with pytest.raises(DataError, match=rf"^a\.json:3: {what}"):
+            Encoder(tokenizer, family, EncodeOptions()).check_conversation(conversation)

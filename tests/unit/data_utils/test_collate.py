@@ -1,0 +1,82 @@
+"""Batches: padded to the longest sample, the mask from lengths."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+
+from chat.families import QWEN_V1
+from data_utils.collate import Collator
+from data_utils.encode import ORIGINAL, Encoder, Example
+from data_utils.formats import FORMATS
+from qwen_model.tokenization_qwen import QWenTokenizer
+from tests.golden import Golden
+
+END_OF_TEXT_CASES = {
+    "small": ["endoftext inside (mask is 0 there, label is kept in the answer)"],
+    "large": [
+        "endoftext in assistant (labels + mask)",
+        "endoftext at end",
+        "system special",
+    ],
+}
+
+
+def test_padding_on_the_right_to_the_longest() -> None:
+    examples: list[Example] = [
+        {"input_ids": [5, 6, 7], "labels": [-100, 6, 7]},
+        {"input_ids": [8], "labels": [-100]},
+    ]
+    batch = Collator(9)(examples)
+    assert batch.pop("num_targets") == 2
+    assert {key: value.tolist() for key, value in batch.items()} == {
+        "input_ids": [[5, 6, 7], [8, 9, 9]],
+        "labels": [[-100, 6, 7], [-100, -100, -100]],
+        "attention_mask": [[1, 1, 1], [1, 0, 0]],
+    }
+    assert {value.dtype for value in batch.values()} == {torch.int64}
+
+
+def test_a_real_end_of_text_is_seen_and_learnt_and_other_keys_are_dropped() -> None:
+    example = {"input_ids": [5, 9, 9], "labels": [-100, 9, 9], "length": 3, "where": "file:1"}
+    batch = Collator(9)([example])  # type: ignore[list-item]
+    assert sorted(batch) == ["attention_mask", "input_ids", "labels", "num_targets"]
+    assert batch["attention_mask"].tolist() == [[1, 1, 1]]
+    assert batch["labels"].tolist() == [[-100, 9, 9]]
+
+
+def test_batch_of_the_original(any_golden: Golden, tiny_tokenizer: QWenTokenizer) -> None:
+    """Its batch is padded to max_length, ours to the longest sample; within that they are equal."""
+    golden = any_golden.load_json("chatml.json")
+    cases = {case["tag"]: case for case in golden["cases"]}
+    tags = golden.get("batch_tags", list(cases)[:2])
+    encoder = Encoder(tiny_tokenizer, QWEN_V1, replace(ORIGINAL, max_length=64))
+    encoded = [encoder.encode_conversation(FORMATS["conversations"].parse(cases[tag], tag)) for tag in tags]
+    collator = Collator(golden["pad_token_id"])
+    batch = collator([{"input_ids": each.input_ids, "labels": each.labels} for each in encoded])
+
+    longest = {"small": 64, "large": 43}[any_golden.name]
+    padding = {"input_ids": golden["pad_token_id"], "labels": -100, "attention_mask": 0}
+    for name, recorded in golden["trainer_collated_batch_real_max64"].items():
+        values = torch.tensor(recorded["values"]).long()
+        assert batch[name].shape == (2, longest)
+        assert torch.equal(batch[name], values[:, :longest]), name
+        assert (values[:, longest:] == padding[name]).all(), name
+
+
+def test_mask_differs_from_the_originals_only_where_the_text_holds_end_of_text(any_golden: Golden) -> None:
+    golden = any_golden.load_json("chatml.json")
+    pad = golden["pad_token_id"]
+    hidden_by_the_original = []
+    for case in golden["cases"]:
+        expected = case["expected"]["64"]
+        if "error" in expected:
+            continue
+        ids = expected["input_ids"]
+        [mask] = Collator(pad)([{"input_ids": ids, "labels": expected["labels"]}])["attention_mask"].tolist()
+        assert mask == [1] * len(ids)
+        assert expected["attention_mask"] == [int(id_ != pad) for id_ in ids]
+        if 0 in expected["attention_mask"]:
+            hidden_by_the_original.append(case["tag"])
+    assert hidden_by_the_original == END_OF_TEXT_CASES[any_golden.name]

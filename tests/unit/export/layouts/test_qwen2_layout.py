@@ -1,0 +1,368 @@
+"""Qwen v1 as Qwen2 and back: the same values, the same answers up to ``seq_length``, a config that means the same."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
+
+from checkpoints.dequantized_reader import open_dequantized
+from checkpoints.folders import save_json
+from checkpoints.shards import load_json, open_checkpoint
+from checkpoints.source import TensorSource
+from checkpoints.writing import save_source
+from errors import ConfigError
+from export.layouts.config import config_to_qwen, config_to_qwen2, find_quantization_config
+from export.layouts.qwen2_names import layout_of_names
+from export.layouts.tensors import to_qwen, to_qwen2
+from qwen_model.configuration_qwen import QWenConfig
+from qwen_model.modeling_qwen import QWenLMHeadModel
+from tests.golden import LOGITS_ATOL, Golden, assert_close
+from tests.models import TINY, copy_checkpoint, copy_in_bfloat16, copy_tied
+from tests.quantized import write_awq, write_gptq
+
+CONFIG = load_json(TINY / "config.json")
+
+
+def read_all(source: TensorSource) -> dict[str, Tensor]:
+    return {name: torch.cat([*source.blocks(name)]) for name in source.names()}
+
+
+def write_qwen2(folder: Path, target: Path, dynamic_ntk: bool = False, **changes: Any) -> Path:
+    config = load_json(folder / "config.json")
+    if quantization := find_quantization_config(folder, config):
+        config["quantization_config"] = quantization
+    save_source(to_qwen2(open_checkpoint(folder), config), target, 10**8)
+    save_json(config_to_qwen2(config, dynamic_ntk) | changes, target / "config.json")
+    return target
+
+
+def load_qwen2(folder: Path) -> Any:
+    """The folder as transformers opens it; every tensor has to have its place."""
+    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    assert isinstance(model, Qwen2ForCausalLM)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    return model.eval()
+
+
+def draw_ids(vocabulary: int, length: int, rows: int = 2) -> Tensor:
+    return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+# --------------------------------------------------------------------------------------------------- the same answers
+
+
+@torch.no_grad()
+def test_logits_are_qwens_up_to_seq_length(any_golden: Golden, tiny_model: QWenLMHeadModel, tmp_path: Path) -> None:
+    model = load_qwen2(write_qwen2(any_golden.tiny, tmp_path / "qwen2"))
+    config = any_golden.config
+    ids = draw_ids(config["vocab_size"], config["seq_length"])
+    assert_close(model(ids).logits, tiny_model(ids).logits, LOGITS_ATOL, "whole rows")
+    mask = torch.ones_like(ids)
+    mask[1, :7] = 0
+    padded = [each(ids, attention_mask=mask).logits[mask.bool()] for each in (model, tiny_model)]
+    assert_close(padded[0], padded[1], LOGITS_ATOL, "a row that is padded on the left")
+
+
+def test_greedy_answers_are_qwens(any_golden: Golden, tiny_model: QWenLMHeadModel, tmp_path: Path) -> None:
+    model = load_qwen2(write_qwen2(any_golden.tiny, tmp_path / "qwen2"))
+    ids = draw_ids(any_golden.config["vocab_size"], 12, rows=3)
+    mask = torch.ones_like(ids)
+    mask[2, :5] = 0
+    settings: dict[str, Any] = {"max_new_tokens": 20, "do_sample": False, "repetition_penalty": 1.0, "pad_token_id": 0}
+    answers = [each.generate(ids, attention_mask=mask, **settings) for each in (model, tiny_model)]
+    assert answers[0].shape == (3, 32)
+    assert torch.equal(*answers)
+
+
+@torch.no_grad()
+def test_dynamic_ntk_of_transformers_meets_qwens_where_lengths_double(tmp_path: Path) -> None:
+    """The setting that is nearest: the same factor at 2 and 4 times ``seq_length``, and none up to it."""
+    source = copy_checkpoint(tmp_path / "qwen", use_logn_attn=False)
+    expected = QWenLMHeadModel.from_pretrained(source, dtype=torch.float32).eval()
+    model = load_qwen2(write_qwen2(source, tmp_path / "dynamic", dynamic_ntk=True))
+    plain = load_qwen2(write_qwen2(source, tmp_path / "plain"))
+    for times in (1, 2, 4):
+        ids = draw_ids(960, times * CONFIG["seq_length"], rows=1)
+        assert_close(model(ids).logits, expected(ids).logits, LOGITS_ATOL, f"{times} times")
+        far_off = (plain(ids).logits - expected(ids).logits).abs().max() > 100 * LOGITS_ATOL
+        assert bool(far_off) == (times > 1)
+
+
+# ------------------------------------------------------------------------------------------------------- there and back
+
+
+@pytest.mark.parametrize("make", [copy_checkpoint, copy_tied, copy_in_bfloat16])
+def test_there_and_back_every_value_is_the_same(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    folder = make(tmp_path / "qwen")
+    there = write_qwen2(folder, tmp_path / "there")
+    back = to_qwen(open_checkpoint(there), load_json(there / "config.json"))
+    expected = load_file(folder / "model.safetensors")
+    assert layout_of_names(back.names()) == "qwen"
+    found = read_all(back)
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+        assert (back.dtype(name), back.shape(name)) == (tensor.dtype, tuple(tensor.shape)), name
+
+
+@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+def test_any_rows_can_be_asked_for(layout: str, tmp_path: Path) -> None:
+    source: TensorSource = to_qwen2(open_checkpoint(TINY), CONFIG)
+    if layout == "qwen":
+        source = to_qwen(source, config_to_qwen2(CONFIG))
+    for name in source.names():
+        whole, size = source.read(name), source.shape(name)[0]
+        assert whole.shape == source.shape(name)
+        for start, stop in ((0, 1), (size // 3 - 1, size // 3 + 1), (1, size - 1), (size - 1, size), (5, None)):
+            assert torch.equal(source.rows(name, start, stop), whole[start:stop]), (name, start, stop)
+
+
+class Counting:
+    """How many rows of each tensor were asked for."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, source: TensorSource) -> None:
+        self.rows: dict[str, int] = {}
+        read = source.rows
+
+        def counted(name: str, start: int = 0, stop: int | None = None) -> Tensor:
+            rows = read(name, start, stop)
+            self.rows[name] = self.rows.get(name, 0) + len(rows)
+            return rows
+
+        monkeypatch.setattr(source, "rows", counted)
+
+
+def test_no_row_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("checkpoints.source.BLOCK", 300)
+    base = open_checkpoint(TINY)
+    counting = Counting(monkeypatch, base)
+    read_all(to_qwen(to_qwen2(base, CONFIG), config_to_qwen2(CONFIG)))
+    assert counting.rows == {name: base.shape(name)[0] for name in base.names()}
+
+
+def test_the_config_comes_back(any_golden: Golden) -> None:
+    config = any_golden.config
+    before, after = (QWenConfig(**each) for each in (config, config_to_qwen(config_to_qwen2(config))))
+    unsaid = {"auto_map", "transformers_version", "onnx_safe"}
+    for key in before.to_dict().keys() - unsaid:
+        assert getattr(after, key) == getattr(before, key), key
+
+
+def test_the_config_of_a_real_model() -> None:
+    """The numbers of Qwen-14B-Chat's, and what Qwen2's mean by them."""
+    config = {
+        "model_type": "qwen", "hidden_size": 5120, "intermediate_size": 27392, "kv_channels": 128,
+        "num_attention_heads": 40, "num_hidden_layers": 40, "vocab_size": 152064, "seq_length": 2048,
+        "max_position_embeddings": 8192, "rotary_emb_base": 10000, "layer_norm_epsilon": 1e-6, "bf16": True,
+        "use_dynamic_ntk": True, "use_logn_attn": True, "no_bias": True, "rotary_pct": 1.0,
+    }  # fmt: skip
+    later = Qwen2Config(**config_to_qwen2(config))
+    assert (later.intermediate_size, later.num_key_value_heads, later.max_position_embeddings) == (13696, 40, 2048)
+    assert (later.rms_norm_eps, later.dtype, later.tie_word_embeddings) == (1e-6, torch.bfloat16, False)
+    assert later.rope_parameters == {"rope_theta": 10000, "rope_type": "default"}
+    back = config_to_qwen(config_to_qwen2(config))
+    assert {key: back[key] for key in config} == config
+
+
+def test_names_of_august_2023_are_understood() -> None:
+    names = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+             "ffn_hidden_size": "intermediate_size", "padded_vocab_size": "vocab_size"}  # fmt: skip
+    old = {key: value for key, value in CONFIG.items() if key not in names.values()}
+    old |= {early: CONFIG[late] for early, late in names.items()}
+    assert config_to_qwen2(old) == config_to_qwen2(CONFIG)
+    assert to_qwen2(open_checkpoint(TINY), old).names()
+
+
+def test_what_is_lost_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        config_to_qwen2(CONFIG | {"use_dynamic_ntk": False, "use_logn_attn": False})
+        assert not caplog.messages
+        config_to_qwen2(CONFIG)
+    assert "no dynamic NTK and no log-n attention" in caplog.text and "64 tokens" in caplog.text
+    assert '"rope_scaling": {"rope_type": "dynamic", "factor": 2.0}' in caplog.text
+    caplog.clear()
+    config_to_qwen2(CONFIG, dynamic_ntk=True)
+    assert "no log-n attention" in caplog.text and "no dynamic NTK" not in caplog.text
+
+
+def test_a_model_without_extrapolation_keeps_its_length() -> None:
+    config = CONFIG | {"use_dynamic_ntk": False, "use_logn_attn": False}
+    assert config_to_qwen2(config)["max_position_embeddings"] == CONFIG["max_position_embeddings"]
+
+
+# ----------------------------------------------------------------------------------------------------------- quantised
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"bits": 8, "desc_act": True},
+        {"sym": False, "config": "new", "zeros": "v2"},
+        {"config": "quantize_config.json", "file_name": "gptq_model-4bit-32g"},
+        {"config": "unnamed", "group_size": -1, "zero_biases": False},
+    ],
+    ids=str,
+)
+def test_gptq_stays_quantised(options: dict[str, Any], tmp_path: Path) -> None:
+    write_gptq(TINY, tmp_path / "qwen", **options)
+    there = write_qwen2(tmp_path / "qwen", tmp_path / "there")
+    assert_same_weights(tmp_path / "qwen", there)
+    back = to_qwen(open_checkpoint(there), load_json(there / "config.json"))
+    stored = open_checkpoint(tmp_path / "qwen")
+    for name in back.names():
+        assert torch.equal(back.read(name), stored.read(name)), name
+
+
+def test_awq_stays_quantised(tmp_path: Path) -> None:
+    write_awq(TINY, tmp_path / "qwen", config="quant_config.json")
+    assert_same_weights(tmp_path / "qwen", write_qwen2(tmp_path / "qwen", tmp_path / "there"))
+
+
+def assert_same_weights(qwen: Path, qwen2: Path) -> None:
+    """Dequantised, both hold the same values."""
+    config = load_json(qwen / "config.json")
+    expected = read_all(to_qwen2(open_dequantized(qwen, torch.float32), config))
+    found = read_all(open_dequantized(qwen2, torch.float32))
+    assert found.keys() == expected.keys()
+    assert len([name for name in open_checkpoint(qwen2).names() if name.endswith(".qweight")]) == 2 * 7
+    for name, tensor in expected.items():
+        assert torch.equal(found[name], tensor), name
+
+
+@torch.no_grad()
+def test_a_gptq_model_answers_alike(tmp_path: Path) -> None:
+    from loading.checkpoint import load_checkpoint, load_weights
+
+    write_gptq(TINY, tmp_path / "qwen")
+    there = write_qwen2(tmp_path / "qwen", tmp_path / "there")
+    for name in ("qwen.tiktoken", "tokenizer_config.json"):
+        (there / name).write_bytes((TINY / name).read_bytes())
+    ids = draw_ids(960, 40)
+    models = [load_weights(load_checkpoint(str(folder)), torch.float32) for folder in (tmp_path / "qwen", there)]
+    assert_close(models[1](ids).logits, models[0](ids).logits, LOGITS_ATOL)
+
+
+def test_the_quantization_config_names_modules_of_the_layout() -> None:
+    given = {
+        "quant_method": "gptq", "bits": 4, "group_size": 32, "model_file_base_name": "gptq_model",
+        "modules_in_block_to_quantize": [["attn.c_attn"], ["attn.c_proj"], ["mlp.w1", "mlp.w2"]],
+        "modules_to_not_convert": ["lm_head", "transformer.h.0.mlp.c_proj"],
+    }  # fmt: skip
+    there = config_to_qwen2(CONFIG | {"quantization_config": given})["quantization_config"]
+    q, k, v = (f"self_attn.{letter}_proj" for letter in "qkv")
+    assert there["modules_in_block_to_quantize"] == [[q, k, v], ["self_attn.o_proj"], ["mlp.up_proj", "mlp.gate_proj"]]
+    assert there["modules_to_not_convert"] == ["lm_head", "model.layers.0.mlp.down_proj"]
+    assert "model_file_base_name" not in there
+    back = config_to_qwen(config_to_qwen2(CONFIG) | {"quantization_config": there})["quantization_config"]
+    assert back == {key: value for key, value in given.items() if key != "model_file_base_name"}
+
+
+# ----------------------------------------------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"no_bias": False}, "no_bias false"),
+        ({"rotary_pct": 0.5}, "rotary_pct 0.5"),
+        ({"scale_attn_weights": False}, "scale_attn_weights false"),
+        ({"intermediate_size": 129}, "intermediate_size 129 is odd"),
+        ({"kv_channels": 16}, "kv_channels 16 x num_attention_heads 4 is not hidden_size 32"),
+        ({"seq_length": None}, "seq_length is missing"),
+        ({"num_hidden_layers": "two"}, "config.json: num_hidden_layers is 'two'"),
+        ({"quantization_config": {"bits": 4, "dynamic": {"-:x": {}}}}, "rules of its own for some modules"),
+    ],
+)
+def test_what_qwen2_cannot_express_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_to_qwen2(CONFIG | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_key_value_heads": 2}, "num_key_value_heads 2 is not num_attention_heads 4"),
+        ({"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}, "a sliding window"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rotary embeddings with .*yarn"),
+        ({"head_dim": 16}, "head_dim 16 x 4 heads is not hidden_size 32"),
+        ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+        ({"hidden_size": "many"}, "config.json cannot be understood"),
+        ({"model_type": "qwen3"}, "model_type 'qwen3' is not qwen2"),
+    ],
+)
+def test_what_qwen_cannot_express_is_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_to_qwen(config_to_qwen2(CONFIG) | changes)
+
+
+def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> TensorSource:
+    folder.mkdir()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return open_checkpoint(folder)
+
+
+def test_tables_and_zero_biases_of_old_files_are_left_out(tmp_path: Path) -> None:
+    tensors = load_file(TINY / "model.safetensors")
+    block = "transformer.h.0"
+    added = {
+        "transformer.rotary_emb.inv_freq": torch.ones(4), f"{block}.attn.rotary_emb.inv_freq": torch.ones(4),
+        f"{block}.attn.bias": torch.ones(1, 1, 4, 4), f"{block}.attn.masked_bias": torch.ones(1),
+        f"{block}.mlp.c_proj.bias": torch.zeros(32),
+    }  # fmt: skip
+    source = to_qwen2(write_tensors(tmp_path / "old", tensors | added), CONFIG)
+    assert set(source.names()) == set(to_qwen2(open_checkpoint(TINY), CONFIG).names())
+
+
+C_ATTN = "transformer.h.0.attn.c_attn"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"transformer.h.0.mlp.c_proj.bias": torch.ones(32)}, "c_proj.bias: the layer has a bias"),
+        ({"transformer.h.0.attn.c_attn.weight": torch.zeros(80, 32)}, r"\(80, 32\), which is no three times"),
+        ({"transformer.visual.weight": torch.zeros(2, 2)}, "transformer.visual.weight has no place"),
+        ({f"{C_ATTN}.weight.absmax": torch.zeros(2)}, "bitsandbytes has packed"),
+        ({f"{C_ATTN}.SCB": torch.zeros(96)}, "bitsandbytes has packed"),
+    ],
+)
+def test_tensors_without_a_place_are_refused(change: dict[str, Tensor], message: str, tmp_path: Path) -> None:
+    tensors = load_file(TINY / "model.safetensors") | change
+    with pytest.raises(ConfigError, match=message):
+        to_qwen2(write_tensors(tmp_path / "changed", tensors), CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "message"),
+    [
+        ("self_attn.k_proj.weight", torch.zeros(16, 32), "as many key-value heads as heads"),
+        ("self_attn.v_proj.bias", None, "v_proj.bias is missing"),
+        ("self_attn.q_norm.weight", torch.zeros(8), "q_norm.weight has no place in the layout of Qwen v1"),
+    ],
+)
+def test_a_qwen2_of_another_shape_is_refused(name: str, tensor: Tensor | None, message: str, tmp_path: Path) -> None:
+    tensors = load_file(write_qwen2(TINY, tmp_path / "there") / "model.safetensors")
+    tensors.pop(f"model.layers.0.{name}", None)
+    if tensor is not None:
+        tensors[f"model.layers.0.{name}"] = tensor
+    with pytest.raises(ConfigError, match=message):
+        to_qwen(write_tensors(tmp_path / "changed", tensors), config_to_qwen2(CONFIG))
+
+
+def test_q_k_and_v_that_group_inputs_otherwise_are_no_one_layer(tmp_path: Path) -> None:
+    write_gptq(TINY, tmp_path / "qwen", group_size=16, desc_act=True)
+    there = write_qwen2(tmp_path / "qwen", tmp_path / "there")
+    tensors = load_file(there / "model.safetensors")
+    groups = tensors["model.layers.1.self_attn.k_proj.g_idx"]
+    tensors["model.layers.1.self_attn.k_proj.g_idx"] = groups.flip(0).contiguous()
+    with pytest.raises(ConfigError, match=r"layers.1.self_attn.k_proj.g_idx groups the inputs in another order"):
+        to_qwen(write_tensors(tmp_path / "changed", tensors), load_json(there / "config.json"))

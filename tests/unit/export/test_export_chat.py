@@ -1,0 +1,205 @@
+"""How an exported folder chats: its template against the renderer, and the tokens that end an answer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import GenerationConfig
+
+from chat.detect import family_of
+from chat.families import QWEN_V1
+from chat.render import encode_prompt, render, render_prompt, text_of
+from chat.stops import end_ids_of, stopping_generation_config
+from chat.turns import Turn
+from errors import ConfigError
+from export.chat import CHATML_TEMPLATE, write_chat_template, write_generation_config
+from qwen_model.tokenization_qwen import QWenTokenizer
+from tests.golden import Golden
+from tests.models import CONVERSATIONS, TINY, copy_checkpoint, write_later_checkpoint
+
+TEXTS = [
+    "Hi",
+    "\n leads",
+    "  \n\n",
+    "trails \n",
+    "",
+    "{{ messages }} {% x %}",
+    "'\"\\n",
+    "e\u0301 ñ 你好，世界 🙂",
+    "a  b\tc",
+]
+MADE_UP = [[("user", text), ("assistant", text), ("user", text)] for text in TEXTS]
+WITH_SYSTEM = [[("system", text), ("user", "Hi")] for text in TEXTS]
+
+
+def read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def messages(conversation: list[tuple[str, str]]) -> list[dict[str, str]]:
+    return [{"role": role, "content": text} for role, text in conversation]
+
+
+# ------------------------------------------------------------------------------------------------------- the template
+
+
+@pytest.mark.parametrize("conversation", [*CONVERSATIONS, *MADE_UP, *WITH_SYSTEM], ids=str)
+def test_the_template_writes_what_the_renderer_writes(tiny_tokenizer: QWenTokenizer, conversation: Any) -> None:
+    turns = [Turn(role, text) for role, text in conversation]
+    for is_prompt, rendered in ((False, render(turns, QWEN_V1)), (True, render_prompt(turns, QWEN_V1))):
+        arguments = {"chat_template": CHATML_TEMPLATE, "add_generation_prompt": is_prompt}
+        text = tiny_tokenizer.apply_chat_template(messages(conversation), tokenize=False, **arguments)
+        assert text == text_of(rendered)
+        # The ids too, also where a text begins with a newline: header and text are tokenised apart.
+        ids = tiny_tokenizer.apply_chat_template(messages(conversation), return_dict=True, **arguments)["input_ids"]
+        assert ids == encode_prompt(rendered, tiny_tokenizer)
+
+
+def test_the_template_refuses_tools(tiny_tokenizer: QWenTokenizer) -> None:
+    tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}]
+    with pytest.raises(Exception, match="knows no tools"):
+        tiny_tokenizer.apply_chat_template(
+            messages([("user", "Hi")]), tools=tools, chat_template=CHATML_TEMPLATE, tokenize=False
+        )
+
+
+def test_later_checkpoints_with_the_template_are_a_known_family(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = write_later_checkpoint(tmp_path / "qwen2", "qwen2", CHATML_TEMPLATE)
+    family = family_of("qwen2", AutoTokenizer.from_pretrained(folder))
+    assert (family.name, family.default_system, family.tool_form) == ("chatml", "You are a helpful assistant.", None)
+
+
+def test_whose_text_is_read_with_control_tokens(tmp_path: Path) -> None:
+    text = "<|im_start|>user\nHi<|im_end|>\n<|endoftext|>"
+    own = QWenTokenizer.from_pretrained(TINY)
+    plain, control = own.encode_plain(text), own.encode(text, allowed_special="all")
+    assert plain != control
+    assert own(text).input_ids == own(text, split_special_tokens=True).input_ids == plain
+    assert own(text, split_special_tokens=False).input_ids == own.encode(text, split_special_tokens=False) == control
+    assert QWenTokenizer.from_pretrained(TINY, split_special_tokens=False)(text).input_ids == plain
+
+    class CodeOfAFolder(QWenTokenizer):
+        _auto_class = "AutoTokenizer"
+
+    served = CodeOfAFolder.from_pretrained(TINY, split_special_tokens=False)
+    assert served(text).input_ids == control and served.encode_plain(text) == plain
+    assert served(text, split_special_tokens=True).input_ids == plain
+    served.save_pretrained(tmp_path / "served")
+    assert CodeOfAFolder.from_pretrained(tmp_path / "served")(text).input_ids == control
+    own.save_pretrained(tmp_path / "own")
+    assert QWenTokenizer.from_pretrained(tmp_path / "own")(text).input_ids == plain
+
+
+def test_a_folder_without_a_template_gets_one(tmp_path: Path) -> None:
+    folder = copy_checkpoint(tmp_path / "qwen")
+    assert write_chat_template(folder)
+    assert QWenTokenizer.from_pretrained(folder).chat_template == CHATML_TEMPLATE
+    assert not write_chat_template(folder), "it has one now"
+
+
+def test_a_family_whose_words_are_not_known_gets_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Qwen3 without a template has no default system message: Qwen v1's would put one before every conversation."""
+    folder = write_later_checkpoint(tmp_path / "qwen3", "qwen3")
+    assert not write_chat_template(folder) and not (folder / "chat_template.jinja").exists()
+    assert "there is no chat template" in caplog.text
+
+
+def test_qwen2_without_a_template_is_asked_as_it_was_trained(tmp_path: Path) -> None:
+    from transformers import AutoTokenizer
+
+    folder = write_later_checkpoint(tmp_path / "qwen2", "qwen2")
+    trained = family_of("qwen2", AutoTokenizer.from_pretrained(folder))
+    assert write_chat_template(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert family_of("qwen2", tokenizer) == trained
+    text = tokenizer.apply_chat_template(messages([("user", "Hi")]), tokenize=False, add_generation_prompt=True)
+    assert text == text_of(render_prompt([Turn("user", "Hi")], trained))
+
+
+@pytest.mark.parametrize("place", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
+def test_a_template_that_is_there_stays(tmp_path: Path, place: str) -> None:
+    (tmp_path / place).write_text('{"chat_template": "mine"}')
+    assert not write_chat_template(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == [place]
+
+
+# ----------------------------------------------------------------------------------------------------- ends of answers
+
+
+@pytest.mark.parametrize(
+    ("eos", "expected"),
+    [(None, [7, 9]), (9, [7, 9]), (7, [7, 9]), ([9, 7], [7, 9]), ([5, 9], [7, 5, 9]), (5, [7, 5, 9])],
+)
+def test_answers_end_at_both_tokens_and_text_at_the_last(eos: Any, expected: list[int]) -> None:
+    config = {"top_p": 0.5, "do_sample": False} | ({} if eos is None else {"eos_token_id": eos})
+    told = stopping_generation_config(config, [7, 9], "qwen2")
+    assert told == {"top_p": 0.5, "do_sample": False, "eos_token_id": expected, "pad_token_id": 9}
+
+
+def test_the_chat_keys_belong_to_qwen_v1() -> None:
+    keys = {"chat_format": "raw", "max_window_size": 100, "top_k": 3}
+    told = stopping_generation_config(keys, [7, 9], "qwen")
+    assert (told["chat_format"], told["max_window_size"], told["top_k"]) == ("chatml", 100, 3)
+    assert stopping_generation_config({}, [7, 9], "qwen")["max_window_size"] == 6144
+    assert stopping_generation_config(keys, [7, 9], "qwen2").keys() == {"top_k", "eos_token_id", "pad_token_id"}
+
+
+def test_a_folders_generation_config_ends_answers(any_golden: Golden, tmp_path: Path) -> None:
+    folder = copy_checkpoint(tmp_path / "qwen", any_golden.tiny, chat_format="raw")
+    tokenizer = QWenTokenizer.from_pretrained(folder)
+    write_generation_config(folder)
+    before, after = read(any_golden.tiny / "generation_config.json"), read(folder / "generation_config.json")
+    ends = [tokenizer.im_end_id, tokenizer.eod_id]
+    assert ends == end_ids_of(tokenizer)
+    assert after == before | {"eos_token_id": ends, "pad_token_id": ends[-1], "chat_format": "chatml"}
+    (folder / "generation_config.json").unlink()
+    write_generation_config(folder)
+    assert GenerationConfig.from_pretrained(folder).eos_token_id == ends
+
+
+def test_later_families_end_answers_too(tmp_path: Path) -> None:
+    folder = write_later_checkpoint(tmp_path / "qwen3", "qwen3")
+    (folder / "generation_config.json").write_text('{"eos_token_id": 1, "top_p": 0.8}')
+    write_generation_config(folder)
+    # 700 ranks, then end-of-text, im_start and im_end.
+    assert read(folder / "generation_config.json") == {"eos_token_id": [702, 1, 700], "top_p": 0.8, "pad_token_id": 700}
+
+
+@pytest.mark.parametrize("model_type", ["qwen", "qwen2"])
+def test_without_a_tokenizer_nothing_is_changed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, model_type: str
+) -> None:
+    folder = copy_checkpoint(tmp_path / "qwen", model_type=model_type)
+    before = read(folder / "generation_config.json")
+    for name in ("qwen.tiktoken", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with caplog.at_level(logging.WARNING):
+        write_generation_config(folder)
+    assert "there is no tokenizer" in caplog.text
+    assert read(folder / "generation_config.json") == before
+
+
+def test_a_tokenizer_of_another_chat_format_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = write_later_checkpoint(tmp_path / "qwen2", "qwen2")
+    file = folder / "tokenizer.json"
+    file.write_text(file.read_text().replace("<|im_end|>", "<|turn_end|>"))
+    config = read(folder / "tokenizer_config.json")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config).replace("<|im_end|>", "<|turn_end|>"))
+    before = read(folder / "generation_config.json")
+    with caplog.at_level(logging.WARNING):
+        write_generation_config(folder)
+    assert "no ChatML" in caplog.text
+    assert read(folder / "generation_config.json") == before
+
+
+def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
+    folder = write_later_checkpoint(tmp_path / "qwen2", "qwen2")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(ConfigError, match=r"tokenizer\.json is not JSON"):
+        write_generation_config(folder)

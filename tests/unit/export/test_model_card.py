@@ -1,0 +1,239 @@
+"""The model card of an exported folder: what it tells, what it keeps to itself, and that no name breaks it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from huggingface_hub import ModelCard
+
+from export.model_card import CardFacts, code, serve_lines, write_model_card
+
+HUB_BASE = "Qwen/Qwen-7B-Chat"
+HOSTILE = "a: b\n---\n# c `` ` [x](y) <b> {{z}} \u202e|"
+
+SUMMARY = {
+    "base_model": "/home/someone/secret/base", "steps": 1200, "trained_tokens": 34567, "first_loss": 2.5,
+    "last_loss": 0.3214567, "last_eval_loss": 0.51, "data": {"train": {"path": "/a/b.jsonl", "kept": 1, "tokens": 2}},
+}  # fmt: skip
+SOURCES = [
+    {"path": "/home/someone/secret/chats.jsonl", "kept": 1500, "samples": ["PRIVATE"]},
+    {"path": "C:\\Users\\someone\\more.json", "kept": 20},
+]
+DATA_REPORT = {
+    "train": {"path": "2 sources", "kept": 1520, "tokens": 98765, "trained_tokens": 4321, "sources": SOURCES},
+    "eval": {"path": "x/held.json", "kept": 30, "tokens": 400, "trained_tokens": 100},
+}
+
+
+@pytest.fixture
+def facts(tmp_path: Path) -> CardFacts:
+    base, adapter = tmp_path / "base", tmp_path / "secret" / "tuned"
+    base.mkdir()
+    adapter.mkdir(parents=True)
+    return CardFacts(
+        name="merged", base=HUB_BASE, base_folder=base, adapters=((adapter, 1.0),), layout="qwen", model_type="qwen",
+        dtype="bfloat16", changed="10 of 19 tensors changed", verification=("verified: 12 prompts, 400 tokens",),
+    )  # fmt: skip
+
+
+def card_of(folder: Path, facts: CardFacts) -> tuple[str, dict[str, Any], str]:
+    """The whole card, its front matter and what follows, as the hub's library reads it back."""
+    folder.mkdir(exist_ok=True)
+    path = write_model_card(folder, facts)
+    assert path == folder / "README.md"
+    card = ModelCard.load(path)
+    return path.read_text(encoding="utf-8"), card.data.to_dict(), card.text
+
+
+def write_records(adapter: Path, summary: Any = SUMMARY, report: Any = DATA_REPORT) -> None:
+    (adapter / "run_summary.json").write_text(json.dumps(summary))
+    (adapter / "data_receipt.json").write_text(json.dumps(report))
+
+
+def test_what_it_tells_the_hub(tmp_path: Path, facts: CardFacts) -> None:
+    _, data, _ = card_of(tmp_path / "out", facts)
+    assert data == {
+        "base_model": HUB_BASE, "base_model_relation": "finetune", "library_name": "transformers",
+        "pipeline_tag": "text-generation", "tags": ["qwen", "lora-merged", "custom_code"], "license": "unknown",
+    }  # fmt: skip
+    other = facts.adapters[0][0].with_name("other")
+    several = replace(facts, adapters=(*facts.adapters, (other, 0.3)), layout="qwen2")
+    _, data, text = card_of(tmp_path / "out", several)
+    assert data["base_model_relation"] == "merge" and data["tags"] == ["qwen", "lora-merged"]
+    assert "- `tuned`, weight 1\n- `other`, weight 0.3\n" in text
+
+
+def test_a_base_that_is_a_folder_is_told_by_its_name(
+    tmp_path: Path, facts: CardFacts, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for base in (str(facts.base_folder), "../models/base", "base", "a/b/base"):
+        _, data, text = card_of(tmp_path / "out", replace(facts, base=base))
+        assert "base_model" not in data and "base_model_relation" not in data
+        assert "`base` with a LoRA adapter folded into its weights" in text
+    # A folder here that looks like an id of the hub.
+    (tmp_path / "Qwen" / "Qwen-7B-Chat").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    whole, data, _ = card_of(tmp_path / "out", facts)
+    assert "base_model" not in data and "huggingface.co" not in whole
+
+
+def test_a_conversion_was_not_trained(tmp_path: Path, facts: CardFacts) -> None:
+    whole, data, _ = card_of(tmp_path / "out", replace(facts, adapters=(), layout="qwen2", verification=()))
+    assert "base_model_relation" not in data and data["tags"] == ["qwen"]
+    assert "not trained further" in whole and "Training" not in whole and "not verified" not in whole
+
+
+def test_the_figures_of_training(tmp_path: Path, facts: CardFacts) -> None:
+    write_records(facts.adapters[0][0])
+    whole, _, text = card_of(tmp_path / "out", facts)
+    section = text.partition("## Training\n\n")[2].partition("\n\n##")[0]
+    assert section.splitlines() == [
+        "- 1,200 optimizer steps over 34,567 learnt tokens",
+        "- training loss 2.5 -> 0.3215",
+        "- evaluation loss 0.51",
+        "- `train` data: 1,520 conversations, 98,765 tokens, 4,321 of them learnt",
+        "- `train` data: `chats.jsonl`, 1,500 conversations",
+        "- `train` data: `more.json`, 20 conversations",
+        "- `eval` data: 30 conversations, 400 tokens, 100 of them learnt",
+        "- `eval` data: `held.json`, 30 conversations",
+    ]
+    for private in ("someone", "secret", "PRIVATE", str(tmp_path)):
+        assert private not in whole
+
+
+def test_several_adapters_figures_are_told_apart(tmp_path: Path, facts: CardFacts) -> None:
+    write_records(facts.adapters[0][0], report={})
+    other = tmp_path / "other"
+    other.mkdir()
+    _, _, text = card_of(tmp_path / "out", replace(facts, adapters=(*facts.adapters, (other, 2.0))))
+    assert "- `tuned`: training loss 2.5 -> 0.3215\n" in text and "`train` data: `b.jsonl`, 1 conversations" in text
+
+
+@pytest.mark.parametrize(
+    ("summary", "report"),
+    [
+        ({}, {}),
+        ([], "text"),
+        ({"steps": "<b>", "first_loss": None, "last_eval_loss": []}, {"train": 3, "eval": {"sources": [1, None]}}),
+        ({"steps": True, "data": 7}, {"train": {"sources": "no", "path": None}}),
+    ],
+)
+def test_records_that_hold_something_else(tmp_path: Path, facts: CardFacts, summary: Any, report: Any) -> None:
+    write_records(facts.adapters[0][0], summary, report)
+    whole, _, _ = card_of(tmp_path / "out", facts)
+    assert "<b>" not in whole and "None" not in whole
+
+
+def test_a_broken_record_keeps_nothing_from_being_exported(tmp_path: Path, facts: CardFacts) -> None:
+    (facts.adapters[0][0] / "run_summary.json").write_bytes(b"\xff{")
+    _, _, text = card_of(tmp_path / "out", facts)
+    assert "Training" not in text
+
+
+def test_what_is_known_of_the_checkpoint(tmp_path: Path, facts: CardFacts) -> None:
+    _, _, text = card_of(tmp_path / "out", replace(facts, notes=("dynamic NTK is lost",)))
+    for line in ("layout: `qwen`, stored in `bfloat16`", "`10 of 19 tensors changed`", "`dynamic NTK is lost`"):
+        assert f"- {line}\n" in text
+    assert "- `verified: 12 prompts, 400 tokens`\n" in text and "not verified" not in text
+    _, _, text = card_of(tmp_path / "out", replace(facts, verification=()))
+    assert "**not verified**" in text
+
+
+# ---------------------------------------------------------------------------------------------------------- licences
+
+
+def test_the_bases_licence_comes_along(tmp_path: Path, facts: CardFacts) -> None:
+    (facts.base_folder / "LICENSE").write_text("the terms")
+    (facts.base_folder / "Notice.txt").write_text("a notice")
+    (facts.base_folder / "LICENSES").mkdir()
+    _, data, text = card_of(tmp_path / "out", facts)
+    assert (data["license"], data["license_name"], data["license_link"]) == ("other", "license-of-the-base", "LICENSE")
+    assert "[LICENSE](LICENSE), [Notice.txt](Notice.txt)" in text and "Apache License 2.0" in text
+    assert (tmp_path / "out" / "LICENSE").read_text() == "the terms"
+    assert (tmp_path / "out" / "Notice.txt").read_text() == "a notice"
+
+
+def test_what_the_bases_card_says_of_its_licence_is_told_on(tmp_path: Path, facts: CardFacts) -> None:
+    terms = {"license": "other", "license_name": "tongyi-qianwen", "license_link": "https://example.org/x: y"}
+    (facts.base_folder / "README.md").write_text(f"---\n{yaml.safe_dump({**terms, 'tags': ['x']})}---\nText\n")
+    _, data, _ = card_of(tmp_path / "out", facts)
+    assert {key: data[key] for key in terms} == terms and "x" not in data["tags"]
+
+
+@pytest.mark.parametrize(
+    "card", [b"---\na: [\n---\n", b"---\n- a\n---\n", b"\xff\xfe", b"---\nlicense: [a]\n---\n", b""]
+)
+def test_a_broken_card_of_the_base_is_passed_over(tmp_path: Path, facts: CardFacts, card: bytes) -> None:
+    (facts.base_folder / "README.md").write_bytes(card)
+    _, data, text = card_of(tmp_path / "out", facts)
+    assert data["license"] == "unknown" and "No licence file lay beside the base" in text
+
+
+# ------------------------------------------------------------------------------------------------- names of any kind
+
+
+def test_no_name_breaks_the_card(tmp_path: Path, facts: CardFacts) -> None:
+    adapter = tmp_path / HOSTILE
+    adapter.mkdir()
+    write_records(adapter, report={HOSTILE: {"sources": [{"path": f"x/{HOSTILE}", "kept": 1}]}})
+    hostile = replace(
+        facts, name=HOSTILE, base=f"{HOSTILE}/x\ny", adapters=((adapter, 1.0), (adapter, 2.0)), layout=HOSTILE,
+        dtype=HOSTILE, changed=HOSTILE, verification=(HOSTILE,), notes=(HOSTILE,),
+    )  # fmt: skip
+    whole, data, text = card_of(tmp_path / "out", hostile)
+    assert data.keys() == {"library_name", "pipeline_tag", "tags", "license"}
+    assert "\u202e" not in whole and "\n---\n# c" not in text
+    # Outside of code there is nothing of the names.
+    rest = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", text)
+    for piece in ("[x]", "<b>", "{{z}}", "# c"):
+        assert piece not in rest
+        assert piece in text
+
+
+@pytest.mark.parametrize("text", ["a", "`", "``a`", "a`b``c```", "", "\n", "a\nb\tc", "\x1b[31m"])
+def test_a_code_span_ends_where_it_should(text: str) -> None:
+    span = code(text)
+    fence = re.match("`+", span)[0]  # type: ignore[index]
+    inside = span[len(fence) : -len(fence)]
+    assert span.endswith(fence) and inside and inside.isprintable()
+    assert len(fence) not in {len(run) for run in re.findall("`+", inside)}
+    assert inside.strip() == "".join(char if char.isprintable() else " " for char in text).strip()
+
+
+# ----------------------------------------------------------------------------------------------------------- serving
+
+
+@pytest.mark.parametrize("layout", ["qwen", "qwen2"])
+@pytest.mark.parametrize("model_type", ["qwen", "qwen2"])
+def test_the_lines_that_serve_it(layout: str, model_type: str) -> None:
+    lines = serve_lines(Path("my models/it's"), layout, model_type)
+    commands = [shlex.split(line) for line in lines if not line.startswith("#")]
+    assert all("my models/it's" in command for command in commands)
+    trusting = {command[0]: "--trust-remote-code" in command for command in commands}
+    assert trusting["vllm"] == trusting["transformers"] == (layout == "qwen")
+    assert ["python", "-m", "scripts.ask"] in [command[:3] for command in commands]
+
+
+def test_a_family_that_the_toolkit_does_not_open_is_not_asked_with_it(tmp_path: Path, facts: CardFacts) -> None:
+    whole, data, _ = card_of(tmp_path / "out", replace(facts, layout="llama", model_type="llama"))
+    assert "scripts.ask" not in whole and data["tags"] == ["lora-merged"]
+    assert "vllm serve FOLDER\n" in whole
+
+
+def test_later_families_need_no_code(tmp_path: Path, facts: CardFacts) -> None:
+    whole, data, _ = card_of(tmp_path / "out", replace(facts, layout="qwen3", model_type="qwen3"))
+    assert "trust" not in whole and "custom_code" not in data["tags"] and "Apache" not in whole
+
+
+def test_the_cards_snippet_is_python(tmp_path: Path, facts: CardFacts) -> None:
+    _, _, text = card_of(tmp_path / "out", facts)
+    [snippet] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    compile(snippet, "snippet", "exec")
+    assert snippet.count("trust_remote_code=True") == 2

@@ -1,0 +1,260 @@
+"""LoRA adapters: what trains beside them and why, which layers get one, and going on with an old one."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from errors import ConfigError
+from loading.adapters import EmbeddingsPolicy, attach_lora, embeddings_policy
+from loading.checkpoint import Checkpoint, load_checkpoint, load_model
+from tests.commands import Recorder, finetune_here, read_json
+from tests.models import TINY, copy_checkpoint, copy_tied, write_conversations, write_later_checkpoint
+from training.config.args import parse_args
+
+# The linear layers of a block of each family.
+QWEN_LAYERS = ["attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj"]
+LATER_LAYERS = [
+    *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
+    *(f"mlp.{name}" for name in ("gate_proj", "up_proj", "down_proj")),
+]
+
+
+def build(checkpoint: Checkpoint, *flags: str) -> Any:
+    """The model with its adapter, as a command line with ``flags`` makes it."""
+    args = parse_args(["--use_lora", *flags])
+    policy = embeddings_policy(args.lora.trainable_embeddings, checkpoint, args.lora.lora_weight_path)
+    return attach_lora(load_model(checkpoint, args), checkpoint, args.lora, policy)
+
+
+def trained_names(model: torch.nn.Module) -> set[str]:
+    return {name.removeprefix("base_model.model.") for name, p in model.named_parameters() if p.requires_grad}
+
+
+def lora_names(layers: list[str], blocks: str) -> set[str]:
+    """Both matrices of each of the layers in both blocks."""
+    return {
+        f"{blocks}.{block}.{layer}.lora_{matrix}.default.weight"
+        for block in (0, 1) for layer in layers for matrix in "AB"
+    }  # fmt: skip
+
+
+def finetune(model: Path, output: Path, *flags: object) -> Recorder:
+    data = write_conversations(output.parent / "train.json")
+    return finetune_here(
+        "--model_name_or_path", model, "--data_path", data, "--output_dir", output, "--use_lora", "--save_strategy",
+        "no", "--max_steps", 3, "--learning_rate", 1e-2, "--logging_steps", 1, "--lora_dropout", 0, *flags,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------- the embeddings' policy
+
+
+@pytest.mark.parametrize(
+    ("name", "chat_format", "mode", "reason"),
+    [
+        ("base", "chatml", "none", "auto: generation_config.json says chat_format chatml, a chat model"),
+        (
+            "chat", "raw", "full",
+            "auto: generation_config.json says chat_format 'raw', a base model that does not know the ChatML tokens "
+            "yet",
+        ),
+    ],
+)  # fmt: skip
+def test_qwen_v1s_embeddings_train_where_the_checkpoint_is_no_chat_model(
+    tmp_path: Path, name: str, chat_format: str, mode: str, reason: str
+) -> None:
+    """The names of the folders say the opposite."""
+    checkpoint = load_checkpoint(str(copy_checkpoint(tmp_path / name, chat_format=chat_format)))
+    assert embeddings_policy("auto", checkpoint) == EmbeddingsPolicy(mode, reason)
+
+
+def test_a_checkpoint_that_says_nothing_is_a_base_model(tmp_path: Path) -> None:
+    folder = copy_checkpoint(tmp_path / "chat")
+    (folder / "generation_config.json").unlink()
+    policy = embeddings_policy("auto", load_checkpoint(str(folder)))
+    assert policy.mode == "full"
+    assert "base model" in policy.reason
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_later_families_know_chatml(tmp_path: Path, model_type: str) -> None:
+    write_later_checkpoint(tmp_path / "model", model_type)
+    policy = embeddings_policy("auto", load_checkpoint(str(tmp_path / "model")))
+    assert policy == EmbeddingsPolicy("none", f"auto: {model_type} checkpoints know the ChatML tokens")
+
+
+@pytest.mark.parametrize("mode", ["full", "chatml_tokens", "none"])
+@pytest.mark.parametrize("chat_format", ["raw", "chatml"])
+def test_what_the_user_asks_for_counts(tmp_path: Path, mode: str, chat_format: str) -> None:
+    checkpoint = load_checkpoint(str(copy_checkpoint(tmp_path / "model", chat_format=chat_format)))
+    assert embeddings_policy(mode, checkpoint) == EmbeddingsPolicy(mode, f"--trainable_embeddings {mode}")
+
+
+# ------------------------------------------------------------------------------------------------ what trains, by name
+
+QWEN_EMBEDDINGS = {
+    "none": set(),
+    "full": {"transformer.wte.modules_to_save.default.weight", "lm_head.modules_to_save.default.weight"},
+    "chatml_tokens": {
+        "transformer.wte.token_adapter.trainable_tokens_delta.default",
+        "lm_head.token_adapter.trainable_tokens_delta.default",
+    },
+}
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "chatml_tokens"])
+def test_what_trains_of_qwen_v1(mode: str) -> None:
+    model = build(load_checkpoint(str(TINY)), "--trainable_embeddings", mode)
+    assert trained_names(model) == lora_names(QWEN_LAYERS, "transformer.h") | QWEN_EMBEDDINGS[mode]
+
+
+def test_what_auto_trains_of_qwen_v1(tmp_path: Path) -> None:
+    for chat_format, mode in (("chatml", "none"), ("raw", "full")):
+        model = build(load_checkpoint(str(copy_checkpoint(tmp_path / mode, chat_format=chat_format))))
+        assert trained_names(model) == lora_names(QWEN_LAYERS, "transformer.h") | QWEN_EMBEDDINGS[mode]
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_what_trains_of_later_families(tmp_path: Path, model_type: str) -> None:
+    write_later_checkpoint(tmp_path / "model", model_type)
+    checkpoint = load_checkpoint(str(tmp_path / "model"))
+    layers = lora_names(LATER_LAYERS, "model.layers")
+    assert trained_names(build(checkpoint)) == layers
+    full = {"model.embed_tokens.modules_to_save.default.weight", "lm_head.modules_to_save.default.weight"}
+    assert trained_names(build(checkpoint, "--trainable_embeddings", "full")) == layers | full
+
+
+def test_only_the_rows_of_the_two_chatml_tokens_train(tmp_path: Path) -> None:
+    run = finetune(TINY, tmp_path / "out", "--trainable_embeddings", "chatml_tokens")
+    merged = run.model.merge_and_unload()
+    stored = load_file(TINY / "model.safetensors")
+    for name in ("transformer.wte.weight", "lm_head.weight"):
+        changed = (merged.get_parameter(name) != stored[name].float()).any(dim=1).nonzero().flatten().tolist()
+        assert changed == [701, 702], name
+
+
+@pytest.mark.parametrize("mode", ["full", "chatml_tokens"])
+def test_tied_embeddings_stay_tied(tmp_path: Path, mode: str) -> None:
+    run = finetune(copy_tied(tmp_path / "tied"), tmp_path / "out", "--trainable_embeddings", mode)
+    embedding, head = run.model.get_input_embeddings(), run.model.get_output_embeddings()
+    if mode == "full":
+        assert embedding.weight is head.weight
+    merged = run.model.merge_and_unload()
+    assert torch.equal(merged.get_input_embeddings().weight, merged.get_output_embeddings().weight)
+    stored = load_file(tmp_path / "tied" / "model.safetensors")["transformer.wte.weight"]
+    changed = (merged.get_input_embeddings().weight != stored).any(dim=1).nonzero().flatten().tolist()
+    assert (changed == [701, 702]) == (mode == "chatml_tokens")
+    assert len(changed) >= 2
+
+
+@pytest.mark.parametrize("bias", ["all", "lora_only"])
+def test_biases_that_train(bias: str) -> None:
+    """Of Qwen v1's linear layers only c_attn has one."""
+    model = build(load_checkpoint(str(TINY)), "--lora_bias", bias)
+    biases = {name for name in trained_names(model) if name.endswith(".bias")}
+    assert biases == {f"transformer.h.{block}.attn.c_attn.base_layer.bias" for block in (0, 1)}
+
+
+def test_chosen_layers_rank_alpha_and_dropout() -> None:
+    flags = "--lora_target_modules w1 attn.c_proj --lora_r 3 --lora_alpha 6 --lora_dropout 0.25".split()
+    model = build(load_checkpoint(str(TINY)), *flags)
+    assert trained_names(model) == lora_names(["mlp.w1", "attn.c_proj"], "transformer.h")
+    layer = model.base_model.model.transformer.h[0].mlp.w1
+    assert layer.lora_A["default"].weight.shape == (3, 32)
+    assert (layer.scaling["default"], layer.lora_dropout["default"].p) == (2.0, 0.25)
+
+
+def test_layers_that_are_not_there(tmp_path: Path) -> None:
+    for model_type, targets, missing, layers in (
+        ("qwen", "c_attn q_proj up_proj", "q_proj up_proj", "c_attn c_proj lm_head w1 w2"),
+        ("qwen2", "c_attn", "c_attn", "down_proj gate_proj k_proj lm_head o_proj q_proj up_proj v_proj"),
+    ):
+        folder = TINY if model_type == "qwen" else write_later_checkpoint(tmp_path / model_type, model_type)
+        message = f"--lora_target_modules {missing}: the model has no such layers. It has {layers}"
+        with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+            build(load_checkpoint(str(folder)), "--lora_target_modules", *targets.split())
+
+
+# ------------------------------------------------------------------------------------------ going on with an adapter
+
+
+@pytest.mark.parametrize("mode", ["none", "full", "chatml_tokens"])
+def test_an_adapter_is_continued_from_what_was_saved(tmp_path: Path, mode: str) -> None:
+    first = finetune(TINY, tmp_path / "first", "--trainable_embeddings", mode, "--lora_r", 4)
+    names = trained_names(first.model)
+    saved = {name: p.detach().clone() for name, p in first.model.named_parameters()}
+
+    args = ("--trainable_embeddings", mode, "--lora_weight_path", str(tmp_path / "first"))
+    continued = build(load_checkpoint(str(TINY)), *args)
+    assert trained_names(continued) == names
+    for name, parameter in continued.named_parameters():
+        assert torch.equal(parameter, saved[name]), name
+
+    second = finetune(TINY, tmp_path / "second", *args)
+    assert second.losses()[0] < first.losses()[0] - 0.1  # it starts where the first run ended
+    moved = {
+        name.removeprefix("base_model.model.")
+        for name, p in second.model.named_parameters()
+        if not torch.equal(p, saved[name])
+    }
+    assert moved == names
+    assert read_json(tmp_path / "second" / "adapter_config.json")["r"] == 4
+    before, after = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("first", "second"))
+    assert before.keys() == after.keys()
+
+
+@pytest.fixture(scope="module")
+def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained adapter without embeddings. Shared: do not change it."""
+    output = tmp_path_factory.mktemp("adapter") / "out"
+    finetune(TINY, output)
+    return output
+
+
+def test_a_continued_adapters_own_embeddings_are_what_the_record_tells(tmp_path: Path, adapter: Path) -> None:
+    """The adapter decides what trains: the run must not claim another thing."""
+    base = copy_checkpoint(tmp_path / "base", chat_format="raw")  # auto would be: full
+    run = finetune(base, tmp_path / "out", "--lora_weight_path", adapter)
+    assert trained_names(run.model) == lora_names(QWEN_LAYERS, "transformer.h")
+    assert read_json(tmp_path / "out" / "run_summary.json")["trainable_embeddings"]["mode"] == "none"
+
+
+def copy_adapter(adapter: Path, folder: Path, weights: bytes | None) -> Path:
+    """The adapter's config, with other weights or without any."""
+    folder.mkdir()
+    (folder / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
+    if weights is not None:
+        (folder / "adapter_model.safetensors").write_bytes(weights)
+    return folder
+
+
+def test_an_adapter_that_cannot_be_continued(tmp_path: Path, adapter: Path) -> None:
+    checkpoint = load_checkpoint(str(TINY))
+    write_later_checkpoint(tmp_path / "other", "qwen2")
+    (tmp_path / "empty").mkdir()
+    for base, folder in (
+        (checkpoint, tmp_path / "nowhere"),
+        (checkpoint, tmp_path / "empty"),
+        (checkpoint, copy_adapter(adapter, tmp_path / "lost", None)),
+        (checkpoint, copy_adapter(adapter, tmp_path / "broken", bytes(20))),
+        (load_checkpoint(str(tmp_path / "other")), adapter),
+    ):
+        with pytest.raises(ConfigError, match=f"^--lora_weight_path {re.escape(str(folder))}: ") as caught:
+            build(base, "--lora_weight_path", str(folder))
+        assert ". Give " in str(caught.value) or ". Copy " in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_an_adapter_that_lacks_a_tensor_is_not_continued_with_a_random_one(tmp_path: Path, adapter: Path) -> None:
+    tensors = load_file(adapter / "adapter_model.safetensors")
+    del tensors["base_model.model.transformer.h.0.mlp.w1.lora_A.weight"]
+    folder = copy_adapter(adapter, tmp_path / "lacking", None)
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ConfigError, match=r"transformer\.h\.0\.mlp\.w1\.lora_A"):
+        build(load_checkpoint(str(TINY)), "--lora_weight_path", str(folder))

@@ -1,0 +1,167 @@
+"""A hub id is looked for in the local cache before the network, and what is missing says how to get it."""
+
+from __future__ import annotations
+
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+from errors import ConfigError
+from loading.checkpoint import load_checkpoint
+from loading.hubs import find_folder
+from merge_lora import find_base
+from tests.commands import run
+from tests.models import TINY
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def cache(folder: Path, name: str) -> Path:
+    """A model as the hub's library keeps it; returns its snapshot."""
+    model = folder / f"models--{name.replace('/', '--')}"
+    snapshot = model / "snapshots" / COMMIT
+    shutil.copytree(TINY, snapshot)
+    (model / "refs").mkdir()
+    (model / "refs" / "main").write_text(COMMIT)
+    return snapshot
+
+
+def test_a_model_in_the_cache_needs_no_network(tmp_path: Path) -> None:
+    snapshot = cache(tmp_path, "Qwen/Tiny")
+    assert snapshot_download("Qwen/Tiny", cache_dir=tmp_path, local_files_only=True) == str(snapshot)
+    assert find_folder("Qwen/Tiny", str(tmp_path)) == snapshot
+    checkpoint = load_checkpoint("Qwen/Tiny", str(tmp_path))
+    assert (checkpoint.name, checkpoint.folder) == ("Qwen/Tiny", snapshot)
+
+
+def test_an_adapters_base_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An adapter that was trained on a hub id names that id."""
+    snapshot = cache(tmp_path, "Qwen/Tiny")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    assert find_base(None, tmp_path / "adapter", {"base_model_name_or_path": "Qwen/Tiny"}) == snapshot
+    for name in ("Qwen/Other", "not a/hub:id", "../none"):
+        with pytest.raises(
+            ConfigError, match=r"which is no model folder here\. Say where the base lies with --base DIR"
+        ):
+            find_base(None, tmp_path / "adapter", {"base_model_name_or_path": name})
+
+
+def refuses(name: str, cache_dir: Path, message: str, hub: str = "hf") -> None:
+    with pytest.raises(ConfigError) as caught:
+        find_folder(name, str(cache_dir), hub)
+    assert str(caught.value) == f"--model_name_or_path {name}: {message}"
+
+
+def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+    refuses(
+        "Qwen/Tiny", tmp_path, "no such folder, not in the local cache, and the hub cannot be reached. "
+        "Check the name, or fetch it where there is a network: hf download Qwen/Tiny",
+    )  # fmt: skip
+
+
+def test_a_model_whose_download_broke_off(tmp_path: Path) -> None:
+    snapshot = cache(tmp_path, "Qwen/Tiny")
+    (snapshot / "model.safetensors").unlink()
+    refuses(
+        "Qwen/Tiny", tmp_path, f"in the local cache it is incomplete ({snapshot} holds no weights (model.safetensors "
+        "or pytorch_model.bin, whole or with an index)), and the hub cannot be reached. "
+        "Check the name, or fetch it where there is a network: hf download Qwen/Tiny",
+    )  # fmt: skip
+
+
+def test_a_name_that_cannot_be_one(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"^--model_name_or_path not a/hub:id: no such folder, .* can have this name"):
+        find_folder("not a/hub:id", str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (RepositoryNotFoundError, "the hub has no model of this name, or shows it to its owner only"),
+        (GatedRepoError, "the hub wants its terms to be accepted and a token (hf auth login)"),
+        (ConnectionResetError, "the hub did not give it (reset)"),
+    ],
+)
+def test_what_the_hub_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception], reason: str
+) -> None:
+    """The hub cannot be asked here, so its library's errors are raised in its place."""
+
+    def fails(*args: object, **kwargs: object) -> str:
+        made = error.__new__(error)
+        made.args = ("reset",)
+        raise made
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
+    refuses(
+        "Qwen/Tiny", tmp_path, f"no such folder, not in the local cache, and {reason}. "
+        "Check the name, or fetch it where there is a network: hf download Qwen/Tiny",
+    )  # fmt: skip
+
+
+def test_without_a_network_the_answer_comes_soon(tmp_path: Path) -> None:
+    """Not told to be offline: an address where nobody answers stands for a machine without a network."""
+    code = (
+        "import os; os.environ |= {'HF_HUB_OFFLINE': '0', 'HF_ENDPOINT': 'http://127.0.0.1:9'}\n"
+        "from errors import ConfigError\nfrom loading.hubs import find_folder\n"
+        f"try: find_folder('Qwen/Tiny', {str(tmp_path)!r})\nexcept ConfigError as error: print(error)"
+    )
+    start = time.monotonic()
+    result = run("-c", code)
+    assert "and the hub cannot be reached. Check the name" in result.stdout, result.stderr
+    assert time.monotonic() - start < 60
+
+
+# ---------------------------------------------------------------------------------------------------------- ModelScope
+
+MODELSCOPE = """
+import os, shutil
+def snapshot_download(model_id, cache_dir=None, local_files_only=False, **kwargs):
+    folder = os.path.join(cache_dir, *model_id.split("/"))
+    if not os.path.isdir(folder):
+        if local_files_only:
+            raise ValueError("Cannot find the requested files in the cached path")
+        if model_id != "qwen/Tiny":
+            raise RuntimeError(f"Not Found\\nfor url: {model_id}")
+        shutil.copytree(SOURCE, folder)
+        print("downloaded")
+    return folder
+"""
+
+
+@pytest.fixture
+def modelscope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stands for the library, with the arguments of its function that are used; the hub cannot be reached here."""
+    package = tmp_path / "site"
+    package.mkdir()
+    (package / "modelscope.py").write_text(MODELSCOPE.replace("SOURCE", repr(str(TINY))))
+    monkeypatch.syspath_prepend(str(package))
+    monkeypatch.delitem(__import__("sys").modules, "modelscope", raising=False)
+
+
+def test_a_model_from_modelscope(tmp_path: Path, modelscope: None, capsys: pytest.CaptureFixture[str]) -> None:
+    for downloads in ("downloaded\n", ""):
+        folder = find_folder("qwen/Tiny", str(tmp_path / "cache"), "modelscope")
+        assert folder == tmp_path / "cache" / "qwen" / "Tiny"
+        assert capsys.readouterr().out == downloads
+    assert load_checkpoint("qwen/Tiny", str(tmp_path / "cache"), "modelscope").folder == folder
+    assert find_folder(str(TINY), None, "modelscope") == TINY
+
+
+def test_a_model_that_modelscope_does_not_have(tmp_path: Path, modelscope: None) -> None:
+    refuses(
+        "qwen/none", tmp_path, "not in modelscope's local cache, and not fetched (Not Found for url: qwen/none). "
+        "Check the name, or fetch it where there is a network: modelscope download --model qwen/none", "modelscope",
+    )  # fmt: skip
+
+
+def test_modelscope_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "modelscope", None)
+    with pytest.raises(
+        ConfigError, match=r"^--model_hub modelscope: its library is not installed\. pip install modelscope$"
+    ):
+        find_folder("qwen/Tiny", str(tmp_path), "modelscope")

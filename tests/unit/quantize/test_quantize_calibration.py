@@ -1,0 +1,97 @@
+"""Which conversations a model is quantised with, and how they are rendered."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+
+import pytest
+
+from data_utils.dataset import DataReader, load_examples
+from data_utils.encode import EncodeOptions, Encoder
+from data_utils.sources import parse_source
+from errors import DataError
+from loading.checkpoint import Checkpoint, load_checkpoint
+from quantize.calibration import Samples, draw_samples
+from tests.models import TINY
+
+OPTIONS = EncodeOptions(max_length=256)
+
+
+@pytest.fixture(scope="module")
+def checkpoint() -> Checkpoint:
+    return load_checkpoint(str(TINY))
+
+
+def write_questions(path: Path, count: int, question: str = "Number") -> Path:
+    records = [
+        {"messages": [{"role": "user", "content": f"{question} {n}?"}, {"role": "assistant", "content": f"{n}."}]}
+        for n in range(count)
+    ]
+    path.write_text("\n".join(map(json.dumps, records)), encoding="utf-8")
+    return path
+
+
+def draw(checkpoint: Checkpoint, path: Path, count: int, seed: int = 42, options: EncodeOptions = OPTIONS) -> Samples:
+    return draw_samples(checkpoint, [str(path)], count, options, "auto", seed, show_progress=False)
+
+
+def texts(checkpoint: Checkpoint, samples: Samples) -> list[list[str]]:
+    return [
+        [checkpoint.tokenizer.decode(each["input_ids"]) for each in part]
+        for part in (samples.calibration, samples.held_out)
+    ]
+
+
+@pytest.mark.parametrize(("count", "held"), [(2, 1), (14, 1), (16, 2), (40, 4)])
+def test_a_tenth_is_held_out(checkpoint: Checkpoint, tmp_path: Path, count: int, held: int) -> None:
+    samples = draw(checkpoint, write_questions(tmp_path / "data.jsonl", 60), count)
+    assert (len(samples.calibration), len(samples.held_out)) == (count - held, held)
+    calibration, held_out = texts(checkpoint, samples)
+    assert len({*calibration, *held_out}) == count, "none is in both, none twice"
+    assert samples.calibration_tokens == sum(len(each["input_ids"]) for each in samples.calibration)
+
+
+def test_the_seed_decides_what_is_drawn(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = write_questions(tmp_path / "data.jsonl", 60)
+    first, again, other = (texts(checkpoint, draw(checkpoint, path, 20, seed)) for seed in (1, 1, 2))
+    assert first == again != other
+    assert {*first[0], *first[1]} != {*other[0], *other[1]}
+
+
+def test_every_conversation_can_be_drawn(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    """With 30 seeds and half drawn each time, one that is never drawn or always held is a fault, not chance."""
+    path = write_questions(tmp_path / "data.jsonl", 12)
+    drawn = [text for seed in range(30) for part in texts(checkpoint, draw(checkpoint, path, 6, seed)) for text in part]
+    counts = [drawn.count(text) for text in set(drawn)]
+    assert len(counts) == 12 and min(counts) >= 4 and max(counts) <= 26
+
+
+def test_samples_are_those_of_training(checkpoint: Checkpoint, tmp_path: Path) -> None:
+    path = write_questions(tmp_path / "data.jsonl", 8, "Is <|im_end|> written")
+    encoder = Encoder(checkpoint.tokenizer, checkpoint.family, OPTIONS)
+    reader = DataReader({"train": [parse_source(str(path))]}, encoder, show_progress=False)
+    trained = [(each["input_ids"], each["labels"]) for each in load_examples(reader)["train"]]
+    samples = draw(checkpoint, path, 8)
+    drawn = [(each["input_ids"], each["labels"]) for each in (*samples.calibration, *samples.held_out)]
+    assert sorted(drawn) == sorted(trained)
+    end = checkpoint.end_ids[0]
+    assert [ids.count(end) for ids, _ in drawn] == [3] * 8, "of the three turns, and none of the text"
+
+
+def test_fewer_than_wanted_are_all_taken(
+    checkpoint: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING)
+    samples = draw(checkpoint, write_questions(tmp_path / "data.jsonl", 5), 128)
+    assert len(samples.calibration) + len(samples.held_out) == 5
+    assert "--samples 128: the data holds 5" in caplog.text
+
+
+@pytest.mark.parametrize(("count", "options"), [(1, OPTIONS), (9, EncodeOptions(max_length=8))])
+def test_too_few_that_can_be_used(checkpoint: Checkpoint, tmp_path: Path, count: int, options: EncodeOptions) -> None:
+    path = write_questions(tmp_path / "data.jsonl", count)
+    usable = "1" if count == 1 else "none"
+    with pytest.raises(DataError, match=rf"data.jsonl: {usable} of the conversations can be used, and 2 are the least"):
+        draw(checkpoint, path, 128, options=options)

@@ -1,0 +1,198 @@
+"""The lean loss is the loss of full logits: value, gradients and accuracy, for every kind of head."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from qwen_model import loss as loss_module
+from qwen_model.loss import causal_lm_loss, lean_causal_lm_loss
+from qwen_model.modeling_qwen import QWenLMHeadModel
+from qwen_model.qwen2_qwen3 import MODEL_CLASSES
+from tests.golden import SMALL, relative_difference
+
+IDS = torch.tensor([[701, 5, 9, 702, 33, 701, 40, 41, 702, 7], [701, 8, 702, 701, 90, 91, 92, 93, 94, 95]])
+LABELS = torch.tensor(
+    [[701, -100, 9, 702, -100, 701, 40, 41, 702, 7], [-100, -100, -100, -100, 90, 91, -100, 93, 94, 95]]
+)
+
+
+@pytest.fixture(autouse=True)
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of three positions, so that a test has several and a last one that is not full."""
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 3 * 4 * 960)
+
+
+def build(name: str = "tiny-qwen-small", **adapter: Any) -> nn.Module:
+    torch.manual_seed(0)
+    model: Any = QWenLMHeadModel.from_pretrained(SMALL / name, dtype=torch.float32)
+    if adapter:
+        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.0, **adapter))
+        for key, parameter in model.named_parameters():
+            if "lora_B" in key:
+                nn.init.normal_(parameter, std=0.1)
+    return model.train()
+
+
+HEADS: dict[str, Callable[[], nn.Module]] = {
+    "trained": build,
+    "frozen": lambda: build(target_modules=["c_attn"]),
+    "copied": lambda: build(target_modules=["c_attn"], modules_to_save=["wte", "lm_head"]),
+    "rows": lambda: build(
+        target_modules=["c_attn"], trainable_token_indices={"wte": [701, 702], "lm_head": [701, 702]}
+    ),
+    "lora": lambda: build(target_modules=["c_attn", "lm_head"]),
+}
+
+
+def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+
+
+def compare(model: nn.Module, rtol: float = 1e-5, **inputs: Any) -> None:
+    inputs = {"input_ids": IDS, "labels": LABELS} | inputs
+    full = model(**inputs)
+    full.loss.backward()
+    expected = gradients(model)
+    model.zero_grad()
+    lean = model(**inputs, loss_only=True)
+    lean.loss.backward()
+    assert lean.logits is None
+    assert abs(lean.loss - full.loss) <= 1e-6 * abs(full.loss)
+    correct = (full.logits[:, :-1].argmax(-1) == inputs["labels"][:, 1:]) & (inputs["labels"][:, 1:] != -100)
+    assert lean.num_correct.item() == correct.sum().item()
+    actual = gradients(model)
+    assert actual.keys() == expected.keys() and actual
+    for name, gradient in expected.items():
+        assert relative_difference(actual[name], gradient) <= rtol, name
+
+
+@pytest.mark.parametrize("head", HEADS)
+@pytest.mark.parametrize("count", [None, 37, torch.tensor(37)])
+def test_the_lean_loss_is_the_full_one(head: str, count: Any) -> None:
+    compare(HEADS[head](), num_items_in_batch=count)
+
+
+def test_the_number_of_targets_may_be_known() -> None:
+    compare(build(), num_targets=int((LABELS[:, 1:] != -100).sum()))
+
+
+def test_a_frozen_head_gets_no_gradient() -> None:
+    model = HEADS["frozen"]()
+    model(input_ids=IDS, labels=LABELS, loss_only=True).loss.backward()
+    assert model.get_output_embeddings().weight.grad is None
+
+
+def test_trained_rows_have_gradients_of_their_own_size() -> None:
+    model = HEADS["rows"]()
+    model(input_ids=IDS, labels=LABELS, loss_only=True).loss.backward()
+    deltas = {name: grad for name, grad in gradients(model).items() if "trainable_tokens_delta" in name}
+    assert {tuple(grad.shape) for grad in deltas.values()} == {(2, 32)}
+    assert all(grad.any() for grad in deltas.values())
+
+
+def test_tied_embedding_and_head() -> None:
+    ids, labels = IDS % 64, LABELS.where(LABELS == -100, LABELS % 64)
+    compare(build("tiny-qwen-tied"), input_ids=ids, labels=labels)
+
+
+def test_gradient_checkpointing() -> None:
+    model = build()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    compare(model)
+
+
+@pytest.mark.parametrize("model_type", MODEL_CLASSES)
+@pytest.mark.parametrize("tied", [False, True])
+def test_later_families(model_type: str, tied: bool) -> None:
+    torch.manual_seed(0)
+    model_class = MODEL_CLASSES[model_type]
+    config = model_class.config_class(
+        vocab_size=960, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, tie_word_embeddings=tied, initializer_range=0.2,
+    )  # fmt: skip
+    compare(model_class(config).train(), num_items_in_batch=torch.tensor(11))
+
+
+def reference(hidden: torch.Tensor, weight: torch.Tensor, weights: torch.Tensor, epsilon: float) -> torch.Tensor:
+    losses = F.cross_entropy(
+        (hidden @ weight.T)[:, :-1].flatten(0, 1), LABELS[:, 1:].flatten(), reduction="none", label_smoothing=epsilon
+    )
+    return (losses * weights[:, 1:].flatten()).sum() / weights[:, 1:][LABELS[:, 1:] != -100].sum()
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+def test_weights_of_tokens_and_label_smoothing(epsilon: float) -> None:
+    torch.manual_seed(0)
+    hidden, head = torch.randn(2, 10, 32), nn.Linear(32, 960, bias=False)
+    weights = torch.rand(2, 10) * (LABELS != -100)
+    ours, theirs = hidden.clone().requires_grad_(), hidden.clone().requires_grad_()
+    loss, _ = lean_causal_lm_loss(ours, head, LABELS, loss_weights=weights, label_smoothing=epsilon)
+    expected = reference(theirs, head.weight, weights, epsilon)
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    expected_head = torch.autograd.grad(expected, [head.weight, theirs])
+    actual_head = torch.autograd.grad(loss, [head.weight, ours])
+    for actual, wanted in zip(actual_head, expected_head, strict=True):
+        assert relative_difference(actual, wanted) <= 1e-5
+
+
+def test_a_head_with_a_bias() -> None:
+    torch.manual_seed(0)
+    hidden, head = torch.randn(2, 10, 32), nn.Linear(32, 960)
+    loss, _ = lean_causal_lm_loss(hidden, head, LABELS)
+    full = causal_lm_loss(head(hidden), LABELS)
+    torch.testing.assert_close(loss, full, rtol=1e-6, atol=0)
+    for actual, wanted in zip(
+        *(torch.autograd.grad(value, [head.weight, head.bias]) for value in (loss, full)), strict=True
+    ):
+        assert relative_difference(actual, wanted) <= 1e-5
+
+
+def test_no_target_is_loss_zero_and_no_gradient() -> None:
+    hidden, head = torch.randn(1, 4, 32, requires_grad=True), nn.Linear(32, 960, bias=False)
+    loss, correct = lean_causal_lm_loss(hidden, head, torch.full((1, 4), -100))
+    loss.backward()
+    assert loss.item() == 0 and correct.item() == 0
+    assert not hidden.grad.any()
+
+
+def test_a_second_backward_pass_is_refused() -> None:
+    hidden, head = torch.randn(2, 10, 32, requires_grad=True), nn.Linear(32, 960, bias=False)
+    loss, _ = lean_causal_lm_loss(hidden, head, LABELS)
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("trained", [False, True])
+def test_half_precision_is_as_near_to_the_truth_as_full_logits(dtype: torch.dtype, trained: bool) -> None:
+    """Over 20 seeds, under autocast as the trainer has it: at most 1.1 times the distance of the plain loss."""
+    ours, plain = {"loss": 0.0, "hidden": 0.0, "weight": 0.0}, {"loss": 0.0, "hidden": 0.0, "weight": 0.0}
+    for seed in range(20):
+        torch.manual_seed(seed)
+        start, weight = torch.randn(2, 10, 32), torch.randn(960, 32) * 0.2
+        truth = _with_gradients(start, weight, trained, None, lean=False)
+        for distances, lean in ((ours, True), (plain, False)):
+            for name, value in _with_gradients(start, weight, trained, dtype, lean).items():
+                distances[name] += relative_difference(value, truth[name])
+    for name, distance in ours.items():
+        assert distance <= 1.1 * plain[name] + 1e-6, name
+
+
+def _with_gradients(
+    start: torch.Tensor, weight: torch.Tensor, trained: bool, dtype: torch.dtype | None, lean: bool
+) -> dict[str, torch.Tensor]:
+    hidden, head = start.clone().requires_grad_(), nn.Linear(32, 960, bias=False)
+    head.weight = nn.Parameter(weight.clone(), requires_grad=trained)
+    with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
+        loss = lean_causal_lm_loss(hidden, head, LABELS)[0] if lean else causal_lm_loss(head(hidden), LABELS)
+    loss.backward()
+    found = {"loss": loss.detach(), "hidden": hidden.grad}
+    return found | ({"weight": head.weight.grad} if trained else {})

@@ -1,0 +1,119 @@
+"""Flags as data: read from transformers' source as transformers itself declares them, and values of every kind."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import subprocess
+import sys
+from enum import Enum
+from typing import Any
+
+import pytest
+from transformers import IntervalStrategy, SchedulerType, TrainingArguments
+from transformers.trainer_utils import SaveStrategy
+from transformers.training_args import OptimizerNames
+
+from tests.golden import REPO
+from training.config.flags import Flag, flag_of, nearest, transformers_flags
+
+
+def test_what_is_read_is_what_transformers_declares() -> None:
+    """By name, order, default and help: in whichever version these tests run."""
+    declared = [item for item in dataclasses.fields(TrainingArguments) if item.init]
+    flags = transformers_flags()
+    # A class of accelerate's, which no text can express.
+    assert [item.name for item in declared if item.name != "parallelism_config"] == list(flags)
+    for item in declared:
+        flag = flags.get(item.name)
+        if flag is None:
+            continue
+        made = item.default_factory() if callable(item.default_factory) else item.default
+        assert flag.default == (made.value if isinstance(made, Enum) else made), item.name
+        assert flag.help == item.metadata.get("help", ""), item.name
+        assert flag.kinds, item.name
+
+
+@pytest.mark.parametrize(
+    ("name", "enum"),
+    [
+        ("lr_scheduler_type", SchedulerType), ("optim", OptimizerNames), ("eval_strategy", IntervalStrategy),
+        ("logging_strategy", IntervalStrategy), ("save_strategy", SaveStrategy),
+    ],
+)  # fmt: skip
+def test_choices_are_those_of_the_enums(name: str, enum: type[Enum]) -> None:
+    assert transformers_flags()[name].choices == tuple(member.value for member in enum)
+
+
+def test_kinds_of_transformers_flags() -> None:
+    flags = transformers_flags()
+    kinds = {
+        "max_steps": {"int"}, "learning_rate": {"float"}, "bf16": {"bool"}, "run_name": {"str"},
+        "eval_steps": {"float"}, "report_to": {"str", "list"}, "lr_scheduler_kwargs": {"dict", "str"},
+        "label_names": {"list"}, "include_num_input_tokens_seen": {"str", "bool"}, "optim": {"str"},
+    }  # fmt: skip
+    assert {name: set(flags[name].kinds) for name in kinds} == kinds
+    assert {name: flags[name].optional for name in ("eval_steps", "tf32", "max_steps", "bf16")} == {
+        "eval_steps": True, "tf32": True, "max_steps": False, "bf16": False,
+    }  # fmt: skip
+
+
+def test_torch_and_transformers_are_not_imported() -> None:
+    code = (
+        "import sys; from training.config.args import parse_args; from training.checks import check_args; "
+        "args = parse_args(['--use_lora', '--bf16', '--model_name_or_path', 'none', '--max_steps', '1']); "
+        "args.output_dir, args.to_dict(); print([name for name in ('torch', 'transformers', 'numpy') "
+        "if name in sys.modules])"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
+    assert result.stdout == "[]\n"
+
+
+BOOL = flag_of("switch", "bool", False)
+INT, FLOAT, STR = flag_of("count", "int", 1), flag_of("rate", "float", 1.0), flag_of("name", "str", "")
+MAYBE, NAMES = flag_of("steps", "float | None"), flag_of("layers", "list[str] | None")
+CHOICE = flag_of("mask", "Literal['assistant', 'qwen']", "qwen")
+OBJECT = flag_of("options", "dict[str, Any] | str | None")
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "expected"),
+    [
+        (BOOL, "True", True), (BOOL, "false", False), (BOOL, "yes", True), (BOOL, "0", False), (BOOL, True, True),
+        (INT, "-3", -3), (INT, 8, 8), (FLOAT, "3e-4", 3e-4), (FLOAT, 2, 2.0), (STR, "5", "5"), (STR, "", ""),
+        (STR, True, "True"), (MAYBE, None, None), (MAYBE, "none", None), (MAYBE, "0.5", 0.5),
+        (NAMES, ["a", "b"], ["a", "b"]), (NAMES, ["a"], ["a"]), (NAMES, "a", ["a"]), (NAMES, None, None),
+        (CHOICE, "assistant", "assistant"), (OBJECT, '{"a": [1, true]}', {"a": [1, True]}),
+        (OBJECT, {"b": 1}, {"b": 1}), (flag_of("seen", "str | bool", "no"), "no", "no"),
+        (OBJECT, "config.json", "config.json"),
+    ],
+)  # fmt: skip
+def test_values_that_fit(flag: Flag, value: Any, expected: Any) -> None:
+    converted = flag.convert(value)
+    assert converted == expected and type(converted) is type(expected)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "message"),
+    [
+        (BOOL, "perhaps", "true or false is wanted"), (BOOL, 1, "true or false is wanted"),
+        (BOOL, None, "true or false is wanted"), (INT, "many", "a whole number is wanted"),
+        (INT, "1.5", "a whole number is wanted"), (INT, 2.0, "a whole number is wanted"),
+        (INT, True, "a whole number is wanted"), (INT, [1], "a whole number is wanted"),
+        (FLOAT, "fast", "a number is wanted"), (FLOAT, math.nan, "a number is wanted"),
+        (FLOAT, "inf", "a number is wanted"), (STR, 5, "a text is wanted"), (STR, ["a"], "a text is wanted"),
+        (CHOICE, "user", "one of assistant, qwen is wanted"),
+        (CHOICE, "asistant", "one of assistant, qwen is wanted; the nearest is assistant"),
+        (NAMES, [1], "a list of texts is wanted"), (NAMES, 7, "a list of texts is wanted"),
+        (OBJECT, '{"a": ', "not JSON (Expecting value: line 1 column 7 (char 6))"),
+    ],
+)  # fmt: skip
+def test_values_that_do_not_fit(flag: Flag, value: Any, message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        flag.convert(value)
+    assert str(caught.value) == message
+
+
+def test_nearest() -> None:
+    assert nearest("xyzzy", transformers_flags()) is None
+    assert nearest("lerning_rate", transformers_flags()) == "learning_rate"

@@ -1,0 +1,197 @@
+"""Processes that were started differently are named before anything is trained."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from errors import ConfigError, RunError
+from loading.checkpoint import load_checkpoint
+from tests.commands import free_port
+from tests.golden import REPO
+from tests.models import TINY, copy_checkpoint, write_conversations
+from tests.worlds import in_each
+from training.config.args import RunArguments, parse_args
+from training.distributed import agreement
+from training.distributed.agreement import check_agreement
+from training.distributed.launch import setting_up_processes
+from training.distributed.world import World
+
+
+def arguments(folder: Path, *more: object) -> RunArguments:
+    data = folder / "train.json"
+    words = [
+        "--model_name_or_path",
+        TINY,
+        "--data_path",
+        data,
+        "--output_dir",
+        folder / "out",
+        "--use_cpu",
+        "True",
+        *more,
+    ]
+    return parse_args([str(word) for word in words])
+
+
+def differences(commands: list[RunArguments], hosts: list[str]) -> str | None:
+    """What ``check_agreement`` says, on all processes alike."""
+    for command in commands:
+        assert command.training.device.type == "cpu"  # made before the threads start
+
+    def work(world: World) -> None:
+        args = commands[world.rank]
+        check_agreement(world, args, load_checkpoint(args.model.model_name_or_path))
+
+    errors = in_each(len(commands), work, hosts)
+    assert len({str(error) for error in errors}) == 1
+    if errors[0] is None:
+        return None
+    assert all(isinstance(error, ConfigError) and error.is_shared for error in errors)
+    return str(errors[0])
+
+
+def test_the_same_command_agrees(tmp_path: Path) -> None:
+    assert differences([arguments(tmp_path, "--learning_rate", "3e-4") for _ in range(3)], ["a", "a", "b"]) is None
+
+
+def test_what_may_differ_does(tmp_path: Path) -> None:
+    """The same weights in other places, and what a launcher tells each process."""
+    model = shutil.copytree(TINY, tmp_path / "copy")
+    other = arguments(tmp_path, "--model_name_or_path", model, "--local_rank", 1, "--logging_dir", "x", "--debug")
+    assert differences([arguments(tmp_path), other], ["a", "b"]) is None
+
+
+def test_one_other_argument_is_named(tmp_path: Path) -> None:
+    commands = [arguments(tmp_path, "--learning_rate", rate) for rate in ("3e-4", "1e-4", "1e-4")]
+    assert differences(commands, ["a", "b", "b"]) == (
+        "rank 1 (b) and 1 more: --learning_rate 0.0001, rank 0 (a): 0.0003. "
+        "Start all processes with the same command and the same installation"
+    )
+
+
+def test_all_differences_are_named(tmp_path: Path) -> None:
+    """Of another model only the weights' and the config's fingerprints are known."""
+    from safetensors.torch import load_file, save_file
+
+    model = copy_checkpoint(tmp_path / "copy", rope_theta=5000)
+    tensors = load_file(model / "model.safetensors")
+    tensors["lm_head.weight"] += 1
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
+    commands = [arguments(tmp_path), arguments(tmp_path, "--model_name_or_path", model, "--seed", 7, "--dry_run")]
+    message = differences(commands, ["a", "b"])
+    assert message is not None
+    title, *lines = message.splitlines()
+    assert title == "the processes of this run differ in 4 ways:"
+    assert lines[0] == "  1. rank 1 (b): --seed 7, rank 0 (a): 42"
+    assert lines[1] == "  2. rank 1 (b): --dry_run true, rank 0 (a): false"
+    assert lines[2].startswith("  3. rank 1 (b): weights of --model_name_or_path ")
+    assert lines[3].startswith("  4. rank 1 (b): config of --model_name_or_path ")
+    assert lines[4] == "  Start all processes with the same command and the same installation"
+
+
+def test_a_config_file_is_compared_by_what_is_in_it(tmp_path: Path) -> None:
+    files = [tmp_path / name for name in ("one.json", "same.json", "other.json")]
+    for file in files:
+        file.write_text(json.dumps({"zero_optimization": {"stage": 3 if file.stem == "other" else 2}}))
+    write_conversations(tmp_path / "train.json")
+    one, same, other = (
+        agreement._facts_of_host(arguments(tmp_path, "--deepspeed", file), load(TINY)) for file in files
+    )
+    assert one == same
+    assert {name for name in one if one[name] != other[name]} == {"what is in --deepspeed"}
+
+
+def load(folder: Path) -> Any:
+    return load_checkpoint(str(folder))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("torch", "1.0"), ("deepspeed", "0.1"), ("python", "3.8"), ("NCCL_ALGO", "Tree"), ("device", "cuda")],
+)
+def test_another_installation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    """One interpreter has one installation, so what the second process finds is changed on its way."""
+    real, calls = agreement._facts_of_process, iter([False, True])
+    monkeypatch.setattr(
+        agreement, "_facts_of_process", lambda args: real(args) | ({name: value} if next(calls) else {})
+    )
+    args = arguments(tmp_path)
+    expected = real(args)[name]
+    errors = in_each(2, lambda world: check_agreement(world, args, load(TINY)))
+    message = str(errors[0])
+    assert message.startswith(("rank 0: ", "rank 1: ")) and name in message
+    shown = "(none)" if expected is None else expected
+    assert value in message and shown in message
+
+
+def test_another_version_of_the_toolkit_shows(tmp_path: Path) -> None:
+    for name in ("errors.py", "training/loop.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("x = 1\n")
+    before = agreement._digest_sources(tmp_path)
+    assert agreement._digest_sources(tmp_path) == before
+    (tmp_path / "notes.txt").write_text("no source")
+    assert agreement._digest_sources(tmp_path) == before
+    (tmp_path / "training/loop.py").write_text("x = 2\n")
+    assert agreement._digest_sources(tmp_path) != before
+    assert len(agreement._digest_sources(REPO)) == 12
+
+
+# ------------------------------------------------------------------------------------------------ finding each other
+
+SET_UP = """
+from datetime import timedelta
+import torch.distributed as dist
+from training.distributed.launch import setting_up_processes
+with setting_up_processes():
+    dist.init_process_group("gloo", timeout=timedelta(seconds=2))
+"""
+
+
+def set_up(**environment: object) -> str:
+    """The last line of a process that looks for the others."""
+    environment = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **environment}
+    done = subprocess.run(
+        [sys.executable, "-c", SET_UP], cwd=REPO, capture_output=True, text=True, timeout=100, check=False,
+        env={**os.environ, **{name: str(value) for name, value in environment.items()}},
+    )  # fmt: skip
+    return done.stderr.splitlines()[-1]
+
+
+def test_a_port_in_use_is_named() -> None:
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        line = set_up(MASTER_PORT=port)
+    assert line == f"errors.ConfigError: MASTER_PORT={port} is in use on this host. " + (
+        "Give another one, such as 29501, to all processes"
+    )
+
+
+def test_an_address_where_nobody_is_is_named() -> None:
+    port = free_port()
+    line = set_up(RANK=1, MASTER_PORT=port)
+    assert line.startswith(
+        f"errors.RunError: the first process cannot be reached at MASTER_ADDR=127.0.0.1 MASTER_PORT={port} ("
+    )
+
+
+def test_processes_that_do_not_come_are_missed() -> None:
+    assert "RunError: only some of the 2 processes came to MASTER_ADDR=127.0.0.1" in set_up()
+
+
+def test_other_errors_stay_what_they_are() -> None:
+    with pytest.raises(RuntimeError, match=r"^a bug$"), setting_up_processes():
+        raise RuntimeError("a bug")
+    with pytest.raises(RunError, match="the processes cannot connect to each other"), setting_up_processes():
+        raise RuntimeError("Gloo connectFullMesh failed with no route")

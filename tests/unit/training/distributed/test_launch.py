@@ -1,0 +1,173 @@
+"""Whatever started a process, torchrun's variables say which one it is."""
+
+from __future__ import annotations
+
+import os
+import re
+import socket
+import sys
+
+import pytest
+
+from errors import ConfigError
+from training.distributed.launch import expand_counts, expand_nodes, find_processes, slurm_port, use_one_process
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+TORCHRUN = {
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "10.0.0.1",
+    "MASTER_PORT": "29500",
+}  # fmt: skip
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "2",
+}  # fmt: skip
+PMI = {"PMI_RANK": "3", "PMI_SIZE": "4", "MPI_LOCALRANKID": "1"}
+SRUN = {
+    "SLURM_JOB_ID": "1234", "SLURM_STEP_ID": "0", "SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_LOCALID": "1", "SLURM_NODEID": "1", "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+}  # fmt: skip
+ADDRESS = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tests themselves run under does not count, and what they set goes away with them."""
+    monkeypatch.setattr("os.environ", {"PATH": os.environ["PATH"]})
+
+
+def found(**environment: str) -> dict[str, str]:
+    """Torchrun's variables, as ``find_processes`` leaves them."""
+    os.environ.update(environment)
+    find_processes()
+    return {name: os.environ[name] for name in NAMES if name in os.environ}
+
+
+def test_one_process_needs_nothing() -> None:
+    assert found() == {}
+    assert found(OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="1") == {}
+    assert found(SLURM_STEP_ID="0", SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="1") == {}
+    assert found(WORLD_SIZE="1") == {"WORLD_SIZE": "1"}
+
+
+def test_one_process_that_is_told_so_gets_an_address() -> None:
+    """For torch and accelerate LOCAL_RANK alone means torch.distributed."""
+    variables = found(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0")
+    assert variables.keys() == set(NAMES)
+    assert variables["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_one_process_can_be_made_complete() -> None:
+    use_one_process()
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))
+    assert {name: os.environ[name] for name in NAMES[:5]} == {
+        "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
+    }  # fmt: skip
+
+
+def test_what_torchrun_says_stays() -> None:
+    assert found(**TORCHRUN) == TORCHRUN
+    assert found(**SRUN, **OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0"}) == TORCHRUN
+
+
+def test_deepspeeds_launcher_calls_the_local_size_otherwise() -> None:
+    given = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_WORLD_SIZE"}
+    assert found(**given, LOCAL_SIZE="2") == TORCHRUN
+
+
+def test_slurm() -> None:
+    variables = found(**SRUN)
+    assert variables == TORCHRUN | {"MASTER_ADDR": "gpu07", "MASTER_PORT": str(slurm_port(SRUN))}
+    assert slurm_port(SRUN) != slurm_port(SRUN | {"SLURM_STEP_ID": "1"})
+    assert all(1024 <= slurm_port(SRUN | {"SLURM_JOB_ID": str(job)}) < 32768 for job in (0, 1, 10**6, 2**31))
+
+
+def test_slurms_variables_beside_a_given_address() -> None:
+    assert found(**SRUN, **ADDRESS) == TORCHRUN
+
+
+def test_a_script_of_sbatch_is_one_process() -> None:
+    script = {name: value for name, value in SRUN.items() if not name.startswith("SLURM_STEP")}
+    assert found(**script, SLURM_NTASKS="4") == {}
+
+
+def test_a_task_that_sees_one_gpu_of_its_own_takes_that() -> None:
+    assert found(**SRUN, CUDA_VISIBLE_DEVICES="3")["LOCAL_RANK"] == "0"
+
+
+@pytest.mark.parametrize("hidden", ["", "-1", "0,1"])
+def test_a_task_that_sees_all_gpus_takes_its_own(hidden: str) -> None:
+    assert found(**SRUN, CUDA_VISIBLE_DEVICES=hidden)["LOCAL_RANK"] == "1"
+
+
+@pytest.mark.parametrize("launcher", [OPEN_MPI, PMI])
+def test_mpi_with_an_address_needs_no_mpi4py(launcher: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    expected = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_WORLD_SIZE" or launcher is OPEN_MPI}
+    assert found(**launcher, **ADDRESS) == expected
+
+
+def test_mpi_goes_before_the_srun_that_started_its_daemons() -> None:
+    daemon = SRUN | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+    assert found(**daemon, **OPEN_MPI, **ADDRESS) == TORCHRUN
+
+
+def test_srun_that_speaks_mpis_protocol_needs_no_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    assert found(**SRUN, **PMI)["MASTER_ADDR"] == "gpu07"
+
+
+def test_mpi_without_mpi4py_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    with pytest.raises(ConfigError, match=r"Open MPI started 4 processes, and mpi4py, .*\. pip install mpi4py, "):
+        found(**OPEN_MPI)
+    assert os.environ["RANK"] == "3"  # so that one process reports it, not four
+
+
+def test_the_size_alone_is_completed_by_the_launcher() -> None:
+    """Scripts of sbatch often export WORLD_SIZE for all tasks."""
+    assert found(**SRUN, **ADDRESS, WORLD_SIZE="4") == TORCHRUN
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"RANK": None}, "WORLD_SIZE=4 is set, but RANK is not. Start the processes with torchrun"),
+        ({"WORLD_SIZE": None}, "RANK=3 is set, but WORLD_SIZE is not"),
+        ({"LOCAL_RANK": None}, "RANK=3 is set, but LOCAL_RANK is not"),
+        ({"RANK": None, "WORLD_SIZE": None}, "LOCAL_RANK=1 is set, but RANK is not"),
+        ({"RANK": "4"}, "RANK=4 is not below WORLD_SIZE=4"),
+        ({"RANK": "-1"}, "RANK='-1' is no number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is no number"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0' is no number"),
+        ({"WORLD_SIZE": "1"}, "RANK=3 is not below WORLD_SIZE=1"),
+        ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 is not below LOCAL_WORLD_SIZE=2"),
+        ({"MASTER_ADDR": None}, "WORLD_SIZE=4 processes need MASTER_ADDR, which is not set"),
+        ({"MASTER_PORT": ""}, "WORLD_SIZE=4 processes need MASTER_PORT, which is not set"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT='http' is no number"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no port"),
+    ],
+)
+def test_what_cannot_be_is_named(change: dict[str, str | None], message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        found(**{name: value for name, value in (TORCHRUN | change).items() if value is not None})
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ("node1", ["node1"]),
+        ("node[01-03,7],other", ["node01", "node02", "node03", "node7", "other"]),
+        ("a[9-11]-ib", ["a9-ib", "a10-ib", "a11-ib"]),
+        ("r[1-2]n[1,3]", ["r1n1", "r1n3", "r2n1", "r2n3"]),
+        ("", []),
+    ],
+)
+def test_slurms_lists_of_nodes(text: str, names: list[str]) -> None:
+    assert expand_nodes(text) == names
+
+
+@pytest.mark.parametrize(("text", "counts"), [("2(x3),1", [2, 2, 2, 1]), ("4", [4]), ("", [])])
+def test_slurms_counts_of_tasks(text: str, counts: list[int]) -> None:
+    assert expand_counts(text) == counts

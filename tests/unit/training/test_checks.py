@@ -1,0 +1,277 @@
+"""Arguments that cannot work together or with the disk: refused before anything is loaded, in one line with the fix."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from errors import ConfigError
+from tests.golden import SMALL
+from tests.models import TINY, write_later_checkpoint
+from training.checks import REPORTERS, check_args, check_machine
+from training.config.args import parse_args
+from training.training_arguments import FinetuneArguments
+
+DATA = SMALL / "train.json"
+NAME_DATA = "Give a file of conversations or a folder of them; #N draws N records, @xF takes each F times"
+EVALUATES = ("--eval_data_path", DATA, "--eval_strategy", "steps")
+
+
+def check(tmp_path: Path, *flags: object, output: Path | None = None) -> None:
+    """Check a command line that is good but for ``flags``."""
+    good = ["--model_name_or_path", TINY, "--data_path", DATA, "--output_dir", output or tmp_path / "new"]
+    check_args(parse_args([str(flag) for flag in (*good, *flags)]))
+
+
+def refuses(message: str, tmp_path: Path, *flags: object, output: Path | None = None) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        check(tmp_path, *flags, output=output)
+
+
+def test_a_good_command_line_passes_and_nothing_is_written(tmp_path: Path) -> None:
+    check(tmp_path)
+    check(tmp_path, "--use_lora", "--bf16", "--trainable_embeddings", "chatml_tokens")
+    check(tmp_path, "--trainable_embeddings", "full")
+    check(tmp_path, "--eval_strategy", "steps", "--eval_data_path", DATA)
+    check(
+        tmp_path, *EVALUATES, "--load_best_model_at_end", "--early_stopping_patience", 2, "--save_steps", 0.2,
+        "--eval_steps", 0.1, "--metric_for_best_model", "eval_loss", "--profile_steps", "2:3", "--report_to", "none",
+    )  # fmt: skip
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_no_data(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^--data_path is missing\. Give a file of conversations or a folder of them$"
+    ):
+        check_args(parse_args(["--model_name_or_path", str(TINY), "--output_dir", str(tmp_path / "new")]))
+
+
+def test_data_files_that_are_not_there(tmp_path: Path) -> None:
+    path = tmp_path / "nowhere.json"
+    for flag in ("--data_path", "--eval_data_path"):
+        refuses(f"{flag} {path}: there is no such file. {NAME_DATA}", tmp_path, flag, path)
+        what = f"{flag} {path}#5@x2: there is no such file as {path}"
+        refuses(f"{what}. {NAME_DATA}", tmp_path, flag, f"{path}#5@x2")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--eval_split", 1], "--eval_split 1 is not possible. Give a share between 0 and 1"),
+        (["--eval_split", 0.1, "--eval_data_path", DATA],
+         "--eval_split 0.1 and --eval_data_path both say what to evaluate on. Give one of them"),
+        (["--fill", "name"], '--fill name is no name=text. Write --fill name="the text"'),
+        (["--fill", "a=1", "a=2"], "--fill gives a twice. Give each name once"),
+        (["--data_path", f"{DATA}#0"], f"--data_path {DATA}#0 takes nothing. Leave it out, or give more than 0"),
+        (["--data_mixing", "sequential", "--train_sampling_strategy", "group_by_length"],
+         "--data_mixing sequential and --train_sampling_strategy group_by_length are two orders. "
+         "Leave one of them out"),
+    ],
+)  # fmt: skip
+def test_data_flags_that_make_no_sense(flags: list[object], message: str, tmp_path: Path) -> None:
+    refuses(message, tmp_path, *flags)
+
+
+def test_a_part_of_the_data_is_something_to_evaluate_on(tmp_path: Path) -> None:
+    check(tmp_path, "--eval_split", 0.1, "--eval_strategy", "epoch", "--load_best_model_at_end", "--save_strategy",
+          "epoch")  # fmt: skip
+
+
+def test_smoothing_needs_the_lean_loss(tmp_path: Path) -> None:
+    smoothing = ["--label_smoothing_factor", "0.1"]
+    refuses(
+        "--label_smoothing_factor 0.1 needs --loss lean. Leave one of them out",
+        tmp_path,
+        *smoothing,
+        "--loss",
+        "full_logits",
+    )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_fp16_without_a_gpu(tmp_path: Path) -> None:
+    for flags in ([], ["--use_lora"], ["--use_cpu"]):
+        refuses("--fp16 needs a GPU, and there is none. Leave it out, or use --bf16", tmp_path, "--fp16", *flags)
+
+
+@pytest.mark.parametrize("value", [0, -5])
+@pytest.mark.parametrize(
+    "flag",
+    [
+        "--model_max_length", "--per_device_train_batch_size", "--per_device_eval_batch_size",
+        "--gradient_accumulation_steps", "--lora_r", "--save_total_limit",
+    ],
+)  # fmt: skip
+def test_counts_that_are_none(tmp_path: Path, flag: str, value: int) -> None:
+    refuses(f"{flag} {value} is not possible. Give 1 or more", tmp_path, "--use_lora", flag, value)
+
+
+def test_numbers_that_make_no_sense(tmp_path: Path) -> None:
+    message = "--lora_dropout 1.5 is not possible. Give 0 or more and less than 1"
+    refuses(message, tmp_path, "--use_lora", "--lora_dropout", 1.5)
+    refuses("--adam_beta2 1.0 is not possible. Give 0 or more and less than 1", tmp_path, "--adam_beta2", 1)
+    refuses("--learning_rate -1.0 is not possible. Give 0 or more", tmp_path, "--learning_rate", -1)
+    refuses("--logging_steps 0 is not possible. Give 1 or more, or a share of all", tmp_path, "--logging_steps", 0)
+    refuses("--save_steps 1.5 is no whole number of steps. Give one", tmp_path, "--save_steps", 1.5)
+    message = "--dataloader_prefetch_factor needs --dataloader_num_workers. Give 1 or more workers"
+    refuses(message, tmp_path, "--dataloader_prefetch_factor", 2)
+    message = (
+        "--profile_steps 8:5 is no range of optimizer steps. "
+        "Give FIRST:LAST, both included and counted from 1, such as 5:8"
+    )
+    refuses(message, tmp_path, "--profile_steps", "8:5")
+    refuses("--num_train_epochs 0.0 trains nothing. Give more than 0", tmp_path, "--num_train_epochs", 0)
+    check(tmp_path, "--num_train_epochs", 0, "--max_steps", 1)
+
+
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_evaluation_without_data(tmp_path: Path, strategy: str) -> None:
+    message = f"--eval_strategy {strategy} has nothing to evaluate on. Give --eval_data_path or --eval_split too"
+    refuses(message, tmp_path, "--eval_strategy", strategy)
+
+
+def test_flags_of_lora_without_lora(tmp_path: Path) -> None:
+    for flags in (
+        "--lora_weight_path old", "--lora_r 8", "--lora_alpha 8", "--lora_dropout 0.5", "--lora_bias all",
+        "--lora_target_modules c_attn w1", "--trainable_embeddings none", "--trainable_embeddings chatml_tokens",
+    ):  # fmt: skip
+        message = f"{flags} needs --use_lora: without it all parameters train. Add --use_lora, or leave it out"
+        refuses(message, tmp_path, *flags.split())
+
+
+def test_an_adapter_that_is_continued_has_its_own_settings(tmp_path: Path) -> None:
+    adapter = tmp_path / "adapter"
+    message = f"--lora_weight_path {adapter}: there is no adapter. Give a folder with an adapter_config.json"
+    refuses(message, tmp_path, "--use_lora", "--lora_weight_path", adapter)
+    adapter.mkdir()
+    config = {"r": 8, "lora_alpha": 16, "target_modules": ["w1", "c_attn"], "bias": "none"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    flags = ("--use_lora", "--lora_weight_path", adapter)
+    check(tmp_path, *flags, "--lora_r", 8, "--lora_target_modules", "c_attn", "w1")
+    message = (
+        "--lora_r 4: the adapter of --lora_weight_path was made with 8. Leave --lora_r out, or start a new adapter"
+    )
+    refuses(message, tmp_path, *flags, "--lora_r", 4)
+
+
+def test_two_precisions(tmp_path: Path) -> None:
+    refuses("--fp16 and --bf16 are two precisions. Give one of them", tmp_path, "--fp16", "--bf16")
+    refuses("--fp16 and --pure_bf16 are two precisions. Give one of them", tmp_path, "--fp16", "--pure_bf16")
+
+
+def test_layers_that_the_model_does_not_have(tmp_path: Path) -> None:
+    """Those there are come from the header of the weights, or from the index where there are several files."""
+    message = "--lora_target_modules q_proj: the model has no such layers. It has c_attn, c_proj, lm_head, w1, w2, wte"
+    flags = ("--use_lora", "--lora_target_modules", "c_attn", "mlp.c_proj", "q_proj")
+    refuses(message, tmp_path, *flags)
+    check(tmp_path, *flags[:-1])
+    later = write_later_checkpoint(tmp_path / "later", "qwen2")
+    names = {f"model.layers.0.mlp.{name}.weight": "a" for name in ("up_proj", "down_proj")}
+    (later / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    message = "--lora_target_modules c_attn mlp.c_proj: the model has no such layers. It has down_proj, up_proj"
+    refuses(message, tmp_path, "--model_name_or_path", later, *flags[:-1])
+
+
+def test_samples_longer_than_the_model(tmp_path: Path) -> None:
+    message = f"--model_max_length 2049 is more than the 2048 positions of {TINY}. Give 2048 or less"
+    refuses(message, tmp_path, "--model_max_length", 2049)
+    check(tmp_path, "--model_max_length", 2048)  # beyond seq_length, 64: dynamic NTK
+    later = write_later_checkpoint(tmp_path / "later", "qwen3")
+    message = f"--model_max_length 513 is more than the 512 positions of {later}. Give 512 or less"
+    refuses(message, tmp_path, "--model_name_or_path", later, "--model_max_length", 513)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--load_best_model_at_end", "--load_best_model_at_end needs evaluations. "
+         "Give --eval_strategy, and --eval_data_path or --eval_split"),
+        ("{evaluates} --load_best_model_at_end --save_strategy epoch", "--load_best_model_at_end: --save_strategy "
+         "epoch and --eval_strategy steps differ. Give the same to both"),
+        ("{evaluates} --load_best_model_at_end --save_steps 5 --eval_steps 2", "--load_best_model_at_end: "
+         "--save_steps 5 is no multiple of --eval_steps 2. Save after every evaluation, or after every second, "
+         "third..."),
+        ("{evaluates} --load_best_model_at_end --save_steps 5 --eval_steps 0.1", "--load_best_model_at_end: "
+         "--save_steps 5 is no multiple of --eval_steps 0.1. Save after every evaluation, or after every second, "
+         "third..."),
+        ("{evaluates} --load_best_model_at_end --save_steps 5 --logging_steps 2", "--load_best_model_at_end: "
+         "--save_steps 5 is no multiple of --eval_steps 2. Save after every evaluation, or after every second, "
+         "third..."),
+        ("{evaluates} --early_stopping_patience 2", "--early_stopping_patience 2 needs --load_best_model_at_end. "
+         "Add it. Give --eval_strategy, and --eval_data_path or --eval_split"),
+        ("--save_strategy best",
+         "--save_strategy best needs evaluations. Give --eval_strategy, and --eval_data_path or --eval_split"),
+        ("--lr_scheduler_type reduce_lr_on_plateau", "--lr_scheduler_type reduce_lr_on_plateau needs evaluations. "
+         "Give --eval_strategy, and --eval_data_path or --eval_split"),
+        ("{evaluates} --metric_for_best_model bleu", "--metric_for_best_model bleu: there is no such metric. "
+         "Give loss or token_accuracy"),
+        ("--eval_on_start", "--eval_on_start has nothing to evaluate on. Give --eval_data_path or --eval_split too"),
+    ],
+)  # fmt: skip
+def test_what_depends_on_evaluations(tmp_path: Path, flags: str, message: str) -> None:
+    words = flags.replace("{evaluates}", " ".join(map(str, EVALUATES))).split()
+    refuses(message, tmp_path, *words)
+
+
+def test_all_faults_are_reported_at_once_and_nothing_is_changed(tmp_path: Path) -> None:
+    flags = ("--data_path", "none.json", "--bf16", "--fp16", "--lora_r", 8, "--load_best_model_at_end")
+    (tmp_path / "out").write_text("")
+    refuses(
+        "6 faults in the arguments:\n"
+        f"  1. --data_path none.json: there is no such file. {NAME_DATA}\n"
+        "  2. --fp16 and --bf16 are two precisions. Give one of them\n"
+        "  3. --lora_r 8 needs --use_lora: without it all parameters train. Add --use_lora, or leave it out\n"
+        "  4. --load_best_model_at_end needs evaluations. Give --eval_strategy, and --eval_data_path or --eval_split\n"
+        "  5. --report_to wandbb: no such service; the nearest is wandb. Known are " + ", ".join(REPORTERS) + "\n"
+        f"  6. --output_dir {tmp_path / 'out'} is a file. Give a folder",
+        tmp_path, *flags, "--report_to", "wandbb", output=tmp_path / "out",
+    )  # fmt: skip
+
+
+def test_checking_changes_nothing(tmp_path: Path) -> None:
+    args = parse_args(
+        ["--model_name_or_path", str(TINY), "--data_path", str(DATA), "--output_dir", str(tmp_path / "x")]
+    )
+    before = copy.deepcopy(args.to_dict())
+    check_args(args)
+    assert args.to_dict() == before
+
+
+def test_several_gpus_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FinetuneArguments, "n_gpu", 2)
+    message = (
+        r"^2 GPUs are visible to one process\. Set CUDA_VISIBLE_DEVICES=0, or launch with "
+        r"torchrun --nproc_per_node 2 finetune\.py \.\.\.$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_machine(parse_args(["--output_dir", str(tmp_path)]))
+
+
+def test_a_checkpoint_to_resume(tmp_path: Path) -> None:
+    for step in (2, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    for value, folder in ((tmp_path / "checkpoint-2", "checkpoint-2"), ("True", "checkpoint-10")):
+        flags = ["--resume_from_checkpoint", str(value)]
+        check(tmp_path, *flags, output=tmp_path)
+        assert parse_args(["--output_dir", str(tmp_path), *flags]).resumed_checkpoint() == str(tmp_path / folder)
+    assert parse_args(["--output_dir", str(tmp_path)]).resumed_checkpoint() is None
+
+
+@pytest.mark.parametrize("value", ["/nowhere", "True", "true"])
+def test_a_checkpoint_that_is_not_there(tmp_path: Path, value: str) -> None:
+    message = f"--resume_from_checkpoint {value}: there is no checkpoint. Give a checkpoint-* folder of the run"
+    for output in (tmp_path / "new", tmp_path):
+        refuses(message, tmp_path, "--resume_from_checkpoint", value, output=output)
+
+
+def test_a_reporter_that_is_not_installed(tmp_path: Path) -> None:
+    message = "--report_to wandb: it is not installed. pip install wandb, or leave it out"
+    refuses(message, tmp_path, "--report_to", "wandb")
+    check(tmp_path, "--report_to", "none")

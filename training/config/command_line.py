@@ -1,0 +1,112 @@
+"""The command line of ``finetune.py``: its words, and the help. What the words mean is the business of ``args.py``."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from commands import CommandParser
+from training.config.flags import Flag, nearest
+
+MOST_USED = (
+    "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
+    "gradient_accumulation_steps", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "adam_beta2",
+    "max_grad_norm", "optim", "bf16", "fp16", "gradient_checkpointing", "eval_strategy", "eval_steps", "save_strategy",
+    "save_steps", "save_total_limit", "load_best_model_at_end", "logging_steps", "report_to", "run_name",
+    "train_sampling_strategy", "seed", "dataloader_num_workers", "resume_from_checkpoint", "debug",
+)  # fmt: skip
+_METAVARS = {"dict": "JSON", "list": "NAME", "str": "TEXT", "float": "X", "int": "N", "bool": "BOOL"}
+
+
+def parse_command_line(
+    argv: Sequence[str], ours: dict[str, dict[str, Flag]], trainer: dict[str, Flag], old: dict[str, Flag]
+) -> dict[str, Any]:
+    """The flags that were given, each with its text, list of texts or (a flag alone) what that means.
+
+    Args:
+        ours: this project's flags, by the title of their group.
+        trainer: transformers' flags.
+        old: names of flags that it dropped.
+
+    Raises:
+        ConfigError: an unknown flag, or a flag without its value.
+    """
+    words = [_with_underscores(word) for word in argv]
+    show_all = "--help_all" in words
+    parser = _build_parser(ours, trainer, old, show_all)
+    if show_all or "--help" in words or "-h" in words:
+        parser.print_help()
+        sys.exit(0)
+    given, unknown = parser.parse_known_args(words)
+    if unknown:
+        names = {name for flags in (*ours.values(), trainer, old) for name in flags} | {"config", "help_all"}
+        name = unknown[0].partition("=")[0]
+        near = nearest(name.lstrip("-"), names) if name.startswith("-") else None
+        parser.error(f"{name} is no known flag" + (f", the nearest is --{near}" if near else ""))
+    return vars(given)
+
+
+def _with_underscores(word: str) -> str:
+    """``--learning-rate=1e-4`` as ``--learning_rate=1e-4``."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word[2:].partition("=")
+    return f"--{name.replace('-', '_')}{equals}{value}"
+
+
+def _build_parser(
+    ours: dict[str, dict[str, Flag]], trainer: dict[str, Flag], old: dict[str, Flag], show_all: bool
+) -> CommandParser:
+    parser = CommandParser(
+        prog="python finetune.py",
+        usage="python finetune.py [FILE] [--flag value ...]",
+        description="Fine-tune a Qwen model on conversations. FILE is a YAML or JSON file of flags.",
+        epilog=None if show_all else "--help_all also shows all other flags of transformers' TrainingArguments.",
+        add_help=False,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=118),
+    )
+    group = parser.add_argument_group("help and config")
+    group.add_argument("-h", "--help", action="store_true", help="this text")
+    group.add_argument("--help_all", action="store_true", help="the same with every flag")
+    group.add_argument("--config", metavar="FILE", help="YAML or JSON file of flags; flags of the command line win")
+    for title, flags in ours.items():
+        _add_group(parser, title, flags.values())
+    _add_group(parser, "training (most used)", [trainer[name] for name in MOST_USED if name in trainer])
+    others = [flag for name, flag in trainer.items() if name not in MOST_USED]
+    _add_group(parser, "training (all others)", others, show_all)
+    _add_group(parser, "old names", old.values(), show_all)
+    return parser
+
+
+def _add_group(parser: CommandParser, title: str, flags: Iterable[Flag], show: bool = True) -> None:
+    group = parser.add_argument_group(title) if show else parser
+    for flag in flags:
+        if "bool" in flag.kinds and flag.default is True:
+            group.add_argument(
+                f"--no_{flag.name}", dest=flag.name, action="store_const", const=False, help=argparse.SUPPRESS
+            )
+        nargs = "?" if flag.bare is not None else "+" if "list" in flag.kinds else None
+        group.add_argument(
+            f"--{flag.name}",
+            nargs=nargs,  # type: ignore[arg-type]
+            const=flag.bare if nargs == "?" else None,
+            metavar=_metavar(flag),
+            help=_help(flag) if show else argparse.SUPPRESS,
+        )
+
+
+def _metavar(flag: Flag) -> str:
+    if 0 < len(flag.choices) <= 6:
+        return "{" + ",".join(flag.choices) + "}"
+    return next(metavar for kind, metavar in _METAVARS.items() if kind in flag.kinds)
+
+
+def _help(flag: Flag) -> str:
+    """One sentence and the default; where transformers says more, its documentation does."""
+    text = " ".join(flag.help.replace("%%", "%").split()) or "(see transformers' TrainingArguments)"
+    default = "" if flag.default in (None, "", []) else f" (default: {flag.default})"
+    return (text + default).replace("%", "%%")

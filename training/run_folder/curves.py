@@ -1,0 +1,70 @@
+"""The log of a run as rows and as a picture. Imports neither torch nor transformers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from errors import DataError
+
+TRAINING_LOG = "training_log.jsonl"
+LOSS_CURVE = "training_loss.png"
+Row = dict[str, Any]
+
+
+def load_rows(path: Path, *, strict: bool = True) -> list[Row]:
+    """The lines of a log. A last line without its end is left out: it is being written, or a machine stopped.
+
+    Args:
+        strict: ``False`` leaves out everything from the first broken line on.
+
+    Raises:
+        DataError: a line that is no row of a log.
+    """
+    rows: list[Row] = []
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+        elif not strict or not line.endswith("\n"):
+            break
+        else:
+            raise DataError(f"{path}:{number}", "no line of a training log", f"Give a run's {TRAINING_LOG}")
+    return rows
+
+
+def plot_losses(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
+    """RecordSampler the losses of runs over optimizer steps: a colour per run, training solid and evaluation dashed.
+
+    Args:
+        runs: the rows of each run by its name; the name may be empty where there is only one.
+        path: a picture; its ending decides the format.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for number, (run, rows) in enumerate(runs.items()):
+        for name, kind, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "--")):
+            points = [(row["step"], row[name]) for row in rows if name in row]
+            if points:
+                marker = "." if len(points) < 50 else None
+                label = f"{run}, {kind}" if run else kind
+                colour = f"C{number}" if run else None  # a single run tells its two curves apart by colour too
+                axes.plot(*zip(*points, strict=True), style, color=colour, label=label, marker=marker)
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per target)")
+    if axes.lines:
+        axes.legend()
+    try:
+        figure.savefig(path, dpi=120)
+    finally:
+        pyplot.close(figure)

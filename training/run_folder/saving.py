@@ -1,0 +1,158 @@
+"""What a run writes: weights or adapter in the base's precision, and everything else a checkpoint needs to be used.
+
+Files are read back after writing: what was trained must be there, as it was in memory.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from chat.stops import stopping_generation_config
+from checkpoints.folders import save_json
+from checkpoints.model_config import BASE_QUANTIZATION
+from checkpoints.shards import open_checkpoint
+from checkpoints.source import is_finite
+from checkpoints.writing import save_checkpoint, save_tensors
+from errors import RunError
+from loading.checkpoint import Checkpoint, set_saved_dtype
+from training.run_folder.staging import saving_errors, staged_files
+
+logger = logging.getLogger(__name__)
+
+MAX_SHARD_SIZE = 5 * 10**9
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+_FAULTY_DISK = "Nothing was kept: save to another disk"
+_ARCHITECTURES = {"qwen": "QWenLMHeadModel", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
+
+
+def save_model(
+    model: PreTrainedModel | PeftModel,
+    checkpoint: Checkpoint,
+    folder: str | Path,
+    state_dict: Mapping[str, Tensor] | None = None,
+    show_progress: bool = True,
+    exact: bool = False,
+) -> None:
+    """Save an adapter or all weights, with tokenizer and generation_config, and check what was written.
+
+    Args:
+        model: what was trained, without the wrappers of a trainer.
+        checkpoint: the base; its precision is the one saved.
+        folder: made when missing; a model's own earlier files there are replaced when the new ones are on disk.
+        state_dict: the gathered weights where the model itself holds only its share of them.
+        show_progress: whether to draw progress bars on stderr.
+        exact: save in the precision of memory instead, as what a run goes on from must be.
+
+    Raises:
+        RunError: the folder cannot be written, a tensor is not finite, or is not on disk as it is in memory.
+    """
+    folder, dtype = Path(folder), None if exact else checkpoint.dtype
+    with saving_errors(folder), staged_files(folder) as staging:
+        if isinstance(model, PeftModel):
+            save_adapter(model, dtype, staging, state_dict)
+        else:
+            save_full(model, checkpoint, dtype, staging, state_dict, show_progress)
+        checkpoint.tokenizer.save_pretrained(staging)
+        # Not by its save_pretrained, which refuses settings that real checkpoints have (top_p beside do_sample false).
+        generation_config = checkpoint.generation_config.to_diff_dict()
+        stopping = stopping_generation_config(generation_config, checkpoint.end_ids, checkpoint.model_type)
+        save_json(stopping, staging / "generation_config.json")
+        written = {file.name for file in staging.iterdir()}
+    if not isinstance(model, PeftModel):
+        for old in folder.glob("model*.safetensors*"):
+            if old.name not in written:
+                old.unlink()
+
+
+def save_adapter(
+    model: PeftModel, dtype: torch.dtype | None, folder: Path, state_dict: Mapping[str, Tensor] | None = None
+) -> None:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` as peft reads them.
+
+    Args:
+        dtype: the precision that is saved; without one that of memory.
+    """
+    # Left to itself peft would look the base up on the hub to decide whether embeddings were resized.
+    tensors = get_peft_model_state_dict(
+        model, state_dict=None if state_dict is None else dict(state_dict), save_embedding_layers=False
+    )
+    # A tied embedding comes twice, and safetensors wants separate memory.
+    tensors = {name: _to_disk(name, tensor, dtype).clone() for name, tensor in tensors.items()}
+    save_tensors(tensors, folder / ADAPTER_WEIGHTS)
+    config = copy.deepcopy(model.peft_config["default"])
+    config.inference_mode = True
+    config.save_pretrained(str(folder))
+    if (quantization := getattr(model.config, "quantization_config", None)) is not None:
+        # The adapter has learnt beside weights that were rounded this way.
+        save_json(quantization.to_dict(), folder / BASE_QUANTIZATION)
+    _check_saved(tensors.items(), folder, (ADAPTER_WEIGHTS,))
+
+
+def save_full(
+    model: PreTrainedModel,
+    checkpoint: Checkpoint,
+    dtype: torch.dtype | None,
+    folder: Path,
+    state_dict: Mapping[str, Tensor] | None = None,
+    show_progress: bool = True,
+) -> None:
+    """Write all weights in safetensors shards, and a config that says their precision.
+
+    Args:
+        dtype: see :func:`save_adapter`.
+    """
+    tensors = dict(model.state_dict() if state_dict is None else state_dict)
+    if model.config.tie_word_embeddings:
+        for name in model.all_tied_weights_keys:
+            tensors.pop(name, None)
+
+    def on_disk(doing: str) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tqdm(tensors.items(), doing, unit=" tensors", disable=not show_progress):
+            yield name, _to_disk(name, tensor, dtype)
+
+    save_checkpoint(on_disk("Saving"), folder, MAX_SHARD_SIZE)
+    config = copy.deepcopy(model.config)
+    set_saved_dtype(config, dtype or next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()))
+    if kept := getattr(config, "qwen_config", None):  # Qwen v1 in Qwen2's layout: from now on a chat model
+        config.qwen_config = {**kept, "chat_format": "chatml"}
+    config.use_cache = True  # the trainer turns it off for its own time
+    # Not the class that trained: others know the checkpoint by the name it came with.
+    config.architectures = checkpoint.config.architectures or [_ARCHITECTURES[checkpoint.model_type]]
+    config.save_pretrained(folder)
+    _check_saved(on_disk("Checking"), folder, ("model.safetensors",))
+
+
+def _to_disk(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    tensor = tensor.detach().to("cpu")
+    if tensor.is_floating_point():
+        tensor = tensor.to(dtype or tensor.dtype)
+        if not is_finite(tensor):
+            raise RunError(
+                f"{name} holds NaN or infinity: the run diverged, and nothing is saved", "Lower --learning_rate"
+            )
+    return tensor.contiguous()
+
+
+def _check_saved(tensors: Iterable[tuple[str, Tensor]], folder: Path, names: tuple[str, ...]) -> None:
+    """Read back what was written; an adapter that gathered nothing (all zero) or lost a tensor must not look whole."""
+    reader = open_checkpoint(folder, names)
+    untouched = []
+    for name, tensor in tensors:
+        if name not in reader:
+            raise RunError(f"{name} is missing in what was saved", _FAULTY_DISK)
+        saved = reader.read(name)
+        if saved.shape != tensor.shape or not torch.equal(saved, tensor):
+            raise RunError(f"{name} is not on disk as it is in memory", _FAULTY_DISK)
+        if not saved.any():
+            untouched.append(name)
+    if untouched:
+        logger.warning("%d saved tensors are all zero, among them %s", len(untouched), untouched[0])

@@ -1,0 +1,152 @@
+"""The start and the end of a run in words: what is about to be trained, and what came of it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import time
+from typing import Any
+
+from peft import PeftModel
+from torch import nn
+
+from checkpoints.folders import save_json
+from checkpoints.shards import fingerprint
+from data_utils.dataset import ExampleSet
+from data_utils.report import DataReport
+from loading.adapters import EmbeddingsPolicy
+from loading.checkpoint import Checkpoint
+from loading.quantized import count_elements, count_weights
+from training.callbacks import RunLog, versions
+from training.config.args import RunArguments
+from training.progress import peak_memory
+from training.run_folder.changes import facts_from_args
+from training.run_folder.output import RUN_ARGUMENTS, RUN_SUMMARY
+from training.trainer import QwenTrainer
+
+logger = logging.getLogger(__name__)
+
+
+def count_parameters(model: nn.Module | None) -> tuple[int, int]:
+    """Trained and all parameters."""
+    assert model is not None, "a Trainer without a model"
+    trained = sum(count_elements(parameter) for parameter in model.parameters() if parameter.requires_grad)
+    return trained, count_weights(model)
+
+
+def describe_run(
+    trainer: QwenTrainer, args: RunArguments, examples: ExampleSet, policy: EmbeddingsPolicy | None
+) -> str:
+    """The start-up block: model, mode, what is trained, data, steps."""
+    training, checkpoint = args.training, trainer.checkpoint
+    trained, total = count_parameters(trainer.model)
+    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    per_epoch = max(1, math.ceil(len(examples) / batch))
+    steps = training.max_steps if training.max_steps > 0 else math.ceil(per_epoch * training.num_train_epochs)
+    mode = "LoRA" if isinstance(trainer.model, PeftModel) else "all parameters"
+    if quantization := checkpoint.quantization or args.lora.quantization:
+        mode = f"LoRA on quantised weights ({quantization})"
+    precision = next((name for name in ("pure_bf16", "bf16", "fp16") if getattr(training, name)), "fp32")
+    report = examples.report.total()
+    rows = [
+        (
+            "model",
+            f"{checkpoint.name} ({checkpoint.model_type}, saved in {str(checkpoint.dtype).removeprefix('torch.')})",
+        ),
+        ("mode", f"{mode}, {precision} on {training.device}"),
+        ("embeddings", f"{policy.mode} ({policy.reason})" if policy else "trained with the rest"),
+        ("trained", f"{trained:,} of {total:,} parameters ({trained / total:.2%})"),
+        ("data", f"{report.kept:,} of {report.read:,} conversations, {report.tokens:,} tokens"),
+        *_source_rows(examples.report),
+        ("learnt", f"{report.trained_tokens:,} tokens ({report.trained_tokens / report.tokens:.1%})"),
+        ("steps", f"{steps:,} of {batch} conversations ({per_epoch:,} per epoch)"),
+        ("output", str(args.output_dir)),
+    ]
+    return "\n".join(f"  {name:<11}{value}" for name, value in rows)
+
+
+def _source_rows(report: DataReport) -> list[tuple[str, str]]:
+    if len(report.sources) == 1:
+        return []
+    return [
+        ("", f"{source.kept:,} of {source.read:,} from {source.name} ({source.format})") for source in report.sources
+    ]
+
+
+def describe_result(summary: dict[str, Any]) -> str:
+    """One line of what ``save_summary`` returned."""
+    line = f"{summary['steps']} steps in {summary['seconds']:.0f} s"
+    if summary["first_loss"] is not None:
+        line += f", loss {summary['first_loss']:.4g} -> {summary['last_loss']:.4g}"
+        line += f", token accuracy {summary['last_token_accuracy']:.1%}"
+    return line
+
+
+def save_arguments(args: RunArguments) -> None:
+    """Write every flag with its value to ``run_args.json``."""
+    values = json.loads(json.dumps(args.to_dict(), default=str))
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    save_json(values, args.output_dir / RUN_ARGUMENTS)
+
+
+def run_facts(
+    args: RunArguments, checkpoint: Checkpoint, sets: dict[str, ExampleSet], policy: EmbeddingsPolicy | None
+) -> dict[str, Any]:
+    """What a run is known by to its checkpoints: all the facts of ``training.run_folder.changes``."""
+    return {
+        **facts_from_args(args),
+        "embeddings": None if policy is None else policy.mode,
+        "base": fingerprint(checkpoint.folder),
+        "data": {name: examples.digest() for name, examples in sets.items()},
+        "versions": versions(),
+    }
+
+
+_DATA_KEYS = ("path", "read", "kept", "skipped", "truncated", "tokens", "trained_tokens", "skipped_at", "truncated_at")
+
+
+def _data_summary(examples: ExampleSet, digest: str) -> dict[str, Any]:
+    """The main figures of ``data_receipt.json``, and what the examples are recognised by."""
+    told = examples.report.as_dict()
+    return {**{key: told[key] for key in _DATA_KEYS}, "digest": digest}
+
+
+def save_summary(
+    trainer: QwenTrainer,
+    args: RunArguments,
+    log: RunLog,
+    sets: dict[str, ExampleSet],
+    policy: EmbeddingsPolicy | None,
+    seconds: float,
+) -> dict[str, Any]:
+    """Write ``run_summary.json`` and return what it says."""
+    trained, total = count_parameters(trainer.model)
+    quantization = trainer.checkpoint.quantization or args.lora.quantization
+    losses, eval_losses, accuracies = (log.losses(name) for name in ("loss", "eval_loss", "token_accuracy"))
+    summary = {
+        "base_model": trainer.checkpoint.name,
+        "base_fingerprint": trainer.facts["base"],
+        "base_is_quantized": trainer.checkpoint.quantization is not None,
+        "model_type": trainer.checkpoint.model_type,
+        "mode": "lora" if isinstance(trainer.model, PeftModel) else "full",
+        "quantization": None if quantization is None else str(quantization),
+        "trainable_embeddings": None if policy is None else {"mode": policy.mode, "reason": policy.reason},
+        "trained_parameters": trained,
+        "parameters": total,
+        "data": {name: _data_summary(examples, trainer.facts["data"][name]) for name, examples in sets.items()},
+        "steps": trainer.state.global_step,
+        "trained_tokens": trainer.total.targets,
+        "first_loss": losses[0] if losses else None,
+        "last_loss": losses[-1] if losses else None,
+        "last_eval_loss": eval_losses[-1] if eval_losses else None,
+        "last_token_accuracy": accuracies[-1] if accuracies else None,
+        "padding": round(trainer.total.padding, 4),
+        "seconds": round(seconds, 3),
+        "trained_tokens_per_second": round(trainer.total.targets / seconds, 1),
+        "peak_memory": peak_memory(),
+        "versions": versions(),
+        "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+    save_json(summary, args.output_dir / RUN_SUMMARY)
+    return summary
