@@ -10,12 +10,12 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from checkpoints.source import TensorSource
 from errors import ConfigError
+
+if TYPE_CHECKING:
+    from checkpoints.source import TensorSource
 
 
 def save_json(value: Mapping[str, Any], path: Path) -> None:
@@ -152,5 +152,7 @@ def check_space(source: TensorSource, output: Path, flag: str = "--output") -> N
 
 def progress_bar(source: TensorSource, doing: str) -> Any:
     """A bar over the bytes that the tensors of ``source`` are written in."""
+    from tqdm import tqdm
+
     total = sum(source.nbytes(name) for name in source.names())
     return tqdm(total=total, desc=doing, unit="B", unit_scale=True)

@@ -110,7 +110,7 @@ def test_the_line_is_not_on_the_bars_line(capfd: pytest.CaptureFixture[str]) -> 
 
 COMMAND = """
 import sys, time
-from errors import run_command
+from commands import run_command
 def main(argv):
     try:
         print("started", flush=True)
@@ -212,7 +212,7 @@ def test_telling_others_does_not_hold_a_failure_up(tmp_path: Path) -> None:
 
 def test_a_fault_that_all_share_is_reported_by_the_first(tmp_path: Path) -> None:
     """Wherever the others run: on another host each would be the first of its own."""
-    body = 'import errors; raise errors.shared(errors.ConfigError("--x 1"))'
+    body = 'import commands, errors; raise errors.shared(errors.ConfigError("--x 1"))'
     first, second = (
         start(tmp_path, body.replace("raise", "commands._WAIT_FOR_FIRST = 0.1; raise"), RANK=rank, WORLD_SIZE="2")
         for rank in ("0", "1")

@@ -430,7 +430,7 @@ from data_utils.encode import EncodeOptions, Encoder
 from data_utils.schema import Conversation
 from qwen_model.tokenization_qwen import QWenTokenizer
 from chat.turns import ToolCall, Turn
-from tests.unit.test_properties import FAMILIES
+from tests.unit.data_utils.test_properties import FAMILIES
 
 kind, folder, given, out = sys.argv[1:]
 tokenizer = (QWenTokenizer if kind == "v1" else PreTrainedTokenizerFast).from_pretrained(folder)

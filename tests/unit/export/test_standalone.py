@@ -63,15 +63,19 @@ def test_no_more_goes_along_than_is_imported(folder: Path) -> None:
 
 def test_only_imports_are_changed(folder: Path) -> None:
     for path in folder.glob("*.py"):
-        source = REPO / path.name if path.stem == "errors" else REPO / "qwen_model" / path.name
+        source = next(
+            REPO / folder / path.name for folder in ("", "chat", "qwen_model") if (REPO / folder / path.name).is_file()
+        )
         notice, lines = path.read_text().splitlines()[:2], path.read_text().splitlines()[2:]
         assert notice[0] == "# SPDX-License-Identifier: Apache-2.0" and notice[1].startswith("# From the Qwen")
         old = source.read_text().splitlines()
         assert len(lines) == len(old)
         for before, after in zip(old, lines, strict=True):
             if before != after:
-                changed = before.replace("from qwen_model.", "from .").replace(
-                    "from errors import", "from .errors import"
+                changed = (
+                    before.replace("from qwen_model.", "from .")
+                    .replace("from chat.", "from .")
+                    .replace("from errors import", "from .errors import")
                 )
                 assert after == changed
 
@@ -81,7 +85,11 @@ def test_imports_are_made_relative_wherever_they_stand() -> None:
         '"""from errors import x"""\nfrom errors import (\n    A,\n)\nif True:\n    from qwen_model.rope import b\n'
     )
     source += 'def f():\n\t"é"; x = 1\n\tfrom chat.render import c as d\n\timport torch\n'
-    expected = source.replace("from errors import (", "from .errors import (").replace("from qwen_model.", "from .")
+    expected = (
+        source.replace("from errors import (", "from .errors import (")
+        .replace("from qwen_model.", "from .")
+        .replace("from chat.", "from .")
+    )
     assert with_relative_imports(source) == expected
     for hopeless in ("import errors", "import os, qwen_model.rope", "x = 1; from errors  import A"):
         with pytest.raises(AssertionError):
