@@ -27,8 +27,8 @@ def main(argv: Sequence[str]) -> int:
     # What takes seconds to import, after the arguments have been found good.
     from transformers import set_seed
 
-    from loading.adapters import attach_lora, embeddings_policy
-    from loading.checkpoint import load_checkpoint, load_model
+    from loading.adapters import embeddings_policy
+    from loading.checkpoint import load_checkpoint
     from training.callbacks import RunLog, build_callbacks
     from training.checks import check_machine
     from training.data import build_collator, load_data, preview_data, save_reports, show_reports
@@ -36,6 +36,7 @@ def main(argv: Sequence[str]) -> int:
     from training.distributed.heartbeat import HeartbeatCallback, join_run
     from training.distributed.shared_data import load_shared
     from training.logs import set_tensorboard_folder
+    from training.model import load_training_model
     from training.run_folder.start import agree_on_start
     from training.summary import describe_result, describe_run, run_facts, save_arguments, save_summary
     from training.trainer import QwenTrainer
@@ -60,10 +61,7 @@ def main(argv: Sequence[str]) -> int:
         heartbeat.leave()
         return 0
 
-    model = load_model(checkpoint, args)
-    if policy is not None:
-        model = attach_lora(model, checkpoint, args.lora, policy, in_float32=not args.training.pure_bf16)
-
+    model = load_training_model(checkpoint, args, args.training, policy)
     prepare_output(args, start.removes_leftovers)  # old results go only when nothing can be refused any more
     if world.is_first:
         save_arguments(args)

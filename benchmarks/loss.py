@@ -173,10 +173,10 @@ def step_case(mode: str) -> Any:
         vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=4, num_attention_heads=14, kv_channels=64,
         intermediate_size=4864, seq_length=2048, use_cache=False,
     )  # fmt: skip
-    rows = {"trainable_token_indices": {name: [151644, 151645] for name in ("wte", "lm_head")}}
+    rows = {name: [151644, 151645] for name in ("wte", "lm_head")}
     adapter = LoraConfig(
         r=8, target_modules=["c_attn", "c_proj", "w1", "w2"], task_type="CAUSAL_LM",
-        **(rows if mode == "chatml_tokens" else {}),
+        trainable_token_indices=rows if mode == "chatml_tokens" else None,
     )  # fmt: skip
     model = get_peft_model(QWenLMHeadModel(config), adapter).train()
     use_lean_trainable_tokens(model)

@@ -207,13 +207,13 @@ def train_layers(whose: str, model_folder: str) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, GPTQConfig
 
-    from loading.checkpoint import load_checkpoint, load_weights
+    from loading.checkpoint import load_checkpoint, load_model
 
     torch.set_num_threads(THREADS)
     checkpoint = load_checkpoint(model_folder)
     model: Any
     if whose == "ours":
-        model = load_weights(checkpoint, torch.float32)
+        model = load_model(checkpoint, torch.float32)
     else:
         kernel = GPTQConfig(bits=4, backend="torch")
         model = AutoModelForCausalLM.from_pretrained(model_folder, dtype=torch.float32, quantization_config=kernel)

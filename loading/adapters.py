@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
@@ -20,7 +20,6 @@ from checkpoints.shards import open_checkpoint
 from errors import ConfigError, one_line
 from loading.checkpoint import Checkpoint
 from loading.token_rows import sharded_token_rows, use_lean_trainable_tokens
-from training.config.args import LoraArguments
 
 logger = logging.getLogger(__name__)
 
@@ -72,28 +71,59 @@ def embeddings_policy(requested: str, checkpoint: Checkpoint, lora_weight_path: 
     )
 
 
+@dataclass(frozen=True)
+class LoraSettings:
+    """Hyperparameters of a new adapter.
+
+    Attributes:
+        alpha: the adapter's product is scaled by ``alpha / rank``.
+        target_modules: names of linear layers; ``None``: all those of the blocks.
+        bias: biases that train: ``none``, ``all`` or ``lora_only``.
+    """
+
+    rank: int = 64
+    alpha: int = 16
+    dropout: float = 0.05
+    target_modules: Sequence[str] | None = None
+    bias: Literal["none", "all", "lora_only"] = "none"
+
+
 def attach_lora(
     model: PreTrainedModel,
     checkpoint: Checkpoint,
-    lora: LoraArguments,
+    settings: LoraSettings,
     policy: EmbeddingsPolicy,
     in_float32: bool = True,
 ) -> PeftModel:
-    """Freeze the model and put an adapter on it.
+    """Freeze the model and attach a new adapter.
 
     Args:
-        in_float32: hold what trains in float32 whatever the model's precision: updates of a few thousandths of a
-            weight vanish in bfloat16's eight bits.
+        in_float32: train in float32 whatever the model's precision: updates of a few thousandths of a weight vanish
+            in bfloat16's eight bits.
 
     Raises:
-        ConfigError: target modules that the model does not have, or an adapter that cannot be continued.
+        ConfigError: target modules that the model does not have.
     """
-    if lora.lora_weight_path:
-        adapted = load_adapter(model, lora.lora_weight_path, "--lora_weight_path", True, in_float32)
-    else:
-        config = _build_config(model, checkpoint, lora, policy)
-        with _without_gptqmodel(), sharded_token_rows():
-            adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
+    config = _build_config(model, checkpoint, settings, policy)
+    with _without_gptqmodel(), sharded_token_rows():
+        adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
+    return _prepare_for_training(adapted, in_float32)
+
+
+def continue_lora(model: PreTrainedModel, folder: str, in_float32: bool = True) -> PeftModel:
+    """Freeze the model and attach the saved adapter of ``--lora_weight_path``, to be trained further.
+
+    Args:
+        in_float32: as in ``attach_lora``.
+
+    Raises:
+        ConfigError: the adapter cannot be continued.
+    """
+    adapted = load_adapter(model, folder, "--lora_weight_path", is_trainable=True, in_float32=in_float32)
+    return _prepare_for_training(adapted, in_float32)
+
+
+def _prepare_for_training(adapted: PeftModel, in_float32: bool) -> PeftModel:
     use_lean_trainable_tokens(adapted)
     if in_float32:
         for parameter in adapted.parameters():
@@ -180,9 +210,9 @@ def _load_adapter_config(folder: str, flag: str) -> LoraConfig:
 
 
 def _build_config(
-    model: PreTrainedModel, checkpoint: Checkpoint, lora: LoraArguments, policy: EmbeddingsPolicy
+    model: PreTrainedModel, checkpoint: Checkpoint, settings: LoraSettings, policy: EmbeddingsPolicy
 ) -> LoraConfig:
-    targets = lora.lora_target_modules or list(TARGET_MODULES[checkpoint.model_type])
+    targets = list(settings.target_modules or TARGET_MODULES[checkpoint.model_type])
     _check_targets(model, targets)
     tied = bool(model.config.tie_word_embeddings)
     embeddings: dict[str, Any] = {}
@@ -194,11 +224,11 @@ def _build_config(
         names = EMBEDDING_MODULES[checkpoint.model_type][: 1 if tied else 2]
         embeddings = {"trainable_token_indices": {name: ids for name in names}}
     return LoraConfig(
-        r=lora.lora_r,
-        lora_alpha=lora.lora_alpha,
-        lora_dropout=lora.lora_dropout,
+        r=settings.rank,
+        lora_alpha=settings.alpha,
+        lora_dropout=settings.dropout,
         target_modules=targets,
-        bias=lora.lora_bias,
+        bias=settings.bias,
         task_type="CAUSAL_LM",
         base_model_name_or_path=checkpoint.name,
         **embeddings,

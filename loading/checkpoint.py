@@ -24,7 +24,6 @@ from loading.quantized import compute_in_float32, loading_arguments, patch_bitsa
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.qwen2_qwen3 import MODEL_CLASSES
 from qwen_model.register import register_qwen
-from training.config.args import RunArguments
 
 logger = logging.getLogger(__name__)
 
@@ -98,28 +97,7 @@ def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = 
     )
 
 
-def load_model(checkpoint: Checkpoint, args: RunArguments) -> Any:
-    """The model in the precision of the mode.
-
-    What trains is float32 (under autocast where ``--bf16`` or ``--fp16`` say so); weights that LoRA freezes take the
-    compute dtype. ``--pure_bf16`` holds everything in bfloat16. ``--q_lora`` quantises what is not quantised yet.
-    """
-    training = args.training
-    if training.pure_bf16 or (args.lora.use_lora and training.bf16):
-        dtype = torch.bfloat16
-    elif args.lora.use_lora and training.fp16:
-        dtype = torch.float16
-    else:
-        dtype = torch.float32
-    quantize = None if checkpoint.quantization else args.lora.quantization
-    model = load_weights(checkpoint, dtype, args.model.attn_implementation, quantize)
-    # What the Trainer would set itself, with a warning.
-    for config in (model.config, model.generation_config):
-        config.pad_token_id, config.eos_token_id = checkpoint.tokenizer.pad_token_id, checkpoint.tokenizer.eos_token_id
-    return model
-
-
-def load_weights(
+def load_model(
     checkpoint: Checkpoint,
     dtype: torch.dtype,
     attn_implementation: str | None = None,
@@ -137,14 +115,14 @@ def load_weights(
     """
     where = f"--model_name_or_path {checkpoint.folder}"
     model_class: Any = MODEL_CLASSES.get(checkpoint.model_type, QWenLMHeadModel)
-    arguments, held = {"config": checkpoint.config}, dtype
+    arguments, storage_dtype = {"config": checkpoint.config}, dtype
     if checkpoint.quantization or quantize:
-        held = checkpoint.dtype if dtype == torch.float32 else dtype
+        storage_dtype = checkpoint.dtype if dtype == torch.float32 else dtype
         arguments = loading_arguments(checkpoint.folder, checkpoint.config, checkpoint.quantization, quantize, dtype)
     try:
         loaded: Any = model_class.from_pretrained(
             None if "state_dict" in arguments else str(checkpoint.folder),
-            dtype=held,
+            dtype=storage_dtype,
             attn_implementation=attn_implementation,
             output_loading_info=True,
             **arguments,
@@ -167,7 +145,7 @@ def load_weights(
     _check_finite(model, checkpoint)
     if "device_map" in arguments:
         patch_bitsandbytes_linear(model, dtype)
-    if held != dtype:
+    if storage_dtype != dtype:
         compute_in_float32(model)
     return model
 

@@ -10,7 +10,7 @@ import torch
 
 from checkpoints.model_config import Quantization, load_base_quantization
 from loading.adapters import load_adapter
-from loading.checkpoint import Checkpoint, load_weights
+from loading.checkpoint import Checkpoint, load_model
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +27,7 @@ def load_for_inference(checkpoint: Checkpoint, adapter: str | None = None) -> An
     on_gpu = torch.cuda.is_available()
     quantize = _quantization_of(checkpoint, adapter)
     dtype = checkpoint.dtype if on_gpu or not (checkpoint.quantization or quantize) else torch.float32
-    model = load_weights(checkpoint, dtype, quantize=quantize)
+    model = load_model(checkpoint, dtype, quantize=quantize)
     if adapter is not None:
         model = load_adapter(model, adapter, "--adapter")
     return (model if model.device.type == "cuda" else model.to("cuda" if on_gpu else "cpu")).eval()

@@ -18,7 +18,7 @@ from checkpoints.shards import load_json, open_checkpoint
 from checkpoints.writing import save_checkpoint
 from data_utils.encode import UnweightedExample
 from errors import ConfigError, RunError, one_line
-from loading.checkpoint import Checkpoint, load_checkpoint, load_weights
+from loading.checkpoint import Checkpoint, load_checkpoint, load_model
 from loading.quantized import compute_in_float32
 from quantize.blocks import Stream, stored_tensors, take_blocks
 from quantize.calibration import Samples
@@ -106,7 +106,7 @@ def _write_by_bitsandbytes(
     _pass_all(model, held_out)
     before = held_out.perplexity(model)
     del model
-    quantised = load_weights(checkpoint, torch.float32, quantize=quantization)
+    quantised = load_model(checkpoint, torch.float32, quantize=quantization)
     tensors = ((name, tensor.cpu()) for name, tensor in stored_tensors(quantised))
     save_checkpoint(tensors, folder, MAX_SHARD_SIZE)
     config = quantised.config.quantization_config.to_dict()
@@ -115,7 +115,7 @@ def _write_by_bitsandbytes(
 
 def _load_float(checkpoint: Checkpoint) -> Any:
     """The model in the precision it is stored in, which computes in float32."""
-    model = load_weights(checkpoint, checkpoint.dtype)
+    model = load_model(checkpoint, checkpoint.dtype)
     if checkpoint.dtype != torch.float32:
         compute_in_float32(model)
     return model
@@ -132,7 +132,7 @@ def _pass_all(model: Any, stream: Stream) -> None:
 
 def _measure_saved(folder: Path, held_out: Sequence[UnweightedExample], device: torch.device) -> float:
     """The perplexity of what lies on disk, as everyone will load it."""
-    model = load_weights(load_checkpoint(str(folder)), torch.float32)
+    model = load_model(load_checkpoint(str(folder)), torch.float32)
     stream = Stream(model, held_out, device)
     _pass_all(model, stream)
     return stream.perplexity(model)

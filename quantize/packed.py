@@ -86,7 +86,7 @@ def quantize_weights(
     """The tensors of the quantised model by their names, on the CPU. The model's own blocks are gone afterwards.
 
     Args:
-        model: as ``loading.checkpoint.load_weights`` gives it, on the CPU.
+        model: as ``loading.checkpoint.load_model`` gives it, on the CPU.
         calibration: goes through the quantised blocks.
         held_out: goes through the blocks as they were.
         dtype: of what is not quantised.

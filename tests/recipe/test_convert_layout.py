@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from checkpoints.shards import fingerprint
 from loading.adapters import embeddings_policy
-from loading.checkpoint import load_checkpoint, load_weights
+from loading.checkpoint import load_checkpoint, load_model
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.register import register_qwen
 from scripts.convert_layout import main
@@ -87,7 +87,7 @@ def test_a_base_model_still_learns_the_control_tokens(tmp_path: Path, chat_forma
 def test_a_quantised_checkpoint(tmp_path: Path) -> None:
     weights = write_gptq(TINY, tmp_path / "qwen", config="quantize_config.json", file_name="gptq_model-4bit-32g")
     assert convert(tmp_path / "qwen", tmp_path / "there") == 0
-    models = [load_weights(load_checkpoint(str(tmp_path / name)), torch.float32) for name in ("qwen", "there")]
+    models = [load_model(load_checkpoint(str(tmp_path / name)), torch.float32) for name in ("qwen", "there")]
     assert_close(models[1](IDS).logits, models[0](IDS).logits, LOGITS_ATOL)
     # With a precision it is dequantised instead.
     assert convert(tmp_path / "qwen", tmp_path / "float", "--dtype", "fp32") == 0

@@ -19,7 +19,7 @@ import merge_lora
 from checkpoints.model_config import Quantization
 from checkpoints.shards import open_checkpoint
 from loading.adapters import load_adapter
-from loading.checkpoint import load_checkpoint, load_weights
+from loading.checkpoint import load_checkpoint, load_model
 from loading.inference import load_for_inference
 from loading.quantized import QuantizedLinear
 from scripts import ask, make_tiny_qwen
@@ -73,7 +73,7 @@ def kind_of(name: str) -> str:
 
 def load(name: str, folder: Path) -> Any:
     """A model in the form that its name says, computing in float32."""
-    return load_weights(load_checkpoint(str(folder)), torch.float32, quantize=ON_LOAD.get(kind_of(name)))
+    return load_model(load_checkpoint(str(folder)), torch.float32, quantize=ON_LOAD.get(kind_of(name)))
 
 
 @pytest.fixture(scope="module")
@@ -313,7 +313,7 @@ def test_merged_onto_the_quantised_base(
     plain = models[f"{'qwen' if name.startswith('wide') else name.partition('-')[0]}-nf4"]
     names = (set(open_checkpoint(folder).names()) for folder in (tmp_path / "merged", plain))
     assert next(names) == next(names)
-    merged = load_weights(load_checkpoint(str(tmp_path / "merged")), torch.float32)
+    merged = load_model(load_checkpoint(str(tmp_path / "merged")), torch.float32)
     expected = load_adapter(dense(load(name, models[name])), str(output), "--adapter")
     with torch.no_grad():
         difference = merged(input_ids=IDS).logits - expected.eval()(input_ids=IDS).logits

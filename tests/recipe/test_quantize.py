@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from chat.label_mask import IGNORE_INDEX
 from data_utils.encode import EncodeOptions, UnweightedExample
-from loading.checkpoint import load_checkpoint, load_weights
+from loading.checkpoint import load_checkpoint, load_model
 from quantize.calibration import draw_samples
 from qwen_model.register import register_qwen
 from scripts import make_tiny_qwen, quantize
@@ -136,7 +136,7 @@ def test_the_printed_perplexities_are_those_of_the_folders(
 
 @torch.no_grad()
 def perplexity(folder: Path, examples: list[UnweightedExample]) -> float:
-    model = load_weights(load_checkpoint(str(folder)), torch.float32)
+    model = load_model(load_checkpoint(str(folder)), torch.float32)
     losses: list[float] = []
     for example in examples:
         likelihoods = model(input_ids=torch.tensor([example["input_ids"]])).logits[0, :-1].log_softmax(-1)
@@ -207,7 +207,7 @@ def test_other_libraries_read_the_same_model(quantised: Callable[[str, str, int]
     theirs = load_file(tmp_path / "logits.safetensors")
     assert len(theirs) == len(made) == 4
     for folder, logits in theirs.items():
-        model = load_weights(load_checkpoint(folder), torch.float32)
+        model = load_model(load_checkpoint(folder), torch.float32)
         with torch.no_grad():
             ours = model(input_ids=torch.arange(3, 63)[None]).logits
         assert (ours - logits).norm() / ours.norm() < 5e-3, folder

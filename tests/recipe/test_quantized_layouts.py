@@ -19,7 +19,7 @@ from torch import Tensor
 
 from checkpoints.model_config import find_quantization
 from checkpoints.packed_weights import PARTS, dequantize
-from loading.checkpoint import load_checkpoint, load_weights
+from loading.checkpoint import load_checkpoint, load_model
 from tests.golden import REPO
 from tests.models import TINY, write_later_checkpoint
 from tests.quantized import write_awq, write_dequantized, write_gptq, write_wide
@@ -87,7 +87,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Written]:
 
 @torch.no_grad()
 def logits(folder: Path) -> Tensor:
-    model = load_weights(load_checkpoint(str(folder)), torch.float32)
+    model = load_model(load_checkpoint(str(folder)), torch.float32)
     return model(input_ids=IDS).logits
 
 

@@ -11,11 +11,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from errors import ConfigError
-from loading.adapters import EmbeddingsPolicy, attach_lora, embeddings_policy
+from loading.adapters import EmbeddingsPolicy, LoraSettings, attach_lora, continue_lora, embeddings_policy
 from loading.checkpoint import Checkpoint, load_checkpoint, load_model
 from tests.commands import Recorder, finetune_here, read_json
 from tests.models import TINY, copy_checkpoint, copy_tied, write_conversations, write_later_checkpoint
-from training.config.args import parse_args
 
 # The linear layers of a block of each family.
 QWEN_LAYERS = ["attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj"]
@@ -25,11 +24,10 @@ LATER_LAYERS = [
 ]
 
 
-def build(checkpoint: Checkpoint, *flags: str) -> Any:
-    """The model with its adapter, as a command line with ``flags`` makes it."""
-    args = parse_args(["--use_lora", *flags])
-    policy = embeddings_policy(args.lora.trainable_embeddings, checkpoint, args.lora.lora_weight_path)
-    return attach_lora(load_model(checkpoint, args), checkpoint, args.lora, policy)
+def build(checkpoint: Checkpoint, embeddings: str = "auto", **settings: Any) -> Any:
+    """Load the model and attach a new adapter with these ``LoraSettings``."""
+    policy = embeddings_policy(embeddings, checkpoint)
+    return attach_lora(load_model(checkpoint, torch.float32), checkpoint, LoraSettings(**settings), policy)
 
 
 def trained_names(model: torch.nn.Module) -> set[str]:
@@ -110,7 +108,7 @@ QWEN_EMBEDDINGS = {
 
 @pytest.mark.parametrize("mode", ["none", "full", "chatml_tokens"])
 def test_what_trains_of_qwen_v1(mode: str) -> None:
-    model = build(load_checkpoint(str(TINY)), "--trainable_embeddings", mode)
+    model = build(load_checkpoint(str(TINY)), mode)
     assert trained_names(model) == lora_names(QWEN_LAYERS, "transformer.h") | QWEN_EMBEDDINGS[mode]
 
 
@@ -127,7 +125,7 @@ def test_what_trains_of_later_families(tmp_path: Path, model_type: str) -> None:
     layers = lora_names(LATER_LAYERS, "model.layers")
     assert trained_names(build(checkpoint)) == layers
     full = {"model.embed_tokens.modules_to_save.default.weight", "lm_head.modules_to_save.default.weight"}
-    assert trained_names(build(checkpoint, "--trainable_embeddings", "full")) == layers | full
+    assert trained_names(build(checkpoint, "full")) == layers | full
 
 
 def test_only_the_rows_of_the_two_chatml_tokens_train(tmp_path: Path) -> None:
@@ -156,14 +154,14 @@ def test_tied_embeddings_stay_tied(tmp_path: Path, mode: str) -> None:
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
 def test_biases_that_train(bias: str) -> None:
     """Of Qwen v1's linear layers only c_attn has one."""
-    model = build(load_checkpoint(str(TINY)), "--lora_bias", bias)
+    model = build(load_checkpoint(str(TINY)), bias=bias)
     biases = {name for name in trained_names(model) if name.endswith(".bias")}
     assert biases == {f"transformer.h.{block}.attn.c_attn.base_layer.bias" for block in (0, 1)}
 
 
 def test_chosen_layers_rank_alpha_and_dropout() -> None:
-    flags = "--lora_target_modules w1 attn.c_proj --lora_r 3 --lora_alpha 6 --lora_dropout 0.25".split()
-    model = build(load_checkpoint(str(TINY)), *flags)
+    targets = ["w1", "attn.c_proj"]
+    model = build(load_checkpoint(str(TINY)), rank=3, alpha=6, dropout=0.25, target_modules=targets)
     assert trained_names(model) == lora_names(["mlp.w1", "attn.c_proj"], "transformer.h")
     layer = model.base_model.model.transformer.h[0].mlp.w1
     assert layer.lora_A["default"].weight.shape == (3, 32)
@@ -178,7 +176,7 @@ def test_layers_that_are_not_there(tmp_path: Path) -> None:
         folder = TINY if model_type == "qwen" else write_later_checkpoint(tmp_path / model_type, model_type)
         message = f"--lora_target_modules {missing}: the model has no such layers. It has {layers}"
         with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
-            build(load_checkpoint(str(folder)), "--lora_target_modules", *targets.split())
+            build(load_checkpoint(str(folder)), target_modules=targets.split())
 
 
 # ------------------------------------------------------------------------------------------ going on with an adapter
@@ -190,13 +188,16 @@ def test_an_adapter_is_continued_from_what_was_saved(tmp_path: Path, mode: str) 
     names = trained_names(first.model)
     saved = {name: p.detach().clone() for name, p in first.model.named_parameters()}
 
-    args = ("--trainable_embeddings", mode, "--lora_weight_path", str(tmp_path / "first"))
-    continued = build(load_checkpoint(str(TINY)), *args)
+    checkpoint = load_checkpoint(str(TINY))
+    assert embeddings_policy("auto", checkpoint, str(tmp_path / "first")).mode == mode
+    continued = continue_lora(load_model(checkpoint, torch.float32), str(tmp_path / "first"))
     assert trained_names(continued) == names
     for name, parameter in continued.named_parameters():
         assert torch.equal(parameter, saved[name]), name
 
-    second = finetune(TINY, tmp_path / "second", *args)
+    second = finetune(
+        TINY, tmp_path / "second", "--trainable_embeddings", mode, "--lora_weight_path", tmp_path / "first"
+    )
     assert second.losses()[0] < first.losses()[0] - 0.1  # it starts where the first run ended
     moved = {
         name.removeprefix("base_model.model.")
@@ -246,7 +247,7 @@ def test_an_adapter_that_cannot_be_continued(tmp_path: Path, adapter: Path) -> N
         (load_checkpoint(str(tmp_path / "other")), adapter),
     ):
         with pytest.raises(ConfigError, match=f"^--lora_weight_path {re.escape(str(folder))}: ") as caught:
-            build(base, "--lora_weight_path", str(folder))
+            continue_lora(load_model(base, torch.float32), str(folder))
         assert ". Give " in str(caught.value) or ". Copy " in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -257,4 +258,4 @@ def test_an_adapter_that_lacks_a_tensor_is_not_continued_with_a_random_one(tmp_p
     folder = copy_adapter(adapter, tmp_path / "lacking", None)
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"transformer\.h\.0\.mlp\.w1\.lora_A"):
-        build(load_checkpoint(str(TINY)), "--lora_weight_path", str(folder))
+        continue_lora(load_model(load_checkpoint(str(TINY)), torch.float32), str(folder))

@@ -12,20 +12,17 @@ from safetensors.torch import load_file, save_file
 
 from checkpoints.writing import save_checkpoint
 from errors import ConfigError
-from loading.checkpoint import load_checkpoint, load_model, load_weights
+from loading.checkpoint import load_checkpoint, load_model
 from loading.inference import load_for_inference
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.qwen2_qwen3 import MODEL_CLASSES
-from tests.commands import finetune_here
 from tests.models import (
     TINY,
     change_json,
     copy_checkpoint,
     copy_in_bfloat16,
-    write_conversations,
     write_later_checkpoint,
 )
-from training.config.args import parse_args
 
 IDS = torch.tensor([[701, 39, 72, 702, 198, 5, 6, 7]])
 
@@ -38,39 +35,6 @@ def refuses(folder: Path | str, *expected: str) -> None:
     assert "\n" not in message
 
 
-# ----------------------------------------------------------------------------------------------------------- precision
-
-
-@pytest.mark.parametrize(
-    ("base", "flags", "frozen", "trained"),
-    [
-        ("fp32", "", None, torch.float32),
-        ("bf16", "", None, torch.float32),
-        ("bf16", "--bf16", None, torch.float32),
-        ("fp32", "--pure_bf16", None, torch.bfloat16),
-        ("bf16", "--use_lora", torch.float32, torch.float32),
-        ("fp32", "--use_lora --bf16", torch.bfloat16, torch.float32),
-        ("bf16", "--use_lora --bf16 --trainable_embeddings full", torch.bfloat16, torch.float32),
-        ("bf16", "--use_lora --bf16 --trainable_embeddings chatml_tokens", torch.bfloat16, torch.float32),
-        ("bf16", "--use_lora --pure_bf16", torch.bfloat16, torch.bfloat16),
-        ("fp32", "--use_lora --pure_bf16 --trainable_embeddings full", torch.bfloat16, torch.bfloat16),
-    ],
-)
-def test_what_trains_is_float32_and_what_is_frozen_takes_the_compute_dtype(
-    tmp_path: Path, base: str, flags: str, frozen: torch.dtype | None, trained: torch.dtype
-) -> None:
-    checkpoint = TINY if base == "fp32" else copy_in_bfloat16(tmp_path / "base")
-    run = finetune_here(
-        "--model_name_or_path", checkpoint, "--data_path", write_conversations(tmp_path / "train.json"),
-        "--output_dir", tmp_path / "out", "--max_steps", 1, "--logging_steps", 1, "--save_strategy", "no",
-        *flags.split(),
-    )  # fmt: skip
-    parameters = list(run.model.parameters())
-    assert {p.dtype for p in parameters if p.requires_grad} == {trained}
-    assert {p.dtype for p in parameters if not p.requires_grad} == (set() if frozen is None else {frozen})
-    assert run.losses()[0] == pytest.approx(7.4, abs=0.1)
-
-
 # ------------------------------------------------------------------------------------------------------- what is read
 
 
@@ -80,7 +44,7 @@ def test_a_checkpoint_of_qwen_v1() -> None:
     assert (checkpoint.chat_format, checkpoint.dtype) == ("chatml", torch.float32)
     assert checkpoint.end_ids == [702, 700]
     assert checkpoint.family.name == "qwen"
-    model = load_model(checkpoint, parse_args([]))
+    model = load_model(checkpoint, torch.float32)
     assert isinstance(model, QWenLMHeadModel)
     stored = load_file(TINY / "model.safetensors")
     assert all(torch.equal(p, stored[name].float()) for name, p in model.named_parameters())
@@ -94,7 +58,7 @@ def test_checkpoints_of_later_families(tmp_path: Path, shared: Path, model_type:
     assert (checkpoint.model_type, checkpoint.chat_format, checkpoint.end_ids) == (model_type, None, [702, 700])
     default_system = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
     assert checkpoint.family.default_system == (default_system if model_type == "qwen2" else None)
-    assert type(load_model(checkpoint, parse_args([]))) is MODEL_CLASSES[model_type]
+    assert type(load_model(checkpoint, torch.float32)) is MODEL_CLASSES[model_type]
 
 
 @pytest.mark.parametrize(
@@ -131,9 +95,7 @@ def test_a_config_of_august_2023(tmp_path: Path) -> None:
     }  # fmt: skip
     config = {old_names.get(key, key): value for key, value in json.loads(file.read_text()).items()}
     file.write_text(json.dumps(config | {"resid_pdrop": 0.0, "apply_residual_connection_post_layernorm": False}))
-    old, new = (
-        load_model(load_checkpoint(str(folder)), parse_args([])).eval() for folder in (tmp_path / "model", TINY)
-    )
+    old, new = (load_model(load_checkpoint(str(folder)), torch.float32).eval() for folder in (tmp_path / "model", TINY))
     with torch.no_grad():
         assert torch.equal(old(IDS).logits, new(IDS).logits)
 
@@ -152,7 +114,7 @@ def test_remote_code_in_the_folder_is_never_run(tmp_path: Path) -> None:
     for name in ("configuration_qwen", "modeling_qwen", "tokenization_qwen"):
         (folder / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nraise SystemExit('remote code')\n")
     checkpoint = load_checkpoint(str(folder))
-    load_model(checkpoint, parse_args([]))
+    load_model(checkpoint, torch.float32)
     assert not (tmp_path / "ran").exists()
 
 
@@ -256,11 +218,13 @@ def test_more_ids_than_rows(tmp_path: Path) -> None:
     refuses(folder, f"{folder}: the tokenizer has 908 ids, the model 896 rows")
 
 
-def refuses_weights(folder: Path, expected: str, *flags: str) -> None:
+def refuses_weights(
+    folder: Path, expected: str, dtype: torch.dtype = torch.float32, attn_implementation: str | None = None
+) -> None:
     checkpoint = load_checkpoint(str(folder))
     with pytest.raises(ConfigError, match=re.escape(expected)) as caught:
-        load_model(checkpoint, parse_args(list(flags)))
-    assert str(folder) in str(caught.value) or flags
+        load_model(checkpoint, dtype, attn_implementation)
+    assert str(folder) in str(caught.value) or attn_implementation
     assert "\n" not in str(caught.value)
 
 
@@ -289,7 +253,7 @@ def test_a_shard_that_is_missing_truncated_or_of_another_model(tmp_path: Path) -
 
     folder, shards = sharded("whole")
     assert len(shards) > 2
-    load_model(load_checkpoint(str(folder)), parse_args([]))
+    load_model(load_checkpoint(str(folder)), torch.float32)
     folder, shards = sharded("missing")
     shards[1].unlink()
     refuses(folder, f"--model_name_or_path: {shards[1]} is missing though model.safetensors.index.json names it")
@@ -316,7 +280,7 @@ def test_a_weight_that_is_no_number(tmp_path: Path, value: float, dtype: torch.d
     weight_map = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"]
     fault = f"{folder / weight_map[name]}: {name} holds NaN or infinity in float32. Copy the file again"
     refuses_weights(folder, fault)
-    refuses_weights(folder, f"{name} holds NaN or infinity in bfloat16", "--pure_bf16")
+    refuses_weights(folder, f"{name} holds NaN or infinity in bfloat16", torch.bfloat16)
 
 
 def test_a_weight_that_is_too_large_for_the_precision_asked_for(tmp_path: Path) -> None:
@@ -325,9 +289,9 @@ def test_a_weight_that_is_too_large_for_the_precision_asked_for(tmp_path: Path) 
     tensors["lm_head.weight"][0, 0] = 1e30
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     checkpoint = load_checkpoint(str(folder))
-    load_weights(checkpoint, torch.float32)
+    load_model(checkpoint, torch.float32)
     with pytest.raises(ConfigError, match=r"lm_head\.weight holds NaN or infinity in float16\. .* instead of --fp16$"):
-        load_weights(checkpoint, torch.float16)
+        load_model(checkpoint, torch.float16)
 
 
 def test_weights_that_do_not_belong_to_the_config(tmp_path: Path) -> None:
@@ -343,16 +307,16 @@ def test_weights_that_do_not_belong_to_the_config(tmp_path: Path) -> None:
 
 def test_an_attention_implementation_that_is_not_there() -> None:
     for name in ("magic", "flash_attention_2"):
-        refuses_weights(TINY, "--", "--attn_implementation", name)
+        refuses_weights(TINY, "--", attn_implementation=name)
     checkpoint = load_checkpoint(str(TINY))
-    models = [load_model(checkpoint, parse_args(["--attn_implementation", name])).eval() for name in ("eager", "sdpa")]
+    models = [load_model(checkpoint, torch.float32, name).eval() for name in ("eager", "sdpa")]
     with torch.no_grad():
         first, second = (model(IDS).logits for model in models)
     assert torch.allclose(first, second, atol=1e-5)
 
 
 def test_a_length_that_evaluation_needs(tmp_path: Path) -> None:
-    refuses_weights(copy_checkpoint(tmp_path / "model", seq_length=None), "seq_length is missing", "--use_lora")
+    refuses_weights(copy_checkpoint(tmp_path / "model", seq_length=None), "seq_length is missing")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "an/adapter"])

@@ -13,7 +13,7 @@ from checkpoints.model_config import Quantization
 from checkpoints.shards import open_checkpoint
 from data_utils.encode import UnweightedExample
 from errors import ConfigError
-from loading.checkpoint import Checkpoint, load_checkpoint, load_weights
+from loading.checkpoint import Checkpoint, load_checkpoint, load_model
 from loading.quantized import compute_in_float32
 from quantize.blocks import InputStatistics, Stream, layout_of, measure_inputs, stored_tensors, take_blocks
 from quantize.packed import _move_scales, check_sizes, most_inputs, quantize_weights
@@ -33,7 +33,7 @@ def checkpoint(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture
 def model(checkpoint: Checkpoint) -> Any:
-    return load_weights(checkpoint, torch.float32)
+    return load_model(checkpoint, torch.float32)
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_a_model_is_as_it_was_after_its_arguments_were_noted(model: Any, example
 def test_a_model_stored_in_16_bits_computes_in_float32(
     checkpoint: Checkpoint, model: Any, examples: list[UnweightedExample]
 ) -> None:
-    narrow = load_weights(checkpoint, torch.bfloat16)
+    narrow = load_model(checkpoint, torch.bfloat16)
     compute_in_float32(narrow)
     wide = model
     with torch.no_grad():

@@ -17,7 +17,6 @@ from tests.commands import Recorder, finetune_here
 from tests.data import load
 from tests.golden import relative_difference
 from tests.models import CONVERSATIONS, TINY, write_conversations, write_later_checkpoint
-from training.config.args import parse_args
 
 TOLERANCE = 1e-6
 # The second step starts from weights that differ by the first one's rounding.
@@ -61,7 +60,7 @@ def targets(example: Example) -> list[int]:
 
 def losses_of(model: Path, examples: list[Example]) -> Iterator[float]:
     """The sum of each example's cross entropies at the start of training, one example at a time, without padding."""
-    network = load_model(load_checkpoint(str(model)), parse_args([]))
+    network = load_model(load_checkpoint(str(model)), torch.float32)
     for example in examples:
         with torch.no_grad():
             logits = network(torch.tensor([example["input_ids"]])).logits[0]
@@ -112,7 +111,7 @@ def test_a_weighted_steps_loss_is_the_weighted_mean_over_all_its_targets(
 ) -> None:
     data = weigh_answers(write_conversations(tmp_path / "train.json"))
     examples = encode(models[name], data, "assistant")
-    network = load_model(load_checkpoint(str(models[name])), parse_args([]))
+    network = load_model(load_checkpoint(str(models[name])), torch.float32)
     total = 0.0
     for example in examples:
         with torch.no_grad():

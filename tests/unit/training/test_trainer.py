@@ -17,12 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import TrainerState
 
 from errors import RunError
-from loading.checkpoint import load_checkpoint, load_model
+from loading.checkpoint import load_checkpoint
 from tests.commands import finetune_here
 from tests.models import TINY, write_conversations, write_later_checkpoint
 from training.callbacks import LogLines, ProgressBar, describe_logs
 from training.config.args import parse_args
 from training.data import build_collator, load_data
+from training.model import load_training_model
 from training.trainer import QwenTrainer
 
 LOGGED = {
@@ -58,7 +59,7 @@ def build_trainer(data: Path, output: Path, *flags: object, model: Path = TINY) 
         checkpoint,
         loss=args.model.loss,
         data_mixing=args.data.data_mixing,
-        model=load_model(checkpoint, args),
+        model=load_training_model(checkpoint, args, args.training),
         args=args.training,
         data_collator=build_collator(checkpoint),
         train_dataset=sets["train"],

@@ -240,14 +240,14 @@ def assert_same_weights(qwen: Path, qwen2: Path) -> None:
 
 @torch.no_grad()
 def test_a_gptq_model_answers_alike(tmp_path: Path) -> None:
-    from loading.checkpoint import load_checkpoint, load_weights
+    from loading.checkpoint import load_checkpoint, load_model
 
     write_gptq(TINY, tmp_path / "qwen")
     there = write_qwen2(tmp_path / "qwen", tmp_path / "there")
     for name in ("qwen.tiktoken", "tokenizer_config.json"):
         (there / name).write_bytes((TINY / name).read_bytes())
     ids = draw_ids(960, 40)
-    models = [load_weights(load_checkpoint(str(folder)), torch.float32) for folder in (tmp_path / "qwen", there)]
+    models = [load_model(load_checkpoint(str(folder)), torch.float32) for folder in (tmp_path / "qwen", there)]
     assert_close(models[1](ids).logits, models[0](ids).logits, LOGITS_ATOL)
 
 

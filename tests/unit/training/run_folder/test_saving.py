@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from errors import RunError
-from loading.adapters import attach_lora, embeddings_policy
+from loading.adapters import embeddings_policy
 from loading.checkpoint import load_checkpoint, load_model
 from qwen_model.register import register_qwen
 from tests.commands import Recorder, finetune_here, limited_file_size, names_in, read_json
@@ -31,6 +31,7 @@ from tests.models import (
     write_later_checkpoint,
 )
 from training.config.args import parse_args
+from training.model import load_training_model
 from training.run_folder.saving import save_model
 
 register_qwen()
@@ -198,7 +199,7 @@ def test_the_files_of_full_weights(tmp_path: Path) -> None:
 
 def test_large_weights_are_sharded_and_replace_earlier_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = load_checkpoint(str(TINY))
-    model = load_model(checkpoint, parse_args([]))
+    model = load_model(checkpoint, torch.float32)
     with monkeypatch.context() as patch:
         patch.setattr("training.run_folder.saving.MAX_SHARD_SIZE", 100_000)
         save_model(model, checkpoint, tmp_path)
@@ -262,9 +263,9 @@ def untrained(*flags: str) -> tuple[Any, Any]:
     """A checkpoint and its model as a run holds it before the first step; lora_B is not zero."""
     checkpoint = load_checkpoint(str(TINY))
     args = parse_args(list(flags))
-    model = load_model(checkpoint, args)
-    if args.lora.use_lora:
-        model = attach_lora(model, checkpoint, args.lora, embeddings_policy("none", checkpoint))
+    policy = embeddings_policy("none", checkpoint) if args.lora.use_lora else None
+    model = load_training_model(checkpoint, args, args.training, policy)
+    if policy is not None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter)
@@ -373,7 +374,7 @@ def test_the_class_of_a_checkpoint_is_saved_as_it_was(tmp_path: Path) -> None:
         base = write_later_checkpoint(tmp_path / model_type, model_type)
         change_json(base / "config.json", architectures=None if model_type == "qwen3" else architectures)
         checkpoint = load_checkpoint(str(base))
-        save_model(load_model(checkpoint, parse_args([])), checkpoint, tmp_path / f"{model_type}-saved")
+        save_model(load_model(checkpoint, torch.float32), checkpoint, tmp_path / f"{model_type}-saved")
         assert read_json(tmp_path / f"{model_type}-saved" / "config.json")["architectures"] == architectures
 
 

@@ -1,0 +1,61 @@
+"""The model of a run: its checkpoint in the precision that the flags select, and its adapter if it trains one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from loading.adapters import EmbeddingsPolicy, LoraSettings, attach_lora, continue_lora
+from loading.checkpoint import Checkpoint, load_model
+from training.config.args import LoraArguments, RunArguments
+from training.training_arguments import FinetuneArguments
+
+
+def load_training_model(
+    checkpoint: Checkpoint, args: RunArguments, training: FinetuneArguments, policy: EmbeddingsPolicy | None = None
+) -> Any:
+    """Load the weights, quantise them if ``--q_lora`` asks for it, and attach the adapter.
+
+    Args:
+        policy: which embedding rows train beside the adapter; only with ``--use_lora``, else ``None``.
+
+    Raises:
+        ConfigError: weights or adapter that cannot be loaded.
+    """
+    quantize = None if checkpoint.quantization else args.lora.quantization
+    dtype = weights_dtype(training, args.lora.use_lora)
+    model = load_model(checkpoint, dtype, args.model.attn_implementation, quantize)
+    # The Trainer would set these itself, with a warning.
+    for config in (model.config, model.generation_config):
+        config.pad_token_id, config.eos_token_id = checkpoint.tokenizer.pad_token_id, checkpoint.tokenizer.eos_token_id
+    if policy is None:
+        return model
+    in_float32 = not training.pure_bf16
+    if args.lora.lora_weight_path:
+        return continue_lora(model, args.lora.lora_weight_path, in_float32)
+    return attach_lora(model, checkpoint, lora_settings(args.lora), policy, in_float32)
+
+
+def weights_dtype(training: FinetuneArguments, use_lora: bool) -> torch.dtype:
+    """The precision of the weights in memory.
+
+    Trained weights are float32, under autocast with ``--bf16`` or ``--fp16``; weights that LoRA freezes take the
+    autocast dtype. ``--pure_bf16`` keeps everything in bfloat16.
+    """
+    if training.pure_bf16 or (use_lora and training.bf16):
+        return torch.bfloat16
+    if use_lora and training.fp16:
+        return torch.float16
+    return torch.float32
+
+
+def lora_settings(lora: LoraArguments) -> LoraSettings:
+    """The ``--lora_*`` flags as ``loading.adapters`` takes them."""
+    return LoraSettings(
+        rank=lora.lora_r,
+        alpha=lora.lora_alpha,
+        dropout=lora.lora_dropout,
+        target_modules=lora.lora_target_modules,
+        bias=lora.lora_bias,
+    )
