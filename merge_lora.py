@@ -31,12 +31,13 @@ LAYOUTS = ("auto", "qwen", "qwen2")
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     # Only now torch is loaded: a wrong flag is answered at once.
-    from checkpoints.folders import check_apart, check_output_folder, check_space, progress_bar, staged_folder
+    from checkpoints.folders import check_apart, check_output_folder, check_space, staged_folder
     from checkpoints.writing import parse_size, save_source
     from export.bases import check_trained_on, open_base
     from export.folder import write_card, write_others
     from export.merging import plan_merge
     from export.model_card import serve_lines
+    from export.progress import progress_bar
     from training.logs import set_up_logging
 
     set_up_logging()
@@ -54,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
 
         check_verifiable(merge.base.model_type)
     with staged_folder(args.output) as folder:
-        check_space(merge.source, args.output)
+        check_space(merge.source.total_nbytes(), args.output)
         with progress_bar(merge.source, "merging") as bar:
             files = save_source(merge.source, folder, max_shard_size, bar.update)
         size = sum(file.stat().st_size for file in files)

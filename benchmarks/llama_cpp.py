@@ -31,7 +31,7 @@ from typing import Any
 import numpy
 import torch
 
-from checkpoints.shards import load_json
+from checkpoints.files import load_json
 from export.chat import write_chat_template, write_generation_config
 from export.standalone import write_code
 from export.verify.prompts import PROMPTS, prompt_ids

@@ -15,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.shards import CheckpointReader, load_json, open_checkpoint
+from checkpoints.files import load_json
+from checkpoints.shards import CheckpointReader, open_checkpoint
 from errors import ConfigError
 
 PREFIX = "base_model.model."

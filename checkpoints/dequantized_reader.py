@@ -11,9 +11,10 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
+from checkpoints.files import load_json
 from checkpoints.model_config import Quantization, find_quantization
 from checkpoints.packed_weights import PARTS, dequantize, dequantize_4bit, dequantize_8bit, weight_shape
-from checkpoints.shards import CheckpointReader, load_json, open_checkpoint
+from checkpoints.shards import CheckpointReader, open_checkpoint
 from checkpoints.source import TensorSource
 from errors import ConfigError
 from qwen_model.architectures import block_shapes

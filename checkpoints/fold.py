@@ -148,7 +148,7 @@ def plan_fold(base: TensorSource, base_config: Mapping[str, Any], adapters: Sequ
     trained with is merged with a loud warning.
 
     Args:
-        base: the base's tensors; of a quantised one as :class:`checkpoints.dequantized_reader.DequantizedReader` has them.
+        base: the base's tensors; a quantised base read through ``checkpoints.dequantized_reader``.
         base_config: the base's config.json; decides whether embedding and head are tied.
         adapters: in the base's layout.
     Raises:

@@ -1,53 +1,40 @@
-"""Files and folders that are whole or not there; needs no torch."""
+"""Output folders: checked before they are written, and written in one step; needs no torch."""
 
 from __future__ import annotations
 
 import fcntl
 import glob
-import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from checkpoints.files import sync
 from errors import ConfigError
-
-if TYPE_CHECKING:
-    from checkpoints.source import TensorSource
-
-
-def save_json(value: Mapping[str, Any], path: Path) -> None:
-    """Write a JSON object in one step: the file at ``path`` is the old one or the whole new one."""
-    save_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", path)
-
-
-def save_text(text: str, path: Path) -> None:
-    """Write a text file in UTF-8 in one step."""
-    temporary = path.with_name(f".{path.name}.partial")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Make the operating system write a file or a folder's entries to disk now."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sync_files(folder: Path) -> None:
-    """Have the operating system write all files of a folder to disk now."""
+    """Flush all files below a folder from the operating system's cache to disk."""
     for path in folder.rglob("*"):
         if path.is_file():
             sync(path)
+
+
+@contextmanager
+def temporary_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder to write files in before they are renamed to their final names, and remove it afterwards.
+
+    The block syncs (:func:`sync_files`) and moves what is complete; whatever is left in the folder when the block ends,
+    with an error (Ctrl-C too) or without, is removed with it. So is a folder that a killed process left at ``path``;
+    no lock is taken: two processes must not use one ``path``. Use :func:`staged_folder` for a folder that a user names.
+    """
+    shutil.rmtree(path, ignore_errors=True)
+    path.mkdir(parents=True)
+    try:
+        yield path
+    finally:
+        remove_folder(path)
 
 
 def check_output_folder(path: str | Path, flag: str = "--output") -> None:
@@ -140,19 +127,10 @@ def check_apart(output: Path, inputs: Mapping[str, Iterable[Path]], flag: str = 
                 raise ConfigError(f"{flag} {output} {where} the folder of {named}", "Give a new folder beside it")
 
 
-def check_space(source: TensorSource, output: Path, flag: str = "--output") -> None:
-    """Raise ``ConfigError`` if the disk of ``output`` has no room for the tensors of ``source``."""
-    needed = sum(source.nbytes(name) for name in source.names())
+def check_space(needed: int, output: Path, flag: str = "--output") -> None:
+    """Raise ``ConfigError`` if the disk of ``output`` has less than ``needed`` bytes free."""
     folder = next(parent for parent in output.resolve().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if needed > free:
         what = f"{flag} {output} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
         raise ConfigError(what, "Free some space or choose another disk")
-
-
-def progress_bar(source: TensorSource, doing: str) -> Any:
-    """A bar over the bytes that the tensors of ``source`` are written in."""
-    from tqdm import tqdm
-
-    total = sum(source.nbytes(name) for name in source.names())
-    return tqdm(total=total, desc=doing, unit="B", unit_scale=True)

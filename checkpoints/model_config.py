@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from checkpoints.files import load_json_or_empty
 from errors import ConfigError
 
 Method = Literal["gptq", "awq", "nf4", "fp4", "int8"]
@@ -63,11 +64,11 @@ def find_quantization(folder: Path) -> Quantization | None:
     Raises:
         ConfigError: a method, format or number of bits that cannot be read.
     """
-    config = _load_object(folder / "config.json")
+    config = load_json_or_empty(folder / "config.json")
     if isinstance(given := config.get("quantization_config"), dict):
         return _parse(given, folder / "config.json", str(given.get("quant_method", "")))
     for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
-        if config and (given := _load_object(folder / name)):
+        if config and (given := load_json_or_empty(folder / name)):
             return _parse(given, folder / name, str(given.get("quant_method", method)))
     return None
 
@@ -84,7 +85,7 @@ def load_base_quantization(folder: Path) -> Quantization | None:
     Raises:
         ConfigError: a method that cannot be read.
     """
-    given = _load_object(folder / BASE_QUANTIZATION)
+    given = load_json_or_empty(folder / BASE_QUANTIZATION)
     return _parse(given, folder / BASE_QUANTIZATION, str(given.get("quant_method", ""))) if given else None
 
 
@@ -126,14 +127,6 @@ def _check_bits(bits: int, known: tuple[int, ...], file: Path) -> None:
 def _file_name(given: dict[str, Any]) -> str | None:
     name = given.get("model_file_base_name")
     return name if isinstance(name, str) and name not in ("", "model") and Path(name).name == name else None
-
-
-def _load_object(file: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from checkpoints.files import load_json
 from checkpoints.model_config import find_quantization
 from checkpoints.source import TensorSource
 from errors import ConfigError
@@ -26,19 +25,6 @@ DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
 }  # fmt: skip
-
-
-def load_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object; a missing file, broken JSON or another type is a ``ConfigError`` that names the file."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", "Check the folder's name") from error
-    except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}", "Copy the file again") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a {type(value).__name__} where an object belongs", "Copy the file again")
-    return value
 
 
 class _SafetensorsFile:

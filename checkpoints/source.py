@@ -50,6 +50,10 @@ class TensorSource(ABC):
         """The size of the tensor in ``dtype(name)``."""
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
+    def total_nbytes(self) -> int:
+        """The size of all tensors."""
+        return sum(self.nbytes(name) for name in self.names())
+
     def blocks(self, name: str) -> Iterator[Tensor]:
         """The tensor's rows, some at a time, so that none of the pieces has many more than ``BLOCK`` elements."""
         shape = self.shape(name)

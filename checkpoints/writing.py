@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.folders import save_json, sync
+from checkpoints.files import save_json, staged_file, sync
 from checkpoints.shards import DTYPES
 from checkpoints.source import TensorSource, is_finite
 from errors import ConfigError
@@ -216,12 +216,8 @@ def _rounded_blocks(source: TensorSource, name: str) -> Iterator[Tensor]:
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write one safetensors file in one step: it has its name when it is whole. No two tensors may share memory."""
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        _write_shard([_Entry.held(name, tensor) for name, tensor in tensors.items()], partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with staged_file(path) as staging:
+        _write_shard([_Entry.held(name, tensor) for name, tensor in tensors.items()], staging)
 
 
 def _publish(written: list[tuple[Path, list[str]]], folder: Path, total_size: int) -> list[Path]:

@@ -12,8 +12,9 @@ import torch
 
 from checkpoints.adapter import Adapter
 from checkpoints.dequantized_reader import open_dequantized
+from checkpoints.files import load_json
 from checkpoints.model_config import DTYPES, Quantization, declared_dtype, find_quantization, load_base_quantization
-from checkpoints.shards import fingerprint, load_json
+from checkpoints.shards import fingerprint
 from checkpoints.source import TensorSource
 from errors import ConfigError, numbered
 

@@ -8,8 +8,7 @@ from pathlib import Path
 
 from chat.families import DEFAULT_SYSTEM, END_OF_TEXT, IM_END, IM_START
 from chat.stops import end_ids_of, stopping_generation_config
-from checkpoints.folders import save_json, save_text
-from checkpoints.shards import load_json
+from checkpoints.files import load_json, save_json, save_text
 from errors import ConfigError, one_line
 from qwen_model.tokenization_qwen import QWenTokenizer
 

@@ -7,8 +7,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoints.folders import save_json
-from checkpoints.shards import load_json
+from checkpoints.files import load_json, save_json
 from export.chat import write_chat_template, write_generation_config
 from export.merging import Merge, layout_of
 from export.model_card import CardFacts, write_model_card

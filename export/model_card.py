@@ -17,9 +17,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError  # type: ignore[import-untyped]
 
-from checkpoints.folders import save_text
-from checkpoints.shards import load_json
-from errors import ConfigError
+from checkpoints.files import load_json_or_empty, save_text
 
 # What vLLM's registry says (0.33.0, "was supported in vLLM until"): later releases have no class for QWenLMHeadModel.
 _LAST_VLLM_WITH_QWEN = "0.23.0"
@@ -231,7 +229,10 @@ def training_lines(adapter: Path, code: Callable[[object], str]) -> list[str]:
         adapter: the adapter's folder.
         code: writes a text that is not ours.
     """
-    summary, report = _read(adapter / "run_summary.json"), _read(adapter / "data_receipt.json")
+    summary, report = (
+        load_json_or_empty(adapter / "run_summary.json"),
+        load_json_or_empty(adapter / "data_receipt.json"),
+    )
     lines = list(_figures(summary))
     for split, told in _objects(report or _object(summary.get("data"))):
         counts = f"{_number(told.get('kept'))} conversations, {_number(told.get('tokens'))} tokens"
@@ -274,11 +275,3 @@ def _objects(value: Mapping[str, Any]) -> list[tuple[str, dict[str, Any]]]:
 
 def _object(value: object) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """A record that is damaged keeps no model from being exported."""
-    try:
-        return load_json(path) if path.is_file() else {}
-    except ConfigError:
-        return {}

@@ -13,8 +13,7 @@ from pathlib import Path
 import chat
 import errors
 import qwen_model
-from checkpoints.folders import save_json, save_text
-from checkpoints.shards import load_json
+from checkpoints.files import load_json, save_json, save_text
 
 # In this order: vLLM loads the classes as they stand here, and a model needs its config first.
 _MODEL_CLASSES = {

@@ -7,6 +7,8 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from checkpoints.files import load_json_or_empty
+
 
 def find_local_folder(name_or_path: str, cache_dir: str | None = None, hub: str = "hf") -> Path:
     """The folder itself, or where a hub id lies in Hugging Face's cache; without a look at the network."""
@@ -25,8 +27,7 @@ def find_local_folder(name_or_path: str, cache_dir: str | None = None, hub: str 
 
 def load_model_config(folder: Path) -> dict[str, Any]:
     """``config.json``; empty where it cannot be read: whoever loads the checkpoint says why."""
-    config = _load_json(folder / "config.json")
-    return config if isinstance(config, dict) else {}
+    return load_json_or_empty(folder / "config.json")
 
 
 def most_positions(config: dict[str, Any]) -> int | None:
@@ -41,9 +42,8 @@ def module_names(folder: Path) -> list[str]:
     """Modules with a weight, from the index or the headers of a checkpoint folder; empty where neither is there."""
     names: set[str] = set()
     for index in ("model.safetensors.index.json", "pytorch_model.bin.index.json"):
-        found = _load_json(folder / index)
-        if isinstance(found, dict) and isinstance(found.get("weight_map"), dict):
-            names |= found["weight_map"].keys()
+        weight_map = load_json_or_empty(folder / index).get("weight_map")
+        names |= weight_map.keys() if isinstance(weight_map, dict) else set()
     for file in () if names else sorted(folder.glob("*.safetensors")):
         names |= _header(file).keys()
     modules = (name.rpartition(".") for name in names)
@@ -60,10 +60,3 @@ def _header(file: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}  # whoever loads the weights says why
     return header if isinstance(header, dict) else {}
-
-
-def _load_json(file: Path) -> Any:
-    try:
-        return json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None

@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 
-from checkpoints.folders import save_json, staged_folder
+from checkpoints.files import load_json, save_json
+from checkpoints.folders import staged_folder
 from checkpoints.model_config import Quantization, check_bitsandbytes, with_dtype
-from checkpoints.shards import load_json, open_checkpoint
+from checkpoints.shards import open_checkpoint
 from checkpoints.writing import save_checkpoint
 from data_utils.encode import UnweightedExample
 from errors import ConfigError, RunError, one_line

@@ -11,7 +11,6 @@ import contextlib
 import gzip
 import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
+from checkpoints.files import staged_file
 from commands import CommandParser, run_command
 from data_utils.files import data_files, read_records
 from data_utils.formats import FORMATS, Format, recognise
@@ -219,21 +219,16 @@ def record_writer(output: Path) -> Iterator[Callable[[bytes], None]]:
     """
     name = output.name.lower()
     is_list = name.removesuffix(".gz").endswith(".json")
-    partial = output.with_name(f".{output.name}.partial")
-    try:
-        with _opened(partial, packs=name.endswith(".gz")) as file:
-            separator = b"[\n" if is_list else b""
+    with staged_file(output) as partial, _opened(partial, packs=name.endswith(".gz")) as file:
+        separator = b"[\n" if is_list else b""
 
-            def write(record: bytes) -> None:
-                nonlocal separator
-                file.write(separator + record)
-                separator = b",\n" if is_list else b"\n"
+        def write(record: bytes) -> None:
+            nonlocal separator
+            file.write(separator + record)
+            separator = b",\n" if is_list else b"\n"
 
-            yield write
-            file.write(b"\n]\n" if is_list else b"\n")
-        os.replace(partial, output)
-    finally:
-        partial.unlink(missing_ok=True)
+        yield write
+        file.write(b"\n]\n" if is_list else b"\n")
 
 
 @contextlib.contextmanager

@@ -23,7 +23,8 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from chat.families import QWEN_V1
 from chat.render import render
-from checkpoints.folders import save_json, staged_folder
+from checkpoints.files import save_json
+from checkpoints.folders import staged_folder
 from checkpoints.writing import save_checkpoint
 from commands import CommandParser, run_command
 from data_utils.files import read_records

@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.trainer_callback import ExportableState
 
-from checkpoints.folders import save_text
+from checkpoints.files import save_text
 from training.config.args import RunArguments, parse_profile_steps
 from training.profiling import Profiler
 from training.progress import Counts

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from io import TextIOWrapper
 from pathlib import Path
 
-from checkpoints.folders import save_json, save_text
+from checkpoints.files import save_json, save_text
 from data_utils.collate import Collator
 from data_utils.dataset import DataOptions, DataReader, ExampleSet, load_examples
 from data_utils.encode import EncodeOptions, Encoder

@@ -11,7 +11,7 @@ from typing import Any
 from peft import PeftModel
 from torch import nn
 
-from checkpoints.folders import save_json
+from checkpoints.files import save_json
 from checkpoints.shards import fingerprint
 from data_utils.dataset import ExampleSet
 from data_utils.report import DataReport

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.adapter import Adapter
-from checkpoints.folders import save_json
+from checkpoints.files import save_json
 from checkpoints.writing import save_tensors
 from export.layouts.adapter import Lora, relay_adapter
 from export.layouts.qwen2_names import Layout, endings_in

@@ -10,8 +10,8 @@ from typing import Any
 
 from huggingface_hub.errors import StrictDataclassError
 
+from checkpoints.files import load_json
 from checkpoints.model_config import declared_dtype, find_quantization, with_dtype
-from checkpoints.shards import load_json
 from errors import ConfigError, one_line
 from export.layouts.qwen2_names import Layout, endings_in
 

@@ -12,9 +12,10 @@ from transformers import AutoTokenizer
 from chat.stops import end_ids_of, stopping_generation_config
 from checkpoints.adapter import load_adapter
 from checkpoints.dequantized_reader import open_dequantized
-from checkpoints.folders import check_space, progress_bar, save_json, staged_folder
+from checkpoints.files import load_json, save_json
+from checkpoints.folders import check_space, staged_folder
 from checkpoints.model_config import with_dtype
-from checkpoints.shards import fingerprint, load_json, open_checkpoint
+from checkpoints.shards import fingerprint, open_checkpoint
 from checkpoints.source import InDtype, TensorSource
 from checkpoints.writing import save_source
 from errors import ConfigError
@@ -25,6 +26,7 @@ from export.layouts.config import KEPT, find_quantization_config
 from export.layouts.qwen2_names import Layout, layout_of_names
 from export.merging import relaid
 from export.model_card import copy_licenses
+from export.progress import progress_bar
 from export.standalone import write_code
 from qwen_model.register import register_qwen
 
@@ -94,7 +96,7 @@ def convert_checkpoint(given: Conversion) -> str:
     if given.dtype:
         changed = with_dtype(changed, given.dtype)
     with staged_folder(given.output, "OUT") as folder:
-        check_space(source, given.output, "OUT")
+        check_space(source.total_nbytes(), given.output, "OUT")
         with progress_bar(source, "converting") as bar:
             files = save_source(source, folder, given.max_shard_size, bar.update)
         _keep_origin(given, config, changed)

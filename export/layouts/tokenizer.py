@@ -18,8 +18,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from chat.families import END_OF_TEXT, IM_END, IM_START
-from checkpoints.folders import save_json, save_text
-from checkpoints.shards import load_json
+from checkpoints.files import load_json, save_json, save_text
 from errors import ConfigError, one_line
 from export.chat import CHATML_TEMPLATE
 from qwen_model.tokenization_qwen import SPECIAL_TOKENS, SPLIT_PATTERN, QWenTokenizer

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from checkpoints.files import load_json
 from checkpoints.fold import WeightedAdapter
-from checkpoints.shards import load_json, open_checkpoint
+from checkpoints.shards import open_checkpoint
 from checkpoints.source import TensorSource, row_blocks
 from errors import ConfigError
 from export.verify.layered_model import LayeredModel, round_to

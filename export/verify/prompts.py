@@ -12,7 +12,7 @@ from chat.detect import family_of
 from chat.families import IM_END, IM_START
 from chat.render import control_ids_of, encode_prompt, render
 from chat.turns import Turn
-from checkpoints.shards import load_json
+from checkpoints.files import load_json
 from errors import ConfigError, one_line
 from qwen_model.register import register_qwen
 

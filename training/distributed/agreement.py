@@ -15,7 +15,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.shards import fingerprint, load_json
+from checkpoints.files import load_json
+from checkpoints.shards import fingerprint
 from data_utils.dataset import ExampleSet
 from errors import ConfigError, numbered, shared
 from loading.adapters import ADAPTER_FILES

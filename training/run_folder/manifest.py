@@ -17,7 +17,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from checkpoints.folders import save_json
+from checkpoints.files import save_json
 from errors import ConfigError
 
 logger = logging.getLogger(__name__)

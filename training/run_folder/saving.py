@@ -17,7 +17,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from chat.stops import stopping_generation_config
-from checkpoints.folders import save_json
+from checkpoints.files import save_json
 from checkpoints.model_config import BASE_QUANTIZATION
 from checkpoints.shards import open_checkpoint
 from checkpoints.source import is_finite

@@ -8,13 +8,13 @@ disk; the others are told. Imports no torch.
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from checkpoints.files import load_json_or_empty
 from errors import ConfigError, numbered, shared
 from training.run_folder.changes import Facts, check_changes, differing_run, facts_from_args
 from training.run_folder.manifest import (
@@ -118,9 +118,9 @@ def find_start(args: RunArguments, facts: Facts) -> Start:
 
 def _find_auto(args: RunArguments, facts: Facts) -> Start:
     output = args.output_dir
-    recorded = {"arguments": _load_json(output / RUN_ARGUMENTS)}
+    recorded = {"arguments": load_json_or_empty(output / RUN_ARGUMENTS)}
     differing = differing_run(facts, recorded)
-    if summary := _load_json(output / RUN_SUMMARY):
+    if summary := load_json_or_empty(output / RUN_SUMMARY):
         differing += _other_inputs(facts, summary)
         if not differing and recorded["arguments"]:
             return Start(is_finished=True)
@@ -175,15 +175,6 @@ def _check_named(checkpoint: Path) -> Facts:
             "Give an earlier one; --resume_from_checkpoint auto finds the newest that is whole",
         ) from error
     return manifest
-
-
-def _load_json(path: Path) -> dict[str, Any]:
-    """A JSON object; empty where there is none, or not a whole one."""
-    try:
-        content = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _other_inputs(facts: Facts, summary: Mapping[str, Any]) -> list[str]:

@@ -17,8 +17,9 @@ from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from checkpoints.adapter import load_adapter
+from checkpoints.files import load_json
 from checkpoints.fold import Fold, WeightedAdapter, plan_fold
-from checkpoints.shards import load_json, open_checkpoint
+from checkpoints.shards import open_checkpoint
 from checkpoints.source import InDtype, TensorSource
 from checkpoints.writing import save_checkpoint, save_source
 from errors import ConfigError

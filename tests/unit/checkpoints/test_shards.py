@@ -18,8 +18,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from checkpoints.files import load_json
 from checkpoints.folders import check_output_folder, staged_folder
-from checkpoints.shards import MIB, fingerprint, load_json, open_checkpoint
+from checkpoints.shards import MIB, fingerprint, open_checkpoint
 from checkpoints.source import InDtype
 from checkpoints.writing import parse_size, save_checkpoint, save_source
 from errors import ConfigError

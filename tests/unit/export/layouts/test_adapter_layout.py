@@ -15,8 +15,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from checkpoints.adapter import load_adapter
-from checkpoints.folders import save_json
-from checkpoints.shards import load_json, open_checkpoint
+from checkpoints.files import load_json, save_json
+from checkpoints.shards import open_checkpoint
 from checkpoints.writing import save_source
 from errors import ConfigError
 from export.layouts.adapter_config import save_relaid_adapter

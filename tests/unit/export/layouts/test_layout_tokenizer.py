@@ -18,8 +18,7 @@ from chat.detect import family_of
 from chat.families import QWEN_V1
 from chat.render import render, render_prompt, text_of
 from chat.turns import Turn
-from checkpoints.folders import save_json
-from checkpoints.shards import load_json
+from checkpoints.files import load_json, save_json
 from errors import ConfigError
 from export.layouts.tokenizer import CONTROL_TOKENS, save_fast_tokenizer, save_rank_tokenizer
 from qwen_model.tokenization_qwen import SPECIAL_TOKENS, QWenTokenizer

@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from checkpoints.dequantized_reader import open_dequantized
-from checkpoints.folders import save_json
-from checkpoints.shards import load_json, open_checkpoint
+from checkpoints.files import load_json, save_json
+from checkpoints.shards import open_checkpoint
 from checkpoints.source import TensorSource
 from checkpoints.writing import save_source
 from errors import ConfigError

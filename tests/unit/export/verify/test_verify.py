@@ -21,9 +21,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from checkpoints.adapter import load_adapter
 from checkpoints.dequantized_reader import open_dequantized
+from checkpoints.files import load_json, save_json
 from checkpoints.fold import WeightedAdapter, plan_fold
-from checkpoints.folders import save_json
-from checkpoints.shards import load_json, open_checkpoint
+from checkpoints.shards import open_checkpoint
 from checkpoints.source import InDtype
 from checkpoints.writing import save_source
 from errors import ConfigError
@@ -430,7 +430,8 @@ from pathlib import Path
 import torch
 from checkpoints.adapter import load_adapter
 from checkpoints.fold import WeightedAdapter
-from checkpoints.shards import load_json, open_checkpoint
+from checkpoints.files import load_json
+from checkpoints.shards import open_checkpoint
 from export.verify.compare import verify_merge
 
 def anonymous():

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from torch.distributed import TCPStore
 
-from checkpoints.folders import save_json
+from checkpoints.files import save_json
 from errors import ConfigError
 from tests.models import TINY
 from training.config.args import RunArguments, parse_args
