@@ -20,10 +20,12 @@ from tqdm import tqdm
 
 from data_utils.encode import EncodedConversation, Encoder
 from data_utils.examples import ExampleSet, KeptConversation
-from data_utils.files import Place, data_files, read_records
+from data_utils.files import Location, data_files, read_records
 from data_utils.formats import FORMATS, Format, recognise
-from data_utils.report import DataReport, Settings, SourceReport, show_sample
 from data_utils.report.counts import DuplicateIndex
+from data_utils.report.data_report import DataReport, ReportSettings
+from data_utils.report.samples import show_sample
+from data_utils.report.source_report import SourceReport
 from data_utils.schema import Conversation
 from data_utils.sources import RecordSampler, Source, fill_turns
 from errors import DataError, numbered
@@ -85,7 +87,7 @@ class DataReader:
         sources: Mapping[str, Sequence[Source]],
         encoder: Encoder,
         options: DataOptions | None = None,
-        settings: Settings | None = None,
+        settings: ReportSettings | None = None,
         *,
         most_samples: int = 0,
         show_progress: bool = True,
@@ -98,7 +100,7 @@ class DataReader:
         self._placeholders: set[str] = set()
         self._left_out = 0
         names = [*self._sources, *(["eval"] if self.options.eval_share else [])]
-        settings = settings or Settings(
+        settings = settings or ReportSettings(
             family=encoder.family.name,
             label_mask=encoder.options.label_mask,
             truncation=encoder.options.truncation,
@@ -161,7 +163,7 @@ class DataReader:
             survey.files.append((path, format_))
         return survey
 
-    def _parse(self, record: object, where: Place, format_: Format | None) -> Conversation:
+    def _parse(self, record: object, where: Location, format_: Format | None) -> Conversation:
         if isinstance(record, DataError):
             raise record
         if format_ is None:

@@ -19,7 +19,7 @@ from data_utils.schema import Conversation
 from errors import DataError
 
 if TYPE_CHECKING:
-    from data_utils.files import Place
+    from data_utils.files import Location
 
 Truncation = Literal["turns", "turns_left", "cut", "drop", "error"]
 
@@ -184,7 +184,7 @@ class Encoder:
             except ValueError as error:
                 raise DataError(where, str(error), "Leave the record out") from None
 
-    def _check_thinking(self, turn: Turn, number: int, where: Place | str) -> None:
+    def _check_thinking(self, turn: Turn, number: int, where: Location | str) -> None:
         family = self.family
         if not family.knows_thinking:
             raise DataError(

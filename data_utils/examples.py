@@ -13,8 +13,8 @@ import numpy as np
 
 from chat.label_mask import IGNORE_INDEX
 from data_utils.encode import EncodedConversation, Example
-from data_utils.files import Place
-from data_utils.report import DataReport
+from data_utils.files import Location
+from data_utils.report.data_report import DataReport
 from data_utils.schema import Conversation
 
 # What makes examples the same ones, by their types: all ids; runs of ids with the same weight; for each example its
@@ -65,7 +65,7 @@ class ExampleSet:
         self.source_sizes.extend([0] * (taken.source + 1 - len(self.source_sizes)))
         self.source_sizes[taken.source] += taken.copies
         where = taken.conversation.where
-        place = where if isinstance(where, Place) else Place(where)
+        place = where if isinstance(where, Location) else Location(where)
         example = {
             "lengths": len(encoded.input_ids),
             "starts": start,
@@ -108,7 +108,7 @@ class ExampleSet:
     def where(self, index: int) -> str:
         """The place of an example in its file: ``file.jsonl:12`` or ``file.json:40 (record 3)``."""
         path, line, record = (int(self._columns[name][index]) for name in _PLACES)
-        return str(Place(list(self._paths)[path], line or None, record or None))
+        return str(Location(list(self._paths)[path], line or None, record or None))
 
     def digest(self) -> str:
         """SHA-256 of what is trained, and in which order: ids, their weights, copies, the sources' sizes.

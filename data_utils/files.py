@@ -13,13 +13,13 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from data_utils.json_stream import FORMAT, Place, json_records
+from data_utils.json_stream import FORMAT, Location, json_records
 from errors import DataError, one_line
 
 if TYPE_CHECKING:
     import pyarrow
 
-__all__ = ["SUFFIXES", "Place", "data_files", "read_records"]
+__all__ = ["SUFFIXES", "Location", "data_files", "read_records"]
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def read_records(path: str | Path, advance: Callable[[int], object] | None = None) -> Iterator[tuple[Place, object]]:
+def read_records(path: str | Path, advance: Callable[[int], object] | None = None) -> Iterator[tuple[Location, object]]:
     """Read the records of a data file, each with its place.
 
     JSON is a list if it starts with ``[``, otherwise a value per line (blank lines are skipped). Rows of a table become
@@ -120,7 +120,7 @@ def _cannot_read(path: Path, error: OSError) -> DataError:
     return DataError(str(path), f"cannot be read ({error.strerror or error})")
 
 
-def _records(file: BufferedReader, path: Path, advance: Callable[[int], object]) -> Iterator[tuple[Place, object]]:
+def _records(file: BufferedReader, path: Path, advance: Callable[[int], object]) -> Iterator[tuple[Location, object]]:
     start = file.peek(len(_PARQUET))
     if start.startswith(_PARQUET):
         return _parquet_records(file, path, advance)
@@ -165,7 +165,7 @@ def _broken_gzip(path: Path, what: str) -> DataError:
 
 def _parquet_records(
     file: BufferedReader, path: Path, advance: Callable[[int], object]
-) -> Iterator[tuple[Place, object]]:
+) -> Iterator[tuple[Location, object]]:
     try:
         import pyarrow
         from pyarrow import parquet
@@ -181,12 +181,12 @@ def _parquet_records(
             for batch in table.iter_batches(_BATCH_ROWS, use_threads=False):
                 for row in _rows(batch, path, done):
                     done += 1
-                    yield Place(str(path), record=done), row
+                    yield Location(str(path), record=done), row
                 reached = size * done // max(rows, done)
                 advance(reached - reported)
                 reported = reached
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        where = str(Place(str(path), record=done + 1)) if done else str(path)
+        where = str(Location(str(path), record=done + 1)) if done else str(path)
         what = f"the Parquet file cannot be read ({_shown(error)})"
         raise DataError(where, what, "Download or write it again") from None
     advance(size - reported)
@@ -206,7 +206,7 @@ def _rows(batch: pyarrow.RecordBatch, path: Path, done: int) -> Iterator[dict[st
             values, make_plain = column.to_pylist(), _plain_maker(field.type)
             columns.append(values if make_plain is _as_it_is else [make_plain(value) for value in values])
         except _NOT_PLAIN as error:
-            where = str(Place(str(path), record=done + 1))
+            where = str(Location(str(path), record=done + 1))
             what = (
                 f"the column {field.name!r:.60} cannot be read from here on ({type(error).__name__}: {_shown(error)})"
             )

@@ -31,7 +31,7 @@ _OTHER_MARKS = {
 }
 
 
-class Place(NamedTuple):
+class Location(NamedTuple):
     """Where a record stands: ``a.jsonl:12``, ``a.json:12 (record 3)`` or ``a.parquet (record 7)``; all count from 1."""
 
     path: str
@@ -59,7 +59,7 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 _ANY_KEYS_DECODER = json.JSONDecoder()
 
 
-def json_records(chunks: Iterator[bytes], path: str) -> Iterator[tuple[Place, object]]:
+def json_records(chunks: Iterator[bytes], path: str) -> Iterator[tuple[Location, object]]:
     """The records of a text: a list if it starts with ``[``, otherwise one value per line (blank lines are skipped).
 
     Args:
@@ -96,7 +96,7 @@ def _read_head(chunks: Iterator[bytes], path: str) -> bytes:
     return bytes(head)
 
 
-def _line_records(chunks: Iterator[bytes], path: str, offset: int) -> Iterator[tuple[Place, object]]:
+def _line_records(chunks: Iterator[bytes], path: str, offset: int) -> Iterator[tuple[Location, object]]:
     number = blank = 0  # lines that are passed, and bytes since the last one that was not blank
     for block in _whole_lines(chunks):
         if not block.strip(_SPACE):  # one by one, a flood of blank lines would take minutes
@@ -112,7 +112,7 @@ def _line_records(chunks: Iterator[bytes], path: str, offset: int) -> Iterator[t
                 raise _too_long(path, number)
             if text:
                 indent = len(line) - len(line.lstrip(_SPACE))
-                place = Place(path, number)
+                place = Location(path, number)
                 yield place, _line_value(text, place, indent, offset + indent)
             offset += len(line) + 1
 
@@ -133,7 +133,7 @@ def _whole_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
     yield b"".join(parts)
 
 
-def _line_value(line: bytes, place: Place, indent: int, offset: int) -> object:
+def _line_value(line: bytes, place: Location, indent: int, offset: int) -> object:
     """The value of a line from which the space around it was taken, or its fault."""
     try:
         text = line.decode()
@@ -149,14 +149,14 @@ def _line_value(line: bytes, place: Place, indent: int, offset: int) -> object:
     return _checked(value, place)
 
 
-def _list_records(text: _ListText, path: str) -> Iterator[tuple[Place, object]]:
+def _list_records(text: _ListText, path: str) -> Iterator[tuple[Location, object]]:
     text.skip_space()
     text.position += 1
     closed = text.skip_space() == "]"
     record = 0
     while not closed:
         record += 1
-        place = Place(path, text.line(), record)
+        place = Location(path, text.line(), record)
         yield place, _checked(text.read_value(), place)
         separator = text.skip_space()
         closed = separator == "]"
@@ -287,7 +287,7 @@ def _decode(text: str, position: int) -> tuple[object, int]:
         return fault, _ANY_KEYS_DECODER.raw_decode(text, position)[1]
 
 
-def _checked(value: object, place: Place) -> object:
+def _checked(value: object, place: Location) -> object:
     if not isinstance(value, _RepeatedKey):
         return value
     key = repr(value.args[0])

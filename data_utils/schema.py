@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from chat.turns import Tool, Turn
 
 if TYPE_CHECKING:
-    from data_utils.files import Place
+    from data_utils.files import Location
 
 _SHOWN_WIDTH = 60
 _SHOWN_ITEMS = 12
@@ -33,7 +33,7 @@ class Conversation:
     """
 
     turns: tuple[Turn, ...]
-    where: Place | str
+    where: Location | str
     tools: tuple[Tool, ...] = ()
 
 

@@ -13,9 +13,9 @@ from checkpoints.files import save_json, save_text
 from data_utils.collate import Collator
 from data_utils.dataset import DataOptions, DataReader, ExampleSet, load_examples
 from data_utils.encode import EncodeOptions, Encoder
-from data_utils.report import DataReport, Settings
+from data_utils.report.data_report import DataReport, ReportSettings
 from data_utils.report.page import render_html
-from data_utils.report.text import render_report, wants_color
+from data_utils.report.terminal import render_report, wants_color
 from data_utils.sources import parse_fill, parse_source
 from loading.checkpoint import Checkpoint
 from training.config.args import RunArguments
@@ -70,7 +70,7 @@ def build_reader(args: RunArguments, checkpoint: Checkpoint, most_samples: int =
         eval_share=data.eval_split,
         seed=training.seed if training.data_seed is None else training.data_seed,
     )
-    settings = Settings(
+    settings = ReportSettings(
         model=checkpoint.name,
         family=checkpoint.family.name,
         label_mask=data.label_mask,

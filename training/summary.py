@@ -14,7 +14,7 @@ from torch import nn
 from checkpoints.files import save_json
 from checkpoints.shards import fingerprint
 from data_utils.dataset import ExampleSet
-from data_utils.report import DataReport
+from data_utils.report.data_report import DataReport
 from loading.adapters import EmbeddingsPolicy
 from loading.checkpoint import Checkpoint
 from loading.quantized import count_elements, count_weights

@@ -16,7 +16,7 @@ from data_utils.schema import PREFERENCE_REFUSALS, RECORD_REFUSALS, Conversation
 from errors import DataError
 
 if TYPE_CHECKING:
-    from data_utils.files import Place
+    from data_utils.files import Location
 
 _SHOWN_RECORD = 300
 
@@ -49,7 +49,7 @@ class Format:
         """Whether a record has this format, judged by its fields and its first turn."""
         return isinstance(record, dict) and self.matches(record)
 
-    def parse(self, record: object, where: Place | str) -> Conversation:
+    def parse(self, record: object, where: Location | str) -> Conversation:
         """Check a record and read it.
 
         Args:
@@ -111,7 +111,7 @@ FORMATS: dict[str, Format] = {
 }
 
 
-def recognise(record: object, where: Place | str) -> Format:
+def recognise(record: object, where: Location | str) -> Format:
     """The format of a record: the first of ``FORMATS`` that it fits.
 
     Raises:

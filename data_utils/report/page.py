@@ -8,10 +8,11 @@ from itertools import groupby
 from pathlib import Path
 from string import Template
 
-from data_utils.report import DataReport, SourceReport
 from data_utils.report.counts import ReasonCounts
+from data_utils.report.data_report import DataReport
 from data_utils.report.samples import Sample, SamplePiece, shorten, visible, visible_line
-from data_utils.report.text import WAYS, steps_text
+from data_utils.report.source_report import SourceReport
+from data_utils.report.terminal import WAYS, steps_text
 
 _TEMPLATE = Path(__file__).with_name("page.html")
 _SHOWN_TOKENS = 2000

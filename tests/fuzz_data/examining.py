@@ -18,7 +18,7 @@ from unittest.mock import patch
 from chat.label_mask import IGNORE_INDEX
 from data_utils import files, json_stream
 from data_utils.dataset import BAD_RECORD, DataOptions, DataReader, ExampleSet
-from data_utils.report.text import render_report
+from data_utils.report.terminal import render_report
 from data_utils.sources import parse_source
 from errors import DataError
 from tests.fuzz_data.drafts import Case, Must

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_utils.dataset import ExampleSet
-from data_utils.report import DataReport
+from data_utils.report.data_report import DataReport
 from errors import ConfigError, DataError, shared
 from training.distributed.world import World
 

@@ -22,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_utils import files, json_stream
-from data_utils.files import Place, data_files, read_records
+from data_utils.files import Location, data_files, read_records
 from data_utils.json_stream import json_records
 from errors import DataError
 from tests.commands import run_well
@@ -52,7 +52,7 @@ def fault(path: Path) -> str:
     return str(error.value)
 
 
-def as_text(items: Iterable[tuple[Place, object]]) -> list[tuple[str, object]]:
+def as_text(items: Iterable[tuple[Location, object]]) -> list[tuple[str, object]]:
     """Faults of single records as their text, which can be compared."""
     return [(str(place), str(value) if isinstance(value, DataError) else value) for place, value in items]
 
@@ -65,29 +65,29 @@ def pieces(data: bytes, size: int) -> Iterator[bytes]:
 
 
 def test_a_place_as_text() -> None:
-    assert str(Place("a.json")) == "a.json"
-    assert str(Place("a.jsonl", 12)) == "a.jsonl:12"
-    assert str(Place("a.json", 12, 3)) == "a.json:12 (record 3)"
-    assert str(Place("a.parquet", record=7)) == "a.parquet (record 7)"
+    assert str(Location("a.json")) == "a.json"
+    assert str(Location("a.jsonl", 12)) == "a.jsonl:12"
+    assert str(Location("a.json", 12, 3)) == "a.json:12 (record 3)"
+    assert str(Location("a.parquet", record=7)) == "a.parquet (record 7)"
 
 
 def test_a_list_gives_each_records_line_and_number(tmp_path: Path) -> None:
     record = {"id": "a", "conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello!"}]}
     path = write(tmp_path / "chats.json", json.dumps([record, 2, {"a": ["b", {}]}], indent=1))
     assert list(read_records(path)) == [
-        (Place(str(path), 2, 1), record),
-        (Place(str(path), 15, 2), 2),
-        (Place(str(path), 16, 3), {"a": ["b", {}]}),
+        (Location(str(path), 2, 1), record),
+        (Location(str(path), 15, 2), 2),
+        (Location(str(path), 16, 3), {"a": ["b", {}]}),
     ]
 
 
 def test_lines_give_their_number_and_blank_ones_are_skipped(tmp_path: Path) -> None:
     path = write(tmp_path / "chats.jsonl", '\n{"a": "\u2028\u0085 line"}\r\n   \n\t{"b": 2} \n"c"\n4')
     assert list(read_records(path)) == [
-        (Place(str(path), 2), {"a": "\u2028\u0085 line"}),
-        (Place(str(path), 4), {"b": 2}),
-        (Place(str(path), 5), "c"),
-        (Place(str(path), 6), 4),
+        (Location(str(path), 2), {"a": "\u2028\u0085 line"}),
+        (Location(str(path), 4), {"b": 2}),
+        (Location(str(path), 5), "c"),
+        (Location(str(path), 6), 4),
     ]
 
 
@@ -122,9 +122,9 @@ def test_the_content_decides_not_the_name(tmp_path: Path, mark: str) -> None:
     as_list = write(tmp_path / "list.jsonl", mark + " " * 5000 + '\n[{"a": "你好"}]\n')
     as_lines = write(tmp_path / "lines.txt", mark + '{"a": "你好"}\n')
     packed = write(tmp_path / "packed.json", gzip.compress(as_lines.read_bytes()))
-    assert list(read_records(as_list)) == [(Place(str(as_list), 2, 1), {"a": "你好"})]
-    assert list(read_records(str(as_lines))) == [(Place(str(as_lines), 1), {"a": "你好"})]
-    assert list(read_records(packed)) == [(Place(str(packed), 1), {"a": "你好"})]
+    assert list(read_records(as_list)) == [(Location(str(as_list), 2, 1), {"a": "你好"})]
+    assert list(read_records(str(as_lines))) == [(Location(str(as_lines), 1), {"a": "你好"})]
+    assert list(read_records(packed)) == [(Location(str(packed), 1), {"a": "你好"})]
     pq.write_table(pa.table({"a": ["你好"]}), tmp_path / "table.json")
     assert values(tmp_path / "table.json") == [{"a": "你好"}]
 
@@ -291,7 +291,7 @@ def test_a_list_that_is_cut_anywhere_is_a_fault(text: str, size: int) -> None:
 
 
 def faults_of(data: bytes, size: int) -> tuple[list[tuple[str, object]], str]:
-    records: list[tuple[Place, object]] = []
+    records: list[tuple[Location, object]] = []
     try:
         for record in json_records(pieces(data, size), "a"):
             records.append(record)
@@ -524,7 +524,7 @@ def test_rows_are_objects_of_plain_values(tmp_path: Path) -> None:
     pq.write_table(pa.Table.from_pylist(rows, schema), path)
     assert list(read_records(path)) == [
         (
-            Place(str(path), record=1),
+            Location(str(path), record=1),
             {
                 "turns": [{"role": "a", "call": {"name": "f"}}, None, {}, {"role": ""}],
                 "counts": {"x": {"role": "b"}, "y": None},
@@ -535,14 +535,14 @@ def test_rows_are_objects_of_plain_values(tmp_path: Path) -> None:
                 "numbers": [1.0, None],
             },
         ),
-        (Place(str(path), record=2), {"turns": [], "counts": {}}),
+        (Location(str(path), record=2), {"turns": [], "counts": {}}),
     ]
 
 
 def test_rows_of_several_groups_and_batches_are_counted_through(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"n": list(range(1500))}), path, row_group_size=700)
-    assert list(read_records(path)) == [(Place(str(path), record=n + 1), {"n": n}) for n in range(1500)]
+    assert list(read_records(path)) == [(Location(str(path), record=n + 1), {"n": n}) for n in range(1500)]
 
 
 def test_parquet_files_that_cannot_be_read(tmp_path: Path) -> None:

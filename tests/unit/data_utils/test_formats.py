@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from chat.turns import Turn
-from data_utils.files import Place
+from data_utils.files import Location
 from data_utils.formats import FORMATS, recognise
 from data_utils.schema import Conversation, shown
 from errors import DataError
@@ -99,7 +99,7 @@ def test_an_answer_may_come_first_or_be_missing() -> None:
 
 
 def test_the_place_is_kept_and_not_written_out() -> None:
-    class Unwritten(Place):
+    class Unwritten(Location):
         def __str__(self) -> str:
             raise AssertionError("formatted without need")
 
@@ -349,7 +349,7 @@ def test_fields_that_mean_nothing() -> None:
 )
 def test_what_fits_nothing_is_shown(record: object, shown_record: str) -> None:
     with pytest.raises(DataError) as error:
-        recognise(record, Place("chats.jsonl", 7))
+        recognise(record, Location("chats.jsonl", 7))
     text = str(error.value)
     assert text.startswith(f"{WHERE}: the record has no known format: {shown_record}. Looked for conversations: a list")
     assert all(f"{name}: {format_.looks_for}" in text for name, format_ in FORMATS.items())

@@ -15,9 +15,9 @@ import pytest
 from data_utils import dataset
 from data_utils.dataset import DataReader, ExampleSet
 from data_utils.encode import Encoder, Example
-from data_utils.files import Place, read_records
+from data_utils.files import Location, read_records
 from data_utils.formats import Format
-from data_utils.report import SourceReport
+from data_utils.report.source_report import SourceReport
 from errors import DataError
 from tests.fuzz_data import examining, running
 from tests.fuzz_data.damages import KINDS
@@ -107,7 +107,7 @@ def places(*numbers: int) -> str:
 def test_it_finds_records_that_are_not_those_of_the_file(
     change: Callable[[list[Any]], object], found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(*arguments: Any) -> Iterator[tuple[Place, object]]:
+    def read(*arguments: Any) -> Iterator[tuple[Location, object]]:
         items = list(read_records(*arguments))
         change(items)
         yield from items
@@ -152,7 +152,7 @@ def test_it_finds_messages_without_a_place(
 def test_it_finds_messages_that_steer_the_terminal_or_take_several_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def parse(self: Format, record: object, where: Place) -> Any:
+    def parse(self: Format, record: object, where: Location) -> Any:
         raise DataError(str(where), "red \x1b[31m\nand more\nand more")
 
     monkeypatch.setattr(Format, "parse", parse)

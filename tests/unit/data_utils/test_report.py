@@ -19,8 +19,10 @@ import torch
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from chat.turns import ToolCall, Turn
-from data_utils.report import DataReport, ReasonCounts, Settings, SourceReport
+from data_utils.report.counts import ReasonCounts
+from data_utils.report.data_report import DataReport, ReportSettings
 from data_utils.report.padding import packed_rows, padding_shares
+from data_utils.report.source_report import SourceReport
 from tests.golden import REPO
 
 
@@ -35,7 +37,7 @@ def chat(asked: int, answered: int, first_id: int = 0, weight: float = 1.0) -> A
 
 
 def report_of(lengths: Sequence[int], **settings: Any) -> DataReport:
-    report = DataReport("train", Settings(**settings))
+    report = DataReport("train", ReportSettings(**settings))
     source = report.add_source("a.jsonl", "messages", len(lengths))
     for number, length in enumerate(lengths, 1):
         source.keep(f"a.jsonl:{number}", chat(1, length - 1, first_id=number))
@@ -259,13 +261,13 @@ def test_steps(kept: int, sizes: tuple[int, int, int], run: dict[str, Any], step
 
 
 def test_repeats_count_as_steps() -> None:
-    report = DataReport("train", Settings(batch_size=4))
+    report = DataReport("train", ReportSettings(batch_size=4))
     report.add_source("a@x10").keep("a:1", chat(1, 1), times=10)
     assert report.steps() == (3, 3)
 
 
 def test_as_json() -> None:
-    report = DataReport("train", Settings(model_max_length=64, batch_size=2))
+    report = DataReport("train", ReportSettings(model_max_length=64, batch_size=2))
     a, b = report.add_source("a.json", "alpaca", 4), report.add_source("b.jsonl@x2", "messages", 1)
     a.keep("a.json:1", chat(2, 3))
     a.keep("a.json:2", chat(2, 3), truncated="cut")
@@ -328,7 +330,7 @@ def test_the_file_keeps_a_hundred_places() -> None:
 
 
 def test_warnings_in_words() -> None:
-    report = DataReport("train", Settings(batch_size=4, accumulation=2))
+    report = DataReport("train", ReportSettings(batch_size=4, accumulation=2))
     source = report.add_source("a.json", "alpaca", 1004)
     for line in (1, 2):
         source.skip(f"a.json:{line}", "no answer fits within --model_max_length 64", times=500)
@@ -366,7 +368,7 @@ def test_problems_nothing_read_or_left() -> None:
 
 
 def test_problem_nothing_trained() -> None:
-    report = DataReport("train", Settings(label_mask="last"))
+    report = DataReport("train", ReportSettings(label_mask="last"))
     source = report.add_source("a")
     source.keep("a:1", chat(1, 3, weight=0.0))
     source.keep("a:2", encoded((1, "assistant", 1.0)))  # its only token is the first
@@ -379,7 +381,7 @@ def test_problem_nothing_trained() -> None:
 
 
 def test_problem_every_sample_shortened() -> None:
-    report = DataReport("train", Settings(model_max_length=16))
+    report = DataReport("train", ReportSettings(model_max_length=16))
     source = report.add_source("a")
     source.keep("a:1", chat(1, 15), truncated="cut")
     source.keep("a:2", chat(2, 14), truncated="too long", times=3)
@@ -410,7 +412,7 @@ def test_problem_all_samples_the_same() -> None:
 
 
 def test_names_and_reasons_are_harmless_from_the_start() -> None:
-    report = DataReport("train", Settings(model="\x1b[1m\udc80"))
+    report = DataReport("train", ReportSettings(model="\x1b[1m\udc80"))
     source = report.add_source("a\x1b[2J\n\udc80.json")
     source.skip("a\x07:1", "unknown role '\u202e\ud800'")
     source.keep("b\x9b:1", chat(1, 1), ["\x00"])
@@ -432,5 +434,5 @@ def test_a_report_travels_to_other_processes() -> None:
 
 
 def test_the_account_needs_no_torch() -> None:
-    code = "import sys; import data_utils.report.page, data_utils.report.text; sys.exit('torch' in sys.modules)"
+    code = "import sys; import data_utils.report.page, data_utils.report.terminal; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0

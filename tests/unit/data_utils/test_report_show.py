@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_utils.report import DataReport, Sample, SamplePiece, Settings, show_sample
+from data_utils.report.data_report import DataReport, ReportSettings
 from data_utils.report.page import render_html
-from data_utils.report.samples import shorten, visible, visible_line
-from data_utils.report.text import render_report, wants_color
+from data_utils.report.samples import Sample, SamplePiece, shorten, show_sample, visible, visible_line
+from data_utils.report.terminal import render_report, wants_color
 
 START, END = 0x110000, 0x110001
 CONTROLS = {START: "<|im_start|>", END: "<|im_end|>"}
@@ -53,7 +53,7 @@ def sample_of(*parts: tuple[str, str, float], where: str = "a.json:1") -> Sample
 
 
 def report_of(*parts: tuple[str, str, float], where: str = "a.json:1", name: str = "a.json", **run: Any) -> DataReport:
-    report = DataReport("train", Settings(**run))
+    report = DataReport("train", ReportSettings(**run))
     source = report.add_source(name, "messages", 1)
     source.keep(where, encode(*parts))
     report.add_sample(sample_of(*parts, where=where))
@@ -245,7 +245,7 @@ def test_lines_are_as_wide_as_they_look() -> None:
 
 
 def test_the_whole_table() -> None:
-    report = DataReport("train", Settings("m", "qwen_v1", "last", "cut", 100, 2, 4, 2, 3))
+    report = DataReport("train", ReportSettings("m", "qwen_v1", "last", "cut", 100, 2, 4, 2, 3))
     a, b = report.add_source("a.json#2", "alpaca", 1200), report.add_source("b.jsonl@x5", "messages", 9)
     a.keep("a.json:1", encode(*CHAT))
     a.skip("a.json:7", "no answer fits")
@@ -294,7 +294,7 @@ def test_the_whole_table() -> None:
 
 
 def test_a_narrow_terminal() -> None:
-    report = DataReport("eval", Settings())
+    report = DataReport("eval", ReportSettings())
     report.add_source("a.json", "alpaca", 1).keep("a.json:1", encode(("user", "word " * 100, 0.0), *CHAT))
     report.add_sample(sample_of(("user", "word " * 100, 0.0), *CHAT))
     lines = render_report(report, color=False, width=60).splitlines()
@@ -471,7 +471,7 @@ def test_what_is_trained_is_marked_on_the_page() -> None:
 
 
 def test_the_histograms_count_every_sample() -> None:
-    report = DataReport("train", Settings(model_max_length=9000))
+    report = DataReport("train", ReportSettings(model_max_length=9000))
     source = report.add_source("a.json", "alpaca", 500)
     for number in range(499):
         source.keep("a:1", encode(("assistant", "x" * (number % 90), 1.0)))

@@ -16,7 +16,7 @@ from chat.families import QWEN_V1
 from data_utils.collate import Collator
 from data_utils.dataset import ExampleSet, load_examples
 from data_utils.encode import EncodeOptions, Encoder
-from data_utils.report import DataReport
+from data_utils.report.data_report import DataReport
 from errors import ConfigError, DataError, RunError
 from qwen_model.tokenization_qwen import QWenTokenizer
 from tests.data import load, reader

@@ -9,8 +9,9 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple, TextIO
 
-from data_utils.report import DataReport, SourceReport
+from data_utils.report.data_report import DataReport
 from data_utils.report.samples import Sample, SamplePiece, shorten, visible, visible_line
+from data_utils.report.source_report import SourceReport
 
 _SHOWN_TOKENS = 500
 _GUTTER = 12
