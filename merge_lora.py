@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.model_config import DTYPES
+from checkpoints.model_config import DTYPE_NAMES
 from commands import CommandParser, run_command
 from errors import ConfigError, RunError
 
@@ -91,7 +91,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--any_base", action="store_true", help="merge onto a base that the adapter was not trained on, with a warning"
     )
     parser.add_argument(
-        "--dtype", choices=("auto", *DTYPES), default="auto", help="what to write; auto: as the base (default)"
+        "--dtype", choices=("auto", *DTYPE_NAMES), default="auto", help="what to write; auto: as the base (default)"
     )
     parser.add_argument(
         "--layout",
@@ -113,7 +113,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def load_adapters(given: Sequence[str]) -> list[WeightedAdapter]:
     """``DIR`` or ``DIR=WEIGHT`` each; a folder whose name holds ``=`` is taken as it stands."""
-    from checkpoints.adapter import load_adapter
+    from checkpoints.adapter import read_adapter
     from checkpoints.fold import WeightedAdapter
 
     adapters = []
@@ -127,7 +127,7 @@ def load_adapters(given: Sequence[str]) -> list[WeightedAdapter]:
             factor = math.nan
         if not math.isfinite(factor):
             raise ConfigError(f"--adapter {text}: {weight!r} is no weight", "Write it like --adapter output/a=0.7")
-        adapters.append(WeightedAdapter(load_adapter(folder), factor))
+        adapters.append(WeightedAdapter(read_adapter(folder), factor))
     folders = [each.adapter.folder.resolve() for each in adapters]
     if twice := next((folder for folder in folders if folders.count(folder) > 1), None):
         raise ConfigError(f"--adapter {twice} is given twice", "Give it once, with the sum of its weights")

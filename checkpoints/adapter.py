@@ -86,7 +86,7 @@ class Adapter:
         return self.tensors.read(edit.roles[role]).to(torch.float32)
 
 
-def load_adapter(folder: str | Path) -> Adapter:
+def read_adapter(folder: str | Path) -> Adapter:
     """Read a LoRA adapter's folder as peft or the original Qwen script saved it.
 
     Raises:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from checkpoints.files import load_json
 from checkpoints.model_config import Quantization, find_quantization
-from checkpoints.packed_weights import PARTS, dequantize, dequantize_4bit, dequantize_8bit, weight_shape
+from checkpoints.packed_weights import PARTS, dequantize_4bit, dequantize_8bit, unpack_weight, weight_shape
 from checkpoints.shards import CheckpointReader, open_checkpoint
 from checkpoints.source import TensorSource
 from errors import ConfigError
@@ -121,7 +121,7 @@ def _packed_layer(packed: CheckpointReader, layer: str, quantization: Quantizati
     parts = _present(packed, layer, [f".{part}" for part in PARTS], optional={".g_idx"})
 
     def read() -> Tensor:
-        return dequantize({part.lstrip("."): packed.read(name) for part, name in parts.items()}, quantization)
+        return unpack_weight({part.lstrip("."): packed.read(name) for part, name in parts.items()}, quantization)
 
     shape = weight_shape(packed.shape(f"{layer}.qweight"), quantization)
     return _Layer(f"{layer}.weight", shape, [*parts.values()], read)

@@ -129,21 +129,21 @@ def _file_name(given: dict[str, Any]) -> str | None:
     return name if isinstance(name, str) and name not in ("", "model") and Path(name).name == name else None
 
 
-DTYPES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """Qwen v1's flags in a config, which are also what commands call precisions, and torch's names."""
 
 
 def declared_dtype(config: Mapping[str, Any]) -> str | None:
     """The name of the dtype that a config declares, by torch's name or by a flag; ``None`` where it says nothing."""
     declared = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
-    if declared in DTYPES.values():
+    if declared in DTYPE_NAMES.values():
         return declared
-    return next((name for flag, name in DTYPES.items() if config.get(flag)), None)
+    return next((name for flag, name in DTYPE_NAMES.items() if config.get(flag)), None)
 
 
 def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """A config that says its floats are in ``dtype``, under the keys that it has."""
     # Older folders say torch_dtype, newer ones dtype.
     keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    flags = {flag: name == dtype for flag, name in DTYPES.items()} if config.get("model_type") == "qwen" else {}
+    flags = {flag: name == dtype for flag, name in DTYPE_NAMES.items()} if config.get("model_type") == "qwen" else {}
     return {**config, **dict.fromkeys(keys, dtype), **flags}

@@ -34,7 +34,9 @@ _AT_A_TIME = {"cpu": 1 << 18}
 _ELSEWHERE = 1 << 25
 
 
-def dequantize(parts: Mapping[str, Tensor], quantization: Quantization, dtype: torch.dtype = torch.float32) -> Tensor:
+def unpack_weight(
+    parts: Mapping[str, Tensor], quantization: Quantization, dtype: torch.dtype = torch.float32
+) -> Tensor:
     """The weight [O, I] of a packed layer; the products are exact in float32 and rounded once to ``dtype``.
 
     Args:
@@ -128,7 +130,7 @@ def dequantize_8bit(values: Tensor, scales: Tensor) -> Tensor:
     return values.float() * (scales.float() / 127)[:, None]
 
 
-class Rounded(NamedTuple):
+class IntegerWeight(NamedTuple):
     """A weight [O, I] as integers: ``scales * (values - zeros)``, with G groups of inputs.
 
     Attributes:
@@ -142,7 +144,7 @@ class Rounded(NamedTuple):
     zeros: Tensor
 
 
-def pack(rounded: Rounded, quantization: Quantization) -> dict[str, Tensor]:
+def pack_weight(rounded: IntegerWeight, quantization: Quantization) -> dict[str, Tensor]:
     """The tensors of a layer by the last part of their names, on the CPU."""
     bits, per_word = quantization.bits, 32 // quantization.bits
     values, scales, zeros = (tensor.T.cpu() for tensor in rounded)

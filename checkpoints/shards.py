@@ -20,7 +20,7 @@ from errors import ConfigError
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 MIB = 2**20
 # What a dtype is called in the header of a safetensors file.
-DTYPES = {
+SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -42,7 +42,7 @@ class _SafetensorsFile:
 
     def dtype(self, name: str) -> torch.dtype:
         code = self._file.get_slice(name).get_dtype()
-        return DTYPES[code] if code in DTYPES else self.read(name).dtype
+        return SAFETENSORS_DTYPES[code] if code in SAFETENSORS_DTYPES else self.read(name).dtype
 
     def read(self, name: str) -> Tensor:
         return self._file.get_tensor(name)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.files import save_json, staged_file, sync
-from checkpoints.shards import DTYPES
+from checkpoints.shards import SAFETENSORS_DTYPES
 from checkpoints.source import TensorSource, is_finite
 from errors import ConfigError
 
@@ -35,7 +35,7 @@ def parse_size(text: str, flag: str = "--max_shard_size") -> int:
     return size
 
 
-_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,13 @@ import torch
 from checkpoints.adapter import Adapter
 from checkpoints.dequantized_reader import open_dequantized
 from checkpoints.files import load_json
-from checkpoints.model_config import DTYPES, Quantization, declared_dtype, find_quantization, load_base_quantization
+from checkpoints.model_config import (
+    DTYPE_NAMES,
+    Quantization,
+    declared_dtype,
+    find_quantization,
+    load_base_quantization,
+)
 from checkpoints.shards import fingerprint
 from checkpoints.source import TensorSource
 from errors import ConfigError, numbered
@@ -65,7 +71,7 @@ def choose_dtype(flag: str, config: dict[str, Any]) -> torch.dtype | None:
     away from what was trained.
     """
     if flag != "auto":
-        return _dtype(DTYPES[flag])
+        return _dtype(DTYPE_NAMES[flag])
     return torch.float32 if declared_dtype(config) == "float32" else None
 
 

@@ -25,7 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from checkpoints.model_config import Quantization, check_bitsandbytes
-from checkpoints.packed_weights import PARTS, dequantize, is_in_order, weight_shape
+from checkpoints.packed_weights import PARTS, is_in_order, unpack_weight, weight_shape
 from checkpoints.shards import CheckpointReader, open_checkpoint
 from errors import ConfigError
 
@@ -71,7 +71,7 @@ class QuantizedLinear(nn.Linear):
             self._is_in_order = "g_idx" not in parts or is_in_order(parts["g_idx"], self.quantization)
         if self._is_in_order:
             parts.pop("g_idx", None)
-        return dequantize(parts, self.quantization, dtype)[: self.out_features, : self.in_features]
+        return unpack_weight(parts, self.quantization, dtype)[: self.out_features, : self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O], in the precision of autocast, or of ``x`` without it."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from checkpoints.packed_weights import Rounded
+from checkpoints.packed_weights import IntegerWeight
 
 _STRENGTHS = 20
 _SHRINKS = 10
@@ -44,7 +44,7 @@ def search_scales(weights: Sequence[Tensor], gram: Tensor, sizes: Tensor, group_
 
 
 @torch.no_grad()
-def quantize_awq(weight: Tensor, gram: Tensor, group_size: int) -> Rounded:
+def quantize_awq(weight: Tensor, gram: Tensor, group_size: int) -> IntegerWeight:
     """Round a weight [O, I] to 4 bits: a scale and a zero point per group of inputs, whose range is searched for.
 
     Args:
@@ -65,7 +65,7 @@ def quantize_awq(weight: Tensor, gram: Tensor, group_size: int) -> Rounded:
         is_better = error < best_error
         best_error = torch.where(is_better, error, best_error)
         columns = is_better.repeat_interleave(group_size, 1)
-        best = Rounded(
+        best = IntegerWeight(
             torch.where(columns, rounded.values, best.values),
             torch.where(is_better, rounded.scales, best.scales),
             torch.where(is_better, rounded.zeros, best.zeros),
@@ -73,7 +73,7 @@ def quantize_awq(weight: Tensor, gram: Tensor, group_size: int) -> Rounded:
     return best
 
 
-def _round(weight: Tensor, group_size: int, shrink: float = 1.0) -> Rounded:
+def _round(weight: Tensor, group_size: int, shrink: float = 1.0) -> IntegerWeight:
     """Round to the nearest within ``shrink`` times each group's range."""
     groups = weight.view(len(weight), -1, group_size)
     # Zero is always within the range: nothing else can be expressed by a zero point of as many bits.
@@ -82,10 +82,10 @@ def _round(weight: Tensor, group_size: int, shrink: float = 1.0) -> Rounded:
     steps = scales.float()
     zeros = (-lowest * shrink / steps).round().clamp(0, largest)
     values = ((groups / steps[..., None]).round() + zeros[..., None]).clamp(0, largest)
-    return Rounded(values.view_as(weight).int(), scales, zeros.int())
+    return IntegerWeight(values.view_as(weight).int(), scales, zeros.int())
 
 
-def _dequantized(rounded: Rounded, group_size: int) -> Tensor:
+def _dequantized(rounded: IntegerWeight, group_size: int) -> Tensor:
     values = rounded.values.view(len(rounded.values), -1, group_size)
     weight = (values - rounded.zeros[..., None]) * rounded.scales.float()[..., None]
     return weight.view_as(rounded.values)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from checkpoints.packed_weights import Rounded
+from checkpoints.packed_weights import IntegerWeight
 from errors import RunError
 
 DAMPING = 0.01
@@ -18,7 +18,7 @@ _SHRINKS = 16
 
 
 @torch.no_grad()
-def quantize_gptq(weight: Tensor, gram: Tensor, bits: int, group_size: int) -> Rounded:
+def quantize_gptq(weight: Tensor, gram: Tensor, bits: int, group_size: int) -> IntegerWeight:
     """Round a weight so that the layer's outputs change least: symmetric, a scale per group of inputs.
 
     Groups with the largest inputs come first, and within a group the largest inputs: what is rounded early leaves the
@@ -51,7 +51,7 @@ def quantize_gptq(weight: Tensor, gram: Tensor, bits: int, group_size: int) -> R
         columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
     groups_back = order[::group_size].div(group_size, rounding_mode="floor").argsort()
     scales = scales[groups_back].T
-    return Rounded(values[order.argsort()].T, scales.half(), torch.full_like(scales, middle, dtype=torch.int32))
+    return IntegerWeight(values[order.argsort()].T, scales.half(), torch.full_like(scales, middle, dtype=torch.int32))
 
 
 def _order(importance: Tensor, group_size: int) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from checkpoints.model_config import Quantization
-from checkpoints.packed_weights import Rounded, dequantize, pack
+from checkpoints.packed_weights import IntegerWeight, pack_weight, unpack_weight
 from checkpoints.shards import CheckpointReader
 from errors import ConfigError
 from quantize.awq import quantize_awq, search_scales
@@ -170,8 +170,8 @@ def _move_scales(
 
 
 @torch.no_grad()
-def _put(rounded: Rounded, layer: nn.Linear, quantization: Quantization) -> Parts:
+def _put(rounded: IntegerWeight, layer: nn.Linear, quantization: Quantization) -> Parts:
     """Give a layer the weight that will be read from its packed parts, and return these."""
-    parts = pack(rounded, quantization)
-    layer.weight.copy_(dequantize(parts, quantization))
+    parts = pack_weight(rounded, quantization)
+    layer.weight.copy_(unpack_weight(parts, quantization))
     return parts

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from chat.label_mask import IGNORE_INDEX
 from qwen_model.head import Head, call_within, head_of, parts_of
 
-CHUNK_BYTES = 32 * 2**20
+LOGITS_CHUNK_BYTES = 32 * 2**20
 """Float32 logits that exist at a time."""
 
 _BLOCK = 16384  # rows of the head per step of its gradient in half precision
@@ -189,7 +189,7 @@ class _Chunks:
         ]
         self.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
         vocabulary = head.weight.shape[0]
-        self.rows = max(1, min(hidden.shape[0], CHUNK_BYTES // (4 * vocabulary)))
+        self.rows = max(1, min(hidden.shape[0], LOGITS_CHUNK_BYTES // (4 * vocabulary)))
         self.buffer = _buffer(self.rows * vocabulary, hidden.device).view(self.rows, vocabulary)
 
     def run(self, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:

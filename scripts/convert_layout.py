@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoints.model_config import DTYPES
+from checkpoints.model_config import DTYPE_NAMES
 from commands import CommandParser, run_command
 from errors import ConfigError
 
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
             output=args.output,
             layout=args.layout,
             base=args.base,
-            dtype=DTYPES.get(args.dtype),
+            dtype=DTYPE_NAMES.get(args.dtype),
             dynamic_ntk=args.dynamic_ntk,
             max_shard_size=parse_size(args.max_shard_size),
         )
@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--base", help="of an adapter: the base that it names from now on (default: as before)")
     parser.add_argument(
         "--dtype",
-        choices=tuple(DTYPES),
+        choices=tuple(DTYPE_NAMES),
         help="of a checkpoint: what to write; quantised weights are dequantised to it (default: as they are)",
     )
     parser.add_argument(

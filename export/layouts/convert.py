@@ -10,7 +10,7 @@ import torch
 from transformers import AutoTokenizer
 
 from chat.stops import end_ids_of, stopping_generation_config
-from checkpoints.adapter import load_adapter
+from checkpoints.adapter import read_adapter
 from checkpoints.dequantized_reader import open_dequantized
 from checkpoints.files import load_json, save_json
 from checkpoints.folders import check_space, staged_folder
@@ -69,7 +69,7 @@ def convert_adapter(given: Conversion) -> str:
     Raises:
         ConfigError: an adapter that cannot be read, or that the layout has no place for.
     """
-    adapter = load_adapter(given.source)
+    adapter = read_adapter(given.source)
     found = layout_of_names(adapter.edits)
     if found is None:
         raise ConfigError(f"{given.source}: the adapter has the same names in every layout", "Use it as it is")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints.model_config import find_quantization
-from checkpoints.packed_weights import PARTS, dequantize
+from checkpoints.packed_weights import PARTS, unpack_weight
 from loading.checkpoint import load_checkpoint, load_model
 from tests.golden import REPO
 from tests.models import TINY, write_later_checkpoint
@@ -107,7 +107,7 @@ def test_weights_and_logits_are_those_that_were_packed(written: dict[str, Writte
     quantization = find_quantization(layout.folder)
     assert quantization is not None
     for weight, expected in layout.weights.items():
-        assert torch.equal(dequantize(stored_parts(layout.folder, weight), quantization), expected), weight
+        assert torch.equal(unpack_weight(stored_parts(layout.folder, weight), quantization), expected), weight
     assert difference(logits(layout.folder), layout.logits) < 1e-5
 
 

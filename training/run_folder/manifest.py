@@ -23,7 +23,7 @@ from errors import ConfigError
 logger = logging.getLogger(__name__)
 
 MANIFEST = "manifest.json"
-FORMAT = 1
+MANIFEST_VERSION = 1
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # the folder's name
 _BLOCK = 1 << 20
 _MOST_THREADS = 8
@@ -59,7 +59,7 @@ def write_manifest(folder: Path, step: int, facts: Mapping[str, Any]) -> None:
     digests = _digests(paths)
     files = {str(path.relative_to(folder)): {"size": sizes[path], "sha256": digests[path]} for path in paths}
     written = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-    content = {"format": FORMAT, "step": step, "written": written, **facts, "files": files}
+    content = {"format": MANIFEST_VERSION, "step": step, "written": written, **facts, "files": files}
     content = json.loads(json.dumps(content, default=str))
     save_json({**content, "checksum": _checksum(content)}, folder / MANIFEST)
 
@@ -79,10 +79,10 @@ def load_manifest(checkpoint: Path) -> Manifest:
         raise DamagedError(f"{MANIFEST} cannot be read") from error
     if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
         raise DamagedError(f"{MANIFEST} is not as it was written")
-    if content["format"] > FORMAT:
+    if content["format"] > MANIFEST_VERSION:
         raise ConfigError(
             f"{checkpoint / MANIFEST}: format {content['format']}, of a newer version of this toolkit "
-            f"(this one knows {FORMAT})",
+            f"(this one knows {MANIFEST_VERSION})",
             "Go on with that version, or give another --output_dir",
         )
     return content

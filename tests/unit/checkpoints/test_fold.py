@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from checkpoints.adapter import load_adapter
+from checkpoints.adapter import read_adapter
 from checkpoints.files import load_json
 from checkpoints.fold import Fold, WeightedAdapter, plan_fold
 from checkpoints.shards import open_checkpoint
@@ -73,7 +73,7 @@ def few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def plan(base: Path, *adapters: Path | tuple[Path, float]) -> Fold:
     given = [each if isinstance(each, tuple) else (each, 1.0) for each in adapters]
-    weighted = [WeightedAdapter(load_adapter(folder), weight) for folder, weight in given]
+    weighted = [WeightedAdapter(read_adapter(folder), weight) for folder, weight in given]
     return plan_fold(open_checkpoint(base), load_json(base / "config.json"), weighted)
 
 

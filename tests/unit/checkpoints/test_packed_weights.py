@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.model_config import Quantization
-from checkpoints.packed_weights import dequantize
+from checkpoints.packed_weights import unpack_weight
 
 I, O = 48, 32  # noqa: E741 - inputs and outputs, as in the file under test
 AWQ_PLACES = [0, 2, 4, 6, 1, 3, 5, 7]
@@ -73,29 +73,29 @@ RUNS = [i // 16 for i in range(I)]
 def test_gptq(bits: int, zero_offset: int) -> None:
     layer, quantization = Layer(bits, RUNS), Quantization("gptq", bits, 16, zero_offset)
     parts = layer.gptq(zero_offset)
-    assert torch.equal(dequantize(parts, quantization).double(), layer.weight)
+    assert torch.equal(unpack_weight(parts, quantization).double(), layer.weight)
     del parts["g_idx"]
-    assert torch.equal(dequantize(parts, quantization).double(), layer.weight)
+    assert torch.equal(unpack_weight(parts, quantization).double(), layer.weight)
 
 
 def test_inputs_in_the_order_of_their_activations() -> None:
     groups = list(RUNS)
     random.Random(1).shuffle(groups)
     layer = Layer(4, groups)
-    assert torch.equal(dequantize(layer.gptq(1), Quantization("gptq", 4, 16, 1)).double(), layer.weight)
+    assert torch.equal(unpack_weight(layer.gptq(1), Quantization("gptq", 4, 16, 1)).double(), layer.weight)
 
 
 def test_one_group_per_row() -> None:
     layer = Layer(4, [0] * I)
-    assert torch.equal(dequantize(layer.awq(), Quantization("awq", 4, -1)).double(), layer.weight)
+    assert torch.equal(unpack_weight(layer.awq(), Quantization("awq", 4, -1)).double(), layer.weight)
     parts = layer.gptq(1)
     del parts["g_idx"]
-    assert torch.equal(dequantize(parts, Quantization("gptq", 4, -1, 1)).double(), layer.weight)
+    assert torch.equal(unpack_weight(parts, Quantization("gptq", 4, -1, 1)).double(), layer.weight)
 
 
 def test_awq() -> None:
     layer = Layer(4, RUNS)
-    assert torch.equal(dequantize(layer.awq(), Quantization("awq", 4, 16)).double(), layer.weight)
+    assert torch.equal(unpack_weight(layer.awq(), Quantization("awq", 4, 16)).double(), layer.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -105,5 +105,5 @@ def test_other_precisions_are_rounded_once(dtype: torch.dtype) -> None:
         (layer.gptq(1), Quantization("gptq", 4, 16, 1)),
         (layer.awq(), Quantization("awq", 4, 16)),
     ):
-        weight = dequantize(parts, quantization, dtype)
+        weight = unpack_weight(parts, quantization, dtype)
         assert weight.dtype == dtype and torch.equal(weight, layer.weight.to(dtype))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.model_config import Quantization
-from checkpoints.packed_weights import Rounded, dequantize, pack
+from checkpoints.packed_weights import IntegerWeight, pack_weight, unpack_weight
 from errors import RunError
 from quantize.awq import quantize_awq, search_scales
 from quantize.gptq import quantize_gptq
@@ -35,7 +35,7 @@ def gram_of(inputs: Tensor) -> Tensor:
     return inputs.T @ inputs / len(inputs)
 
 
-def values_of(rounded: Rounded) -> Tensor:
+def values_of(rounded: IntegerWeight) -> Tensor:
     zeros, scales = (each.repeat_interleave(GROUP, 1) for each in (rounded.zeros, rounded.scales.float()))
     return (rounded.values - zeros) * scales
 
@@ -102,8 +102,8 @@ def test_what_is_stored_reads_back(weight: Tensor, inputs: Tensor, method: str, 
     assert int(rounded.values.min()) >= 0 and int(rounded.values.max()) < 1 << bits
     assert len(rounded.values.unique()) > (1 << bits) / 2, "the range is used"
     quantization = Quantization("awq" if method == "awq" else "gptq", bits, GROUP, zero_offset=int(method == "gptq"))
-    parts = pack(rounded, quantization)
-    torch.testing.assert_close(dequantize(parts, quantization), values_of(rounded), rtol=1e-6, atol=1e-7)
+    parts = pack_weight(rounded, quantization)
+    torch.testing.assert_close(unpack_weight(parts, quantization), values_of(rounded), rtol=1e-6, atol=1e-7)
     shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in parts.items()}
     per_word = 32 // bits
     expected = {
@@ -120,16 +120,16 @@ def test_what_is_stored_reads_back(weight: Tensor, inputs: Tensor, method: str, 
 
 def test_the_words_of_a_small_weight() -> None:
     """By hand: eight inputs of one output; the first value stands in the lowest bits, the zero point less one."""
-    rounded = Rounded(
+    rounded = IntegerWeight(
         values=torch.arange(8, dtype=torch.int32).repeat(8, 1),
         scales=torch.ones(8, 1, dtype=torch.float16),
         zeros=torch.full((8, 1), 8, dtype=torch.int32),
     )
-    parts = pack(rounded, Quantization("gptq", 4, 8, zero_offset=1))
+    parts = pack_weight(rounded, Quantization("gptq", 4, 8, zero_offset=1))
     assert parts["qweight"].tolist() == [[0x76543210] * 8]
     assert parts["qzeros"].tolist() == [[0x77777777]]
-    columns = Rounded(rounded.values.T.contiguous(), rounded.scales, rounded.zeros)
-    parts = pack(columns, Quantization("awq", 4, 8))
+    columns = IntegerWeight(rounded.values.T.contiguous(), rounded.scales, rounded.zeros)
+    parts = pack_weight(columns, Quantization("awq", 4, 8))
     # Input 0 of outputs 0 to 7, which have the values 0 to 7, in the order 0 2 4 6 1 3 5 7.
     assert parts["qweight"].tolist() == [[0x75316420]] * 8
     assert [word & 0xFFFFFFFF for word in parts["qzeros"][0].tolist()] == [0x88888888]

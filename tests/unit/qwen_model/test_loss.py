@@ -26,7 +26,7 @@ LABELS = torch.tensor(
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of three positions, so that a test has several and a last one that is not full."""
-    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 3 * 4 * 960)
+    monkeypatch.setattr(loss_module, "LOGITS_CHUNK_BYTES", 3 * 4 * 960)
 
 
 def build(name: str = "tiny-qwen-small", **adapter: Any) -> nn.Module:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from checkpoints.adapter import load_adapter
+from checkpoints.adapter import read_adapter
 from checkpoints.files import load_json, save_json
 from checkpoints.shards import open_checkpoint
 from checkpoints.writing import save_source
@@ -81,7 +81,7 @@ def logits_of(base: Path, adapter: Path) -> Tensor:
 
 def convert(adapter: Path, layout: Layout, folder: Path) -> Path:
     folder.mkdir()
-    save_relaid_adapter(load_adapter(adapter), layout, folder)
+    save_relaid_adapter(read_adapter(adapter), layout, folder)
     return folder
 
 
@@ -192,7 +192,7 @@ def test_the_config_says_it_in_names_of_the_layout(tmp_path: Path) -> None:
     assert load_json(there / "run_summary.json") == {"base_fingerprint": "f"}
     assert config["base_model_name_or_path"] == load_json(before / "adapter_config.json")["base_model_name_or_path"]
     back.mkdir()
-    save_relaid_adapter(load_adapter(there), "qwen", back, "another base")
+    save_relaid_adapter(read_adapter(there), "qwen", back, "another base")
     config = load_json(back / "adapter_config.json")
     assert set(config["target_modules"]) == {"c_attn", "attn.c_proj", "mlp.c_proj"}
     assert (config["modules_to_save"], config["base_model_name_or_path"]) == (["wte", "lm_head"], "another base")

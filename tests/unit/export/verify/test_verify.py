@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, Qwen2Config, Qwen2ForCausalLM
 
-from checkpoints.adapter import load_adapter
+from checkpoints.adapter import read_adapter
 from checkpoints.dequantized_reader import open_dequantized
 from checkpoints.files import load_json, save_json
 from checkpoints.fold import WeightedAdapter, plan_fold
@@ -86,7 +86,7 @@ def make_adapter(base: Path, folder: Path, size: float = 0.1, seed: int = 1, **o
 
 
 def weighted(*adapters: Path) -> list[WeightedAdapter]:
-    return [WeightedAdapter(load_adapter(folder)) for folder in adapters]
+    return [WeightedAdapter(read_adapter(folder)) for folder in adapters]
 
 
 def merge(
@@ -428,7 +428,7 @@ MEASURE = """
 import sys, threading, time
 from pathlib import Path
 import torch
-from checkpoints.adapter import load_adapter
+from checkpoints.adapter import read_adapter
 from checkpoints.fold import WeightedAdapter
 from checkpoints.files import load_json
 from checkpoints.shards import open_checkpoint
@@ -445,7 +445,7 @@ def watch():
 
 def run(base, adapters, merged):
     ids = [[(7 * place + number) % 512 for place in range(10 + number)] for number in range(12)]
-    given = [WeightedAdapter(load_adapter(adapter)) for adapter in adapters]
+    given = [WeightedAdapter(read_adapter(adapter)) for adapter in adapters]
     found = verify_merge(open_checkpoint(base), load_json(Path(base) / "config.json"), given, Path(merged), ids)
     assert not found.faults, found
 

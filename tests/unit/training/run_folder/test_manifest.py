@@ -13,8 +13,8 @@ from errors import ConfigError
 from tests.commands import names_in
 from tests.models import change_json
 from training.run_folder.manifest import (
-    FORMAT,
     MANIFEST,
+    MANIFEST_VERSION,
     DamagedError,
     check_whole,
     checkpoints_in,
@@ -53,7 +53,7 @@ def flip_bit(path: Path, bit: int) -> None:
 def test_what_a_manifest_says(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, 4)
     manifest = load_manifest(checkpoint)
-    assert manifest["step"] == 4 and manifest["format"] == FORMAT
+    assert manifest["step"] == 4 and manifest["format"] == MANIFEST_VERSION
     assert {name: manifest[name] for name in FACTS} == FACTS
     files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
     assert set(manifest["files"]) == files - {MANIFEST}
@@ -126,12 +126,12 @@ def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
 
 def test_a_newer_version_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("training.run_folder.manifest.FORMAT", FORMAT + 1)
+        patch.setattr("training.run_folder.manifest.MANIFEST_VERSION", MANIFEST_VERSION + 1)
         checkpoint = write_checkpoint(tmp_path, 2)
     with pytest.raises(ConfigError) as caught:
         newest_whole_checkpoint(tmp_path)
     assert str(caught.value) == (
-        f"{checkpoint / MANIFEST}: format {FORMAT + 1}, of a newer version of this toolkit (this one knows {FORMAT}). "
+        f"{checkpoint / MANIFEST}: format {MANIFEST_VERSION + 1}, of a newer version of this toolkit (this one knows {MANIFEST_VERSION}). "
         "Go on with that version, or give another --output_dir"
     )
 
