@@ -1,4 +1,9 @@
-"""How a command starts and ends: its parser, its exit code, one line per failure."""
+"""How a command starts and ends: argument parser, exit codes, one line per failure.
+
+Every command reports a failure in one line (or a numbered list) that names the flag or ``file:line``, the value and the
+fix. Exit codes: 2 refused, 1 failed, 130 and 143 interrupted. Imports nothing heavy, so that a wrong flag is refused
+before torch is loaded.
+"""
 
 from __future__ import annotations
 
@@ -9,150 +14,155 @@ import errno
 import os
 import re
 import signal
-import socket
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
 from errors import ConfigError, DataError, RunError, Terminated, one_line
+from processes import describe_process, has_several_processes, is_first, is_first_on_host
+
+# Seconds that a rank waits to be terminated if rank 0 reports the same error.
+_WAIT_FOR_FIRST = 15.0
+# Seconds that a failing rank tries to notify the others: the process that hosts the store may be gone.
+_NOTIFY_TIMEOUT = 5.0
 
 _DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-
-
-# How long a process of several waits to be ended for the fault that the first one reports as well.
-_WAIT_FOR_FIRST = 15.0
-
-
-# How long a process that fails tries to tell the others: who keeps their messages may be gone.
-_TIME_TO_TELL = 5.0
-
-
-# What gloo, NCCL and the store of torch.distributed say when another process is gone, and when it does not come.
-_GONE = re.compile(
+# Messages of gloo, NCCL and torch.distributed's store after another process has died, and after a time-out.
+_PEER_LOST = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection refused|socket closed|remote process exited|recvvalue failed"
     r"|failed to recv|no route to host|connection was likely closed",
     re.IGNORECASE,
 )
-
-
-_NOT_COMING = re.compile(r"timed out waiting|collective operation timeout|socket timeout|wait timeout", re.IGNORECASE)
-
-
-_GO_ON = "--resume_from_checkpoint auto goes on from what was saved"
+_TIMED_OUT = re.compile(r"timed out waiting|collective operation timeout|socket timeout|wait timeout", re.IGNORECASE)
+_HOW_TO_RESUME = "--resume_from_checkpoint auto resumes from the last checkpoint"
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An argument parser whose complaint is one line, like every other fault. Give it ``prog`` as the user types it."""
+    """An argument parser that reports an error in one line. ``prog`` is the command as the user types it."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"command line: {message}", f"{self.prog} --help lists the flags")
 
 
+@dataclass
 class _Command:
-    """The command that this process runs: its name, what the process is called, and who is told when it fails."""
+    """State of the command that this process runs.
 
-    name = "python"
-    process = ""
-    tell: Callable[[str], object] | None = None
-
-
-def tell_failures(process: str, tell: Callable[[str], object]) -> None:
-    """Have ``tell(message)`` called when the command of this process fails: others may be waiting for it.
-
-    The message is empty where all processes know it. ``process`` is how this one is called then.
+    Attributes:
+        name: the command as the user types it.
+        label: how error messages call this process, such as ``rank 1 (host-b)``; empty before ranks are known.
+        notify: called with the error message when the command fails, because other ranks may be waiting.
     """
-    _Command.process, _Command.tell = process, tell
+
+    name: str = "python"
+    label: str = ""
+    notify: Callable[[str], object] | None = None
 
 
-def end_from_thread(message: str) -> NoReturn:
-    """End this process with a line and exit code 1, though its main thread may be waiting for ever."""
-    _close_bars()
-    _report(_Command.name, 1, f"error: {message}. {_GO_ON}")
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+_command = _Command()  # a process runs one command
+
+
+def notify_on_failure(label: str, notify: Callable[[str], object]) -> None:
+    """Call ``notify(message)`` if the command of this process fails: other ranks may be waiting for it.
+
+    Args:
+        label: how error messages call this process.
+        notify: gets an empty message if every rank has raised the same error.
+    """
+    _command.label, _command.notify = label, notify
+
+
+def abort_from_thread(message: str) -> NoReturn:
+    """Report an error and end this process with exit code 1, even if its main thread is blocked."""
+    _close_progress_bars()
+    _report(1, f"error: {message}. {_HOW_TO_RESUME}")
+    _flush_streams()
     os._exit(1)
 
 
 def run_command(main: Callable[[Sequence[str]], int | None], name: str) -> None:
-    """Run ``main(argv)`` as the process's main function and exit with its code.
+    """Run ``main(argv)`` as the main function of this process and exit with its code.
 
-    Exit codes: what ``main`` returns (``None`` is 0), 2 for a ``ConfigError`` or ``DataError``, 1 for any other
-    failure, 130 after Ctrl-C, 143 after SIGTERM. ``--debug`` among the arguments shows the traceback of a failure.
+    Exit codes: the return value of ``main`` (``None`` is 0), 2 for a ``ConfigError`` or ``DataError``, 1 for any other
+    failure, 130 after Ctrl-C, 143 after SIGTERM. ``--debug`` among the arguments prints the traceback of a failure.
     """
     argv = sys.argv[1:]
-    _Command.name, _Command.process, _Command.tell = name, "", None
-    before = signal.signal(signal.SIGTERM, _raise_terminated)
+    _command.name, _command.label, _command.notify = name, "", None
+    previous_handler = signal.signal(signal.SIGTERM, _raise_terminated)
     try:
         code = main(argv)
     except (Exception, KeyboardInterrupt, Terminated) as error:
         code, message = _describe(error)
         is_shared = isinstance(error, (ConfigError, DataError)) and error.is_shared
-        is_spoken_for = is_shared and os.environ.get("RANK", "0") != "0"
-        if is_spoken_for or (code == 2 and os.environ.get("LOCAL_RANK", "0") != "0"):
-            _tell_others("" if is_shared else message)
+        is_reported_by_first = is_shared and not is_first()
+        if is_reported_by_first or (code == 2 and not is_first_on_host()):
+            _notify_others("" if is_shared else message)
             _wait_for_first()
-        # A launcher that ends all processes after the first failure does not cut the message off.
+        # A launcher terminates all processes after the first failure; it must not cut this message off.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _close_bars()
+        _close_progress_bars()
         if any(argument in ("--debug", "--debug=True", "--debug=true") for argument in argv):
             traceback.print_exc()
-        if not is_spoken_for:
-            _report(name, code, message)
-        _tell_others("" if is_shared else message)
+        if not is_reported_by_first:
+            _report(code, message)
+        _notify_others("" if is_shared else message)
     finally:
-        signal.signal(signal.SIGTERM, before)
-    if "torch.distributed" in sys.modules and os.environ.get("WORLD_SIZE", "1") != "1":
-        _end_now(code or 0)
+        signal.signal(signal.SIGTERM, previous_handler)
+    if "torch.distributed" in sys.modules and has_several_processes():
+        _exit_without_teardown(code or 0)
     sys.exit(code)
 
 
-def _end_now(code: int) -> NoReturn:
-    """End a process of several without taking the interpreter apart.
+def _exit_without_teardown(code: int) -> NoReturn:
+    """Exit without finalising the interpreter, after running the ``atexit`` functions.
 
-    gloo's threads can hold the last reference to a tensor of Python. One that lets go of it while the interpreter is
-    taken apart gets no lock any more and aborts a run that went well (pytorch/pytorch#179291).
+    gloo's threads can hold the last reference to a Python tensor. Releasing it while the interpreter is being finalised
+    fails to acquire the lock and aborts a run that succeeded (pytorch/pytorch#179291).
     """
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
-        with contextlib.suppress(OSError, ValueError):
-            stream.flush()
+    _flush_streams()
     os._exit(code)
 
 
-def _report(name: str, code: int, message: str) -> None:
-    rank, size = os.environ.get("RANK"), os.environ.get("WORLD_SIZE", "1")
+def _flush_streams() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+
+
+def _report(code: int, message: str) -> None:
+    name = _command.name
     if code > 128:
-        if rank not in (None, "0"):  # the first process says it
+        if not is_first():  # every rank is interrupted; rank 0 reports it
             return
-    elif rank is not None and (rank, size) != ("0", "1"):
-        host = f" ({socket.gethostname()})" if os.environ.get("GROUP_WORLD_SIZE", "1") != "1" else ""
-        name = f"{name} [{_Command.process or f'rank {rank}{host}'}]"
+    elif label := describe_process():
+        name = f"{name} [{_command.label or label}]"
     print(f"{name}: {message}", file=sys.stderr, flush=True)
 
 
-def _tell_others(message: str) -> None:
-    """Once."""
-    tell, _Command.tell = _Command.tell, None
-    if tell is not None:
-        teller = threading.Thread(target=tell, args=(message.removeprefix("error: "),), daemon=True)
-        teller.start()
-        # What all of them know, the others have to hear before they may find the first process gone.
-        teller.join(_TIME_TO_TELL if message else _WAIT_FOR_FIRST)
+def _notify_others(message: str) -> None:
+    """Notify the other ranks of a failure, at most once."""
+    notify, _command.notify = _command.notify, None
+    if notify is not None:
+        thread = threading.Thread(target=notify, args=(message.removeprefix("error: "),), daemon=True)
+        thread.start()
+        # If all ranks share the error, the others must read the messages of rank 0 before it exits.
+        thread.join(_NOTIFY_TIMEOUT if message else _WAIT_FOR_FIRST)
 
 
 def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
-    # Whoever asks twice asks for the same; cleaning up is not interrupted.
+    # A second SIGTERM must not interrupt the clean-up.
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     raise Terminated
 
 
 def _describe(error: BaseException) -> tuple[int, str]:
-    """Exit code and line of a failure."""
+    """Return the exit code and the message of a failure."""
     if isinstance(error, (KeyboardInterrupt, Terminated)):
         code, word = (130, "interrupted") if isinstance(error, KeyboardInterrupt) else (143, "terminated")
         return code, f"{word}. {error}" if str(error) else word
@@ -168,22 +178,20 @@ def _describe(error: BaseException) -> tuple[int, str]:
         return 1, f"error: out of memory ({one_line(error)}). {fix}"
     if isinstance(error, OSError) and error.errno in _DISK_FULL:
         return 1, f"error: cannot write {error.filename or 'a file'} ({error.strerror}). Free some space"
-    if isinstance(error, RuntimeError) and (lost := _describe_lost(error)):
-        return 1, f"error: {lost}. {_GO_ON}"
+    if isinstance(error, RuntimeError) and has_several_processes() and (lost := _describe_lost_process(error)):
+        return 1, f"error: {lost}. {_HOW_TO_RESUME}"
     what = f"{type(error).__name__}: {one_line(error)}" if str(error) else type(error).__name__
     return 1, f"error: unexpected {what}. --debug shows the traceback"
 
 
-def _describe_lost(error: RuntimeError) -> str | None:
-    """What a failed collective says of the other processes; ``None`` where it was something else."""
-    if os.environ.get("WORLD_SIZE", "1") == "1":
-        return None
-    if _GONE.search(str(error)):
+def _describe_lost_process(error: RuntimeError) -> str | None:
+    """Explain a failed collective by the state of the other processes; ``None`` for any other error."""
+    if _PEER_LOST.search(str(error)):
         what = "another process of the run died, or its host is gone"
-        return f"{what} ({one_line(error)}). Look at the first error among the lines of all processes"
-    if _NOT_COMING.search(str(error)):
-        what = "another process of the run hangs, is gone, or takes longer than --ddp_timeout"
-        fix = "Look at the first error among the lines of all processes, or raise --ddp_timeout"
+        return f"{what} ({one_line(error)}). See the first error in the output of all processes"
+    if _TIMED_OUT.search(str(error)):
+        what = "another process of the run hangs, died, or takes longer than --ddp_timeout"
+        fix = "See the first error in the output of all processes, or raise --ddp_timeout"
         return f"{what} ({one_line(error)}). {fix}"
     return None
 
@@ -198,9 +206,9 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _wait_for_first() -> None:
-    """Under torchrun all processes of a machine find the same fault: the first reports it, the launcher ends the rest.
+    """Wait to be terminated: usually all ranks of a host find the same error, and the first of them reports it.
 
-    A process that nobody ends is alone with its fault and reports it itself.
+    A rank that is not terminated in time is the only one with this error and reports it.
     """
     try:
         time.sleep(_WAIT_FOR_FIRST)
@@ -208,10 +216,10 @@ def _wait_for_first() -> None:
         sys.exit(143)
 
 
-def _close_bars() -> None:
-    """Progress bars leave the cursor behind them; the message gets a line of its own."""
-    bars = getattr(sys.modules.get("tqdm"), "tqdm", None)
-    for bar in list(getattr(bars, "_instances", ())):
-        # One whose first drawing failed, as on a full disk that stderr goes to, cannot be closed.
+def _close_progress_bars() -> None:
+    """Close tqdm's progress bars, which leave the cursor in their line, so that the message starts a new one."""
+    tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+    for bar in list(getattr(tqdm, "_instances", ())):
+        # A bar whose first drawing failed, as with stderr on a full disk, cannot be closed.
         with contextlib.suppress(AttributeError, OSError):
             bar.close()

@@ -1,8 +1,6 @@
-"""The errors a user can cause or meet, and how a command ends with one.
+"""Exceptions that a user can cause or encounter, and how several of them become one message.
 
-Every command of this project reports a fault in one line (or a numbered list) that names the flag or ``file:line``, the
-value and the fix. Exit codes tell a script what happened: 2 refused, 1 failed, 130 and 143 interrupted.
-This module imports nothing of ours and nothing heavy, so that a wrong flag is refused before torch is loaded.
+Imports nothing heavy. Travels as code inside exported model folders.
 """
 
 from __future__ import annotations
@@ -12,14 +10,14 @@ from typing import TypeVar
 
 
 class ConfigError(ValueError):
-    """A flag, a checkpoint folder or an environment that cannot work.
+    """An unusable flag, checkpoint folder or environment.
 
     Args:
-        what: the flag or path, its value and what is wrong with it.
+        what: the flag or path, its value, and what is wrong with it.
         fix: what to do instead.
 
     Attributes:
-        is_shared: whether all processes of the run raise it, so that the first reports it for all.
+        is_shared: whether every rank of the run raises this error, so that only rank 0 reports it.
     """
 
     is_shared = False
@@ -29,15 +27,15 @@ class ConfigError(ValueError):
 
 
 class DataError(ValueError):
-    """A record of the user's data that cannot be used.
+    """An unusable record in the user's data.
 
     Args:
-        where: the place of the fault; as text ``file:line`` or ``file (record N)``.
-        what: what was found there.
+        where: location of the record; as text ``file:line`` or ``file (record N)``.
+        what: what is wrong with it.
         fix: what to do instead.
 
     Attributes:
-        is_shared: as that of ``ConfigError``.
+        is_shared: see ``ConfigError``.
     """
 
     is_shared = False
@@ -48,7 +46,7 @@ class DataError(ValueError):
 
 
 class RunError(RuntimeError):
-    """A run that had begun and cannot go on, for a reason that is known: a diverged loss, a full disk.
+    """A run that had started and cannot continue, for a known reason: a diverged loss, a full disk.
 
     Args:
         what: what happened, at which step or in which folder.
@@ -60,23 +58,23 @@ class RunError(RuntimeError):
 
 
 class Terminated(BaseException):
-    """SIGTERM, raised in the main thread so that what cleans up after Ctrl-C cleans up after it too."""
+    """SIGTERM, raised in the main thread so that ``finally`` blocks run as they do after Ctrl-C."""
 
 
-_Fault = TypeVar("_Fault", ConfigError, DataError)
+_Error = TypeVar("_Error", ConfigError, DataError)
 
 
-def shared(fault: _Fault) -> _Fault:
-    """Mark a fault that all processes of the run raise, with the same words: the first one reports it."""
-    fault.is_shared = True
-    return fault
+def shared(error: _Error) -> _Error:
+    """Mark an error that every rank raises with the same text, so that only rank 0 reports it."""
+    error.is_shared = True
+    return error
 
 
 def one_line(error: BaseException) -> str:
-    """A library's complaint for a message of ours: without line breaks, and not a page long."""
+    """Return the text of a library's error without line breaks, at most 300 characters."""
     return " ".join(str(error).split())[:300]
 
 
 def numbered(title: str, items: Sequence[object]) -> str:
-    """Several faults as one message: the title, then a line for each of them, counted from 1."""
+    """Return several errors as one message: the title, then one numbered line for each."""
     return "\n".join([f"{title}:", *(f"  {number}. {item}" for number, item in enumerate(items, 1))])

@@ -13,12 +13,12 @@ from commands import run_command
 def main(argv: Sequence[str]) -> int:
     from training.checks import check_args
     from training.config.args import parse_args
-    from training.distributed.launch import find_processes
+    from training.distributed.launch import detect_launcher
     from training.logs import logger, set_up_logging
     from training.run_folder.output import explain_how_to_resume, prepare_output
     from training.signals import Signals, ignore_save_requests
 
-    find_processes()
+    detect_launcher()
     set_up_logging()
     ignore_save_requests()
     args = parse_args(argv)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -14,7 +13,7 @@ from checkpoints.model_config import check_bitsandbytes, find_quantization
 from data_utils.sources import parse_fill, parse_source
 from errors import ConfigError, numbered
 from loading.config_files import find_local_folder, load_model_config, module_names, most_positions
-from processes import has_gpu
+from processes import has_gpu, is_first
 from training.config.args import LoraArguments, RunArguments, parse_profile_steps
 from training.config.engines import check_engine
 from training.config.flags import nearest
@@ -328,7 +327,7 @@ def _check_services(args: RunArguments) -> Faults:
 
 
 def _check_output(args: RunArguments) -> Faults:
-    if args.dry_run or os.environ.get("RANK", "0") != "0":
+    if args.dry_run or not is_first():
         return  # the first process may be removing already what --overwrite_output_dir gives up
     faults = list(_faults_of(check_output, args)) or list(_faults_of(check_start, args))
     yield from faults

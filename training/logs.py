@@ -8,6 +8,8 @@ import sys
 import warnings
 from typing import TYPE_CHECKING
 
+from processes import describe_process, is_first
+
 if TYPE_CHECKING:
     from training.trainer import QwenTrainer
 
@@ -67,8 +69,7 @@ def set_up_logging() -> None:
     quiet_libraries()
     # Read when torch is imported: a process that looks for one that is gone would print C++ frames, again and again.
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
-    rank = os.environ.get("RANK", "0")
-    who = "" if rank == "0" else f"[rank {rank}] "
+    who = "" if is_first() else f"[{describe_process(with_host=False)}] "
     logging.basicConfig(
         stream=sys.stderr, format=f"%(asctime)s %(levelname)s {who}%(message)s", datefmt="%H:%M:%S", force=True
     )

@@ -11,9 +11,8 @@ import torch
 from transformers import TrainingArguments
 
 from errors import ConfigError, one_line
-from processes import count_processes
 from training.config.args import TrainingOptions
-from training.distributed.launch import setting_up_processes, start_processes, use_one_process
+from training.distributed.launch import init_process_group
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +42,7 @@ def build_training_arguments(given: dict[str, Any], options: TrainingOptions) ->
             values[new] = values.pop(old)
     if not values.get("fsdp"):
         values.pop("fsdp", None)
-    deepspeed = bool(values.get("deepspeed"))
-    if deepspeed and count_processes() == 1:
-        use_one_process()
-    with setting_up_processes():
-        start_processes(values.get("ddp_timeout", 1800), deepspeed, values.get("use_cpu", False))
+    init_process_group(values.get("ddp_timeout", 1800), bool(values.get("deepspeed")), values.get("use_cpu", False))
     try:
         return FinetuneArguments(**values, **asdict(options))
     except ConfigError:

@@ -161,4 +161,4 @@ def test_a_process_that_stands_still_is_named(tmp_path: Path, stopped: int) -> N
     else:
         assert line.startswith("finetune.py [rank 1]: error: nothing has been heard of the other processes for ")
         assert f"rank 0, through which they talk at MASTER_ADDR=127.0.0.1 MASTER_PORT={port}, cannot be reached" in line
-    assert line.endswith(". --resume_from_checkpoint auto goes on from what was saved")
+    assert line.endswith(". --resume_from_checkpoint auto resumes from the last checkpoint")

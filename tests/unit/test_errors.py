@@ -188,7 +188,11 @@ def test_a_failure_of_several_processes_names_its_rank(environment: dict[str, st
 
 @pytest.mark.parametrize("fault", ["ConfigError", "RunError"])
 def test_who_waits_is_told_of_a_failure(tmp_path: Path, fault: str) -> None:
-    lines = ("import commands, errors", "commands.tell_failures('rank 1 (b)', print)", f"raise errors.{fault}('--x 1')")
+    lines = (
+        "import commands, errors",
+        "commands.notify_on_failure('rank 1 (b)', print)",
+        f"raise errors.{fault}('--x 1')",
+    )
     body = "\n        ".join(lines)
     process = start(tmp_path, body, RANK="1", WORLD_SIZE="2", LOCAL_RANK="0")
     out, err = process.communicate(timeout=30)
@@ -201,7 +205,7 @@ def test_telling_others_does_not_hold_a_failure_up(tmp_path: Path) -> None:
     """Who keeps the messages may be gone."""
     lines = (
         "import commands, errors",
-        "commands.tell_failures('rank 1', lambda message: time.sleep(60))",
+        "commands.notify_on_failure('rank 1', lambda message: time.sleep(60))",
         "raise KeyError",
     )
     process = start(tmp_path, "\n        ".join(lines), RANK="1", WORLD_SIZE="2")
@@ -244,7 +248,7 @@ def test_a_lost_process_is_called_so(
     assert ends(RuntimeError(message)) == 1
     assert "unexpected RuntimeError" in capsys.readouterr().err  # one process has lost nobody
     monkeypatch.setitem(os.environ, "WORLD_SIZE", "2")
-    monkeypatch.setattr("commands._end_now", sys.exit)  # which would end the tests
+    monkeypatch.setattr("commands._exit_without_teardown", sys.exit)  # which would end the tests
     assert ends(RuntimeError(message)) == 1
     line = capsys.readouterr().err
     assert words in line

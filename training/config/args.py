@@ -7,7 +7,6 @@ when it is first used.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import cached_property
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from checkpoints.model_config import Quantization
 from errors import ConfigError
 from loading.config_files import find_local_folder, load_model_config, most_positions
+from processes import is_restart
 from training.config.command_line import parse_command_line
 from training.config.config_file import SUFFIXES, Setting, load_config_file
 from training.config.flags import Flag, flags_of, nearest, transformers_flags
@@ -241,8 +241,7 @@ class RunArguments(RunOptions):
 
         With ``auto`` only once: processes that a launcher starts again after a failure go on with what they saved.
         """
-        is_restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
-        return self.overwrite_output_dir and not (self.resumes_itself and is_restart)
+        return self.overwrite_output_dir and not (self.resumes_itself and is_restart())
 
     def resumed_checkpoint(self) -> str | None:
         """The folder of ``--resume_from_checkpoint`` as far as names tell; which one is whole is found out later.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import threading
 import time
 from collections.abc import Sequence
@@ -19,8 +18,9 @@ from typing import Any
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from commands import end_from_thread, tell_failures
+from commands import abort_from_thread, notify_on_failure
 from errors import RunError
+from processes import describe_master, master_address
 from training.config.args import RunArguments
 from training.distributed.world import World, join_world
 
@@ -191,10 +191,9 @@ class Heartbeat:
                 self._heard = (now, [])
             last, (heard, pulses) = now, self._heard
             if now - heard > self._timeout:
-                place = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
                 self._give_up(
                     f"nothing has been heard of the other processes for {now - heard:.0f} s: "
-                    f"{self._world.describe(0)}, through which they talk at {place}, cannot be reached. "
+                    f"{self._world.describe(0)}, through which they talk at {describe_master()}, cannot be reached. "
                     "Its host is gone, or the network is"
                 )
             verdict = judge.look(pulses, now) if pulses else None
@@ -203,13 +202,12 @@ class Heartbeat:
 
     def _give_up(self, message: str) -> None:
         if not self._end.is_set():
-            end_from_thread(message)
+            abort_from_thread(message)
 
 
 def _connect(timeout: float, name: str) -> Any:
     """The store of this run's processes, on a connection that no other call of this process can block."""
-    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-    store = TCPStore(address, port, is_master=False, timeout=timedelta(seconds=timeout))
+    store = TCPStore(*master_address(), is_master=False, timeout=timedelta(seconds=timeout))
     return PrefixStore(f"{name}/heartbeat", store)
 
 
@@ -217,7 +215,7 @@ def join_run(args: RunArguments) -> tuple[World, Heartbeat]:
     """The processes of a run and their watch; when this one fails, the others are told from now on."""
     world = join_world()
     heartbeat = Heartbeat(world, args.options.heartbeat_timeout)
-    tell_failures(world.describe(world.rank), heartbeat.report_failure)
+    notify_on_failure(world.describe(world.rank), heartbeat.report_failure)
     return world, heartbeat
 
 

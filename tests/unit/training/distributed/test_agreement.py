@@ -22,7 +22,7 @@ from tests.worlds import in_each
 from training.config.args import RunArguments, parse_args
 from training.distributed import agreement
 from training.distributed.agreement import check_agreement
-from training.distributed.launch import setting_up_processes
+from training.distributed.launch import connection_errors
 from training.distributed.world import World
 
 
@@ -151,8 +151,8 @@ def test_another_version_of_the_toolkit_shows(tmp_path: Path) -> None:
 SET_UP = """
 from datetime import timedelta
 import torch.distributed as dist
-from training.distributed.launch import setting_up_processes
-with setting_up_processes():
+from training.distributed.launch import connection_errors
+with connection_errors():
     dist.init_process_group("gloo", timeout=timedelta(seconds=2))
 """
 
@@ -174,24 +174,22 @@ def test_a_port_in_use_is_named() -> None:
         port = other.getsockname()[1]
         line = set_up(MASTER_PORT=port)
     assert line == f"errors.ConfigError: MASTER_PORT={port} is in use on this host. " + (
-        "Give another one, such as 29501, to all processes"
+        "Use another one, such as 29501, on all hosts"
     )
 
 
 def test_an_address_where_nobody_is_is_named() -> None:
     port = free_port()
     line = set_up(RANK=1, MASTER_PORT=port)
-    assert line.startswith(
-        f"errors.RunError: the first process cannot be reached at MASTER_ADDR=127.0.0.1 MASTER_PORT={port} ("
-    )
+    assert line.startswith(f"errors.RunError: rank 0 cannot be reached at MASTER_ADDR=127.0.0.1 MASTER_PORT={port} (")
 
 
 def test_processes_that_do_not_come_are_missed() -> None:
-    assert "RunError: only some of the 2 processes came to MASTER_ADDR=127.0.0.1" in set_up()
+    assert "RunError: only some of the 2 processes connected to MASTER_ADDR=127.0.0.1" in set_up()
 
 
 def test_other_errors_stay_what_they_are() -> None:
-    with pytest.raises(RuntimeError, match=r"^a bug$"), setting_up_processes():
+    with pytest.raises(RuntimeError, match=r"^a bug$"), connection_errors():
         raise RuntimeError("a bug")
-    with pytest.raises(RunError, match="the processes cannot connect to each other"), setting_up_processes():
+    with pytest.raises(RunError, match="the processes cannot connect to each other"), connection_errors():
         raise RuntimeError("Gloo connectFullMesh failed with no route")

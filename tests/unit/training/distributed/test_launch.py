@@ -10,7 +10,8 @@ import sys
 import pytest
 
 from errors import ConfigError
-from training.distributed.launch import expand_counts, expand_nodes, find_processes, slurm_port, use_one_process
+from processes import set_single_process
+from training.distributed.launch import detect_launcher, expand_node_list, expand_task_counts, slurm_port
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TORCHRUN = {
@@ -37,9 +38,9 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def found(**environment: str) -> dict[str, str]:
-    """Torchrun's variables, as ``find_processes`` leaves them."""
+    """Torchrun's variables, as ``detect_launcher`` leaves them."""
     os.environ.update(environment)
-    find_processes()
+    detect_launcher()
     return {name: os.environ[name] for name in NAMES if name in os.environ}
 
 
@@ -58,7 +59,7 @@ def test_one_process_that_is_told_so_gets_an_address() -> None:
 
 
 def test_one_process_can_be_made_complete() -> None:
-    use_one_process()
+    set_single_process()
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))
     assert {name: os.environ[name] for name in NAMES[:5]} == {
@@ -138,15 +139,15 @@ def test_the_size_alone_is_completed_by_the_launcher() -> None:
         ({"LOCAL_RANK": None}, "RANK=3 is set, but LOCAL_RANK is not"),
         ({"RANK": None, "WORLD_SIZE": None}, "LOCAL_RANK=1 is set, but RANK is not"),
         ({"RANK": "4"}, "RANK=4 is not below WORLD_SIZE=4"),
-        ({"RANK": "-1"}, "RANK='-1' is no number"),
-        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is no number"),
-        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0' is no number"),
+        ({"RANK": "-1"}, "RANK='-1' is not a whole number"),
+        ({"WORLD_SIZE": "two"}, "WORLD_SIZE='two' is not a whole number above 0"),
+        ({"WORLD_SIZE": "0"}, "WORLD_SIZE='0' is not a whole number above 0"),
         ({"WORLD_SIZE": "1"}, "RANK=3 is not below WORLD_SIZE=1"),
         ({"LOCAL_RANK": "2"}, "LOCAL_RANK=2 is not below LOCAL_WORLD_SIZE=2"),
         ({"MASTER_ADDR": None}, "WORLD_SIZE=4 processes need MASTER_ADDR, which is not set"),
         ({"MASTER_PORT": ""}, "WORLD_SIZE=4 processes need MASTER_PORT, which is not set"),
-        ({"MASTER_PORT": "http"}, "MASTER_PORT='http' is no number"),
-        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is no port"),
+        ({"MASTER_PORT": "http"}, "MASTER_PORT='http' is not a whole number"),
+        ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is not a port"),
     ],
 )
 def test_what_cannot_be_is_named(change: dict[str, str | None], message: str) -> None:
@@ -165,9 +166,9 @@ def test_what_cannot_be_is_named(change: dict[str, str | None], message: str) ->
     ],
 )
 def test_slurms_lists_of_nodes(text: str, names: list[str]) -> None:
-    assert expand_nodes(text) == names
+    assert expand_node_list(text) == names
 
 
 @pytest.mark.parametrize(("text", "counts"), [("2(x3),1", [2, 2, 2, 1]), ("4", [4]), ("", [])])
 def test_slurms_counts_of_tasks(text: str, counts: list[int]) -> None:
-    assert expand_counts(text) == counts
+    assert expand_task_counts(text) == counts
