@@ -16,9 +16,13 @@ from errors import ConfigError
 _USE_TORCHRUN = "Start the processes with torchrun, which sets all of them"
 
 
-def count_processes() -> int:
-    """Return the number of processes of the run (world size)."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+def count_processes(default: int = 1) -> int:
+    """Return the number of processes of the run (world size); ``default`` if no launcher has set it.
+
+    Raises:
+        ConfigError: ``WORLD_SIZE`` is not a number.
+    """
+    return read_number("WORLD_SIZE", default)
 
 
 def has_several_processes() -> bool:

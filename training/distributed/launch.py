@@ -47,7 +47,7 @@ def detect_launcher() -> None:
         ConfigError: variables are malformed, contradictory or missing, or MPI is required and not installed.
     """
     process = None if processes.has_rank() else _read_other_launcher(os.environ)
-    if process is not None and processes.read_number("WORLD_SIZE", process.size) == process.size:
+    if process is not None and processes.count_processes(default=process.size) == process.size:
         _translate(process)
     processes.check_variables()
 
