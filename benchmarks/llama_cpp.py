@@ -7,9 +7,9 @@ Builds llama.cpp from the sources that PyPI has of llama-cpp-python, in a virtua
 written in the layout qwen2 by scripts.convert_layout and in the layout qwen with the model's code in the folder, each
 becomes a GGUF file in float32 by llama.cpp's converter, and llama.cpp computes in float32 throughout, its cache too.
 
-Compared are the ids of texts (those of the large reference set in ``$QWEN_SHARED``; without it those in export.verify.prompts)
-and, on the conversations in export.verify.prompts, all logits and the greedy tokens that follow. Nothing goes beyond
-seq_length, where the two layouts mean different rotary embeddings.
+Compared are the token ids of texts (the large reference set in ``$QWEN_SHARED``, else those in export.verify.prompts)
+and, on the conversations in export.verify.prompts, all logits and the greedy tokens that follow. No text is longer than
+seq_length, beyond which the two layouts use different rotary embeddings.
 """
 
 from __future__ import annotations

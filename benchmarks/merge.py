@@ -41,8 +41,8 @@ EMBEDDING_MIB = SHAPE["vocab_size"] * SHAPE["hidden_size"] * 4 / 2**20
 
 OURS = """
 import sys
-import torch, tqdm, merge_lora, loading.hubs
-import checkpoints.adapter, checkpoints.fold, checkpoints.writing, export.bases, export.folder, export.merging
+import torch, merge_lora, checkpoints.writing
+import export.base_check, export.companion_files, export.inputs, export.merging, export.progress
 print("ready", flush=True)
 sys.stdin.readline()
 base, adapter, output = sys.argv[1:]
@@ -126,7 +126,7 @@ def make_inputs(folder: Path) -> None:
 
     torch.manual_seed(0)
     with torch.device("meta"):
-        model = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
+        model: Any = Qwen2ForCausalLM(Qwen2Config(**SHAPE))
     model = model.to(torch.bfloat16).to_empty(device="cpu")
     model.tie_weights()
     for parameter in model.parameters():

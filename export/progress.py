@@ -1,4 +1,4 @@
-"""The progress bar of a checkpoint that is being written."""
+"""Progress bar for writing the tensors of a checkpoint."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ from checkpoints.source import TensorSource
 
 
 def progress_bar(source: TensorSource, description: str) -> Any:
-    """A bar over the bytes of all tensors of ``source``."""
+    """Return a tqdm bar over the bytes of all tensors of ``source``."""
     return tqdm(total=source.total_nbytes(), desc=description, unit="B", unit_scale=True)

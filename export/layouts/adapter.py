@@ -24,7 +24,7 @@ _ENDINGS = {
     "embedding_A": "lora_embedding_A", "embedding_B": "lora_embedding_B", "magnitude": "lora_magnitude_vector",
     "rows": "token_adapter.trainable_tokens_delta",
 }  # fmt: skip
-Thirds = Sequence[Edit | None]
+QkvEdits = Sequence[Edit | None]
 """What becomes of q, k and v, in this order."""
 
 
@@ -37,7 +37,7 @@ class Lora:
 
 
 @dataclass
-class Relaid:
+class ConvertedAdapter:
     """An adapter under other names.
 
     Attributes:
@@ -56,7 +56,7 @@ class Relaid:
         self.tensors[f"{PREFIX}{module}.{ending}"] = tensor.contiguous()
 
 
-def relay_adapter(adapter: Adapter, layout: Layout) -> Relaid:
+def convert_adapter_tensors(adapter: Adapter, layout: Layout) -> ConvertedAdapter:
     """The tensors of an adapter for the same base in another layout.
 
     Raises:
@@ -69,11 +69,11 @@ def relay_adapter(adapter: Adapter, layout: Layout) -> Relaid:
             f"{adapter.folder}: by its names the adapter is {'for any layout' if found is None else f'{found} already'}"
         )
         raise ConfigError(what, "There is nothing to convert")
-    relaid = Relaid()
+    converted = ConvertedAdapter()
     if layout == "qwen2":
         for parameter, edit in adapter.edits.items():
-            _divide(adapter, parameter, edit, relaid)
-        return relaid
+            _divide(adapter, parameter, edit, converted)
+        return converted
     joined: dict[str, list[Edit | None]] = {}
     for parameter, edit in adapter.edits.items():
         module, _, part = parameter.rpartition(".")
@@ -82,12 +82,12 @@ def relay_adapter(adapter: Adapter, layout: Layout) -> Relaid:
             raise _no_place(adapter, edit, "Qwen v1")
         new, third = earlier
         if third is None:
-            _rename(adapter, new, part, edit, relaid)
+            _rename(adapter, new, part, edit, converted)
         else:
             joined.setdefault(f"{new}.{part}", [None, None, None])[third] = edit
     for parameter, thirds in joined.items():
-        _join(adapter, parameter, thirds, relaid)
-    return relaid
+        _join(adapter, parameter, thirds, converted)
+    return converted
 
 
 def _no_place(adapter: Adapter, edit: Edit, layout: str) -> ConfigError:
@@ -95,21 +95,21 @@ def _no_place(adapter: Adapter, edit: Edit, layout: str) -> ConfigError:
     return ConfigError(f"{adapter.folder}: {name} has no place in the layout of {layout}", "Keep the layout it has")
 
 
-def _rename(adapter: Adapter, module: str, part: str, edit: Edit, relaid: Relaid) -> None:
+def _rename(adapter: Adapter, module: str, part: str, edit: Edit, converted: ConvertedAdapter) -> None:
     for role, source in edit.roles.items():
-        relaid.add(module, part, role, source, adapter.tensors.read(source))
+        converted.add(module, part, role, source, adapter.tensors.read(source))
     if edit.roles.keys() & {"lora_A", "embedding_A"}:
-        relaid.loras[module] = Lora(edit.rank, edit.scale)
+        converted.loras[module] = Lora(edit.rank, edit.scale)
 
 
-def _divide(adapter: Adapter, parameter: str, edit: Edit, relaid: Relaid) -> None:
+def _divide(adapter: Adapter, parameter: str, edit: Edit, converted: ConvertedAdapter) -> None:
     """An edit of Qwen v1's in Qwen2's layout: everything but A has the layer's outputs in its rows."""
     module, _, part = parameter.rpartition(".")
     later = modules_in_qwen2(module)
     if not later:
         raise _no_place(adapter, edit, "Qwen2")
     if len(later) == 1:
-        _rename(adapter, later[0], part, edit, relaid)
+        _rename(adapter, later[0], part, edit, converted)
         return
     for role, source in edit.roles.items():
         tensor = adapter.tensors.read(source)
@@ -118,38 +118,38 @@ def _divide(adapter: Adapter, parameter: str, edit: Edit, relaid: Relaid) -> Non
             raise ConfigError(what, "The adapter is not one of Qwen v1")
         for index, new in enumerate(later):
             third = tensor if role == "lora_A" else tensor.chunk(3)[index]
-            relaid.add(new, part, role, source, third)
+            converted.add(new, part, role, source, third)
             if role == "lora_A":
-                relaid.loras[new] = Lora(edit.rank, edit.scale)
+                converted.loras[new] = Lora(edit.rank, edit.scale)
 
 
-def _join(adapter: Adapter, parameter: str, thirds: Thirds, relaid: Relaid) -> None:
+def _join(adapter: Adapter, parameter: str, thirds: QkvEdits, converted: ConvertedAdapter) -> None:
     """Edits of weight or bias of q, k and v as one of ``c_attn``'s."""
     module, _, part = parameter.rpartition(".")
     for role in dict.fromkeys(role for edit in thirds if edit for role in edit.roles):
         found = {index: (edit, edit.roles[role]) for index, edit in enumerate(thirds) if edit and role in edit.roles}
         source = next(iter(found.values()))[1]
         if role == "lora_A":
-            _join_lora(adapter, module, thirds, relaid)
+            _join_lora(adapter, module, thirds, converted)
         elif role == "lora_bias":
             # It is multiplied with the factor, too; a layer whose B has no bias has one of zeros.
             scale = next(iter(found.values()))[0].scale
             parts = {i: _times(adapter.tensors.read(name), edit.scale / scale) for i, (edit, name) in found.items()}
             size = _common_size(adapter, module, parts.values())
             zeros = torch.zeros(size, dtype=next(iter(parts.values())).dtype)
-            relaid.add(module, part, role, source, torch.cat([parts.get(i, zeros) for i in range(3)]))
+            converted.add(module, part, role, source, torch.cat([parts.get(i, zeros) for i in range(3)]))
         elif role in ("magnitude", "replacement"):
             if len(found) < 3:
                 what = (
                     f"{adapter.folder}: {source} has no counterpart in all of q, k and v, and the base's is not at hand"
                 )
                 raise ConfigError(what, "Keep the layout it has, or merge it into its base")
-            relaid.add(module, part, role, source, torch.cat([adapter.tensors.read(found[i][1]) for i in range(3)]))
+            converted.add(module, part, role, source, torch.cat([adapter.tensors.read(found[i][1]) for i in range(3)]))
         elif role != "lora_B":
             raise _no_place(adapter, found[0][0], "Qwen v1")
 
 
-def _join_lora(adapter: Adapter, module: str, thirds: Thirds, relaid: Relaid) -> None:
+def _join_lora(adapter: Adapter, module: str, thirds: QkvEdits, converted: ConvertedAdapter) -> None:
     found = [(index, edit) for index, edit in enumerate(thirds) if edit and "lora_A" in edit.roles]
     scale = found[0][1].scale
     downs = [adapter.tensors.read(edit.roles["lora_A"]) for _, edit in found]
@@ -162,9 +162,9 @@ def _join_lora(adapter: Adapter, module: str, thirds: Thirds, relaid: Relaid) ->
     for (index, _), up in zip(found, ups, strict=True):
         joined[index * size : (index + 1) * size, column : column + up.shape[1]] = up
         column += 0 if is_shared else up.shape[1]
-    relaid.add(module, "weight", "lora_A", "", downs[0] if is_shared else torch.cat(downs))
-    relaid.add(module, "weight", "lora_B", "", joined)
-    relaid.loras[module] = Lora(rank, scale)
+    converted.add(module, "weight", "lora_A", "", downs[0] if is_shared else torch.cat(downs))
+    converted.add(module, "weight", "lora_B", "", joined)
+    converted.loras[module] = Lora(rank, scale)
 
 
 def _common_size(adapter: Adapter, module: str, tensors: Iterable[Tensor]) -> int:

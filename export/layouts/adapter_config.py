@@ -12,7 +12,7 @@ from typing import Any
 from checkpoints.adapter import Adapter
 from checkpoints.files import save_json
 from checkpoints.writing import save_tensors
-from export.layouts.adapter import Lora, relay_adapter
+from export.layouts.adapter import Lora, convert_adapter_tensors
 from export.layouts.qwen2_names import Layout, endings_in
 
 # What else of a run lies beside an adapter and is true of it in any layout.
@@ -22,18 +22,18 @@ _RECORDS = (
 )  # fmt: skip
 
 
-def save_relaid_adapter(adapter: Adapter, layout: Layout, folder: Path, base: str | None = None) -> None:
+def save_converted_adapter(adapter: Adapter, layout: Layout, folder: Path, base: str | None = None) -> None:
     """Write an adapter for the same base in another layout, with the records of its run.
 
     Args:
         base: what the adapter is to name as its base; by default what it names now.
 
     Raises:
-        ConfigError: see :func:`export.layouts.adapter.relay_adapter`.
+        ConfigError: see :func:`export.layouts.adapter.convert_adapter_tensors`.
     """
-    relaid = relay_adapter(adapter, layout)
-    save_tensors(relaid.tensors, folder / "adapter_model.safetensors")
-    config = build_adapter_config(adapter.config, relaid.loras, layout)
+    converted = convert_adapter_tensors(adapter, layout)
+    save_tensors(converted.tensors, folder / "adapter_model.safetensors")
+    config = build_adapter_config(adapter.config, converted.loras, layout)
     if base is not None:
         config["base_model_name_or_path"] = base
     save_json(config, folder / "adapter_config.json")

@@ -17,7 +17,7 @@ from export.layouts.qwen2_names import Layout, endings_in
 
 logger = logging.getLogger(__name__)
 
-KEPT = "qwen_config"
+QWEN_CONFIG = "qwen_config"
 """Where a Qwen2 config keeps what only Qwen v1's can say, for the way back."""
 _KEPT_KEYS = ("seq_length", "max_position_embeddings", "use_dynamic_ntk", "use_logn_attn", "emb_dropout_prob")
 
@@ -66,7 +66,7 @@ def config_to_qwen2(config: Mapping[str, Any], dynamic_ntk: bool = False) -> dic
         "max_position_embeddings": length,
         "rope_theta": given.rotary_emb_base,
         "use_sliding_window": False,
-        KEPT: {name: getattr(given, name) for name in _KEPT_KEYS},
+        QWEN_CONFIG: {name: getattr(given, name) for name in _KEPT_KEYS},
     }
     if given.use_dynamic_ntk and dynamic_ntk:
         result["rope_scaling"] = dict(DYNAMIC_NTK)
@@ -85,8 +85,8 @@ def config_to_qwen(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     from transformers import Qwen2Config
 
-    given = _parse(Qwen2Config, {name: value for name, value in config.items() if name != KEPT})
-    kept = config.get(KEPT) or {}
+    given = _parse(Qwen2Config, {name: value for name, value in config.items() if name != QWEN_CONFIG})
+    kept = config.get(QWEN_CONFIG) or {}
     _check_qwen_can(config, given, bool(kept.get("use_dynamic_ntk")))
     result: dict[str, Any] = {"architectures": ["QWenLMHeadModel"], "model_type": "qwen"}
     result |= {name: value for name, later in _SAME.items() if (value := getattr(given, later)) is not None}

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
+from typing import Any, Literal
 
 Layout = Literal["qwen", "qwen2"]
+LAYOUTS: tuple[Layout, ...] = ("qwen", "qwen2")
 
 C_ATTN = "attn.c_attn"
-THIRDS = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 """The thirds of ``c_attn``, in the order of their rows."""
 
 # Modules outside of the blocks, and within a block.
@@ -43,12 +44,17 @@ def layout_of_names(names: Iterable[str]) -> Layout | None:
     return None
 
 
+def layout_of_config(config: Mapping[str, Any]) -> Layout:
+    """Return the layout of a config's ``model_type``. Every family but Qwen v1 counts as ``qwen2``."""
+    return "qwen" if config.get("model_type") == "qwen" else "qwen2"
+
+
 def modules_in_qwen2(module: str) -> tuple[str, ...]:
     """A module's full name in Qwen2's layout: three for ``c_attn``, none for what Qwen2 has no place for."""
     if (match := _BLOCK.fullmatch(module)) is None:
         return (_OUTSIDE[module],) if module in _OUTSIDE else ()
     number, within = match.groups()
-    later = THIRDS if within == C_ATTN else (_WITHIN[within],) if within in _WITHIN else ()
+    later = QKV if within == C_ATTN else (_WITHIN[within],) if within in _WITHIN else ()
     return tuple(f"model.layers.{number}.{name}" for name in later)
 
 
@@ -60,8 +66,8 @@ def module_in_qwen(module: str) -> tuple[str, int | None] | None:
     if (match := _LATER_BLOCK.fullmatch(module)) is None:
         return (_OUTSIDE_BACK[module], None) if module in _OUTSIDE_BACK else None
     number, within = match.groups()
-    if within in THIRDS:
-        return f"transformer.h.{number}.{C_ATTN}", THIRDS.index(within)
+    if within in QKV:
+        return f"transformer.h.{number}.{C_ATTN}", QKV.index(within)
     return (f"transformer.h.{number}.{_WITHIN_BACK[within]}", None) if within in _WITHIN_BACK else None
 
 
@@ -103,7 +109,7 @@ def _endings(paths: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[str, ...]]
 
 _STEMS = {"transformer": "model", "h": "layers"}
 _STEMS_BACK = {later: name for name, later in _STEMS.items()}
-_ENDINGS = _endings({name: (later,) for name, later in (_OUTSIDE | _WITHIN).items()} | {C_ATTN: THIRDS})
+_ENDINGS = _endings({name: (later,) for name, later in (_OUTSIDE | _WITHIN).items()} | {C_ATTN: QKV})
 _ENDINGS_BACK = _endings(
-    {name: (earlier,) for name, earlier in (_OUTSIDE_BACK | _WITHIN_BACK).items()} | dict.fromkeys(THIRDS, (C_ATTN,))
+    {name: (earlier,) for name, earlier in (_OUTSIDE_BACK | _WITHIN_BACK).items()} | dict.fromkeys(QKV, (C_ATTN,))
 )

@@ -30,7 +30,7 @@ _COPY_AGAIN = "Copy config.json and all weight files again from the original che
 
 
 @dataclass(frozen=True)
-class _Piece:
+class _Slice:
     """``start`` to ``stop`` of a tensor, along the axis of its outputs."""
 
     name: str
@@ -41,10 +41,10 @@ class _Piece:
         return self.stop - self.start
 
 
-class _Relaid(View):
+class _ConvertedTensors(View):
     """Tensors that are pieces of those below, side by side; what has no axis of outputs is taken from the first."""
 
-    def __init__(self, below: TensorSource, pieces: Mapping[str, list[_Piece]]) -> None:
+    def __init__(self, below: TensorSource, pieces: Mapping[str, list[_Slice]]) -> None:
         super().__init__(below)
         self._pieces = pieces
 
@@ -74,7 +74,7 @@ class _Relaid(View):
             parts = [*self._outputs(pieces, *slice(start, stop).indices(self.shape(name)[0])[:2])]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
 
-    def _outputs(self, pieces: list[_Piece], start: int, stop: int) -> Iterator[Tensor]:
+    def _outputs(self, pieces: list[_Slice], start: int, stop: int) -> Iterator[Tensor]:
         """Rows ``start`` to ``stop`` of the pieces, counted through all of them."""
         first = 0
         for piece in pieces:
@@ -84,7 +84,7 @@ class _Relaid(View):
             first += len(piece)
 
 
-def to_qwen2(source: TensorSource, config: Mapping[str, Any]) -> TensorSource:
+def tensors_to_qwen2(source: TensorSource, config: Mapping[str, Any]) -> TensorSource:
     """The tensors of a Qwen v1 checkpoint under Qwen2's names.
 
     Args:
@@ -95,7 +95,7 @@ def to_qwen2(source: TensorSource, config: Mapping[str, Any]) -> TensorSource:
             packed, whose blocks do not end where rows do.
     """
     hidden = _hidden_size(config)
-    pieces: dict[str, list[_Piece]] = {}
+    pieces: dict[str, list[_Slice]] = {}
     for name in _relevant(source, "c_attn"):
         module, _, part = name.rpartition(".")
         later = modules_in_qwen2(module)
@@ -106,11 +106,11 @@ def to_qwen2(source: TensorSource, config: Mapping[str, Any]) -> TensorSource:
             _check_divisible(source, name, hidden)
         third = size // len(later)
         for index, new in enumerate(later):
-            pieces[f"{new}.{part}"] = [_Piece(name, index * third, (index + 1) * third)]
-    return _Relaid(source, pieces)
+            pieces[f"{new}.{part}"] = [_Slice(name, index * third, (index + 1) * third)]
+    return _ConvertedTensors(source, pieces)
 
 
-def to_qwen(source: TensorSource, config: Mapping[str, Any]) -> TensorSource:
+def tensors_to_qwen(source: TensorSource, config: Mapping[str, Any]) -> TensorSource:
     """The tensors of a Qwen2 checkpoint of Qwen v1's shape under Qwen v1's names.
 
     Args:
@@ -121,7 +121,7 @@ def to_qwen(source: TensorSource, config: Mapping[str, Any]) -> TensorSource:
             be one layer.
     """
     hidden = _hidden_size(config)
-    pieces: dict[str, list[_Piece]] = {}
+    pieces: dict[str, list[_Slice]] = {}
     for name in _relevant(source, "q_proj", "k_proj", "v_proj"):
         module, _, part = name.rpartition(".")
         earlier = module_in_qwen(module)
@@ -129,12 +129,12 @@ def to_qwen(source: TensorSource, config: Mapping[str, Any]) -> TensorSource:
             raise _no_place(name, "Qwen v1")
         new, third = earlier
         if third is None:
-            pieces[f"{new}.{part}"] = [_Piece(name, 0, _outputs_of(source, name))]
+            pieces[f"{new}.{part}"] = [_Slice(name, 0, _outputs_of(source, name))]
         elif f"{new}.{part}" not in pieces:
             parts = [f"{module[: -len('q_proj')]}{letter}_proj.{part}" for letter in "qkv"]
             _check_joinable(source, parts, hidden)
-            pieces[f"{new}.{part}"] = [_Piece(each, 0, _outputs_of(source, each)) for each in parts]
-    return _Relaid(source, pieces)
+            pieces[f"{new}.{part}"] = [_Slice(each, 0, _outputs_of(source, each)) for each in parts]
+    return _ConvertedTensors(source, pieces)
 
 
 def _axis(name: str) -> int | None:

@@ -1,8 +1,8 @@
 """Base + adapters against the merged folder, layer by layer, so that neither model is ever whole in memory.
 
 Three streams of states go from the embedding to the logits, all in float32: that of the base with its adapters beside
-it (``export.verify.reference``), that of the merged folder, and that of the first one's weights rounded to what the folder is
-stored in. What the third differs by from the first is what rounding explains. Besides the ends of the streams every
+it (``export.verify.reference``), that of the merged folder, and that of the first one's weights rounded to what the
+folder is stored in. What the third differs by from the first is what rounding explains. Besides the ends every
 block is looked at on its own, given the same input as the base's, so that one wrong tensor shows where it is.
 
 In memory are at most one block of each model and the states.

@@ -19,7 +19,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import export.folder
+import export.companion_files
 import merge_lora
 from errors import ConfigError
 from tests.commands import limited_file_size
@@ -125,7 +125,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
         lambda base, adapter: as_pickle(base, {"model": {"a": torch.ones(2)}}), "does not hold named tensors",
     ),
     "a config without a family": (
-        lambda base, adapter: (base / "config.json").write_text("{}"), "does not say its model_type",
+        lambda base, adapter: (base / "config.json").write_text("{}"), "has no model_type",
     ),
     "no config": (
         lambda base, adapter: (base / "config.json").write_text("[]"), "config.json holds a list",
@@ -173,7 +173,7 @@ def test_adapters_of_different_layouts_are_refused(inputs: Path, tmp_path: Path)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
     save_file({name.format("A"): torch.zeros(2, 32), name.format("B"): torch.zeros(32, 2)}, other / ADAPTER)
     message = message_of(merge("--adapter", inputs / "adapter", other, "--output", tmp_path / "out"))
-    assert "several layouts" in message and "scripts.convert_layout" in message
+    assert "different layouts" in message and "scripts.convert_layout" in message
 
 
 # --------------------------------------------------------------------------------------------------------- command line
@@ -195,13 +195,13 @@ def test_faults_of_the_command_line_are_named(golden: Golden, inputs: Path, tmp_
     refuses("argument --layout: invalid choice: 'llama'", *good, output, "--layout", "llama")
     refuses("--max_shard_size 2gigs: not a size", *good, output, "--max_shard_size", "2gigs")
     refuses("nowhere holds no adapter_config.json", "--adapter", tmp_path / "nowhere", "--output", output)
-    refuses("'half' is no weight", "--adapter", f"{adapter}=half", "--output", output)
-    refuses("'nan' is no weight", "--adapter", f"{adapter}=nan", "--output", output)
+    refuses("'half' is not a weight", "--adapter", f"{adapter}=half", "--output", output)
+    refuses("'nan' is not a weight", "--adapter", f"{adapter}=nan", "--output", output)
     refuses("is given twice", "--adapter", f"{adapter}=0.5", adapter, "--output", output)
     moved = shutil.copytree(adapter, tmp_path / "moved" / "adapter")
     refuses(f"names the base '{golden.tiny.name}'", "--adapter", moved, "--output", output)
     refuses("with --base DIR", "--adapter", moved, "--output", output)
-    refuses(f"--base {adapter} holds no config.json", *good[:2], "--base", adapter, "--output", output)
+    refuses(f"--base {adapter} has no config.json", *good[:2], "--base", adapter, "--output", output)
     refuses("is the folder of --adapter", *good, adapter)
     refuses("is the folder of --base", *good, golden.tiny)
     refuses("lies in the folder of --adapter", *good, adapter / "merged")
@@ -283,19 +283,19 @@ def test_a_disk_that_cannot_be_written_is_named(inputs: Path) -> None:
 def test_a_merged_tensor_that_is_not_what_it_should_be_is_found(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
-    write_others = export.folder.write_others
+    write_companion_files = export.companion_files.write_companion_files
     spoilt = {"qwen": "transformer.h.1.mlp.w2.weight", "qwen2": "model.layers.1.mlp.gate_proj.weight"}[layout]
 
     def spoil_and_write(merge: Any, folder: Path) -> None:
         change(folder / BASE, spoilt, lambda tensor: tensor * 1.05)
-        write_others(merge, folder)
+        write_companion_files(merge, folder)
 
-    monkeypatch.setattr("export.folder.write_others", spoil_and_write)
+    monkeypatch.setattr("export.companion_files.write_companion_files", spoil_and_write)
     arguments = ["--adapter", inputs / "adapter", "--output", tmp_path / "out", "--layout", layout]
     result = merge(*arguments)
     assert result.returncode == 1 and result.stdout == ""
     assert "error: the merged model does not compute what base and adapter do" in result.stderr
-    assert spoilt.rpartition(".mlp")[0] in result.stderr and "Nothing is kept" in result.stderr
+    assert spoilt.rpartition(".mlp")[0] in result.stderr and "Nothing was kept" in result.stderr
     assert names(tmp_path) == ["in"]
     merge_well(*arguments, "--no_verify")  # as it was asked for
 
@@ -304,7 +304,8 @@ def test_a_merged_tensor_that_is_not_what_it_should_be_is_found(
 
 KILLED = """
 import os, sys
-import merge_lora, loading.hubs, export.bases, export.folder, export.merging, export.verify.prompts, export.verify.compare, torch
+import merge_lora, export.base_check, export.companion_files, export.inputs, export.merging
+import export.verify.prompts, export.verify.compare, torch
 torch.set_num_threads(1)
 print("ready", flush=True)
 for line in sys.stdin:

@@ -250,7 +250,7 @@ def test_another_base_than_the_recorded_one_is_refused(golden: Golden, chat_adap
     )
     assert names(output) == ["right", "silent"]
     result = merge_well("--adapter", wrong, "--base", golden.tiny, "--output", output / "wrong", "--any_base")
-    assert " WARNING --adapter" in result.stderr and "may not answer like the one that was trained" in result.stderr
+    assert " WARNING --adapter" in result.stderr and "may answer differently from the trained one" in result.stderr
 
 
 def test_an_adapter_of_quantised_weights_is_added_to_the_plain_ones(
@@ -259,7 +259,7 @@ def test_an_adapter_of_quantised_weights_is_added_to_the_plain_ones(
     record = {"base_fingerprint": "0" * 64, "base_is_quantized": True}
     adapter = with_record(chat_adapter, tmp_path / "adapter", **record)
     result = merge_well("--adapter", adapter, "--base", golden.tiny, "--output", tmp_path / "out", "--no_verify")
-    assert f"{adapter} was trained beside quantised weights: its changes are added to the unquantised" in result.stderr
+    assert f"{adapter} was trained on a quantised base: its changes are added to the unquantised" in result.stderr
     shutil.copytree(golden.tiny, tmp_path / "tiny-qwen-small")
     named = merge("--adapter", adapter, "--output", tmp_path / "named")
     assert named.returncode == 2, "only where the user says so"

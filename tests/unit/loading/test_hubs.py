@@ -11,9 +11,9 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from errors import ConfigError
+from export.inputs import find_base
 from loading.checkpoint import load_checkpoint
 from loading.hubs import find_folder
-from merge_lora import find_base
 from tests.commands import run
 from tests.models import TINY
 
@@ -45,7 +45,7 @@ def test_an_adapters_base_is_found_in_the_cache(tmp_path: Path, monkeypatch: pyt
     assert find_base(None, tmp_path / "adapter", {"base_model_name_or_path": "Qwen/Tiny"}) == snapshot
     for name in ("Qwen/Other", "not a/hub:id", "../none"):
         with pytest.raises(
-            ConfigError, match=r"which is no model folder here\. Say where the base lies with --base DIR"
+            ConfigError, match=r"which is not a model folder on this machine\. Give the base's folder with --base DIR"
         ):
             find_base(None, tmp_path / "adapter", {"base_model_name_or_path": name})
 

@@ -19,10 +19,10 @@ from checkpoints.files import load_json, save_json
 from checkpoints.shards import open_checkpoint
 from checkpoints.writing import save_source
 from errors import ConfigError
-from export.layouts.adapter_config import save_relaid_adapter
+from export.layouts.adapter_config import save_converted_adapter
 from export.layouts.config import config_to_qwen2
 from export.layouts.qwen2_names import Layout
-from export.layouts.tensors import to_qwen2
+from export.layouts.tensors import tensors_to_qwen2
 from qwen_model.register import register_qwen
 from tests.golden import assert_close
 from tests.models import TINY, change_json, copy_tied
@@ -43,7 +43,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def write_qwen2(base: Path, folder: Path) -> Path:
     config = load_json(base / "config.json")
-    save_source(to_qwen2(open_checkpoint(base), config), folder, 10**9)
+    save_source(tensors_to_qwen2(open_checkpoint(base), config), folder, 10**9)
     save_json(config_to_qwen2(config), folder / "config.json")
     return folder
 
@@ -81,7 +81,7 @@ def logits_of(base: Path, adapter: Path) -> Tensor:
 
 def convert(adapter: Path, layout: Layout, folder: Path) -> Path:
     folder.mkdir()
-    save_relaid_adapter(read_adapter(adapter), layout, folder)
+    save_converted_adapter(read_adapter(adapter), layout, folder)
     return folder
 
 
@@ -192,7 +192,7 @@ def test_the_config_says_it_in_names_of_the_layout(tmp_path: Path) -> None:
     assert load_json(there / "run_summary.json") == {"base_fingerprint": "f"}
     assert config["base_model_name_or_path"] == load_json(before / "adapter_config.json")["base_model_name_or_path"]
     back.mkdir()
-    save_relaid_adapter(read_adapter(there), "qwen", back, "another base")
+    save_converted_adapter(read_adapter(there), "qwen", back, "another base")
     config = load_json(back / "adapter_config.json")
     assert set(config["target_modules"]) == {"c_attn", "attn.c_proj", "mlp.c_proj"}
     assert (config["modules_to_save"], config["base_model_name_or_path"]) == (["wte", "lm_head"], "another base")

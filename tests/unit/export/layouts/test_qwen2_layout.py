@@ -21,7 +21,7 @@ from checkpoints.writing import save_source
 from errors import ConfigError
 from export.layouts.config import config_to_qwen, config_to_qwen2, find_quantization_config
 from export.layouts.qwen2_names import layout_of_names
-from export.layouts.tensors import to_qwen, to_qwen2
+from export.layouts.tensors import tensors_to_qwen, tensors_to_qwen2
 from qwen_model.configuration_qwen import QWenConfig
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from tests.golden import LOGITS_ATOL, Golden, assert_close
@@ -39,7 +39,7 @@ def write_qwen2(folder: Path, target: Path, dynamic_ntk: bool = False, **changes
     config = load_json(folder / "config.json")
     if quantization := find_quantization_config(folder, config):
         config["quantization_config"] = quantization
-    save_source(to_qwen2(open_checkpoint(folder), config), target, 10**8)
+    save_source(tensors_to_qwen2(open_checkpoint(folder), config), target, 10**8)
     save_json(config_to_qwen2(config, dynamic_ntk) | changes, target / "config.json")
     return target
 
@@ -103,7 +103,7 @@ def test_dynamic_ntk_of_transformers_meets_qwens_where_lengths_double(tmp_path: 
 def test_there_and_back_every_value_is_the_same(make: Callable[[Path], Path], tmp_path: Path) -> None:
     folder = make(tmp_path / "qwen")
     there = write_qwen2(folder, tmp_path / "there")
-    back = to_qwen(open_checkpoint(there), load_json(there / "config.json"))
+    back = tensors_to_qwen(open_checkpoint(there), load_json(there / "config.json"))
     expected = load_file(folder / "model.safetensors")
     assert layout_of_names(back.names()) == "qwen"
     found = read_all(back)
@@ -115,9 +115,9 @@ def test_there_and_back_every_value_is_the_same(make: Callable[[Path], Path], tm
 
 @pytest.mark.parametrize("layout", ["qwen", "qwen2"])
 def test_any_rows_can_be_asked_for(layout: str, tmp_path: Path) -> None:
-    source: TensorSource = to_qwen2(open_checkpoint(TINY), CONFIG)
+    source: TensorSource = tensors_to_qwen2(open_checkpoint(TINY), CONFIG)
     if layout == "qwen":
-        source = to_qwen(source, config_to_qwen2(CONFIG))
+        source = tensors_to_qwen(source, config_to_qwen2(CONFIG))
     for name in source.names():
         whole, size = source.read(name), source.shape(name)[0]
         assert whole.shape == source.shape(name)
@@ -144,7 +144,7 @@ def test_no_row_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("checkpoints.source.BLOCK", 300)
     base = open_checkpoint(TINY)
     counting = Counting(monkeypatch, base)
-    read_all(to_qwen(to_qwen2(base, CONFIG), config_to_qwen2(CONFIG)))
+    read_all(tensors_to_qwen(tensors_to_qwen2(base, CONFIG), config_to_qwen2(CONFIG)))
     assert counting.rows == {name: base.shape(name)[0] for name in base.names()}
 
 
@@ -178,7 +178,7 @@ def test_names_of_august_2023_are_understood() -> None:
     old = {key: value for key, value in CONFIG.items() if key not in names.values()}
     old |= {early: CONFIG[late] for early, late in names.items()}
     assert config_to_qwen2(old) == config_to_qwen2(CONFIG)
-    assert to_qwen2(open_checkpoint(TINY), old).names()
+    assert tensors_to_qwen2(open_checkpoint(TINY), old).names()
 
 
 def test_what_is_lost_is_said(caplog: pytest.LogCaptureFixture) -> None:
@@ -216,7 +216,7 @@ def test_gptq_stays_quantised(options: dict[str, Any], tmp_path: Path) -> None:
     write_gptq(TINY, tmp_path / "qwen", **options)
     there = write_qwen2(tmp_path / "qwen", tmp_path / "there")
     assert_same_weights(tmp_path / "qwen", there)
-    back = to_qwen(open_checkpoint(there), load_json(there / "config.json"))
+    back = tensors_to_qwen(open_checkpoint(there), load_json(there / "config.json"))
     stored = open_checkpoint(tmp_path / "qwen")
     for name in back.names():
         assert torch.equal(back.read(name), stored.read(name)), name
@@ -230,7 +230,7 @@ def test_awq_stays_quantised(tmp_path: Path) -> None:
 def assert_same_weights(qwen: Path, qwen2: Path) -> None:
     """Dequantised, both hold the same values."""
     config = load_json(qwen / "config.json")
-    expected = read_all(to_qwen2(open_dequantized(qwen, torch.float32), config))
+    expected = read_all(tensors_to_qwen2(open_dequantized(qwen, torch.float32), config))
     found = read_all(open_dequantized(qwen2, torch.float32))
     assert found.keys() == expected.keys()
     assert len([name for name in open_checkpoint(qwen2).names() if name.endswith(".qweight")]) == 2 * 7
@@ -318,8 +318,8 @@ def test_tables_and_zero_biases_of_old_files_are_left_out(tmp_path: Path) -> Non
         f"{block}.attn.bias": torch.ones(1, 1, 4, 4), f"{block}.attn.masked_bias": torch.ones(1),
         f"{block}.mlp.c_proj.bias": torch.zeros(32),
     }  # fmt: skip
-    source = to_qwen2(write_tensors(tmp_path / "old", tensors | added), CONFIG)
-    assert set(source.names()) == set(to_qwen2(open_checkpoint(TINY), CONFIG).names())
+    source = tensors_to_qwen2(write_tensors(tmp_path / "old", tensors | added), CONFIG)
+    assert set(source.names()) == set(tensors_to_qwen2(open_checkpoint(TINY), CONFIG).names())
 
 
 C_ATTN = "transformer.h.0.attn.c_attn"
@@ -338,7 +338,7 @@ C_ATTN = "transformer.h.0.attn.c_attn"
 def test_tensors_without_a_place_are_refused(change: dict[str, Tensor], message: str, tmp_path: Path) -> None:
     tensors = load_file(TINY / "model.safetensors") | change
     with pytest.raises(ConfigError, match=message):
-        to_qwen2(write_tensors(tmp_path / "changed", tensors), CONFIG)
+        tensors_to_qwen2(write_tensors(tmp_path / "changed", tensors), CONFIG)
 
 
 @pytest.mark.parametrize(
@@ -355,7 +355,7 @@ def test_a_qwen2_of_another_shape_is_refused(name: str, tensor: Tensor | None, m
     if tensor is not None:
         tensors[f"model.layers.0.{name}"] = tensor
     with pytest.raises(ConfigError, match=message):
-        to_qwen(write_tensors(tmp_path / "changed", tensors), config_to_qwen2(CONFIG))
+        tensors_to_qwen(write_tensors(tmp_path / "changed", tensors), config_to_qwen2(CONFIG))
 
 
 def test_q_k_and_v_that_group_inputs_otherwise_are_no_one_layer(tmp_path: Path) -> None:
@@ -365,4 +365,4 @@ def test_q_k_and_v_that_group_inputs_otherwise_are_no_one_layer(tmp_path: Path) 
     groups = tensors["model.layers.1.self_attn.k_proj.g_idx"]
     tensors["model.layers.1.self_attn.k_proj.g_idx"] = groups.flip(0).contiguous()
     with pytest.raises(ConfigError, match=r"layers.1.self_attn.k_proj.g_idx groups the inputs in another order"):
-        to_qwen(write_tensors(tmp_path / "changed", tensors), load_json(there / "config.json"))
+        tensors_to_qwen(write_tensors(tmp_path / "changed", tensors), load_json(there / "config.json"))

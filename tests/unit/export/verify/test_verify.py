@@ -28,7 +28,7 @@ from checkpoints.source import InDtype
 from checkpoints.writing import save_source
 from errors import ConfigError
 from export.layouts.config import config_to_qwen2
-from export.layouts.tensors import to_qwen2
+from export.layouts.tensors import tensors_to_qwen2
 from export.verify.compare import Verification, check_verifiable, describe, verify_merge
 from export.verify.prompts import PROMPTS, prompt_ids
 from qwen_model.register import register_qwen
@@ -100,7 +100,7 @@ def merge(
         config["tie_word_embeddings"] = False
     source = InDtype(fold, DTYPES[dtype])
     shutil.copytree(base, merged, ignore=shutil.ignore_patterns("*.safetensors", "config.json"))
-    save_source(source if layout is None else to_qwen2(source, config), merged, 10**9)
+    save_source(source if layout is None else tensors_to_qwen2(source, config), merged, 10**9)
     save_json(config if layout is None else config_to_qwen2(config), merged / "config.json")
     return merged
 

@@ -1,4 +1,4 @@
-"""What lies beside the weights of a merged checkpoint: config, tokenizer, generation settings, code."""
+"""Write the files beside the weights of an exported checkpoint: config, tokenizer, generation settings, code, card."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from pathlib import Path
 
 from checkpoints.files import load_json, save_json
 from export.chat import write_chat_template, write_generation_config
-from export.merging import Merge, layout_of
+from export.layouts.qwen2_names import layout_of_config
+from export.merging import MergePlan
 from export.model_card import CardFacts, write_model_card
 from export.standalone import write_code
 
@@ -20,64 +21,69 @@ TOKENIZER_FILES = (
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
 
-# What a converted tokenizer consists of, besides the settings that both have.
+# Files of a converted tokenizer in each layout.
 _COMMON = ("tokenizer_config.json", "chat_template.jinja")
-_KEPT = {"qwen": (*_COMMON, "qwen.tiktoken", "qwen_extra.tiktoken"), "qwen2": (*_COMMON, "tokenizer.json")}
+_FILES_OF_LAYOUT = {"qwen": (*_COMMON, "qwen.tiktoken", "qwen_extra.tiktoken"), "qwen2": (*_COMMON, "tokenizer.json")}
 
 
-def write_others(merge: Merge, folder: Path) -> None:
-    """Write everything but the weights; what training may have changed comes from the first adapter that has it."""
-    sources = [*(each.adapter.folder for each in merge.adapters), merge.base.folder]
-    save_json(merge.config, folder / "config.json")
+def write_companion_files(plan: MergePlan, folder: Path) -> None:
+    """Write every file but the weights and the card.
+
+    Training may have changed tokenizer and generation settings: these come from the first adapter that has them, else
+    from the base.
+    """
+    sources = [*(each.adapter.folder for each in plan.adapters), plan.base.folder]
+    save_json(plan.config, folder / "config.json")
     copy_tokenizer(sources, folder)
-    if merge.layout != layout_of(merge.base.config):
-        convert_tokenizer(folder, merge.layout)
+    if plan.layout != layout_of_config(plan.base.config):
+        convert_tokenizer(folder, plan.layout)
     copy_first("generation_config.json", sources, folder)
     write_generation_config(folder)
     write_chat_template(folder)
-    if merge.layout == "qwen":
+    if plan.layout == "qwen":
         write_code(folder)
 
 
-def write_card(merge: Merge, name: str, verified: str, folder: Path) -> None:
+def write_card(plan: MergePlan, name: str, verification: str, folder: Path) -> None:
     """Write ``README.md``.
 
     Args:
-        name: what the folder is going to be called.
-        verified: what comparing it has found; empty where it was not compared.
+        name: final name of the folder.
+        verification: result of the comparison with base and adapters; empty if it was skipped.
     """
-    named = merge.adapters[0].adapter.config.get("base_model_name_or_path")
+    base_name = plan.adapters[0].adapter.config.get("base_model_name_or_path")
     facts = CardFacts(
         name=name,
-        base=str(named or merge.base.folder.name),
-        base_folder=merge.base.folder,
-        adapters=tuple((each.adapter.folder, each.weight) for each in merge.adapters),
-        layout=str(merge.config["model_type"]),
-        model_type=merge.base.model_type,
-        dtype=merge.dtype,
-        changed=merge.summary(),
-        verification=tuple(verified.splitlines()),
+        base=str(base_name or plan.base.folder.name),
+        base_folder=plan.base.folder,
+        adapters=tuple((each.adapter.folder, each.weight) for each in plan.adapters),
+        layout=str(plan.config["model_type"]),
+        model_type=plan.base.model_type,
+        dtype=plan.dtype,
+        changed=plan.summary(),
+        verification=tuple(verification.splitlines()),
     )
     write_model_card(folder, facts)
 
 
 def convert_tokenizer(folder: Path, layout: str) -> None:
-    """Bring the tokenizer in a folder to what belongs to a layout; where there is none nothing is done."""
+    """Convert the tokenizer in ``folder`` to ``layout``, in place; log a warning if there is none."""
+    # Imported here: the tokenizers library is not needed by a merge that keeps its layout.
     from export.layouts.tokenizer import save_fast_tokenizer, save_rank_tokenizer
 
     needed = "qwen.tiktoken" if layout == "qwen2" else "tokenizer.json"
     if not (folder / needed).is_file():
-        logger.warning("there is no %s: the folder gets no tokenizer", needed)
+        logger.warning("%s is missing: no tokenizer is written", needed)
         return
     convert = save_fast_tokenizer if layout == "qwen2" else save_rank_tokenizer
     before = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     convert(folder, folder)
-    for name in set(before) - set(_KEPT[layout]):
+    for name in set(before) - set(_FILES_OF_LAYOUT[layout]):
         (folder / name).unlink()
 
 
 def copy_tokenizer(sources: Sequence[Path], folder: Path) -> None:
-    """Copy the tokenizer's files, each from the first folder that has it: training may have changed the template."""
+    """Copy the tokenizer's files, each from the first of ``sources`` that has it."""
     for name in TOKENIZER_FILES:
         copy_first(name, sources, folder)
     config_file = folder / "tokenizer_config.json"
@@ -91,7 +97,7 @@ def copy_tokenizer(sources: Sequence[Path], folder: Path) -> None:
 
 
 def copy_first(name: str, sources: Sequence[Path], folder: Path) -> None:
-    """Copy the first file of that name, if there is one."""
+    """Copy file ``name`` from the first of ``sources`` that has it, if any."""
     source = next((source / name for source in sources if (source / name).is_file()), None)
     if source is not None:
         shutil.copyfile(source, folder / name)

@@ -1,0 +1,97 @@
+"""Check that a base is the one that adapters were trained on, from the records that finetune.py saves with them."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from checkpoints.adapter import Adapter
+from checkpoints.files import load_json
+from checkpoints.model_config import load_base_quantization
+from checkpoints.shards import fingerprint
+from errors import ConfigError, numbered
+from export.inputs import Base
+
+logger = logging.getLogger(__name__)
+
+RUN_SUMMARY = "run_summary.json"
+
+
+def check_trained_on(base: Base, adapters: Sequence[Adapter], base_is_given: bool, any_base: bool) -> None:
+    """Compare the base with the fingerprints recorded in the adapters' folders; adapters without a record pass.
+
+    Args:
+        base_is_given: whether ``--base`` named it; otherwise it is the one that the first adapter names.
+        any_base: warn of a mismatch instead of raising.
+
+    Raises:
+        ConfigError: an adapter was trained on another base, or the adapters on different ones.
+    """
+    faults = _different_bases(adapters, base_is_given)
+    known = _fingerprints(base) if any(_recorded_fingerprint(adapter) for adapter in adapters) else set()
+    for adapter in adapters:
+        if _recorded_fingerprint(adapter) in (None, *known):
+            continue
+        if base_is_given and base.quantization is None and _trained_on_quantized_files(adapter):
+            logger.info(
+                "%s was trained on a quantised base: its changes are added to the unquantised weights of %s instead",
+                adapter.folder,
+                base.folder,
+            )
+            continue
+        faults.append(
+            f"--adapter {adapter.folder} was trained on other weights than those of {base.folder}: the fingerprint "
+            f"in its {RUN_SUMMARY} differs"
+        )
+    if faults and not any_base:
+        fix = (
+            "Give the right base with --base; if it has the same values in other files, or to merge anyway, "
+            "add --any_base"
+        )
+        raise ConfigError(faults[0] if len(faults) == 1 else numbered("the adapters do not fit", faults), fix)
+    for fault in faults:
+        logger.warning("%s. The merged model may answer differently from the trained one", fault)
+
+
+def _different_bases(adapters: Sequence[Adapter], base_is_given: bool) -> list[str]:
+    """Return a fault per adapter that was trained on another base than the first."""
+    first = adapters[0]
+    faults = []
+    for other in adapters[1:]:
+        fingerprints = _recorded_fingerprint(first), _recorded_fingerprint(other)
+        names = [str(each.config.get("base_model_name_or_path")) for each in (first, other)]
+        if None not in fingerprints:
+            differ = fingerprints[0] != fingerprints[1]
+        else:  # with --base the names are not compared: the folder may have moved between the two runs
+            differ = names[0] != names[1] and not base_is_given
+        if differ:
+            both = f"{first.folder} ({names[0]}) and {other.folder} ({names[1]})"
+            faults.append(f"--adapter: {both} were trained on different bases")
+    return faults
+
+
+def _summary(adapter: Adapter) -> dict[str, Any]:
+    file = adapter.folder / RUN_SUMMARY
+    return load_json(file) if file.is_file() else {}
+
+
+def _recorded_fingerprint(adapter: Adapter) -> str | None:
+    value = _summary(adapter).get("base_fingerprint")
+    return value if isinstance(value, str) else None
+
+
+def _fingerprints(base: Base) -> set[str]:
+    """Fingerprints of the base and, if it was converted from another layout, of its origin with the same values."""
+    origin = base.config.get("converted_from")
+    recorded = {str(origin.get("fingerprint"))} if isinstance(origin, dict) else set()
+    return {fingerprint(base.folder), *recorded}
+
+
+def _trained_on_quantized_files(adapter: Adapter) -> bool:
+    """Whether the base's files were quantised already, rather than its weights while loading."""
+    recorded = _summary(adapter).get("base_is_quantized")
+    if recorded is not None:
+        return bool(recorded)
+    quantization = load_base_quantization(adapter.folder)
+    return quantization is not None and quantization.is_packed

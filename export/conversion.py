@@ -1,0 +1,153 @@
+"""Convert whole folders, checkpoints or adapters, to another layout, with the files beside their weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer
+
+from chat.stops import end_ids_of, stopping_generation_config
+from checkpoints.adapter import read_adapter
+from checkpoints.dequantized_reader import open_dequantized
+from checkpoints.files import load_json, save_json
+from checkpoints.folders import check_space, staged_folder
+from checkpoints.model_config import with_dtype
+from checkpoints.shards import fingerprint, open_checkpoint
+from checkpoints.source import InDtype, TensorSource
+from checkpoints.writing import save_source
+from errors import ConfigError
+from export.chat import write_chat_template, write_generation_config
+from export.companion_files import TOKENIZER_FILES, convert_tokenizer, copy_first, copy_tokenizer
+from export.layouts.adapter_config import save_converted_adapter
+from export.layouts.config import QWEN_CONFIG, find_quantization_config
+from export.layouts.convert import convert_model
+from export.layouts.qwen2_names import LAYOUTS, Layout, layout_of_names
+from export.model_card import copy_licenses
+from export.progress import progress_bar
+from export.standalone import write_code
+from qwen_model.register import register_qwen
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """Options of a conversion.
+
+    Attributes:
+        source, output: folder to read and folder to write.
+        layout: layout to write; ``None`` for the one that the source does not have.
+        base: adapters only: base to name in the new adapter_config.json; ``None`` keeps the name.
+        dtype: checkpoints only: torch's name of the dtype to dequantise and convert to; ``None`` keeps what is stored.
+        dynamic_ntk: checkpoints only: see :func:`export.layouts.config.config_to_qwen2`.
+        max_shard_size: checkpoints only: maximum size of a weight file in bytes.
+    """
+
+    source: Path
+    output: Path
+    layout: Layout | None
+    base: str | None
+    dtype: str | None
+    dynamic_ntk: bool
+    max_shard_size: int
+
+
+def convert_adapter(options: Conversion) -> str:
+    """Convert an adapter's folder; return a one-line summary.
+
+    Raises:
+        ConfigError: an adapter that cannot be read, or that the layout cannot express.
+    """
+    adapter = read_adapter(options.source)
+    layout = layout_of_names(adapter.edits)
+    if layout is None:
+        raise ConfigError(f"{options.source}: the adapter has the same names in every layout", "Use it as it is")
+    target = _target_layout(layout, options)
+    with staged_folder(options.output, "OUT") as folder:
+        save_converted_adapter(adapter, target, folder, options.base)
+        _convert_tokenizer_and_licenses(options, folder, target)
+        _save_adapter_generation_config(options, folder, target)
+    return f"an adapter of {len(adapter.edits)} parameters, {layout} -> {target}"
+
+
+def convert_checkpoint(options: Conversion) -> str:
+    """Convert a checkpoint's folder; return a one-line summary.
+
+    Raises:
+        ConfigError: a checkpoint that cannot be read, or that the layout cannot express.
+    """
+    config = load_json(options.source / "config.json")
+    if (model_type := config.get("model_type")) not in LAYOUTS:
+        what = f"{options.source / 'config.json'}: model_type {model_type!r} has no other layout"
+        raise ConfigError(what, "Only qwen and qwen2 can be converted")
+    target = _target_layout(model_type, options)
+    source, new_config = convert_model(_open_source(options, config), config, target, options.dynamic_ntk)
+    if options.dtype:
+        new_config = with_dtype(new_config, options.dtype)
+    with staged_folder(options.output, "OUT") as folder:
+        check_space(source.total_nbytes(), options.output, "OUT")
+        with progress_bar(source, "converting") as bar:
+            files = save_source(source, folder, options.max_shard_size, bar.update)
+        _record_origin(options, config, new_config)
+        save_json(new_config, folder / "config.json")
+        _convert_tokenizer_and_licenses(options, folder, target)
+        _save_generation_config(options, config, folder)
+        if target == "qwen":
+            write_code(folder)
+    return f"{len(source.names())} tensors in {len(files)} file(s), {model_type} -> {target}"
+
+
+def _target_layout(layout: Layout, options: Conversion) -> Layout:
+    """Return the layout to write; raise ConfigError if the source, of ``layout``, has it already."""
+    target: Layout = options.layout or ("qwen2" if layout == "qwen" else "qwen")
+    if target == layout:
+        raise ConfigError(f"--layout {target}: {options.source} has this layout already", "Give the other one")
+    return target
+
+
+def _open_source(options: Conversion, config: dict[str, Any]) -> TensorSource:
+    """Open the input's tensors, dequantised with ``--dtype``; update ``quantization_config`` in ``config`` to match."""
+    if options.dtype:
+        config.pop("quantization_config", None)
+        dtype = getattr(torch, options.dtype)
+        return InDtype(open_dequantized(options.source, dtype), dtype)
+    if quantization_config := find_quantization_config(options.source, config):
+        config["quantization_config"] = quantization_config
+    return open_checkpoint(options.source)
+
+
+def _record_origin(options: Conversion, config: dict[str, Any], new_config: dict[str, Any]) -> None:
+    """Record in the new config the source's fingerprint, and a chat format that its layout cannot express."""
+    if options.dtype is None:  # rounded values are no longer those of the source
+        new_config["converted_from"] = {"layout": config["model_type"], "fingerprint": fingerprint(options.source)}
+    file = options.source / "generation_config.json"
+    if QWEN_CONFIG in new_config and file.is_file() and "chat_format" in (settings := load_json(file)):
+        new_config[QWEN_CONFIG]["chat_format"] = settings["chat_format"]
+
+
+def _convert_tokenizer_and_licenses(options: Conversion, folder: Path, layout: Layout) -> None:
+    copy_tokenizer([options.source], folder)
+    if any((folder / name).is_file() for name in TOKENIZER_FILES):
+        convert_tokenizer(folder, layout)
+    copy_licenses(options.source, folder)
+
+
+def _save_generation_config(options: Conversion, config: dict[str, Any], folder: Path) -> None:
+    """Write the settings that end an answer, and for Qwen v1 the chat format (base or ChatML)."""
+    file = folder / "generation_config.json"
+    copy_first(file.name, [options.source], folder)
+    write_generation_config(folder)
+    write_chat_template(folder)
+    chat_format = (config.get(QWEN_CONFIG) or {}).get("chat_format")
+    if chat_format and file.is_file():
+        save_json(load_json(file) | {"chat_format": chat_format}, file)
+
+
+def _save_adapter_generation_config(options: Conversion, folder: Path, layout: Layout) -> None:
+    """Write the generation settings saved with the adapter and its tokenizer, with the keys of the new layout."""
+    file = options.source / "generation_config.json"
+    if file.is_file() and (folder / "tokenizer_config.json").is_file():
+        register_qwen()
+        end_ids = end_ids_of(AutoTokenizer.from_pretrained(str(folder)))
+        save_json(stopping_generation_config(load_json(file), end_ids, layout), folder / file.name)

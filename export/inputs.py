@@ -1,0 +1,105 @@
+"""The inputs of a merge: adapters with their weights, and the base checkpoint."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from checkpoints.adapter import read_adapter
+from checkpoints.dequantized_reader import open_dequantized
+from checkpoints.files import load_json
+from checkpoints.fold import WeightedAdapter
+from checkpoints.model_config import Quantization, declared_dtype, find_quantization
+from checkpoints.source import TensorSource
+from errors import ConfigError
+from loading.hubs import cached_folder
+
+
+@dataclass(frozen=True)
+class Base:
+    """An opened checkpoint folder.
+
+    Attributes:
+        config: contents of config.json.
+        source: the tensors under their plain names; quantised ones are dequantised when read.
+        quantization: how the stored weights are quantised, if they are.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    source: TensorSource
+    quantization: Quantization | None
+
+    @property
+    def model_type(self) -> str:
+        return str(self.config["model_type"])
+
+
+def load_adapters(values: Sequence[str]) -> list[WeightedAdapter]:
+    """Read the adapters that ``--adapter`` names as ``DIR`` or ``DIR=WEIGHT``.
+
+    An existing folder whose name contains ``=`` is taken literally, with weight 1.
+
+    Raises:
+        ConfigError: a weight that is no finite number, a folder given twice or without a readable adapter.
+    """
+    adapters = []
+    for value in values:
+        folder, _, weight = (value, "", "1") if Path(value).is_dir() else value.rpartition("=")
+        if not folder:
+            folder, weight = weight, "1"
+        try:
+            factor = float(weight)
+        except ValueError:
+            factor = math.nan
+        if not math.isfinite(factor):
+            raise ConfigError(f"--adapter {value}: {weight!r} is not a weight", "Write it like --adapter output/a=0.7")
+        adapters.append(WeightedAdapter(read_adapter(folder), factor))
+    folders = [each.adapter.folder.resolve() for each in adapters]
+    if duplicate := next((folder for folder in folders if folders.count(folder) > 1), None):
+        raise ConfigError(f"--adapter {duplicate} is given twice", "Give it once, with the sum of its weights")
+    return adapters
+
+
+def find_base(base: Path | None, adapter: Path, adapter_config: dict[str, Any]) -> Path:
+    """Return the base's folder: ``--base``, else the one that the adapter names.
+
+    A named folder is looked up relative to the working directory, the adapter's folder and its parent; a hub id in the
+    local cache.
+
+    Raises:
+        ConfigError: no such folder.
+    """
+    if base is not None:
+        if not (base / "config.json").is_file():
+            raise ConfigError(f"--base {base} has no config.json", "Give the folder of the model that was tuned")
+        return base
+    name = adapter_config.get("base_model_name_or_path")
+    if name:
+        for folder in (Path(name), adapter / name, adapter.resolve().parent / name):
+            if (folder / "config.json").is_file():
+                return folder
+        if name.count("/") == 1 and (cached := cached_folder(name)):
+            return cached
+    what = f"the adapter {adapter} names the base {name!r}, which is not a model folder on this machine"
+    raise ConfigError(what, "Give the base's folder with --base DIR")
+
+
+def open_base(folder: Path) -> Base:
+    """Open a checkpoint to merge into; of its weights only the headers are read.
+
+    Raises:
+        ConfigError: weights that are missing, damaged, or quantised in a way that cannot be read.
+    """
+    config = load_json(folder / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        what = f"{folder / 'config.json'} has no model_type"
+        raise ConfigError(what, "Copy it again from the original checkpoint")
+    # Without a declared dtype: float16, as the scales of GPTQ and AWQ.
+    dequantized_dtype = getattr(torch, declared_dtype(config) or "float16")
+    return Base(folder, config, open_dequantized(folder, dequantized_dtype), find_quantization(folder))
