@@ -6,8 +6,6 @@ grows with the data.
 
 from __future__ import annotations
 
-import math
-from bisect import bisect_left, insort
 from collections.abc import Mapping
 
 import numpy as np
@@ -22,10 +20,10 @@ _MEGABATCH = 50
 def padding_shares(
     lengths: Mapping[int, int], row: int, batch_size: int = 1, accumulation: int = 1
 ) -> dict[str, float]:
-    """The share of padding in ``fixed``, ``dynamic``, ``grouped`` and ``packed`` batches, in this order.
+    """The share of padding in ``fixed``, ``dynamic`` and ``grouped`` batches, in this order.
 
     ``fixed`` pads every sample to ``row``; ``dynamic`` pads random batches to their longest sample; ``grouped`` does so
-    after sorting by length, as transformers' ``group_by_length``; ``packed`` joins samples in rows of ``row`` tokens.
+    after sorting by length, as transformers' ``group_by_length``.
 
     Args:
         lengths: samples of each length.
@@ -38,14 +36,12 @@ def padding_shares(
         return {}
     tokens = sum(length * count for length, count in lengths.items())
     row = max(row, *lengths)
-    computed = {
-        "fixed": sum(lengths.values()) * row,
-        "dynamic": _dynamic(lengths, batch_size),
-        "packed": packed_rows(lengths, row) * row,
+    shares = {
+        "fixed": 1 - tokens / (sum(lengths.values()) * row),
+        "dynamic": 1 - tokens / _dynamic(lengths, batch_size),
+        "grouped": _grouped_share(_draw(lengths), batch_size, batch_size * accumulation),
     }
-    shares = {name: 1 - tokens / positions for name, positions in computed.items()}
-    shares["grouped"] = _grouped_share(_draw(lengths), batch_size, batch_size * accumulation)
-    return {name: max(0.0, shares[name]) for name in ("fixed", "dynamic", "grouped", "packed")}
+    return {strategy: max(0.0, share) for strategy, share in shares.items()}
 
 
 def _dynamic(lengths: Mapping[int, int], batch_size: int) -> float:
@@ -83,41 +79,3 @@ def _grouped_share(drawn: npt.NDArray[np.int64], batch_size: int, group: int) ->
     batches = np.arange(0, len(ordered), batch_size)
     samples = np.diff(batches, append=len(ordered))
     return 1 - float(ordered.sum()) / float(np.maximum.reduceat(ordered, batches) @ samples)
-
-
-def packed_rows(lengths: Mapping[int, int], row: int) -> int:
-    """Rows that best-fit-decreasing fills: the longest sample first, each into the fullest row it still fits in.
-
-    Samples of one length go into rows of one free space together, which gives the same rows as one by one: a row that
-    took a sample is fuller than before, so the next one of that length goes there as well, while it fits.
-    """
-    rows = 0
-    free: dict[int, int] = {}  # rows by their free space
-    spaces: list[int] = []  # its keys, in order
-
-    def add(space: int, count: int) -> None:
-        if not count or not space:
-            return
-        if space not in free:
-            insort(spaces, space)
-        free[space] = free.get(space, 0) + count
-
-    for length in sorted(lengths, reverse=True):
-        left = lengths[length]
-        while left:
-            index = bisect_left(spaces, length)
-            if index == len(spaces):
-                opened = math.ceil(left / (row // length))
-                rows += opened
-                add(row, opened)
-                continue
-            space = spaces.pop(index)
-            count, each = free.pop(space), space // length
-            full = min(count, left // each)
-            left -= full * each
-            add(space - each * length, full)
-            if full < count and left:
-                add(space - left * length, 1)
-                full, left = full + 1, 0
-            add(space, count - full)
-    return rows

@@ -26,7 +26,6 @@ WAYS = {
     "fixed": "all padded to --model_max_length",
     "dynamic": "random batches padded to their longest",
     "grouped": "batches of similar lengths",
-    "packed": "joined in rows of --model_max_length",
 }
 
 

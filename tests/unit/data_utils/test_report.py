@@ -21,7 +21,7 @@ from transformers.trainer_pt_utils import get_length_grouped_indices
 from chat.turns import ToolCall, Turn
 from data_utils.report.counts import ReasonCounts
 from data_utils.report.data_report import DataReport, ReportSettings
-from data_utils.report.padding import packed_rows, padding_shares
+from data_utils.report.padding import padding_shares
 from data_utils.report.source_report import SourceReport
 from tests.golden import REPO
 
@@ -186,10 +186,9 @@ def test_lengths_are_those_numpy_finds(count: int) -> None:
 
 def test_fixed_and_single_batches() -> None:
     shares = padding_shares({10: 3, 30: 1}, row=40, batch_size=1)
-    assert list(shares) == ["fixed", "dynamic", "grouped", "packed"]
+    assert list(shares) == ["fixed", "dynamic", "grouped"]
     assert shares["fixed"] == pytest.approx(1 - 60 / 160)
     assert (shares["dynamic"], shares["grouped"]) == (0, 0)
-    assert shares["packed"] == pytest.approx(1 - 60 / 80)
     assert padding_shares({}, row=40) == {}
     assert padding_shares({50: 2}, row=40)["fixed"] == 0  # a longer sample makes the rows longer
 
@@ -226,21 +225,6 @@ def test_grouped_padding_of_more_samples_than_are_drawn() -> None:
     many = padding_shares({100: 2_000_000, 200: 2_000_000, 900: 2_000_000}, 1000, 4)["grouped"]
     assert 0 < few < 0.02
     assert many == pytest.approx(few, rel=0.2)
-
-
-def test_packed_rows_are_those_of_best_fit_decreasing() -> None:
-    rng = random.Random(5)
-    for _ in range(300):
-        row = rng.randint(1, 40)
-        lengths = [rng.randint(1, row) for _ in range(rng.randint(1, 60))]
-        free: list[int] = []
-        for length in sorted(lengths, reverse=True):
-            fitting = [(space, index) for index, space in enumerate(free) if space >= length]
-            if fitting:
-                free[min(fitting)[1]] -= length
-            else:
-                free.append(row - length)
-        assert packed_rows(Counter(lengths), row) == len(free), (row, lengths)
 
 
 @pytest.mark.parametrize(

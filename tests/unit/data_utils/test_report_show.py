@@ -280,7 +280,6 @@ def test_the_whole_table() -> None:
         "fixed     72.5%  ██████████████████████░░░░░░░░  all padded to --model_max_length",
         "dynamic    8.3%  ███░░░░░░░░░░░░░░░░░░░░░░░░░░░  this run: random batches padded to their longest",
         "grouped    8.3%  ███░░░░░░░░░░░░░░░░░░░░░░░░░░░  batches of similar lengths",
-        "packed    17.5%  █████░░░░░░░░░░░░░░░░░░░░░░░░░  joined in rows of --model_max_length",
         "",
         "Optimizer steps",
         "───────────────",
