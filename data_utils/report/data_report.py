@@ -41,6 +41,11 @@ class ReportSettings:
     max_steps: int = -1
     batching: str = "dynamic"
 
+    def flags(self, separator: str) -> str:
+        """The flags that decide what is trained, as they would be given."""
+        names = ("label_mask", "truncation", "model_max_length")
+        return separator.join(f"--{name} {getattr(self, name)}" for name in names)
+
 
 @dataclass
 class DataReport:

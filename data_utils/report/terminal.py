@@ -22,7 +22,7 @@ _OPEN, _CLOSE, _NEWLINE, _TAB, _GAP = "⟦", "⟧", "↵", "⇥", "⋯"
 # What a message may hold itself and would be taken for ours.
 _OUR_MARKS = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in (_OPEN, _CLOSE, _NEWLINE, _TAB, _GAP)})
 
-WAYS = {
+BATCHING = {
     "fixed": "all padded to --model_max_length",
     "dynamic": "random batches padded to their longest",
     "grouped": "batches of similar lengths",
@@ -72,12 +72,8 @@ class _Cell(NamedTuple):
 
 def _what_is_trained(report: DataReport, paint: _Paint, width: int) -> list[str]:
     settings, samples = report.settings, report.samples
-    flags = (
-        f"--label_mask {settings.label_mask}, --truncation {settings.truncation}, "
-        f"--model_max_length {settings.model_max_length}"
-    )
     checkpoint = f"{visible_line(settings.model)} ({settings.family}): " if settings.model else ""
-    lines = _wrap(visible_line(checkpoint + flags, 400), width)
+    lines = _wrap(visible_line(checkpoint + settings.flags(", "), 400), width)
     if samples:
         lines += ["", *_wrap(_legend(samples, paint), width)]
     return [*_heading("What is trained", paint, width), *lines]
@@ -254,7 +250,7 @@ def _padding(report: DataReport, paint: _Paint, width: int) -> list[str]:
         drawn = "█" * round(share * bar)
         note = "this run: " if way == settings.batching else ""
         if width >= 60 + bar:
-            note += WAYS[way]
+            note += BATCHING[way]
         line = f"{way:<8}{share:>7.1%}  {paint(_YELLOW, drawn)}{paint(_DIM, '░' * (bar - len(drawn)))}"
         lines.append(f"{line}  {note}".rstrip(" :"))
     return lines
