@@ -1,4 +1,4 @@
-"""How a command starts and ends: argument parser, exit codes, one line per failure.
+"""How a command starts and ends: argument parser, log lines, exit codes, one line per failure.
 
 Every command reports a failure in one line (or a numbered list) that names the flag or ``file:line``, the value and the
 fix. Exit codes: 2 refused, 1 failed, 130 and 143 interrupted. Imports nothing heavy, so that a wrong flag is refused
@@ -11,6 +11,7 @@ import argparse
 import atexit
 import contextlib
 import errno
+import logging
 import os
 import re
 import signal
@@ -18,8 +19,10 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
@@ -223,3 +226,75 @@ def _close_progress_bars() -> None:
         # A bar whose first drawing failed, as with stderr on a full disk, cannot be closed.
         with contextlib.suppress(AttributeError, OSError):
             bar.close()
+
+
+# ------------------------------------------------------------------------------------------------------------ log lines
+
+_KNOWN_WARNINGS = (
+    "'pin_memory' argument is set as true but no accelerator is found",  # the Trainer's default, harmless on a CPU
+    "`is_gradient_checkpointing` is deprecated",  # peft calls transformers by an old name
+    r"`torch\.distributed\.\w+` is deprecated",  # DeepSpeed and FSDP call torch by old names, at every step
+    "`gradient_checkpointing",  # peft and the Trainer read the old name of transformers' flag, which still works
+)
+
+_KNOWN_LINES = {
+    "DeepSpeed": "Setting accelerator",
+    "accelerate.accelerator": "Gradient accumulation steps mismatch",  # the Trainer accumulates by itself
+}
+
+# They warn on import, and once per layer, of what does not concern this machine.
+_NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes")
+
+
+class _Without(logging.Filter):
+    """Drop the lines that contain a text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.text = text
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return self.text not in str(record.msg)
+
+
+def set_up_logging() -> None:
+    """Log to stderr in one format; ranks other than 0 log warnings only, with their rank."""
+    quiet_libraries()
+    # torch reads it on import: a process that waits for one that is gone would print C++ frames, again and again.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
+    prefix = "" if is_first() else f"[{describe_process(with_host=False)}] "
+    logging.basicConfig(
+        stream=sys.stderr, format=f"%(asctime)s %(levelname)s {prefix}%(message)s", datefmt="%H:%M:%S", force=True
+    )
+    if prefix:
+        _silence_libraries()
+    for name in _top_level_names():
+        logging.getLogger(name).setLevel(logging.WARNING if prefix else logging.INFO)
+
+
+def quiet_libraries() -> None:
+    """Hide warnings and log lines of libraries that have no cause here."""
+    for message in _KNOWN_WARNINGS:
+        warnings.filterwarnings("ignore", message=message)
+    for name in _NOISY_LOGGERS:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    for name, message in _KNOWN_LINES.items():
+        logging.getLogger(name).addFilter(_Without(message))
+
+
+def _silence_libraries() -> None:
+    """Hide warnings of libraries: rank 0 shows the same ones."""
+    warnings.simplefilter("ignore")
+    # transformers and huggingface_hub read these on import.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    for name in ("DeepSpeed", "accelerate", "peft", "torch.distributed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+        # DeepSpeed sets its own level when it is imported; a filter stays.
+        logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
+
+
+def _top_level_names() -> list[str]:
+    """Names of the project's modules and packages; every logger of the project is below one of them."""
+    root = Path(__file__).parent
+    return [path.stem for path in root.glob("*.py")] + [path.parent.name for path in root.glob("*/__init__.py")]

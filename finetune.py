@@ -5,16 +5,18 @@ python finetune.py --model_name_or_path DIR --data_path FILE --output_dir DIR --
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
-from commands import run_command
+from commands import run_command, set_up_logging
+
+logger = logging.getLogger("finetune")  # not __name__, which is __main__ when it runs as a command
 
 
 def main(argv: Sequence[str]) -> int:
     from training.checks import check_args
     from training.config.args import parse_args
     from training.distributed.launch import detect_launcher
-    from training.logs import logger, set_up_logging
     from training.run_folder.output import explain_how_to_resume, prepare_output
     from training.signals import Signals, ignore_save_requests
 
@@ -29,14 +31,14 @@ def main(argv: Sequence[str]) -> int:
 
     from loading.adapters import embeddings_policy
     from loading.checkpoint import load_checkpoint
-    from training.callbacks import RunLog, build_callbacks
+    from training.callbacks import RunLog, build_callbacks, set_tensorboard_folder
     from training.checks import check_machine
     from training.data import build_collator, load_data, preview_data, save_reports, show_reports
     from training.distributed.agreement import check_agreement, check_same_data
     from training.distributed.heartbeat import HeartbeatCallback, join_run
     from training.distributed.shared_data import load_shared
-    from training.logs import set_tensorboard_folder
     from training.model import load_training_model
+    from training.progress import Progress
     from training.run_folder.start import agree_on_start
     from training.summary import describe_result, describe_run, run_facts, save_arguments, save_summary
     from training.trainer import QwenTrainer
@@ -65,15 +67,17 @@ def main(argv: Sequence[str]) -> int:
     prepare_output(args, start.removes_leftovers)  # old results go only when nothing can be refused any more
     if world.is_first:
         save_arguments(args)
-    log = RunLog(args.output_dir, resumes=start.checkpoint is not None)
+    progress = Progress()
+    log = RunLog(args.output_dir, progress, resumes=start.checkpoint is not None)
     signals = Signals()
     trainer = QwenTrainer(
         checkpoint,
         loss=args.model.loss,
         data_mixing=args.data.data_mixing,
         facts=facts,
+        progress=progress,
         signals=signals,
-        pulse=heartbeat.pulse,
+        status=heartbeat.pulse,
         world=world,
         model=model,
         args=args.training,
@@ -82,15 +86,14 @@ def main(argv: Sequence[str]) -> int:
         eval_dataset=sets.get("eval"),
         callbacks=[*build_callbacks(args, log), HeartbeatCallback(heartbeat.pulse)],
     )
-    log.trainer = trainer
-    set_tensorboard_folder(trainer, args.options.logging_dir)
+    set_tensorboard_folder(trainer.callback_handler.callbacks, args.options.logging_dir)
     if world.is_first:  # who alone knows what became of the records
         logger.info("Fine-tuning\n%s", describe_run(trainer, args, sets["train"], policy))
         save_reports({name: examples.report for name, examples in sets.items()}, args.output_dir)
     with explain_how_to_resume(args.output_dir, args.resumes_itself):
-        with signals.noted():
+        with signals.handling():
             trainer.train(resume_from_checkpoint=start.checkpoint)
-        seconds = log.elapsed()
+        seconds = progress.elapsed()
         logger.info("Saving to %s", args.output_dir)
         trainer.save_model()
     if trainer.is_world_process_zero():

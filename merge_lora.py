@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from checkpoints.model_config import DTYPE_NAMES
-from commands import CommandParser, run_command
+from commands import CommandParser, run_command, set_up_logging
 from errors import RunError
 from export.layouts.qwen2_names import LAYOUTS
 
@@ -36,7 +36,6 @@ def main(argv: Sequence[str]) -> None:
     from export.merging import plan_merge
     from export.model_card import serve_lines
     from export.progress import progress_bar
-    from training.logs import set_up_logging
 
     set_up_logging()
     start = time.monotonic()

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from commands import CommandParser, run_command
+from commands import CommandParser, quiet_libraries, run_command
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -32,8 +32,6 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-    from training.logs import quiet_libraries
-
     logging.basicConfig(format="%(levelname)s: %(message)s")
     quiet_libraries()
     import torch

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints.model_config import DTYPE_NAMES
-from commands import CommandParser, run_command
+from commands import CommandParser, run_command, set_up_logging
 from errors import ConfigError
 from export.layouts.qwen2_names import LAYOUTS
 
@@ -29,7 +29,6 @@ def main(argv: Sequence[str]) -> None:
     from checkpoints.folders import check_apart, check_output_folder
     from checkpoints.writing import parse_size
     from export.conversion import Conversion, convert_adapter, convert_checkpoint
-    from training.logs import set_up_logging
 
     set_up_logging()
     start = time.monotonic()

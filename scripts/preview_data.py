@@ -11,7 +11,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from commands import CommandParser, run_command
+from commands import CommandParser, run_command, set_up_logging
 from errors import ConfigError
 
 
@@ -40,7 +40,6 @@ def main(argv: Sequence[str]) -> int:
     args, others = parse_args(argv)
     from training.checks import check_args
     from training.config.args import parse_args as parse_run_args
-    from training.logs import set_up_logging
 
     set_up_logging()
     run = parse_run_args([*others, "--dry_run"])

@@ -14,7 +14,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from commands import CommandParser, run_command
+from commands import CommandParser, run_command, set_up_logging
 from errors import ConfigError
 
 GROUP_SIZES = (32, 64, 128)
@@ -74,7 +74,6 @@ def check_args(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-    from training.logs import set_up_logging
 
     set_up_logging()
     # Only now torch is loaded: a wrong flag is answered at once.

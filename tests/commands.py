@@ -20,6 +20,7 @@ import torch
 from commands import run_command
 from tests.golden import REPO, offline_environment
 from training.callbacks import RunLog
+from training.progress import Progress
 
 TIMEOUT = 300
 
@@ -60,19 +61,19 @@ def free_port() -> int:
 class Recorder(RunLog):
     """The run log of ``finetune.py`` that also keeps the gradients of every optimizer step, by parameter."""
 
-    def __init__(self, folder: str | Path, resumes: bool = False) -> None:
-        super().__init__(folder, resumes)
+    def __init__(self, folder: str | Path, progress: Progress, resumes: bool = False) -> None:
+        super().__init__(folder, progress, resumes)
         self.gradients: list[dict[str, torch.Tensor]] = []
+        self.model: Any = None  # after training
+        self.trainer_state: Any = None
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         named = kwargs["model"].named_parameters()
         self.gradients.append({name: p.grad.clone() for name, p in named if p.grad is not None})
 
-    @property
-    def model(self) -> Any:
-        """The model as it is after training."""
-        assert self.trainer is not None, "there was no training"
-        return self.trainer.model
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        super().on_train_end(args, state, control, **kwargs)
+        self.model, self.trainer_state = kwargs["model"], state
 
 
 @contextmanager
@@ -92,8 +93,8 @@ def finetune_here(*arguments: object) -> Recorder:
 
     recorders: list[Recorder] = []
 
-    def record(folder: str | Path, resumes: bool = False) -> Recorder:
-        recorders.append(Recorder(folder, resumes))
+    def record(folder: str | Path, progress: Progress, resumes: bool = False) -> Recorder:
+        recorders.append(Recorder(folder, progress, resumes))
         return recorders[-1]
 
     with pytest.MonkeyPatch.context() as patch, own_logging():

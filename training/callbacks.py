@@ -1,17 +1,15 @@
-"""What a run says of itself while it trains: log lines, the progress bar, a line of JSON per logged step, a curve."""
+"""Callbacks that report a run: log lines, progress bar, ``training_log.jsonl``, loss curve; and early stopping."""
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
-import platform
+import os
 import sys
-import time
-from dataclasses import asdict
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from transformers import (
     EarlyStoppingCallback,
@@ -26,15 +24,12 @@ from transformers.trainer_callback import ExportableState
 from checkpoints.files import save_text
 from training.config.args import RunArguments, parse_profile_steps
 from training.profiling import Profiler
-from training.progress import Counts
+from training.progress import Progress
 from training.run_folder.curves import LOSS_CURVE, TRAINING_LOG, Row, load_rows, plot_losses
-
-if TYPE_CHECKING:
-    from training.trainer import QwenTrainer
 
 logger = logging.getLogger(__name__)
 
-# What of transformers' logs goes to which key of the run's own log, and how a person reads it.
+# Key of transformers' logs: its key in training_log.jsonl, and its format in a log line.
 _KEYS = {
     "loss": ("loss", "loss {:.4f}"),
     "eval_loss": ("eval_loss", "evaluation loss {:.4f}"),
@@ -51,10 +46,10 @@ _KEYS = {
 
 
 def build_callbacks(args: RunArguments, log: RunLog) -> list[TrainerCallback]:
-    """What ``--profile_steps`` and ``--early_stopping_patience`` ask for, beside the run's log.
+    """Return the run log, and the callbacks of ``--profile_steps`` and ``--early_stopping_patience``.
 
     Raises:
-        ConfigError: ``--profile_steps`` is no range.
+        ConfigError: ``--profile_steps`` is not a range.
     """
     training = args.training
     callbacks: list[TrainerCallback] = [log]
@@ -66,24 +61,24 @@ def build_callbacks(args: RunArguments, log: RunLog) -> list[TrainerCallback]:
 
 
 def describe_logs(logs: dict[str, Any]) -> str:
-    """``loss 1.2345, accuracy 71.3%, ...`` of what was logged; empty where it holds no loss."""
+    """Format logs as ``loss 1.2345, accuracy 71.3%, ...``; empty if they contain no loss."""
     if not _is_measured(logs):
         return ""
     return ", ".join(text.format(logs[name]) for name, (_, text) in _KEYS.items() if text and name in logs)
 
 
 def _is_measured(logs: dict[str, Any]) -> bool:
-    """transformers also logs how long a run took: what has a loss is a step or an evaluation."""
+    """Return whether the logs are of a step or an evaluation; transformers also logs the run time at the end."""
     return "loss" in logs or "eval_loss" in logs
 
 
 def _log_line(state: TrainerState, logs: dict[str, Any]) -> str:
-    left = f", {timedelta(seconds=round(logs['eta_seconds']))} left" if "eta_seconds" in logs else ""
-    return f"step {state.global_step}/{state.max_steps}: {describe_logs(logs)}{left}"
+    remaining = f", {timedelta(seconds=round(logs['eta_seconds']))} left" if "eta_seconds" in logs else ""
+    return f"step {state.global_step}/{state.max_steps}: {describe_logs(logs)}{remaining}"
 
 
 class LogLines(TrainerCallback):
-    """A log line per logged step, in the place of transformers' print of a dict."""
+    """A log line per logged step, instead of transformers' printed dict."""
 
     def on_log(
         self,
@@ -98,7 +93,7 @@ class LogLines(TrainerCallback):
 
 
 class ProgressBar(ProgressCallback):
-    """transformers' progress bar, which also carries the last log line; the bar itself says how long is left."""
+    """transformers' progress bar with the last log line beside it; the bar itself shows the remaining time."""
 
     def on_log(
         self,
@@ -115,64 +110,50 @@ class ProgressBar(ProgressCallback):
 
 
 class EarlyStopping(EarlyStoppingCallback):
-    """transformers' own, which also goes on counting, or stops, where a checkpoint says so."""
+    """transformers' early stopping, whose counter is restored from a checkpoint; a reached limit stops at once."""
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         super().on_train_begin(args, state, control, **kwargs)
-        kept: Any = state.stateful_callbacks
-        before = kept.get(type(self).__name__, {})
-        self.early_stopping_patience_counter = before.get("attributes", {}).get("early_stopping_patience_counter", 0)
+        callback_states: Any = state.stateful_callbacks
+        saved = callback_states.get(type(self).__name__, {}).get("attributes", {})
+        self.early_stopping_patience_counter = saved.get("early_stopping_patience_counter", 0)
         if self.early_stopping_patience_counter >= self.early_stopping_patience:
             control.should_training_stop = True
 
 
 class RunLog(TrainerCallback, ExportableState):
-    """Appends every logged step to ``training_log.jsonl`` and draws the loss when training ends.
+    """The run's log: appends every logged step to ``training_log.jsonl``, plots the loss when training ends.
 
     Each line has ``step``, ``elapsed`` (seconds of training), ``tokens`` (targets so far), ``epoch`` and either
     ``eval_loss`` and ``eval_token_accuracy``, or ``loss``, ``token_accuracy``, ``lr``, ``grad_norm``,
     ``tokens_per_second``, ``padding`` (a share), ``peak_memory_gib`` and ``eta_seconds``.
     """
 
-    def __init__(self, folder: str | Path, resumes: bool = False) -> None:
+    def __init__(self, folder: str | Path, progress: Progress, resumes: bool = False) -> None:
         self.path = Path(folder) / TRAINING_LOG
-        self.resumes = resumes
-        self.trainer: QwenTrainer | None = None
-        self.started = time.monotonic()
+        self.progress, self.resumes = progress, resumes
         self.rows: list[Row] = []
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps, so that a resumed run goes on counting."""
-        kept: dict[str, Any] = {"elapsed": self.elapsed(), "rows": len(self.rows)}
-        if (trainer := self.trainer) is not None:
-            kept |= {"counts": asdict(trainer.total), "window": asdict(trainer.window)}
-            kept["window_seconds"] = round(time.monotonic() - trainer.window_started, 3)
-        return {"args": {}, "attributes": kept}
-
-    def elapsed(self) -> float:
-        """Seconds of training so far, those before a resumed checkpoint included."""
-        return round(time.monotonic() - self.started, 3)
+        """Return what a checkpoint keeps, so that a resumed run continues counting."""
+        return {"args": {}, "attributes": {**self.progress.state(), "rows": len(self.rows)}}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        # Read from a checkpoint this is a dict, whatever it is declared to be.
-        kept: Any = state.stateful_callbacks
-        before = kept.get(type(self).__name__, {}).get("attributes", {}) if self.resumes else {}
-        self.started = time.monotonic() - before.get("elapsed", 0)
-        if self.trainer is not None:
-            self.trainer.total = Counts(**before.get("counts", {}))
-            self.trainer.window = Counts(**before.get("window", {}))
-            self.trainer.window_started -= before.get("window_seconds", 0)
+        # From a checkpoint this is a dict, contrary to its annotation.
+        callback_states: Any = state.stateful_callbacks
+        saved = callback_states.get(type(self).__name__, {}).get("attributes", {}) if self.resumes else {}
+        self.progress.restore(saved)
         if not state.is_world_process_zero:
             return
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.resumes and self.path.exists():
-            # What was said after the checkpoint is said again.
+            # Steps after the checkpoint are trained, and logged, again.
             rows = [row for row in load_rows(self.path, strict=False) if row["step"] <= state.global_step]
-            self.rows = rows[: before.get("rows", len(rows))]
+            self.rows = rows[: saved.get("rows", len(rows))]
         save_text("".join(json.dumps(row) + "\n" for row in self.rows), self.path)
 
     def on_log(
@@ -186,8 +167,8 @@ class RunLog(TrainerCallback, ExportableState):
         if not logs or not _is_measured(logs):
             return
         values = {key: float(logs[name]) for name, (key, _) in _KEYS.items() if name in logs}
-        tokens = 0 if self.trainer is None else self.trainer.total.targets
-        row = {"step": state.global_step, **values, "elapsed": self.elapsed(), "tokens": tokens}
+        counts = {"elapsed": self.progress.elapsed(), "tokens": self.progress.total.targets}
+        row = {"step": state.global_step, **values, **counts}
         self.rows.append(row)
         if state.is_world_process_zero:
             with self.path.open("a") as file:
@@ -200,11 +181,14 @@ class RunLog(TrainerCallback, ExportableState):
             plot_losses({"": self.rows}, self.path.parent / LOSS_CURVE)
 
     def losses(self, name: str = "loss") -> list[float]:
-        """The logged values of ``loss``, ``eval_loss`` or another key, in order."""
+        """Return the logged values of ``loss``, ``eval_loss`` or another key, in order."""
         return [row[name] for row in self.rows if name in row]
 
 
-def versions() -> dict[str, str]:
-    """Versions of what the result depends on."""
-    packages = ("torch", "transformers", "peft", "accelerate", "safetensors", "tiktoken")
-    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+def set_tensorboard_folder(callbacks: Sequence[TrainerCallback], folder: str | None) -> None:
+    """Write TensorBoard's files to ``--logging_dir``; transformers would read it from an environment variable."""
+    from transformers.integrations.integration_utils import TensorBoardCallback
+
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.logging_dir = None if folder is None else os.path.expanduser(folder)

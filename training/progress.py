@@ -1,22 +1,31 @@
-"""What is counted of a run."""
+"""Counts, times and memory of a run: what its log lines report and its checkpoints keep.
+
+B batch, T tokens, V vocabulary.
+"""
 
 from __future__ import annotations
 
 import resource
 import sys
-from dataclasses import dataclass
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+
+from chat.label_mask import IGNORE_INDEX
 
 
 @dataclass
 class Counts:
-    """Sums over optimizer steps and over all processes.
+    """Sums over optimizer steps and over all ranks.
 
     Attributes:
         loss: sum of the steps' losses.
-        correct: targets whose most likely token was right, of ``targets``.
-        tokens: positions that are no padding, of ``slots``.
+        correct: targets whose most likely token is the right one, out of ``targets``.
+        tokens: positions that are not padding, out of ``slots``.
     """
 
     steps: int = 0
@@ -40,8 +49,92 @@ class Counts:
         return 1 - self.tokens / self.slots if self.slots else 0.0
 
 
+class Progress:
+    """Counts and times of a run so far, including those before the checkpoint that it resumes from.
+
+    The trainer adds every optimizer step; the run log saves it in checkpoints and restores it.
+
+    Attributes:
+        total: counts since the start of the run.
+        window: counts since the last log line.
+        window_started: when the window began, moved forward by the time that is spent on evaluating and saving.
+    """
+
+    def __init__(self) -> None:
+        self.total, self.window = Counts(), Counts()
+        self.window_started = self._run_started = self._process_started = time.monotonic()
+        self._steps_here = 0  # in this process: a resumed run has done others before
+
+    def start(self) -> None:
+        """Start the clocks of this process's training."""
+        self.window_started = self._process_started = time.monotonic()
+
+    def add(self, step: Counts) -> None:
+        self.window.add(step)
+        self.total.add(step)
+        self._steps_here += 1
+
+    def elapsed(self) -> float:
+        """Return the seconds of training so far."""
+        return round(time.monotonic() - self._run_started, 3)
+
+    def end_window(self, steps_left: int) -> dict[str, float]:
+        """Return the figures of a log line about the current window, and begin a new one."""
+        window, now = self.window, time.monotonic()
+        peaks = peak_memory()
+        seconds_per_step = (now - self._process_started) / max(1, self._steps_here)
+        figures = {
+            "loss": window.loss / window.steps,
+            "token_accuracy": round(window.token_accuracy, 6),
+            "tokens_per_second": round(window.targets / (now - self.window_started), 1),
+            "padding": round(window.padding, 4),
+            "peak_memory_gib": peaks.get("gpu_gib", peaks["cpu_gib"]),
+            "eta_seconds": round(seconds_per_step * steps_left, 1),
+        }
+        self.window, self.window_started = Counts(), now
+        return figures
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps."""
+        return {
+            "elapsed": self.elapsed(),
+            "counts": asdict(self.total),
+            "window": asdict(self.window),
+            "window_seconds": round(time.monotonic() - self.window_started, 3),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Continue from the state of a checkpoint; an empty one starts a run."""
+        self._run_started = time.monotonic() - state.get("elapsed", 0)
+        self.total, self.window = Counts(**state.get("counts", {})), Counts(**state.get("window", {}))
+        self.window_started -= state.get("window_seconds", 0)
+
+
+def count_targets(batch: Mapping[str, Any]) -> Tensor:
+    """Return the number of targets in a batch; the first token of a row is never one."""
+    return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
+
+
+def weigh_targets(batch: Mapping[str, Any]) -> Tensor:
+    """Return the sum of the targets' ``loss_weights``, or the number of targets if the batch has none."""
+    if (weights := batch.get("loss_weights")) is None:
+        return count_targets(batch)
+    return weights[:, 1:].masked_fill(batch["labels"][:, 1:] == IGNORE_INDEX, 0).sum()
+
+
+def count_correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """Return the number of targets whose most likely token is right.
+
+    Args:
+        logits: [B, T, V].
+        labels: [B, T], not shifted.
+    """
+    targets = labels[:, 1:].to(logits.device)
+    return ((logits[:, :-1].argmax(-1) == targets) & (targets != IGNORE_INDEX)).sum()
+
+
 def peak_memory() -> dict[str, float]:
-    """Peak memory so far in GiB: of the process, and of the GPU where there is one."""
+    """Return the peak memory so far in GiB, of the process and, if there is one, of the GPU."""
     # Linux counts in KiB, macOS in bytes.
     unit = 2**10 if sys.platform != "darwin" else 1
     peaks = {"cpu_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30, 3)}

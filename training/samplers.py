@@ -1,6 +1,6 @@
-"""The order in which a run sees its examples: by its seed and the epoch, and by nothing else.
+"""The order in which a run sees its examples; it depends on the seed and the epoch only.
 
-So a run that is resumed in the middle of an epoch goes on in the same order, and all processes draw the same.
+So a run that resumes in the middle of an epoch continues in the same order, and all ranks draw the same one.
 """
 
 from __future__ import annotations
@@ -11,58 +11,79 @@ from typing import Any
 
 import torch
 from torch.utils.data import Dataset, Sampler
+from transformers import TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from chat.label_mask import IGNORE_INDEX
 from data_utils.dataset import ExampleSet
 
 Order = Callable[[torch.Generator], list[int]]
+"""Draws the indices of one epoch with the generator it is called with."""
 
 
 class EpochSampler(Sampler[int]):
-    """Every example once in an epoch, and blank ones behind them.
+    """Every example once per epoch, followed by the blank ones.
 
     Args:
-        order: the indices of an epoch, drawn with the generator that it is given.
-        length: how many there are.
+        order: draws the indices of an epoch.
+        length: number of examples.
         seed: of the run; the epoch is added to it.
-        filled: how many with the blanks (``PaddedDataset``), whose indices are those from ``length`` on.
+        padded_length: number of examples and blanks (``PaddedDataset``); blanks have the indices from ``length`` on.
     """
 
-    def __init__(self, order: Order, length: int, seed: int, filled: int) -> None:
-        self.order, self.length, self.filled, self.seed, self.epoch = order, length, filled, seed, 0
+    def __init__(self, order: Order, length: int, seed: int, padded_length: int) -> None:
+        self.order, self.length, self.padded_length, self.seed, self.epoch = order, length, padded_length, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
         self.epoch = epoch
 
     def __len__(self) -> int:
-        return self.filled
+        return self.padded_length
 
     def __iter__(self) -> Iterator[int]:
         yield from self.order(torch.Generator().manual_seed(self.seed + self.epoch))
-        yield from range(self.length, self.filled)
+        yield from range(self.length, self.padded_length)
 
 
-def mixed(length: int) -> Order:
-    """All examples, shuffled."""
+def build_sampler(
+    args: TrainingArguments, data_mixing: str, examples: ExampleSet, padded_length: int
+) -> EpochSampler | None:
+    """Return the sampler of ``--data_mixing`` and ``--train_sampling_strategy``; ``None`` for other strategies."""
+    if data_mixing == "sequential":
+        order = by_source(examples.source_sizes)
+    elif args.train_sampling_strategy == "random":
+        order = shuffled(len(examples))
+    elif args.train_sampling_strategy == "sequential":
+        order = in_order(len(examples))
+    elif args.train_sampling_strategy == "group_by_length":
+        batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+        order = grouped(examples.lengths, batch)
+    else:
+        return None
+    seed = args.seed if args.data_seed is None else args.data_seed
+    return EpochSampler(order, len(examples), seed, padded_length)
+
+
+def shuffled(length: int) -> Order:
+    """Return the order that shuffles all examples."""
     return lambda generator: torch.randperm(length, generator=generator).tolist()
 
 
-def as_given(length: int) -> Order:
-    """All examples as they stand."""
+def in_order(length: int) -> Order:
+    """Return the order of the dataset itself."""
     return lambda generator: list(range(length))
 
 
 def grouped(lengths: Sequence[int], group: int) -> Order:
-    """Shuffled, with examples of about the same length in each group of so many."""
+    """Return the order that shuffles examples, with similar lengths within each group of ``group`` examples."""
     return lambda generator: get_length_grouped_indices(lengths, group, generator=generator)
 
 
 def by_source(sizes: Sequence[int]) -> Order:
-    """Every source's examples before those of the next, each source shuffled anew in every epoch.
+    """Return the order that takes one source after the other, each shuffled differently in every epoch.
 
     Args:
-        sizes: examples of each source, in the order in which they stand in the dataset.
+        sizes: number of examples per source, in the order of the dataset.
     """
 
     def order(generator: torch.Generator) -> list[int]:
@@ -75,9 +96,9 @@ def by_source(sizes: Sequence[int]) -> Order:
 
 
 class PaddedDataset(Dataset[Any]):
-    """Examples, and blanks behind them: a token that is no target, so no figure changes.
+    """Examples followed by blank ones: one token that is not a target, so that no figure changes.
 
-    Processes that get equally many batches from this neither wait for each other nor see an example twice.
+    Padded to a multiple of the global batch, it gives every rank the same number of batches, and no example twice.
     """
 
     def __init__(self, examples: ExampleSet, multiple: int, token: int) -> None:

@@ -1,8 +1,8 @@
-"""How a run is asked to stop, or to save, while it trains.
+"""Signals that ask a run to stop, or to save a checkpoint, while it trains.
 
-SIGTERM and SIGINT (Ctrl-C): the optimizer step at hand is finished, a checkpoint saved, and the run ends. SIGUSR1: a
-checkpoint is saved and the run goes on. A signal only leaves a note here; the trainer asks all processes for theirs
-once per optimizer step, so all of them save after the same one, whichever got the signal.
+SIGTERM and SIGINT (Ctrl-C): the run finishes the current optimizer step, saves a checkpoint and ends. SIGUSR1: it saves
+a checkpoint and continues. A signal handler only records the request; the trainer gathers the requests of all ranks
+once per optimizer step, so that all of them save after the same step, whichever got the signal.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from errors import Terminated
 
 logger = logging.getLogger(__name__)
 
-# A launcher passes a terminal's Ctrl-C on to processes that got it themselves: what comes so soon is the same one.
+# A launcher passes a terminal's Ctrl-C on to processes that have received it already: within this time it is the same.
 _SAME_KEYPRESS = 1.0  # seconds
 
 
 class StopRequest(IntEnum):
-    """What a run is asked for. Of several the greatest counts."""
+    """What a run is asked to do. Of several requests the greatest counts."""
 
     NOTHING = 0
     SAVE = 1
@@ -33,7 +33,7 @@ class StopRequest(IntEnum):
     TERMINATE = 3
 
 
-_WISHES = {
+_REQUESTS = {
     signal.SIGUSR1: StopRequest.SAVE,
     signal.SIGINT: StopRequest.INTERRUPT,
     signal.SIGTERM: StopRequest.TERMINATE,
@@ -41,67 +41,70 @@ _WISHES = {
 
 
 def ignore_save_requests() -> None:
-    """Let SIGUSR1 do nothing where there is nothing to save; left to itself it would end the process."""
+    """Ignore SIGUSR1 while there is nothing to save; its default action ends the process."""
     signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 class Signals:
-    """What this process has been asked for, and what all processes have agreed to do after the step at hand."""
+    """Requests to this process, and the request that all ranks have agreed on.
+
+    Attributes:
+        requested: the greatest request that this process has received.
+        agreed: what all ranks do after the current step.
+    """
 
     def __init__(self) -> None:
-        self.wish = StopRequest.NOTHING
+        self.requested = StopRequest.NOTHING
         self.agreed = StopRequest.NOTHING
-        self._since: float | None = None  # when the run was first asked to stop
+        self._stop_requested_at: float | None = None
 
     @contextmanager
-    def noted(self) -> Iterator[None]:
-        """Note signals while the block runs; before and behind it they do what they did.
+    def handling(self) -> Iterator[None]:
+        """Record signals while the block runs, and restore the former handlers after it.
 
-        Where the run is to stop they are still noted behind it: what is being ended is not interrupted by the same
-        signal that comes once more.
+        If a stop was requested, the handlers stay installed, so that a repeated signal cannot interrupt the shutdown.
 
         Raises:
-            KeyboardInterrupt, Terminated: a signal to stop came too late for a step to be agreed on.
+            KeyboardInterrupt, Terminated: a stop was requested after the last step.
         """
-        before = {number: signal.signal(number, self._note) for number in _WISHES}
+        before = {number: signal.signal(number, self._record) for number in _REQUESTS}
         try:
             yield
-            self.agree([self.wish])
-            self.end_if_asked()
+            self.agree([self.requested])
+            self.raise_if_requested()
         finally:
-            for number, handler in before.items() if self.wish <= StopRequest.SAVE else ():
-                signal.signal(number, handler)
+            if self.requested <= StopRequest.SAVE:
+                for number, handler in before.items():
+                    signal.signal(number, handler)
 
-    def agree(self, wishes: Sequence[float]) -> None:
-        """Take note of what every process has been asked for."""
-        self.agreed = StopRequest(max(map(int, wishes)))
+    def agree(self, requests: Sequence[float]) -> None:
+        """Set what all ranks do, from the requests of each."""
+        self.agreed = StopRequest(max(map(int, requests)))
 
-    def end_if_asked(self) -> None:
-        """To be called when what was agreed has been saved.
+    def raise_if_requested(self) -> None:
+        """End the run if that was agreed on. Call it after the checkpoint has been saved.
 
         Raises:
-            KeyboardInterrupt, Terminated: the run was asked to stop.
+            KeyboardInterrupt, Terminated: a stop was agreed on.
         """
         agreed, self.agreed = self.agreed, StopRequest.NOTHING
         if agreed is StopRequest.INTERRUPT:
             raise KeyboardInterrupt
         if agreed is StopRequest.TERMINATE:
             raise Terminated
-        if agreed is StopRequest.SAVE and self.wish is StopRequest.SAVE:
-            self.wish = StopRequest.NOTHING
+        if agreed is StopRequest.SAVE and self.requested is StopRequest.SAVE:
+            self.requested = StopRequest.NOTHING
 
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        now = time.monotonic()
-        if number == signal.SIGINT and self._since is not None and now - self._since > _SAME_KEYPRESS:
+    def _record(self, number: int, frame: FrameType | None) -> None:
+        now, first = time.monotonic(), self._stop_requested_at
+        if number == signal.SIGINT and first is not None and now - first > _SAME_KEYPRESS:
             raise KeyboardInterrupt
-        wish = _WISHES[signal.Signals(number)]
-        if wish is not StopRequest.SAVE and self._since is None:
-            self._since = now
+        request = _REQUESTS[signal.Signals(number)]
+        if request is not StopRequest.SAVE and first is None:
+            self._stop_requested_at = now
             if logger.isEnabledFor(logging.INFO):
-                # Not by the logger: the signal may have come while that was writing.
-                again = ". Ctrl-C again ends it at once" if number == signal.SIGINT else ""
+                again = ". Press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
                 name = signal.Signals(number).name
-                os.write(
-                    2, f"\n{name}: finishing the step at hand and saving a checkpoint, then ending{again}\n".encode()
-                )
-        self.wish = max(self.wish, wish)
+                line = f"\n{name}: finishing the current step and saving a checkpoint, then ending{again}\n"
+                os.write(2, line.encode())  # not through the logger, which the signal may have interrupted
+        self.requested = max(self.requested, request)

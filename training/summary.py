@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import logging
 import math
+import platform
 import time
 from typing import Any
 
@@ -18,7 +20,7 @@ from data_utils.report.data_report import DataReport
 from loading.adapters import EmbeddingsPolicy
 from loading.checkpoint import Checkpoint
 from loading.quantized import count_elements, count_weights
-from training.callbacks import RunLog, versions
+from training.callbacks import RunLog
 from training.config.args import RunArguments
 from training.progress import peak_memory
 from training.run_folder.changes import facts_from_args
@@ -103,6 +105,12 @@ def run_facts(
     }
 
 
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the libraries that the result depends on."""
+    packages = ("torch", "transformers", "peft", "accelerate", "safetensors", "tiktoken")
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}
+
+
 _DATA_KEYS = ("path", "read", "kept", "skipped", "truncated", "tokens", "trained_tokens", "skipped_at", "truncated_at")
 
 
@@ -136,14 +144,14 @@ def save_summary(
         "parameters": total,
         "data": {name: _data_summary(examples, trainer.facts["data"][name]) for name, examples in sets.items()},
         "steps": trainer.state.global_step,
-        "trained_tokens": trainer.total.targets,
+        "trained_tokens": trainer.progress.total.targets,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "last_eval_loss": eval_losses[-1] if eval_losses else None,
         "last_token_accuracy": accuracies[-1] if accuracies else None,
-        "padding": round(trainer.total.padding, 4),
+        "padding": round(trainer.progress.total.padding, 4),
         "seconds": round(seconds, 3),
-        "trained_tokens_per_second": round(trainer.total.targets / seconds, 1),
+        "trained_tokens_per_second": round(trainer.progress.total.targets / seconds, 1),
         "peak_memory": peak_memory(),
         "versions": versions(),
         "finished": time.strftime("%Y-%m-%dT%H:%M:%S%z"),

@@ -1,5 +1,7 @@
-"""A thin Trainer: the loss of a step is weighted by the targets really used, what a run says of itself costs one read
-of the device per optimizer step, and checkpoints are ours."""
+"""transformers' Trainer for causal language models: loss per token, one device read per step, whole checkpoints.
+
+Every hook of transformers that is overridden is in this file, and is listed in ``tests/unit/test_library_contract.py``.
+"""
 
 from __future__ import annotations
 
@@ -12,47 +14,70 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import PrinterCallback, ProgressCallback
+from transformers import PrinterCallback, ProgressCallback, Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
-from chat.label_mask import IGNORE_INDEX
 from errors import RunError
 from loading.checkpoint import Checkpoint
+from loading.sharding import gather_weights, is_sharded, whole
 from training.callbacks import LogLines, ProgressBar
 from training.distributed.heartbeat import RankStatus
 from training.distributed.world import World
-from training.progress import Counts, peak_memory
+from training.progress import Counts, Progress, count_correct, count_targets, weigh_targets
 from training.run_folder.manifest import write_manifest
 from training.run_folder.output import TRAINER_STATE
 from training.run_folder.saving import save_model
 from training.run_folder.staging import saving_errors, staged_checkpoint
-from training.samplers import EpochSampler, PaddedDataset, as_given, by_source, grouped, mixed
+from training.samplers import EpochSampler, PaddedDataset, build_sampler
 from training.signals import Signals, StopRequest
-from training.trainer_resume import ResumingTrainer, remove_superseded
+from training.trainer_engines import complete_engine_options, enable_fsdp_on_cpu
+from training.trainer_resume import EpochEnds, add_missing_states, keeping_dtypes, remove_superseded, set_learning_rate
 
 logger = logging.getLogger(__name__)
 
-_NAMED_PLACES = 20
+_MAX_NAMED_SAMPLES = 20
 
 
-class QwenTrainer(ResumingTrainer):
-    """transformers' Trainer for causal language models.
+class QwenTrainer(Trainer):
+    """transformers' Trainer, with the same steps and the same files under every engine and after every resume.
 
-    What the host reads from the device: after the backward passes of an optimizer step and before its update, one
-    tensor with the loss, the gradient's norm and the counts of all processes (``_read_step``). The log lines are made
-    of these numbers. With ``--fp16`` the gradient scaler reads once more, whether a gradient overflowed.
+    The host reads from the device once per optimizer step, between its backward passes and its update: one tensor with
+    the loss, the gradient norm and the counts of all ranks (``_read_step``). The log lines are made of these numbers.
+    With ``--fp16`` the gradient scaler reads once more, whether a gradient overflowed.
 
     Args:
-        checkpoint: the base that is tuned; tokenizer, precision and generation config of what is saved come from it.
-        loss: ``lean`` lets the model compute the loss without logits, ``full_logits`` with them.
-        data_mixing: ``mixed`` draws examples as ``train_sampling_strategy`` says, ``sequential`` source by source.
-        facts: what checkpoints say of the run, see ``training.run_folder.changes``.
-        signals: where the process notes what it is asked for.
-        pulse: where it notes how far it is.
-        world: the processes of the run; by default this one alone.
+        checkpoint: the base model's; what is saved takes its tokenizer, precision and generation config.
+        loss: ``lean`` computes the loss without logits, ``full_logits`` with them.
+        data_mixing: ``mixed`` draws examples by ``train_sampling_strategy``, ``sequential`` source by source.
+        facts: what checkpoints record of the run, see ``training.run_folder.changes``.
+        progress: counts and times, shared with the run log.
+        signals: requests to stop or save.
+        status: this rank's status, which the other ranks watch.
+        world: the ranks of the run; by default this one only.
     """
+
+    checkpoint: Checkpoint
+    facts: Mapping[str, Any]
+    progress: Progress
+    signals: Signals
+    status: RankStatus
+    world: World
+
+    # This rank's share of the current optimizer step: a value per micro-batch, sums on the device.
+    _losses: list[Tensor]
+    _batch_indices: list[list[int]]  # of the examples
+    _step_counts: list[Tensor | int]  # targets, tokens, slots
+    _step_correct: Tensor
+    # This rank's share of the current evaluation, on the device: summed loss, its weight, correct, targets.
+    _evaluated: Tensor
+
+    _sampler: EpochSampler | None = None
+    _staging: Path | None = None  # while a checkpoint is saved
+    _resumed_from: str | None = None  # until the first epoch after a resume begins
+    _resumed_at_epoch_end: bool = False  # the checkpoint is of the last step of an epoch
 
     def __init__(
         self,
@@ -60,67 +85,52 @@ class QwenTrainer(ResumingTrainer):
         loss: str = "lean",
         data_mixing: str = "mixed",
         facts: Mapping[str, Any] | None = None,
+        progress: Progress | None = None,
         signals: Signals | None = None,
-        pulse: RankStatus | None = None,
+        status: RankStatus | None = None,
         world: World | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(processing_class=checkpoint.tokenizer, **kwargs)
-        self.facts, self.signals = facts or {}, signals or Signals()
-        self.pulse, self.world = pulse or RankStatus(), world or World()
-        self.checkpoint = checkpoint
-        self.data_mixing = data_mixing
-        self.label_names = ["labels"]  # transformers takes every argument of forward that has the word in it
+        self.checkpoint, self.data_mixing, self.facts = checkpoint, data_mixing, facts or {}
+        self.progress, self.signals = progress or Progress(), signals or Signals()
+        self.status, self.world = status or RankStatus(), world or World()
+        self.label_names = ["labels"]  # by default every argument of forward whose name contains the word
         self.is_lean = loss == "lean"
         if self.is_lean:
             self.label_smoother = None  # it needs logits; the model smoothes by itself
-        # transformers would look at every micro-batch's loss to leave out what is no number; here that ends the run.
+        # transformers would read the loss of every micro-batch to replace NaN in the log; here NaN ends the run.
         self.args.logging_nan_inf_filter = False
-        for theirs in (PrinterCallback, ProgressCallback):
-            self.remove_callback(theirs)
+        self._epoch_ends = EpochEnds()
+        self.add_callback(self._epoch_ends)
+        self.remove_callback(PrinterCallback)
+        self.remove_callback(ProgressCallback)
         self.add_callback(LogLines if self.args.disable_tqdm else ProgressBar)
-        self.total = Counts()  # since the start of the run
-        self.window = Counts()  # since the last log line
-        self._started = self.window_started = time.monotonic()
-        self._steps_done = 0  # in this process: a resumed run has done others before
-        # Of the optimizer step at hand and of the evaluation at hand, on the device; this process's share.
-        self._correct = torch.zeros((), dtype=torch.long, device=self.args.device)
-        self._evaluated = torch.zeros(4, device=self.args.device)  # summed loss, its weight, correct, targets
-        self._losses: list[Tensor] = []
-        self._batches: list[list[int]] = []
-        self._counts: list[Tensor | int] = []
-        self._staging: Path | None = None
-        self._order: EpochSampler | None = None
+        self._losses, self._batch_indices, self._step_counts = [], [], []
+        self._step_correct = torch.zeros((), dtype=torch.long, device=self.args.device)
+        self._evaluated = torch.zeros(4, device=self.args.device)
+
+    def create_accelerator_and_postprocess(self) -> None:
+        complete_engine_options(self.args)
+        super().create_accelerator_and_postprocess()
+        enable_fsdp_on_cpu(self)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        self._started = self.window_started = time.monotonic()
+        self.progress.start()
         return super().train(*args, **kwargs)
 
-    # Batches
+    # ------------------------------------------------------------------------------------------------------- batches
 
     def _get_collator_with_removed_columns(
         self, data_collator: Callable[..., Any], description: str | None = None
     ) -> Callable[..., Any]:
-        """The collator as it is: it picks the keys it knows, and ``index`` is no argument of the model."""
+        """Return the collator unchanged: it picks its keys itself, and needs ``index``, which the model does not."""
         return data_collator
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Sampler[int] | None:
         examples: Any = self.train_dataset
-        batch = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        strategy = self.args.train_sampling_strategy
-        if self.data_mixing == "sequential":
-            order = by_source(examples.source_sizes)
-        elif strategy == "random":
-            order = mixed(len(examples))
-        elif strategy == "sequential":
-            order = as_given(len(examples))
-        elif strategy == "group_by_length":
-            order = grouped(examples.lengths, batch)
-        else:
-            return super()._get_train_sampler(train_dataset)
-        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        self._order = EpochSampler(order, len(examples), seed, filled=len(train_dataset or examples))
-        return self._order
+        self._sampler = build_sampler(self.args, self.data_mixing, examples, len(train_dataset or examples))
+        return super()._get_train_sampler(train_dataset) if self._sampler is None else self._sampler
 
     def _get_dataloader(
         self,
@@ -131,62 +141,64 @@ class QwenTrainer(ResumingTrainer):
         is_training: bool = False,
         dataloader_key: str | None = None,
     ) -> DataLoader[Any]:
-        """PaddedDataset up with blanks so that all processes get as many: else the first examples would count twice."""
+        """Pad the dataset so that all ranks get as many batches; accelerate would repeat the first examples."""
         if self.args.world_size > 1 and not (is_training and self.args.dataloader_drop_last):
             dataset = PaddedDataset(dataset, self.args.world_size * batch_size, self.checkpoint.end_ids[-1])
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        # A dataloader that skips what a resumed run has seen does not tell the sampler.
-        if self._order is not None:
-            self._order.set_epoch(kwargs["epoch"])
-        super()._run_epoch(*args, **kwargs)
-
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
-        """The micro-batches of an optimizer step; what is counted of them does not go to the model."""
+        """Return the micro-batches of an optimizer step; count them, and remove what the model does not take."""
         batches, weight = super().get_batch_samples(*args, **kwargs)
         self._losses = []
-        self._correct.zero_()
-        self._batches = [batch.pop("index", []) for batch in batches]
-        self._counts = [
-            sum(_count_targets(batch) for batch in batches),
+        self._step_correct.zero_()
+        self._batch_indices = [batch.pop("index", []) for batch in batches]
+        self._step_counts = [
+            sum(count_targets(batch) for batch in batches),
             sum(batch["attention_mask"].sum() for batch in batches),
             sum(batch["input_ids"].numel() for batch in batches),
         ]
         return batches, weight
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
-        """What the summed loss of an optimizer step is divided by: its targets, or their weights, over all processes.
+        """Return the divisor of an optimizer step's summed loss: its targets, or their weights, over all ranks.
 
         transformers decides by the name of the model's class whether labels are shifted; here they always are: the
         first token of a row is never a target.
         """
-        self.pulse.advance(self.pulse.phase)  # before what waits for the other processes
-        weight = sum(_weigh_targets(batch).to(device) for batch in batch_samples)
+        self.status.advance(self.status.phase)  # before the gather, which waits for the other ranks
+        weight = sum(weigh_targets(batch).to(device) for batch in batch_samples)
         assert isinstance(weight, Tensor), "a step has at least one batch"
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
             weight = self.accelerator.gather(weight).sum()
         return weight if weight.is_floating_point() else weight.clamp(min=1)  # without targets the loss is 0, not NaN
 
-    # Loss
+    # --------------------------------------------------------------------------------------------------------- steps
 
     def compute_loss(
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
+        """Compute the loss of a micro-batch and count its correct targets.
+
+        Raises:
+            RunError: under DeepSpeed, the loss is NaN or infinite.
+        """
         labels = inputs["labels"]
         if model.training:
-            # The collator pads on the right, where no real token looks. Without a mask attention takes its causal path,
-            # and nobody has to read whether the mask hides anything.
+            # Padding is on the right, where causal attention never looks from a real token. Without a mask attention
+            # takes its causal path, and nothing has to read whether the mask hides anything.
             inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
         if self.is_lean:
             inputs = {**inputs, "loss_only": True}
             if self.args.label_smoothing_factor:
                 inputs["label_smoothing"] = self.args.label_smoothing_factor
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        self.pulse.advance(self.pulse.phase)
-        correct = outputs["num_correct"] if self.is_lean else _count_correct(outputs["logits"], labels)
+        # DeepSpeed updates within the backward pass, before _read_step.
+        if self.is_deepspeed_enabled and not math.isfinite(value := float(loss.detach())):
+            raise self._divergence("loss", value)
+        self.status.advance(self.status.phase)
+        correct = outputs["num_correct"] if self.is_lean else count_correct(outputs["logits"], labels)
         if model.training:
-            self._correct += correct
+            self._step_correct += correct
         else:
             self._evaluated[2] += correct
         return (loss, outputs) if return_outputs else loss
@@ -197,61 +209,63 @@ class QwenTrainer(ResumingTrainer):
         return loss
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
-        """Called once between the last backward pass of an optimizer step and its update."""
-        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
-        return self._read_step(norm)
+        """Read the step; called once between the last backward pass of an optimizer step and its update."""
+        return self._read_step(whole(super()._get_grad_norm(model, grad_norm=grad_norm)))
 
     def _read_step(self, norm: Tensor | float | None) -> float | None:
-        """Read what this step was, over all processes, before it changes a parameter.
+        """Read loss, counts and gradient norm of the step over all ranks, before it changes a parameter.
 
+        Returns:
+            The gradient norm.
         Raises:
-            RunError: the loss or the gradient is no number.
+            RunError: the loss or the gradient norm is NaN or infinite.
         """
         # float64 holds every count exactly; Apple's GPUs have none.
         dtype = torch.float32 if self.args.device.type == "mps" else torch.float64
-        norm_or_none = math.nan if norm is None else norm
-        mine: list[Any] = [sum(self._losses), self._correct, *self._counts, norm_or_none, self.signals.wish]
-        values = torch.stack([torch.as_tensor(value, device=self.args.device).to(dtype) for value in mine])
+        local: list[Any] = [
+            sum(self._losses), self._step_correct, *self._step_counts, math.nan if norm is None else norm,
+            self.signals.requested,
+        ]  # fmt: skip
+        values = torch.stack([torch.as_tensor(value, device=self.args.device).to(dtype) for value in local])
         rows = self.accelerator.gather(values[None]).tolist()
-        losses, correct, targets, tokens, slots, norms, wishes = zip(*rows, strict=True)
-        self.signals.agree(wishes)
+        losses, correct, targets, tokens, slots, norms, requests = zip(*rows, strict=True)
+        self.signals.agree(requests)
         if not all(map(math.isfinite, losses)):
-            raise self.diverged("loss", next(loss for loss in losses if not math.isfinite(loss)))
-        # A scaler leaves out the update when a gradient overflows, and tries a smaller scale: that is no fault.
+            raise self._divergence("loss", next(loss for loss in losses if not math.isfinite(loss)))
+        # A gradient scaler skips the update after an overflow and lowers its scale: that is no divergence.
         scales = self.accelerator.scaler is not None or (self.is_deepspeed_enabled and self.args.fp16)
         if norm is not None and not scales and not math.isfinite(norms[0]):
-            raise self.diverged("gradient norm", norms[0])
-        # Each process's loss is its part of the mean, times the processes.
-        step = Counts(1, sum(losses) / len(losses), *(int(sum(each)) for each in (correct, targets, tokens, slots)))
+            raise self._divergence("gradient norm", norms[0])
+        # Each rank's loss is its part of the mean, times the number of ranks.
+        counts = (int(sum(per_rank)) for per_rank in (correct, targets, tokens, slots))
+        step = Counts(1, sum(losses) / len(losses), *counts)
         if self.state.global_step == 0:
             self._check_first_loss(step.loss)
-        self.window.add(step)
-        self.total.add(step)
-        self._steps_done += 1
+        self.progress.add(step)
         return None if norm is None else norms[0]
 
-    def diverged(self, what: str, value: float) -> RunError:
-        """The error of a loss or gradient that is no number, with the places of the samples that it may come from."""
+    def _divergence(self, quantity: str, value: float) -> RunError:
+        """Return the error about a loss or gradient norm that is NaN or infinite, with the samples it may come from."""
         examples: Any = self.train_dataset
-        if self.is_deepspeed_enabled and what == "loss":  # found before the backward pass, by this process alone
-            culprits = self._batches[len(self._losses)]
-            used = "the step changed nothing"
+        if self.is_deepspeed_enabled and quantity == "loss":  # before the backward pass, on this rank only
+            indices = self._batch_indices[len(self._losses)]
+            effect = "the step changed nothing"
         else:
-            culprits = [
+            indices = [
                 index
-                for loss, indices in zip(self._losses, self._batches, strict=True)
-                for index in indices
-                if what != "loss" or not math.isfinite(loss)
+                for loss, batch in zip(self._losses, self._batch_indices, strict=True)
+                for index in batch
+                if quantity != "loss" or not math.isfinite(loss)
             ]
-            used = "DeepSpeed has used it" if self.is_deepspeed_enabled else "the step changed nothing"
-        places = [examples.where(index) for index in culprits]
-        if self.args.world_size > 1 and not (self.is_deepspeed_enabled and what == "loss"):
-            places = gather_object(places)
-        more = f" and {len(places) - _NAMED_PLACES} more" if len(places) > _NAMED_PLACES else ""
+            effect = "DeepSpeed has used it" if self.is_deepspeed_enabled else "the step changed nothing"
+        samples = [examples.where(index) for index in indices]
+        if self.args.world_size > 1 and not (self.is_deepspeed_enabled and quantity == "loss"):
+            samples = gather_object(samples)
+        more = f" and {len(samples) - _MAX_NAMED_SAMPLES} more" if len(samples) > _MAX_NAMED_SAMPLES else ""
         return RunError(
-            f"Optimizer step {self.state.global_step + 1}: the {what} is {value}, and {used}; "
-            f"its samples: {', '.join(places[:_NAMED_PLACES])}{more}",
-            f"Look at these samples, or lower --learning_rate {self.args.learning_rate:g}",
+            f"Optimizer step {self.state.global_step + 1}: the {quantity} is {value}, and {effect}; "
+            f"its samples: {', '.join(samples[:_MAX_NAMED_SAMPLES])}{more}",
+            f"Check these samples, or lower --learning_rate {self.args.learning_rate:g}",
         )
 
     def _check_first_loss(self, loss: float) -> None:
@@ -260,12 +274,12 @@ class QwenTrainer(ResumingTrainer):
         limit = math.log(vocabulary) + 1
         if loss > limit:
             logger.warning(
-                "The first loss is %.2f, above ln(vocabulary) + 1 = %.2f: guessing among %s tokens would do better. "
+                "The first loss is %.2f, above ln(vocabulary) + 1 = %.2f: worse than guessing among %s tokens. "
                 "The data or the tokenizer does not fit the model",
                 loss, limit, f"{vocabulary:,}",
             )  # fmt: skip
 
-    # Log
+    # ---------------------------------------------------------------------------------------------- log and evaluation
 
     def _maybe_log_save_evaluate(
         self,
@@ -278,44 +292,30 @@ class QwenTrainer(ResumingTrainer):
         start_time: float,
         learning_rate: float | None = None,
     ) -> None:
-        """transformers' own, but the log line is made of what ``_read_step`` has read already."""
-        if self.control.should_log and self.window.steps:
+        """Log what ``_read_step`` has read already, then evaluate and save as transformers does."""
+        if self.control.should_log and self.progress.window.steps:
             tr_loss.zero_()
-            self._total_loss_scalar += self.window.loss
-            self._globalstep_last_logged = self.state.global_step
-            self.log(self._describe_window(grad_norm, learning_rate), start_time)
+            self._total_loss_scalar += self.progress.window.loss
+            self._globalstep_last_logged = self.state.global_step  # transformers has nothing left to log
+            logs = self.progress.end_window(steps_left=self.state.max_steps - self.state.global_step)
+            logs["learning_rate"] = self._get_learning_rate() if learning_rate is None else learning_rate
+            if grad_norm is not None:
+                logs["grad_norm"] = float(grad_norm)
+            self.log(logs, start_time)
         started = time.monotonic()
+        self._epoch_ends.grad_norm = None if grad_norm is None else float(grad_norm)
+        self._epoch_ends.learning_rate = learning_rate
         self.control.should_save |= self.signals.agreed is not StopRequest.NOTHING
         super()._maybe_log_save_evaluate(
             tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
         )
-        self.signals.end_if_asked()
-        self.window_started += time.monotonic() - started  # tokens/s are those of training
-
-    def _describe_window(self, grad_norm: Any, learning_rate: float | None) -> dict[str, float]:
-        """What is logged of the steps since the last line, and a new window."""
-        window, now = self.window, time.monotonic()
-        peaks = peak_memory()
-        per_step = (now - self._started) / max(1, self._steps_done)
-        logs = {
-            "loss": window.loss / window.steps,
-            "token_accuracy": round(window.token_accuracy, 6),
-            "learning_rate": self._get_learning_rate() if learning_rate is None else learning_rate,
-            **({} if grad_norm is None else {"grad_norm": float(grad_norm)}),
-            "tokens_per_second": round(window.targets / (now - self.window_started), 1),
-            "padding": round(window.padding, 4),
-            "peak_memory_gib": peaks.get("gpu_gib", peaks["cpu_gib"]),
-            "eta_seconds": round(per_step * (self.state.max_steps - self.state.global_step), 1),
-        }
-        self.window, self.window_started = Counts(), now
-        return logs
-
-    # Evaluation
+        self.signals.raise_if_requested()
+        self.progress.window_started += time.monotonic() - started  # tokens/s are those of training
 
     def evaluation_loop(self, *args: Any, **kwargs: Any) -> EvalLoopOutput:
-        """transformers' loop; its loss is the mean over targets, as in training, not over batches.
+        """Evaluate as transformers does, but with the mean loss over targets, as in training, not over batches.
 
-        Training's random numbers are the same with and without it.
+        The random numbers of training do not depend on evaluations.
         """
         self._evaluated.zero_()
         with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
@@ -331,24 +331,74 @@ class QwenTrainer(ResumingTrainer):
         inputs.pop("index", None)
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
         assert loss is not None, "examples have labels"
-        # The loss is this process's sum over the targets of all processes' batches, times the processes.
+        # The loss is this rank's sum over the targets of all ranks' batches, times the number of ranks.
         scale = self._get_num_items_in_batch([inputs], loss.device) / self.args.world_size
         self._evaluated[0] += loss.detach() * scale
-        self._evaluated[1] += _weigh_targets(inputs).to(loss.device)
-        self._evaluated[3] += _count_targets(inputs).to(loss.device)
+        self._evaluated[1] += weigh_targets(inputs).to(loss.device)
+        self._evaluated[3] += count_targets(inputs).to(loss.device)
         return loss, logits, labels
 
-    # Saving
+    # -------------------------------------------------------------------------------------------------------- resuming
+
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """Restore the state; intervals of logging, saving and evaluating are the command's, not the checkpoint's."""
+        position = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
+        self.state.compute_steps(self.args, max_steps)
+        if checkpoint is not None:
+            add_missing_states(self.state, self.callback_handler.callbacks)
+            self._resumed_from = checkpoint
+            self._resumed_at_epoch_end = self.state.global_step % steps_per_epoch == 0
+        return position
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        own_model: Any = self.model
+        with keeping_dtypes(own_model):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is not None:
+            set_learning_rate(self.lr_scheduler, self.args.learning_rate)
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
+        """Run an epoch unless training is over: after a resume from the last step, transformers would do one more."""
+        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
+            self.control.should_training_stop = True
+            return
+        self._end_interrupted_epoch()
+        if self._sampler is not None:  # a dataloader that skips batches after a resume does not pass the epoch on
+            self._sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        self._end_interrupted_epoch()
+        return super()._finalize_training(*args, **kwargs)
+
+    def _end_interrupted_epoch(self) -> None:
+        """Do what is due at the end of an epoch, if the run died between its last step and its end."""
+        checkpoint, self._resumed_from = self._resumed_from, None
+        if checkpoint is None or not (self._resumed_at_epoch_end or self.control.should_training_stop):
+            return
+        if not self._epoch_ends.is_missing(self.state.global_step):
+            return
+        self._load_rng_state(checkpoint)
+        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
+        norm, rate = self._epoch_ends.grad_norm, self._epoch_ends.learning_rate
+        self._maybe_log_save_evaluate(self._tr_loss, norm, self.model_wrapped, None, 0, None, time.time(), rate)
+
+    # ---------------------------------------------------------------------------------------------------------- saving
 
     def _get_output_dir(self, trial: Any) -> str:
         return str(self._staging or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """transformers' ``checkpoint-N``, whole or not at all: filled in a hidden folder, moved when all are done."""
+        """Save transformers' ``checkpoint-N``, whole or not at all: staged in a hidden folder, then renamed."""
         output, writes = Path(str(self.args.output_dir)), self.args.should_save
         final = output / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with saving_errors(output), staged_checkpoint(final, writes) as staged:
-            self.world.wait("checkpoint")  # no collective: a large one may take longer than its time-out
+            self.world.wait("checkpoint")  # no collective: a large checkpoint may take longer than its time-out
             self._staging = staged.parent
             try:
                 super()._save_checkpoint(model, trial)
@@ -366,26 +416,17 @@ class QwenTrainer(ResumingTrainer):
             # transformers' own rotation saw the hidden folder only.
             remove_superseded(final, self.args.save_total_limit, self.state.best_model_checkpoint)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save what was trained, gathered from all ranks if the engine shards it."""
+        model = self.accelerator.unwrap_model(self.model)
+        weights: dict[str, Tensor] | None = None
+        if is_sharded(model):
+            weights = gather_weights(model, isinstance(model, PeftModel), keep=self.args.should_save)
+        self._save(output_dir, weights)
+
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         if self.args.should_save:
             model = self.accelerator.unwrap_model(self.model)
             folder = str(output_dir or self.args.output_dir)
-            exact = self._staging is not None  # what a run goes on from
+            exact = self._staging is not None  # a checkpoint to resume from keeps the precision of memory
             save_model(model, self.checkpoint, folder, state_dict, not self.args.disable_tqdm, exact)
-
-
-def _count_targets(batch: dict[str, Any]) -> Tensor:
-    return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
-
-
-def _weigh_targets(batch: dict[str, Any]) -> Tensor:
-    """The targets' ``loss_weights``, where the batch has them, else their number."""
-    if (weights := batch.get("loss_weights")) is None:
-        return _count_targets(batch)
-    return weights[:, 1:].masked_fill(batch["labels"][:, 1:] == IGNORE_INDEX, 0).sum()
-
-
-def _count_correct(logits: Tensor, labels: Tensor) -> Tensor:
-    """Targets whose most likely token is right. ``logits`` [B, T, V], ``labels`` [B, T], not shifted."""
-    targets = labels[:, 1:].to(logits.device)
-    return ((logits[:, :-1].argmax(-1) == targets) & (targets != IGNORE_INDEX)).sum()

@@ -127,7 +127,7 @@ def test_a_run_that_is_asked_to_stop_saves_first(tmp_path: Path, number: signal.
     assert not {*MODEL, ".saving"} & set(names_in(output))
     said = (tmp_path / "stderr").read_text()
     assert message(said) == f"finetune.py: {word}. The same command goes on from {newest}"
-    assert f"{number.name}: finishing the step at hand and saving a checkpoint, then ending" in said
+    assert f"{number.name}: finishing the current step and saving a checkpoint, then ending" in said
     resume = arguments(tmp_path, saved(output)[-1] + 2, *flags)
     assert run_here(finetune.main, "finetune.py", resume) == 0
     assert logged(output) == list(range(1, saved(output)[-1] + 1))

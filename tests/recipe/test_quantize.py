@@ -223,8 +223,7 @@ def test_an_adapter_trains_on_the_result(
         "--max_steps", 30, "--per_device_train_batch_size", 8, "--learning_rate", 3e-3, "--logging_steps", 10,
         "--save_strategy", "no",
     )  # fmt: skip
-    assert run_log.trainer is not None
-    losses = [row["loss"] for row in run_log.trainer.state.log_history if "loss" in row]
+    losses = [row["loss"] for row in run_log.trainer_state.log_history if "loss" in row]
     assert losses[-1] < 0.9 * losses[0], losses
     assert "adapter_model.safetensors" in names_in(tmp_path / "adapter")
 

@@ -46,7 +46,7 @@ class Start:
     Attributes:
         checkpoint: the folder it goes on from.
         is_finished: whether the same run has been done, and nothing is left to do.
-        removes_leftovers: whether the output folder holds what this run left before its first checkpoint, to be removed.
+        removes_leftovers: whether to remove what this run left in the output folder before its first checkpoint.
     """
 
     checkpoint: str | None = None

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-from training.samplers import EpochSampler, Order, as_given, by_source, grouped, mixed
+from training.samplers import EpochSampler, Order, by_source, grouped, in_order, shuffled
 
 LENGTHS = [7, 3, 9, 1, 5, 8, 2, 6, 4, 10]
 ORDERS = {
-    "mixed": mixed(10),
-    "as_given": as_given(10),
+    "shuffled": shuffled(10),
+    "in_order": in_order(10),
     "grouped": grouped(LENGTHS, 2),
     "by_source": by_source([4, 0, 6]),
 }
@@ -18,7 +18,7 @@ ORDERS = {
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_every_example_once_and_the_blanks_behind_them(order: Order) -> None:
-    sampler = EpochSampler(order, 10, seed=3, filled=12)
+    sampler = EpochSampler(order, 10, seed=3, padded_length=12)
     for epoch in range(3):
         sampler.set_epoch(epoch)
         indices = list(sampler)
@@ -29,15 +29,15 @@ def test_every_example_once_and_the_blanks_behind_them(order: Order) -> None:
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
 def test_the_order_depends_on_seed_and_epoch_alone(order: Order) -> None:
-    sampler = EpochSampler(order, 10, seed=3, filled=10)
+    sampler = EpochSampler(order, 10, seed=3, padded_length=10)
     first = list(sampler)
     torch.randn(5)  # what else a run draws
     assert list(sampler) == first
-    again = EpochSampler(order, 10, seed=3, filled=10)
+    again = EpochSampler(order, 10, seed=3, padded_length=10)
     sampler.set_epoch(2)
     again.set_epoch(2)
     assert list(sampler) == list(again)
-    assert (list(sampler) == first) == (order is ORDERS["as_given"])
+    assert (list(sampler) == first) == (order is ORDERS["in_order"])
 
 
 def test_mixed_is_the_order_that_transformers_draws() -> None:
@@ -45,14 +45,14 @@ def test_mixed_is_the_order_that_transformers_draws() -> None:
 
     theirs = SeedableRandomSampler(range(10), data_seed=42)
     theirs.set_epoch(1)
-    ours = EpochSampler(mixed(10), 10, seed=42, filled=10)
+    ours = EpochSampler(shuffled(10), 10, seed=42, padded_length=10)
     ours.set_epoch(1)
     assert list(ours) == list(theirs)
 
 
 def test_sources_stay_apart_and_groups_have_like_lengths() -> None:
-    indices = list(EpochSampler(ORDERS["by_source"], 10, seed=1, filled=10))
+    indices = list(EpochSampler(ORDERS["by_source"], 10, seed=1, padded_length=10))
     assert sorted(indices[:4]) == list(range(4))
-    indices = list(EpochSampler(grouped(LENGTHS, 5), 10, seed=1, filled=10))
+    indices = list(EpochSampler(grouped(LENGTHS, 5), 10, seed=1, padded_length=10))
     lengths = [LENGTHS[index] for index in indices]
     assert lengths[0] == 10  # what needs most memory comes first

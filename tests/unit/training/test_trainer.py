@@ -145,7 +145,7 @@ def test_a_line_is_about_the_steps_since_the_last_one(data: Path, tmp_path: Path
     lengths = dataset.lengths
     expected = [1 - (lengths[at] + lengths[at + 1]) / (2 * max(lengths[at : at + 2])) for at in range(0, 8, 2)]
     assert [row["padding"] for row in ones] == pytest.approx(expected, abs=1e-4)
-    assert single.total.padding == double.total.padding == pytest.approx(
+    assert single.progress.total.padding == double.progress.total.padding == pytest.approx(
         1 - sum(lengths) / sum(2 * max(lengths[at : at + 2]) for at in range(0, 8, 2))
     )  # fmt: skip
     assert ones[0]["eta_seconds"] > ones[1]["eta_seconds"] > ones[-1]["eta_seconds"] == 0
@@ -179,7 +179,7 @@ def test_weights_of_targets_are_divided_by_their_sum_over_the_step(data: Path, t
     trainer.train()
     expected = (10 * sum(sums[:4]) + sum(sums[4:])) / (10 * sum(counts[:4]) + sum(counts[4:]))
     assert logs_of(trainer)[0]["loss"] == pytest.approx(expected, rel=1e-5)
-    assert trainer.total.targets == sum(counts)
+    assert trainer.progress.total.targets == sum(counts)
 
 
 def test_evaluation_says_how_many_tokens_were_right(data: Path, tmp_path: Path) -> None:
@@ -221,7 +221,7 @@ def test_a_loss_that_is_no_number_stops_before_the_update(data: Path, tmp_path: 
         trainer.train()
     assert str(stopped.value) == (
         f"Optimizer step 3: the loss is nan, and the step changed nothing; its samples: {data}:6. "
-        "Look at these samples, or lower --learning_rate 0.1"
+        "Check these samples, or lower --learning_rate 0.1"
     )
     assert len(before) == trainer.state.global_step == 2
     after = model.state_dict()
@@ -355,8 +355,7 @@ def test_early_stopping_by_token_accuracy(data: Path, tmp_path: Path) -> None:
         "--load_best_model_at_end", "True", "--metric_for_best_model", "token_accuracy", "--learning_rate", 1e-9,
         "--early_stopping_patience", 2,
     )  # fmt: skip
-    assert run.trainer is not None
-    state = run.trainer.state
+    state = run.trainer_state
     assert (state.global_step, state.best_global_step) == (3, 1)
     assert [row["step"] for row in run.rows if "eval_token_accuracy" in row] == [1, 2, 3]
 
