@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     # torch is imported after the flags are checked, so that a wrong flag is reported at once.
-    from checkpoints.folders import check_apart, check_output_folder, check_space, staged_folder
+    from checkpoints.folders import check_output_folder, check_outside_inputs, check_space, staged_folder
     from checkpoints.writing import parse_size, save_source
     from export.base_check import check_trained_on
     from export.companion_files import write_card, write_companion_files
@@ -43,7 +43,7 @@ def main(argv: Sequence[str]) -> None:
     weighted = load_adapters(args.adapter)
     adapters = [each.adapter for each in weighted]
     base = open_base(find_base(args.base, adapters[0].folder, adapters[0].config))
-    check_apart(args.output, {"--adapter": [adapter.folder for adapter in adapters], "--base": [base.folder]})
+    check_outside_inputs(args.output, {"--adapter": [adapter.folder for adapter in adapters], "--base": [base.folder]})
     check_output_folder(args.output)
     check_trained_on(base, adapters, args.base is not None, args.any_base)
     plan = plan_merge(base, weighted, args.layout, args.dtype)

@@ -38,7 +38,7 @@ def temporary_folder(path: Path) -> Iterator[Path]:
 
 
 def check_output_folder(path: str | Path, flag: str = "--output") -> None:
-    """Raise ``ConfigError`` unless ``path`` is free: absent, or an empty folder."""
+    """Raise ``ConfigError`` unless ``path`` does not exist or is an empty folder."""
     path = Path(path)
     if path.is_symlink():
         raise ConfigError(f"{flag} {path} is a symbolic link", "Give the folder itself, or one that does not exist yet")
@@ -50,13 +50,13 @@ def check_output_folder(path: str | Path, flag: str = "--output") -> None:
 
 @contextmanager
 def staged_folder(path: str | Path, flag: str = "--output") -> Iterator[Path]:
-    """Write a folder in one step: yields ``path + ".partial-<pid>"``, which becomes ``path`` when the block ends well.
+    """Write a folder in one step: yield ``PATH.partial-PID``, and rename it to ``path`` after the block.
 
-    After an error in the block (Ctrl-C too) the partial folder is removed and ``path`` is as it was. What killed
-    processes have left for the same path is removed first.
+    After an error in the block (Ctrl-C too) the partial folder is removed and ``path`` is unchanged. Partial folders of
+    killed processes for the same path are removed first; those of running processes are locked and stay.
 
     Raises:
-        ConfigError: ``path`` is taken (see :func:`check_output_folder`) or cannot be made.
+        ConfigError: ``path`` is not free (see :func:`check_output_folder`) or cannot be created.
     """
     check_output_folder(path, flag)
     final = Path(path).resolve()
@@ -66,11 +66,11 @@ def staged_folder(path: str | Path, flag: str = "--output") -> Iterator[Path]:
         staging.mkdir(parents=True)
         lock = os.open(staging, os.O_RDONLY)
     except OSError as error:
-        what = f"{flag} {path} cannot be made: {error.strerror}"
-        raise ConfigError(what, "Choose a folder you may write to") from error
+        what = f"{flag} {path} cannot be created: {error.strerror}"
+        raise ConfigError(what, "Choose a writable folder") from error
     try:
-        with suppress(OSError):  # not every network file system has locks
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # until the process ends, however it ends
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, even if it is killed
         try:
             yield staging
             sync_files(staging)
@@ -82,15 +82,15 @@ def staged_folder(path: str | Path, flag: str = "--output") -> Iterator[Path]:
             os.replace(staging, final)
             sync(final.parent)
         except OSError as error:
-            # The work is done and whole: leave it to the user rather than throw it away.
-            fix = f"The complete result is kept in {staging}: move it yourself"
-            raise ConfigError(f"{flag} {path} cannot take the result: {error.strerror}", fix) from error
+            # The result is complete: keep it for the user instead of removing it.
+            fix = f"The complete result is in {staging}: move it by hand"
+            raise ConfigError(f"{flag} {path} cannot be replaced by the result: {error.strerror}", fix) from error
     finally:
         os.close(lock)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder, also where a signal ends the first attempt."""
+    """Remove a folder; retry once if a signal interrupts the removal."""
     try:
         shutil.rmtree(folder, ignore_errors=True)
     except BaseException:
@@ -99,7 +99,7 @@ def remove_folder(folder: Path) -> None:
 
 
 def _remove_leftovers(final: Path) -> None:
-    """Remove what dead processes were writing for the same folder: what nobody has locked."""
+    """Remove the partial folders of ``final`` that no running process has locked."""
     for folder in final.parent.glob(f"{glob.escape(final.name)}.partial-*"):
         lock = os.open(folder, os.O_RDONLY)
         try:
@@ -110,21 +110,22 @@ def _remove_leftovers(final: Path) -> None:
             os.close(lock)
 
 
-def check_apart(output: Path, inputs: Mapping[str, Iterable[Path]], flag: str = "--output") -> None:
-    """What is read stays as it is: nothing is written into it.
+def check_outside_inputs(output: Path, inputs: Mapping[str, Iterable[Path]], flag: str = "--output") -> None:
+    """Check that the output folder is none of the input folders and is not inside one.
 
     Args:
-        inputs: folders by the flag that named them.
-        flag: that named ``output``.
+        inputs: input folders by the flag that named them.
+        flag: the flag that named ``output``.
 
     Raises:
-        ConfigError: ``output`` is one of them, or lies within.
+        ConfigError: ``output`` is an input folder or inside one.
     """
-    for named, folders in inputs.items():
+    for input_flag, folders in inputs.items():
         for folder in folders:
             if folder.resolve() in (output.resolve(), *output.resolve().parents):
-                where = "is" if folder.resolve() == output.resolve() else "lies in"
-                raise ConfigError(f"{flag} {output} {where} the folder of {named}", "Give a new folder beside it")
+                relation = "is" if folder.resolve() == output.resolve() else "is inside"
+                what = f"{flag} {output} {relation} the folder of {input_flag}"
+                raise ConfigError(what, "Give a new folder beside it")
 
 
 def check_space(needed: int, output: Path, flag: str = "--output") -> None:

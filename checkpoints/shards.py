@@ -1,4 +1,4 @@
-"""Checkpoint folders, read tensor by tensor: files are mapped into memory, nothing is held that is not asked for."""
+"""Read checkpoint folders tensor by tensor: files are memory-mapped and nothing is loaded before it is read."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from errors import ConfigError
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 MIB = 2**20
-# What a dtype is called in the header of a safetensors file.
+# Dtypes by their code in the header of a safetensors file.
 SAFETENSORS_DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
@@ -28,7 +28,7 @@ SAFETENSORS_DTYPES = {
 
 
 class _SafetensorsFile:
-    """One safetensors file, its header read, its data still on disk."""
+    """One safetensors file: its header is read, its data stay on disk."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -49,16 +49,16 @@ class _SafetensorsFile:
 
 
 class _PickleFile:
-    """One ``.bin`` file of tensors, mapped into memory; anything in it but tensors and plain containers is refused."""
+    """One memory-mapped ``.bin`` file; a pickle of anything but tensors and plain containers is refused."""
 
     def __init__(self, path: Path) -> None:
         try:
-            # Files older than torch 1.6 are no zip archives and cannot be mapped.
+            # Files written before torch 1.6 are not zip archives and cannot be memory-mapped.
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
             raise _broken(path, error) from error
         if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-            raise ConfigError(f"{path} does not hold named tensors", "Use the folder of a saved model")
+            raise ConfigError(f"{path} does not contain named tensors", "Use the folder of a saved model")
         self._state = dict(state)
         self.names = list(self._state)
 
@@ -78,54 +78,54 @@ def _broken(path: Path, error: Exception) -> ConfigError:
 
 
 class CheckpointReader(TensorSource):
-    """The tensors in the files of a checkpoint. Made by :func:`open_checkpoint`."""
+    """The tensors in the weight files of a checkpoint; built by :func:`open_checkpoint`."""
 
     def __init__(self, files: list[Path], weight_map: Mapping[str, str] | None = None) -> None:
-        """``weight_map``: the index's tensor -> file name; without it every tensor of every file is taken."""
+        """``weight_map``: tensor name -> file name, from the index; if ``None``, all tensors of all files."""
         self.files = files
-        self._where: dict[str, _SafetensorsFile | _PickleFile] = {}
+        self._file_of: dict[str, _SafetensorsFile | _PickleFile] = {}
         for path in files:
             file = _SafetensorsFile(path) if path.suffix == ".safetensors" else _PickleFile(path)
             names = file.names
             if weight_map is not None:
                 names = [name for name, file_name in weight_map.items() if file_name == path.name]
-                if lost := set(names) - set(file.names):
-                    what = f"{path} lacks the tensor {min(lost)} that the index places there"
+                if missing := set(names) - set(file.names):
+                    what = f"{path} lacks the tensor {min(missing)}, which the index assigns to it"
                     raise ConfigError(what, "Copy or download this file again")
-            self._where.update(dict.fromkeys(names, file))
+            self._file_of.update(dict.fromkeys(names, file))
 
     def names(self) -> list[str]:
-        return list(self._where)
+        return list(self._file_of)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._where
+        return name in self._file_of
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._where[name].shape(name)
+        return self._file_of[name].shape(name)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._where[name].dtype(name)
+        return self._file_of[name].dtype(name)
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        tensor = self._where[name].read(name)
+        tensor = self._file_of[name].read(name)
         return tensor[start:stop] if tensor.dim() else tensor
 
 
 def open_checkpoint(folder: str | Path, names: tuple[str, ...] = WEIGHTS) -> CheckpointReader:
-    """Open the weights of a folder: one file or shards with an index, safetensors before ``.bin``.
+    """Open the weights of a folder: one file or shards with an index, safetensors preferred to ``.bin``.
 
     Args:
         folder: a checkpoint folder.
-        names: the weights' file names, in order of preference (an adapter's are ``adapter_model.*``).
+        names: file names of the weights in order of preference (for an adapter ``adapter_model.*``).
     Raises:
-        ConfigError: no weights, a shard that the index names is missing, a truncated or unreadable file.
+        ConfigError: no weights, a missing shard, a truncated or unreadable file.
     """
     files, weight_map = _find_weights(Path(folder), names)
     return CheckpointReader(files, weight_map)
 
 
-def _named_by_quantizer(folder: Path) -> tuple[str, ...]:
-    """Files of old quantised checkpoints, such as gptq_model-4bit-128g.safetensors, where the config names one."""
+def _names_from_quantization(folder: Path) -> tuple[str, ...]:
+    """Weight file names of old quantised checkpoints (gptq_model-4bit-128g.safetensors), from their config."""
     quantization = find_quantization(folder)
     if quantization is None or quantization.file_name is None:
         return ()
@@ -133,6 +133,7 @@ def _named_by_quantizer(folder: Path) -> tuple[str, ...]:
 
 
 def _find_weights(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], dict[str, str] | None]:
+    """Return the weight files of a folder and, if they are shards, the index's map of tensor name -> file name."""
     for name in names:
         if (folder / name).is_file():
             return [folder / name], None
@@ -142,49 +143,51 @@ def _find_weights(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], dic
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ConfigError(f"{index} has no weight_map", "Copy or download this file again")
             return _check_shards(folder, index, weight_map), weight_map
-    if names == WEIGHTS and (others := _named_by_quantizer(folder)):
+    if names == WEIGHTS and (others := _names_from_quantization(folder)):
         return _find_weights(folder, others)
-    what = "is no folder" if not folder.is_dir() else f"holds no weights ({' or '.join(names)}, whole or with an index)"
-    raise ConfigError(f"{folder} {what}", "Point to the folder of a saved model")
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder", "Point to the folder of a saved model")
+    what = f"{folder} holds no weights ({' or '.join(names)}, one file or shards with an index)"
+    raise ConfigError(what, "Point to the folder of a saved model")
 
 
 def _check_shards(folder: Path, index: Path, weight_map: Mapping[str, object]) -> list[Path]:
-    """The files that an index names, each of which has to lie in the folder."""
+    """Return the files listed in an index; raise ``ConfigError`` unless each is a weight file in the folder."""
     for tensor, shard in weight_map.items():
         if (
             not isinstance(shard, str)
             or Path(shard).name != shard
             or Path(shard).suffix not in (".safetensors", ".bin")
         ):
-            what = f"{index} places {tensor} in {shard!r}, which is no name of a weight file"
-            raise ConfigError(what, "Use the checkpoint only if you trust where it comes from, and get the index again")
+            what = f"{index} assigns {tensor} to {shard!r}, which is not the name of a weight file"
+            raise ConfigError(what, "Use the checkpoint only if you trust its source, and download the index again")
     shards = [folder / shard for shard in sorted({str(shard) for shard in weight_map.values()})]
     for shard in shards:
         if not shard.is_file():
-            raise ConfigError(f"{shard} is missing though {index.name} names it", "Download it again")
+            raise ConfigError(f"{shard} is missing, but {index.name} lists it", "Download it again")
     return shards
 
 
 def fingerprint(folder: str | Path, names: tuple[str, ...] = WEIGHTS) -> str:
-    """A quick identity of a checkpoint's weights: SHA-256 over each weight file's size and samples of its content.
+    """A quick hash of a checkpoint's weights: SHA-256 over the size of each weight file and samples of its content.
 
-    The samples are the first MiB (names, shapes and dtypes stand there), the last MiB and 4 KiB at up to 256 places in
-    between, so that merging into any large matrix shows. Neither the folder's place nor the files' names matter.
+    The samples are the first MiB (which contains names, shapes and dtypes), the last MiB and 4 KiB at up to 256 offsets
+    in between, so that a change of any large matrix is seen. Folder and file names do not matter.
 
     Args:
         names: see :func:`open_checkpoint`.
     Returns:
         64 hex digits.
     Raises:
-        ConfigError: the folder holds no weights.
+        ConfigError: the folder contains no weights.
     """
     digest = hashlib.sha256()
     for path in _find_weights(Path(folder), names)[0]:
         size = path.stat().st_size
         digest.update(size.to_bytes(8, "little"))
-        samples = [(place, 4096) for place in range(MIB, size, max(MIB, size // 256))]
+        samples = [(offset, 4096) for offset in range(MIB, size, max(MIB, size // 256))]
         with path.open("rb") as file:
-            for place, length in [(0, MIB), *samples, (max(0, size - MIB), MIB)]:
-                file.seek(place)
+            for offset, length in [(0, MIB), *samples, (max(0, size - MIB), MIB)]:
+                file.seek(offset)
                 digest.update(file.read(length))
     return digest.hexdigest()

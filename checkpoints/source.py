@@ -1,7 +1,7 @@
-"""What every form of a checkpoint's weights can be asked for, whether it lies in files or is computed on the way.
+"""TensorSource: the tensors of a checkpoint by name, read from files or computed on demand.
 
-A form that changes another one (dequantised, folded, under other names) keeps no tensors: asked for some rows, it asks
-the form below it for the rows that it needs. So a model passes through a chain of forms in the memory of a few rows.
+A source that changes another one (dequantised, merged, renamed) stores no tensors: to return some rows it reads the
+rows it needs from the source below it. A whole model passes through a chain of sources in the memory of a few rows.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 # Elements of a tensor that are computed and written at a time: 16 MiB in float32.
-BLOCK = 2**22
+BLOCK_ELEMENTS = 2**22
 
 
 class TensorSource(ABC):
@@ -23,7 +23,7 @@ class TensorSource(ABC):
 
     @abstractmethod
     def names(self) -> list[str]:
-        """All names, in the order they are written in. A tied head is not among them."""
+        """All names, in the order in which they are written, without a tied head."""
 
     @abstractmethod
     def __contains__(self, name: str) -> bool: ...
@@ -33,29 +33,29 @@ class TensorSource(ABC):
 
     @abstractmethod
     def dtype(self, name: str) -> torch.dtype:
-        """What the tensor is stored in, or is to be stored in."""
+        """The dtype in which the tensor is stored or will be written."""
 
     @abstractmethod
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """``tensor[start:stop]``, in ``dtype(name)`` or, where it was computed, in float32: its writer rounds, once.
+        """``tensor[start:stop]``: in ``dtype(name)`` if stored, in float32 if computed (the writer rounds it once).
 
-        It may be a read-only view of a file: copy it before changing it in place.
+        The result may be a read-only view of a file: copy it before changing it in place.
         """
 
     def read(self, name: str) -> Tensor:
-        """The whole tensor, as :meth:`rows` gives it."""
+        """The whole tensor, in the dtype of :meth:`rows`."""
         return self.rows(name)
 
     def nbytes(self, name: str) -> int:
-        """The size of the tensor in ``dtype(name)``."""
+        """The size of the tensor in bytes, in ``dtype(name)``."""
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
     def total_nbytes(self) -> int:
-        """The size of all tensors."""
+        """The size of all tensors in bytes."""
         return sum(self.nbytes(name) for name in self.names())
 
     def blocks(self, name: str) -> Iterator[Tensor]:
-        """The tensor's rows, some at a time, so that none of the pieces has many more than ``BLOCK`` elements."""
+        """Yield the tensor in blocks of rows of at most ``BLOCK_ELEMENTS`` elements (at least one row)."""
         shape = self.shape(name)
         if not shape:
             yield self.read(name)
@@ -65,7 +65,7 @@ class TensorSource(ABC):
 
 
 class View(TensorSource):
-    """The tensors of another source as they are; a form of its own changes what it has to."""
+    """The tensors of the source ``below``, unchanged; a subclass overrides what it changes."""
 
     def __init__(self, below: TensorSource) -> None:
         self.below = below
@@ -87,7 +87,7 @@ class View(TensorSource):
 
 
 class InDtype(View):
-    """The same tensors, floats to be stored in ``target``."""
+    """The tensors of another source, with floating-point tensors written in ``target``."""
 
     def __init__(self, below: TensorSource, target: torch.dtype) -> None:
         super().__init__(below)
@@ -99,14 +99,14 @@ class InDtype(View):
 
 
 def row_blocks(rows: int, width: int) -> Iterator[tuple[int, int]]:
-    """(start, stop) of the rows of a matrix, in pieces of about ``BLOCK`` elements."""
-    step = max(1, BLOCK // max(1, width))
+    """Yield (start, stop) of blocks of rows of a matrix, each of at most ``BLOCK_ELEMENTS`` elements."""
+    step = max(1, BLOCK_ELEMENTS // max(1, width))
     for start in range(0, rows, step):
         yield start, min(start + step, rows)
 
 
 def main_dtype(source: TensorSource) -> torch.dtype:
-    """The float type that most of a checkpoint's bytes are in; float32 where there are no floats."""
+    """The floating-point dtype of most of a checkpoint's bytes; float32 if it contains none."""
     sizes: Counter[torch.dtype] = Counter()
     for name in source.names():
         if (dtype := source.dtype(name)).is_floating_point:
@@ -115,9 +115,9 @@ def main_dtype(source: TensorSource) -> torch.dtype:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; unlike ``isfinite().all()`` it makes no tensor of the same size."""
+    """Whether no value is NaN or infinite; allocates no mask, unlike ``isfinite().all()``."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
-    if tensor.dtype.itemsize == 1:  # has no minimum
+    if tensor.dtype.itemsize == 1:  # aminmax does not support 8-bit floats
         tensor = tensor.to(torch.float32)
     return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))

@@ -1,4 +1,4 @@
-"""Checkpoint folders written: in shards, and so that nothing carries its final name until it is whole."""
+"""Write checkpoint folders in shards; no file has its final name before it is complete."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "Mi
 
 
 def parse_size(text: str, flag: str = "--max_shard_size") -> int:
-    """``"2GB"`` -> bytes, by the library's convention: GB is 10^9, GiB is 2^30, bare digits are bytes."""
+    """``"2GB"`` -> bytes, by the convention of transformers: GB is 10^9, GiB is 2^30, a bare number is bytes."""
     match = re.fullmatch(r"(\d+)\s*([KMGT]i?B)?", text.strip())
     size = int(match[1]) * _UNITS.get(match[2], 1) if match else 0
     if size == 0:
@@ -40,7 +40,7 @@ _CODES = {dtype: code for code, dtype in SAFETENSORS_DTYPES.items()}
 
 @dataclass(frozen=True)
 class _Entry:
-    """One tensor of a weight file that is about to be written, and where its data come from, in blocks of rows."""
+    """A tensor to be written to a weight file; ``blocks`` returns its data as blocks of rows."""
 
     name: str
     shape: tuple[int, ...]
@@ -52,32 +52,30 @@ class _Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
     @classmethod
-    def held(cls, name: str, tensor: Tensor) -> _Entry:
-        """A tensor that is in memory."""
+    def in_memory(cls, name: str, tensor: Tensor) -> _Entry:
         return cls(name, tuple(tensor.shape), tensor.dtype, lambda: [tensor])
 
     @classmethod
-    def of(cls, source: TensorSource, name: str) -> _Entry:
-        """A tensor that is computed, or read from its file, while it is written."""
+    def from_source(cls, source: TensorSource, name: str) -> _Entry:
+        """A tensor that is read or computed while it is written."""
         return cls(name, source.shape(name), source.dtype(name), lambda: _rounded_blocks(source, name))
 
 
 def save_checkpoint(tensors: Iterable[tuple[str, Tensor]], folder: str | Path, max_shard_size: int) -> list[Path]:
-    """Write tensors as they come to ``model.safetensors``, or to numbered shards and their index.
+    """Write tensors in the given order to ``model.safetensors``, or to numbered shards and their index.
 
-    One shard is held in memory at a time. Shards get their final names when all of them are on disk, the index last;
-    after a failure nothing of this call is left.
+    One shard is in memory at a time. Shards are renamed to their final names when all are on disk, then the index is
+    written; after a failure nothing of this call is left.
 
     Args:
-        tensors: (name, tensor) pairs; each name once (leave a tied head out).
-        folder: where to write; made when missing, must not hold weights yet.
-        max_shard_size: bytes of tensor data in one file; a larger tensor gets a file of its own.
+        tensors: (name, tensor) pairs with unique names, without a tied head.
+        folder: created if missing; must not contain weights.
+        max_shard_size: bytes of tensor data per file; a larger tensor is written to a file of its own.
     Returns:
         The weight files, without the index.
     """
-    return _save(
-        (_Entry.held(name, tensor) for name, tensor in tensors), Path(folder), max_shard_size, lambda size: None
-    )
+    entries = (_Entry.in_memory(name, tensor) for name, tensor in tensors)
+    return _save(entries, Path(folder), max_shard_size, lambda size: None)
 
 
 def save_source(
@@ -86,15 +84,15 @@ def save_source(
     max_shard_size: int,
     on_written: Callable[[int], object] = lambda size: None,
 ) -> list[Path]:
-    """Write a checkpoint as :func:`save_checkpoint` does, in the memory of some rows of a tensor.
+    """Write a checkpoint like :func:`save_checkpoint`, with a few blocks of rows in memory at a time.
 
     Args:
-        source: each tensor is written in its ``dtype(name)``: values are rounded to it here, once.
-        on_written: called with the number of bytes after each block of rows.
+        source: each tensor is rounded here, once, to its ``dtype(name)``.
+        on_written: called with the number of bytes written after each block.
     Raises:
-        ConfigError: a value is NaN or infinite, or becomes it in the dtype that it is written in.
+        ConfigError: a value is NaN or infinite, or becomes so in the dtype it is written in.
     """
-    entries = (_Entry.of(source, name) for name in source.names())
+    entries = (_Entry.from_source(source, name) for name in source.names())
     return _save(entries, Path(folder), max_shard_size, on_written)
 
 
@@ -121,28 +119,27 @@ def _save(
 
 def _shards(entries: Iterable[_Entry], max_shard_size: int) -> Iterator[list[_Entry]]:
     shard: list[_Entry] = []
-    held, seen = 0, set()
+    size, seen = 0, set()
     for entry in entries:
         assert entry.name not in seen, f"{entry.name} was given twice"
         seen.add(entry.name)
-        if shard and held + entry.nbytes > max_shard_size:
+        if shard and size + entry.nbytes > max_shard_size:
             yield shard
-            shard, held = [], 0
+            shard, size = [], 0
         shard.append(entry)
-        held += entry.nbytes
+        size += entry.nbytes
     yield shard
 
 
 def _write_shard(shard: list[_Entry], path: Path, on_written: Callable[[int], object] = lambda size: None) -> None:
-    """A safetensors file: the length of the header, the header as JSON, the data without gaps."""
-    # Wider elements first: so each tensor begins at a multiple of its element's size.
+    """Write a safetensors file: the length of the header, the header as JSON, the tensor data without gaps."""
+    # Wider elements first, so that each tensor starts at a multiple of its element size.
     shard = sorted(shard, key=lambda entry: -entry.dtype.itemsize)
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    place = 0
+    end = 0
     for entry in shard:
-        offsets = [place, place + entry.nbytes]
-        header[entry.name] = {"dtype": _CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": offsets}
-        place = offsets[1]
+        start, end = end, end + entry.nbytes
+        header[entry.name] = {"dtype": _CODES[entry.dtype], "shape": list(entry.shape), "data_offsets": [start, end]}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:
@@ -157,30 +154,31 @@ def _write_shard(shard: list[_Entry], path: Path, on_written: Callable[[int], ob
             raise OSError(error.errno, error.strerror, str(path.parent)) from error
         finally:
             writer.close()
-        assert file.tell() == 8 + len(text) + place, f"{path}: blocks that are not their tensors"
+        assert file.tell() == 8 + len(text) + end, f"{path}: the size of some blocks is not that of their tensor"
 
 
 class _Writer:
-    """Writes blocks in a thread of its own, so that the next ones are computed meanwhile; they go to the disk early.
+    """Writes blocks in a background thread while the next ones are computed.
 
-    What is on its way there leaves the page cache: its pages serve the next blocks, fresh ones take longer than a disk.
+    Written pages are dropped from the page cache early and reused for the next blocks: allocating fresh pages takes
+    longer than a disk needs to write.
     """
 
-    AHEAD = 2  # blocks that wait
-    SEND = 64 * 2**20
+    MAX_PENDING = 2  # blocks
+    DROP_CACHE_BYTES = 64 * 2**20
 
     def __init__(self, file: BufferedWriter, on_written: Callable[[int], object]) -> None:
         self._file, self._on_written = file, on_written
         self._thread = ThreadPoolExecutor(1)
         self._pending: deque[Future[int]] = deque()
-        self._kept = 0
+        self._cached = 0
 
     def write(self, tensor: Tensor) -> None:
         self._pending.append(self._thread.submit(self._write, tensor))
-        self._wait(self.AHEAD)
+        self._wait(self.MAX_PENDING)
 
     def finish(self) -> None:
-        """Wait until everything is written; an error of the disk shows here or in ``write``."""
+        """Wait until all blocks are on disk; a disk error is raised here or by ``write``."""
         self._wait(0)
         self._file.flush()
         os.fsync(self._file.fileno())
@@ -188,16 +186,16 @@ class _Writer:
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def _wait(self, left: int) -> None:
-        while len(self._pending) > left:
+    def _wait(self, max_pending: int) -> None:
+        while len(self._pending) > max_pending:
             self._on_written(self._pending.popleft().result())
 
     def _write(self, tensor: Tensor) -> int:
         written = self._file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data))
-        self._kept += written
-        if self._kept > self.SEND and hasattr(os, "posix_fadvise"):  # not on every system
+        self._cached += written
+        if self._cached > self.DROP_CACHE_BYTES and hasattr(os, "posix_fadvise"):  # missing on some systems
             os.posix_fadvise(self._file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            self._kept = 0
+            self._cached = 0
         return written
 
 
@@ -215,13 +213,13 @@ def _rounded_blocks(source: TensorSource, name: str) -> Iterator[Tensor]:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write one safetensors file in one step: it has its name when it is whole. No two tensors may share memory."""
+    """Write one safetensors file in one step (see ``staged_file``). No two tensors may share memory."""
     with staged_file(path) as staging:
-        _write_shard([_Entry.held(name, tensor) for name, tensor in tensors.items()], staging)
+        _write_shard([_Entry.in_memory(name, tensor) for name, tensor in tensors.items()], staging)
 
 
 def _publish(written: list[tuple[Path, list[str]]], folder: Path, total_size: int) -> list[Path]:
-    """Give every shard its final name, then write the index."""
+    """Rename the shards to their final names, then write the index."""
     if len(written) == 1:
         finals = [folder / "model.safetensors"]
     else:

@@ -26,13 +26,13 @@ def main(argv: Sequence[str]) -> None:
     is_adapter = (args.input / "adapter_config.json").is_file()
     check_args(args, is_adapter)
     # torch is imported after the flags are checked, so that a wrong flag is reported at once.
-    from checkpoints.folders import check_apart, check_output_folder
+    from checkpoints.folders import check_output_folder, check_outside_inputs
     from checkpoints.writing import parse_size
     from export.conversion import Conversion, convert_adapter, convert_checkpoint
 
     set_up_logging()
     start = time.monotonic()
-    check_apart(args.output, {"IN": [args.input]}, "OUT")
+    check_outside_inputs(args.output, {"IN": [args.input]}, "OUT")
     check_output_folder(args.output, "OUT")
     convert = convert_adapter if is_adapter else convert_checkpoint
     summary = convert(

@@ -110,19 +110,20 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
         lambda base, adapter: change(adapter / ADAPTER, LORA_A, lambda each: each[:, :5].clone()), "has shape (2, 5)",
     ),
     "an index of missing tensors": (
-        lambda base, adapter: as_index(base, more="model-1.safetensors"), "lacks the tensor more that the index places",
+        lambda base, adapter: as_index(base, more="model-1.safetensors"), "lacks the tensor more, which the index",
     ),
     "an index of missing files": (
-        lambda base, adapter: as_index(base, more="model-2.safetensors"), "model-2.safetensors is missing though",
+        lambda base, adapter: as_index(base, more="model-2.safetensors"), "model-2.safetensors is missing, but",
     ),
     "an index that leads outside": (
-        lambda base, adapter: as_index(base, more="../adapter/adapter_model.safetensors"), "no name of a weight file",
+        lambda base, adapter: as_index(base, more="../adapter/adapter_model.safetensors"),
+        "not the name of a weight file",
     ),
-    "an index of numbers": (lambda base, adapter: as_index(base, more=3), "no name of a weight file"),
+    "an index of numbers": (lambda base, adapter: as_index(base, more=3), "not the name of a weight file"),
     "a pickle with code": (lambda base, adapter: as_pickle(base, Harmful()), "pytorch_model.bin is damaged"),
-    "a pickle of something else": (lambda base, adapter: as_pickle(base, [1]), "does not hold named tensors"),
+    "a pickle of something else": (lambda base, adapter: as_pickle(base, [1]), "does not contain named tensors"),
     "a pickle of more than tensors": (
-        lambda base, adapter: as_pickle(base, {"model": {"a": torch.ones(2)}}), "does not hold named tensors",
+        lambda base, adapter: as_pickle(base, {"model": {"a": torch.ones(2)}}), "does not contain named tensors",
     ),
     "a config without a family": (
         lambda base, adapter: (base / "config.json").write_text("{}"), "has no model_type",
@@ -204,7 +205,7 @@ def test_faults_of_the_command_line_are_named(golden: Golden, inputs: Path, tmp_
     refuses(f"--base {adapter} has no config.json", *good[:2], "--base", adapter, "--output", output)
     refuses("is the folder of --adapter", *good, adapter)
     refuses("is the folder of --base", *good, golden.tiny)
-    refuses("lies in the folder of --adapter", *good, adapter / "merged")
+    refuses("is inside the folder of --adapter", *good, adapter / "merged")
     assert names(tmp_path) == ["in", "moved"]
 
 
@@ -273,7 +274,7 @@ def test_a_disk_that_is_too_small_is_found_out_first(
 
 def test_a_disk_that_cannot_be_written_is_named(inputs: Path) -> None:
     result = merge("--adapter", inputs / "adapter", "--output", "/proc/merged")
-    assert "--output /proc/merged cannot be made" in message_of(result)
+    assert "--output /proc/merged cannot be created" in message_of(result)
 
 
 # -------------------------------------------------------------------------------------------------------- not as merged

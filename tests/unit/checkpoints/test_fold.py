@@ -68,7 +68,7 @@ def open_peft(base: Path, adapter: Path) -> Any:
 @pytest.fixture(autouse=True)
 def few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """As many blocks of rows as real tensors have."""
-    monkeypatch.setattr("checkpoints.source.BLOCK", 48)
+    monkeypatch.setattr("checkpoints.source.BLOCK_ELEMENTS", 48)
 
 
 def plan(base: Path, *adapters: Path | tuple[Path, float]) -> Fold:

@@ -127,7 +127,7 @@ def write_index(folder: Path, weight_map: object, name: str = "model.safetensors
 
 
 def test_broken_folders_are_refused_by_the_files_name(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"nowhere is no folder"):
+    with pytest.raises(ConfigError, match=r"nowhere is not a folder"):
         open_checkpoint(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match=r"holds no weights \(model\.safetensors or pytorch_model\.bin"):
         open_checkpoint(tmp_path)
@@ -137,12 +137,14 @@ def test_broken_folders_are_refused_by_the_files_name(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"model-00002-of-00002\.safetensors is missing"):
         open_checkpoint(tmp_path)
     save_file({"c": torch.ones(3)}, tmp_path / "model-00002-of-00002.safetensors")
-    with pytest.raises(ConfigError, match=r"model-00002-of-00002\.safetensors lacks the tensor b"):
+    with pytest.raises(
+        ConfigError, match=r"model-00002-of-00002\.safetensors lacks the tensor b, which the index assigns to it"
+    ):
         open_checkpoint(tmp_path)
 
     write_index(tmp_path, {"a": "../model.safetensors"})
     save_file({"a": torch.ones(3)}, tmp_path.parent / "model.safetensors")
-    with pytest.raises(ConfigError, match=r"no name of a weight file"):
+    with pytest.raises(ConfigError, match=r"is not the name of a weight file"):
         open_checkpoint(tmp_path)
     write_index(tmp_path, [])
     with pytest.raises(ConfigError, match=r"model\.safetensors\.index\.json has no weight_map"):
@@ -298,7 +300,7 @@ def test_a_failure_leaves_no_weights(tmp_path: Path) -> None:
 def test_a_source_is_written_some_rows_at_a_time_and_rounded_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("checkpoints.source.BLOCK", 10)
+    monkeypatch.setattr("checkpoints.source.BLOCK_ELEMENTS", 10)
     tensors = {**TENSORS, "scalar": torch.tensor(3.5), "empty": torch.zeros(0, 7), "table": torch.rand(13, 3)}
     save_file(tensors, tmp_path / "model.safetensors")
     written: list[int] = []
@@ -410,13 +412,13 @@ def test_taken_output_folders_are_refused(tmp_path: Path) -> None:
             check(tmp_path / "full", "--output_dir")
         with pytest.raises(ConfigError, match=r"^--output_dir .*file is a file"):
             check(tmp_path / "file", "--output_dir")
-    with pytest.raises(ConfigError, match=r"cannot be made: Not a directory"):
+    with pytest.raises(ConfigError, match=r"cannot be created: Not a directory"):
         staged_folder(tmp_path / "file" / "out").__enter__()
     assert files(tmp_path) == ["file", "full"]
 
 
 def test_the_result_is_kept_when_its_place_was_taken_meanwhile(tmp_path: Path) -> None:
-    message = r"cannot take the result.*is kept in .*out\.partial-\d+"
+    message = r"cannot be replaced by the result.* result is in .*out\.partial-\d+"
     with pytest.raises(ConfigError, match=message), staged_folder(tmp_path / "out") as folder:
         (folder / "file").write_text("whole")
         (tmp_path / "out").mkdir()

@@ -256,7 +256,7 @@ def test_a_shard_that_is_missing_truncated_or_of_another_model(tmp_path: Path) -
     load_model(load_checkpoint(str(folder)), torch.float32)
     folder, shards = sharded("missing")
     shards[1].unlink()
-    refuses(folder, f"--model_name_or_path: {shards[1]} is missing though model.safetensors.index.json names it")
+    refuses(folder, f"--model_name_or_path: {shards[1]} is missing, but model.safetensors.index.json lists it")
     folder, shards = sharded("truncated")
     shards[1].write_bytes(shards[1].read_bytes()[:-10])
     refuses(folder, f"--model_name_or_path: {shards[1]} is damaged or incomplete (")

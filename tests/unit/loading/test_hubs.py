@@ -68,7 +68,7 @@ def test_a_model_whose_download_broke_off(tmp_path: Path) -> None:
     (snapshot / "model.safetensors").unlink()
     refuses(
         "Qwen/Tiny", tmp_path, f"in the local cache it is incomplete ({snapshot} holds no weights (model.safetensors "
-        "or pytorch_model.bin, whole or with an index)), and the hub cannot be reached. "
+        "or pytorch_model.bin, one file or shards with an index)), and the hub cannot be reached. "
         "Check the name, or fetch it where there is a network: hf download Qwen/Tiny",
     )  # fmt: skip
 

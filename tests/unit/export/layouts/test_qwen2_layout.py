@@ -141,7 +141,7 @@ class Counting:
 
 
 def test_no_row_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("checkpoints.source.BLOCK", 300)
+    monkeypatch.setattr("checkpoints.source.BLOCK_ELEMENTS", 300)
     base = open_checkpoint(TINY)
     counting = Counting(monkeypatch, base)
     read_all(tensors_to_qwen(tensors_to_qwen2(base, CONFIG), config_to_qwen2(CONFIG)))

@@ -48,7 +48,7 @@ EMBEDDING = {"qwen": "wte", "qwen2": "embed_tokens", "qwen3": "embed_tokens"}
 @pytest.fixture(autouse=True)
 def few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """Embedding and head come in as many pieces as those of real models."""
-    monkeypatch.setattr("checkpoints.source.BLOCK", 100 * 32)
+    monkeypatch.setattr("checkpoints.source.BLOCK_ELEMENTS", 100 * 32)
 
 
 def make_base(folder: Path, family: str, tied: bool = False) -> Path:
