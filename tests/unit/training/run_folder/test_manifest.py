@@ -131,7 +131,8 @@ def test_a_newer_version_is_no_damage(tmp_path: Path, monkeypatch: pytest.Monkey
     with pytest.raises(ConfigError) as caught:
         newest_whole_checkpoint(tmp_path)
     assert str(caught.value) == (
-        f"{checkpoint / MANIFEST}: format {MANIFEST_VERSION + 1}, of a newer version of this toolkit (this one knows {MANIFEST_VERSION}). "
+        f"{checkpoint / MANIFEST}: format {MANIFEST_VERSION + 1}, of a newer version of this toolkit "
+        f"(this one knows {MANIFEST_VERSION}). "
         "Go on with that version, or give another --output_dir"
     )
 
