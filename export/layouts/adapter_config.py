@@ -13,7 +13,7 @@ from checkpoints.adapter import Adapter
 from checkpoints.files import save_json
 from checkpoints.writing import save_tensors
 from export.layouts.adapter import Lora, convert_adapter_tensors
-from export.layouts.qwen2_names import Layout, endings_in
+from export.layouts.qwen2_names import Layout, convert_suffix
 
 # What else of a run lies beside an adapter and is true of it in any layout.
 _RECORDS = (
@@ -71,7 +71,7 @@ def build_adapter_config(config: Mapping[str, Any], loras: Mapping[str, Lora], l
 
 def _renamed(modules: list[str], layout: Layout) -> list[str]:
     """Endings of names in another layout, each once; one that no module of a Qwen has stays."""
-    return list(dict.fromkeys(name for module in modules for name in endings_in(layout, module) or (module,)))
+    return list(dict.fromkeys(name for module in modules for name in convert_suffix(layout, module) or (module,)))
 
 
 def _ranks_and_alphas(config: Mapping[str, Any], loras: Mapping[str, Lora]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Qwen v1's config.json as Qwen2's and back, and what of it only one of them can say."""
+"""Convert Qwen v1's config.json to Qwen2's and back; what the target cannot express is refused, stored or logged."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from huggingface_hub.errors import StrictDataclassError
 from checkpoints.files import load_json
 from checkpoints.model_config import declared_dtype, find_quantization, with_dtype
 from errors import ConfigError, one_line
-from export.layouts.qwen2_names import Layout, endings_in
+from export.layouts.qwen2_names import Layout, convert_suffix
 
 logger = logging.getLogger(__name__)
 
 QWEN_CONFIG = "qwen_config"
-"""Where a Qwen2 config keeps what only Qwen v1's can say, for the way back."""
-_KEPT_KEYS = ("seq_length", "max_position_embeddings", "use_dynamic_ntk", "use_logn_attn", "emb_dropout_prob")
+"""Key of a Qwen2 config that stores the settings only Qwen v1 has, for converting back."""
+_QWEN_ONLY_KEYS = ("seq_length", "max_position_embeddings", "use_dynamic_ntk", "use_logn_attn", "emb_dropout_prob")
 
-# Keys that both know; Qwen v1 -> Qwen2.
-_SAME = {
+# Keys with the same meaning: Qwen v1 -> Qwen2.
+_SAME_MEANING = {
     "vocab_size": "vocab_size", "hidden_size": "hidden_size", "num_hidden_layers": "num_hidden_layers",
     "num_attention_heads": "num_attention_heads", "layer_norm_epsilon": "rms_norm_eps",
     "initializer_range": "initializer_range", "attn_dropout_prob": "attention_dropout", "use_cache": "use_cache",
@@ -33,20 +33,20 @@ _SIZES = (
     "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
     "max_position_embeddings",
 )  # fmt: skip
-# Lists of modules in a quantization_config, whose entries may be lists again.
+# Keys of a quantization_config with lists of modules, which may be nested.
 _MODULE_LISTS = ("modules_to_not_convert", "modules_in_block_to_quantize")
 
-# What dynamic NTK of transformers' Qwen2 multiplies the base with is v1's factor at 2, 4, 8... times the length.
+# The base's multiplier in transformers' dynamic NTK equals v1's at 2, 4, 8... times the trained length.
 DYNAMIC_NTK = {"rope_type": "dynamic", "factor": 2.0}
 
 
 def config_to_qwen2(config: Mapping[str, Any], dynamic_ntk: bool = False) -> dict[str, Any]:
-    """The config.json of the same model in Qwen2's layout. What is lost beyond ``seq_length`` is logged.
+    """Return the config.json of the same model in Qwen2's layout; log what is lost beyond ``seq_length``.
 
     Args:
-        config: of a Qwen v1 checkpoint, also with the keys of August 2023.
-        dynamic_ntk: ask for transformers' dynamic NTK beyond ``seq_length``, v1's nearest kin. Not by default: vLLM and
-            SGLang compute one table for all lengths then, so that also short texts are answered otherwise; llama.cpp
+        config: config.json of a Qwen v1 checkpoint; the key names of August 2023 are understood too.
+        dynamic_ntk: request transformers' dynamic NTK, the closest to v1's, beyond ``seq_length``. Off by default: vLLM
+            and SGLang then use one table for all lengths, which changes the answers to short texts too; llama.cpp
             ignores it. Plain rotary embeddings are exact up to ``seq_length`` everywhere.
 
     Raises:
@@ -54,64 +54,65 @@ def config_to_qwen2(config: Mapping[str, Any], dynamic_ntk: bool = False) -> dic
     """
     from qwen_model.configuration_qwen import QWenConfig
 
-    given = _parse(QWenConfig, config)
-    _check_qwen2_can(given)
-    extrapolates = given.use_dynamic_ntk or given.use_logn_attn
-    length = given.trained_length() if extrapolates else given.max_position_embeddings
+    parsed = _parse(QWenConfig, config)
+    _check_qwen2_can_express(parsed)
+    extrapolates = parsed.use_dynamic_ntk or parsed.use_logn_attn
+    length = parsed.trained_length() if extrapolates else parsed.max_position_embeddings
     result: dict[str, Any] = {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu"}
-    result |= {later: value for name, later in _SAME.items() if (value := getattr(given, name)) is not None}
+    result |= {qwen2: value for qwen, qwen2 in _SAME_MEANING.items() if (value := getattr(parsed, qwen)) is not None}
     result |= {
-        "num_key_value_heads": given.num_attention_heads,
-        "intermediate_size": given.intermediate_size // 2,
+        "num_key_value_heads": parsed.num_attention_heads,
+        "intermediate_size": parsed.intermediate_size // 2,
         "max_position_embeddings": length,
-        "rope_theta": given.rotary_emb_base,
+        "rope_theta": parsed.rotary_emb_base,
         "use_sliding_window": False,
-        QWEN_CONFIG: {name: getattr(given, name) for name in _KEPT_KEYS},
+        QWEN_CONFIG: {name: getattr(parsed, name) for name in _QWEN_ONLY_KEYS},
     }
-    if given.use_dynamic_ntk and dynamic_ntk:
+    if parsed.use_dynamic_ntk and dynamic_ntk:
         result["rope_scaling"] = dict(DYNAMIC_NTK)
     if extrapolates:
-        _say_what_is_lost(given, dynamic_ntk)
+        _log_lost_extrapolation(parsed, dynamic_ntk)
     return _with_quantization(config, _with_dtype_of(config, result), "qwen2")
 
 
 def config_to_qwen(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The config.json of the same model in Qwen v1's layout.
+    """Return the config.json of the same model in Qwen v1's layout.
 
-    Dynamic NTK and log-n attention come back where :func:`config_to_qwen2` kept them, and are off otherwise.
+    Dynamic NTK and log-n attention are restored if :func:`config_to_qwen2` stored them, and off otherwise.
 
     Raises:
         ConfigError: a model that Qwen v1 cannot express.
     """
     from transformers import Qwen2Config
 
-    given = _parse(Qwen2Config, {name: value for name, value in config.items() if name != QWEN_CONFIG})
-    kept = config.get(QWEN_CONFIG) or {}
-    _check_qwen_can(config, given, bool(kept.get("use_dynamic_ntk")))
+    parsed = _parse(Qwen2Config, {name: value for name, value in config.items() if name != QWEN_CONFIG})
+    stored = config.get(QWEN_CONFIG) or {}
+    _check_qwen_can_express(config, parsed, bool(stored.get("use_dynamic_ntk")))
     result: dict[str, Any] = {"architectures": ["QWenLMHeadModel"], "model_type": "qwen"}
-    result |= {name: value for name, later in _SAME.items() if (value := getattr(given, later)) is not None}
+    result |= {qwen: value for qwen, qwen2 in _SAME_MEANING.items() if (value := getattr(parsed, qwen2)) is not None}
     result |= {
-        "kv_channels": given.hidden_size // given.num_attention_heads,
-        "intermediate_size": 2 * given.intermediate_size,
-        "rotary_emb_base": given.rope_parameters["rope_theta"],
+        "kv_channels": parsed.hidden_size // parsed.num_attention_heads,
+        "intermediate_size": 2 * parsed.intermediate_size,
+        "rotary_emb_base": parsed.rope_parameters["rope_theta"],
         "rotary_pct": 1.0,
         "no_bias": True,
         "scale_attn_weights": True,
-        "seq_length": given.max_position_embeddings,
-        "max_position_embeddings": given.max_position_embeddings,
+        "seq_length": parsed.max_position_embeddings,
+        "max_position_embeddings": parsed.max_position_embeddings,
         "emb_dropout_prob": 0.0,
         "use_dynamic_ntk": False,
         "use_logn_attn": False,
         "tokenizer_class": "QWenTokenizer",
-        **{name: kept[name] for name in _KEPT_KEYS if name in kept},
+        **{name: stored[name] for name in _QWEN_ONLY_KEYS if name in stored},
     }
     return _with_quantization(config, _with_dtype_of(config, result), "qwen")
 
 
 def find_quantization_config(folder: Path, config: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The ``quantization_config`` of a checkpoint of packed weights, as today's libraries look for it.
+    """Return a checkpoint's ``quantization_config`` in the form that current libraries expect.
 
-    Old checkpoints say it in a file of its own, or do not name their method. ``None`` for any other checkpoint.
+    GPTQ and AWQ checkpoints from before that key existed have a file of their own, or name no method: these are filled
+    in. For any other checkpoint it is the config's own, if it has one.
 
     Raises:
         ConfigError: a method, format or number of bits that cannot be read.
@@ -119,116 +120,135 @@ def find_quantization_config(folder: Path, config: Mapping[str, Any]) -> dict[st
     quantization = find_quantization(folder)
     if quantization is None or not quantization.is_packed:
         return config.get("quantization_config")
-    given: dict[str, Any] = dict(config.get("quantization_config") or {})
+    settings: dict[str, Any] = dict(config.get("quantization_config") or {})
     for name in ("quantize_config.json", "quant_config.json"):
-        if not given and (folder / name).is_file():
-            given = load_json(folder / name)
+        if not settings and (folder / name).is_file():
+            settings = load_json(folder / name)
             if quantization.method == "awq":
-                given = {"version": "gemm", "zero_point": given.get("zero_point", True)}
-    said = {"quant_method": quantization.method, "bits": quantization.bits, "group_size": quantization.group_size}
-    return given | said
+                settings = {"version": "gemm", "zero_point": settings.get("zero_point", True)}
+    return settings | {
+        "quant_method": quantization.method,
+        "bits": quantization.bits,
+        "group_size": quantization.group_size,
+    }
 
 
-def _parse(kind: Any, config: Mapping[str, Any]) -> Any:
-    """A config object of transformers', which knows defaults and the keys of other times."""
+def _parse(config_class: Any, config: Mapping[str, Any]) -> Any:
+    """Build a config object of transformers, which fills in defaults and translates old key names."""
     copy_again = "Copy it again from the original checkpoint"
+    values = {key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")}
     try:
-        given = kind(**{key: value for key, value in config.items() if key not in ("quantization_config", "auto_map")})
+        parsed = config_class(**values)
     except ConfigError:
         raise
     except (StrictDataclassError, TypeError, ValueError, KeyError, AttributeError) as error:
-        raise ConfigError(f"config.json cannot be understood ({one_line(error)})", copy_again) from error
+        raise ConfigError(f"config.json is not valid ({one_line(error)})", copy_again) from error
     for name in _SIZES:
-        if not isinstance(size := getattr(given, name), int) or size < 1:
+        if not isinstance(size := getattr(parsed, name), int) or size < 1:
             raise ConfigError(f"config.json: {name} is {size!r}", copy_again)
-    return given
+    return parsed
 
 
-def _check_qwen2_can(given: Any) -> None:
+def _check_qwen2_can_express(config: Any) -> None:
+    """Raise ConfigError for settings of a parsed Qwen v1 config that Qwen2 does not have."""
     faults = {
-        "no_bias false: Qwen2's layers other than q, k and v have no bias": not given.no_bias,
-        f"rotary_pct {given.rotary_pct}: Qwen2 rotates whole heads": given.rotary_pct != 1,
-        "scale_attn_weights false: Qwen2 scales the attention": not given.scale_attn_weights,
-        f"intermediate_size {given.intermediate_size} is odd": given.intermediate_size % 2,
+        "no_bias false: Qwen2's layers other than q, k and v have no bias": not config.no_bias,
+        f"rotary_pct {config.rotary_pct}: Qwen2 rotates whole heads": config.rotary_pct != 1,
+        "scale_attn_weights false: Qwen2 scales the attention": not config.scale_attn_weights,
+        f"intermediate_size {config.intermediate_size} is odd": config.intermediate_size % 2,
     }
-    _check(faults, "Qwen2", "Keep the layout of Qwen v1")
+    _raise_first(faults, "Qwen2", "Keep the layout of Qwen v1")
 
 
-def _check_qwen_can(config: Mapping[str, Any], given: Any, had_dynamic_ntk: bool) -> None:
-    head_dim = config.get("head_dim") or given.hidden_size // given.num_attention_heads
-    rope = {name: value for name, value in given.rope_parameters.items() if name != "rope_theta"}
-    plain_ropes = [{"rope_type": "default"}, *([DYNAMIC_NTK] if had_dynamic_ntk else [])]
-    heads = given.num_attention_heads
+def _check_qwen_can_express(config: Mapping[str, Any], parsed: Any, had_dynamic_ntk: bool) -> None:
+    """Raise ConfigError for settings of a Qwen2 config that Qwen v1 does not have.
+
+    Args:
+        parsed: ``config`` as transformers' object.
+        had_dynamic_ntk: the model was Qwen v1 with dynamic NTK, so transformers' version of it may be dropped.
+    """
+    heads = parsed.num_attention_heads
+    head_dim = config.get("head_dim") or parsed.hidden_size // heads
+    rope = {name: value for name, value in parsed.rope_parameters.items() if name != "rope_theta"}
+    known_ropes = [{"rope_type": "default"}, *([DYNAMIC_NTK] if had_dynamic_ntk else [])]
     faults = {
         f"model_type {config.get('model_type')!r} is not qwen2": config.get("model_type") != "qwen2",
-        f"num_key_value_heads {given.num_key_value_heads} is not num_attention_heads {heads}": (
-            given.num_key_value_heads != heads
+        f"num_key_value_heads {parsed.num_key_value_heads} is not num_attention_heads {heads}": (
+            parsed.num_key_value_heads != heads
         ),
-        f"head_dim {head_dim} x {heads} heads is not hidden_size {given.hidden_size}": (
-            head_dim * heads != given.hidden_size
+        f"head_dim {head_dim} x {heads} heads is not hidden_size {parsed.hidden_size}": (
+            head_dim * heads != parsed.hidden_size
         ),
-        f"hidden_act {given.hidden_act!r} is not 'silu'": given.hidden_act != "silu",
-        f"rotary embeddings with {rope}": rope not in plain_ropes,
-        "some layers attend to a sliding window": set(given.layer_types) - {"full_attention"},
+        f"hidden_act {parsed.hidden_act!r} is not 'silu'": parsed.hidden_act != "silu",
+        f"rotary embeddings with {rope}": rope not in known_ropes,
+        "some layers attend to a sliding window": set(parsed.layer_types) - {"full_attention"},
     }
-    _check(faults, "Qwen v1", "Keep the layout of Qwen2")
+    _raise_first(faults, "Qwen v1", "Keep the layout of Qwen2")
 
 
-def _check(faults: Mapping[str, Any], layout: str, fix: str) -> None:
-    if found := next((what for what, is_fault in faults.items() if is_fault), None):
-        raise ConfigError(f"config.json: {found}, which {layout}'s layout cannot express", fix)
+def _raise_first(faults: Mapping[str, Any], layout: str, fix: str) -> None:
+    """Raise ConfigError for the first fault, of descriptions and conditions, whose condition is true."""
+    if fault := next((what for what, is_fault in faults.items() if is_fault), None):
+        raise ConfigError(f"config.json: {fault}, which {layout}'s layout cannot express", fix)
 
 
 def _with_dtype_of(config: Mapping[str, Any], result: dict[str, Any]) -> dict[str, Any]:
-    """``result`` in the precision that ``config`` declares, under the same keys."""
+    """Return ``result`` with the dtype that ``config`` declares, under the same keys."""
     dtype = declared_dtype(config)
     keys = {key: dtype for key in ("dtype", "torch_dtype") if config.get(key)}
     return result if dtype is None else with_dtype(result | keys, dtype)
 
 
-def _say_what_is_lost(given: Any, dynamic_ntk: bool) -> None:
-    names = [
-        name
-        for name, used in (("dynamic NTK", given.use_dynamic_ntk), ("log-n attention", given.use_logn_attn))
-        if used and not (name == "dynamic NTK" and dynamic_ntk)
-    ]
-    if dynamic_ntk and given.use_dynamic_ntk:
+def _log_lost_extrapolation(config: Any, dynamic_ntk: bool) -> None:
+    """Warn of what a Qwen v1 model computes differently beyond ``seq_length`` in Qwen2's layout.
+
+    Args:
+        dynamic_ntk: whether transformers' dynamic NTK was requested in its place.
+    """
+    if dynamic_ntk and config.use_dynamic_ntk:
         logger.warning(
-            "beyond %d tokens transformers' dynamic NTK takes the place of Qwen v1's, whose steps it smooths; vLLM and "
-            "SGLang apply it to shorter texts, too",
-            given.seq_length,
+            "beyond %d tokens transformers' dynamic NTK replaces Qwen v1's, with a smooth factor instead of steps; "
+            "vLLM and SGLang apply it to shorter texts too",
+            config.seq_length,
         )
-    hint = f'. For transformers "rope_scaling": {json.dumps(DYNAMIC_NTK)} in config.json comes nearest to it'
-    hint = hint if "dynamic NTK" in names else ""
-    if names:
+    lost = [
+        name
+        for name, is_lost in (
+            ("dynamic NTK", config.use_dynamic_ntk and not dynamic_ntk),
+            ("log-n attention", config.use_logn_attn),
+        )
+        if is_lost
+    ]
+    if lost:
+        hint = f'. In transformers "rope_scaling": {json.dumps(DYNAMIC_NTK)} in config.json comes closest to it'
         logger.warning(
-            "Qwen2 has no %s: the model is the same up to seq_length, %d tokens, which its max_position_embeddings "
-            "says now; on longer texts it gets worse than Qwen v1%s",
-            " and no ".join(names),
-            given.seq_length,
-            hint,
+            "Qwen2 has no %s: the model is the same up to seq_length, %d tokens, which is now its "
+            "max_position_embeddings; on longer texts it is worse than Qwen v1%s",
+            " and no ".join(lost),
+            config.seq_length,
+            hint if "dynamic NTK" in lost else "",
         )
 
 
 def _with_quantization(config: Mapping[str, Any], result: dict[str, Any], layout: Layout) -> dict[str, Any]:
-    """Carry a ``quantization_config`` along, its modules under their new names."""
-    given = config.get("quantization_config")
-    if not given:
+    """Return ``result`` with the ``quantization_config`` of ``config``, its modules renamed for ``layout``."""
+    settings = config.get("quantization_config")
+    if not settings:
         return result
-    if given.get("dynamic"):
-        what = "config.json: the quantization_config has rules of its own for some modules (dynamic)"
+    if settings.get("dynamic"):
+        what = "config.json: the quantization_config has its own rules for some modules (dynamic)"
         raise ConfigError(what, "Give --dtype to dequantise the checkpoint")
-    # The weights get their usual file name.
-    renamed = {name: value for name, value in given.items() if name != "model_file_base_name"}
-    renamed |= {name: _renamed(given[name], layout) for name in _MODULE_LISTS if given.get(name)}
+    # The weights are written under their usual file name.
+    renamed = {name: value for name, value in settings.items() if name != "model_file_base_name"}
+    renamed |= {name: _rename_modules(settings[name], layout) for name in _MODULE_LISTS if settings.get(name)}
     return result | {"quantization_config": renamed}
 
 
-def _renamed(modules: list[Any], layout: Layout) -> list[Any]:
-    found: list[Any] = []
+def _rename_modules(modules: list[Any], layout: Layout) -> list[Any]:
+    renamed: list[Any] = []
     for module in modules:
         if isinstance(module, list):
-            found.append(_renamed(module, layout))
+            renamed.append(_rename_modules(module, layout))
         else:
-            found += [name for name in endings_in(layout, module) or (module,) if name not in found]
-    return found
+            renamed += [name for name in convert_suffix(layout, module) or (module,) if name not in renamed]
+    return renamed

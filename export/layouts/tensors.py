@@ -1,8 +1,8 @@
-"""Qwen v1's weights under Qwen2's names and back, tensor by tensor: every value stays as it is.
+"""Qwen v1's weights under Qwen2's names and back, as views: no value changes.
 
-Qwen v1 computes what Qwen2 with as many key-value heads as heads computes, up to the length it was trained with. So a
-checkpoint in Qwen2's layout opens wherever Qwen2 does, without any code of ours. Packed layers (GPTQ, AWQ) are divided
-and joined by their columns, which are the outputs.
+Qwen v1 computes the same as Qwen2 with as many key-value heads as heads, up to the length it was trained with. So a
+checkpoint in Qwen2's layout opens wherever Qwen2 does, without custom code. Packed layers (GPTQ, AWQ) are split and
+joined along their columns, which are the outputs.
 
 Shapes: H hidden size; ``c_attn.weight`` is [3H, H], its bias [3H].
 """
@@ -21,9 +21,9 @@ from checkpoints.source import TensorSource, View
 from errors import ConfigError
 from export.layouts.qwen2_names import module_in_qwen, modules_in_qwen2
 
-# Along which axis a tensor of a layer holds the layer's outputs; ``g_idx`` knows inputs only.
-_OUTPUTS = {"weight": 0, "bias": 0, "qweight": 1, "qzeros": 1, "scales": 1, "g_idx": None}
-_IN_WORDS = ("qweight", "qzeros")  # a word may hold several outputs
+# Axis of the layer's outputs in each of its tensors; ``g_idx`` has inputs only.
+_OUTPUT_AXIS = {"weight": 0, "bias": 0, "qweight": 1, "qzeros": 1, "scales": 1, "g_idx": None}
+_PACKED_WORDS = ("qweight", "qzeros")  # several outputs may share one word
 # Tables in old files, which every model computes.
 _COMPUTED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.(bias|masked_bias))")
 _COPY_AGAIN = "Copy config.json and all weight files again from the original checkpoint"
@@ -31,7 +31,7 @@ _COPY_AGAIN = "Copy config.json and all weight files again from the original che
 
 @dataclass(frozen=True)
 class _Slice:
-    """``start`` to ``stop`` of a tensor, along the axis of its outputs."""
+    """Indices ``start`` to ``stop`` of a tensor along its output axis."""
 
     name: str
     start: int
@@ -42,108 +42,108 @@ class _Slice:
 
 
 class _ConvertedTensors(View):
-    """Tensors that are pieces of those below, side by side; what has no axis of outputs is taken from the first."""
+    """Tensors concatenated from slices of the tensors below; without an output axis, the first slice's tensor."""
 
-    def __init__(self, below: TensorSource, pieces: Mapping[str, list[_Slice]]) -> None:
+    def __init__(self, below: TensorSource, slices: Mapping[str, list[_Slice]]) -> None:
         super().__init__(below)
-        self._pieces = pieces
+        self._slices = slices
 
     def names(self) -> list[str]:
-        return list(self._pieces)
+        return list(self._slices)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._pieces
+        return name in self._slices
 
     def shape(self, name: str) -> tuple[int, ...]:
-        pieces, axis = self._pieces[name], _axis(name)
-        shape = list(self.below.shape(pieces[0].name))
+        slices, axis = self._slices[name], _output_axis(name)
+        shape = list(self.below.shape(slices[0].name))
         if axis is not None:
-            shape[axis] = sum(map(len, pieces))
+            shape[axis] = sum(map(len, slices))
         return tuple(shape)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self.below.dtype(self._pieces[name][0].name)
+        return self.below.dtype(self._slices[name][0].name)
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        pieces, axis = self._pieces[name], _axis(name)
+        slices, axis = self._slices[name], _output_axis(name)
         if axis is None:
-            return self.below.rows(pieces[0].name, start, stop)
+            return self.below.rows(slices[0].name, start, stop)
         if axis == 1:
-            parts = [self.below.rows(piece.name, start, stop)[:, piece.start : piece.stop] for piece in pieces]
+            parts = [self.below.rows(part.name, start, stop)[:, part.start : part.stop] for part in slices]
         else:
-            parts = [*self._outputs(pieces, *slice(start, stop).indices(self.shape(name)[0])[:2])]
+            parts = [*self._output_rows(slices, *slice(start, stop).indices(self.shape(name)[0])[:2])]
         return parts[0] if len(parts) == 1 else torch.cat(parts, dim=axis)
 
-    def _outputs(self, pieces: list[_Slice], start: int, stop: int) -> Iterator[Tensor]:
-        """Rows ``start`` to ``stop`` of the pieces, counted through all of them."""
-        first = 0
-        for piece in pieces:
-            begin, end = max(start - first, 0), min(stop - first, len(piece))
+    def _output_rows(self, slices: list[_Slice], start: int, stop: int) -> Iterator[Tensor]:
+        """Yield rows ``start`` to ``stop`` of the concatenated slices."""
+        first = 0  # of the slice, in the concatenation
+        for part in slices:
+            begin, end = max(start - first, 0), min(stop - first, len(part))
             if begin < end:
-                yield self.below.rows(piece.name, piece.start + begin, piece.start + end)
-            first += len(piece)
+                yield self.below.rows(part.name, part.start + begin, part.start + end)
+            first += len(part)
 
 
 def tensors_to_qwen2(source: TensorSource, config: Mapping[str, Any]) -> TensorSource:
-    """The tensors of a Qwen v1 checkpoint under Qwen2's names.
+    """Return a view of a Qwen v1 checkpoint's tensors under Qwen2's names.
 
     Args:
         config: the checkpoint's config.json.
 
     Raises:
-        ConfigError: tensors that Qwen2 has no place for, or that do not belong to the config; weights that bitsandbytes
-            packed, whose blocks do not end where rows do.
+        ConfigError: tensors without a counterpart in Qwen2, or with shapes that contradict the config; weights packed
+            by bitsandbytes, whose quantisation blocks do not end at row boundaries.
     """
     hidden = _hidden_size(config)
-    pieces: dict[str, list[_Slice]] = {}
-    for name in _relevant(source, "c_attn"):
+    slices: dict[str, list[_Slice]] = {}
+    for name in _convertible(source, "c_attn"):
         module, _, part = name.rpartition(".")
-        later = modules_in_qwen2(module)
-        if not later or part not in _OUTPUTS:
-            raise _no_place(name, "Qwen2")
-        size, axis = _outputs_of(source, name), _OUTPUTS[part]
-        if len(later) == 3 and axis is not None:
+        new_modules = modules_in_qwen2(module)
+        if not new_modules or part not in _OUTPUT_AXIS:
+            raise _no_counterpart(name, "Qwen2")
+        size, axis = _output_size(source, name), _OUTPUT_AXIS[part]
+        if len(new_modules) == 3 and axis is not None:
             _check_divisible(source, name, hidden)
-        third = size // len(later)
-        for index, new in enumerate(later):
-            pieces[f"{new}.{part}"] = [_Slice(name, index * third, (index + 1) * third)]
-    return _ConvertedTensors(source, pieces)
+        third = size // len(new_modules)
+        for index, new in enumerate(new_modules):
+            slices[f"{new}.{part}"] = [_Slice(name, index * third, (index + 1) * third)]
+    return _ConvertedTensors(source, slices)
 
 
 def tensors_to_qwen(source: TensorSource, config: Mapping[str, Any]) -> TensorSource:
-    """The tensors of a Qwen2 checkpoint of Qwen v1's shape under Qwen v1's names.
+    """Return a view of a Qwen2 checkpoint's tensors under Qwen v1's names.
 
     Args:
         config: the checkpoint's config.json.
 
     Raises:
-        ConfigError: tensors that Qwen v1 has no place for, or that do not belong to the config; q, k and v that cannot
-            be one layer.
+        ConfigError: tensors without a counterpart in Qwen v1, or with shapes that contradict the config; q, k and v
+            that cannot be joined into one layer.
     """
     hidden = _hidden_size(config)
-    pieces: dict[str, list[_Slice]] = {}
-    for name in _relevant(source, "q_proj", "k_proj", "v_proj"):
+    slices: dict[str, list[_Slice]] = {}
+    for name in _convertible(source, "q_proj", "k_proj", "v_proj"):
         module, _, part = name.rpartition(".")
-        earlier = module_in_qwen(module)
-        if earlier is None or part not in _OUTPUTS:
-            raise _no_place(name, "Qwen v1")
-        new, third = earlier
-        if third is None:
-            pieces[f"{new}.{part}"] = [_Slice(name, 0, _outputs_of(source, name))]
-        elif f"{new}.{part}" not in pieces:
+        counterpart = module_in_qwen(module)
+        if counterpart is None or part not in _OUTPUT_AXIS:
+            raise _no_counterpart(name, "Qwen v1")
+        new, qkv_index = counterpart
+        if qkv_index is None:
+            slices[f"{new}.{part}"] = [_Slice(name, 0, _output_size(source, name))]
+        elif f"{new}.{part}" not in slices:
             parts = [f"{module[: -len('q_proj')]}{letter}_proj.{part}" for letter in "qkv"]
             _check_joinable(source, parts, hidden)
-            pieces[f"{new}.{part}"] = [_Slice(each, 0, _outputs_of(source, each)) for each in parts]
-    return _ConvertedTensors(source, pieces)
+            slices[f"{new}.{part}"] = [_Slice(each, 0, _output_size(source, each)) for each in parts]
+    return _ConvertedTensors(source, slices)
 
 
-def _axis(name: str) -> int | None:
-    return _OUTPUTS[name.rpartition(".")[2]]
+def _output_axis(name: str) -> int | None:
+    return _OUTPUT_AXIS[name.rpartition(".")[2]]
 
 
-def _outputs_of(source: TensorSource, name: str) -> int:
-    """The length of a tensor's axis of outputs, in words where they are packed; 0 where there is none."""
-    axis = _axis(name)
+def _output_size(source: TensorSource, name: str) -> int:
+    """Return the length of a tensor's output axis, in words if it is packed; 0 without such an axis."""
+    axis = _output_axis(name)
     return 0 if axis is None else source.shape(name)[axis]
 
 
@@ -154,51 +154,61 @@ def _hidden_size(config: Mapping[str, Any]) -> int:
     return size
 
 
-def _relevant(source: TensorSource, *biased: str) -> list[str]:
-    """The tensors that a layout has to have a place for: all but computed tables and the zeros of added biases."""
+def _convertible(source: TensorSource, *with_bias: str) -> list[str]:
+    """Return the tensors to convert: all but computed tables and biases of zeros.
+
+    Args:
+        with_bias: ends of the names of the modules that have a bias in the source's layout.
+
+    Raises:
+        ConfigError: weights packed by bitsandbytes, or a bias that is not zero in any other module.
+    """
     names = [name for name in source.names() if not _COMPUTED.fullmatch(name)]
-    if strange := next((name for name in names if re.search(r"\.(SCB|weight_format|weight\..+)$", name)), None):
+    if packed := next((name for name in names if re.search(r"\.(SCB|weight_format|weight\..+)$", name)), None):
         raise ConfigError(
-            f"{strange}: weights that bitsandbytes has packed cannot be given other names",
+            f"{packed}: weights packed by bitsandbytes cannot be converted",
             "Convert the unquantised checkpoint, or give --dtype to dequantise this one",
         )
 
     def is_added_bias(name: str) -> bool:
-        # auto-gptq wrote one, of zeros, for every layer that it quantised.
+        # auto-gptq wrote a bias of zeros for every layer that it quantised.
         module, _, part = name.rpartition(".")
-        return part == "bias" and not module.endswith(biased)
+        return part == "bias" and not module.endswith(with_bias)
 
     for name in filter(is_added_bias, names):
         if source.read(name).any():
-            raise ConfigError(f"{name}: the layer has a bias, which its counterpart has not", "Keep the layout it has")
+            what = f"{name} is not zero, but the layer's counterpart has no bias"
+            raise ConfigError(what, "Keep the checkpoint's layout")
     return [name for name in names if not is_added_bias(name)]
 
 
-def _no_place(name: str, layout: str) -> ConfigError:
-    return ConfigError(f"{name} has no place in the layout of {layout}", "Keep the layout it has")
+def _no_counterpart(name: str, layout: str) -> ConfigError:
+    return ConfigError(f"{name} has no counterpart in the layout of {layout}", "Keep the checkpoint's layout")
 
 
 def _check_divisible(source: TensorSource, name: str, hidden: int) -> None:
-    """``c_attn`` has three times as many outputs as the config says, and a third of them ends where a word does."""
-    size, part = _outputs_of(source, name), name.rpartition(".")[2]
-    if size % 3 or (part not in _IN_WORDS and size != 3 * hidden):
-        shape = source.shape(name)
-        raise ConfigError(f"{name} has the shape {shape}, which is no three times hidden_size {hidden}", _COPY_AGAIN)
+    """Check that a tensor of ``c_attn`` has 3H outputs, in words that do not cross the thirds."""
+    size, part = _output_size(source, name), name.rpartition(".")[2]
+    if size % 3 or (part not in _PACKED_WORDS and size != 3 * hidden):
+        what = f"{name} has shape {source.shape(name)}; expected 3 x hidden_size ({hidden}) outputs"
+        raise ConfigError(what, _COPY_AGAIN)
 
 
 def _check_joinable(source: TensorSource, names: list[str], hidden: int) -> None:
-    """Tensors of q, k and v are there, as large as the config says, and group inputs alike."""
+    """Check that the tensors of q, k and v exist, have H outputs each and group the inputs equally."""
     if missing := next((name for name in names if name not in source), None):
         raise ConfigError(f"{missing} is missing", _COPY_AGAIN)
     part = names[0].rpartition(".")[2]
     for name in names:
         if source.shape(name) != source.shape(names[0]) or (
-            part not in (*_IN_WORDS, "g_idx") and _outputs_of(source, name) != hidden
+            part not in (*_PACKED_WORDS, "g_idx") and _output_size(source, name) != hidden
         ):
-            what = f"{name} has the shape {source.shape(name)}, where hidden_size is {hidden}"
-            raise ConfigError(what, "Qwen v1's layout has as many key-value heads as heads: keep the layout it has")
+            what = f"{name} has shape {source.shape(name)}; expected hidden_size ({hidden}) outputs"
+            fix = "Qwen v1's layout has as many key-value heads as heads: keep the checkpoint's layout"
+            raise ConfigError(what, fix)
     if part == "g_idx":
         first = source.read(names[0])
-        if strange := next((name for name in names if not torch.equal(source.read(name), first)), None):
-            what = f"{strange} groups the inputs in another order than {names[0]} (act-order)"
-            raise ConfigError(what, "One layer has one order: keep the layout it has, or give --dtype to dequantise it")
+        if different := next((name for name in names if not torch.equal(source.read(name), first)), None):
+            what = f"{different} groups the inputs in another order than {names[0]} (act-order)"
+            fix = "One layer has one order: keep the checkpoint's layout, or give --dtype to dequantise it"
+            raise ConfigError(what, fix)

@@ -1,4 +1,4 @@
-"""Qwen v1 as Qwen2 and back: the same values, the same answers up to ``seq_length``, a config that means the same."""
+"""Qwen v1 to Qwen2 and back: equal values, equal logits up to ``seq_length``, an equivalent config."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def write_qwen2(folder: Path, target: Path, dynamic_ntk: bool = False, **changes
 
 
 def load_qwen2(folder: Path) -> Any:
-    """The folder as transformers opens it; every tensor has to have its place."""
+    """Open the folder with transformers; check that it loads every tensor."""
     model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
     assert isinstance(model, Qwen2ForCausalLM)
     assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
@@ -56,11 +56,11 @@ def draw_ids(vocabulary: int, length: int, rows: int = 2) -> Tensor:
     return torch.randint(0, vocabulary, (rows, length), generator=torch.Generator().manual_seed(0))
 
 
-# --------------------------------------------------------------------------------------------------- the same answers
+# --------------------------------------------------------------------------------------------------------- equal logits
 
 
 @torch.no_grad()
-def test_logits_are_qwens_up_to_seq_length(any_golden: Golden, tiny_model: QWenLMHeadModel, tmp_path: Path) -> None:
+def test_logits_equal_qwen_up_to_seq_length(any_golden: Golden, tiny_model: QWenLMHeadModel, tmp_path: Path) -> None:
     model = load_qwen2(write_qwen2(any_golden.tiny, tmp_path / "qwen2"))
     config = any_golden.config
     ids = draw_ids(config["vocab_size"], config["seq_length"])
@@ -68,10 +68,10 @@ def test_logits_are_qwens_up_to_seq_length(any_golden: Golden, tiny_model: QWenL
     mask = torch.ones_like(ids)
     mask[1, :7] = 0
     padded = [each(ids, attention_mask=mask).logits[mask.bool()] for each in (model, tiny_model)]
-    assert_close(padded[0], padded[1], LOGITS_ATOL, "a row that is padded on the left")
+    assert_close(padded[0], padded[1], LOGITS_ATOL, "a row padded on the left")
 
 
-def test_greedy_answers_are_qwens(any_golden: Golden, tiny_model: QWenLMHeadModel, tmp_path: Path) -> None:
+def test_greedy_answers_equal_qwen(any_golden: Golden, tiny_model: QWenLMHeadModel, tmp_path: Path) -> None:
     model = load_qwen2(write_qwen2(any_golden.tiny, tmp_path / "qwen2"))
     ids = draw_ids(any_golden.config["vocab_size"], 12, rows=3)
     mask = torch.ones_like(ids)
@@ -83,8 +83,8 @@ def test_greedy_answers_are_qwens(any_golden: Golden, tiny_model: QWenLMHeadMode
 
 
 @torch.no_grad()
-def test_dynamic_ntk_of_transformers_meets_qwens_where_lengths_double(tmp_path: Path) -> None:
-    """The setting that is nearest: the same factor at 2 and 4 times ``seq_length``, and none up to it."""
+def test_dynamic_ntk_of_transformers_equals_qwen_at_multiples_of_two(tmp_path: Path) -> None:
+    """The closest setting: the same factor at 2 and 4 times ``seq_length``, and none up to it."""
     source = copy_checkpoint(tmp_path / "qwen", use_logn_attn=False)
     expected = QWenLMHeadModel.from_pretrained(source, dtype=torch.float32).eval()
     model = load_qwen2(write_qwen2(source, tmp_path / "dynamic", dynamic_ntk=True))
@@ -92,29 +92,29 @@ def test_dynamic_ntk_of_transformers_meets_qwens_where_lengths_double(tmp_path: 
     for times in (1, 2, 4):
         ids = draw_ids(960, times * CONFIG["seq_length"], rows=1)
         assert_close(model(ids).logits, expected(ids).logits, LOGITS_ATOL, f"{times} times")
-        far_off = (plain(ids).logits - expected(ids).logits).abs().max() > 100 * LOGITS_ATOL
-        assert bool(far_off) == (times > 1)
+        differs = (plain(ids).logits - expected(ids).logits).abs().max() > 100 * LOGITS_ATOL
+        assert bool(differs) == (times > 1)
 
 
-# ------------------------------------------------------------------------------------------------------- there and back
+# ----------------------------------------------------------------------------------------------------------- round trip
 
 
 @pytest.mark.parametrize("make", [copy_checkpoint, copy_tied, copy_in_bfloat16])
-def test_there_and_back_every_value_is_the_same(make: Callable[[Path], Path], tmp_path: Path) -> None:
+def test_round_trip_keeps_every_value(make: Callable[[Path], Path], tmp_path: Path) -> None:
     folder = make(tmp_path / "qwen")
     there = write_qwen2(folder, tmp_path / "there")
     back = tensors_to_qwen(open_checkpoint(there), load_json(there / "config.json"))
     expected = load_file(folder / "model.safetensors")
     assert layout_of_names(back.names()) == "qwen"
-    found = read_all(back)
-    assert found.keys() == expected.keys()
+    values = read_all(back)
+    assert values.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(values[name], tensor), name
         assert (back.dtype(name), back.shape(name)) == (tensor.dtype, tuple(tensor.shape)), name
 
 
 @pytest.mark.parametrize("layout", ["qwen", "qwen2"])
-def test_any_rows_can_be_asked_for(layout: str, tmp_path: Path) -> None:
+def test_row_ranges_equal_slices_of_the_whole_tensor(layout: str, tmp_path: Path) -> None:
     source: TensorSource = tensors_to_qwen2(open_checkpoint(TINY), CONFIG)
     if layout == "qwen":
         source = tensors_to_qwen(source, config_to_qwen2(CONFIG))
@@ -126,7 +126,7 @@ def test_any_rows_can_be_asked_for(layout: str, tmp_path: Path) -> None:
 
 
 class Counting:
-    """How many rows of each tensor were asked for."""
+    """Counts the rows read of each tensor."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, source: TensorSource) -> None:
         self.rows: dict[str, int] = {}
@@ -140,7 +140,7 @@ class Counting:
         monkeypatch.setattr(source, "rows", counted)
 
 
-def test_no_row_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversion_reads_every_row_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("checkpoints.source.BLOCK_ELEMENTS", 300)
     base = open_checkpoint(TINY)
     counting = Counting(monkeypatch, base)
@@ -148,16 +148,16 @@ def test_no_row_is_computed_twice(monkeypatch: pytest.MonkeyPatch) -> None:
     assert counting.rows == {name: base.shape(name)[0] for name in base.names()}
 
 
-def test_the_config_comes_back(any_golden: Golden) -> None:
+def test_config_round_trip(any_golden: Golden) -> None:
     config = any_golden.config
     before, after = (QWenConfig(**each) for each in (config, config_to_qwen(config_to_qwen2(config))))
-    unsaid = {"auto_map", "transformers_version", "onnx_safe"}
-    for key in before.to_dict().keys() - unsaid:
+    ignored = {"auto_map", "transformers_version", "onnx_safe"}
+    for key in before.to_dict().keys() - ignored:
         assert getattr(after, key) == getattr(before, key), key
 
 
-def test_the_config_of_a_real_model() -> None:
-    """The numbers of Qwen-14B-Chat's, and what Qwen2's mean by them."""
+def test_config_of_qwen_14b_chat() -> None:
+    """Qwen-14B-Chat's values and their equivalents in Qwen2."""
     config = {
         "model_type": "qwen", "hidden_size": 5120, "intermediate_size": 27392, "kv_channels": 128,
         "num_attention_heads": 40, "num_hidden_layers": 40, "vocab_size": 152064, "seq_length": 2048,
@@ -172,7 +172,7 @@ def test_the_config_of_a_real_model() -> None:
     assert {key: back[key] for key in config} == config
 
 
-def test_names_of_august_2023_are_understood() -> None:
+def test_key_names_of_august_2023_are_understood() -> None:
     names = {"n_embd": "hidden_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
              "ffn_hidden_size": "intermediate_size", "padded_vocab_size": "vocab_size"}  # fmt: skip
     old = {key: value for key, value in CONFIG.items() if key not in names.values()}
@@ -181,7 +181,7 @@ def test_names_of_august_2023_are_understood() -> None:
     assert tensors_to_qwen2(open_checkpoint(TINY), old).names()
 
 
-def test_what_is_lost_is_said(caplog: pytest.LogCaptureFixture) -> None:
+def test_lost_extrapolation_is_logged(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         config_to_qwen2(CONFIG | {"use_dynamic_ntk": False, "use_logn_attn": False})
         assert not caplog.messages
@@ -193,12 +193,12 @@ def test_what_is_lost_is_said(caplog: pytest.LogCaptureFixture) -> None:
     assert "no log-n attention" in caplog.text and "no dynamic NTK" not in caplog.text
 
 
-def test_a_model_without_extrapolation_keeps_its_length() -> None:
+def test_model_without_extrapolation_keeps_max_position_embeddings() -> None:
     config = CONFIG | {"use_dynamic_ntk": False, "use_logn_attn": False}
     assert config_to_qwen2(config)["max_position_embeddings"] == CONFIG["max_position_embeddings"]
 
 
-# ----------------------------------------------------------------------------------------------------------- quantised
+# ------------------------------------------------------------------------------------------------------------ quantised
 
 
 @pytest.mark.parametrize(
@@ -228,18 +228,18 @@ def test_awq_stays_quantised(tmp_path: Path) -> None:
 
 
 def assert_same_weights(qwen: Path, qwen2: Path) -> None:
-    """Dequantised, both hold the same values."""
+    """Compare the dequantised values."""
     config = load_json(qwen / "config.json")
     expected = read_all(tensors_to_qwen2(open_dequantized(qwen, torch.float32), config))
-    found = read_all(open_dequantized(qwen2, torch.float32))
-    assert found.keys() == expected.keys()
+    converted = read_all(open_dequantized(qwen2, torch.float32))
+    assert converted.keys() == expected.keys()
     assert len([name for name in open_checkpoint(qwen2).names() if name.endswith(".qweight")]) == 2 * 7
     for name, tensor in expected.items():
-        assert torch.equal(found[name], tensor), name
+        assert torch.equal(converted[name], tensor), name
 
 
 @torch.no_grad()
-def test_a_gptq_model_answers_alike(tmp_path: Path) -> None:
+def test_converted_gptq_model_has_equal_logits(tmp_path: Path) -> None:
     from loading.checkpoint import load_checkpoint, load_model
 
     write_gptq(TINY, tmp_path / "qwen")
@@ -251,22 +251,22 @@ def test_a_gptq_model_answers_alike(tmp_path: Path) -> None:
     assert_close(models[1](ids).logits, models[0](ids).logits, LOGITS_ATOL)
 
 
-def test_the_quantization_config_names_modules_of_the_layout() -> None:
-    given = {
+def test_quantization_config_names_modules_of_the_layout() -> None:
+    settings = {
         "quant_method": "gptq", "bits": 4, "group_size": 32, "model_file_base_name": "gptq_model",
         "modules_in_block_to_quantize": [["attn.c_attn"], ["attn.c_proj"], ["mlp.w1", "mlp.w2"]],
         "modules_to_not_convert": ["lm_head", "transformer.h.0.mlp.c_proj"],
     }  # fmt: skip
-    there = config_to_qwen2(CONFIG | {"quantization_config": given})["quantization_config"]
+    there = config_to_qwen2(CONFIG | {"quantization_config": settings})["quantization_config"]
     q, k, v = (f"self_attn.{letter}_proj" for letter in "qkv")
     assert there["modules_in_block_to_quantize"] == [[q, k, v], ["self_attn.o_proj"], ["mlp.up_proj", "mlp.gate_proj"]]
     assert there["modules_to_not_convert"] == ["lm_head", "model.layers.0.mlp.down_proj"]
     assert "model_file_base_name" not in there
     back = config_to_qwen(config_to_qwen2(CONFIG) | {"quantization_config": there})["quantization_config"]
-    assert back == {key: value for key, value in given.items() if key != "model_file_base_name"}
+    assert back == {key: value for key, value in settings.items() if key != "model_file_base_name"}
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 @pytest.mark.parametrize(
@@ -279,10 +279,10 @@ def test_the_quantization_config_names_modules_of_the_layout() -> None:
         ({"kv_channels": 16}, "kv_channels 16 x num_attention_heads 4 is not hidden_size 32"),
         ({"seq_length": None}, "seq_length is missing"),
         ({"num_hidden_layers": "two"}, "config.json: num_hidden_layers is 'two'"),
-        ({"quantization_config": {"bits": 4, "dynamic": {"-:x": {}}}}, "rules of its own for some modules"),
+        ({"quantization_config": {"bits": 4, "dynamic": {"-:x": {}}}}, "its own rules for some modules"),
     ],
 )
-def test_what_qwen2_cannot_express_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_config_that_qwen2_cannot_express_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_to_qwen2(CONFIG | changes)
 
@@ -295,11 +295,11 @@ def test_what_qwen2_cannot_express_is_refused(changes: dict[str, Any], message: 
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "rotary embeddings with .*yarn"),
         ({"head_dim": 16}, "head_dim 16 x 4 heads is not hidden_size 32"),
         ({"hidden_act": "gelu"}, "hidden_act 'gelu'"),
-        ({"hidden_size": "many"}, "config.json cannot be understood"),
+        ({"hidden_size": "many"}, "config.json is not valid"),
         ({"model_type": "qwen3"}, "model_type 'qwen3' is not qwen2"),
     ],
 )
-def test_what_qwen_cannot_express_is_refused(changes: dict[str, Any], message: str) -> None:
+def test_config_that_qwen_cannot_express_is_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_to_qwen(config_to_qwen2(CONFIG) | changes)
 
@@ -310,7 +310,7 @@ def write_tensors(folder: Path, tensors: dict[str, Tensor]) -> TensorSource:
     return open_checkpoint(folder)
 
 
-def test_tables_and_zero_biases_of_old_files_are_left_out(tmp_path: Path) -> None:
+def test_computed_tables_and_zero_biases_are_dropped(tmp_path: Path) -> None:
     tensors = load_file(TINY / "model.safetensors")
     block = "transformer.h.0"
     added = {
@@ -328,14 +328,17 @@ C_ATTN = "transformer.h.0.attn.c_attn"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"transformer.h.0.mlp.c_proj.bias": torch.ones(32)}, "c_proj.bias: the layer has a bias"),
-        ({"transformer.h.0.attn.c_attn.weight": torch.zeros(80, 32)}, r"\(80, 32\), which is no three times"),
-        ({"transformer.visual.weight": torch.zeros(2, 2)}, "transformer.visual.weight has no place"),
-        ({f"{C_ATTN}.weight.absmax": torch.zeros(2)}, "bitsandbytes has packed"),
-        ({f"{C_ATTN}.SCB": torch.zeros(96)}, "bitsandbytes has packed"),
+        ({"transformer.h.0.mlp.c_proj.bias": torch.ones(32)}, "c_proj.bias is not zero, but"),
+        (
+            {"transformer.h.0.attn.c_attn.weight": torch.zeros(80, 32)},
+            r"has shape \(80, 32\); expected 3 x hidden_size \(32\)",
+        ),
+        ({"transformer.visual.weight": torch.zeros(2, 2)}, "transformer.visual.weight has no counterpart"),
+        ({f"{C_ATTN}.weight.absmax": torch.zeros(2)}, "packed by bitsandbytes"),
+        ({f"{C_ATTN}.SCB": torch.zeros(96)}, "packed by bitsandbytes"),
     ],
 )
-def test_tensors_without_a_place_are_refused(change: dict[str, Tensor], message: str, tmp_path: Path) -> None:
+def test_tensors_without_a_counterpart_are_refused(change: dict[str, Tensor], message: str, tmp_path: Path) -> None:
     tensors = load_file(TINY / "model.safetensors") | change
     with pytest.raises(ConfigError, match=message):
         tensors_to_qwen2(write_tensors(tmp_path / "changed", tensors), CONFIG)
@@ -346,10 +349,12 @@ def test_tensors_without_a_place_are_refused(change: dict[str, Tensor], message:
     [
         ("self_attn.k_proj.weight", torch.zeros(16, 32), "as many key-value heads as heads"),
         ("self_attn.v_proj.bias", None, "v_proj.bias is missing"),
-        ("self_attn.q_norm.weight", torch.zeros(8), "q_norm.weight has no place in the layout of Qwen v1"),
+        ("self_attn.q_norm.weight", torch.zeros(8), "q_norm.weight has no counterpart in the layout of Qwen v1"),
     ],
 )
-def test_a_qwen2_of_another_shape_is_refused(name: str, tensor: Tensor | None, message: str, tmp_path: Path) -> None:
+def test_qwen2_tensors_that_qwen_cannot_express_are_refused(
+    name: str, tensor: Tensor | None, message: str, tmp_path: Path
+) -> None:
     tensors = load_file(write_qwen2(TINY, tmp_path / "there") / "model.safetensors")
     tensors.pop(f"model.layers.0.{name}", None)
     if tensor is not None:
@@ -358,7 +363,7 @@ def test_a_qwen2_of_another_shape_is_refused(name: str, tensor: Tensor | None, m
         tensors_to_qwen(write_tensors(tmp_path / "changed", tensors), config_to_qwen2(CONFIG))
 
 
-def test_q_k_and_v_that_group_inputs_otherwise_are_no_one_layer(tmp_path: Path) -> None:
+def test_q_k_and_v_with_different_act_order_are_refused(tmp_path: Path) -> None:
     write_gptq(TINY, tmp_path / "qwen", group_size=16, desc_act=True)
     there = write_qwen2(tmp_path / "qwen", tmp_path / "there")
     tensors = load_file(there / "model.safetensors")
