@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.files import load_json
+from checkpoints.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from checkpoints.shards import CheckpointReader, open_checkpoint
 from errors import ConfigError
 
@@ -94,11 +95,11 @@ def read_adapter(folder: str | Path) -> Adapter:
             twice or without its partner.
     """
     folder = Path(folder)
-    if not (folder / "adapter_config.json").is_file():
-        raise ConfigError(f"--adapter {folder} holds no adapter_config.json", "Give the folder of a saved adapter")
-    config = load_json(folder / "adapter_config.json")
-    _check_options(config, folder / "adapter_config.json")
-    tensors = open_checkpoint(folder, ("adapter_model.safetensors", "adapter_model.bin"))
+    if not (folder / ADAPTER_CONFIG).is_file():
+        raise ConfigError(f"--adapter {folder} holds no {ADAPTER_CONFIG}", "Give the folder of a saved adapter")
+    config = load_json(folder / ADAPTER_CONFIG)
+    _check_options(config, folder / ADAPTER_CONFIG)
+    tensors = open_checkpoint(folder, ADAPTER_WEIGHTS)
     edits: dict[str, Edit] = {}
     for name in tensors.names():
         module, role, parameter = _parse_name(name, folder)

@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from checkpoints.files import load_json_or_empty
+from checkpoints.names import BASE_QUANTIZATION
 from errors import ConfigError
 
 Method = Literal["gptq", "awq", "nf4", "fp4", "int8"]
 
 PACKED: tuple[Method, ...] = ("gptq", "awq")
 """Methods whose weights are packed integers with scales and zero points per group; the others are bitsandbytes'."""
-
-BASE_QUANTIZATION = "base_quantization.json"
-"""Beside an adapter whose base was quantised while it was loaded: the quantization_config of that model."""
 
 _TITLES = {"gptq": "GPTQ", "awq": "AWQ", "nf4": "NF4", "fp4": "FP4", "int8": "8-bit"}
 _UNQUANTISED = "Use the unquantised model, or one quantised as GPTQ, AWQ (GEMM) or by bitsandbytes"

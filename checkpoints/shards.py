@@ -14,10 +14,10 @@ from torch import Tensor
 
 from checkpoints.files import load_json
 from checkpoints.model_config import find_quantization
+from checkpoints.names import WEIGHTS
 from checkpoints.source import TensorSource
 from errors import ConfigError
 
-WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 MIB = 2**20
 # Dtypes by their code in the header of a safetensors file.
 SAFETENSORS_DTYPES = {

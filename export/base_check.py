@@ -9,13 +9,12 @@ from typing import Any
 from checkpoints.adapter import Adapter
 from checkpoints.files import load_json
 from checkpoints.model_config import load_base_quantization
+from checkpoints.names import RUN_SUMMARY
 from checkpoints.shards import fingerprint
 from errors import ConfigError, numbered
 from export.inputs import Base
 
 logger = logging.getLogger(__name__)
-
-RUN_SUMMARY = "run_summary.json"
 
 
 def check_trained_on(base: Base, adapters: Sequence[Adapter], base_is_given: bool, any_base: bool) -> None:

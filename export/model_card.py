@@ -18,6 +18,7 @@ from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError  # type: ignore[import-untyped]
 
 from checkpoints.files import load_json_or_empty, save_text
+from checkpoints.names import DATA_REPORT, RUN_SUMMARY
 
 # What vLLM's registry says (0.33.0, "was supported in vLLM until"): later releases have no class for QWenLMHeadModel.
 _LAST_VLLM_WITH_QWEN = "0.23.0"
@@ -230,8 +231,8 @@ def training_lines(adapter: Path, code: Callable[[object], str]) -> list[str]:
         code: writes a text that is not ours.
     """
     summary, report = (
-        load_json_or_empty(adapter / "run_summary.json"),
-        load_json_or_empty(adapter / "data_receipt.json"),
+        load_json_or_empty(adapter / RUN_SUMMARY),
+        load_json_or_empty(adapter / DATA_REPORT),
     )
     lines = list(_figures(summary))
     for split, told in _objects(report or _object(summary.get("data"))):

@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from chat.render import control_ids_of
+from checkpoints.names import ADAPTER_WEIGHTS
 from checkpoints.shards import open_checkpoint
 from errors import ConfigError, one_line
 from loading.checkpoint import Checkpoint
@@ -25,7 +26,6 @@ logger = logging.getLogger(__name__)
 
 _LATER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TARGET_MODULES = {"qwen": ("c_attn", "c_proj", "w1", "w2"), "qwen2": _LATER_LAYERS, "qwen3": _LATER_LAYERS}
-ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 EMBEDDING_MODULES = {
     "qwen": ("wte", "lm_head"),
     "qwen2": ("embed_tokens", "lm_head"),
@@ -149,7 +149,7 @@ def load_adapter(
             adapted = PeftModel.from_pretrained(
                 model, folder, is_trainable=is_trainable, autocast_adapter_dtype=in_float32
             )
-        saved = {name.replace(".default", "") for name in open_checkpoint(folder, ADAPTER_FILES).names()}
+        saved = {name.replace(".default", "") for name in open_checkpoint(folder, ADAPTER_WEIGHTS).names()}
     except ConfigError:
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

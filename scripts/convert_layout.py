@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints.model_config import DTYPE_NAMES
+from checkpoints.names import ADAPTER_CONFIG
 from commands import CommandParser, run_command, set_up_logging
 from errors import ConfigError
 from export.layouts.qwen2_names import LAYOUTS
@@ -23,7 +24,7 @@ from export.layouts.qwen2_names import LAYOUTS
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-    is_adapter = (args.input / "adapter_config.json").is_file()
+    is_adapter = (args.input / ADAPTER_CONFIG).is_file()
     check_args(args, is_adapter)
     # torch is imported after the flags are checked, so that a wrong flag is reported at once.
     from checkpoints.folders import check_output_folder, check_outside_inputs

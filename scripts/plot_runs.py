@@ -9,9 +9,10 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from checkpoints.names import TRAINING_LOG
 from commands import CommandParser, run_command
 from errors import ConfigError, one_line
-from training.run_folder.curves import TRAINING_LOG, Row, load_rows, plot_losses
+from training.run_folder.curves import Row, load_rows, plot_losses
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

@@ -22,10 +22,11 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from checkpoints.files import save_text
+from checkpoints.names import LOSS_CURVE, TRAINING_LOG
 from training.config.args import RunArguments, parse_profile_steps
 from training.profiling import Profiler
 from training.progress import Progress
-from training.run_folder.curves import LOSS_CURVE, TRAINING_LOG, Row, load_rows, plot_losses
+from training.run_folder.curves import Row, load_rows, plot_losses
 
 logger = logging.getLogger(__name__)
 

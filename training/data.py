@@ -10,6 +10,7 @@ from io import TextIOWrapper
 from pathlib import Path
 
 from checkpoints.files import save_json, save_text
+from checkpoints.names import DATA_REPORT, DATA_REPORT_PAGE
 from data_utils.collate import Collator
 from data_utils.dataset import DataOptions, DataReader, ExampleSet, load_examples
 from data_utils.encode import EncodeOptions, Encoder
@@ -21,8 +22,6 @@ from loading.checkpoint import Checkpoint
 from training.config.args import RunArguments
 
 logger = logging.getLogger(__name__)
-
-DATA_REPORT = "data_receipt"
 
 
 def load_data(args: RunArguments, checkpoint: Checkpoint) -> dict[str, ExampleSet]:
@@ -112,7 +111,7 @@ def show_reports(reports: Mapping[str, DataReport]) -> int:
 def save_reports(reports: Mapping[str, DataReport], folder: Path) -> None:
     """Write ``data_receipt.json`` and, with the samples, ``data_receipt.html``."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_reports(reports, folder / f"{DATA_REPORT}.json", folder / f"{DATA_REPORT}.html")
+    write_reports(reports, folder / DATA_REPORT, folder / DATA_REPORT_PAGE)
 
 
 def write_reports(reports: Mapping[str, DataReport], json_file: Path | None, html_file: Path | None) -> None:

@@ -11,15 +11,13 @@ from typing import Any
 
 from checkpoints.adapter import Adapter
 from checkpoints.files import save_json
+from checkpoints.names import ADAPTER_CONFIG, ADAPTER_SAFETENSORS, BASE_QUANTIZATION, RUN_RECORDS
 from checkpoints.writing import save_tensors
 from export.layouts.adapter import Lora, convert_adapter_tensors
 from export.layouts.qwen2_names import Layout, convert_suffix
 
-# What else of a run lies beside an adapter and is true of it in any layout.
-_RECORDS = (
-    "run_summary.json", "run_args.json", "run_args.yaml", "base_quantization.json", "data_receipt.json",
-    "data_receipt.html", "training_log.jsonl", "training_loss.png", "README.md", "LICENSE",
-)  # fmt: skip
+# Files beside an adapter that are true of it in any layout.
+_COPIED = (*RUN_RECORDS, BASE_QUANTIZATION, "README.md", "LICENSE")
 
 
 def save_converted_adapter(adapter: Adapter, layout: Layout, folder: Path, base: str | None = None) -> None:
@@ -32,12 +30,12 @@ def save_converted_adapter(adapter: Adapter, layout: Layout, folder: Path, base:
         ConfigError: see :func:`export.layouts.adapter.convert_adapter_tensors`.
     """
     converted = convert_adapter_tensors(adapter, layout)
-    save_tensors(converted.tensors, folder / "adapter_model.safetensors")
+    save_tensors(converted.tensors, folder / ADAPTER_SAFETENSORS)
     config = build_adapter_config(adapter.config, converted.loras, layout)
     if base is not None:
         config["base_model_name_or_path"] = base
-    save_json(config, folder / "adapter_config.json")
-    for name in _RECORDS:
+    save_json(config, folder / ADAPTER_CONFIG)
+    for name in _COPIED:
         if (adapter.folder / name).is_file():
             shutil.copyfile(adapter.folder / name, folder / name)
 

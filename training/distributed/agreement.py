@@ -16,10 +16,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints.files import load_json
+from checkpoints.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from checkpoints.shards import fingerprint
 from data_utils.dataset import ExampleSet
 from errors import ConfigError, numbered, shared
-from loading.adapters import ADAPTER_FILES
 from training.distributed.world import World
 
 if TYPE_CHECKING:
@@ -141,8 +141,8 @@ def _facts_of_host(args: RunArguments, checkpoint: Checkpoint) -> Facts:
         "config of --model_name_or_path": _digest_files(checkpoint.folder, *_READ_BESIDE),
     }
     if adapter := args.lora.lora_weight_path:
-        facts["weights of --lora_weight_path"] = fingerprint(adapter, ADAPTER_FILES)[:12]
-        facts["config of --lora_weight_path"] = _digest_files(Path(adapter), "adapter_config.json")
+        facts["weights of --lora_weight_path"] = fingerprint(adapter, ADAPTER_WEIGHTS)[:12]
+        facts["config of --lora_weight_path"] = _digest_files(Path(adapter), ADAPTER_CONFIG)
     for name in ("deepspeed", "fsdp_config"):
         value = args.trainer_value(name)
         if isinstance(value, str) and Path(value).is_file():

@@ -7,10 +7,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from checkpoints.names import TRAINING_LOG
 from errors import DataError
 
-TRAINING_LOG = "training_log.jsonl"
-LOSS_CURVE = "training_loss.png"
 Row = dict[str, Any]
 
 

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 
 from chat.stops import stopping_generation_config
 from checkpoints.files import save_json
-from checkpoints.model_config import BASE_QUANTIZATION
+from checkpoints.names import ADAPTER_SAFETENSORS, BASE_QUANTIZATION, WEIGHTS
 from checkpoints.shards import open_checkpoint
 from checkpoints.source import is_finite
 from checkpoints.writing import save_checkpoint, save_tensors
@@ -29,7 +29,6 @@ from training.run_folder.staging import saving_errors, staged_files
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = 5 * 10**9
-ADAPTER_WEIGHTS = "adapter_model.safetensors"
 _FAULTY_DISK = "Nothing was kept: save to another disk"
 _ARCHITECTURES = {"qwen": "QWenLMHeadModel", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
@@ -87,14 +86,14 @@ def save_adapter(
     )
     # A tied embedding comes twice, and safetensors wants separate memory.
     tensors = {name: _to_disk(name, tensor, dtype).clone() for name, tensor in tensors.items()}
-    save_tensors(tensors, folder / ADAPTER_WEIGHTS)
+    save_tensors(tensors, folder / ADAPTER_SAFETENSORS)
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
     config.save_pretrained(str(folder))
     if (quantization := getattr(model.config, "quantization_config", None)) is not None:
         # The adapter has learnt beside weights that were rounded this way.
         save_json(quantization.to_dict(), folder / BASE_QUANTIZATION)
-    _check_saved(tensors.items(), folder, (ADAPTER_WEIGHTS,))
+    _check_saved(tensors.items(), folder, (ADAPTER_SAFETENSORS,))
 
 
 def save_full(
@@ -128,7 +127,7 @@ def save_full(
     # Not the class that trained: others know the checkpoint by the name it came with.
     config.architectures = checkpoint.config.architectures or [_ARCHITECTURES[checkpoint.model_type]]
     config.save_pretrained(folder)
-    _check_saved(on_disk("Checking"), folder, ("model.safetensors",))
+    _check_saved(on_disk("Checking"), folder, WEIGHTS[:1])
 
 
 def _to_disk(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:

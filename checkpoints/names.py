@@ -1,0 +1,31 @@
+"""Names of files in the folder of a checkpoint or an adapter, and of the records that a run leaves beside them.
+
+``config.json`` and ``generation_config.json``, which every library spells out, are spelled out here too. A run's own
+files (checkpoints, manifest, trainer state) are in ``training/run_folder/names.py``. Needs no torch.
+"""
+
+from __future__ import annotations
+
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+"""Weights of a model in order of preference; sharded ones have an index, ``NAME.index.json``."""
+
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_SAFETENSORS = "adapter_model.safetensors"
+ADAPTER_WEIGHTS = (ADAPTER_SAFETENSORS, "adapter_model.bin")
+"""Weights of an adapter in order of preference."""
+
+BASE_QUANTIZATION = "base_quantization.json"
+"""The quantization_config of a model that was quantised while it was loaded, beside its adapter."""
+
+RUN_ARGUMENTS = "run_args.json"
+RUN_ARGUMENTS_YAML = "run_args.yaml"  # of earlier versions
+RUN_SUMMARY = "run_summary.json"
+TRAINING_LOG = "training_log.jsonl"
+LOSS_CURVE = "training_loss.png"
+DATA_REPORT = "data_receipt.json"
+DATA_REPORT_PAGE = "data_receipt.html"
+
+RUN_RECORDS = (
+    RUN_ARGUMENTS, RUN_ARGUMENTS_YAML, RUN_SUMMARY, TRAINING_LOG, LOSS_CURVE, DATA_REPORT, DATA_REPORT_PAGE,
+)  # fmt: skip
+"""What a run writes beside its result besides model, adapter and tokenizer."""
