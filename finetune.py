@@ -14,9 +14,10 @@ logger = logging.getLogger("finetune")  # not __name__, which is __main__ when i
 
 
 def main(argv: Sequence[str]) -> int:
+    from processes import is_first
     from training.checks import check_args
-    from training.config.args import parse_args
-    from training.distributed.launch import detect_launcher
+    from training.config.parsing import parse_args
+    from training.distributed.launch import detect_launcher, init_process_group
     from training.run_folder.output import explain_how_to_resume, prepare_output
     from training.signals import Signals, ignore_save_requests
 
@@ -32,7 +33,6 @@ def main(argv: Sequence[str]) -> int:
     from loading.adapters import embeddings_policy
     from loading.checkpoint import load_checkpoint
     from training.callbacks import RunLog, build_callbacks, set_tensorboard_folder
-    from training.checks import check_machine
     from training.data import build_collator, load_data, preview_data, save_reports, show_reports
     from training.distributed.agreement import check_agreement, check_same_data
     from training.distributed.heartbeat import HeartbeatCallback, join_run
@@ -42,16 +42,20 @@ def main(argv: Sequence[str]) -> int:
     from training.run_folder.start import agree_on_start
     from training.summary import describe_result, describe_run, run_facts, save_arguments, save_summary
     from training.trainer import QwenTrainer
+    from training.training_arguments import build_training_arguments, remove_accelerate_variables
 
-    check_machine(args)
-    set_seed(args.training.seed)
-    world, heartbeat = join_run(args)
-    checkpoint = load_checkpoint(args.model.model_name_or_path, args.training.cache_dir, args.model.model_hub)
-    if args.dry_run:
-        # 1 where the run would be worthless
-        return show_reports(preview_data(args, checkpoint)) if world.is_first else 0
-    check_agreement(world, args, checkpoint)
-    sets = load_shared(world, lambda: load_data(args, checkpoint))
+    if args.dry_run:  # starts no processes
+        return show_reports(preview_data(args)) if is_first() else 0
+    remove_accelerate_variables()
+    init_process_group(
+        args.trainer_value("ddp_timeout"), bool(args.trainer_value("deepspeed")), args.trainer_value("use_cpu")
+    )
+    training_arguments = build_training_arguments(args)
+    set_seed(training_arguments.seed)
+    world, heartbeat = join_run(args.options.heartbeat_timeout)
+    checkpoint = load_checkpoint(args.model.model_name_or_path, args.model.cache_dir, args.model.model_hub)
+    check_agreement(world, args, checkpoint, training_arguments.device.type)
+    sets = load_shared(world, lambda: load_data(args, training_arguments, checkpoint))
     check_same_data(world, sets)
     policy = None
     if args.lora.use_lora:
@@ -63,7 +67,7 @@ def main(argv: Sequence[str]) -> int:
         heartbeat.leave()
         return 0
 
-    model = load_training_model(checkpoint, args, args.training, policy)
+    model = load_training_model(checkpoint, args, training_arguments, policy)
     prepare_output(args, start.removes_leftovers)  # old results go only when nothing can be refused any more
     if world.is_first:
         save_arguments(args)
@@ -80,7 +84,7 @@ def main(argv: Sequence[str]) -> int:
         status=heartbeat.pulse,
         world=world,
         model=model,
-        args=args.training,
+        args=training_arguments,
         data_collator=build_collator(checkpoint),
         train_dataset=sets["train"],
         eval_dataset=sets.get("eval"),
@@ -90,7 +94,7 @@ def main(argv: Sequence[str]) -> int:
     if world.is_first:  # who alone knows what became of the records
         logger.info("Fine-tuning\n%s", describe_run(trainer, args, sets["train"], policy))
         save_reports({name: examples.report for name, examples in sets.items()}, args.output_dir)
-    with explain_how_to_resume(args.output_dir, args.resumes_itself):
+    with explain_how_to_resume(args.output_dir, args.resumes_automatically):
         with signals.handling():
             trainer.train(resume_from_checkpoint=start.checkpoint)
         seconds = progress.elapsed()

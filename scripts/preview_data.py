@@ -39,17 +39,15 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str]) -> int:
     args, others = parse_args(argv)
     from training.checks import check_args
-    from training.config.args import parse_args as parse_run_args
+    from training.config.parsing import parse_args as parse_run_args
 
     set_up_logging()
     run = parse_run_args([*others, "--dry_run"])
     check_args(run)
 
-    from loading.checkpoint import load_checkpoint
     from training.data import preview_data, show_reports, write_reports
 
-    checkpoint = load_checkpoint(run.model.model_name_or_path, run.training.cache_dir, run.model.model_hub)
-    reports = preview_data(run, checkpoint, args.samples)
+    reports = preview_data(run, args.samples)
     write_reports(reports, args.json, args.html)
     return show_reports(reports)
 

@@ -52,12 +52,12 @@ def build_callbacks(args: RunArguments, log: RunLog) -> list[TrainerCallback]:
     Raises:
         ConfigError: ``--profile_steps`` is not a range.
     """
-    training = args.training
+    options = args.options
     callbacks: list[TrainerCallback] = [log]
-    if training.profile_steps is not None:
-        callbacks.append(Profiler(args.output_dir, *parse_profile_steps(training.profile_steps)))
-    if training.early_stopping_patience is not None:
-        callbacks.append(EarlyStopping(training.early_stopping_patience))
+    if options.profile_steps is not None:
+        callbacks.append(Profiler(args.output_dir, *parse_profile_steps(options.profile_steps)))
+    if options.early_stopping_patience is not None:
+        callbacks.append(EarlyStopping(options.early_stopping_patience))
     return callbacks
 
 

@@ -15,8 +15,8 @@ from errors import ConfigError, numbered
 from loading.config_files import find_local_folder, load_model_config, module_names, most_positions
 from processes import has_gpu, is_first
 from training.config.args import LoraArguments, RunArguments, parse_profile_steps
-from training.config.engines import check_engine
 from training.config.flags import nearest
+from training.engine_checks import check_engine
 from training.run_folder.output import check_output
 from training.run_folder.start import check_start
 
@@ -55,20 +55,6 @@ def check_args(args: RunArguments) -> None:
         raise ConfigError(numbered(f"{len(faults)} faults in the arguments", faults))
 
 
-def check_machine(args: RunArguments) -> None:
-    """Check the arguments against the machine and transformers' own rules. Imports torch and transformers.
-
-    Raises:
-        ConfigError: the first fault.
-    """
-    if args.training.n_gpu > 1:
-        raise ConfigError(
-            f"{args.training.n_gpu} GPUs are visible to one process",
-            "Set CUDA_VISIBLE_DEVICES=0, or launch with "
-            f"torchrun --nproc_per_node {args.training.n_gpu} finetune.py ...",
-        )
-
-
 def _evaluates(args: RunArguments) -> bool:
     return bool(args.trainer_value("eval_strategy") != "no")
 
@@ -104,7 +90,7 @@ def _faults_of(check: Callable[..., object], *arguments: object) -> Faults:
 def _check_numbers(args: RunArguments) -> Faults:
     get = args.trainer_value
     counts = {
-        "model_max_length": args.options.model_max_length,
+        "model_max_length": args.data.model_max_length,
         "per_device_train_batch_size": get("per_device_train_batch_size"),
         "per_device_eval_batch_size": get("per_device_eval_batch_size"),
         "gradient_accumulation_steps": get("gradient_accumulation_steps"),
@@ -231,7 +217,7 @@ def _check_continued_adapter(lora: LoraArguments) -> Faults:
 
 
 def _check_model(args: RunArguments) -> Faults:
-    name, length, folder = args.model.model_name_or_path, args.options.model_max_length, _model_folder(args)
+    name, length, folder = args.model.model_name_or_path, args.data.model_max_length, _model_folder(args)
     positions = most_positions(load_model_config(folder))
     if positions is not None and length > positions:
         yield ConfigError(
@@ -249,7 +235,7 @@ def _check_model(args: RunArguments) -> Faults:
 
 
 def _model_folder(args: RunArguments) -> Path:
-    return find_local_folder(args.model.model_name_or_path, args.options.cache_dir, args.model.model_hub)
+    return find_local_folder(args.model.model_name_or_path, args.model.cache_dir, args.model.model_hub)
 
 
 def _is_norm(module: str) -> bool:

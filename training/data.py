@@ -8,6 +8,9 @@ import sys
 from collections.abc import Mapping
 from io import TextIOWrapper
 from pathlib import Path
+from types import SimpleNamespace
+
+from transformers import TrainingArguments
 
 from checkpoints.files import save_json, save_text
 from checkpoints.names import DATA_REPORT, DATA_REPORT_PAGE
@@ -18,13 +21,16 @@ from data_utils.report.data_report import DataReport, ReportSettings
 from data_utils.report.page import render_html
 from data_utils.report.terminal import render_report, wants_color
 from data_utils.sources import parse_fill, parse_source
-from loading.checkpoint import Checkpoint
+from loading.checkpoint import Checkpoint, load_checkpoint
+from processes import count_processes, is_first
 from training.config.args import RunArguments
 
 logger = logging.getLogger(__name__)
 
 
-def load_data(args: RunArguments, checkpoint: Checkpoint) -> dict[str, ExampleSet]:
+def load_data(
+    args: RunArguments, training_arguments: TrainingArguments, checkpoint: Checkpoint
+) -> dict[str, ExampleSet]:
     """The ``train`` set, and the ``eval`` set where there is one.
 
     Raises:
@@ -32,31 +38,40 @@ def load_data(args: RunArguments, checkpoint: Checkpoint) -> dict[str, ExampleSe
     """
     if args.data.lazy_preprocess:
         logger.info("--lazy_preprocess: conversations are tokenised once, before the first step, so faults show early")
-    sets = load_examples(build_reader(args, checkpoint))
-    if "eval" in sets and args.training.eval_strategy == "no" and not args.training.eval_on_start:
+    sets = load_examples(build_reader(args, training_arguments, checkpoint))
+    if "eval" in sets and training_arguments.eval_strategy == "no" and not training_arguments.eval_on_start:
         logger.warning(
             "%d conversations are held out, and nothing evaluates on them. Give --eval_strategy", len(sets["eval"])
         )
     return sets
 
 
-def preview_data(args: RunArguments, checkpoint: Checkpoint, most_samples: int = 3) -> dict[str, DataReport]:
-    """The account of each set, and nothing kept but that.
+def preview_data(args: RunArguments, most_samples: int = 3) -> dict[str, DataReport]:
+    """Read the data and return the report of each set. Keeps no examples, and starts no processes.
 
     Raises:
+        ConfigError: a checkpoint without a usable tokenizer.
         DataError: a file or a record that cannot be used.
     """
-    reader = build_reader(args, checkpoint, most_samples)
+    checkpoint = load_checkpoint(args.model.model_name_or_path, args.model.cache_dir, args.model.model_hub)
+    reader = build_reader(args, args.trainer_values(), checkpoint, most_samples)
     for _ in reader.read():
         pass
     return reader.reports
 
 
-def build_reader(args: RunArguments, checkpoint: Checkpoint, most_samples: int = 3) -> DataReader:
-    """The sources of ``--data_path`` and ``--eval_data_path``, to be read as the other arguments say."""
-    data, training = args.data, args.training
+def build_reader(
+    args: RunArguments, flags: TrainingArguments | SimpleNamespace, checkpoint: Checkpoint, most_samples: int = 3
+) -> DataReader:
+    """Return a reader of ``--data_path`` and ``--eval_data_path``.
+
+    Args:
+        flags: transformers' flags: the ``TrainingArguments`` of a run, or ``args.trainer_values()`` without a run.
+        most_samples: samples of each set that its report shows.
+    """
+    data = args.data
     encode_options = EncodeOptions(
-        max_length=training.model_max_length,
+        max_length=data.model_max_length,
         system_message=data.system_message,
         label_mask=data.label_mask,
         truncation=data.truncation,
@@ -67,20 +82,20 @@ def build_reader(args: RunArguments, checkpoint: Checkpoint, most_samples: int =
         fill=parse_fill(data.fill or ()),
         skip_bad=data.on_bad_record == "skip",
         eval_share=data.eval_split,
-        seed=training.seed if training.data_seed is None else training.data_seed,
+        seed=flags.seed if flags.data_seed is None else flags.data_seed,
     )
     settings = ReportSettings(
         model=checkpoint.name,
         family=checkpoint.family.name,
         label_mask=data.label_mask,
         truncation=data.truncation,
-        model_max_length=training.model_max_length,
-        batch_size=training.train_batch_size,
-        accumulation=training.gradient_accumulation_steps,
-        world_size=training.world_size,
-        epochs=training.num_train_epochs,
-        max_steps=training.max_steps,
-        batching="grouped" if training.train_sampling_strategy == "group_by_length" else "dynamic",
+        model_max_length=data.model_max_length,
+        batch_size=flags.per_device_train_batch_size,
+        accumulation=flags.gradient_accumulation_steps,
+        world_size=count_processes(),
+        epochs=flags.num_train_epochs,
+        max_steps=flags.max_steps,
+        batching="grouped" if flags.train_sampling_strategy == "group_by_length" else "dynamic",
     )
     given = {"train": (data.data_path, "--data_path"), "eval": (data.eval_data_path, "--eval_data_path")}
     return DataReader(
@@ -89,7 +104,7 @@ def build_reader(args: RunArguments, checkpoint: Checkpoint, most_samples: int =
         data_options,
         settings,
         most_samples=most_samples,
-        show_progress=not training.disable_tqdm and training.process_index == 0,
+        show_progress=not flags.disable_tqdm and is_first(),
     )
 
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from transformers import TrainingArguments
 
 from loading.adapters import EmbeddingsPolicy, LoraSettings, attach_lora, continue_lora
 from loading.checkpoint import Checkpoint, load_model
 from training.config.args import LoraArguments, RunArguments
-from training.training_arguments import FinetuneArguments
 
 
 def load_training_model(
-    checkpoint: Checkpoint, args: RunArguments, training: FinetuneArguments, policy: EmbeddingsPolicy | None = None
+    checkpoint: Checkpoint,
+    args: RunArguments,
+    training_arguments: TrainingArguments,
+    policy: EmbeddingsPolicy | None = None,
 ) -> Any:
     """Load the weights, quantise them if ``--q_lora`` asks for it, and attach the adapter.
 
@@ -24,28 +27,28 @@ def load_training_model(
         ConfigError: weights or adapter that cannot be loaded.
     """
     quantize = None if checkpoint.quantization else args.lora.quantization
-    dtype = weights_dtype(training, args.lora.use_lora)
+    dtype = weights_dtype(training_arguments, args.lora.use_lora, args.options.pure_bf16)
     model = load_model(checkpoint, dtype, args.model.attn_implementation, quantize)
     # The Trainer would set these itself, with a warning.
     for config in (model.config, model.generation_config):
         config.pad_token_id, config.eos_token_id = checkpoint.tokenizer.pad_token_id, checkpoint.tokenizer.eos_token_id
     if policy is None:
         return model
-    in_float32 = not training.pure_bf16
+    in_float32 = not args.options.pure_bf16
     if args.lora.lora_weight_path:
         return continue_lora(model, args.lora.lora_weight_path, in_float32)
     return attach_lora(model, checkpoint, lora_settings(args.lora), policy, in_float32)
 
 
-def weights_dtype(training: FinetuneArguments, use_lora: bool) -> torch.dtype:
+def weights_dtype(training_arguments: TrainingArguments, use_lora: bool, pure_bf16: bool) -> torch.dtype:
     """The precision of the weights in memory.
 
     Trained weights are float32, under autocast with ``--bf16`` or ``--fp16``; weights that LoRA freezes take the
     autocast dtype. ``--pure_bf16`` keeps everything in bfloat16.
     """
-    if training.pure_bf16 or (use_lora and training.bf16):
+    if pure_bf16 or (use_lora and training_arguments.bf16):
         return torch.bfloat16
-    if use_lora and training.fp16:
+    if use_lora and training_arguments.fp16:
         return torch.float16
     return torch.float32
 

@@ -24,7 +24,7 @@ from training.callbacks import RunLog
 from training.config.args import RunArguments
 from training.progress import peak_memory
 from training.run_folder.changes import facts_from_args
-from training.run_folder.output import RUN_ARGUMENTS, RUN_SUMMARY
+from training.run_folder.names import RUN_ARGUMENTS, RUN_SUMMARY
 from training.trainer import QwenTrainer
 
 logger = logging.getLogger(__name__)
@@ -41,7 +41,7 @@ def describe_run(
     trainer: QwenTrainer, args: RunArguments, examples: ExampleSet, policy: EmbeddingsPolicy | None
 ) -> str:
     """The start-up block: model, mode, what is trained, data, steps."""
-    training, checkpoint = args.training, trainer.checkpoint
+    training, checkpoint = trainer.args, trainer.checkpoint
     trained, total = count_parameters(trainer.model)
     batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     per_epoch = max(1, math.ceil(len(examples) / batch))
@@ -49,7 +49,8 @@ def describe_run(
     mode = "LoRA" if isinstance(trainer.model, PeftModel) else "all parameters"
     if quantization := checkpoint.quantization or args.lora.quantization:
         mode = f"LoRA on quantised weights ({quantization})"
-    precision = next((name for name in ("pure_bf16", "bf16", "fp16") if getattr(training, name)), "fp32")
+    precision = next((name for name in ("bf16", "fp16") if getattr(training, name)), "fp32")
+    precision = "pure_bf16" if args.options.pure_bf16 else precision
     report = examples.report.total()
     rows = [
         (

@@ -1,60 +1,57 @@
-"""transformers' TrainingArguments with ours beside them: what the Trainer is given. Imports torch and transformers."""
+"""transformers' ``TrainingArguments`` of a run, built from its flags. Imports torch and transformers."""
 
 from __future__ import annotations
 
 import logging
 import os
-from dataclasses import asdict, dataclass, fields
-from typing import Any
+from dataclasses import fields
 
 import torch
 from transformers import TrainingArguments
 
 from errors import ConfigError, one_line
-from training.config.args import TrainingOptions
-from training.distributed.launch import init_process_group
+from training.config.args import RunArguments
 
 logger = logging.getLogger(__name__)
 
 
-@dataclass
-class FinetuneArguments(TrainingArguments, TrainingOptions):
-    """transformers' TrainingArguments with the original's additions."""
-
-    def __post_init__(self) -> None:
-        # Without a GPU everything runs on the CPU anyway; transformers wants to be told before it allows bfloat16.
-        self.use_cpu = self.use_cpu or not torch.accelerator.is_available()
-        super().__post_init__()
+def remove_accelerate_variables() -> None:
+    """Delete the environment variables from which accelerate would read precision, device and more."""
+    for name in sorted(os.environ):
+        if name.startswith(("ACCELERATE_", "FSDP_")):
+            logger.warning("The environment variable %s is ignored: all settings of a run are flags", name)
+            del os.environ[name]
 
 
-def build_training_arguments(given: dict[str, Any], options: TrainingOptions) -> FinetuneArguments:
-    """The arguments of the Trainer, from the flags that were given and from nothing else.
+def build_training_arguments(args: RunArguments) -> TrainingArguments:
+    """Return the arguments of transformers' Trainer: its own flags only, and nothing from the environment.
+
+    The process group must exist (``init_process_group``), and the result must exist before the model is loaded, because
+    transformers keeps the DeepSpeed config in it.
 
     Raises:
-        ConfigError: values that transformers refuses.
+        ConfigError: values that transformers refuses, or several GPUs visible to one process.
     """
-    _forget_environment()
-    names = {item.name for item in fields(FinetuneArguments)}
-    values = dict(given)
-    for old in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
-        new = old.replace("gradient", "activation")
-        if old in values and new in names:
-            values[new] = values.pop(old)
+    values = dict(args.trainer)
+    names = {item.name for item in fields(TrainingArguments)}
+    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        new = name.replace("gradient", "activation")
+        if name in values and new in names:
+            values[new] = values.pop(name)
     if not values.get("fsdp"):
         values.pop("fsdp", None)
-    init_process_group(values.get("ddp_timeout", 1800), bool(values.get("deepspeed")), values.get("use_cpu", False))
+    # Without a GPU everything runs on the CPU anyway, but transformers allows bfloat16 there only with this flag.
+    values["use_cpu"] = values.get("use_cpu", False) or not torch.accelerator.is_available()
     try:
-        return FinetuneArguments(**values, **asdict(options))
+        training_arguments = TrainingArguments(**values)
     except ConfigError:
         raise
     except (ValueError, ImportError, OSError) as error:
-        # What transformers finds wrong, without its traceback.
         raise ConfigError(f"command line: {one_line(error)}") from error
-
-
-def _forget_environment() -> None:
-    """accelerate would take precision, device and more from its variables."""
-    for name in sorted(os.environ):
-        if name.startswith(("ACCELERATE_", "FSDP_")):
-            logger.warning("The environment variable %s is ignored: a run is what its arguments say", name)
-            del os.environ[name]
+    if training_arguments.n_gpu > 1:
+        raise ConfigError(
+            f"{training_arguments.n_gpu} GPUs are visible to one process",
+            "Set CUDA_VISIBLE_DEVICES=0, or launch with "
+            f"torchrun --nproc_per_node {training_arguments.n_gpu} finetune.py ...",
+        )
+    return training_arguments

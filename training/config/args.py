@@ -1,180 +1,132 @@
-"""The arguments of ``finetune.py``: the original script's, ours, and those of transformers' Trainer.
+# ruff: noqa: RUF009 - _flag returns a dataclass field
+"""The arguments of a run as data: this project's flags, and those of transformers' TrainingArguments.
 
-Nothing here imports torch or transformers, so that a wrong flag is refused at once. ``RunArguments.training`` does,
-when it is first used.
+Creating and reading them touches no disk, no environment and no process, and imports neither torch nor transformers.
+``training.config.parsing`` builds them from a command line.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
+import re
 from dataclasses import asdict, dataclass, field, fields
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from types import SimpleNamespace
+from typing import Any, Literal
 
 from checkpoints.model_config import Quantization
 from errors import ConfigError
-from loading.config_files import find_local_folder, load_model_config, most_positions
-from processes import is_restart
-from training.config.command_line import parse_command_line
-from training.config.config_file import SUFFIXES, Setting, load_config_file
-from training.config.flags import Flag, flags_of, nearest, transformers_flags
-from training.config.old_flags import old_flags, translate_old_flags
-from training.run_folder.output import newest_checkpoint
-
-if TYPE_CHECKING:
-    from training.training_arguments import FinetuneArguments
-import re
 
 
-@dataclass
+def _flag(default: Any, help: str) -> Any:
+    """A field with its default and its line of ``--help``."""
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
 class ModelArguments:
-    model_name_or_path: str = field(default="Qwen/Qwen-7B", metadata={"help": "checkpoint folder, or a hub id"})
-    model_hub: Literal["hf", "modelscope"] = field(
-        default="hf", metadata={"help": "where a hub id is looked up: Hugging Face's hub or ModelScope"}
-    )
-    attn_implementation: str | None = field(
-        default=None, metadata={"help": "eager, sdpa or flash_attention_2; by default what transformers chooses"}
-    )
-    loss: Literal["lean", "full_logits"] = field(
-        default="lean",
-        metadata={"help": "lean: from hidden states, in chunks; full_logits: the plain one, for comparison"},
+    model_name_or_path: str = _flag("Qwen/Qwen-7B", "checkpoint folder, or model id on a hub")
+    model_hub: Literal["hf", "modelscope"] = _flag("hf", "hub of a model id: Hugging Face or ModelScope")
+    cache_dir: str | None = _flag(None, "cache folder for downloaded models")
+    attn_implementation: str | None = _flag(None, "eager, sdpa or flash_attention_2 (by default transformers chooses)")
+    loss: Literal["lean", "full_logits"] = _flag(
+        "lean", "lean: in chunks, without storing all logits; full_logits: plain cross entropy, for comparison"
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class DataArguments:
-    data_path: list[str] | None = field(
-        default=None,
-        metadata={
-            "help": "conversations to train on: .json, .jsonl (also .gz), .parquet, or folders of them; "
-            "FILE#N draws N records, FILE@xF takes each F times"
-        },
+    data_path: list[str] | None = _flag(
+        None,
+        "training conversations: .json, .jsonl (also .gz) or .parquet files, or folders of them; FILE#N draws N "
+        "records, FILE@xF repeats each record F times",
     )
-    eval_data_path: list[str] | None = field(default=None, metadata={"help": "conversations to evaluate on"})
-    eval_split: float = field(
-        default=0.0, metadata={"help": "share of --data_path that is held out to evaluate on, 0.05 for a twentieth"}
+    eval_data_path: list[str] | None = _flag(None, "evaluation conversations, in the same forms")
+    eval_split: float = _flag(0.0, "fraction of --data_path to hold out for evaluation, such as 0.05")
+    data_format: Literal["auto", "conversations", "messages", "alpaca", "pairs"] = _flag(
+        "auto", "format of all data files; auto detects it for each file"
     )
-    data_format: Literal["auto", "conversations", "messages", "alpaca", "pairs"] = field(
-        default="auto", metadata={"help": "format of all files; auto recognises it, file by file"}
+    data_mixing: Literal["mixed", "sequential"] = _flag(
+        "mixed", "mixed: shuffle all files together; sequential: in each epoch, train one file after the other"
     )
-    data_mixing: Literal["mixed", "sequential"] = field(
-        default="mixed",
-        metadata={"help": "several files are shuffled together, or trained one after the other in each epoch"},
+    fill: list[str] | None = _flag(None, "NAME=TEXT pairs; TEXT replaces {{NAME}} in all messages")
+    on_bad_record: Literal["error", "skip"] = _flag("error", "refuse data with invalid records, or skip these records")
+    lazy_preprocess: bool = _flag(False, "no effect; accepted for old command lines")
+    system_message: str | None = _flag(
+        None, "system message for conversations that have none (default: that of the model's chat format)"
     )
-    fill: list[str] | None = field(
-        default=None, metadata={"help": "name=text pairs; text replaces {{name}} in all messages"}
+    label_mask: Literal["assistant", "qwen", "last", "all"] = _flag(
+        "assistant",
+        "tokens to train; assistant: every answer and its end token; last: only the last answer; qwen: as the "
+        'original script, also the turn markers; all: every token; "train" and "weight" of a turn take precedence',
     )
-    on_bad_record: Literal["error", "skip"] = field(
-        default="error", metadata={"help": "refuse data with records that cannot be used, or leave these out"}
-    )
-    lazy_preprocess: bool = field(
-        default=False,
-        metadata={"help": "accepted for old command lines; conversations are tokenised once, before the first step"},
-    )
-    system_message: str | None = field(
-        default=None,
-        metadata={"help": "system message of conversations without one; by default that of the model's family"},
-    )
-    label_mask: Literal["assistant", "qwen", "last", "all"] = field(
-        default="assistant",
-        metadata={
-            "help": "assistant: train each answer and its end; last: only the last one; qwen: also the turn marks, as "
-            'the original did; all: everything; "train" and "weight" of a turn go before'
-        },
-    )
-    truncation: Literal["turns", "turns_left", "cut", "drop", "error"] = field(
-        default="turns",
-        metadata={
-            "help": "what is longer than --model_max_length loses whole turns from its end, or its oldest ones, is cut "
-            "as in the original, left out, or refused"
-        },
+    model_max_length: int = _flag(8192, "maximum tokens of a sample (at most what the model supports)")
+    truncation: Literal["turns", "turns_left", "cut", "drop", "error"] = _flag(
+        "turns",
+        "samples longer than --model_max_length; turns: drop the last turns; turns_left: drop the oldest turns; "
+        "cut: cut off, as the original script; drop: skip the sample; error: refuse the data",
     )
 
 
-@dataclass
+@dataclass(frozen=True)
 class LoraArguments:
-    use_lora: bool = field(default=False, metadata={"help": "train a LoRA adapter instead of all parameters"})
-    q_lora: bool = field(
-        default=False,
-        metadata={"help": "LoRA on quantised weights: the checkpoint's own (GPTQ, AWQ), else quantised while loading"},
+    use_lora: bool = _flag(False, "train a LoRA adapter instead of all parameters")
+    q_lora: bool = _flag(
+        False, "train LoRA on quantised weights: the checkpoint's own (GPTQ, AWQ), else quantise while loading"
     )
-    quant_type: Literal["nf4", "fp4"] | None = field(
-        default=None,
-        metadata={"help": "with --q_lora: the 4-bit type of weights that are not quantised yet; by default nf4"},
+    quant_type: Literal["nf4", "fp4"] | None = _flag(
+        None, "with --q_lora: 4-bit data type for unquantised checkpoints (default: nf4)"
     )
-    load_in_8bit: bool = field(
-        default=False, metadata={"help": "with --q_lora: quantise to 8 bits instead of 4 what is not quantised yet"}
+    load_in_8bit: bool = _flag(False, "with --q_lora: quantise unquantised checkpoints to 8 bits instead of 4")
+    lora_r: int = _flag(64, "rank of the adapter")
+    lora_alpha: int = _flag(16, "scale of the adapter: its output is multiplied by alpha / rank")
+    lora_dropout: float = _flag(0.05, "dropout on the adapter's input")
+    lora_target_modules: list[str] | None = _flag(
+        None, "names of the linear layers to adapt (default: all linear layers of the model's blocks)"
     )
-    lora_r: int = field(default=64, metadata={"help": "rank"})
-    lora_alpha: int = field(default=16, metadata={"help": "the adapter is scaled by alpha / rank"})
-    lora_dropout: float = field(default=0.05, metadata={"help": "dropout on the adapter's input"})
-    lora_target_modules: list[str] | None = field(
-        default=None, metadata={"help": "names of linear layers; by default all those of the model's blocks"}
+    lora_weight_path: str = _flag("", "adapter folder to continue training from")
+    lora_bias: Literal["none", "all", "lora_only"] = _flag(
+        "none", "biases to train: none, all, or those of the adapted layers"
     )
-    lora_weight_path: str = field(default="", metadata={"help": "continue this adapter"})
-    lora_bias: Literal["none", "all", "lora_only"] = field(default="none", metadata={"help": "biases to train"})
-    trainable_embeddings: Literal["auto", "full", "chatml_tokens", "none"] = field(
-        default="auto",
-        metadata={
-            "help": "with LoRA: train embedding and head (full), their rows of <|im_start|> and <|im_end|> "
-            "(chatml_tokens) or neither (none); auto: full for a Qwen v1 base model, else none"
-        },
+    trainable_embeddings: Literal["auto", "full", "chatml_tokens", "none"] = _flag(
+        "auto",
+        "with --use_lora: also train embedding and head (full), only their rows of <|im_start|> and <|im_end|> "
+        "(chatml_tokens), or neither (none); auto: full for a Qwen v1 base model, else none",
     )
 
     @property
     def quantization(self) -> Quantization | None:
-        """How ``--q_lora`` quantises a checkpoint that is not quantised yet."""
+        """The type to which ``--q_lora`` quantises an unquantised checkpoint."""
         if not self.q_lora:
             return None
         return Quantization("int8", 8) if self.load_in_8bit else Quantization(self.quant_type or "nf4", 4)
 
 
-@dataclass
+@dataclass(frozen=True)
 class TrainingOptions:
-    """What stands beside transformers' flags in ``RunArguments.training``."""
+    """This project's additions to transformers' training flags."""
 
-    cache_dir: str | None = field(default=None, metadata={"help": "folder of downloaded models"})
-    model_max_length: int = field(
-        default=8192,
-        metadata={"help": "most tokens of a sample; by default not more than the model can"},
+    pure_bf16: bool = _flag(False, "keep trained parameters and optimizer in bfloat16 too, without float32 copies")
+    logging_dir: str | None = _flag(None, "folder for TensorBoard files (default: runs/ in --output_dir)")
+    early_stopping_patience: int | None = _flag(None, "stop after this many evaluations without an improvement")
+    heartbeat_timeout: float = _flag(
+        600.0, "seconds without progress after which a rank is reported and the run ends; 0 disables the check"
     )
-    pure_bf16: bool = field(
-        default=False, metadata={"help": "hold also what is trained in bfloat16, without float32 copies"}
-    )
-    logging_dir: str | None = field(
-        default=None, metadata={"help": "where TensorBoard's files go; by default runs/ in --output_dir"}
-    )
-    early_stopping_patience: int | None = field(
-        default=None, metadata={"help": "stop after this many evaluations without a better one"}
-    )
-    heartbeat_timeout: float = field(
-        default=600.0,
-        metadata={
-            "help": "of several processes one that is silent, or behind the others and does not move, for so many "
-            "seconds is named, and the run ends; 0: never"
-        },
-    )
-    profile_steps: str | None = field(
-        default=None, metadata={"help": "FIRST:LAST steps to profile: a trace and a table of the dearest operators"}
+    profile_steps: str | None = _flag(
+        None, "optimizer steps to profile, FIRST:LAST; writes a trace and a table of the slowest operators"
     )
 
 
-@dataclass
-class RunOptions:
-    """What is done before a run and is no part of it."""
+@dataclass(frozen=True)
+class InvocationOptions:
+    """Flags of one invocation, which the record of a run leaves at their defaults."""
 
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "remove what an earlier run left in --output_dir; only files a run writes"}
+    overwrite_output_dir: bool = _flag(
+        False, "remove the files of an earlier run from --output_dir; other files are never removed"
     )
-    allow_resume_changes: bool = field(
-        default=False,
-        metadata={"help": "go on from a checkpoint of other data, seed, batch or number of processes"},
+    allow_resume_changes: bool = _flag(
+        False, "resume although data, seed, batch size or number of processes differ from the checkpoint's"
     )
-    dry_run: bool = field(
-        default=False, metadata={"help": "read and show the data as it would be trained, and end; writes nothing"}
-    )
+    dry_run: bool = _flag(False, "show the data as it would be trained, and exit; writes nothing")
 
 
 GROUPS: dict[str, Any] = {
@@ -182,17 +134,18 @@ GROUPS: dict[str, Any] = {
     "data": DataArguments,
     "LoRA": LoraArguments,
     "run": TrainingOptions,
-    "output": RunOptions,
+    "output": InvocationOptions,
 }
 
 
-@dataclass(kw_only=True)
-class RunArguments(RunOptions):
-    """All arguments of a run, by theme. Nothing changes them after parsing.
+@dataclass(frozen=True, kw_only=True)
+class RunArguments(InvocationOptions):
+    """All arguments of a run, by group.
 
     Attributes:
-        trainer: transformers' flags that were given, with today's names.
-        debug: whether a failure shows its traceback.
+        trainer: the transformers flags that were given, by the names used here.
+        trainer_defaults: the defaults of all transformers flags, by the names used here.
+        debug: show the traceback of a failure.
     """
 
     model: ModelArguments
@@ -200,184 +153,53 @@ class RunArguments(RunOptions):
     lora: LoraArguments
     options: TrainingOptions
     trainer: dict[str, Any]
+    trainer_defaults: dict[str, Any]
     debug: bool = False
 
-    @cached_property
-    def training(self) -> FinetuneArguments:
-        """transformers' TrainingArguments with ours beside them. Imports torch and transformers.
-
-        Raises:
-            ConfigError: values that transformers refuses.
-        """
-        from training.training_arguments import build_training_arguments
-
-        return build_training_arguments(self.trainer, self.options)
-
     def trainer_value(self, name: str) -> Any:
-        """The value of one of transformers' flags, without importing transformers."""
-        return self.trainer.get(name, _trainer_flags()[name].default)
+        """Return the value of a transformers flag, for use before ``TrainingArguments`` exists."""
+        return self.trainer.get(name, self.trainer_defaults[name])
+
+    def trainer_values(self) -> SimpleNamespace:
+        """Return all transformers flags as attributes, like ``TrainingArguments``, for use before it exists."""
+        return SimpleNamespace(**{name: self.trainer_value(name) for name in self.trainer_defaults})
 
     @property
     def output_dir(self) -> Path:
-        """Where the run writes."""
         return Path(self.trainer_value("output_dir") or "trainer_output").expanduser()
 
     @property
     def resume(self) -> str | None:
-        """``--resume_from_checkpoint``: nothing, ``auto``, ``True``, or a folder."""
+        """``--resume_from_checkpoint``: ``None``, ``auto``, ``True`` or a folder."""
         value = self.trainer_value("resume_from_checkpoint")
         if value is None or value.lower() == "false":
             return None
         return {"true": "True", "auto": "auto"}.get(value.lower(), str(value))
 
     @property
-    def resumes_itself(self) -> bool:
-        """Whether the output folder decides if the run goes on or starts."""
+    def resumes_automatically(self) -> bool:
+        """Whether the run resumes if its output folder contains a checkpoint, and starts otherwise."""
         return self.resume == "auto"
 
-    @property
-    def starts_anew(self) -> bool:
-        """Whether what an earlier run left is given up.
-
-        With ``auto`` only once: processes that a launcher starts again after a failure go on with what they saved.
-        """
-        return self.overwrite_output_dir and not (self.resumes_itself and is_restart())
-
-    def resumed_checkpoint(self) -> str | None:
-        """The folder of ``--resume_from_checkpoint`` as far as names tell; which one is whole is found out later.
-
-        Raises:
-            ConfigError: there is none, and ``auto`` was not given.
-        """
-        value = self.resume
-        if value is None or (self.resumes_itself and self.starts_anew):
-            return None
-        folder = newest_checkpoint(self.output_dir) if value in ("True", "auto") else Path(value).expanduser()
-        if folder is not None and (folder / "trainer_state.json").is_file():
-            return str(folder)
-        if self.resumes_itself:
-            return None
-        raise ConfigError(
-            f"--resume_from_checkpoint {self.trainer_value('resume_from_checkpoint')}: there is no checkpoint",
-            "Give a checkpoint-* folder of the run",
-        )
-
     def to_dict(self) -> dict[str, Any]:
-        """Every flag with its value, as ``--config`` reads it: the same run again, from its start.
+        """Return every flag with its value, in the form that ``--config`` reads to repeat the run from its start.
 
-        What is said only once is left at its default: the checkpoint to resume, leave to overwrite, a dry run, the
-        hub's token.
+        Flags of one invocation keep their defaults: the checkpoint to resume, ``--overwrite_output_dir``,
+        ``--allow_resume_changes``, ``--dry_run``, and the hub's token.
         """
-        values = {name: self.trainer_value(name) for name in _trainer_flags()}
-        for part in (self.model, self.data, self.lora, self.options):
-            values |= asdict(part)
-        values |= {item.name: item.default for item in fields(RunOptions)}
+        values = {name: self.trainer_value(name) for name in self.trainer_defaults}
+        for group in (self.model, self.data, self.lora, self.options):
+            values |= asdict(group)
+        values |= {item.name: item.default for item in fields(InvocationOptions)}
         values |= {"resume_from_checkpoint": None, "hub_token": None}
         return {**values, "output_dir": str(self.output_dir)}
 
 
-def parse_args(argv: Sequence[str]) -> RunArguments:
-    """Parse a command line, and the file of ``--config`` (or the only argument) behind it.
-
-    Raises:
-        ConfigError: an unknown flag, or a value that does not fit; the flag and, in a file, the line are named.
-    """
-    ours = {title: flags_of(declaration) for title, declaration in GROUPS.items()}
-    known = {name: flag for flags in ours.values() for name, flag in flags.items()}
-    trainer = {name: flag for name, flag in _trainer_flags().items() if name not in known}
-    known |= trainer
-    old = old_flags(known)
-    if len(argv) == 1 and argv[0].endswith(SUFFIXES) and not argv[0].startswith("-"):
-        argv = ["--config", argv[0]]
-    given = parse_command_line(argv, ours, trainer, old)
-    layers = [{name: Setting(value) for name, value in given.items() if name != "config"}]
-    if given.get("config") is not None:
-        layers.insert(0, load_config_file(given["config"]))
-    values: dict[str, Any] = {}
-    for layer in layers:
-        converted = {name: _convert(name, setting, known | old) for name, setting in layer.items()}
-        debug = converted.get("debug", Setting(False))
-        if debug.where and debug.value is True:
-            raise ConfigError(f"{debug.where}: debug cannot stand in a file", "Give --debug")
-        values |= {name: setting.value for name, setting in translate_old_flags(converted, old).items()}
-    return _build(values)
-
-
-def _convert(name: str, setting: Setting, flags: dict[str, Flag]) -> Setting:
-    flag, where = flags.get(name), setting.where
-    if flag is None:
-        near = nearest(name, flags)
-        fix = f"Did you mean {near}?" if near else "python finetune.py --help_all lists the flags"
-        raise ConfigError(f"{where}: {name} is no known flag", fix)
-    try:
-        return Setting(flag.convert(setting.value), where)
-    except ValueError as error:
-        shown = setting.value if isinstance(setting.value, str) else json.dumps(setting.value, default=str)
-        place = f"{where}: {name}: {shown}" if where else f"command line: --{name} {shown}"
-        raise ConfigError(f"{place}: {error}", "" if where else "python finetune.py --help lists the flags") from error
-
-
-def _trainer_flags() -> dict[str, Flag]:
-    """transformers' flags by the names used here, which are the same for all its versions."""
-    flags = dict(transformers_flags())
-    # Newer names of what stands below, and another way to save on SIGTERM, which is always done here.
-    for name in ("activation_checkpointing", "activation_checkpointing_kwargs", "enable_jit_checkpoint"):
-        flags.pop(name, None)
-    replaced = {
-        "gradient_checkpointing": Flag(
-            "gradient_checkpointing", frozenset({"bool"}), False, bare=True,
-            help="compute activations again in the backward pass: less memory, slower steps",
-        ),
-        "gradient_checkpointing_kwargs": Flag(
-            "gradient_checkpointing_kwargs", frozenset({"dict"}), None, optional=True,
-            help="options of torch.utils.checkpoint",
-        ),
-        "resume_from_checkpoint": Flag(
-            "resume_from_checkpoint", frozenset({"str"}), None, optional=True, bare="True",
-            help="continue from a checkpoint-* folder; True: from the newest whole one in --output_dir; auto: from "
-            "that, or start where there is none",
-        ),
-        "debug": Flag(
-            "debug", frozenset({"bool", "str"}), False, bare=True, choices=("underflow_overflow", "tpu_metrics_debug"),
-            help="show the traceback of a failure; transformers' underflow_overflow can be given too",
-        ),
-        "fsdp": Flag(
-            "fsdp", frozenset({"bool"}), False, bare=True, help="shard the model over all processes with FSDP2"
-        ),
-        "output_dir": Flag("output_dir", frozenset({"str"}), "trainer_output", help="folder for the result"),
-    }  # fmt: skip
-    return flags | replaced
-
-
-def _build(values: dict[str, Any]) -> RunArguments:
-    parts = {}
-    for declaration in GROUPS.values():
-        names = [item.name for item in fields(declaration)]
-        parts[declaration] = {name: values.pop(name) for name in names if name in values}
-    model = ModelArguments(**parts[ModelArguments])
-    options = TrainingOptions(**parts[TrainingOptions])
-    if "model_max_length" not in parts[TrainingOptions]:
-        config = load_model_config(find_local_folder(model.model_name_or_path, options.cache_dir, model.model_hub))
-        options.model_max_length = min(options.model_max_length, most_positions(config) or options.model_max_length)
-    debug = values.get("debug")
-    if isinstance(debug, bool):
-        del values["debug"]
-    return RunArguments(
-        model=model,
-        data=DataArguments(**parts[DataArguments]),
-        lora=LoraArguments(**parts[LoraArguments]),
-        options=options,
-        trainer=values,
-        debug=debug is True,
-        **parts[RunOptions],
-    )
-
-
 def parse_profile_steps(value: str) -> tuple[int, int]:
-    """``"5:8"`` to the first and the last optimizer step that are profiled, both included, counted from 1.
+    """Parse ``"5:8"``: the first and the last optimizer step to profile, both included, counted from 1.
 
     Raises:
-        ConfigError: anything else.
+        ConfigError: any other form.
     """
     match = re.fullmatch(r"([0-9]+):([0-9]+)", value)
     first, last = (int(number) for number in match.groups()) if match else (0, 0)

@@ -9,16 +9,11 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
-import importlib.util
 import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
-
-from errors import ConfigError
 
 _TRUE, _FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
 _WANTED = {
@@ -29,8 +24,6 @@ _WANTED = {
     "dict": "a JSON object",
     "str": "a text",
 }
-# Looked up by transformers without a check, so a wrong one would end in a KeyError.
-_LOG_LEVELS = ("debug", "detail", "info", "warning", "error", "critical", "passive")
 
 
 @dataclass(frozen=True)
@@ -183,78 +176,4 @@ def flags_of(declaration: Any) -> dict[str, Flag]:
     return {
         field.name: flag_of(field.name, str(field.type), field.default, field.metadata["help"])
         for field in dataclasses.fields(declaration)
-    }
-
-
-# -------------------------------------------------------------------------------------------- from transformers' source
-
-
-@cache
-def transformers_flags() -> dict[str, Flag]:
-    """Every flag of the installed transformers' TrainingArguments that a text can express, in its order.
-
-    Raises:
-        ConfigError: transformers is not installed.
-    """
-    found = importlib.util.find_spec("transformers")  # does not import it
-    if found is None or found.origin is None:
-        raise ConfigError("transformers is not installed", "pip install -r requirements_finetune.txt")
-    trees = [
-        ast.parse((Path(found.origin).parent / name).read_text(encoding="utf-8"))
-        for name in ("training_args.py", "trainer_utils.py")
-    ]
-    classes = {node.name: node for tree in trees for node in tree.body if isinstance(node, ast.ClassDef)}
-    enums = {name: values for name, node in classes.items() if (values := _enum_values(node))}
-    declaration = classes["TrainingArguments"]
-    constants = _constants(declaration)
-    flags = {}
-    for node in declaration.body:
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and isinstance(node.value, ast.Call):
-            flag = _read_field(node.target.id, node.annotation, node.value, enums, constants)
-            if flag.kinds:
-                flags[flag.name] = flag
-    return flags
-
-
-def _read_field(
-    name: str, annotation: ast.expr, call: ast.Call, enums: dict[str, tuple[str, ...]], constants: dict[str, Any]
-) -> Flag:
-    given = {keyword.arg: keyword.value for keyword in call.keywords}
-    metadata = given.get("metadata")
-    told: dict[str, ast.expr] = {}
-    if isinstance(metadata, ast.Dict):
-        told = {key.value: value for key, value in zip(metadata.keys, metadata.values, strict=True)
-                if isinstance(key, ast.Constant) and isinstance(key.value, str)}  # fmt: skip
-    default = given.get("default")
-    value = constants.get(default.id) if isinstance(default, ast.Name) else _literal(default)
-    if "default_factory" in given:
-        value = []
-    flag = flag_of(name, annotation, value, str(_literal(told.get("help")) or ""), enums)
-    choices = _LOG_LEVELS if name.startswith("log_level") else tuple(_literal(told.get("choices")) or ())
-    return dataclasses.replace(
-        flag, choices=choices or flag.choices, bare=_literal(told.get("const")) or flag.bare
-    )  # fmt: skip
-
-
-def _literal(node: ast.expr | None) -> Any:
-    try:
-        return None if node is None else ast.literal_eval(node)
-    except ValueError:
-        return None  # computed when transformers is imported
-
-
-def _enum_values(node: ast.ClassDef) -> tuple[str, ...]:
-    if not any(isinstance(base, ast.Name) and base.id.endswith("Enum") for base in node.bases):
-        return ()
-    values = [_literal(item.value) for item in node.body if isinstance(item, ast.Assign)]
-    return tuple(value for value in values if isinstance(value, str))
-
-
-def _constants(node: ast.ClassDef) -> dict[str, Any]:
-    """Names that a class body sets before its fields; the last value is that of the newest torch."""
-    assigned = [item for item in ast.walk(node) if isinstance(item, ast.Assign)]
-    return {
-        item.targets[0].id: _literal(item.value)
-        for item in assigned
-        if isinstance(item.targets[0], ast.Name) and isinstance(item.value, ast.Constant)
     }

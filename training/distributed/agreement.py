@@ -60,14 +60,17 @@ _MOST_SHOWN = 20
 Facts = dict[str, Any]
 
 
-def check_agreement(world: World, args: RunArguments, checkpoint: Checkpoint) -> None:
+def check_agreement(world: World, args: RunArguments, checkpoint: Checkpoint, device: str) -> None:
     """Compare arguments, library versions, the toolkit's sources, the base and the environment with the first process.
+
+    Args:
+        device: type of the device, ``cpu`` or ``cuda``.
 
     Raises:
         ConfigError: what differs, with the ranks, on all processes.
     """
     if world.size > 1:
-        facts = _facts_of_process(args)
+        facts = _facts_of_process(args, device)
         if world.is_leader:  # what processes of a host read from the same disk
             facts |= _facts_of_host(args, checkpoint)
         _compare(world, "agreement", facts, "Start all processes with the same command and the same installation")
@@ -119,11 +122,11 @@ def _shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def _facts_of_process(args: RunArguments) -> Facts:
+def _facts_of_process(args: RunArguments, device: str) -> Facts:
     flags = args.to_dict() | {name: getattr(args, name) for name in _SAID_ONCE}
     flags["resume_from_checkpoint"] = args.resume
     facts: Facts = {f"--{name}": value for name, value in flags.items() if name not in _MAY_DIFFER}
-    facts["device"] = args.training.device.type
+    facts["device"] = device
     facts |= {name: os.environ.get(name) for name in _VARIABLES}
     facts["python"] = platform.python_version()
     for package in _PACKAGES:

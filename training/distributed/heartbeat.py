@@ -21,7 +21,6 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from commands import abort_from_thread, notify_on_failure
 from errors import RunError
 from processes import describe_master, master_address
-from training.config.args import RunArguments
 from training.distributed.world import World, join_world
 
 # Seconds that a process has to end by itself after another one said that it failed.
@@ -211,10 +210,10 @@ def _connect(timeout: float, name: str) -> Any:
     return PrefixStore(f"{name}/heartbeat", store)
 
 
-def join_run(args: RunArguments) -> tuple[World, Heartbeat]:
+def join_run(timeout: float) -> tuple[World, Heartbeat]:
     """The processes of a run and their watch; when this one fails, the others are told from now on."""
     world = join_world()
-    heartbeat = Heartbeat(world, args.options.heartbeat_timeout)
+    heartbeat = Heartbeat(world, timeout)
     notify_on_failure(world.describe(world.rank), heartbeat.report_failure)
     return world, heartbeat
 

@@ -16,8 +16,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
-import torch.distributed as dist
-
 import processes
 from errors import ConfigError, RunError, one_line
 
@@ -228,6 +226,8 @@ def init_process_group(timeout: float, deepspeed: bool, use_cpu: bool) -> None:
         ConfigError: the port of rank 0 is in use.
         RunError: ranks are missing or cannot connect.
     """
+    import torch.distributed as dist
+
     if deepspeed and processes.count_processes() == 1:
         processes.set_single_process()
     with connection_errors():

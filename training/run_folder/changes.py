@@ -19,14 +19,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from errors import ConfigError, numbered
 from processes import count_processes
+from training.config.args import RunArguments
 from training.config.engines import find_engine
-
-if TYPE_CHECKING:
-    from training.config.args import RunArguments
 
 Facts = Mapping[str, Any]
 
@@ -85,7 +83,7 @@ def facts_from_args(args: RunArguments) -> dict[str, Any]:
     return {
         "mode": mode_of(arguments),
         "world_size": count_processes(),
-        "engine": find_engine(args).name,
+        "engine": find_engine(args.trainer).name,
         "arguments": arguments,
     }
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from checkpoints.files import save_json
 from errors import ConfigError
+from training.run_folder.names import TRAINER_STATE
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +40,11 @@ def checkpoints_in(output: Path) -> list[Path]:
     """The folders ``checkpoint-N`` of a run, those of the latest steps first, whatever is in them."""
     found = [path for path in (output.iterdir() if output.is_dir() else ()) if CHECKPOINT.fullmatch(path.name)]
     return sorted((path for path in found if path.is_dir()), key=step_of, reverse=True)
+
+
+def newest_checkpoint(output: Path) -> Path | None:
+    """Return the ``checkpoint-N`` with the highest step and a trainer state; whether it is whole is not checked."""
+    return next((path for path in checkpoints_in(output) if (path / TRAINER_STATE).is_file()), None)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -10,24 +10,18 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from data_utils.sources import parse_source
 from errors import ConfigError, RunError, Terminated
-from training.run_folder.manifest import CHECKPOINT, MANIFEST, checkpoints_in
-
-if TYPE_CHECKING:
-    from training.config.args import RunArguments
 from processes import is_first
+from training.config.args import RunArguments
+from training.run_folder.manifest import CHECKPOINT, MANIFEST, newest_checkpoint
+from training.run_folder.names import RECORDS, RUN_ARGUMENTS, RUN_SUMMARY, TRAINER_STATE
 from training.run_folder.staging import STAGING
+from training.run_folder.start import resumed_checkpoint, starts_over
 
 logger = logging.getLogger(__name__)
 
-TRAINER_STATE = "trainer_state.json"
-# The first file of a run and the last.
-RUN_ARGUMENTS, RUN_SUMMARY = "run_args.json", "run_summary.json"
-# A folder that holds one of them is a run's.
-RECORDS = ("training_log.jsonl", RUN_SUMMARY, RUN_ARGUMENTS)
 _OUR_FILES = re.compile(
     r"training_log\.jsonl|training_loss\.png|run_summary\.json|run_args\.(json|yaml)|data_receipt\.(json|html)"
     r"|config\.json|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
@@ -63,8 +57,8 @@ def check_output(args: RunArguments) -> None:
         raise ConfigError(f"--output_dir {output} is a file", "Give a folder")
     _check_apart(args)
     _check_writable(output)
-    resumed = args.resumed_checkpoint()
-    if args.starts_anew:
+    resumed = resumed_checkpoint(args)
+    if starts_over(args):
         if resumed is not None and _within(Path(resumed), output):
             raise ConfigError(
                 f"--overwrite_output_dir would remove the checkpoint of --resume_from_checkpoint {resumed}",
@@ -72,7 +66,7 @@ def check_output(args: RunArguments) -> None:
             )
         removable(output)
     elif output.is_dir() and any(output.iterdir()) and (resumed is None or not _within(Path(resumed), output)):
-        if args.resumes_itself and (
+        if args.resumes_automatically and (
             (output / RUN_ARGUMENTS).is_file() or all(path.name.startswith(".") for path in output.iterdir())
         ):
             return  # what it holds is looked at when the data is known: see training.run_folder.start
@@ -95,7 +89,7 @@ def prepare_output(args: RunArguments, removes_leftovers: bool = False) -> None:
     if not is_first() or not output.is_dir():
         return
     entries = [output / RUN_SUMMARY] if (output / RUN_SUMMARY).is_file() else []
-    if args.starts_anew:
+    if starts_over(args):
         entries = removable(output)
         if entries:
             logger.info("--overwrite_output_dir: removing %d files and folders of an earlier run", len(entries))
@@ -210,31 +204,26 @@ def _ways_on(output: Path) -> str:
 # ------------------------------------------------------------------------------------------------- after interruptions
 
 
-def newest_checkpoint(output: Path) -> Path | None:
-    """The ``checkpoint-N`` with the highest step that looks like one; whether it is whole takes longer to find out."""
-    return next((path for path in checkpoints_in(output) if (path / TRAINER_STATE).is_file()), None)
-
-
 @contextmanager
-def explain_how_to_resume(output: Path, resumes_itself: bool = False) -> Iterator[None]:
+def explain_how_to_resume(output: Path, resumes_automatically: bool = False) -> Iterator[None]:
     """Say with an interruption or a failure of the block how the run goes on.
 
     Args:
-        resumes_itself: whether ``--resume_from_checkpoint auto`` was given.
+        resumes_automatically: whether ``--resume_from_checkpoint auto`` was given.
     """
     try:
         yield
     except KeyboardInterrupt as error:
-        raise KeyboardInterrupt(_how_to_go_on(output, resumes_itself)) from error
+        raise KeyboardInterrupt(_how_to_go_on(output, resumes_automatically)) from error
     except Terminated as error:
-        raise Terminated(_how_to_go_on(output, resumes_itself)) from error
+        raise Terminated(_how_to_go_on(output, resumes_automatically)) from error
     except RunError as error:
-        raise RunError(str(error), _how_to_go_on(output, resumes_itself)) from error
+        raise RunError(str(error), _how_to_go_on(output, resumes_automatically)) from error
 
 
-def _how_to_go_on(output: Path, resumes_itself: bool) -> str:
+def _how_to_go_on(output: Path, resumes_automatically: bool) -> str:
     newest = newest_checkpoint(output)
-    if resumes_itself:
+    if resumes_automatically:
         return f"The same command goes on from {newest}" if newest else "The same command starts anew"
     if newest is not None:
         return f"The same command with --resume_from_checkpoint {newest} goes on from there"

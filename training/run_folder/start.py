@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from checkpoints.files import load_json_or_empty
 from errors import ConfigError, numbered, shared
+from processes import is_restart
+from training.config.args import RunArguments
 from training.run_folder.changes import Facts, check_changes, differing_run, facts_from_args
 from training.run_folder.manifest import (
     MANIFEST,
@@ -23,13 +25,13 @@ from training.run_folder.manifest import (
     check_whole,
     checkpoints_in,
     load_manifest,
+    newest_checkpoint,
     newest_whole_checkpoint,
     step_of,
 )
-from training.run_folder.output import RUN_ARGUMENTS, RUN_SUMMARY
+from training.run_folder.names import RUN_ARGUMENTS, RUN_SUMMARY, TRAINER_STATE
 
 if TYPE_CHECKING:
-    from training.config.args import RunArguments
     from training.distributed.world import World
 
 logger = logging.getLogger(__name__)
@@ -54,14 +56,43 @@ class Start:
     removes_leftovers: bool = False
 
 
+def starts_over(args: RunArguments) -> bool:
+    """Return whether ``--overwrite_output_dir`` removes the files of an earlier run.
+
+    With ``--resume_from_checkpoint auto`` only at the first start: processes that torchrun restarts after a failure
+    resume from what they saved.
+    """
+    return args.overwrite_output_dir and not (args.resumes_automatically and is_restart())
+
+
+def resumed_checkpoint(args: RunArguments) -> str | None:
+    """Return the folder of ``--resume_from_checkpoint``, found by its name only: whether it is whole is not checked.
+
+    Raises:
+        ConfigError: there is no checkpoint, and ``auto`` was not given.
+    """
+    value = args.resume
+    if value is None or (args.resumes_automatically and starts_over(args)):
+        return None
+    folder = newest_checkpoint(args.output_dir) if value in ("True", "auto") else Path(value).expanduser()
+    if folder is not None and (folder / TRAINER_STATE).is_file():
+        return str(folder)
+    if args.resumes_automatically:
+        return None
+    raise ConfigError(
+        f"--resume_from_checkpoint {args.trainer_value('resume_from_checkpoint')}: there is no checkpoint",
+        "Give a checkpoint-* folder of the run",
+    )
+
+
 def check_start(args: RunArguments) -> None:
     """Compare the command line with the checkpoint that would be resumed, before anything is loaded.
 
     Raises:
         ConfigError: what differs and cannot; a checkpoint of a newer version.
     """
-    resumed = args.resumed_checkpoint()
-    if resumed is None or (args.resumes_itself and (args.output_dir / RUN_SUMMARY).exists()):
+    resumed = resumed_checkpoint(args)
+    if resumed is None or (args.resumes_automatically and (args.output_dir / RUN_SUMMARY).exists()):
         return
     with contextlib.suppress(DamagedError):  # which one is taken then is found out later
         check_changes(facts_from_args(args), load_manifest(Path(resumed)), resumed, args.allow_resume_changes)
@@ -101,9 +132,9 @@ def find_start(args: RunArguments, facts: Facts) -> Start:
         ConfigError: see :func:`agree_on_start`.
     """
     value = args.resume
-    if value is None or (args.resumes_itself and args.starts_anew):
+    if value is None or (args.resumes_automatically and starts_over(args)):
         return Start()
-    if args.resumes_itself:
+    if args.resumes_automatically:
         return _find_auto(args, facts)
     if value == "True":
         found = newest_whole_checkpoint(args.output_dir)
@@ -112,7 +143,7 @@ def find_start(args: RunArguments, facts: Facts) -> Start:
                 f"--resume_from_checkpoint True: there is no whole checkpoint in {args.output_dir}", _by_name(args)
             )
         return _go_on(args, facts, *found)
-    named = Path(args.resumed_checkpoint() or value)
+    named = Path(resumed_checkpoint(args) or value)
     return _go_on(args, facts, named, _check_named(named))
 
 

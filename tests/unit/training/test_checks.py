@@ -9,13 +9,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import TrainingArguments
 
 from errors import ConfigError
 from tests.golden import SMALL
 from tests.models import TINY, write_later_checkpoint
-from training.checks import REPORTERS, check_args, check_machine
-from training.config.args import parse_args
-from training.training_arguments import FinetuneArguments
+from training.checks import REPORTERS, check_args
+from training.config.parsing import parse_args
+from training.run_folder.start import resumed_checkpoint
+from training.training_arguments import build_training_arguments
 
 DATA = SMALL / "train.json"
 NAME_DATA = "Give a file of conversations or a folder of them; #N draws N records, @xF takes each F times"
@@ -244,13 +246,13 @@ def test_checking_changes_nothing(tmp_path: Path) -> None:
 
 
 def test_several_gpus_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(FinetuneArguments, "n_gpu", 2)
+    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
     message = (
         r"^2 GPUs are visible to one process\. Set CUDA_VISIBLE_DEVICES=0, or launch with "
         r"torchrun --nproc_per_node 2 finetune\.py \.\.\.$"
     )
     with pytest.raises(ConfigError, match=message):
-        check_machine(parse_args(["--output_dir", str(tmp_path)]))
+        build_training_arguments(parse_args(["--output_dir", str(tmp_path)]))
 
 
 def test_a_checkpoint_to_resume(tmp_path: Path) -> None:
@@ -260,8 +262,8 @@ def test_a_checkpoint_to_resume(tmp_path: Path) -> None:
     for value, folder in ((tmp_path / "checkpoint-2", "checkpoint-2"), ("True", "checkpoint-10")):
         flags = ["--resume_from_checkpoint", str(value)]
         check(tmp_path, *flags, output=tmp_path)
-        assert parse_args(["--output_dir", str(tmp_path), *flags]).resumed_checkpoint() == str(tmp_path / folder)
-    assert parse_args(["--output_dir", str(tmp_path)]).resumed_checkpoint() is None
+        assert resumed_checkpoint(parse_args(["--output_dir", str(tmp_path), *flags])) == str(tmp_path / folder)
+    assert resumed_checkpoint(parse_args(["--output_dir", str(tmp_path)])) is None
 
 
 @pytest.mark.parametrize("value", ["/nowhere", "True", "true"])

@@ -14,7 +14,7 @@ from errors import ConfigError
 from tests.golden import SMALL
 from tests.models import TINY, copy_checkpoint
 from training.checks import check_args
-from training.config.args import parse_args
+from training.config.parsing import parse_args
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 NF4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}

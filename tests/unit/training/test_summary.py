@@ -15,7 +15,7 @@ from loading.checkpoint import load_checkpoint
 from tests.commands import Recorder, finetune_here, logged_losses, read_json, read_log
 from tests.data import load
 from tests.models import CONVERSATIONS, TINY, copy_checkpoint, write_conversations
-from training.config.args import parse_args
+from training.config.parsing import parse_args
 
 PNG = b"\x89PNG\r\n\x1a\n"
 LONG = [("user", "word " * 400), ("assistant", "Too long.")]

@@ -21,10 +21,11 @@ from loading.checkpoint import load_checkpoint
 from tests.commands import finetune_here
 from tests.models import TINY, write_conversations, write_later_checkpoint
 from training.callbacks import LogLines, ProgressBar, describe_logs
-from training.config.args import parse_args
+from training.config.parsing import parse_args
 from training.data import build_collator, load_data
 from training.model import load_training_model
 from training.trainer import QwenTrainer
+from training.training_arguments import build_training_arguments
 
 LOGGED = {
     "loss", "token_accuracy", "learning_rate", "grad_norm", "tokens_per_second", "padding", "peak_memory_gib",
@@ -54,13 +55,14 @@ def build_trainer(data: Path, output: Path, *flags: object, model: Path = TINY) 
     ]  # fmt: skip
     args = parse_args([str(each) for each in given])
     checkpoint = load_checkpoint(str(model))
-    sets = load_data(args, checkpoint)
+    training_arguments = build_training_arguments(args)
+    sets = load_data(args, training_arguments, checkpoint)
     return QwenTrainer(
         checkpoint,
         loss=args.model.loss,
         data_mixing=args.data.data_mixing,
-        model=load_training_model(checkpoint, args, args.training),
-        args=args.training,
+        model=load_training_model(checkpoint, args, training_arguments),
+        args=training_arguments,
         data_collator=build_collator(checkpoint),
         train_dataset=sets["train"],
         eval_dataset=sets.get("eval"),

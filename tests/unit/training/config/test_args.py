@@ -13,7 +13,9 @@ from accelerate import Accelerator
 from errors import ConfigError
 from tests.commands import finetune_here
 from tests.models import TINY, write_conversations
-from training.config.args import parse_args
+from training.config.parsing import parse_args
+from training.run_folder.start import resumed_checkpoint
+from training.training_arguments import build_training_arguments, remove_accelerate_variables
 
 
 def test_the_originals_flags_and_their_defaults() -> None:
@@ -23,8 +25,8 @@ def test_the_originals_flags_and_their_defaults() -> None:
     lora = args.lora
     assert (lora.use_lora, lora.q_lora, lora.lora_r, lora.lora_alpha, lora.lora_dropout) == (False, False, 64, 16, 0.05)
     assert (lora.lora_target_modules, lora.lora_weight_path, lora.lora_bias) == (None, "", "none")
-    training = args.training
-    assert (training.model_max_length, training.cache_dir, training.optim) == (8192, None, "adamw_torch_fused")
+    assert (args.data.model_max_length, args.model.cache_dir) == (8192, None)
+    assert build_training_arguments(args).optim == "adamw_torch_fused"
 
 
 def test_our_flags_and_their_defaults() -> None:
@@ -34,7 +36,7 @@ def test_our_flags_and_their_defaults() -> None:
         "assistant",
         None,
     )
-    assert (args.training.pure_bf16, args.model.attn_implementation) == (False, None)
+    assert (args.options.pure_bf16, args.model.attn_implementation) == (False, None)
 
 
 def test_every_flag_is_read() -> None:
@@ -50,13 +52,13 @@ def test_every_flag_is_read() -> None:
     args = parse_args([*flags.split(), "--system_message", "Answer in one word."])
     assert args.model.model_name_or_path == "my/model"
     assert args.model.attn_implementation == "eager"
-    data, lora, training = args.data, args.lora, args.training
+    data, lora, training = args.data, args.lora, build_training_arguments(args)
     assert (data.data_path, data.eval_data_path, data.lazy_preprocess) == (["train.json"], ["eval.json"], True)
     assert (data.label_mask, data.system_message) == ("qwen", "Answer in one word.")
     assert (lora.use_lora, lora.lora_r, lora.lora_alpha, lora.lora_dropout) == (True, 8, 32, 0.1)
     assert lora.lora_target_modules == ["c_attn", "w1"]
     assert (lora.lora_weight_path, lora.lora_bias, lora.trainable_embeddings) == ("old", "lora_only", "chatml_tokens")
-    assert (training.model_max_length, training.cache_dir, args.output_dir) == (512, "cache", Path("out"))
+    assert (data.model_max_length, args.model.cache_dir, args.output_dir) == (512, "cache", Path("out"))
     assert (training.num_train_epochs, training.per_device_train_batch_size) == (2.5, 3)
     assert (training.gradient_accumulation_steps, training.learning_rate, training.weight_decay) == (4, 3e-4, 0.1)
     assert (training.adam_beta2, training.warmup_steps, training.lr_scheduler_type) == (0.95, 10, "cosine")
@@ -76,7 +78,7 @@ def test_forms_of_a_switch_that_is_off(form: str) -> None:
 
 def test_bf16_works_without_a_gpu() -> None:
     for form in (["--bf16"], ["--bf16", "True"]):
-        training = parse_args(form).training
+        training = build_training_arguments(parse_args(form))
         assert training.bf16 is True
         assert training.use_cpu is not torch.cuda.is_available()
 
@@ -110,13 +112,14 @@ def test_what_is_refused_is_named_in_one_line(command_line: str, message: str) -
 
 def test_other_forms_of_flags() -> None:
     """As transformers' own parser takes them: dashes, and --no_ for what is on by default."""
-    training = parse_args(["--learning-rate=1e-4", "--no_remove_unused_columns", "--report-to", "none"]).training
+    words = ["--learning-rate=1e-4", "--no_remove_unused_columns", "--report-to", "none"]
+    training = build_training_arguments(parse_args(words))
     assert (training.learning_rate, training.remove_unused_columns, training.report_to) == (1e-4, False, [])
 
 
 def test_what_transformers_refuses_together_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"^command line: .*torch_empty_cache_steps"):
-        _ = parse_args(["--torch_empty_cache_steps", "0"]).training
+        build_training_arguments(parse_args(["--torch_empty_cache_steps", "0"]))
 
 
 def test_debug_is_ours_and_transformers() -> None:
@@ -125,19 +128,20 @@ def test_debug_is_ours_and_transformers() -> None:
         (["--debug", "underflow_overflow"], False, ["underflow_overflow"]),
     ):  # fmt: skip
         args = parse_args(words)
-        assert (args.debug, [option.value for option in args.training.debug]) == (debug, theirs)
+        assert (args.debug, [option.value for option in build_training_arguments(args).debug]) == (debug, theirs)
 
 
 def test_a_sample_is_by_default_not_longer_than_the_model_can_take(tmp_path: Path) -> None:
-    assert parse_args(["--model_name_or_path", str(TINY)]).options.model_max_length == 2048
-    assert parse_args(["--model_name_or_path", str(TINY), "--model_max_length", "9"]).options.model_max_length == 9
-    assert parse_args(["--model_name_or_path", str(tmp_path / "nowhere")]).options.model_max_length == 8192
+    assert parse_args(["--model_name_or_path", str(TINY)]).data.model_max_length == 2048
+    assert parse_args(["--model_name_or_path", str(TINY), "--model_max_length", "9"]).data.model_max_length == 9
+    assert parse_args(["--model_name_or_path", str(tmp_path / "nowhere")]).data.model_max_length == 8192
 
 
 def test_the_environment_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("ACCELERATE_MIXED_PRECISION", "bf16"), ("ACCELERATE_USE_CPU", "true")):
         monkeypatch.setenv(name, value)
-    training = parse_args([]).training
+    remove_accelerate_variables()
+    training = build_training_arguments(parse_args([]))
     assert (training.bf16, training.mixed_precision) == (False, "no")
     assert Accelerator(mixed_precision=None, cpu=True).mixed_precision == "no"
 
@@ -166,13 +170,13 @@ def test_the_environment_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_an_old_name_means_what_it_meant(old: str, flag: str, value: object) -> None:
     args = parse_args(old.split())
     assert args.trainer_value(flag) == value
-    assert getattr(args.training, flag) == value
+    assert getattr(build_training_arguments(args), flag) == value
     assert args.to_dict()[flag] == value
 
 
 @pytest.mark.parametrize(("ratio", "steps"), [("0", 0), ("0.01", 2), ("0.5", 76), ("1", 151), ("1.0", 151)])
 def test_warmup_ratio_is_a_share_of_all_steps_also_where_it_is_one(ratio: str, steps: int) -> None:
-    assert parse_args(["--warmup_ratio", ratio]).training.get_warmup_steps(151) == steps
+    assert build_training_arguments(parse_args(["--warmup_ratio", ratio])).get_warmup_steps(151) == steps
 
 
 @pytest.mark.parametrize("ratio", ["1.5", "-0.1"])
@@ -281,7 +285,7 @@ def test_a_file_of_flags(tmp_path: Path, name: str, text: str) -> None:
         ("a.yaml", "- seed\n", "{file}:1: not a mapping. Write flag: value, one per line"),
         ("a.json", "[1]", '{file}:1: not an object. Write {"flag": value, ...}'),
         ("a.yaml", "seed: [1\nx: 2\n", "{file}:2: not YAML (expected ',' or ']', but got ':')"),
-        ("a.yaml", "debug: true\n", "{file}:1: debug cannot stand in a file. Give --debug"),
+        ("a.yaml", "debug: true\n", "{file}:1: debug is not allowed in a file. Give --debug"),
         ("a.yaml", "seed: !!python/object/apply:os.getcwd []\n", "{file}:1: not YAML (could not determine a "
          "constructor for the tag 'tag:yaml.org,2002:python/object/apply:os.getcwd')"),
         ("a.json", '{"seed": 1,\n"bf16" true}', "{file}:2: not JSON (Expecting ':' delimiter: line 2 column 8 "
@@ -313,7 +317,7 @@ def test_nothing_changes_the_arguments_after_parsing(tmp_path: Path, monkeypatch
         seen.append(copy.deepcopy(seen[0].to_dict()))
         return seen[0]
 
-    monkeypatch.setattr("training.config.args.parse_args", keep)
+    monkeypatch.setattr("training.config.parsing.parse_args", keep)
     data = write_conversations(tmp_path / "train.json")
     finetune_here(
         "--model_name_or_path", TINY, "--data_path", data, "--eval_data_path", data, "--output_dir", tmp_path / "out",
@@ -353,4 +357,4 @@ def test_the_record_starts_the_same_run_again(tmp_path: Path, flags: str) -> Non
     (tmp_path / "run_args.json").write_text(json.dumps(recorded))
     again = parse_args(["--config", str(tmp_path / "run_args.json")])
     assert again.to_dict() == recorded
-    assert again.resumed_checkpoint() is None
+    assert resumed_checkpoint(again) is None

@@ -12,8 +12,10 @@ import pytest
 from errors import ConfigError
 from tests.golden import REPO, SMALL
 from tests.models import TINY, write_later_checkpoint
-from training.config.args import RunArguments, parse_args
-from training.config.engines import check_engine, find_engine
+from training.config.args import RunArguments
+from training.config.engines import find_engine
+from training.config.parsing import parse_args
+from training.engine_checks import check_engine
 
 DATA = SMALL / "train.json"
 CONFIGS = REPO / "finetune"
@@ -55,7 +57,7 @@ def write_config(folder: Path, **values: Any) -> Path:
     ],
 )
 def test_what_a_command_line_asks_for(flags: tuple[object, ...], name: str, title: str) -> None:
-    engine = find_engine(parse(*flags))
+    engine = find_engine(parse(*flags).trainer)
     assert (engine.name, engine.title) == (name, title)
     assert engine.shards_parameters == (name in ("zero3", "fsdp2"))
     assert faults(*flags) == []
@@ -65,17 +67,17 @@ def test_what_a_command_line_asks_for(flags: tuple[object, ...], name: str, titl
 
 def test_one_process_is_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE")
-    assert find_engine(parse()).name == "none"
+    assert find_engine(parse().trainer).name == "none"
     [fault] = faults("--fsdp")
-    assert fault == "--fsdp shards a model over several processes, and there is one. Start it with torchrun"
+    assert fault == "--fsdp needs several processes to shard the model over. Start it with torchrun"
 
 
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (None, "it cannot be read (No such file or directory)"),
-        ("{", "it is not JSON"),
-        ("[]", "it is no JSON object"),
+        (None, "cannot be read (No such file or directory)"),
+        ("{", "not JSON"),
+        ("[]", "not a JSON object"),
         ('{"zero_optimization": {"stage": 4}}', "zero_optimization.stage is 4"),
         ('{"zero_optimization": 3}', "zero_optimization.stage is None"),
     ],
@@ -87,7 +89,7 @@ def test_a_config_that_cannot_be_used(tmp_path: Path, content: str | None, what:
     [fault] = faults("--deepspeed", path)
     assert fault.startswith(f"--deepspeed {path}: {what}")
     with pytest.raises(ConfigError):
-        find_engine(parse("--deepspeed", path))
+        find_engine(parse("--deepspeed", path).trainer)
 
 
 def test_a_config_that_fights_the_arguments_names_every_key(tmp_path: Path) -> None:
@@ -123,8 +125,8 @@ def test_a_config_that_fights_the_arguments_names_every_key(tmp_path: Path) -> N
         (("--deepspeed", CONFIGS / "ds_config_zero2.json", "--fsdp"), "--deepspeed and --fsdp are two engines"),
         (("--fsdp_config", CONFIGS / "fsdp_config.json"), "--fsdp_config needs --fsdp"),
         (("--fsdp", "--fsdp_config", '{"fsdp_version": 1}'), "version 1 is not supported"),
-        (("--fsdp", "--fp16"), "--fsdp and --fp16 do not go together"),
-        (("--fsdp", "--fsdp_config", '{"cpu_offload": true}'), "cpu_offload needs GPUs"),
+        (("--fsdp", "--fp16"), "--fsdp does not support --fp16"),
+        (("--fsdp", "--fsdp_config", '{"cpu_offload": true}'), "cpu_offload needs a GPU"),
         (
             ("--fsdp", "--gradient_checkpointing", "--fsdp_config", '{"activation_checkpointing": true}'),
             "activation_checkpointing and --gradient_checkpointing do the same",
@@ -146,7 +148,7 @@ def test_trained_rows_that_embedding_and_head_share(tmp_path: Path) -> None:
     model = write_later_checkpoint(tmp_path, "qwen2", tied=True)
     flags = ("--model_name_or_path", model, "--use_lora", "--trainable_embeddings", "chatml_tokens")
     [fault] = faults("--fsdp", *flags)
-    assert "rows that embedding and head share" in fault
+    assert "rows of an embedding tied to the head" in fault
     assert faults("--deepspeed", CONFIGS / "ds_config_zero3.json", *flags) == []
 
 

@@ -15,7 +15,8 @@ from transformers.trainer_utils import SaveStrategy
 from transformers.training_args import OptimizerNames
 
 from tests.golden import REPO
-from training.config.flags import Flag, flag_of, nearest, transformers_flags
+from training.config.flags import Flag, flag_of, nearest
+from training.config.trainer_flags import transformers_flags
 
 
 def test_what_is_read_is_what_transformers_declares() -> None:
@@ -60,7 +61,7 @@ def test_kinds_of_transformers_flags() -> None:
 
 def test_torch_and_transformers_are_not_imported() -> None:
     code = (
-        "import sys; from training.config.args import parse_args; from training.checks import check_args; "
+        "import sys; from training.config.parsing import parse_args; from training.checks import check_args; "
         "args = parse_args(['--use_lora', '--bf16', '--model_name_or_path', 'none', '--max_steps', '1']); "
         "args.output_dir, args.to_dict(); print([name for name in ('torch', 'transformers', 'numpy') "
         "if name in sys.modules])"

@@ -19,7 +19,8 @@ from tests.commands import free_port
 from tests.golden import REPO
 from tests.models import TINY, copy_checkpoint, write_conversations
 from tests.worlds import in_each
-from training.config.args import RunArguments, parse_args
+from training.config.args import RunArguments
+from training.config.parsing import parse_args
 from training.distributed import agreement
 from training.distributed.agreement import check_agreement
 from training.distributed.launch import connection_errors
@@ -44,12 +45,10 @@ def arguments(folder: Path, *more: object) -> RunArguments:
 
 def differences(commands: list[RunArguments], hosts: list[str]) -> str | None:
     """What ``check_agreement`` says, on all processes alike."""
-    for command in commands:
-        assert command.training.device.type == "cpu"  # made before the threads start
 
     def work(world: World) -> None:
         args = commands[world.rank]
-        check_agreement(world, args, load_checkpoint(args.model.model_name_or_path))
+        check_agreement(world, args, load_checkpoint(args.model.model_name_or_path), "cpu")
 
     errors = in_each(len(commands), work, hosts)
     assert len({str(error) for error in errors}) == 1
@@ -122,11 +121,11 @@ def test_another_installation_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     """One interpreter has one installation, so what the second process finds is changed on its way."""
     real, calls = agreement._facts_of_process, iter([False, True])
     monkeypatch.setattr(
-        agreement, "_facts_of_process", lambda args: real(args) | ({name: value} if next(calls) else {})
+        agreement, "_facts_of_process", lambda *given: real(*given) | ({name: value} if next(calls) else {})
     )
     args = arguments(tmp_path)
-    expected = real(args)[name]
-    errors = in_each(2, lambda world: check_agreement(world, args, load(TINY)))
+    expected = real(args, "cpu")[name]
+    errors = in_each(2, lambda world: check_agreement(world, args, load(TINY), "cpu"))
     message = str(errors[0])
     assert message.startswith(("rank 0: ", "rank 1: ")) and name in message
     shown = "(none)" if expected is None else expected

@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from training.checks import check_args
-from training.config.args import parse_args
+from training.config.parsing import parse_args
 from training.distributed.heartbeat import HangDetector, Heartbeat, RankStatus
 from training.distributed.world import World
 

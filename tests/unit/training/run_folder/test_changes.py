@@ -14,13 +14,14 @@ from torch.distributed import TCPStore
 from checkpoints.files import save_json
 from errors import ConfigError
 from tests.models import TINY
-from training.config.args import RunArguments, parse_args
-from training.config.flags import transformers_flags
+from training.config.args import RunArguments
+from training.config.parsing import parse_args
+from training.config.trainer_flags import transformers_flags
 from training.distributed.world import World
 from training.run_folder import changes
 from training.run_folder.changes import check_changes, compare, facts_from_args
 from training.run_folder.manifest import MANIFEST, write_manifest
-from training.run_folder.output import RUN_ARGUMENTS, RUN_SUMMARY
+from training.run_folder.names import RUN_ARGUMENTS, RUN_SUMMARY
 from training.run_folder.start import Start, agree_on_start, check_start, find_start
 
 DATA = {"train": "d1", "eval": "d2"}

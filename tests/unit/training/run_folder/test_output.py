@@ -12,8 +12,10 @@ import pytest
 from errors import ConfigError, RunError, Terminated
 from tests.commands import limited_file_size, names_in
 from tests.models import TINY, copy_checkpoint, write_conversations
-from training.config.args import RunArguments, parse_args
-from training.run_folder.output import check_output, explain_how_to_resume, newest_checkpoint, prepare_output
+from training.config.args import RunArguments
+from training.config.parsing import parse_args
+from training.run_folder.manifest import newest_checkpoint
+from training.run_folder.output import check_output, explain_how_to_resume, prepare_output
 from training.run_folder.staging import saving_errors, staged_checkpoint, staged_files
 
 

@@ -30,9 +30,10 @@ from tests.models import (
     write_conversations,
     write_later_checkpoint,
 )
-from training.config.args import parse_args
+from training.config.parsing import parse_args
 from training.model import load_training_model
 from training.run_folder.saving import save_model
+from training.training_arguments import build_training_arguments
 
 register_qwen()
 
@@ -264,7 +265,7 @@ def untrained(*flags: str) -> tuple[Any, Any]:
     checkpoint = load_checkpoint(str(TINY))
     args = parse_args(list(flags))
     policy = embeddings_policy("none", checkpoint) if args.lora.use_lora else None
-    model = load_training_model(checkpoint, args, args.training, policy)
+    model = load_training_model(checkpoint, args, build_training_arguments(args), policy)
     if policy is not None:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:

@@ -1,0 +1,97 @@
+"""The command line of ``finetune.py``, with a YAML or JSON file of flags, as ``RunArguments``."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from errors import ConfigError
+from loading.config_files import find_local_folder, load_model_config, most_positions
+from training.config.args import (
+    GROUPS,
+    DataArguments,
+    InvocationOptions,
+    LoraArguments,
+    ModelArguments,
+    RunArguments,
+    TrainingOptions,
+)
+from training.config.command_line import parse_command_line
+from training.config.config_file import SUFFIXES, Setting, load_config_file
+from training.config.flags import Flag, flags_of, nearest
+from training.config.old_flags import old_flags, translate_old_flags
+from training.config.trainer_flags import trainer_flags
+
+
+def parse_args(argv: Sequence[str]) -> RunArguments:
+    """Parse a command line, and the file given with ``--config`` or as the only argument. Its flags are overridden.
+
+    Raises:
+        ConfigError: an unknown flag, or an invalid value; names the flag and, for a file, the line.
+    """
+    ours = {title: flags_of(group) for title, group in GROUPS.items()}
+    known = {name: flag for flags in ours.values() for name, flag in flags.items()}
+    trainer = {name: flag for name, flag in trainer_flags().items() if name not in known}
+    known |= trainer
+    old = old_flags(known)
+    if len(argv) == 1 and argv[0].endswith(SUFFIXES) and not argv[0].startswith("-"):
+        argv = ["--config", argv[0]]
+    words = parse_command_line(argv, ours, trainer, old)
+    layers = [{name: Setting(value) for name, value in words.items() if name != "config"}]
+    if words.get("config") is not None:
+        layers.insert(0, load_config_file(words["config"]))
+    values: dict[str, Any] = {}
+    for layer in layers:
+        converted = {name: _convert(name, setting, known | old) for name, setting in layer.items()}
+        debug = converted.get("debug", Setting(False))
+        if debug.where and debug.value is True:
+            raise ConfigError(f"{debug.where}: debug is not allowed in a file", "Give --debug")
+        values |= {name: setting.value for name, setting in translate_old_flags(converted, old).items()}
+    return _build(values)
+
+
+def _convert(name: str, setting: Setting, flags: dict[str, Flag]) -> Setting:
+    flag, where = flags.get(name), setting.where
+    if flag is None:
+        near = nearest(name, flags)
+        fix = f"Did you mean {near}?" if near else "python finetune.py --help_all lists the flags"
+        raise ConfigError(f"{where}: {name} is no known flag", fix)
+    try:
+        return Setting(flag.convert(setting.value), where)
+    except ValueError as error:
+        shown = setting.value if isinstance(setting.value, str) else json.dumps(setting.value, default=str)
+        place = f"{where}: {name}: {shown}" if where else f"command line: --{name} {shown}"
+        raise ConfigError(f"{place}: {error}", "" if where else "python finetune.py --help lists the flags") from error
+
+
+def _build(values: dict[str, Any]) -> RunArguments:
+    """Sort values into the groups; those that remain are transformers' flags."""
+    groups = {}
+    for group in GROUPS.values():
+        names = [item.name for item in dataclasses.fields(group)]
+        groups[group] = {name: values.pop(name) for name in names if name in values}
+    model, data = ModelArguments(**groups[ModelArguments]), DataArguments(**groups[DataArguments])
+    if "model_max_length" not in groups[DataArguments]:
+        data = _limit_length(data, model)
+    debug = values.get("debug")
+    if isinstance(debug, bool):
+        del values["debug"]
+    return RunArguments(
+        model=model,
+        data=data,
+        lora=LoraArguments(**groups[LoraArguments]),
+        options=TrainingOptions(**groups[TrainingOptions]),
+        trainer=values,
+        trainer_defaults={name: flag.default for name, flag in trainer_flags().items()},
+        debug=debug is True,
+        **groups[InvocationOptions],
+    )
+
+
+def _limit_length(data: DataArguments, model: ModelArguments) -> DataArguments:
+    """Reduce the default of ``--model_max_length`` to what the model supports, if its config.json is on this disk."""
+    config = load_model_config(find_local_folder(model.model_name_or_path, model.cache_dir, model.model_hub))
+    positions = most_positions(config) or data.model_max_length
+    return dataclasses.replace(data, model_max_length=min(data.model_max_length, positions))
