@@ -1,8 +1,8 @@
-"""Qwen v1's tokenizer as a fast one (``tokenizer.json``) and back: the same ids for every text.
+"""Convert Qwen v1's tokenizer to a fast one (``tokenizer.json``) and back, with the same ids for every text.
 
-A rank file says which tokens there are and, by their order, which are merged first. ``tokenizer.json`` wants the pairs
-that are merged. A token's pair is what its bytes are merged into by all tokens of lower rank: where a text holds its
-bytes between two cuts that still stand at that moment, the same merges have happened there as in the token alone.
+A rank file lists the tokens in the order in which they are merged; ``tokenizer.json`` lists the pairs that are merged.
+A token's pair is what its bytes become after all merges of lower rank. Wherever a text becomes this token, no earlier
+merge has crossed the token's boundaries, so the merges inside are the same as for the token alone.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ _BYTES = {letter: byte for byte, letter in _LETTERS.items()}
 def save_fast_tokenizer(folder_in: Path, folder_out: Path) -> None:
     """Write ``tokenizer.json``, ``tokenizer_config.json`` and ``chat_template.jinja`` for Qwen v1's rank files.
 
-    As in Qwen2's tokenizers three control tokens are recognised in a text, and no more: the 205 ``<|extra_N|>`` keep
-    their ids, which no text gets. A text after a header is tokenised together with it, which Qwen v1 cut there: a
-    message that begins with a line break differs.
+    As in Qwen2's tokenizers only three control tokens are recognised in a text: the 205 ``<|extra_N|>`` keep their ids,
+    but no text is encoded to them. Header and content of a message are tokenised together, where Qwen v1 splits them:
+    the ids of a message that begins with a line break differ.
 
     Args:
-        folder_in: holds ``qwen.tiktoken`` and what else belongs to Qwen v1's tokenizer.
+        folder_in: contains ``qwen.tiktoken`` and the other files of Qwen v1's tokenizer.
         folder_out: may be the same folder.
 
     Raises:
@@ -47,7 +47,7 @@ def save_fast_tokenizer(folder_in: Path, folder_out: Path) -> None:
     template = _find_template(folder_in) or CHATML_TEMPLATE
     ranks = tokenizer.mergeable_ranks
     vocabulary = {_letters(token): rank for token, rank in ranks.items()} | tokenizer.special_tokens
-    # A piece that is a token is that token, whether merges lead there or not: ranks that were added later need it.
+    # ignore_merges: a piece that equals a token becomes that token even if no merges form it (added ranks need this).
     fast = Tokenizer(models.BPE(vocab=vocabulary, merges=_merges(ranks), ignore_merges=True))
     fast.normalizer = normalizers.NFC()
     split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), behavior="isolated")
@@ -59,7 +59,7 @@ def save_fast_tokenizer(folder_in: Path, folder_out: Path) -> None:
     save_text(fast.to_str(pretty=True) + "\n", folder_out / "tokenizer.json")
     save_text(template, folder_out / TEMPLATE_FILE)
     settings = {
-        # Takes tokenizer.json as it stands; Qwen2Tokenizer builds it anew, without the rule for whole pieces.
+        # Reads tokenizer.json unchanged; Qwen2Tokenizer rebuilds it without ignore_merges.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": tokenizer.model_max_length,
         "eos_token": IM_END,
@@ -70,14 +70,14 @@ def save_fast_tokenizer(folder_in: Path, folder_out: Path) -> None:
 
 
 def save_rank_tokenizer(folder_in: Path, folder_out: Path) -> None:
-    """Write ``qwen.tiktoken`` (with ``qwen_extra.tiktoken``, if need be) and Qwen v1's settings for a fast tokenizer.
+    """Write ``qwen.tiktoken`` (and ``qwen_extra.tiktoken`` if needed) and Qwen v1's settings for a fast tokenizer.
 
     Args:
-        folder_in: holds ``tokenizer.json``.
+        folder_in: contains ``tokenizer.json``.
         folder_out: may be the same folder.
 
     Raises:
-        ConfigError: a tokenizer that is missing, or that ranks cannot say.
+        ConfigError: a tokenizer that is missing, or that a rank file cannot express.
     """
     path = folder_in / "tokenizer.json"
     fast = load_json(path)
@@ -86,20 +86,20 @@ def save_rank_tokenizer(folder_in: Path, folder_out: Path) -> None:
         _check_pipeline(fast, path)
         ids: dict[str, int] = model["vocab"] | added
         first = ids[END_OF_TEXT]
-        specials = {token: first + place for place, token in enumerate(SPECIAL_TOKENS)}
-        strange = [token for token in (*added, *CONTROL_TOKENS) if specials.get(token) != ids[token]]
-        if strange:
-            what = f"{path}: {strange[0]} has the id {ids[strange[0]]}, which it has not in Qwen v1's tokenizer"
+        specials = {token: first + index for index, token in enumerate(SPECIAL_TOKENS)}
+        moved = [token for token in (*added, *CONTROL_TOKENS) if specials.get(token) != ids[token]]
+        if moved:
+            what = f"{path}: {moved[0]} has the id {ids[moved[0]]}; in Qwen v1's tokenizer it has another or none"
             raise ConfigError(what, "Keep the layout of Qwen2")
         ranks = {_token(letters): rank for letters, rank in model["vocab"].items() if letters not in specials}
         pairs = [tuple(pair.split(" ") if isinstance(pair, str) else pair) for pair in model["merges"]]
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if isinstance(error, ConfigError):
             raise
-        what = f"{path} is no byte-level BPE with Qwen's tokens ({type(error).__name__}: {one_line(error)})"
+        what = f"{path} is not a byte-level BPE with Qwen's tokens ({type(error).__name__}: {one_line(error)})"
         raise ConfigError(what, "Copy it again from the original checkpoint") from error
     if pairs != _merges(ranks):
-        what = f"{path}: its merges are not those that the order of its tokens says"
+        what = f"{path}: its merges differ from those implied by the order of its tokens"
         raise ConfigError(what, "Keep the layout of Qwen2")
     _save_ranks({token: rank for token, rank in ranks.items() if rank < first}, folder_out / "qwen.tiktoken")
     if extra := {token: rank for token, rank in ranks.items() if rank >= first}:
@@ -117,18 +117,18 @@ def _load(folder: Path) -> QWenTokenizer:
     except ConfigError:
         raise
     except (OSError, ValueError, TypeError) as error:
-        what = f"{folder}: its tokenizer cannot be read ({one_line(error)})"
+        what = f"{folder}: the tokenizer cannot be read ({one_line(error)})"
         raise ConfigError(what, "Copy qwen.tiktoken and tokenizer_config.json from the original checkpoint") from error
     return tokenizer
 
 
 def _find_template(folder: Path) -> str | None:
-    """The chat template that a folder has."""
+    """Return the chat template of a tokenizer's folder."""
     if (folder / TEMPLATE_FILE).is_file():
         return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
     config = folder / "tokenizer_config.json"
-    named = load_json(config).get("chat_template") if config.is_file() else None
-    return named if isinstance(named, str) else None
+    template = load_json(config).get("chat_template") if config.is_file() else None
+    return template if isinstance(template, str) else None
 
 
 def _model_max_length(folder: Path) -> dict[str, int]:
@@ -138,21 +138,25 @@ def _model_max_length(folder: Path) -> dict[str, int]:
 
 
 def _merges(ranks: Mapping[bytes, int]) -> list[tuple[str, str]]:
-    """The pairs that are merged, the first ones first."""
+    """Return the merged pairs in the order of their ranks."""
     by_rank = sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__)
     return [(_letters(left), _letters(right)) for token in by_rank for left, right in _pairs(token, ranks)]
 
 
 def _pairs(token: bytes, ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, bytes]]:
-    """The pairs that become a token: one, unless a part of it has a higher rank than the token itself."""
+    """Yield the pairs that are merged into a token.
+
+    That is one pair; or, if lower ranks do not merge the token's bytes into two parts, every pair of tokens that joins
+    to it.
+    """
     parts, rank = [bytes((byte,)) for byte in token], ranks[token]
     while len(parts) > 2:
         merged = [ranks.get(left + right, rank) for left, right in pairwise(parts)]
         lowest = min(merged)
         if lowest >= rank:
             break
-        place = merged.index(lowest)
-        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+        index = merged.index(lowest)
+        parts[index : index + 2] = [parts[index] + parts[index + 1]]
     if len(parts) == 2:
         yield parts[0], parts[1]
         return
@@ -162,7 +166,7 @@ def _pairs(token: bytes, ranks: Mapping[bytes, int]) -> Iterator[tuple[bytes, by
 
 
 def _letters(token: bytes) -> str:
-    """Bytes in the alphabet of byte-level BPE, which has a printable letter for each of them."""
+    """Write bytes in the alphabet of byte-level BPE: one printable letter per byte."""
     return "".join(_LETTERS[byte] for byte in token)
 
 
@@ -171,7 +175,7 @@ def _token(letters: str) -> bytes:
 
 
 def _check_pipeline(fast: Mapping[str, Any], path: Path) -> None:
-    """What happens to a text before it is merged is what happens in Qwen v1's tokenizer."""
+    """Check that a text is normalised and split as in Qwen v1's tokenizer."""
     patterns = [
         step["pattern"].get("Regex") for step in fast["pre_tokenizer"]["pretokenizers"] if step["type"] == "Split"
     ]
@@ -180,8 +184,9 @@ def _check_pipeline(fast: Mapping[str, Any], path: Path) -> None:
         or fast["normalizer"] != {"type": "NFC"}
         or patterns != [SPLIT_PATTERN]
     ):
-        found = json.dumps({"normalizer": fast["normalizer"], "patterns": patterns}, ensure_ascii=False)
-        raise ConfigError(f"{path} cuts texts otherwise than Qwen v1's tokenizer ({found})", "Keep the layout of Qwen2")
+        settings = json.dumps({"normalizer": fast["normalizer"], "patterns": patterns}, ensure_ascii=False)
+        what = f"{path} splits texts differently from Qwen v1's tokenizer ({settings})"
+        raise ConfigError(what, "Keep the layout of Qwen2")
 
 
 def _save_ranks(ranks: Mapping[bytes, int], path: Path) -> None:

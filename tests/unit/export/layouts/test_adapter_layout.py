@@ -1,4 +1,4 @@
-"""Adapters under the names of the other layout: peft's model answers as it did before, whatever the adapter holds."""
+"""Adapters converted to the other layout: peft computes the same logits, for every kind of adapter."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def load_base(base: Path) -> Any:
 
 
 def make_adapter(base: Path, folder: Path, **options: Any) -> Path:
-    """A LoRA adapter of which every trainable value is random, saved by peft."""
+    """Save with peft a LoRA adapter whose trainable values are all random."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model = get_peft_model(
@@ -69,7 +69,7 @@ def make_adapter(base: Path, folder: Path, **options: Any) -> Path:
 
 
 def logits_of(base: Path, adapter: Path) -> Tensor:
-    """What peft's model answers; every tensor of the adapter has to find its place."""
+    """Compute the logits with peft; check that it loads every tensor of the adapter."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         warnings.filterwarnings("error", message=".*missing adapter keys")
@@ -115,14 +115,14 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_adapter_does_the_same_in_both_layouts(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+def test_adapter_has_equal_logits_in_both_layouts(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
     before = make_adapter(bases["qwen"], tmp_path / "before", **CASES[name])
     expected = logits_of(bases["qwen"], before)
     there = convert(before, "qwen2", tmp_path / "there")
     assert_close(logits_of(bases["qwen2"], there), expected, 1e-5, "in Qwen2's layout")
     back = convert(there, "qwen", tmp_path / "back")
     assert_close(logits_of(bases["qwen"], back), expected, 1e-5, "and back")
-    # What was one layer before is one layer of the same rank again.
+    # c_attn is one layer of the same rank again.
     old, new = (load_file(folder / "adapter_model.safetensors") for folder in (before, back))
     assert old.keys() == new.keys()
     assert all(torch.equal(tensor, new[key]) for key, tensor in old.items())
@@ -131,7 +131,7 @@ def test_the_adapter_does_the_same_in_both_layouts(name: str, bases: dict[str, P
         assert (base(IDS).logits - expected).abs().max() > 1e-2, "the adapter does nothing"
 
 
-def test_an_adapter_of_tied_embeddings(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_adapter_of_tied_embeddings(bases: dict[str, Path], tmp_path: Path) -> None:
     options = {"target_modules": ["c_attn"], "trainable_token_indices": {"wte": [700, 701]}}
     before = make_adapter(bases["qwen-tied"], tmp_path / "before", **options)
     there = convert(before, "qwen2", tmp_path / "there")
@@ -139,7 +139,7 @@ def test_an_adapter_of_tied_embeddings(bases: dict[str, Path], tmp_path: Path) -
     assert_close(logits_of(bases["qwen2-tied"], there), expected, 1e-5)
 
 
-LATER_CASES: dict[str, dict[str, Any]] = {
+QWEN2_CASES: dict[str, dict[str, Any]] = {
     "q, k and v apart": {"target_modules": ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj"]},
     "q and v only": {"target_modules": ["q_proj", "v_proj"]},
     "v of one block": {"target_modules": ["layers.1.self_attn.v_proj", "down_proj"]},
@@ -158,15 +158,15 @@ LATER_CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", LATER_CASES)
-def test_an_adapter_of_qwen2s_layers_fits_c_attn(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
-    before = make_adapter(bases["qwen2"], tmp_path / "before", **LATER_CASES[name])
+@pytest.mark.parametrize("name", QWEN2_CASES)
+def test_qwen2_adapter_converts_to_c_attn(name: str, bases: dict[str, Path], tmp_path: Path) -> None:
+    before = make_adapter(bases["qwen2"], tmp_path / "before", **QWEN2_CASES[name])
     expected = logits_of(bases["qwen2"], before)
     back = convert(before, "qwen", tmp_path / "back")
     assert_close(logits_of(bases["qwen"], back), expected, 1e-5)
 
 
-def test_one_a_for_all_keeps_the_rank_although_the_factors_differ(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_equal_a_keeps_the_rank_if_scales_differ(bases: dict[str, Path], tmp_path: Path) -> None:
     there = convert(make_adapter(TINY, tmp_path / "before", target_modules=["c_attn"]), "qwen2", tmp_path / "there")
     change_json(there / "adapter_config.json", alpha_pattern={"v_proj": 5})
     back = convert(there, "qwen", tmp_path / "back")
@@ -174,7 +174,7 @@ def test_one_a_for_all_keeps_the_rank_although_the_factors_differ(bases: dict[st
     assert_close(logits_of(TINY, back), logits_of(bases["qwen2"], there), 1e-5)
 
 
-def test_the_config_says_it_in_names_of_the_layout(tmp_path: Path) -> None:
+def test_adapter_config_names_modules_of_the_layout(tmp_path: Path) -> None:
     options = {
         "target_modules": ["c_attn", "c_proj"],
         "modules_to_save": ["wte", "lm_head"],
@@ -188,7 +188,7 @@ def test_the_config_says_it_in_names_of_the_layout(tmp_path: Path) -> None:
     assert set(config["target_modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj", "down_proj"}
     assert config["modules_to_save"] == ["embed_tokens", "lm_head"]
     assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (4, 12, {}, {})
-    assert config["auto_mapping"] is None, "the class is another one"
+    assert config["auto_mapping"] is None, "names the class of the old layout"
     assert load_json(there / "run_summary.json") == {"base_fingerprint": "f"}
     assert config["base_model_name_or_path"] == load_json(before / "adapter_config.json")["base_model_name_or_path"]
     back.mkdir()
@@ -198,8 +198,8 @@ def test_the_config_says_it_in_names_of_the_layout(tmp_path: Path) -> None:
     assert (config["modules_to_save"], config["base_model_name_or_path"]) == (["wte", "lm_head"], "another base")
 
 
-def test_an_adapter_of_peft_0_6(bases: dict[str, Path], tmp_path: Path) -> None:
-    """It saved a pickle, and knew fewer options."""
+def test_adapter_of_peft_0_6(bases: dict[str, Path], tmp_path: Path) -> None:
+    """peft 0.6 saved pickles and had fewer options."""
     before = make_adapter(TINY, tmp_path / "before", target_modules=["c_attn", "w1"])
     expected = logits_of(TINY, before)
     torch.save(load_file(before / "adapter_model.safetensors"), before / "adapter_model.bin")
@@ -233,16 +233,16 @@ def narrowed(part: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
 @pytest.mark.parametrize(
     ("base", "layout", "options", "change", "message"),
     [
-        ("qwen", "qwen", {"target_modules": ["c_attn"]}, None, "is qwen already"),
-        ("qwen", "qwen2", {"target_modules": ["w1"]}, renamed("mlp.w1", "mlp.w9"), "no place in the layout of Qwen2"),
-        ("qwen2", "qwen", {"target_modules": ["q_proj"]}, renamed("q_proj", "q_norm"), "no place in .* Qwen v1"),
-        ("qwen", "qwen2", {"target_modules": ["c_attn"]}, narrowed("lora_B"), "which q, k and v cannot share"),
+        ("qwen", "qwen", {"target_modules": ["c_attn"]}, None, "are those of qwen already"),
+        ("qwen", "qwen2", {"target_modules": ["w1"]}, renamed("mlp.w1", "mlp.w9"), "no counterpart in the layout of Qwen2"),
+        ("qwen2", "qwen", {"target_modules": ["q_proj"]}, renamed("q_proj", "q_norm"), "no counterpart in .* Qwen v1"),
+        ("qwen", "qwen2", {"target_modules": ["c_attn"]}, narrowed("lora_B"), "cannot be split among q, k and v"),
         ("qwen2", "qwen", {"target_modules": ["q_proj", "k_proj"]}, narrowed("k_proj.lora_B"), "different sizes"),
         ("qwen2", "qwen", {"target_modules": ["q_proj"], "use_dora": True}, None, "has no counterpart in all"),
         ("qwen2", "qwen", {"target_modules": ["up_proj"], "modules_to_save": ["v_proj"]}, None, "no counterpart"),
     ],
 )  # fmt: skip
-def test_what_has_no_counterpart_is_refused(
+def test_adapter_without_counterpart_is_refused(
     base: str,
     layout: Layout,
     options: dict[str, Any],

@@ -1,4 +1,4 @@
-"""The fast tokenizer of a rank file: the same ids for every text, and the rank file back."""
+"""Rank files to fast tokenizers and back: equal ids for every text, equal rank files."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_ids_are_equal_for_all_recorded_strings(any_golden: Golden, fast: Any, t
     texts = [case["text"] for case in any_golden.load_json("tokenizer.json")["strings"] if not case["lone_surrogate"]]
     assert len(texts) > 50
     for text in texts:
-        # As in Qwen2's tokenizers, what is written like a control token of ChatML is one.
+        # As in Qwen2's tokenizers, the text of a ChatML control token is encoded as that token.
         expected = tiny_tokenizer(text, allowed_special=set(CONTROL_TOKENS)).input_ids
         assert fast(text).input_ids == expected, text
         assert fast(text, split_special_tokens=True).input_ids == tiny_tokenizer(text).input_ids, text
@@ -51,7 +51,7 @@ def test_ids_are_equal_for_all_recorded_strings(any_golden: Golden, fast: Any, t
 
 
 def test_ids_are_equal_for_random_strings(fast: Any, tiny_tokenizer: QWenTokenizer) -> None:
-    """Also of letters that merge often, of which all that a rank file can trip over is made."""
+    """Alphabets of letters that merge often, so that most orders of merges occur."""
     draw = random.Random(0)
     alphabets = [
         "ab ",
@@ -69,7 +69,7 @@ def test_ids_are_equal_for_random_strings(fast: Any, tiny_tokenizer: QWenTokeniz
         assert fast(text).input_ids == tiny_tokenizer.encode_plain(text), repr(text)
 
 
-def test_every_token_has_its_id(fast: Any, tiny_tokenizer: QWenTokenizer) -> None:
+def test_every_token_keeps_its_id(fast: Any, tiny_tokenizer: QWenTokenizer) -> None:
     assert len(fast) == len(tiny_tokenizer)
     for token, id_ in tiny_tokenizer.special_tokens.items():
         assert fast.convert_tokens_to_ids(token) == id_
@@ -78,20 +78,20 @@ def test_every_token_has_its_id(fast: Any, tiny_tokenizer: QWenTokenizer) -> Non
     assert (fast.bos_token, fast.model_max_length) == (None, tiny_tokenizer.model_max_length)
 
 
-def test_a_text_holds_no_more_control_tokens_than_qwen2s(fast: Any, tiny_tokenizer: QWenTokenizer) -> None:
+def test_only_three_control_tokens_are_recognised_in_text(fast: Any, tiny_tokenizer: QWenTokenizer) -> None:
     for token in SPECIAL_TOKENS:
         ids = fast(f"a {token}b").input_ids
         specials = [id_ for id_ in ids if id_ in tiny_tokenizer.special_tokens.values()]
         assert len(specials) == (1 if token in CONTROL_TOKENS else 0), token
 
 
-def test_it_is_quick(any_golden: Golden, tmp_path: Path) -> None:
+def test_conversion_takes_less_than_30_seconds(any_golden: Golden, tmp_path: Path) -> None:
     start = time.monotonic()
     save_fast_tokenizer(any_golden.tiny, tmp_path)
-    assert time.monotonic() - start < 30, "3 seconds, on a machine that has nothing else to do"
+    assert time.monotonic() - start < 30, "about 3 seconds on an idle machine"
 
 
-def test_the_template_renders_as_qwen_v1_does(fast: Any) -> None:
+def test_chat_template_renders_like_qwen_v1(fast: Any) -> None:
     conversations = [
         [Turn("user", "Hi")],
         [Turn("system", " Be short. "), Turn("user", "\nHi\n"), Turn("assistant", "Hello"), Turn("user", "<b>")],
@@ -104,7 +104,7 @@ def test_the_template_renders_as_qwen_v1_does(fast: Any) -> None:
     assert family_of("qwen2", fast).default_system == QWEN_V1.default_system
 
 
-def test_a_template_of_its_own_is_kept(tmp_path: Path) -> None:
+def test_existing_chat_template_is_kept(tmp_path: Path) -> None:
     source = copy_checkpoint(tmp_path / "source")
     own = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     (source / "chat_template.jinja").write_text(own)
@@ -114,7 +114,7 @@ def test_a_template_of_its_own_is_kept(tmp_path: Path) -> None:
     assert convert(source, tmp_path / "again").chat_template == own
 
 
-def test_the_rank_file_comes_back(any_golden: Golden, tmp_path: Path) -> None:
+def test_rank_file_round_trip(any_golden: Golden, tmp_path: Path) -> None:
     save_fast_tokenizer(any_golden.tiny, tmp_path)
     save_rank_tokenizer(tmp_path, tmp_path)
     assert (tmp_path / "qwen.tiktoken").read_bytes() == (any_golden.tiny / "qwen.tiktoken").read_bytes()
@@ -125,13 +125,13 @@ def test_the_rank_file_comes_back(any_golden: Golden, tmp_path: Path) -> None:
 def with_extra_ranks(folder: Path, tokens: list[str]) -> Path:
     source = copy_checkpoint(folder)
     first = len(QWenTokenizer.from_pretrained(source))
-    lines = [f"{base64.b64encode(token.encode()).decode()} {first + place}\n" for place, token in enumerate(tokens)]
+    lines = [f"{base64.b64encode(token.encode()).decode()} {first + index}\n" for index, token in enumerate(tokens)]
     (source / "qwen_extra.tiktoken").write_text("".join(lines))
     return source
 
 
-def test_extra_ranks_are_carried(tmp_path: Path) -> None:
-    """Among them words whose parts have higher ranks than they, or are no tokens."""
+def test_extra_ranks_are_converted(tmp_path: Path) -> None:
+    """Some words have parts of higher rank than their own, or parts that are no tokens."""
     words = ["一只猫", "只猫", "是一只猫", "我是一只猫", " lantern boats", "zqzqzq", "boats in", "qzqz"]
     source = with_extra_ranks(tmp_path / "source", words)
     slow, fast = QWenTokenizer.from_pretrained(source), convert(source, tmp_path / "fast")
@@ -148,7 +148,7 @@ def test_extra_ranks_are_carried(tmp_path: Path) -> None:
         assert (tmp_path / "fast" / name).read_bytes() == (source / name).read_bytes()
 
 
-def test_merges_as_newer_and_older_files_write_them(tmp_path: Path) -> None:
+def test_merges_written_as_strings_are_read(tmp_path: Path) -> None:
     convert(TINY, tmp_path / "fast")
     content = load_json(tmp_path / "fast" / "tokenizer.json")
     content["model"]["merges"] = [" ".join(pair) for pair in content["model"]["merges"]]
@@ -176,21 +176,21 @@ def drop_end(content: dict[str, Any]) -> None:
     del content["model"]["vocab"]["<|endoftext|>"]
 
 
-def cut_otherwise(content: dict[str, Any]) -> None:
+def split_differently(content: dict[str, Any]) -> None:
     content["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = r"\s+"
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (add_token, "<tool_call> has the id 908, which it has not in Qwen v1's tokenizer"),
-        (swap_merges, "its merges are not those that the order of its tokens says"),
-        (drop_end, "is no byte-level BPE with Qwen's tokens"),
-        (cut_otherwise, "cuts texts otherwise than Qwen v1's tokenizer"),
-        (lambda content: content.pop("model"), "is no byte-level BPE with Qwen's tokens"),
+        (add_token, "<tool_call> has the id 908; in Qwen v1's tokenizer it has another or none"),
+        (swap_merges, "its merges differ from those implied by the order of its tokens"),
+        (drop_end, "is not a byte-level BPE with Qwen's tokens"),
+        (split_differently, "splits texts differently from Qwen v1's tokenizer"),
+        (lambda content: content.pop("model"), "is not a byte-level BPE with Qwen's tokens"),
     ],
 )
-def test_a_tokenizer_that_ranks_cannot_say_is_refused(
+def test_tokenizer_that_rank_files_cannot_express_is_refused(
     change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path
 ) -> None:
     convert(TINY, tmp_path / "fast")
@@ -201,7 +201,7 @@ def test_a_tokenizer_that_ranks_cannot_say_is_refused(
         save_rank_tokenizer(tmp_path / "fast", tmp_path)
 
 
-def test_a_folder_without_ranks_is_refused(tmp_path: Path) -> None:
+def test_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ConfigError, match=r"qwen\.tiktoken"):
         save_fast_tokenizer(tmp_path / "empty", tmp_path)
