@@ -234,7 +234,7 @@ def narrowed(part: str) -> Callable[[dict[str, Tensor]], dict[str, Tensor]]:
     ("base", "layout", "options", "change", "message"),
     [
         ("qwen", "qwen", {"target_modules": ["c_attn"]}, None, "are those of qwen already"),
-        ("qwen", "qwen2", {"target_modules": ["w1"]}, renamed("mlp.w1", "mlp.w9"), "counterpart in the layout of Qwen2"),
+        ("qwen", "qwen2", {"target_modules": ["w1"]}, renamed("mlp.w1", "mlp.w9"), "counterpart in the layout of Qwen"),
         ("qwen2", "qwen", {"target_modules": ["q_proj"]}, renamed("q_proj", "q_norm"), "no counterpart in .* Qwen v1"),
         ("qwen", "qwen2", {"target_modules": ["c_attn"]}, narrowed("lora_B"), "cannot be split among q, k and v"),
         ("qwen2", "qwen", {"target_modules": ["q_proj", "k_proj"]}, narrowed("k_proj.lora_B"), "different sizes"),
