@@ -24,7 +24,7 @@ from data_utils.files import Location, data_files, read_records
 from data_utils.formats import FORMATS, Format, recognise
 from data_utils.report.counts import DuplicateIndex
 from data_utils.report.data_report import DataReport, ReportSettings
-from data_utils.report.samples import show_sample
+from data_utils.report.samples import build_sample
 from data_utils.report.source_report import SourceReport
 from data_utils.schema import Conversation
 from data_utils.sources import RecordSampler, Source, fill_turns
@@ -75,7 +75,7 @@ class DataReader:
         sources: by the name of their set, ``train`` and perhaps ``eval``.
         encoder: of this run's tokenizer.
         settings: what of the run the accounts tell; from the encoder where not given.
-        most_samples: how many samples of each set its account keeps to show.
+        max_samples: how many samples of each set its account keeps to show.
         show_progress: whether to draw progress bars on stderr.
 
     Attributes:
@@ -89,7 +89,7 @@ class DataReader:
         options: DataOptions | None = None,
         settings: ReportSettings | None = None,
         *,
-        most_samples: int = 0,
+        max_samples: int = 0,
         show_progress: bool = True,
     ) -> None:
         self.encoder = encoder
@@ -106,8 +106,8 @@ class DataReader:
             truncation=encoder.options.truncation,
             model_max_length=encoder.options.max_length,
         )
-        seen = DuplicateIndex()  # also finds what is both trained and evaluated
-        self.reports = {name: DataReport(name, settings, most_samples, seen=seen) for name in names}
+        index = DuplicateIndex()  # of all sets, so that it also finds samples that are both trained and evaluated
+        self.reports = {name: DataReport(name, settings, max_samples, duplicate_index=index) for name in names}
 
     def read(self) -> Iterator[KeptConversation]:
         """Check everything, then yield what is used, source by source.
@@ -129,7 +129,7 @@ class DataReader:
                 yield from self._read_source(name, source, survey, advance)
         self._raise_faults()
         for report in self.reports.values():
-            report.finish()
+            report.close()
         for name in self.options.fill.keys() - self._placeholders:
             logger.warning("--fill %s: no message that was read holds {{%s}}", name, name)
 
@@ -238,15 +238,15 @@ class DataReader:
         source_report.keep(
             where,
             encoded,
-            times=copies,
+            copies=copies,
             turns=turns,
             truncated=truncated if encoded.turns_dropped else None,
             unfilled=placeholders - self.options.fill.keys(),
         )
         report = self.reports[set_name]
-        if report.wants_samples:
+        if report.accepts_samples:
             encoder = self.encoder
-            report.add_sample(show_sample(where, source_report.name, encoded, encoder.decode, encoder.control_ids))
+            report.add_sample(build_sample(where, source_report.name, encoded, encoder.decode, encoder.control_ids))
         yield KeptConversation(set_name, len(report.sources) - 1, copies, conversation, encoded)
 
     def _skip_reason(self, conversation: Conversation, encoded: EncodedConversation) -> str:

@@ -19,7 +19,8 @@ from data_utils.dataset import DataOptions, DataReader, ExampleSet, load_example
 from data_utils.encode import EncodeOptions, Encoder
 from data_utils.report.data_report import DataReport, ReportSettings
 from data_utils.report.page import render_html
-from data_utils.report.terminal import render_report, wants_color
+from data_utils.report.terminal import render_report
+from data_utils.report.terminal_text import wants_color
 from data_utils.sources import parse_fill, parse_source
 from loading.checkpoint import Checkpoint, load_checkpoint
 from processes import count_processes, is_first
@@ -46,7 +47,7 @@ def load_data(
     return sets
 
 
-def preview_data(args: RunArguments, most_samples: int = 3) -> dict[str, DataReport]:
+def preview_data(args: RunArguments, max_samples: int = 3) -> dict[str, DataReport]:
     """Read the data and return the report of each set. Keeps no examples, and starts no processes.
 
     Raises:
@@ -54,20 +55,20 @@ def preview_data(args: RunArguments, most_samples: int = 3) -> dict[str, DataRep
         DataError: a file or a record that cannot be used.
     """
     checkpoint = load_checkpoint(args.model.model_name_or_path, args.model.cache_dir, args.model.model_hub)
-    reader = build_reader(args, args.trainer_values(), checkpoint, most_samples)
+    reader = build_reader(args, args.trainer_values(), checkpoint, max_samples)
     for _ in reader.read():
         pass
     return reader.reports
 
 
 def build_reader(
-    args: RunArguments, flags: TrainingArguments | SimpleNamespace, checkpoint: Checkpoint, most_samples: int = 3
+    args: RunArguments, flags: TrainingArguments | SimpleNamespace, checkpoint: Checkpoint, max_samples: int = 3
 ) -> DataReader:
     """Return a reader of ``--data_path`` and ``--eval_data_path``.
 
     Args:
         flags: transformers' flags: the ``TrainingArguments`` of a run, or ``args.trainer_values()`` without a run.
-        most_samples: samples of each set that its report shows.
+        max_samples: samples of each set that its report shows.
     """
     data = args.data
     encode_options = EncodeOptions(
@@ -103,7 +104,7 @@ def build_reader(
         Encoder(checkpoint.tokenizer, checkpoint.family, encode_options),
         data_options,
         settings,
-        most_samples=most_samples,
+        max_samples=max_samples,
         show_progress=not flags.disable_tqdm and is_first(),
     )
 

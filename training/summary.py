@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import math
 import platform
 import time
 from typing import Any
@@ -16,7 +15,7 @@ from torch import nn
 from checkpoints.files import save_json
 from checkpoints.shards import fingerprint
 from data_utils.dataset import ExampleSet
-from data_utils.report.data_report import DataReport
+from data_utils.report.data_report import DataReport, count_steps
 from loading.adapters import EmbeddingsPolicy
 from loading.checkpoint import Checkpoint
 from loading.quantized import count_elements, count_weights
@@ -44,8 +43,7 @@ def describe_run(
     training, checkpoint = trainer.args, trainer.checkpoint
     trained, total = count_parameters(trainer.model)
     batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-    per_epoch = max(1, math.ceil(len(examples) / batch))
-    steps = training.max_steps if training.max_steps > 0 else math.ceil(per_epoch * training.num_train_epochs)
+    per_epoch, steps = count_steps(len(examples), batch, training.num_train_epochs, training.max_steps)
     mode = "LoRA" if isinstance(trainer.model, PeftModel) else "all parameters"
     if quantization := checkpoint.quantization or args.lora.quantization:
         mode = f"LoRA on quantised weights ({quantization})"

@@ -1,4 +1,4 @@
-"""Counts that do not grow with the data: kinds of things with their first places, and which samples came before."""
+"""Bounded counts for the data report: events by reason with their first locations, and the samples seen so far."""
 
 from __future__ import annotations
 
@@ -13,89 +13,96 @@ from dataclasses import dataclass, field
 
 from data_utils.report.samples import visible_line
 
-_RECORDED_PLACES = 100
-_LOGGED_PLACES = 5
-# Reasons may quote the data, and are then as many as its faults.
-_KINDS = 50
-OTHERS = "others"
-# Between the place of a copy and that of its original; and what is behind a file's name in a place.
-SAME_AS = " = "
-_PLACE = re.compile(r"(:\d+)?( \(record \d+\))?( = .*)?$")
+_RECORDED_LOCATIONS = 100
+_LOGGED_LOCATIONS = 5
+# Reasons may quote the data, so without a limit there could be as many as there are records.
+_MAX_REASONS = 50
+OTHER_REASONS = "others"
+# Separates the location of a copy from that of its original.
+COPY_OF = " = "
+# What follows the file name in a location.
+_AFTER_PATH = re.compile(r"(:\d+)?( \(record \d+\))?( = .*)?$")
 
 
 @dataclass
 class ReasonCounts:
-    """How often something happened, by its kind, and the first 100 places of each kind.
+    """How often something happened, by reason, and the first 100 locations of each reason.
 
-    The first 50 kinds are told apart. Keys and places are single lines, safe to show.
+    The first 50 reasons are counted separately, later ones together. Reasons and locations are single lines without
+    control characters.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
-    places: dict[str, list[str]] = field(default_factory=dict)
+    locations: dict[str, list[str]] = field(default_factory=dict)
 
     @property
     def total(self) -> int:
         return self.counts.total()
 
-    def add(self, kind: str, where: object, times: int = 1) -> None:
-        self._add(visible_line(kind), times, [visible_line(where)])
+    def add(self, reason: str, where: object, copies: int = 1) -> None:
+        self._add(visible_line(reason), copies, [visible_line(where)])
 
     def __add__(self, other: ReasonCounts) -> ReasonCounts:
         both = ReasonCounts()
-        for tally in (self, other):
-            for kind, count in tally.counts.items():
-                both._add(kind, count, tally.places[kind])
+        for counts in (self, other):
+            for reason, count in counts.counts.items():
+                both._add(reason, count, counts.locations[reason])
         return both
 
-    def _add(self, kind: str, times: int, places: Iterable[str]) -> None:
-        if kind not in self.counts and len(self.counts) >= _KINDS:
-            kind = OTHERS
-        self.counts[kind] += times
-        held = self.places.setdefault(kind, [])
-        held += list(places)[: _RECORDED_PLACES - len(held)]
+    def _add(self, reason: str, count: int, locations: Iterable[str]) -> None:
+        if reason not in self.counts and len(self.counts) >= _MAX_REASONS:
+            reason = OTHER_REASONS
+        self.counts[reason] += count
+        recorded = self.locations.setdefault(reason, [])
+        recorded += list(locations)[: _RECORDED_LOCATIONS - len(recorded)]
 
-    def first(self, kind: str) -> str:
-        """The first few places of a kind, their file named once: ``a.jsonl:3, :7, :12``."""
-        first, *more = self.places[kind][:_LOGGED_PLACES]
-        path = _PLACE.sub("", first)
-        rest = "".join(f", {place}" for place in more)
-        for before in (", ", SAME_AS):
-            first, rest = (each.replace(f"{before}{path}:", f"{before}:") for each in (first, rest))
-        return first + rest + (", ..." if len(self.places[kind]) > _LOGGED_PLACES else "")
+    def first_locations(self, reason: str) -> str:
+        """Return the first few locations of a reason, with a shared file name only once: ``a.jsonl:3, :7, :12``."""
+        first, *others = self.locations[reason][:_LOGGED_LOCATIONS]
+        path = _AFTER_PATH.sub("", first)
+        rest = "".join(f", {location}" for location in others)
+        for separator in (", ", COPY_OF):
+            first, rest = (text.replace(f"{separator}{path}:", f"{separator}:") for text in (first, rest))
+        return first + rest + (", ..." if len(self.locations[reason]) > _LOGGED_LOCATIONS else "")
 
 
 class DuplicateIndex:
-    """Which samples there were, in a temporary file that goes away with it."""
+    """The digests of the samples seen so far, in a temporary SQLite file, so that memory stays bounded."""
 
     def __init__(self) -> None:
         self._database: sqlite3.Connection | None = None
 
-    def first_place(self, digest: bytes, where: str) -> str | None:
-        """Where the same digest came before; ``None`` for a new one, which is remembered."""
+    def add(self, digest: bytes, where: str) -> str | None:
+        """Record the location of a new digest; return the first location of a known one, otherwise ``None``.
+
+        Raises:
+            OSError: the disk of the temporary file is full.
+        """
         try:
             database = self._database or self._open()
-            if database.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (digest, where)).rowcount:
+            if database.execute("INSERT OR IGNORE INTO samples VALUES (?, ?)", (digest, where)).rowcount:
                 return None
-            (place,) = database.execute("SELECT place FROM seen WHERE digest = ?", (digest,)).fetchone()
+            (first,) = database.execute("SELECT location FROM samples WHERE digest = ?", (digest,)).fetchone()
         except sqlite3.OperationalError as error:
             raise OSError(errno.ENOSPC, str(error), tempfile.gettempdir()) from None
-        return str(place)
+        return str(first)
 
     def close(self) -> None:
+        """Delete the temporary file."""
         if self._database is not None:
             self._database.close()
             self._database = None
 
     def _open(self) -> sqlite3.Connection:
-        # The empty name is a temporary file, which is only written once the cache (here 16 MiB) is full.
+        # An empty name means a temporary file, which is written only when the cache (here 16 MiB) is full.
         database = sqlite3.connect("", check_same_thread=False)
         weakref.finalize(self, database.close)
         for setting in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -16384"):
             database.execute(f"PRAGMA {setting}").close()
-        database.execute("CREATE TABLE seen (digest BLOB PRIMARY KEY, place TEXT) WITHOUT ROWID")
+        database.execute("CREATE TABLE samples (digest BLOB PRIMARY KEY, location TEXT) WITHOUT ROWID")
         self._database = database
         return database
 
     def __reduce__(self) -> tuple[type[DuplicateIndex], tuple[()]]:
-        # A copy in another process has nothing more to count.
+        # Pickled for another process, which adds no samples.
         return DuplicateIndex, ()

@@ -1,9 +1,8 @@
-"""The report of a run's data: its sources together, what batches will hold, what is wrong, a few samples to look at."""
+"""The report of a data set: its sources, padding, optimizer steps, problems, and a few samples to show."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
@@ -22,11 +21,11 @@ _SUMMED = (
 
 @dataclass(frozen=True)
 class ReportSettings:
-    """What of a run's arguments decides about its data.
+    """The arguments of a run that the report shows or needs.
 
     Attributes:
-        batch_size: samples per device.
-        batching: which way of ``padding_shares`` the run goes.
+        batch_size: samples per device and batch.
+        batching: the batching strategy of the run, a key of ``padding.STRATEGIES``.
     """
 
     model: str = ""
@@ -41,57 +40,65 @@ class ReportSettings:
     max_steps: int = -1
     batching: str = "dynamic"
 
-    def flags(self, separator: str) -> str:
-        """The flags that decide what is trained, as they would be given."""
+    def data_flags(self, separator: str = " ") -> str:
+        """Return the flags that decide which tokens are trained, with their values."""
         names = ("label_mask", "truncation", "model_max_length")
         return separator.join(f"--{name} {getattr(self, name)}" for name in names)
 
 
+def count_steps(samples: int, samples_per_step: int, epochs: float, max_steps: int) -> tuple[int, int]:
+    """Return the optimizer steps of an epoch and of the run. The last step of an epoch may use fewer samples.
+
+    Args:
+        max_steps: replaces ``epochs`` if positive.
+    """
+    per_epoch = max(1, math.ceil(samples / samples_per_step))
+    return per_epoch, max_steps if max_steps > 0 else math.ceil(per_epoch * epochs)
+
+
 @dataclass
 class DataReport:
-    """The account of one set, ``train`` or ``eval``: its sources, and the first samples of it to look at."""
+    """The report of one set, ``train`` or ``eval``."""
 
     name: str
     settings: ReportSettings = field(default_factory=ReportSettings)
-    most_samples: int = 3
+    max_samples: int = 3
     sources: list[SourceReport] = field(default_factory=list)
     samples: list[Sample] = field(default_factory=list)
-    seen: DuplicateIndex = field(default_factory=DuplicateIndex, repr=False, compare=False)
+    duplicate_index: DuplicateIndex = field(default_factory=DuplicateIndex, repr=False, compare=False)
 
     def add_source(self, name: str, format: str = "", in_file: int = 0) -> SourceReport:
-        """A report to feed; copies are found across all sources, and across sets that share ``seen``."""
-        source = SourceReport(name, format, in_file, seen=self.seen)
+        """Add an empty report of a source. Duplicates are found across all sources that share an index."""
+        source = SourceReport(name, format, in_file, duplicate_index=self.duplicate_index)
         self.sources.append(source)
         return source
 
     @property
-    def wants_samples(self) -> bool:
-        return len(self.samples) < self.most_samples
+    def accepts_samples(self) -> bool:
+        return len(self.samples) < self.max_samples
 
     def add_sample(self, sample: Sample) -> None:
-        """Keep a sample to show; those after the first ``most_samples`` are not kept."""
-        if self.wants_samples:
+        """Keep a sample to show, unless there are ``max_samples`` already."""
+        if self.accepts_samples:
             self.samples.append(sample)
 
-    def finish(self) -> None:
-        """Nothing more will be counted: free the temporary file."""
-        self.seen.close()
+    def close(self) -> None:
+        """Delete the temporary file of the duplicate index. Nothing can be counted afterwards."""
+        self.duplicate_index.close()
 
     def total(self) -> SourceReport:
-        """All sources as one."""
-        names = ", ".join(source.name for source in self.sources)
-        formats = dict.fromkeys(source.format for source in self.sources)
-        total = SourceReport(names, ", ".join(formats))
-        total.name = names  # however many they are
+        """Return the sum of all sources."""
+        total = SourceReport("", ", ".join(dict.fromkeys(source.format for source in self.sources)))
+        total.name = ", ".join(source.name for source in self.sources)  # set here so that it is not shortened
         for name in _SUMMED:
             values = [getattr(source, name) for source in self.sources]
             setattr(total, name, reduce(lambda one, other: one + other, values, getattr(total, name)))
         return total
 
     def padding(self) -> dict[str, float]:
-        """The share of padding for each way to make batches, as ``padding_shares``; empty without samples."""
-        lengths: Mapping[int, int] = self.total().lengths
+        """Return the share of padding of each batching strategy, see ``padding_shares``; empty without samples."""
         settings = self.settings
+        lengths = self.total().lengths
         return padding_shares(lengths, settings.model_max_length, settings.batch_size, settings.accumulation)
 
     @property
@@ -100,64 +107,71 @@ class DataReport:
         return settings.batch_size * settings.accumulation * settings.world_size
 
     def steps(self) -> tuple[int, int]:
-        """Optimizer steps of an epoch and of the run; the last step of an epoch may take fewer samples."""
+        """Return the optimizer steps of an epoch and of the run."""
         kept = sum(source.kept for source in self.sources)
-        per_epoch = max(1, math.ceil(kept / self.samples_per_step))
-        most = self.settings.max_steps
-        return per_epoch, most if most > 0 else math.ceil(per_epoch * self.settings.epochs)
+        return count_steps(kept, self.samples_per_step, self.settings.epochs, self.settings.max_steps)
+
+    def describe_steps(self) -> str:
+        """Describe the number of optimizer steps and the samples of each in two sentences."""
+        settings = self.settings
+        per_epoch, steps = self.steps()
+        epochs = "1 epoch" if settings.epochs == 1 else f"{settings.epochs:g} epochs"
+        reason = f"--max_steps {settings.max_steps}" if settings.max_steps > 0 else epochs
+        devices = "1 device" if settings.world_size == 1 else f"{settings.world_size:,} devices"
+        return (
+            f"{steps:,} in total ({reason}), {per_epoch:,} per epoch. A step uses {self.samples_per_step:,} samples: "
+            f"{settings.batch_size} per device x {settings.accumulation} accumulation steps x {devices}."
+        )
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: the sources together, then each of them."""
+        """Return the sum of the sources, then each source, for JSON."""
         steps: dict[str, Any] = {}
         if self.name == "train":
             steps = dict(zip(("steps_per_epoch", "steps"), self.steps(), strict=True))
+        settings = vars(self.settings)
         return {
             **self.total().as_dict(),
             **steps,
-            "padding": {way: round(share, 6) for way, share in self.padding().items()},
-            "settings": {name: _shown(value) for name, value in vars(self.settings).items()},
+            "padding": {strategy: round(share, 6) for strategy, share in self.padding().items()},
+            "settings": {
+                key: visible_line(value) if isinstance(value, str) else value for key, value in settings.items()
+            },
             "problems": self.problems(),
             "warnings": self.warnings(),
             "sources": [source.as_dict() for source in self.sources],
         }
 
     def problems(self) -> list[str]:
-        """What makes the run worthless, a line each."""
+        """Return a line for each finding that makes the run worthless."""
         total = self.total()
         if not total.kept:
             reasons = "; ".join(f"{count:,} skipped, {reason}" for reason, count in total.skipped.counts.items())
-            return [f"nothing is left of {total.read:,} conversations{': ' + reasons if reasons else ''}"]
+            return [f"none of {total.read:,} conversations can be used{': ' + reasons if reasons else ''}"]
         problems = []
         if not total.trained_tokens:
             problems.append(
-                f"nothing is trained: none of {total.tokens:,} tokens counts in the loss. Look at --label_mask "
-                f"{visible_line(self.settings.label_mask)}, and at train, loss and weight in the data"
+                f"no token is trained: none of {total.tokens:,} tokens counts in the loss. Check --label_mask "
+                f"{visible_line(self.settings.label_mask)}, and the fields train, loss and weight of the turns"
             )
         if total.truncated.total == total.kept:
             problems.append(
-                f"every one of {total.kept:,} samples was shortened. Raise --model_max_length "
-                f"{self.settings.model_max_length}"
+                f"all {total.kept:,} samples were shortened. Raise --model_max_length {self.settings.model_max_length}"
             )
         if total.answers and total.empty_answers.total == total.answers:
-            problems.append(f"all {total.answers:,} answers are empty. Look at what the data holds, and where")
+            problems.append(f"all {total.answers:,} answers are empty. Check which field of the data has the answers")
         if total.distinct == 1 and total.duplicates.total:
-            problems.append(f"all {total.kept:,} samples are the same. Look at what the data holds")
+            problems.append(f"all {total.kept:,} samples are identical. Check the data")
         return problems
 
-    def warnings(self, places: bool = True) -> list[str]:
-        """What the user should know, a line each."""
-        lines = [line for source in self.sources for line in source.warnings(places)]
+    def warnings(self, with_locations: bool = True) -> list[str]:
+        """Return a line for each finding that the user should know."""
+        lines = [line for source in self.sources for line in source.warnings(with_locations)]
         kept = sum(source.kept for source in self.sources)
         if kept:
-            lines += [
-                f"{source.name}: nothing is left of it" for source in self.sources if source.read and not source.kept
-            ]
+            unused = (source for source in self.sources if source.read and not source.kept)
+            lines += [f"{source.name}: none of its conversations can be used" for source in unused]
         if self.name == "train" and 0 < kept < self.samples_per_step:
             lines.append(
-                f"a step takes {self.samples_per_step:,} samples, but there are {kept:,}: an epoch is one step"
+                f"a step uses {self.samples_per_step:,} samples, but there are only {kept:,}: an epoch is one step"
             )
         return lines
-
-
-def _shown(value: object) -> object:
-    return visible_line(value) if isinstance(value, str) else value

@@ -1,18 +1,18 @@
-"""The geometry of a histogram in an SVG image: how many samples have how many tokens."""
+"""The geometry of a histogram for an SVG image: number of samples by length."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
-# In units of the drawing, which is about as wide on a phone.
+# In units of the SVG image; a phone's screen is about as wide.
 _WIDTH, _HEIGHT = 440, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 44, _WIDTH - 12, 46, _HEIGHT - 44
 _BINS = 32
 
 
 class Bar(NamedTuple):
-    """A bar: its rectangle, and the samples with ``first`` to ``last`` tokens that it counts."""
+    """A bar: its rectangle, and the number of samples with ``first`` to ``last`` tokens."""
 
     x: float
     y: float
@@ -24,15 +24,15 @@ class Bar(NamedTuple):
 
 
 class Histogram(NamedTuple):
-    """A histogram to be drawn.
+    """A histogram in the coordinates of an SVG image.
 
     Attributes:
-        unit: the name of the horizontal axis.
-        bars: one for each bin with samples.
-        grid: height and label of each horizontal line.
-        ticks: position and label on the horizontal axis.
-        marks: position, top and label of each vertical line.
-        note: one or more sentences below it, perhaps none.
+        unit: label of the horizontal axis.
+        bars: one for each bin that is not empty.
+        grid: y and label of each horizontal line.
+        ticks: x and label of each tick of the horizontal axis.
+        marks: x, top and label of each vertical line.
+        note: sentences below the image; may be empty.
     """
 
     title: str
@@ -49,15 +49,15 @@ class Histogram(NamedTuple):
     bottom: int = _BOTTOM
 
 
-def draw_histogram(
+def build_histogram(
     title: str, unit: str, counts: Mapping[int, int], marks: Mapping[str, float] | None = None, note: str = ""
 ) -> Histogram:
-    """Draw how many samples have which length; the longest 1% may be counted in the last bar, which the note says.
+    """Build the histogram of samples by length. Up to 1% of them, if much longer, are counted in the last bar.
 
     Args:
-        counts: samples of each length, at least one.
-        marks: lengths to mark, by their label; one beyond the last bar is left out.
-        note: a sentence to add.
+        counts: number of samples of each length, not empty.
+        marks: lengths to mark, by label; those beyond the last bar are left out.
+        note: a sentence to add to the note.
     """
     step, bins = _bin(counts)
     end, highest = step * len(bins), max(bins)
@@ -76,7 +76,7 @@ def draw_histogram(
             bars.append(Bar(x(first), y(samples), width, round(_BOTTOM - y(samples), 1), first, after - 1, samples))
     shown_marks = sorted((marks or {}).items(), key=lambda mark: mark[1])
     longer = sum(samples for length, samples in counts.items() if length >= end)
-    longest = f"{longer:,} longer ones, up to {max(counts):,}, stand in the last bar." if longer else ""
+    longest = f"{longer:,} longer ones, up to {max(counts):,}, are counted in the last bar." if longer else ""
     return Histogram(
         title,
         unit,
@@ -89,12 +89,12 @@ def draw_histogram(
 
 
 def _bin(counts: Mapping[int, int]) -> tuple[int, Sequence[int]]:
-    """The width of a bin in tokens, and the samples in each; up to twice the length that 99% do not exceed."""
+    """Return the width of a bin in tokens, and the samples in each bin; up to twice the 99% percentile of lengths."""
     ordered = sorted(counts.items())
-    total, up_to, end = sum(counts.values()), 0, ordered[-1][0]
+    total, cumulated, end = sum(counts.values()), 0, ordered[-1][0]
     for length, count in ordered:
-        up_to += count
-        if up_to >= 0.99 * total:
+        cumulated += count
+        if cumulated >= 0.99 * total:
             end = min(end, 2 * length)
             break
     step = _round_up(max(1, end + 1) / _BINS)
@@ -105,7 +105,7 @@ def _bin(counts: Mapping[int, int]) -> tuple[int, Sequence[int]]:
 
 
 def _place_marks(marks: Iterable[tuple[float, str]]) -> list[tuple[float, int, str]]:
-    """Marks in order, with the height of their labels: labels that would overlap alternate between two rows."""
+    """Add the y of their labels to marks sorted by x: labels that would overlap alternate between two rows."""
     placed = []
     previous: float = -_WIDTH
     row = 0
@@ -117,7 +117,7 @@ def _place_marks(marks: Iterable[tuple[float, str]]) -> list[tuple[float, int, s
 
 
 def _round_up(least: float) -> int:
-    """The smallest of 1, 2, 5, 10, 20, 50... that is no less."""
+    """Return the smallest of 1, 2, 5, 10, 20, 50... that is not less than ``least``."""
     power = 1
     while True:
         for digit in (1, 2, 5):
@@ -127,7 +127,7 @@ def _round_up(least: float) -> int:
 
 
 def short_number(number: int) -> str:
-    """``950``, ``1.2k``, ``3.4M``."""
+    """Format a number as ``950``, ``1.2k`` or ``3.4M``."""
     for size, letter in ((1_000_000_000, "G"), (1_000_000, "M"), (1000, "k")):
         if number >= size:
             return f"{number / size:.1f}".removesuffix(".0") + letter

@@ -1,28 +1,30 @@
-"""A report as one web page that needs nothing else: no script, no font, no request. It may be sent to a colleague."""
+"""Data reports as one self-contained web page: no script, no font, no request, so it can be sent to a colleague."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from data_utils.report.data_report import DataReport
-from data_utils.report.histogram import Histogram, draw_histogram, short_number
+from data_utils.report.histogram import Histogram, build_histogram, short_number
+from data_utils.report.padding import STRATEGIES
 from data_utils.report.samples import Sample, SamplePiece, shorten, visible, visible_line
 from data_utils.report.source_report import SourceReport
-from data_utils.report.terminal import BATCHING, steps_text
 
 _SHOWN_TOKENS = 2000
 _LINE_END = Markup('<span class="n">↵</span>\n')
 
 
 def render_html(reports: Sequence[DataReport]) -> str:
-    """One page of one or more sets. Text of the user's data is only ever text in it, and all of it is valid UTF-8."""
+    """Render one page of one or more sets.
+
+    Every string is made visible and escaped, so the user's data cannot add markup, and the page is valid UTF-8.
+    """
     names = " and ".join(_title(report).lower() for report in reports)
     return _environment().get_template("page.html").render(page_title=f"Data report: {names}", reports=reports)
 
@@ -38,7 +40,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.globals |= {"title": _title, "share": _share, "steps_text": steps_text, "batching": BATCHING}
+    environment.globals |= {"title": _title, "share": _share, "strategies": STRATEGIES}
     environment.filters |= {
         "line": lambda text: visible_line(text, 300),
         "number": lambda number: f"{number:,}",
@@ -47,7 +49,7 @@ def _environment() -> Environment:
         "turns": _turns,
         "has_control_tokens": lambda samples: any(piece.kind == "control" for piece in _pieces(samples)),
         "has_weights": lambda samples: any(piece.weight not in (0, 1) for piece in _pieces(samples)),
-        "charts": _charts,
+        "histograms": _histograms,
         "located": _located,
     }
     return environment
@@ -66,7 +68,7 @@ def _pieces(samples: Sequence[Sample]) -> Iterator[SamplePiece]:
 
 
 def _turns(sample: Sample) -> list[tuple[str, Markup]]:
-    """The roles of a sample in order, each with its text, trained tokens and control tokens marked."""
+    """Return the turns of a sample: role, and text with trained tokens and control tokens marked."""
     pieces = shorten(sample.pieces, _SHOWN_TOKENS)
     return [(role, _marked(list(group))) for role, group in groupby(pieces, key=lambda piece: piece.role)]
 
@@ -76,8 +78,8 @@ def _marked(pieces: Sequence[SamplePiece]) -> Markup:
     for weight, group in groupby(pieces, key=lambda piece: piece.weight):
         run = Markup().join(map(_piece, group))
         if weight > 0:
-            note = "" if weight == 1 else Markup('<span class="w">×{:g}</span>').format(weight)
-            run = Markup('<span class="t">{}{}</span>').format(note, run)
+            loss_weight = "" if weight == 1 else Markup('<span class="w">×{:g}</span>').format(weight)
+            run = Markup('<span class="t">{}{}</span>').format(loss_weight, run)
         parts.append(run)
     return Markup().join(parts)
 
@@ -89,21 +91,21 @@ def _piece(piece: SamplePiece) -> Markup:
     return Markup('<span class="c">{}</span>').format(text) if piece.kind == "control" else text
 
 
-def _charts(report: DataReport) -> list[Histogram]:
+def _histograms(report: DataReport) -> list[Histogram]:
     total = report.total()
     summary, limit = total.length_summary(), report.settings.model_max_length
-    marks: Mapping[str, float] = {"median": summary["50%"], "95%": summary["95%"], "limit": limit}
+    marks = {"median": summary["50%"], "95%": summary["95%"], "limit": limit}
     note = f"The limit is --model_max_length {limit:,}."
     return [
-        draw_histogram("Length of samples", "tokens of a sample", total.lengths, marks, note),
-        draw_histogram("Trained tokens of samples", "trained tokens of a sample", total.trained_lengths),
+        build_histogram("Length of samples", "tokens per sample", total.lengths, marks, note),
+        build_histogram("Trained tokens of samples", "trained tokens per sample", total.trained_lengths),
     ]
 
 
-def _located(source: SourceReport) -> list[tuple[Any, ...]]:
-    """What was found in a source: its name, how often, and the first places."""
-    named = (("skipped", source.skipped), ("shortened", source.truncated), ("not filled", source.unfilled))
-    found = [(f"{name}, {kind}", tally, kind) for name, tally in named for kind in tally.counts]
-    unnamed = (("empty answers", source.empty_answers), ("exact copies", source.duplicates))
-    found += [(name, tally, kind) for name, tally in unnamed for kind in tally.counts]
-    return [(name, tally.counts[kind], tally.places[kind]) for name, tally, kind in found]
+def _located(source: SourceReport) -> list[tuple[str, int, list[str]]]:
+    """Return the findings in a source that have locations: name, count, first locations."""
+    by_reason = (("skipped", source.skipped), ("shortened", source.truncated), ("not filled", source.unfilled))
+    findings = [(f"{name}, {reason}", counts, reason) for name, counts in by_reason for reason in counts.counts]
+    without_reason = (("empty answers", source.empty_answers), ("exact copies", source.duplicates))
+    findings += [(name, counts, reason) for name, counts in without_reason for reason in counts.counts]
+    return [(name, counts.counts[reason], counts.locations[reason]) for name, counts, reason in findings]

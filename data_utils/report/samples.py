@@ -1,6 +1,6 @@
-"""Samples as people look at them: the text of each run of tokens, whose it is, whether it is trained.
+"""Samples to show in a report: their tokens as text with role and weight, free of control characters.
 
-Text comes from the user's data and is not trusted: ``visible`` is for every string that is shown anywhere.
+All text comes from the user's data and is not trusted: ``visible`` is applied to every string that is shown.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Literal, NamedTuple, Protocol
 
 Decode = Callable[[list[int]], str]
 
-# Tokens that are decoded together: what is left out of a long sample is left out in such steps.
-_CHUNK = 16
-# Of a run of more tokens than twice this, only so many at each end are kept at all.
+# Tokens of a piece: a long sample is shortened in steps of this size.
+_PIECE_TOKENS = 16
+# Of a run of more than twice as many tokens, only so many at each end are decoded and kept.
 _KEPT_END = 8192
 
 
 class Encoded(Protocol):
-    """What is read of a ``data_utils.encode.EncodedConversation``. A span is its length, role and weight."""
+    """The fields of ``data_utils.encode.EncodedConversation`` that reports read. A span is (length, role, weight)."""
 
     @property
     def input_ids(self) -> list[int]: ...
@@ -30,13 +30,13 @@ class Encoded(Protocol):
 
 
 class SamplePiece(NamedTuple):
-    """Part of a sample.
+    """Consecutive tokens of a sample.
 
     Attributes:
-        text: what its tokens say; nothing in a gap.
-        role: whose text it is; empty in a gap over several.
-        weight: in the loss; 0 is not trained. The first token of a sample is never predicted, so its weight is 0.
-        tokens: how many it stands for.
+        text: the decoded tokens; empty in a gap.
+        role: of the turn; empty in a gap that spans several roles.
+        weight: in the loss; 0 if not trained. The first token of a sample is never predicted, so its weight is 0.
+        tokens: how many there are.
         kind: ``control`` for a control token that the renderer placed, ``gap`` for tokens that are not shown.
     """
 
@@ -49,7 +49,7 @@ class SamplePiece(NamedTuple):
 
 @dataclass(frozen=True)
 class Sample:
-    """A conversation as the model sees it: its place, its source, its tokens in order."""
+    """A conversation as the model sees it: its location, its source, its tokens in order."""
 
     where: str
     source: str
@@ -64,16 +64,16 @@ class Sample:
         return sum(piece.tokens for piece in self.pieces if piece.weight > 0)
 
 
-def show_sample(
+def build_sample(
     where: object, source: str, encoded: Encoded, decode: Decode, control_ids: Collection[int] = frozenset()
 ) -> Sample:
-    """A sample to look at.
+    """Build a sample to show.
 
     Args:
-        where: its place in the data.
-        source: the name of what it was read from.
-        decode: ids -> text; the texts of neighbouring runs must make the text of both.
-        control_ids: ids that only the renderer places, to tell them from the same text in a message.
+        where: its location in the data.
+        source: the name of its source.
+        decode: ids -> text; decoding two neighbouring runs must give the same text as decoding both together.
+        control_ids: ids that only the renderer places, which tells them from the same text in a message.
     """
     pieces: list[SamplePiece] = []
     start = 0
@@ -97,19 +97,19 @@ def _pieces(
             continue
         hidden = max(0, len(run) - 2 * _KEPT_END)
         head, tail = (run[:_KEPT_END], run[-_KEPT_END:]) if hidden else (run, [])
-        yield from (SamplePiece(text, role, weight, tokens) for text, tokens in _chunks(head, decode))
+        yield from (SamplePiece(text, role, weight, tokens) for text, tokens in _decode_chunks(head, decode))
         if hidden:
             yield SamplePiece("", role, weight, hidden, "gap")
-        yield from (SamplePiece(text, role, weight, tokens) for text, tokens in _chunks(tail, decode))
+        yield from (SamplePiece(text, role, weight, tokens) for text, tokens in _decode_chunks(tail, decode))
 
 
-def _chunks(ids: list[int], decode: Decode) -> Iterator[tuple[str, int]]:
-    """Texts of a few tokens each and how many, not parted within a character."""
+def _decode_chunks(ids: list[int], decode: Decode) -> Iterator[tuple[str, int]]:
+    """Yield the text of a few tokens and their number; no character is split between two chunks."""
     start = 0
     while start < len(ids):
-        end = start + _CHUNK
+        end = start + _PIECE_TOKENS
         text = decode(ids[start:end])
-        while text.endswith("\ufffd") and end < min(len(ids), start + 2 * _CHUNK):
+        while text.endswith("\ufffd") and end < min(len(ids), start + 2 * _PIECE_TOKENS):
             end += 1
             text = decode(ids[start:end])
         end = min(end, len(ids))
@@ -117,36 +117,36 @@ def _chunks(ids: list[int], decode: Decode) -> Iterator[tuple[str, int]]:
         start = end
 
 
-def shorten(pieces: Sequence[SamplePiece], limit: int) -> list[SamplePiece]:
-    """At most about ``limit`` tokens of a sample, neighbours of one kind joined, and gaps for the rest.
+def shorten(pieces: Sequence[SamplePiece], max_tokens: int) -> list[SamplePiece]:
+    """Return about ``max_tokens`` tokens of a sample, with gaps for the rest. Neighbouring pieces alike are joined.
 
-    What goes first is the middle of long texts: the start and the end of each text, trained or not, stay as long as
-    there is room, then those of the first and the last texts.
+    The middle of long texts goes first: the start and the end of each text, trained or not, stay if there is room; if
+    there is not, those of the first and the last texts.
     """
     shown = [piece.kind != "gap" for piece in pieces]
-    if _tokens(pieces, shown) > limit:
-        distances = _distances(pieces)
-        reach = limit
-        while _tokens(pieces, shown) > limit and reach >= _CHUNK // 2:
+    if _count_shown(pieces, shown) > max_tokens:
+        distances = _distances_to_ends(pieces)
+        reach = max_tokens
+        while _count_shown(pieces, shown) > max_tokens and reach >= _PIECE_TOKENS // 2:
             reach = reach * 3 // 4
             shown = [
                 piece.kind != "gap" and distance <= reach for piece, distance in zip(pieces, distances, strict=True)
             ]
-        if _tokens(pieces, shown) > limit:
-            shown = _both_ends(pieces, shown, limit)
+        if _count_shown(pieces, shown) > max_tokens:
+            shown = _keep_both_ends(pieces, shown, max_tokens)
     gaps = (
         piece if is_shown else piece._replace(text="", kind="gap")
         for piece, is_shown in zip(pieces, shown, strict=True)
     )
-    return _joined(gaps)
+    return _join(gaps)
 
 
-def _tokens(pieces: Sequence[SamplePiece], shown: Sequence[bool]) -> int:
+def _count_shown(pieces: Sequence[SamplePiece], shown: Sequence[bool]) -> int:
     return sum(piece.tokens for piece, is_shown in zip(pieces, shown, strict=True) if is_shown)
 
 
-def _distances(pieces: Sequence[SamplePiece]) -> list[int]:
-    """Tokens between each piece and the nearer end of the text it belongs to."""
+def _distances_to_ends(pieces: Sequence[SamplePiece]) -> list[int]:
+    """Return for each piece the tokens between it and the nearer end of its text (pieces of one role and weight)."""
     distances: list[int] = []
     for _, group in groupby(pieces, key=lambda piece: (piece.role, piece.weight)):
         sizes = [piece.tokens for piece in group]
@@ -157,11 +157,12 @@ def _distances(pieces: Sequence[SamplePiece]) -> list[int]:
     return distances
 
 
-def _both_ends(pieces: Sequence[SamplePiece], shown: Sequence[bool], limit: int) -> list[bool]:
+def _keep_both_ends(pieces: Sequence[SamplePiece], shown: Sequence[bool], max_tokens: int) -> list[bool]:
+    """Hide all but the first and the last pieces, half of the tokens at each end of the sample."""
     order = [index for index, is_shown in enumerate(shown) if is_shown]
     kept: set[int] = set()
     for side in (order, order[::-1]):
-        room = limit // 2
+        room = max_tokens // 2
         for index in side:
             room -= pieces[index].tokens
             if room < 0:
@@ -170,7 +171,7 @@ def _both_ends(pieces: Sequence[SamplePiece], shown: Sequence[bool], limit: int)
     return [index in kept for index in range(len(pieces))]
 
 
-def _joined(pieces: Iterable[SamplePiece]) -> list[SamplePiece]:
+def _join(pieces: Iterable[SamplePiece]) -> list[SamplePiece]:
     joined: list[SamplePiece] = []
     for piece in pieces:
         last = joined[-1] if joined else None
@@ -185,25 +186,25 @@ def _joined(pieces: Iterable[SamplePiece]) -> list[SamplePiece]:
     return joined
 
 
-def _stand_ins() -> dict[int, str]:
-    """Characters that steer a terminal or turn text around, and what is shown for them."""
+def _build_replacements() -> dict[int, str]:
+    """Map characters that control a terminal or reverse the direction of text to what is shown instead."""
     table = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: "␡"}
     table |= {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
-    turning = [0x61C, 0x200E, 0x200F, 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-    return table | {code: f"\\u{code:04x}" for code in [*turning, *range(0xD800, 0xE000)]}
+    bidirectional = [0x61C, 0x200E, 0x200F, 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
+    return table | {code: f"\\u{code:04x}" for code in [*bidirectional, *range(0xD800, 0xE000)]}
 
 
-_STAND_INS = _stand_ins()
+_REPLACEMENTS = _build_replacements()
 
 
 def visible(text: str) -> str:
-    """The text with everything visible that could steer a terminal or a browser, apart from newlines and tabs."""
-    return text.translate(_STAND_INS)
+    """Replace every character that could control a terminal or a browser, except newlines and tabs."""
+    return text.translate(_REPLACEMENTS)
 
 
-def visible_line(text: object, most: int = 200) -> str:
-    """The same in one line: a name, a place or a reason. A long one keeps its start and its end."""
+def visible_line(text: object, max_length: int = 200) -> str:
+    """Do the same for a name, location or reason, as one line. A long one keeps its start and its end."""
     line = str(text)
-    if len(line) > most:
-        line = f"{line[: most // 2]}…{line[len(line) - (most - most // 2 - 1) :]}"
+    if len(line) > max_length:
+        line = f"{line[: max_length // 2]}…{line[len(line) - (max_length - max_length // 2 - 1) :]}"
     return visible(line).replace("\n", "␊").replace("\t", "␉")

@@ -101,7 +101,7 @@ def read(path: Path, skip_bad: bool) -> Reading:
     reading = Reading()
     sources, options = {"train": [parse_source(str(path))]}, DataOptions(skip_bad=skip_bad)
     with _watched(reading):
-        reader = DataReader(sources, encoder(), options, most_samples=2, show_progress=False)
+        reader = DataReader(sources, encoder(), options, max_samples=2, show_progress=False)
         examples = ExampleSet(reader.reports["train"])
         try:
             for taken in reader.read():
@@ -141,7 +141,7 @@ def _read_account(examples: ExampleSet, path: Path, reading: Reading) -> None:
     report = examples.report
     [source] = report.sources
     report.as_dict()
-    reading.skipped = [_place(place, path) for place in source.skipped.places.get(BAD_RECORD, [])]
+    reading.skipped = [_place(place, path) for place in source.skipped.locations.get(BAD_RECORD, [])]
     reading.skipped_total = source.skipped.total
     if not source.in_file == source.read == source.kept + source.skipped.total:
         counts = f"{source.in_file} in the file, {source.read} read, {source.kept} kept, {source.skipped.total} skipped"

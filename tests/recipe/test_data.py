@@ -74,9 +74,9 @@ def test_a_preview_shows_samples_and_figures(tmp_path: Path, capsys: pytest.Capt
     ("records", "flags", "problem"),
     [
         ([answered("")] * 2, [], "all 2 answers are empty"),
-        ([answered("Yes " * 30)] * 2, ["--model_max_length", 30, "--truncation", "cut"], "every one of 2 samples"),
-        ([answered("Yes", train=False)] * 2, [], "nothing is left of 2 conversations"),
-        ([answered("Yes " * 99)] * 2, ["--model_max_length", 30], "nothing is left of 2 conversations"),
+        ([answered("Yes " * 30)] * 2, ["--model_max_length", 30, "--truncation", "cut"], "all 2 samples were"),
+        ([answered("Yes", train=False)] * 2, [], "none of 2 conversations can be used"),
+        ([answered("Yes " * 99)] * 2, ["--model_max_length", 30], "none of 2 conversations can be used"),
     ],
 )
 def test_what_would_make_a_run_worthless_is_exit_code_1(

@@ -89,8 +89,8 @@ def test_skipped_and_shortened_conversations_are_reported_by_line(
     total = examples.report.total()
     assert (total.read, total.kept) == (9, 2)
     assert dict(total.skipped.counts) == {TOO_LONG: 7}
-    assert total.skipped.places[TOO_LONG] == [f"{path}:{line}" for line in (1, 7, 9, 11, 13, 15, 17)]
-    assert total.truncated.places == {"longer than --model_max_length 40": [f"{path}:5"]}
+    assert total.skipped.locations[TOO_LONG] == [f"{path}:{line}" for line in (1, 7, 9, 11, 13, 15, 17)]
+    assert total.truncated.locations == {"longer than --model_max_length 40": [f"{path}:5"]}
     assert (total.tokens, total.trained_tokens) == (27 + 34, 6 + 6)
     assert [record.getMessage() for record in caplog.records] == [
         f"{path}: skipped 7 of 9 conversations, {TOO_LONG}: {path}:1, :7, :9, :11, :13, ...",
@@ -169,7 +169,7 @@ def test_bad_records_can_be_left_out_and_are_counted(
     assert questions(examples, tokenizer) == ["0", "2", "4"]
     total = examples.report.total()
     assert (total.in_file, total.read, total.kept) == (5, 5, 3)
-    assert total.skipped.places == {"bad record": [f"{path}:3", f"{path}:7"]}
+    assert total.skipped.locations == {"bad record": [f"{path}:3", f"{path}:7"]}
     first, second, summary = caplog.messages
     assert first.startswith(f"Left out: {path}:3:21: not valid JSON")
     assert second.startswith(f'Left out: {path}:7: the record has no "conversations"')
@@ -189,7 +189,7 @@ def test_a_conversation_that_is_too_long_can_be_refused_or_left_out(tmp_path: Pa
     with pytest.raises(DataError, match="2 faults") as caught:
         load(refusing, path)
     assert f"{path}:3: the conversation has more than --model_max_length 40 tokens" in str(caught.value)
-    assert load(refusing, path, skip_bad=True).report.total().skipped.places == {
+    assert load(refusing, path, skip_bad=True).report.total().skipped.locations == {
         "bad record": [f"{path}:3", f"{path}:5"]
     }
     dropping = Encoder(tokenizer, QWEN_V1, EncodeOptions(max_length=40, truncation="drop"))
@@ -274,7 +274,7 @@ def test_what_is_both_trained_and_evaluated_is_pointed_out(tmp_path: Path, encod
     one, two = write_numbered(tmp_path / "a.jsonl", 4), write_numbered(tmp_path / "b.jsonl", 2)
     sets = load_examples(reader(encoder, one, eval=(two,)))
     assert sets["train"].report.total().duplicates.total == 0
-    places = sets["eval"].report.total().duplicates.places
+    places = sets["eval"].report.total().duplicates.locations
     assert [text for texts in places.values() for text in texts] == [f"{two}:1 = {one}:1", f"{two}:3 = {one}:3"]
 
 
@@ -297,10 +297,10 @@ def test_placeholders_are_filled_and_others_pointed_out(
     assert questions(examples, tokenizer) == [""]  # the text stops at the filled "<|im_end|>", which stays text:
     assert examples[0]["input_ids"].count(tokenizer.im_end_id) == 3
     assert "<|im_end|>{{x}} by Ada, {{x}}<|im_end|>" in tokenizer.decode(examples[0]["input_ids"])
-    assert examples.report.total().unfilled.places == {"x": [f"{path}:1"]}
+    assert examples.report.total().unfilled.locations == {"x": [f"{path}:1"]}
     assert caplog.messages == [
         "--fill unused: no message that was read holds {{unused}}",
-        f"{path}: 1 of 1 conversations hold {{{{x}}}} as it stands, --fill x=... fills it: {path}:1",
+        f"{path}: 1 of 1 conversations contain the placeholder {{{{x}}}}, which --fill x=... fills: {path}:1",
     ]
 
 
