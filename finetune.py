@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     start = agree_on_start(world, args, facts)
     if start.is_finished:
         logger.info("%s holds this run, and it is done: there is nothing to do", args.output_dir)
-        heartbeat.leave()
+        heartbeat.finish()
         return 0
 
     model = load_training_model(checkpoint, args, training_arguments, policy)
@@ -81,14 +81,14 @@ def main(argv: Sequence[str]) -> int:
         facts=facts,
         progress=progress,
         signals=signals,
-        status=heartbeat.pulse,
+        status=heartbeat.status,
         world=world,
         model=model,
         args=training_arguments,
         data_collator=build_collator(checkpoint),
         train_dataset=sets["train"],
         eval_dataset=sets.get("eval"),
-        callbacks=[*build_callbacks(args, log), HeartbeatCallback(heartbeat.pulse)],
+        callbacks=[*build_callbacks(args, log), HeartbeatCallback(heartbeat.status)],
     )
     set_tensorboard_folder(trainer.callback_handler.callbacks, args.options.logging_dir)
     if world.is_first:  # who alone knows what became of the records
@@ -104,7 +104,7 @@ def main(argv: Sequence[str]) -> int:
         summary = save_summary(trainer, args, log, sets, policy, seconds)
         logger.info("Done: %s", describe_result(summary))
     trainer.accelerator.end_training()
-    heartbeat.leave()
+    heartbeat.finish()
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Several processes of a run as threads of this one, which talk through a store of torch."""
+"""Several ranks of a run as threads of this process, connected by an in-memory store of torch."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from training.distributed.world import World
 
 
-def in_each(size: int, work: Callable[[World], Any], hosts: Sequence[str] | None = None) -> list[Any]:
-    """What ``work`` returns, or the error it raises, in each of ``size`` processes.
+def run_on_ranks(size: int, work: Callable[[World], Any], hosts: Sequence[str] | None = None) -> list[Any]:
+    """Run ``work`` on ``size`` ranks at once and return, by rank, its result or the exception it raised.
 
     Args:
-        hosts: names of the machines they are to be on; by default one.
+        hosts: host name of each rank; by default all are on one host.
     """
     store = HashStore()
 

@@ -165,7 +165,7 @@ class QwenTrainer(Trainer):
         transformers decides by the name of the model's class whether labels are shifted; here they always are: the
         first token of a row is never a target.
         """
-        self.status.advance(self.status.phase)  # before the gather, which waits for the other ranks
+        self.status.record_progress()  # before the gather, which waits for the other ranks
         weight = sum(weigh_targets(batch).to(device) for batch in batch_samples)
         assert isinstance(weight, Tensor), "a step has at least one batch"
         if self.args.average_tokens_across_devices and self.args.world_size > 1:
@@ -195,7 +195,7 @@ class QwenTrainer(Trainer):
         # DeepSpeed updates within the backward pass, before _read_step.
         if self.is_deepspeed_enabled and not math.isfinite(value := float(loss.detach())):
             raise self._divergence("loss", value)
-        self.status.advance(self.status.phase)
+        self.status.record_progress()
         correct = outputs["num_correct"] if self.is_lean else count_correct(outputs["logits"], labels)
         if model.training:
             self._step_correct += correct
@@ -398,7 +398,7 @@ class QwenTrainer(Trainer):
         output, writes = Path(str(self.args.output_dir)), self.args.should_save
         final = output / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with saving_errors(output), staged_checkpoint(final, writes) as staged:
-            self.world.wait("checkpoint")  # no collective: a large checkpoint may take longer than its time-out
+            self.world.barrier("checkpoint")  # no collective: a large checkpoint may take longer than its time-out
             self._staging = staged.parent
             try:
                 super()._save_checkpoint(model, trial)
@@ -408,10 +408,10 @@ class QwenTrainer(Trainer):
                 self.state.best_model_checkpoint = str(final)
                 if writes:
                     self.state.save_to_json(str(staged / TRAINER_STATE))
-            self.world.wait("checkpoint")
+            self.world.barrier("checkpoint")
             if writes:
                 write_manifest(staged, self.state.global_step, self.facts)
-            self.world.wait("checkpoint")
+            self.world.barrier("checkpoint")
         if writes:
             # transformers' own rotation saw the hidden folder only.
             remove_superseded(final, self.args.save_total_limit, self.state.best_model_checkpoint)

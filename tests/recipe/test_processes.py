@@ -156,9 +156,9 @@ def test_a_process_that_stands_still_is_named(tmp_path: Path, stopped: int) -> N
         assert 4 < time.monotonic() - stood < 30
     line = last_line(tmp_path, 1 - stopped)
     if stopped == 1:
-        assert line.startswith("finetune.py [rank 0]: error: rank 1 has been silent for ")
+        assert line.startswith("finetune.py [rank 0]: error: rank 1 has sent no heartbeat for ")
         assert "; it was last seen at step " in line
     else:
-        assert line.startswith("finetune.py [rank 1]: error: nothing has been heard of the other processes for ")
-        assert f"rank 0, through which they talk at MASTER_ADDR=127.0.0.1 MASTER_PORT={port}, cannot be reached" in line
+        assert line.startswith("finetune.py [rank 1]: error: no message from the other processes for ")
+        assert f"rank 0, which relays them at MASTER_ADDR=127.0.0.1 MASTER_PORT={port}, cannot be reached" in line
     assert line.endswith(". --resume_from_checkpoint auto resumes from the last checkpoint")

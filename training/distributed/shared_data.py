@@ -1,4 +1,4 @@
-"""Data that is read and tokenised once for each host; its processes share the result through mapped files."""
+"""Data that is read and tokenised once per host; the ranks of a host share the result through memory-mapped files."""
 
 from __future__ import annotations
 
@@ -16,45 +16,44 @@ from training.distributed.world import World
 
 
 def load_shared(world: World, load: Callable[[], dict[str, ExampleSet]]) -> dict[str, ExampleSet]:
-    """What ``load`` returns, called by one process of each host only.
+    """Return the result of ``load``, which only one rank of each host calls.
 
-    The others of a host get the same examples. Their reports are without sources: what became of the records, the
-    process that read them knows. However long it takes, the others wait.
+    The other ranks of a host get the same examples with an empty data report. They wait without a time-out.
 
     Raises:
-        ConfigError: what was wrong with the data of any host, on all processes.
-        RunError: a process failed for another reason.
+        ConfigError: the data of a host is unusable; raised on all ranks.
+        RunError: a rank failed for another reason.
     """
     if world.size == 1:
         return load()
     sets: dict[str, ExampleSet] = {}
-    said: dict[str, Any] = {}
-    folder, fault = None, None
+    message: dict[str, Any] = {}
+    folder, own_error = None, None
     try:
-        if world.is_leader:
+        if world.is_local_rank0:
             try:
                 sets = load()
             except (DataError, ConfigError) as error:
-                fault, said = error, {"fault": str(error)}
+                own_error, message = error, {"error": str(error)}
             else:
-                if _processes_here(world) > 1:
+                if _count_ranks_here(world) > 1:
                     folder = Path(tempfile.mkdtemp(prefix="qwen-data-"))
-                    said = {"folder": str(folder), "sets": _save(sets, folder)}
-        told = world.gather("reading data", said)
-        for rank, each in enumerate(told):
-            if "fault" in each:
-                place = f"{world.describe(rank)}: " if rank else ""
-                raise shared(ConfigError(place + each["fault"])) from fault
-        if "folder" in told[world.leader]:
-            sets = _open(told[world.leader], sets)
-        world.wait("opening data")
+                    message = {"folder": str(folder), "sets": _save(sets, folder)}
+        messages = world.gather("reading data", message)
+        for rank, received in enumerate(messages):
+            if "error" in received:
+                prefix = f"{world.describe(rank)}: " if rank else ""
+                raise shared(ConfigError(prefix + received["error"])) from own_error
+        if "folder" in messages[world.local_rank0]:
+            sets = _open(messages[world.local_rank0], sets)
+        world.barrier("opening data")
     finally:
         if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)  # what is mapped stays readable
+            shutil.rmtree(folder, ignore_errors=True)  # mapped files stay readable
     return sets
 
 
-def _processes_here(world: World) -> int:
+def _count_ranks_here(world: World) -> int:
     return world.hosts.count(world.hosts[world.rank])
 
 
@@ -64,14 +63,14 @@ def _save(sets: Mapping[str, ExampleSet], folder: Path) -> list[str]:
             examples.save(folder / name)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(error.errno, error.strerror, f"{folder} (TMPDIR names another place)") from error
+            raise OSError(error.errno, error.strerror, f"{folder} (set TMPDIR to use another folder)") from error
         raise
     return list(sets)
 
 
-def _open(said: Mapping[str, Any], own: Mapping[str, ExampleSet]) -> dict[str, ExampleSet]:
-    """The sets in a folder; the process that has read the data keeps its reports."""
+def _open(message: Mapping[str, Any], own: Mapping[str, ExampleSet]) -> dict[str, ExampleSet]:
+    """Open the sets of a folder; the rank that read the data keeps its reports."""
     return {
-        name: ExampleSet.load(Path(said["folder"], name), own[name].report if name in own else DataReport(name))
-        for name in said["sets"]
+        name: ExampleSet.load(Path(message["folder"], name), own[name].report if name in own else DataReport(name))
+        for name in message["sets"]
     }

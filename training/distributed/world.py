@@ -1,8 +1,9 @@
-"""The processes of a run, and what they tell each other without a collective.
+"""The ranks of a run, and messages between them without a collective.
 
-Collectives time out when a process is slow for a good reason: it tokenises, reads weights from a slow disk, writes a
-large checkpoint. What is said here goes through the key-value store that torch.distributed keeps anyway, and is waited
-for as long as the other side lives.
+A collective times out if a rank is slow for a good reason: it tokenises, reads weights from a slow disk or writes a
+large checkpoint. These messages go through the key-value store that torch.distributed has anyway, without a time-out: a
+rank waits until the message arrives or another rank reports its failure. Collectives of gloo with a long time-out learn
+of a failure only when the process exits, and then neither its rank nor the cause.
 """
 
 from __future__ import annotations
@@ -25,104 +26,109 @@ from errors import RunError
 
 logger = logging.getLogger(__name__)
 
-_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between two looks
-_SAID_AFTER = 30.0  # seconds of waiting between two lines of the log
+_FIRST_PAUSE, _LONGEST_PAUSE = 0.01, 0.5  # seconds between two polls of the store
+_LOG_INTERVAL = 30.0  # seconds of waiting between two log lines
 
 
 class World:
-    """All processes of a run, seen from one of them.
+    """All ranks of a run, as seen by one of them.
 
-    Every method that takes a ``topic`` is called by all processes, in the same order for the same topic.
+    All ranks must call the methods that take a ``topic``, in the same order for the same topic.
 
     Attributes:
-        rank, size: which process this is, of how many.
-        name: tells these processes from those that torchrun started before them, after a failure.
-        hosts: for each process the name of the machine it runs on; processes that share one share a name.
+        rank, size: rank of this process and number of processes.
+        name: identifies this start of the run: torchrun may restart the processes after a failure.
+        hosts: name of each rank's host, by rank; ranks on the same host have the same name.
     """
 
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None, name: str = "") -> None:
         self.rank, self.size, self.name = rank, size, name
         self._store = store
         self._calls: Counter[str] = Counter()
-        self.hosts = [f"rank {rank}" for rank in range(size)]
-        self.hosts = _names(self.gather("host", [socket.gethostname(), _machine()]))
+        self.hosts = [f"rank {rank}" for rank in range(size)]  # until the real names are known
+        self.hosts = _host_names(self.gather("host", [socket.gethostname(), _machine_id()]))
 
     @property
     def is_first(self) -> bool:
-        """Whether this is the process that writes and talks."""
+        """Whether this is rank 0, which writes files and logs."""
         return self.rank == 0
 
     @property
-    def leader(self) -> int:
-        """The first process on this one's host: what is done once for a host, it does."""
+    def local_rank0(self) -> int:
+        """The lowest rank on this host, which does what is done once per host."""
         return self.hosts.index(self.hosts[self.rank])
 
     @property
-    def is_leader(self) -> bool:
-        return self.rank == self.leader
+    def is_local_rank0(self) -> bool:
+        return self.rank == self.local_rank0
 
     def describe(self, rank: int) -> str:
-        """``rank 3``, with its host where there are several."""
+        """Return ``rank 3`` for messages, with its host if the run has several."""
         return f"rank {rank} ({self.hosts[rank]})" if len(set(self.hosts)) > 1 else f"rank {rank}"
 
     def gather(self, topic: str, value: Any) -> list[Any]:
-        """What each process says of a topic, by rank; waits for all of them, however long it takes.
+        """Return the ``value`` of every rank, by rank, on all ranks.
 
         Args:
-            value: what JSON can hold.
+            value: anything that JSON can represent.
 
         Raises:
-            RunError: another process said that it failed, or the first one is gone.
+            RunError: another rank reported a failure, or rank 0 cannot be reached.
         """
         if self.size == 1:
             return [value]
-        keys = self._keys(topic)
+        keys = self._next_keys(topic)
         self._set(keys[self.rank], value)
         return [self._get(key, rank, topic) for rank, key in enumerate(keys)]
 
-    def first_says(self, topic: str, value: Any = None) -> Any:
-        """What the first process says of a topic; the others' values do not count.
-
-        Raises:
-            RunError: see :meth:`gather`.
-        """
-        return self.says(topic, 0, value)
-
-    def says(self, topic: str, speaker: int, value: Any = None) -> Any:
-        """What the process ``speaker`` says of a topic.
+    def broadcast(self, topic: str, source: int, value: Any = None) -> Any:
+        """Return the ``value`` of rank ``source`` on all ranks.
 
         Raises:
             RunError: see :meth:`gather`.
         """
         if self.size == 1:
             return value
-        key = self._keys(topic)[speaker]
-        if self.rank == speaker:
+        key = self._next_keys(topic)[source]
+        if self.rank == source:
             self._set(key, value)
             return value
-        return self._get(key, speaker, topic)
+        return self._get(key, source, topic)
 
-    def wait(self, topic: str) -> None:
-        """Go on when all processes have come here.
+    def broadcast_from_rank0(self, topic: str, value: Any = None) -> Any:
+        """Return the ``value`` of rank 0 on all ranks.
+
+        Raises:
+            RunError: see :meth:`gather`.
+        """
+        return self.broadcast(topic, 0, value)
+
+    def barrier(self, topic: str) -> None:
+        """Wait until all ranks have called this.
 
         Raises:
             RunError: see :meth:`gather`.
         """
         self.gather(topic, None)
 
-    def leave(self) -> None:
-        """End without a word more: the first process, which the others talk through, waits until all have come here."""
+    def final_barrier(self) -> None:
+        """Let rank 0, which hosts the store, wait until every other rank has read its last message.
+
+        Raises:
+            RunError: see :meth:`gather`.
+        """
         for rank in range(1, self.size):
             if self.rank in (0, rank):
-                self.says(f"leave {rank}", rank)
+                self.broadcast(f"leave {rank}", rank)
 
     def report_failure(self, message: str) -> None:
-        """Tell those who wait that this process will not come."""
+        """Make the calls of all waiting ranks raise, because this rank fails. Only the first report counts."""
         if self.size > 1:
-            with contextlib.suppress(RuntimeError):  # nobody is left to be told
-                self._store.compare_set("failed", "", json.dumps([self.rank, message]))  # the first one counts
+            with contextlib.suppress(RuntimeError):  # the store is gone, and with it everyone who could wait
+                self._store.compare_set("failed", "", json.dumps([self.rank, message]))
 
-    def _keys(self, topic: str) -> list[str]:
+    def _next_keys(self, topic: str) -> list[str]:
+        """Return the store's key of each rank for the next call with this topic."""
         number = self._calls[topic]
         self._calls[topic] += 1
         return [f"{topic}/{number}/{rank}" for rank in range(self.size)]
@@ -131,10 +137,10 @@ class World:
         try:
             self._store.set(key, json.dumps(value))
         except RuntimeError as error:
-            raise self._gone() from error
+            raise self._store_lost() from error
 
     def _get(self, key: str, rank: int, topic: str) -> Any:
-        pause, started, said = _FIRST_PAUSE, time.monotonic(), 0
+        pause, started, lines = _FIRST_PAUSE, time.monotonic(), 0
         try:
             while not self._store.check([key]):
                 if self._store.check(["failed"]):
@@ -142,34 +148,34 @@ class World:
                     raise RunError(f"{self.describe(failed)} failed: {message}", "The other processes ended with it")
                 time.sleep(pause)
                 pause = min(2 * pause, _LONGEST_PAUSE)
-                if time.monotonic() - started > _SAID_AFTER * (said + 1):
-                    said += 1
-                    logger.info("Waiting for %s: %s (%d s)", self.describe(rank), topic, _SAID_AFTER * said)
+                if time.monotonic() - started > _LOG_INTERVAL * (lines + 1):
+                    lines += 1
+                    logger.info("Waiting for %s: %s (%d s)", self.describe(rank), topic, _LOG_INTERVAL * lines)
             return json.loads(self._store.get(key))
         except RuntimeError as error:
             if isinstance(error, RunError):
                 raise
-            raise self._gone() from error
+            raise self._store_lost() from error
 
-    def _gone(self) -> RunError:
+    def _store_lost(self) -> RunError:
         return RunError(
-            "Rank 0, which the processes of a run talk through, cannot be reached any more",
-            "Look at the first error among the other processes' lines, or at its host",
+            "Rank 0, which hosts the store for messages between ranks, cannot be reached any more",
+            "See the first error in the output of the other processes, or check the host of rank 0",
         )
 
 
 def join_world() -> World:
-    """The world of this process; torch.distributed must have been set up where there are several."""
+    """Return the world of this process. With several processes torch's default process group must exist."""
     if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
         return World()
-    # torchrun restarts processes on the store of those that failed: what these said does not count.
+    # After a restart torchrun may pass on the store of the failed processes: a new prefix ignores their messages.
     names = [f"qwen-{secrets.token_hex(8)}"]
     dist.broadcast_object_list(names)
     return World(dist.get_rank(), dist.get_world_size(), PrefixStore(names[0], _get_default_store()), names[0])
 
 
-def _machine() -> str:
-    """Tells machines apart that have the same name: containers often do."""
+def _machine_id() -> str:
+    """Return an identifier of this machine: several containers often have the same host name."""
     parts = []
     for file in ("/proc/sys/kernel/random/boot_id", "/etc/machine-id"):
         with contextlib.suppress(OSError):
@@ -179,8 +185,8 @@ def _machine() -> str:
     return " ".join(parts)
 
 
-def _names(identities: list[Any]) -> list[str]:
-    """Names of machines: host names, numbered where two machines have the same one."""
+def _host_names(identities: list[Any]) -> list[str]:
+    """Return a unique name for each rank's host from (host name, machine id); equal host names get a number."""
     machines: dict[str, list[str]] = {}
     for name, machine in identities:
         machines.setdefault(name, [])

@@ -113,7 +113,7 @@ def agree_on_start(world: World, args: RunArguments, facts: Facts) -> Start:
             said = asdict(find_start(args, facts))
         except ConfigError as error:
             said = {"refused": str(error)}
-    said = world.first_says("start", said)
+    said = world.broadcast_from_rank0("start", said)
     if "refused" in said:
         raise shared(ConfigError(said["refused"]))
     start = Start(**said)

@@ -18,7 +18,7 @@ from loading.checkpoint import load_checkpoint
 from tests.commands import free_port
 from tests.golden import REPO
 from tests.models import TINY, copy_checkpoint, write_conversations
-from tests.worlds import in_each
+from tests.worlds import run_on_ranks
 from training.config.args import RunArguments
 from training.config.parsing import parse_args
 from training.distributed import agreement
@@ -50,7 +50,7 @@ def differences(commands: list[RunArguments], hosts: list[str]) -> str | None:
         args = commands[world.rank]
         check_agreement(world, args, load_checkpoint(args.model.model_name_or_path), "cpu")
 
-    errors = in_each(len(commands), work, hosts)
+    errors = run_on_ranks(len(commands), work, hosts)
     assert len({str(error) for error in errors}) == 1
     if errors[0] is None:
         return None
@@ -102,11 +102,9 @@ def test_a_config_file_is_compared_by_what_is_in_it(tmp_path: Path) -> None:
     for file in files:
         file.write_text(json.dumps({"zero_optimization": {"stage": 3 if file.stem == "other" else 2}}))
     write_conversations(tmp_path / "train.json")
-    one, same, other = (
-        agreement._facts_of_host(arguments(tmp_path, "--deepspeed", file), load(TINY)) for file in files
-    )
+    one, same, other = (agreement._host_inputs(arguments(tmp_path, "--deepspeed", file), load(TINY)) for file in files)
     assert one == same
-    assert {name for name in one if one[name] != other[name]} == {"what is in --deepspeed"}
+    assert {name for name in one if one[name] != other[name]} == {"content of --deepspeed"}
 
 
 def load(folder: Path) -> Any:
@@ -119,13 +117,13 @@ def load(folder: Path) -> Any:
 )
 def test_another_installation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
     """One interpreter has one installation, so what the second process finds is changed on its way."""
-    real, calls = agreement._facts_of_process, iter([False, True])
+    real, calls = agreement._process_inputs, iter([False, True])
     monkeypatch.setattr(
-        agreement, "_facts_of_process", lambda *given: real(*given) | ({name: value} if next(calls) else {})
+        agreement, "_process_inputs", lambda *given: real(*given) | ({name: value} if next(calls) else {})
     )
     args = arguments(tmp_path)
     expected = real(args, "cpu")[name]
-    errors = in_each(2, lambda world: check_agreement(world, args, load(TINY), "cpu"))
+    errors = run_on_ranks(2, lambda world: check_agreement(world, args, load(TINY), "cpu"))
     message = str(errors[0])
     assert message.startswith(("rank 0: ", "rank 1: ")) and name in message
     shown = "(none)" if expected is None else expected

@@ -1,4 +1,4 @@
-"""Who is named when a run hangs: the process that the others wait for, and never one of these."""
+"""Hang detection: the rank that the others wait for is reported, and a waiting rank never is."""
 
 from __future__ import annotations
 
@@ -14,121 +14,122 @@ from training.distributed.heartbeat import HangDetector, Heartbeat, RankStatus
 from training.distributed.world import World
 
 TIMEOUT = 60.0
-Verdict = tuple[float, int, str]
+Report = tuple[float, int, str]
 
 
-def watch(change: Callable[[list[RankStatus], int], None], seconds: int = 600) -> Verdict | None:
-    """The first verdict of a process that looks once a second at three others, and when it falls.
+def watch(change: Callable[[list[RankStatus], int], None], seconds: int = 600) -> Report | None:
+    """Return the first report of a detector that checks three ranks once a second, and the second of the report.
 
     Args:
-        change: what becomes of the pulses, all of which beat, in a second.
+        change: changes the statuses in a second; each already has one heartbeat more.
     """
-    judge = HangDetector(TIMEOUT)
-    pulses = [RankStatus(place=100, moves=100, step=12, phase="while training") for _ in range(3)]
+    detector = HangDetector(TIMEOUT)
+    statuses = [RankStatus(progress=100, activity=100, step=12, phase="while training") for _ in range(3)]
     for second in range(seconds):
-        for pulse in pulses:
-            pulse.beat += 1
-        change(pulses, second)
-        verdict = judge.look([replace(pulse) for pulse in pulses], float(second))
-        if verdict is not None:
-            return second, *verdict
+        for status in statuses:
+            status.heartbeats += 1
+        change(statuses, second)
+        report = detector.check([replace(status) for status in statuses], float(second))
+        if report is not None:
+            return second, *report
     return None
 
 
-def stop(pulse: RankStatus) -> None:
-    """The whole process stands still."""
-    pulse.beat -= 1
+def stop(status: RankStatus) -> None:
+    """Undo the heartbeat of this second: the whole process is stopped."""
+    status.heartbeats -= 1
 
 
-def test_a_silent_process_is_named_in_time() -> None:
-    def change(pulses: list[RankStatus], second: int) -> None:
+def test_silent_rank_is_reported_after_timeout() -> None:
+    def change(statuses: list[RankStatus], second: int) -> None:
         if second > 100:
-            stop(pulses[1])
-        pulses[1].phase = "while saving"
+            stop(statuses[1])
+        statuses[1].phase = "while saving"
 
-    verdict = watch(change)
-    assert verdict is not None
-    second, rank, what = verdict
+    report = watch(change)
+    assert report is not None
+    second, rank, what = report
     assert (second, rank) == (161, 1)
-    assert what == "has been silent for 61 s; it was last seen at step 12, while saving"
+    assert what == "has sent no heartbeat for 61 s; it was last seen at step 12, while saving"
 
 
-def test_a_process_that_hangs_behind_the_others_is_named() -> None:
-    """Its thread still beats; the others have come to the next collective and wait."""
+def test_stuck_rank_behind_the_others_is_reported() -> None:
+    """Its thread still sends heartbeats; the others have reached the next collective and wait."""
 
-    def change(pulses: list[RankStatus], second: int) -> None:
-        for rank, pulse in enumerate(pulses):
+    def change(statuses: list[RankStatus], second: int) -> None:
+        for rank, status in enumerate(statuses):
             if second < 100 or (second == 100 and rank != 1):
-                pulse.advance("while training", second)
+                status.record_progress("while training", second)
 
-    verdict = watch(change)
-    assert verdict is not None
-    second, rank, what = verdict
+    report = watch(change)
+    assert report is not None
+    second, rank, what = report
     assert (second, rank) == (160, 1)
-    assert what.startswith("has not moved for 61 s, and the others wait for it; it was last seen at step 99, ")
+    assert what.startswith("has made no progress for 61 s while others wait for it; it was last seen at step 99, ")
 
 
-def test_who_waits_is_not_named() -> None:
-    """A process that is behind but moves: it writes file after file. The others have not moved for ten minutes."""
+def test_slow_but_active_rank_and_waiting_ranks_are_not_reported() -> None:
+    """Rank 1 is behind and writes file after file; the others have waited for ten minutes."""
 
-    def change(pulses: list[RankStatus], second: int) -> None:
+    def change(statuses: list[RankStatus], second: int) -> None:
         if second == 0:
-            pulses[0].advance("while training")
-            pulses[2].advance("while training")
+            statuses[0].record_progress("while training")
+            statuses[2].record_progress("while training")
         if second % 50 == 0:
-            pulses[1].note("while saving")
+            statuses[1].record_activity("while saving")
 
     assert watch(change) is None
 
 
-def test_a_collective_that_is_slow_for_all_names_nobody() -> None:
-    assert watch(lambda pulses, second: None) is None
+def test_collective_that_is_slow_for_all_reports_no_rank() -> None:
+    assert watch(lambda statuses, second: None) is None
 
 
-def test_who_loads_for_longer_than_the_others_is_not_named() -> None:
-    def change(pulses: list[RankStatus], second: int) -> None:
-        pulses[1].place = pulses[1].moves = 0
+def test_rank_that_loads_longer_than_others_is_not_reported() -> None:
+    def change(statuses: list[RankStatus], second: int) -> None:
+        statuses[1].progress = statuses[1].activity = 0
 
     assert watch(change) is None
 
 
-def test_who_is_done_is_not_named() -> None:
-    """The first process still writes the result."""
+def test_ended_rank_is_not_reported() -> None:
+    """Rank 0 is still writing the result."""
 
-    def change(pulses: list[RankStatus], second: int) -> None:
-        pulses[1].ended = pulses[2].ended = True
+    def change(statuses: list[RankStatus], second: int) -> None:
+        statuses[1].has_ended = statuses[2].has_ended = True
         if second > 10:
-            stop(pulses[1])
+            stop(statuses[1])
 
     assert watch(change) is None
 
 
-def test_a_failure_is_passed_on_when_there_was_time_to_end() -> None:
-    def change(pulses: list[RankStatus], second: int) -> None:
+def test_failure_is_reported_after_a_grace_period() -> None:
+    def change(statuses: list[RankStatus], second: int) -> None:
         if second >= 100:
-            pulses[2].failure, pulses[2].ended = "the disk is full", True
+            statuses[2].failure, statuses[2].has_ended = "the disk is full", True
 
     assert watch(change) == (111, 2, "failed: the disk is full")
 
 
-def test_a_process_that_was_stopped_itself_accuses_nobody() -> None:
-    judge, pulses = HangDetector(TIMEOUT), [RankStatus(), RankStatus()]
-    assert judge.look(pulses, 0.0) is None
-    assert judge.look(pulses, 59.0) is None
-    judge.forget()
-    assert judge.look(pulses, 1000.0) is None
-    assert judge.look(pulses, 1059.0) is None
-    assert judge.look(pulses, 1061.0) is not None
+def test_reset_restarts_all_times() -> None:
+    """A process that was stopped itself must not blame the others for the time it missed."""
+    detector, statuses = HangDetector(TIMEOUT), [RankStatus(), RankStatus()]
+    assert detector.check(statuses, 0.0) is None
+    assert detector.check(statuses, 59.0) is None
+    detector.reset()
+    assert detector.check(statuses, 1000.0) is None
+    assert detector.check(statuses, 1059.0) is None
+    assert detector.check(statuses, 1061.0) is not None
 
 
-def test_one_process_watches_nobody() -> None:
+def test_single_process_needs_no_threads() -> None:
     heartbeat = Heartbeat(World(), 600)
-    heartbeat.pulse.advance("while training", 3)
-    heartbeat.leave()
-    assert (heartbeat.pulse.place, heartbeat.pulse.step, heartbeat.pulse.ended) == (1, 3, True)
+    heartbeat.status.record_progress("while training", 3)
+    heartbeat.finish()
+    assert (heartbeat.status.progress, heartbeat.status.step, heartbeat.status.has_ended) == (1, 3, True)
 
 
 @pytest.mark.parametrize("seconds", ["-1", "4.9"])
-def test_a_timeout_that_cannot_be(seconds: str) -> None:
+def test_impossible_timeout_is_refused(seconds: str) -> None:
     with pytest.raises(ValueError, match=re.escape(f"--heartbeat_timeout {float(seconds):g} is not possible. Give 5 ")):
         check_args(parse_args(["--heartbeat_timeout", seconds, "--data_path", "x.json"]))

@@ -21,7 +21,7 @@ from errors import ConfigError, DataError, RunError
 from qwen_model.tokenization_qwen import QWenTokenizer
 from tests.data import load, reader
 from tests.models import CONVERSATIONS, TINY, write_conversations
-from tests.worlds import in_each
+from tests.worlds import run_on_ranks
 from training.distributed.agreement import check_same_data
 from training.distributed.shared_data import load_shared
 from training.distributed.world import World
@@ -103,7 +103,7 @@ def test_one_process_of_a_host_reads_for_all(data: Path, encoder: Encoder, tempo
         check_same_data(world, sets)
         return sets
 
-    results = in_each(3, work, ["a", "a", "b"])
+    results = run_on_ranks(3, work, ["a", "a", "b"])
     assert sorted(readers) == [0, 2]
     expected = copies(data, encoder)["train"]
     for sets in results:
@@ -139,7 +139,7 @@ def test_a_bad_record_ends_all_with_one_line(data: Path, encoder: Encoder, tempo
 
         load_shared(world, read)
 
-    errors = in_each(3, work, ["a", "a", "b"])
+    errors = run_on_ranks(3, work, ["a", "a", "b"])
     place = "" if bad == 0 else "rank 2 (b): "
     assert [str(error) for error in errors] == [f"{place}a.json:3: no turns. Remove it"] * 3
     assert all(isinstance(error, ConfigError) and error.is_shared for error in errors)
@@ -150,7 +150,7 @@ def test_another_failure_is_told_to_those_who_wait(temporary: Path) -> None:
     def read() -> dict[str, ExampleSet]:
         raise OSError(5, "Input/output error", "a.json")
 
-    first, second = in_each(2, lambda world: load_shared(world, read), ["a", "a"])
+    first, second = run_on_ranks(2, lambda world: load_shared(world, read), ["a", "a"])
     assert isinstance(first, OSError)
     assert isinstance(second, RunError)
     assert str(second).startswith("rank 0 failed: [Errno 5] Input/output error: 'a.json'")
@@ -162,7 +162,7 @@ def test_hosts_with_other_data_are_named(data: Path, encoder: Encoder) -> None:
     def work(world: World) -> None:
         check_same_data(world, {"train": load(encoder, data if world.rank < 2 else other)})
 
-    errors = in_each(4, work, ["a", "a", "b", "b"])
+    errors = run_on_ranks(4, work, ["a", "a", "b", "b"])
     assert len({str(error) for error in errors}) == 1
     assert all(error.is_shared for error in errors)
     assert str(errors[0]).startswith("rank 2 (b): the train set of 5 examples (")

@@ -297,7 +297,7 @@ def test_only_the_first_process_looks_and_all_do_the_same(tmp_path: Path) -> Non
                 results[rank].append(agree_on_start(world, args, facts if rank == 0 else {}))
             except ConfigError as error:
                 results[rank].append(str(error))
-        world.leave()
+        world.final_barrier()
 
     threads = [threading.Thread(target=process, args=each) for each in ((0, first), (1, second))]
     for thread in threads:
