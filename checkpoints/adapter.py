@@ -1,4 +1,4 @@
-"""A LoRA adapter's folder, read without peft: what each of its tensors does to which parameter of the base.
+"""Read a LoRA adapter's folder without peft: which base parameter each of its tensors changes, and how.
 
 Names, ranks and scales follow peft's rules (`peft/tuners/lora/model.py`, `peft/utils/other.py`).
 """
@@ -22,8 +22,8 @@ from errors import ConfigError
 
 PREFIX = "base_model.model."
 
-# What an adapter's tensor is called -> its role, and the parameter of the module it acts on. Files that were not
-# written by save_pretrained have the adapter's own name in between (".default").
+# Name pattern of an adapter's tensor -> its role, and the parameter of the module that it changes. Files not written by
+# save_pretrained also contain the adapter's name (".default").
 _ROLES = tuple(
     (re.compile(rf"(?P<module>.+)\.{pattern}"), role, parameter)
     for pattern, role, parameter in (
@@ -41,9 +41,9 @@ _ROLES = tuple(
 )
 _PARTNERS = {"lora_A": "lora_B", "lora_B": "lora_A", "embedding_A": "embedding_B", "embedding_B": "embedding_A"}
 
-# Options that are read here, and options that leave the meaning of the saved tensors alone. Any other option that is
-# set is refused: what is not understood must not be merged.
-_READ_OPTIONS = {
+# Options that are used here, and options that do not affect how the saved tensors are merged. Any other option that is
+# set is refused: an option that is not understood must not be merged.
+_USED_OPTIONS = {
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias", "lora_bias",
     "modules_to_save", "trainable_token_indices", "init_lora_weights", "base_model_name_or_path",
 }  # fmt: skip
@@ -52,17 +52,17 @@ _NEUTRAL_OPTIONS = {
     "lora_dropout", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "loftq_config", "eva_config",
     "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
 }  # fmt: skip
-# Ways to start an adapter that leave the base as it is. The others (pissa, olora, corda, loftq, lora_ga) move a part of
-# the base into the adapter, which then fits that changed base only.
-_PLAIN_STARTS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
+# Initialisations that leave the base unchanged. The others (pissa, olora, corda, loftq, lora_ga) move a part of it into
+# the adapter, which then fits only the changed base.
+_PLAIN_INITS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
 
 
 @dataclass
 class Edit:
-    """What an adapter does to one parameter of the base.
+    """How an adapter changes one parameter of the base.
 
-    ``roles`` maps each role to the adapter's tensor that plays it. In the order of their effect: ``replacement`` takes
-    the parameter's place; ``lora_A`` and ``lora_B`` (for an embedding ``embedding_A`` and ``embedding_B``) add their
+    ``roles`` maps a role to the name of the adapter's tensor. In the order in which they are applied: ``replacement``
+    replaces the parameter; ``lora_A`` and ``lora_B`` (for an embedding ``embedding_A`` and ``embedding_B``) add their
     product times ``scale``; ``magnitude`` (DoRA) sets the norms; ``lora_bias`` is added to a bias, times ``scale``;
     ``rows`` replaces the rows ``row_indices``.
     """
@@ -75,7 +75,7 @@ class Edit:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter: its config, its tensors (still on disk) and its edits by the base's parameter names."""
+    """An adapter: its config, its tensors (on disk) and its edits by name of the base's parameter."""
 
     folder: Path
     config: dict[str, Any]
@@ -83,16 +83,16 @@ class Adapter:
     edits: dict[str, Edit]
 
     def read(self, edit: Edit, role: str) -> Tensor:
-        """The tensor that plays a role of an edit, in fp32; maybe a view of the file, so not to be changed in place."""
+        """Return an edit's tensor in float32, maybe as a view of the file: do not change it in place."""
         return self.tensors.read(edit.roles[role]).to(torch.float32)
 
 
 def read_adapter(folder: str | Path) -> Adapter:
-    """Read a LoRA adapter's folder as peft or the original Qwen script saved it.
+    """Read the folder of a LoRA adapter saved by peft or by the original Qwen script.
 
     Raises:
-        ConfigError: no adapter there, another method than LoRA, an option that cannot be merged, a tensor that is there
-            twice or without its partner.
+        ConfigError: no adapter, a method other than LoRA, an option that cannot be merged, a duplicate tensor, or one
+            without its counterpart.
     """
     folder = Path(folder)
     if not (folder / ADAPTER_CONFIG).is_file():
@@ -105,14 +105,14 @@ def read_adapter(folder: str | Path) -> Adapter:
         module, role, parameter = _parse_name(name, folder)
         edit = edits.setdefault(parameter, Edit())
         if role in edit.roles:
-            what = f"{folder}: {name} and {edit.roles[role]} claim the same place"
-            raise ConfigError(what, "Keep one adapter in a file")
+            what = f"{folder}: {name} and {edit.roles[role]} have the same role"
+            raise ConfigError(what, "Keep one adapter per file")
         edit.roles[role] = name
         edit.rank, edit.scale = _rank_and_scale(module, config)
         if role == "rows":
             edit.row_indices = _row_indices(module, config, folder)
     if not edits:
-        raise ConfigError(f"{folder} holds an adapter without tensors", "Save it again")
+        raise ConfigError(f"{folder} holds an adapter without tensors", "Save the adapter again")
     for parameter, edit in edits.items():
         _check_roles(parameter, edit, config, folder)
     return Adapter(folder, config, tensors, edits)
@@ -121,28 +121,28 @@ def read_adapter(folder: str | Path) -> Adapter:
 def _check_options(config: Mapping[str, Any], path: Path) -> None:
     if config.get("peft_type") != "LORA":
         raise ConfigError(f"{path}: peft_type {config.get('peft_type')} cannot be merged", "Only LORA adapters can")
-    start = str(config.get("init_lora_weights", True)).lower()
-    if start not in _PLAIN_STARTS:
+    init = str(config.get("init_lora_weights", True)).lower()
+    if init not in _PLAIN_INITS:
         raise ConfigError(
-            f"{path}: init_lora_weights {start} trains against a changed copy of the base, which is not at hand",
+            f"{path}: init_lora_weights {init} trains on a changed copy of the base, which is not available",
             "Convert the adapter with peft's save_pretrained(path_initial_model_for_weight_conversion=...) first",
         )
     for option, value in config.items():
-        if value and option not in _READ_OPTIONS | _NEUTRAL_OPTIONS:
+        if value and option not in _USED_OPTIONS | _NEUTRAL_OPTIONS:
             fix = "Merge it with the peft version that saved it"
-            raise ConfigError(f"{path}: the option {option} ({value}) is not supported here", fix)
+            raise ConfigError(f"{path}: the option {option} ({value}) is not supported", fix)
 
 
 def _parse_name(name: str, folder: Path) -> tuple[str, str, str]:
-    """An adapter's tensor name -> (module, role, the base's parameter)."""
+    """Name of an adapter's tensor -> (module, role, name of the base's parameter)."""
     for pattern, role, parameter in _ROLES:
         if name.startswith(PREFIX) and (match := pattern.fullmatch(name, len(PREFIX))):
             return match["module"], role, f"{match['module']}.{parameter or match['parameter']}"
-    raise ConfigError(f"{folder}: {name} is not a name of a LoRA adapter", f"Its names start with {PREFIX}")
+    raise ConfigError(f"{folder}: {name} is not the name of a LoRA tensor", f"Names must start with {PREFIX}")
 
 
 def _rank_and_scale(module: str, config: Mapping[str, Any]) -> tuple[int, float]:
-    """A module's rank and scale: of the patterns, the first that matches the end of the module's name counts."""
+    """Return a module's rank and scale, from the first pattern that matches the end of the module's name, if any."""
 
     def by_pattern(option: str, default: int) -> Any:
         patterns = config.get(option) or {}
@@ -155,22 +155,24 @@ def _rank_and_scale(module: str, config: Mapping[str, Any]) -> tuple[int, float]
 
 
 def _row_indices(module: str, config: Mapping[str, Any], folder: Path) -> tuple[int, ...]:
-    """The token ids whose rows the adapter holds for a module, in the order of the rows."""
+    """Return the token ids of an adapter's rows for a module, in the order of the rows."""
     indices = config.get("trainable_token_indices")
     if isinstance(indices, dict):
         indices = next((ids for name, ids in indices.items() if module.endswith(name)), None)
     if not indices:
-        what = f"{folder}: trainable_token_indices of adapter_config.json lacks {module}, whose rows the file holds"
+        what = (
+            f"{folder}: trainable_token_indices of adapter_config.json lacks {module}, but the file contains its rows"
+        )
         raise ConfigError(what, "Use the adapter_config.json that the tensors were saved with")
     return tuple(indices)
 
 
 def _check_roles(parameter: str, edit: Edit, config: Mapping[str, Any], folder: Path) -> None:
-    """Every A has its B, DoRA its magnitude, and no parameter is trained in two ways at once."""
+    """Check that every A has its B, DoRA has its magnitude, and each parameter is trained in one way."""
     low_rank = [role for role in edit.roles if role in _PARTNERS]
     for role in low_rank:
         if _PARTNERS[role] not in edit.roles:
-            what = f"{folder}: {edit.roles[role]} comes without its {_PARTNERS[role].removeprefix('embedding_')}"
+            what = f"{folder}: {edit.roles[role]} is saved without its {_PARTNERS[role].removeprefix('embedding_')}"
             raise ConfigError(what, "The file is incomplete: save the adapter again")
     if len(low_rank) > 2 or (low_rank and "rows" in edit.roles):
         raise ConfigError(f"{folder}: {parameter} is trained in two ways ({', '.join(edit.roles)})", "Keep one of them")

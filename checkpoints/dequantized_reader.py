@@ -1,4 +1,4 @@
-"""A quantised checkpoint read as if it were not: under the names of the plain one, in float32, tensor by tensor."""
+"""Read a quantised checkpoint as the unquantised one: same names, weights in float32, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from checkpoints.source import TensorSource
 from errors import ConfigError
 from qwen_model.architectures import block_shapes
 
-# Layers with a bias. auto-gptq wrote one, of zeros, for every layer that it quantised.
+# Layers whose bias belongs to the model. auto-gptq added a bias of zeros to every layer that it quantised.
 _BIASED = ("c_attn", "q_proj", "k_proj", "v_proj")
 
 
 @dataclass(frozen=True)
 class _Layer:
-    """A weight that is made of several tensors.
+    """A quantised weight [O, I].
 
     Attributes:
-        name: under which it is read.
-        shape: [O, I].
-        parts: the names of the tensors that it is made of.
+        name: of the unquantised weight.
+        parts: names of the tensors in which it is stored.
+        read: returns the weight in float32.
     """
 
     name: str
@@ -40,15 +40,15 @@ class _Layer:
 
 
 class DequantizedReader(TensorSource):
-    """The tensors of a quantised checkpoint, with weights in the place of what they are packed into.
+    """The tensors of a quantised checkpoint with dequantised weights instead of their stored parts.
 
     Args:
-        dtype: what is told of a weight's precision; ``read`` gives it in float32, for the caller to round once.
-        shapes: [O, I] of layers by the end of their names. Some quantisers fill up a layer to whole groups or words:
-            what lies beyond these shapes is left out.
+        dtype: reported as the dtype of dequantised weights; ``rows`` returns float32, for the caller to round once.
+        shapes: [O, I] of layers by the end of their names, from config.json. Some quantisers pad a layer to whole
+            groups or words: rows and columns beyond these shapes are dropped.
 
     Raises:
-        ConfigError: a layer that lacks a part of its weight, or is smaller than its shape.
+        ConfigError: a layer lacks a tensor, or is smaller than its shape.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class DequantizedReader(TensorSource):
         self._packed, self._dtype = packed, dtype
         self._last: tuple[str, Tensor] | None = None
         layers = _find_layers(packed, quantization)
-        self._layers = {layer.name: _cropped(layer, shapes) for layer in layers}
+        self._layers = {layer.name: _without_padding(layer, shapes) for layer in layers}
         parts = {part for layer in layers for part in layer.parts}
         plain = [name for name in packed.names() if name not in parts and not self._is_added_bias(name)]
         self._names = dict.fromkeys([*plain, *self._layers])
@@ -87,29 +87,29 @@ class DequantizedReader(TensorSource):
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         if name not in self._layers:
             return self._packed.rows(name, start, stop)
-        if self._last is None or self._last[0] != name:  # rows are asked for one after the other
+        if self._last is None or self._last[0] != name:  # the blocks of one tensor are read in sequence
             self._last = None
             self._last = name, self._layers[name].read()
         return self._last[1][start:stop]
 
 
 def _find_layers(packed: CheckpointReader, quantization: Quantization) -> list[_Layer]:
-    """The quantised layers of a checkpoint, each by the one tensor that tells it."""
+    """Find the quantised layers of a checkpoint by the tensor that only quantised layers have."""
     if quantization.is_packed:
         return [_packed_layer(packed, layer, quantization) for layer in _layers_with(packed, ".qweight")]
     if quantization.method == "int8":
         return [_8bit_layer(packed, layer) for layer in _layers_with(packed, ".SCB")]
-    mark = f".weight.quant_state.bitsandbytes__{quantization.method}"
-    return [_4bit_layer(packed, layer, mark) for layer in _layers_with(packed, mark)]
+    state = f".weight.quant_state.bitsandbytes__{quantization.method}"
+    return [_4bit_layer(packed, layer, layer + state) for layer in _layers_with(packed, state)]
 
 
-def _cropped(layer: _Layer, shapes: Mapping[str, tuple[int, int]]) -> _Layer:
+def _without_padding(layer: _Layer, shapes: Mapping[str, tuple[int, int]]) -> _Layer:
     shape = shapes.get(".".join(layer.name.split(".")[-3:-1]), layer.shape)
     if layer.shape == shape:
         return layer
     if layer.shape[0] < shape[0] or layer.shape[1] < shape[1]:
-        what = f"{layer.name} is {list(layer.shape)}, smaller than the {list(shape)} that config.json asks for"
-        raise ConfigError(what, "Config and weights are not of one model: copy or download them again")
+        what = f"{layer.name} has the shape {list(layer.shape)}, smaller than {list(shape)} of config.json"
+        raise ConfigError(what, "Config and weights are of different models: copy or download them again")
     return replace(layer, shape=shape, read=lambda: layer.read()[: shape[0], : shape[1]])
 
 
@@ -118,7 +118,7 @@ def _layers_with(packed: CheckpointReader, ending: str) -> list[str]:
 
 
 def _packed_layer(packed: CheckpointReader, layer: str, quantization: Quantization) -> _Layer:
-    parts = _present(packed, layer, [f".{part}" for part in PARTS], optional={".g_idx"})
+    parts = _find_parts(packed, layer, [f".{part}" for part in PARTS], optional={".g_idx"})
 
     def read() -> Tensor:
         return unpack_weight({part.lstrip("."): packed.read(name) for part, name in parts.items()}, quantization)
@@ -127,20 +127,20 @@ def _packed_layer(packed: CheckpointReader, layer: str, quantization: Quantizati
     return _Layer(f"{layer}.weight", shape, [*parts.values()], read)
 
 
-def _4bit_layer(packed: CheckpointReader, layer: str, mark: str) -> _Layer:
+def _4bit_layer(packed: CheckpointReader, layer: str, state_name: str) -> _Layer:
     weight = f"{layer}.weight"
     nested = {".nested_absmax", ".nested_quant_map"}
-    parts = _present(packed, weight, ["", ".absmax", ".quant_map", *sorted(nested)], optional=nested)
-    state = json.loads(bytes(packed.read(layer + mark).tolist()))
+    parts = _find_parts(packed, weight, ["", ".absmax", ".quant_map", *sorted(nested)], optional=nested)
+    state = json.loads(bytes(packed.read(state_name).tolist()))
 
     def read() -> Tensor:
         return dequantize_4bit({part: packed.read(name) for part, name in parts.items()}, state)
 
-    return _Layer(weight, tuple(state["shape"]), [*parts.values(), layer + mark], read)
+    return _Layer(weight, tuple(state["shape"]), [*parts.values(), state_name], read)
 
 
 def _8bit_layer(packed: CheckpointReader, layer: str) -> _Layer:
-    parts = _present(packed, layer, [".weight", ".SCB", ".weight_format"], optional={".weight_format"})
+    parts = _find_parts(packed, layer, [".weight", ".SCB", ".weight_format"], optional={".weight_format"})
 
     def read() -> Tensor:
         return dequantize_8bit(packed.read(parts[".weight"]), packed.read(parts[".SCB"]))
@@ -148,24 +148,24 @@ def _8bit_layer(packed: CheckpointReader, layer: str) -> _Layer:
     return _Layer(parts[".weight"], packed.shape(parts[".weight"]), [*parts.values()], read)
 
 
-def _present(packed: CheckpointReader, layer: str, endings: list[str], optional: set[str]) -> dict[str, str]:
-    """The names of a layer's tensors by how they end."""
+def _find_parts(packed: CheckpointReader, layer: str, endings: list[str], optional: set[str]) -> dict[str, str]:
+    """Return the names of a layer's tensors by ending; raise ``ConfigError`` if one that is not optional is missing."""
     names = {ending: layer + ending for ending in endings if layer + ending in packed}
     missing = next((ending for ending in endings if ending not in names and ending not in optional), None)
     if missing is not None:
-        what = f"{layer}{missing} is missing though {layer.removesuffix('.weight')} is quantised"
+        what = f"{layer}{missing} is missing, but {layer.removesuffix('.weight')} is quantised"
         raise ConfigError(what, "Copy or download the weights again")
     return names
 
 
 def open_dequantized(folder: Path, dtype: torch.dtype) -> TensorSource:
-    """The tensors of a checkpoint as those of the plain model, whether it is quantised or not.
+    """Open a checkpoint, quantised or not, under the names of the unquantised model.
 
     Args:
-        dtype: what quantised weights are said to be in.
+        dtype: reported as the dtype of quantised weights.
 
     Raises:
-        ConfigError: weights that are missing, damaged, or quantised in a way that cannot be read.
+        ConfigError: weights that are missing, damaged, or quantised in an unsupported way.
     """
     reader, quantization = open_checkpoint(folder), find_quantization(folder)
     if quantization is None:

@@ -25,7 +25,7 @@ def load_json(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ConfigError(f"{path} is not JSON: {error}", "Copy the file again") from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a {type(value).__name__} where an object belongs", "Copy the file again")
+        raise ConfigError(f"{path} holds a {type(value).__name__}, not a JSON object", "Copy the file again")
     return value
 
 

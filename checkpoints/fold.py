@@ -1,8 +1,8 @@
-"""Base + adapters -> merged tensors, some rows at a time: computed in fp32, without building the model.
+"""Merge adapters into their base: computed in float32, some rows at a time, without building the model.
 
-In fp32 the numbers are those of peft's ``merge_and_unload``, except where a base with tied embeddings got different
-changes for its embedding and its head: there the merged checkpoint does what the model with its adapter does (it is
-untied), while peft merges both changes into the shared tensor.
+The result equals that of peft's ``merge_and_unload``, except if an adapter changes the embedding and the head of a tied
+base differently: the merged checkpoint is then untied and computes what the model with its adapter computes, while
+peft merges both changes into the shared tensor.
 
 Shapes: a linear weight is [O, I], an embedding [V, H]; R is a rank, N a number of trained tokens.
 """
@@ -29,20 +29,20 @@ HEAD = "lm_head.weight"
 
 @dataclass(frozen=True)
 class WeightedAdapter:
-    """An adapter and how much of its change is taken: 1 is what was trained."""
+    """An adapter and the factor of its change: 1 applies it as trained."""
 
     adapter: Adapter
     weight: float = 1.0
 
 
 class Fold(TensorSource):
-    """A merged checkpoint, computed where it is read: ``W + sum of weight x (W as the adapter alone makes it - W)``.
+    """A merged checkpoint, computed when it is read: ``W + sum over adapters of weight * (W_adapter - W)``.
 
-    Made by :func:`plan_fold`.
+    ``W_adapter`` is the tensor merged with that adapter alone. Built by :func:`plan_fold`.
 
     Attributes:
-        untied: the base shares embedding and head, the merged checkpoint stores both
-            (its config has to say ``tie_word_embeddings: false``).
+        untied: the base shares embedding and head, but the merged checkpoint stores both; its config must contain
+            ``tie_word_embeddings: false``.
     """
 
     def __init__(
@@ -88,19 +88,22 @@ class Fold(TensorSource):
         return merged
 
     def _source(self, name: str) -> str:
-        """The base's tensor that ``name`` starts from."""
+        """The base's tensor that is changed into ``name``: for an untied head the embedding."""
         return self._embedding if self._embedding and self.untied and name == HEAD else name
 
     def _edits(self, name: str) -> list[tuple[WeightedAdapter, Edit]]:
-        found = [(weighted, weighted.adapter.edits.get(name)) for weighted in self.adapters]
-        if self._source(name) != name:  # tokens that were trained for a tied embedding serve the head too
-            rows = [(weighted, weighted.adapter.edits.get(self._source(name))) for weighted in self.adapters]
-            shared = [edit if edit and edit.roles.keys() == {"rows"} else None for _, edit in rows]
-            found = [(weighted, edit or other) for (weighted, edit), other in zip(found, shared, strict=True)]
-        return [(weighted, edit) for weighted, edit in found if edit]
+        edits = []
+        for weighted in self.adapters:
+            edit = weighted.adapter.edits.get(name)
+            if edit is None and self._source(name) != name:  # rows trained for a tied embedding apply to the head too
+                shared = weighted.adapter.edits.get(self._source(name))
+                edit = shared if shared is not None and shared.roles.keys() == {"rows"} else None
+            if edit is not None:
+                edits.append((weighted, edit))
+        return edits
 
     def _edited(self, source: str, weighted: WeightedAdapter, edit: Edit, window: slice) -> Tensor:
-        """Rows of what one adapter makes of a tensor, in fp32."""
+        """Rows of a tensor merged with one adapter at weight 1, in float32."""
         adapter, roles = weighted.adapter, edit.roles
         if "replacement" in roles:
             value = adapter.tensors.rows(roles["replacement"], window.start, window.stop)
@@ -128,7 +131,7 @@ class Fold(TensorSource):
         value.addmm_(factor.T, adapter.read(edit, "embedding_B").T, alpha=edit.scale)
 
     def _column_norms(self, source: str, adapter: Adapter, edit: Edit) -> Tensor:
-        """[H]: DoRA norms an embedding over all of its rows, whatever rows are asked for."""
+        """[H]: norms of an embedding's columns; DoRA takes them over all rows, whichever rows are read."""
         key = (source, id(adapter))
         if key not in self._norms:
             rows, width = self.base.shape(source)
@@ -142,13 +145,13 @@ class Fold(TensorSource):
 
 
 def plan_fold(base: TensorSource, base_config: Mapping[str, Any], adapters: Sequence[WeightedAdapter]) -> Fold:
-    """Check that adapters fit a base, and say what the merged checkpoint will hold.
+    """Check that adapters fit a base, and return the merged checkpoint.
 
-    All checks that need no merged tensor happen here, before anything is written. An adapter that lacks tensors it was
-    trained with is merged with a loud warning.
+    All checks that need no merged tensor are done here, before anything is written. An adapter that lacks tensors it
+    was trained with is merged with a warning.
 
     Args:
-        base: the base's tensors; a quantised base read through ``checkpoints.dequantized_reader``.
+        base: the base's tensors; a quantised base is read with ``checkpoints.dequantized_reader``.
         base_config: the base's config.json; decides whether embedding and head are tied.
         adapters: in the base's layout.
     Raises:
@@ -156,7 +159,7 @@ def plan_fold(base: TensorSource, base_config: Mapping[str, Any], adapters: Sequ
     """
     embedding = next((name for name in EMBEDDINGS if name in base), None)
     tied = embedding is not None and bool(base_config.get("tie_word_embeddings", HEAD not in base))
-    # A tied checkpoint may store its head all the same, but no loader takes that copy.
+    # A tied checkpoint may also store its head, but loaders ignore that copy.
     names = [name for name in base.names() if not (tied and name == HEAD)]
     shapes_from = {name: name for name in names} | ({HEAD: embedding} if tied and embedding else {})
     untied = False
@@ -178,7 +181,7 @@ def _check_shapes(parameter: str, edit: Edit, base: TensorSource, source: str, a
     shape = base.shape(source)
     if not base.dtype(source).is_floating_point:
         what = f"the base's {source} is stored as {str(base.dtype(source)).removeprefix('torch.')}"
-        raise ConfigError(what, "Only floats, and what config.json says is quantised, can be merged into")
+        raise ConfigError(what, "Use a base with floating-point weights, or one that config.json declares quantised")
     if len(shape) != 2 and not edit.roles.keys() <= {"replacement", "lora_bias"}:
         what = f"{adapter.folder}: {parameter} has shape {shape}"
         raise ConfigError(what, "LoRA and trained tokens are merged into matrices only")
@@ -196,9 +199,9 @@ def _check_shapes(parameter: str, edit: Edit, base: TensorSource, source: str, a
     for role, name in edit.roles.items():
         if not adapter.tensors.dtype(name).is_floating_point:
             what = f"{adapter.folder}: {name} is stored as {str(adapter.tensors.dtype(name)).removeprefix('torch.')}"
-            raise ConfigError(what, "An adapter holds floats: save it again")
-        if (found := adapter.tensors.shape(name)) != expected[role]:
-            what = f"{adapter.folder}: {name} has shape {found}, base and adapter_config.json ask for {expected[role]}"
+            raise ConfigError(what, "Save the adapter again in floating point")
+        if (actual := adapter.tensors.shape(name)) != expected[role]:
+            what = f"{adapter.folder}: {name} has shape {actual}, base and adapter_config.json ask for {expected[role]}"
             raise ConfigError(what, "Give the base that the adapter was trained on")
     if edit.row_indices and not 0 <= min(edit.row_indices) <= max(edit.row_indices) < outputs:
         what = f"{adapter.folder}: trainable_token_indices has ids outside of 0..{outputs - 1}, the rows of {parameter}"
@@ -208,40 +211,40 @@ def _check_shapes(parameter: str, edit: Edit, base: TensorSource, source: str, a
 def _check_finite(adapter: Adapter) -> None:
     for name in adapter.tensors.names():
         if not all(map(is_finite, adapter.tensors.blocks(name))):
-            raise ConfigError(f"{adapter.folder}: {name} holds NaN or infinity", "The training failed: train again")
+            raise ConfigError(f"{adapter.folder}: {name} holds NaN or infinity", "The training diverged: train again")
 
 
 def _warn_of_missing(adapter: Adapter, parameters: list[str], tied: bool) -> None:
-    """Warn of what was trained according to the adapter's config but is not in its file."""
+    """Warn if tensors that were trained according to the adapter's config are not in its file."""
     config, edits = adapter.config, adapter.edits
     modules = config.get("modules_to_save") or []
     replaced = {name for name, edit in edits.items() if "replacement" in edit.roles}
-    lost = [name for name in parameters if name not in replaced and any(f"{module}." in name for module in modules)]
+    missing = [name for name in parameters if name not in replaced and any(f"{module}." in name for module in modules)]
 
     tokens = config.get("trainable_token_indices") or {}
     with_rows = [name.rpartition(".")[0] for name, edit in edits.items() if "rows" in edit.roles]
     for module in tokens if isinstance(tokens, dict) else [""]:
-        # Tied modules share one set of rows; a plain list of tokens means the input embedding, whatever its name.
+        # Tied modules share one set of rows; a plain list of tokens refers to the input embedding.
         if not any(tied or name.endswith(module) for name in with_rows):
-            lost.append(f"the trained rows of {module or 'the input embedding'}")
-    if not lost:
+            missing.append(f"the trained rows of {module or 'the input embedding'}")
+    if not missing:
         return
-    listed = ", ".join(lost[:4]) + (f" and {len(lost) - 4} more" if len(lost) > 4 else "")
+    listed = ", ".join(missing[:4]) + (f" and {len(missing) - 4} more" if len(missing) > 4 else "")
     logger.warning(
-        "THE ADAPTER %s IS INCOMPLETE: its adapter_config.json says that more was trained than its file holds. "
-        "Missing: %s. The merged model takes these from the base and will not answer like the model that was trained. "
+        "THE ADAPTER %s IS INCOMPLETE: according to its adapter_config.json more was trained than its file contains. "
+        "Missing: %s. The merged model takes these from the base and will not answer like the trained model. "
         "The original Qwen fine-tuning script saved adapters of base models this way; the checkpoint-* folders of the "
-        "same training hold everything: merge one of those, or train again.",
+        "same training are complete: merge one of those, or train again.",
         adapter.folder,
         listed,
     )
 
 
 def _unties(adapter: Adapter, embedding: str) -> bool:
-    """Whether the embedding and the head of a tied base differ once the adapter is merged.
+    """Whether the embedding and the head of a tied base differ after the adapter is merged.
 
-    Trained tokens of the embedding serve the head too, unless the head was trained itself. Any other change acts on the
-    module it was saved for: with ``ensure_weight_tying`` peft saves it for both, without it the head stays the base's.
+    Trained rows of the embedding apply to the head too, unless the head was trained itself. Any other change applies to
+    the module it was saved for: with ``ensure_weight_tying`` peft saves it for both, without it the head is unchanged.
     """
     first, second = adapter.edits.get(embedding), adapter.edits.get(HEAD)
     if second is None:
@@ -250,7 +253,7 @@ def _unties(adapter: Adapter, embedding: str) -> bool:
 
 
 def _same_change(adapter: Adapter, embedding: Edit, head: Edit) -> bool:
-    """Whether two edits of one [V, H] tensor do the same, one made for an embedding, the other for a linear layer."""
+    """Whether an edit of an embedding [V, H] and an edit of a linear layer of that shape are the same change."""
     swapped = {"lora_A": "embedding_B", "lora_B": "embedding_A"}
     if {swapped.get(role, role) for role in head.roles} != embedding.roles.keys() or "magnitude" in head.roles:
         return False

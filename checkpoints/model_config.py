@@ -1,4 +1,7 @@
-"""How the weights of a checkpoint are quantised, from its config files alone; needs no torch."""
+"""What the config files of a checkpoint declare: the dtype of its floats and how its weights are quantised.
+
+Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -13,23 +16,43 @@ from checkpoints.files import load_json_or_empty
 from checkpoints.names import BASE_QUANTIZATION
 from errors import ConfigError
 
+DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
+"""Short names (boolean flags in Qwen v1's config.json, values of ``--dtype``) -> torch's names."""
+
+
+def declared_dtype(config: Mapping[str, Any]) -> str | None:
+    """Return the dtype that a config.json declares by name or flag, as torch's name; ``None`` if it declares none."""
+    declared = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    if declared in DTYPE_NAMES.values():
+        return declared
+    return next((name for flag, name in DTYPE_NAMES.items() if config.get(flag)), None)
+
+
+def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Return a copy of a config.json that declares ``dtype``, under the keys that it already has."""
+    # Older checkpoints have the key torch_dtype, newer ones dtype.
+    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
+    flags = {flag: name == dtype for flag, name in DTYPE_NAMES.items()} if config.get("model_type") == "qwen" else {}
+    return {**config, **dict.fromkeys(keys, dtype), **flags}
+
+
 Method = Literal["gptq", "awq", "nf4", "fp4", "int8"]
 
-PACKED: tuple[Method, ...] = ("gptq", "awq")
-"""Methods whose weights are packed integers with scales and zero points per group; the others are bitsandbytes'."""
+# Methods that store packed integers with scales and zero points per group; the others are those of bitsandbytes.
+_PACKED: tuple[Method, ...] = ("gptq", "awq")
 
 _TITLES = {"gptq": "GPTQ", "awq": "AWQ", "nf4": "NF4", "fp4": "FP4", "int8": "8-bit"}
-_UNQUANTISED = "Use the unquantised model, or one quantised as GPTQ, AWQ (GEMM) or by bitsandbytes"
+_USE_ANOTHER = "Use the unquantised model, or one quantised as GPTQ, AWQ (GEMM) or by bitsandbytes"
 
 
 @dataclass(frozen=True)
 class Quantization:
-    """What has to be known to read quantised weights.
+    """How the weights of a checkpoint are quantised.
 
     Attributes:
-        group_size: inputs that share a scale; -1: all of a row; 0 with bitsandbytes, which says it in its tensors.
-        zero_offset: what is added to a stored zero point: 1 in GPTQ's first format, else 0.
-        file_name: of the weights, without suffix, where it is not the usual one.
+        group_size: inputs that share a scale; -1: all inputs; 0 with bitsandbytes, which stores it beside the weights.
+        zero_offset: added to each stored zero point: 1 in the first GPTQ format, else 0.
+        file_name: of the weights, without suffix, if it is not the usual one.
     """
 
     method: Method
@@ -40,10 +63,10 @@ class Quantization:
 
     @property
     def is_packed(self) -> bool:
-        return self.method in PACKED
+        return self.method in _PACKED
 
     def inputs_per_group(self, inputs: int) -> int:
-        """Inputs that share a scale in a layer of so many."""
+        """Return the number of inputs that share a scale in a layer with ``inputs`` inputs."""
         return inputs if self.group_size == -1 else self.group_size
 
     def __str__(self) -> str:
@@ -54,94 +77,77 @@ class Quantization:
 
 
 def find_quantization(folder: Path) -> Quantization | None:
-    """How a checkpoint is quantised: as ``config.json`` says, or a file of the time before it did.
+    """Return how a checkpoint is quantised, from ``config.json`` or the older files of auto-gptq and AutoAWQ.
 
-    These are ``quantize_config.json`` (auto-gptq) and ``quant_config.json`` (AutoAWQ). ``None`` for weights that are
-    not quantised, and for a folder without a readable config: whoever loads it says why.
+    The older files are ``quantize_config.json`` and ``quant_config.json``. ``None`` if the weights are not quantised or
+    config.json cannot be read (loading the checkpoint reports that).
 
     Raises:
-        ConfigError: a method, format or number of bits that cannot be read.
+        ConfigError: an unsupported method, format or number of bits.
     """
-    config = load_json_or_empty(folder / "config.json")
-    if isinstance(given := config.get("quantization_config"), dict):
-        return _parse(given, folder / "config.json", str(given.get("quant_method", "")))
+    file = folder / "config.json"
+    config = load_json_or_empty(file)
+    if isinstance(quantization := config.get("quantization_config"), dict):
+        return _parse(quantization, file, str(quantization.get("quant_method", "")))
     for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
-        if config and (given := load_json_or_empty(folder / name)):
-            return _parse(given, folder / name, str(given.get("quant_method", method)))
+        if config and (quantization := load_json_or_empty(folder / name)):
+            return _parse(quantization, folder / name, str(quantization.get("quant_method", method)))
     return None
 
 
-def check_bitsandbytes(asking: str) -> None:
-    """Raise ``ConfigError`` unless bitsandbytes can be imported; does not import it."""
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"{asking} needs bitsandbytes, which is not installed", "pip install bitsandbytes")
-
-
 def load_base_quantization(folder: Path) -> Quantization | None:
-    """How the base of the adapter in a folder was quantised to train it; ``None`` where it was loaded as it is.
+    """Return how the base of an adapter was quantised in training; ``None`` if it was loaded unchanged.
 
     Raises:
-        ConfigError: a method that cannot be read.
+        ConfigError: an unsupported method.
     """
-    given = load_json_or_empty(folder / BASE_QUANTIZATION)
-    return _parse(given, folder / BASE_QUANTIZATION, str(given.get("quant_method", ""))) if given else None
+    file = folder / BASE_QUANTIZATION
+    config = load_json_or_empty(file)
+    return _parse(config, file, str(config.get("quant_method", ""))) if config else None
 
 
-def _parse(given: dict[str, Any], file: Path, method: str) -> Quantization:
-    if method == "bitsandbytes" or given.get("load_in_4bit") or given.get("load_in_8bit"):
-        if given.get("load_in_8bit"):
+def check_bitsandbytes(needed_by: str) -> None:
+    """Raise ``ConfigError`` unless bitsandbytes is installed; does not import it."""
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ConfigError(f"{needed_by} needs bitsandbytes, which is not installed", "pip install bitsandbytes")
+
+
+def _parse(config: dict[str, Any], file: Path, method: str) -> Quantization:
+    if method == "bitsandbytes" or config.get("load_in_4bit") or config.get("load_in_8bit"):
+        if config.get("load_in_8bit"):
             return Quantization("int8", 8)
-        kind = given.get("bnb_4bit_quant_type", "fp4")
-        return Quantization("nf4" if kind == "nf4" else "fp4", 4)
-    # auto-gptq's first configs do not name their method; those of AutoAWQ have names of their own for the numbers.
-    if method not in PACKED and not (method == "" and "bits" in given):
-        raise ConfigError(f"{file}: weights quantised by {method or 'an unnamed method'} cannot be read", _UNQUANTISED)
-    bits, group_size = (_number(given, names, file) for names in (("bits", "w_bit"), ("group_size", "q_group_size")))
+        return Quantization("nf4" if config.get("bnb_4bit_quant_type") == "nf4" else "fp4", 4)
+    # The first configs of auto-gptq do not name their method; AutoAWQ has its own names for the numbers.
+    if method not in _PACKED and not (method == "" and "bits" in config):
+        what = f"{file}: weights quantised by {method or 'an unnamed method'} cannot be read"
+        raise ConfigError(what, _USE_ANOTHER)
+    bits, group_size = (_number(config, keys, file) for keys in (("bits", "w_bit"), ("group_size", "q_group_size")))
     if method == "awq":
-        layout = str(given.get("version") or given.get("checkpoint_format") or given.get("format") or "gemm").lower()
+        layout = str(config.get("version") or config.get("checkpoint_format") or config.get("format") or "gemm").lower()
         if layout != "gemm":
-            raise ConfigError(f"{file}: AWQ weights in the layout {layout!r} cannot be read, only 'gemm'", _UNQUANTISED)
+            raise ConfigError(f"{file}: AWQ weights in the layout {layout!r} cannot be read, only 'gemm'", _USE_ANOTHER)
         _check_bits(bits, (4,), file)
-        return Quantization("awq", bits, group_size, file_name=_file_name(given))
-    layout = str(given.get("checkpoint_format") or given.get("format") or "gptq").lower()
+        return Quantization("awq", bits, group_size, file_name=_file_name(config))
+    layout = str(config.get("checkpoint_format") or config.get("format") or "gptq").lower()
     if layout not in ("gptq", "gptq_v2"):
-        raise ConfigError(f"{file}: GPTQ weights in the layout {layout!r} cannot be read", _UNQUANTISED)
+        raise ConfigError(f"{file}: GPTQ weights in the layout {layout!r} cannot be read", _USE_ANOTHER)
     _check_bits(bits, (2, 4, 8), file)
-    return Quantization("gptq", bits, group_size, zero_offset=int(layout == "gptq"), file_name=_file_name(given))
+    return Quantization("gptq", bits, group_size, zero_offset=int(layout == "gptq"), file_name=_file_name(config))
 
 
-def _number(given: dict[str, Any], names: tuple[str, ...], file: Path) -> int:
-    value = next((given[name] for name in names if name in given), None)
+def _number(config: dict[str, Any], keys: tuple[str, ...], file: Path) -> int:
+    value = next((config[key] for key in keys if key in config), None)
     if not isinstance(value, int) or isinstance(value, bool) or (value < 1 and value != -1):
-        raise ConfigError(f"{file}: {names[0]} is {json.dumps(value)}", "Copy it again from the original checkpoint")
+        raise ConfigError(f"{file}: {keys[0]} is {json.dumps(value)}", "Copy it again from the original checkpoint")
     return value
 
 
-def _check_bits(bits: int, known: tuple[int, ...], file: Path) -> None:
-    if bits not in known:
-        raise ConfigError(f"{file}: {bits} bits cannot be read, only {' or '.join(map(str, known))}", _UNQUANTISED)
+def _check_bits(bits: int, supported: tuple[int, ...], file: Path) -> None:
+    if bits not in supported:
+        raise ConfigError(f"{file}: {bits} bits cannot be read, only {' or '.join(map(str, supported))}", _USE_ANOTHER)
 
 
-def _file_name(given: dict[str, Any]) -> str | None:
-    name = given.get("model_file_base_name")
+def _file_name(config: dict[str, Any]) -> str | None:
+    """The weights' file name without suffix; a path that leads out of the folder is ignored."""
+    name = config.get("model_file_base_name")
     return name if isinstance(name, str) and name not in ("", "model") and Path(name).name == name else None
-
-
-DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-"""Qwen v1's flags in a config, which are also what commands call precisions, and torch's names."""
-
-
-def declared_dtype(config: Mapping[str, Any]) -> str | None:
-    """The name of the dtype that a config declares, by torch's name or by a flag; ``None`` where it says nothing."""
-    declared = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
-    if declared in DTYPE_NAMES.values():
-        return declared
-    return next((name for flag, name in DTYPE_NAMES.items() if config.get(flag)), None)
-
-
-def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
-    """A config that says its floats are in ``dtype``, under the keys that it has."""
-    # Older folders say torch_dtype, newer ones dtype.
-    keys = [key for key in ("dtype", "torch_dtype") if key in config] or ["torch_dtype"]
-    flags = {flag: name == dtype for flag, name in DTYPE_NAMES.items()} if config.get("model_type") == "qwen" else {}
-    return {**config, **dict.fromkeys(keys, dtype), **flags}

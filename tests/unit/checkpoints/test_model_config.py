@@ -1,4 +1,4 @@
-"""What a checkpoint's configs say of how its weights are quantised."""
+"""The quantisation that the config files of a checkpoint declare."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def folder(tmp_path: Path, config: Any = None, **files: Any) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("config", "found"),
+    ("config", "expected"),
     [
         (None, None),
         ({**AUTO_GPTQ, "quant_method": "gptq"}, INT4),
@@ -45,21 +45,21 @@ def folder(tmp_path: Path, config: Any = None, **files: Any) -> Path:
         ({"load_in_4bit": True}, Quantization("fp4", 4)),
     ],
 )  # fmt: skip
-def test_the_config_of_a_model(config: Any, found: Quantization | None, tmp_path: Path) -> None:
-    assert find_quantization(folder(tmp_path, config)) == found
+def test_quantization_config_of_config_json(config: Any, expected: Quantization | None, tmp_path: Path) -> None:
+    assert find_quantization(folder(tmp_path, config)) == expected
 
 
-def test_configs_of_the_time_before(tmp_path: Path) -> None:
+def test_config_files_of_auto_gptq_and_autoawq(tmp_path: Path) -> None:
     assert find_quantization(folder(tmp_path, quantize_config=AUTO_GPTQ)) == INT4
     (tmp_path / "quantize_config.json").unlink()
     awq = {"zero_point": True, "q_group_size": 128, "w_bit": 4, "version": "GEMM"}
     assert find_quantization(folder(tmp_path, quant_config=awq)) == Quantization("awq", 4, 128)
 
 
-def test_no_config_says_nothing(tmp_path: Path) -> None:
+def test_folder_without_model_config_is_not_quantised(tmp_path: Path) -> None:
     assert find_quantization(tmp_path / "absent") is None
     (tmp_path / "quantize_config.json").write_text(json.dumps(AUTO_GPTQ))
-    assert find_quantization(tmp_path) is None  # an adapter's folder, or another that holds no model
+    assert find_quantization(tmp_path) is None  # such as an adapter's folder
 
 
 @pytest.mark.parametrize(
@@ -77,31 +77,31 @@ def test_no_config_says_nothing(tmp_path: Path) -> None:
         ({"quant_method": "awq", "group_size": 128}, "bits is null"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_read(config: Any, message: str, tmp_path: Path) -> None:
+def test_unsupported_quantisation_is_refused(config: Any, message: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as error:
         find_quantization(folder(tmp_path, config))
     assert str(error.value).startswith(f"{tmp_path / 'config.json'}: {message}")
 
 
-def test_weights_under_the_name_that_the_config_gives(golden_small: Path, tmp_path: Path) -> None:
+def test_weights_are_found_under_the_name_in_the_config(golden_small: Path, tmp_path: Path) -> None:
     weights = (golden_small / "tiny-qwen-small" / "model.safetensors").read_bytes()
     (tmp_path / "gptq_model-4bit-128g.safetensors").write_bytes(weights)
     with pytest.raises(ConfigError, match="holds no weights"):
         open_checkpoint(folder(tmp_path))
     named = {**AUTO_GPTQ, "model_file_base_name": "gptq_model-4bit-128g"}
     assert "lm_head.weight" in open_checkpoint(folder(tmp_path, quantize_config=named))
-    # A name that leads out of the folder is none.
+    # A path that leads out of the folder is ignored.
     assert find_quantization(folder(tmp_path, {**named, "model_file_base_name": "../other"})) == INT4
 
 
-def test_how_an_adapters_base_was_quantised(tmp_path: Path) -> None:
+def test_quantisation_of_an_adapters_base(tmp_path: Path) -> None:
     assert load_base_quantization(tmp_path) is None
     config = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     (tmp_path / "base_quantization.json").write_text(json.dumps(config))
     assert load_base_quantization(tmp_path) == Quantization("nf4", 4)
 
 
-def test_in_words() -> None:
+def test_text_form() -> None:
     assert str(INT4) == "GPTQ, 4 bits, groups of 128"
     assert str(Quantization("awq", 4, -1)) == "AWQ, 4 bits, one group per row"
     assert str(Quantization("int8", 8)) == "8-bit by bitsandbytes"

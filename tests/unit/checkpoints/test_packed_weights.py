@@ -1,4 +1,4 @@
-"""Packed integers as floating point: against weights that are packed value by value here."""
+"""Unpacking GPTQ and AWQ weights, compared with weights that are packed here value by value."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from torch import Tensor
 from checkpoints.model_config import Quantization
 from checkpoints.packed_weights import unpack_weight
 
-I, O = 48, 32  # noqa: E741 - inputs and outputs, as in the file under test
-AWQ_PLACES = [0, 2, 4, 6, 1, 3, 5, 7]
+I, O = 48, 32  # noqa: E741 - inputs and outputs, as in the module under test
+AWQ_SLOTS = [0, 2, 4, 6, 1, 3, 5, 7]
 
 
-def words(rows: list[list[int]], bits: int, places: list[int]) -> Tensor:
-    """Each row packed into 32-bit words; ``places[k]``: which of a word's columns stands at its place k."""
+def words(rows: list[list[int]], bits: int, columns: list[int]) -> Tensor:
+    """Pack each row into 32-bit words; ``columns[k]``: the column in slot k of a word."""
     per_word, packed = 32 // bits, []
     for row in rows:
         line = []
         for start in range(0, len(row), per_word):
-            word = sum(row[start + column] << (bits * place) for place, column in enumerate(places))
+            word = sum(row[start + column] << (bits * slot) for slot, column in enumerate(columns))
             line.append(word - (1 << 32) if word >= 1 << 31 else word)
         packed.append(line)
     return torch.tensor(packed, dtype=torch.int32)
@@ -33,7 +33,7 @@ def transposed(rows: list[list[int]]) -> list[list[int]]:
 
 
 class Layer:
-    """Random values, zero points and scales, and the weights [O, I] that they stand for."""
+    """Random values, zero points and scales, and their weights [O, I]."""
 
     def __init__(self, bits: int, groups: list[int], seed: int = 0) -> None:
         draw = random.Random(seed)
@@ -59,27 +59,27 @@ class Layer:
 
     def awq(self) -> dict[str, Any]:
         return {
-            "qweight": words(self.values, self.bits, AWQ_PLACES),
-            "qzeros": words(self.zeros, self.bits, AWQ_PLACES),
+            "qweight": words(self.values, self.bits, AWQ_SLOTS),
+            "qzeros": words(self.zeros, self.bits, AWQ_SLOTS),
             "scales": self.scales,
         }
 
 
-RUNS = [i // 16 for i in range(I)]
+IN_ORDER = [i // 16 for i in range(I)]
 
 
 @pytest.mark.parametrize("zero_offset", [0, 1])
 @pytest.mark.parametrize("bits", [2, 4, 8])
 def test_gptq(bits: int, zero_offset: int) -> None:
-    layer, quantization = Layer(bits, RUNS), Quantization("gptq", bits, 16, zero_offset)
+    layer, quantization = Layer(bits, IN_ORDER), Quantization("gptq", bits, 16, zero_offset)
     parts = layer.gptq(zero_offset)
     assert torch.equal(unpack_weight(parts, quantization).double(), layer.weight)
     del parts["g_idx"]
     assert torch.equal(unpack_weight(parts, quantization).double(), layer.weight)
 
 
-def test_inputs_in_the_order_of_their_activations() -> None:
-    groups = list(RUNS)
+def test_gptq_with_act_order() -> None:
+    groups = list(IN_ORDER)
     random.Random(1).shuffle(groups)
     layer = Layer(4, groups)
     assert torch.equal(unpack_weight(layer.gptq(1), Quantization("gptq", 4, 16, 1)).double(), layer.weight)
@@ -94,13 +94,13 @@ def test_one_group_per_row() -> None:
 
 
 def test_awq() -> None:
-    layer = Layer(4, RUNS)
+    layer = Layer(4, IN_ORDER)
     assert torch.equal(unpack_weight(layer.awq(), Quantization("awq", 4, 16)).double(), layer.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_other_precisions_are_rounded_once(dtype: torch.dtype) -> None:
-    layer = Layer(4, RUNS)
+def test_16_bit_weights_are_rounded_once(dtype: torch.dtype) -> None:
+    layer = Layer(4, IN_ORDER)
     for parts, quantization in (
         (layer.gptq(1), Quantization("gptq", 4, 16, 1)),
         (layer.awq(), Quantization("awq", 4, 16)),
