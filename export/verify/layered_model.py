@@ -1,4 +1,4 @@
-"""A model whose layers are given their values one at a time, with adapters beside them where there are some.
+"""A model whose layers are loaded one at a time, with unmerged adapters if there are any.
 
 Shapes: P prompts, T tokens of the longest, C hidden size, V vocabulary rows.
 """
@@ -14,28 +14,28 @@ from torch import Tensor, nn
 from checkpoints.fold import WeightedAdapter
 from checkpoints.source import TensorSource, main_dtype
 from errors import ConfigError
-from export.verify.reference import HEAD_WEIGHT, Adapted, AdaptedLinear
+from export.verify.reference import HEAD_WEIGHT, AdaptedLinear, AdaptedParameters
 from qwen_model.block_runner import PLACES, blocks_of, capture_block_inputs
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.qwen2_qwen3 import MODEL_CLASSES
 
 
 class LayeredModel:
-    """A model without values, and where they come from.
+    """A model on the meta device, and the source of its parameters.
 
     Args:
         source: the tensors by the names of the model's layout.
-        config: its config.json.
+        config: contents of its config.json.
         adapters: in the same layout.
 
     Attributes:
-        parameters: the values, adapters on them.
-        embedding: the name of its weight.
-        stages: the names of what the states go through: each block, then the norm.
-        longest: tokens of a text that the model was trained for.
+        parameters: the parameters with the adapters applied.
+        embedding: name of the embedding's weight.
+        stages: names of the modules after the embedding: each block, then the final norm.
+        trained_length: number of tokens that the model was trained for.
 
     Raises:
-        ConfigError: another ``model_type`` than Qwen's.
+        ConfigError: a ``model_type`` that is not Qwen's.
     """
 
     def __init__(
@@ -47,19 +47,19 @@ class LayeredModel:
             raise ConfigError(what, "Use a checkpoint of model_type qwen, qwen2 or qwen3")
         places = PLACES[model_type]
         model_class: Any = MODEL_CLASSES.get(model_type, QWenLMHeadModel)
-        given = {"tie_word_embeddings": HEAD_WEIGHT not in source, **config}
-        settings = model_class.config_class.from_dict({k: v for k, v in given.items() if k != "quantization_config"})
+        values = {"tie_word_embeddings": HEAD_WEIGHT not in source, **config}
+        settings = model_class.config_class.from_dict({k: v for k, v in values.items() if k != "quantization_config"})
         with torch.device("meta"):
             self._model: Any = model_class(settings).eval()
         if rotary := getattr(self._model.base_model, "rotary_emb", None):
-            # No file holds its frequencies: they are computed here and nowhere else.
+            # Its frequencies are computed rather than stored, so the meta device has none.
             self._model.base_model.rotary_emb = type(rotary)(settings)
         self.embedding = f"{places.embedding}.weight"
         self.stages = [*(f"{places.blocks}.{i}" for i in range(len(blocks_of(self._model)))), places.norm]
-        self.parameters = Adapted(source, adapters, self.embedding if settings.tie_word_embeddings else None)
+        self.parameters = AdaptedParameters(source, adapters, self.embedding if settings.tie_word_embeddings else None)
         shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
         self._shapes = {name: shape for name, shape in shapes.items() if self.parameters.stored_name(name) == name}
-        self.longest: int = getattr(settings, "seq_length", None) or settings.max_position_embeddings
+        self.trained_length: int = getattr(settings, "seq_length", None) or settings.max_position_embeddings
 
     @property
     def source(self) -> TensorSource:
@@ -67,54 +67,54 @@ class LayeredModel:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """V, C and the number of blocks."""
+        """V, C and number of blocks."""
         return *self._shapes[self.embedding], len(self.stages) - 1
 
     @property
     def dtype(self) -> torch.dtype:
-        """What most of the floats are stored in."""
+        """Dtype that most floats are stored in."""
         return main_dtype(self.source)
 
     def faults(self) -> list[str]:
-        """Tensors that the model has, and its files lack or hold in another shape."""
+        """Describe the model's tensors that its files lack or contain in another shape."""
         faults = []
         for name, shape in self._shapes.items():
             if name not in self.source:
                 faults.append(f"{name} is missing")
-            elif (found := self.source.shape(name)) != shape:
-                faults.append(f"{name} has shape {found}, config.json asks for {shape}")
+            elif (stored := self.source.shape(name)) != shape:
+                faults.append(f"{name} has shape {stored}, config.json requires {shape}")
         return faults
 
     def dtypes(self, stage: str) -> dict[int, torch.dtype]:
-        """What the tensors of a stage are stored in, by their number of dimensions: the coarsest of each."""
-        found: dict[int, torch.dtype] = {}
+        """Return the stored dtype of a stage's tensors by their number of dimensions: the coarsest if they differ."""
+        coarsest: dict[int, torch.dtype] = {}
         for name, shape in self._shapes.items():
             if name.startswith(f"{stage}."):
-                dtypes = (self.source.dtype(name), found.get(len(shape), torch.float32))
-                found[len(shape)] = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-        return found
+                dtypes = (self.source.dtype(name), coarsest.get(len(shape), torch.float32))
+                coarsest[len(shape)] = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
+        return coarsest
 
-    def calls(self, states: Tensor, mask: Tensor) -> list[Mapping[str, Any]]:
-        """What each stage is called with besides the states.
+    def stage_arguments(self, states: Tensor, mask: Tensor) -> list[Mapping[str, Any]]:
+        """Return the arguments of each stage besides the states.
 
         Args:
             states: [P, T, C], the embedded tokens.
-            mask: [P, T], 1 where a token is real.
+            mask: [P, T], 1 for real tokens, 0 for padding.
         """
-        norm = self.stages[-1]
-        kept = self._model.get_submodule(norm)
-        self._model.set_submodule(norm, nn.Identity())  # it has no values yet
-        calls = capture_block_inputs(self._model, inputs_embeds=states, attention_mask=mask)[1]
-        self._model.set_submodule(norm, kept)
-        return [*calls, {}]
+        norm_name = self.stages[-1]
+        norm = self._model.get_submodule(norm_name)
+        self._model.set_submodule(norm_name, nn.Identity())  # the norm has no values yet
+        block_arguments = capture_block_inputs(self._model, inputs_embeds=states, attention_mask=mask)[1]
+        self._model.set_submodule(norm_name, norm)
+        return [*block_arguments, {}]
 
-    def take(self, stage: str) -> nn.Module:
-        """A stage with its values, in float32. It can be had once: its memory is free when the caller lets it go."""
+    def load_stage(self, stage: str) -> nn.Module:
+        """Load a stage in float32, once: the model keeps no reference, so the caller can free its memory."""
         module: nn.Module = self._model.get_submodule(stage)
         self._model.set_submodule(stage, nn.Identity())
         names = {name: f"{stage}.{name}" for name, _ in module.named_parameters()}
         values = {
-            name: self.parameters.vector(full) if len(self._shapes[full]) == 1 else self.parameters.plain(full)
+            name: self.parameters.vector(full) if len(self._shapes[full]) == 1 else self.parameters.stored_rows(full)
             for name, full in names.items()
         }
         module.load_state_dict(values, assign=True)
@@ -124,14 +124,14 @@ class LayeredModel:
         return module
 
 
-def round_to(module: nn.Module, dtypes: Mapping[int, torch.dtype]) -> None:
-    """Put adapters into the weights they stand beside, and round all values to what they will be stored in.
+def round_weights(module: nn.Module, dtypes: Mapping[int, torch.dtype]) -> None:
+    """Merge the adapters of a module and round its weights to ``dtypes``, in float32.
 
     Args:
-        dtypes: as :meth:`LayeredModel.dtypes` gives them.
+        dtypes: by number of dimensions, see :meth:`LayeredModel.dtypes`.
     """
     for layer in module.modules():
         if isinstance(layer, AdaptedLinear):
-            layer.settle()
+            layer.merge()
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtypes[parameter.dim()]).to(torch.float32)

@@ -1,4 +1,4 @@
-"""The conversations that a merged model is compared on, and their ids in its own tokenizer."""
+"""Conversations that a merged model is compared on, as ids of its own tokenizer."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from qwen_model.register import register_qwen
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 64
-"""What a prompt is cut to: tokenizers of few ranks need many ids for a text."""
+"""Maximum length of a prompt: tokenizers with few ranks need many ids for a text."""
 
-# Question and answer: English, Chinese, code.
+# Questions and answers in English, Chinese and code.
 PROMPTS = (
     ("Why does the moon look larger near the horizon?", "It does not: beside houses and trees we misjudge its size."),
     ("List three things to pack for a rainy hike.", "1. A light waterproof jacket\n2. Dry socks\n3. A thermos of tea"),
@@ -39,12 +39,12 @@ PROMPTS = (
 
 
 def prompt_ids(folder: Path, vocab_size: int) -> list[list[int]]:
-    """The stored conversations as the chat format of a checkpoint writes them.
+    """Encode :data:`PROMPTS` in a checkpoint's chat format.
 
-    Where its tokenizer cannot be used, ids are drawn (always the same ones), which the log says.
+    If its tokenizer cannot be used, a warning is logged and pseudo-random ids are returned, always the same ones.
 
     Args:
-        folder: whose tokenizer it is.
+        folder: of the checkpoint.
         vocab_size: rows of the model's embedding; every id is smaller.
     """
     try:
@@ -59,11 +59,11 @@ def prompt_ids(folder: Path, vocab_size: int) -> list[list[int]]:
 def _encode(folder: Path, vocab_size: int) -> list[list[int]]:
     register_qwen()
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
-    if len(set(control_ids_of(tokenizer).values())) < 2:  # of a folder without tokenizer files an empty one is made
-        raise ValueError(f"it does not know {IM_START} and {IM_END}")
+    if len(set(control_ids_of(tokenizer).values())) < 2:  # transformers makes an empty tokenizer if there are no files
+        raise ValueError(f"it lacks {IM_START} and {IM_END}")
     family = family_of(load_json(folder / "config.json")["model_type"], tokenizer)
     conversations = ([Turn("user", question), Turn("assistant", answer)] for question, answer in PROMPTS)
     prompts = [encode_prompt(render(turns, family), tokenizer)[:MAX_TOKENS] for turns in conversations]
     if (largest := max(id_ for prompt in prompts for id_ in prompt)) >= vocab_size:
-        raise ValueError(f"it gives the id {largest}, the model has {vocab_size} rows")
+        raise ValueError(f"its id {largest} is beyond the model's {vocab_size} embedding rows")
     return prompts

@@ -1,7 +1,7 @@
-"""A base with adapters on it that are not merged: what ``checkpoints.fold`` has to reproduce, computed another way.
+"""A base with unmerged adapters: what ``checkpoints.fold`` has to reproduce, computed independently of it.
 
-A linear layer gives ``W x + b`` and beside it what each adapter adds, as peft computes it in training; no merged matrix
-is ever formed for that. Nothing of ``checkpoints.fold`` is used but the type of its input.
+A linear layer computes ``W x + b`` plus each adapter's contribution, as peft does in training; no merged matrix is
+formed. Nothing of ``checkpoints.fold`` is used but the type of its input.
 
 Shapes: a linear weight is [O, I], an embedding [V, C]; R is a rank.
 """
@@ -24,18 +24,18 @@ HEAD_WEIGHT = f"{HEAD}.weight"
 
 
 @dataclass(frozen=True)
-class Change:
-    """What one adapter makes of some rows of a matrix W; parts that it does not have are ``None``.
+class MatrixChange:
+    """One adapter's change to some rows of a matrix W; parts that the adapter does not have are ``None``.
 
     Attributes:
-        share: the adapter's weight.
-        replacement: [O, I], takes the place of W.
-        down, up: [R, I] and [O, R], whose product is added; ``up`` holds the adapter's scale.
+        weight: the adapter's weight in the merge.
+        replacement: [O, I], replaces W.
+        down, up: [R, I] and [O, R], whose product is added; ``up`` includes the adapter's scale.
         factor: DoRA's, on the outputs [O], or [I, 1] on the inputs of an embedding's rows.
-        rows: [N, I], take the place of the rows ``indices`` [N].
+        rows: [N, I], replaces the rows ``indices`` [N].
     """
 
-    share: float
+    weight: float
     replacement: Tensor | None = None
     down: Tensor | None = None
     up: Tensor | None = None
@@ -43,35 +43,40 @@ class Change:
     rows: Tensor | None = None
     indices: Tensor | None = None
 
-    def output(self, x: Tensor | None, plain: Tensor) -> Tensor:
-        """The changed matrix times ``x``, [..., O]; ``plain`` is W times ``x``. Without ``x`` it is the identity."""
-        y = plain if self.replacement is None else _through(self.replacement, x)
+    def apply(self, x: Tensor | None, unchanged: Tensor) -> Tensor:
+        """Return the changed matrix times ``x``, [..., O].
+
+        Args:
+            x: [..., I]; ``None`` stands for the identity, so that the result is the transposed matrix.
+            unchanged: W times ``x``.
+        """
+        y = unchanged if self.replacement is None else _multiply(self.replacement, x)
         if self.down is not None and self.up is not None:
-            y = y + _through(self.down, x) @ self.up.T
+            y = y + _multiply(self.down, x) @ self.up.T
         if self.factor is not None:
             y = y * self.factor
         if self.rows is not None and self.indices is not None:
-            y = y.index_copy(-1, self.indices, _through(self.rows, x))
+            y = y.index_copy(-1, self.indices, _multiply(self.rows, x))
         return y
 
 
-def _through(matrix: Tensor, x: Tensor | None) -> Tensor:
+def _multiply(matrix: Tensor, x: Tensor | None) -> Tensor:
     return matrix.T if x is None else x @ matrix.T
 
 
-def _blend(changes: Sequence[Change], x: Tensor | None, plain: Tensor) -> Tensor:
-    """W times ``x`` plus, of each adapter, its share of what it changes."""
-    rest = 1 - sum(change.share for change in changes)
-    blended = plain * rest if rest else torch.zeros_like(plain)
+def _apply_all(changes: Sequence[MatrixChange], x: Tensor | None, unchanged: Tensor) -> Tensor:
+    """Return ``unchanged`` (W times ``x``) plus the weighted difference that each change makes to it."""
+    rest = 1 - sum(change.weight for change in changes)
+    result = unchanged * rest if rest else torch.zeros_like(unchanged)
     for change in changes:
-        blended.add_(change.output(x, plain), alpha=change.share)
-    return blended
+        result.add_(change.apply(x, unchanged), alpha=change.weight)
+    return result
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer, or some outputs of one, with adapters beside it."""
+    """A linear layer, or some of its outputs, with unmerged adapters."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, changes: Sequence[Change]) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, changes: Sequence[MatrixChange]) -> None:
         super().__init__()
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -80,23 +85,23 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if not self.changes:
             return F.linear(x, self.weight, self.bias)
-        y = _blend(self.changes, x, F.linear(x, self.weight))
+        y = _apply_all(self.changes, x, F.linear(x, self.weight))
         return y if self.bias is None else y + self.bias
 
-    def settle(self) -> None:
-        """Put the changes into the weight."""
+    def merge(self) -> None:
+        """Merge the changes into the weight."""
         if self.changes:
-            self.weight.data = _blend(self.changes, None, self.weight.data.T).T
+            self.weight.data = _apply_all(self.changes, None, self.weight.data.T).T
             self.changes.clear()
 
 
-class Adapted:
-    """The parameters of a model with adapters on them, in float32; without adapters those that it has.
+class AdaptedParameters:
+    """Parameters of a model with unmerged adapters, in float32.
 
     Args:
         source: the base's tensors.
-        adapters: in the base's layout.
-        tied_to: the name of the embedding's weight if it is the head's, too.
+        adapters: in the base's layout; none for a model without adapters.
+        tied_to: name of the embedding's weight if the head is tied to it.
     """
 
     def __init__(
@@ -106,36 +111,36 @@ class Adapted:
         self._norms: dict[tuple[str, int], Tensor] = {}
 
     def stored_name(self, name: str) -> str:
-        """The tensor that a parameter is read from: that of a tied head is the embedding."""
+        """Return the name of the tensor that a parameter is read from: the embedding for a tied head."""
         return self._tied_to if self._tied_to is not None and name == HEAD_WEIGHT else name
 
-    def plain(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows of a parameter without its adapters; maybe a view of the file, so not to be changed in place."""
+    def stored_rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Read rows of a parameter without its adapters. Do not change them in place: they may be a view of a file."""
         return self.source.rows(self.stored_name(name), start, stop).to(torch.float32)
 
     def vector(self, name: str) -> Tensor:
-        """A bias or the weight of a norm, with what the adapters add to it."""
-        plain = self.plain(name)
-        value = plain.clone()
+        """Return a bias or the weight of a norm, with the adapters applied."""
+        stored = self.stored_rows(name)
+        value = stored.clone()
         for adapter, edit in self._edits(name):
-            own = self._read(adapter, edit, "replacement") if "replacement" in edit.roles else plain
+            changed = self._read(adapter, edit, "replacement") if "replacement" in edit.roles else stored
             if "lora_bias" in edit.roles:
-                own = own + edit.scale * self._read(adapter, edit, "lora_bias")
-            value += adapter.weight * (own - plain)
+                changed = changed + edit.scale * self._read(adapter, edit, "lora_bias")
+            value += adapter.weight * (changed - stored)
         return value
 
-    def linear(self, weight: str, start: int, stop: int) -> AdaptedLinear:
-        """Some outputs of a layer without bias."""
-        return AdaptedLinear(self.plain(weight, start, stop), None, self.changes(weight, start, stop))
+    def linear_rows(self, weight: str, start: int, stop: int) -> AdaptedLinear:
+        """Return the outputs ``start`` to ``stop`` of a linear layer without bias."""
+        return AdaptedLinear(self.stored_rows(weight, start, stop), None, self.changes(weight, start, stop))
 
     def embedding_rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows of an embedding, as a token's lookup gives them."""
-        plain = self.plain(name, start, stop)
+        """Return rows of an embedding with the adapters applied."""
+        stored = self.stored_rows(name, start, stop)
         changes = self.changes(name, start, stop)
-        return _blend(changes, None, plain.T).T if changes else plain
+        return _apply_all(changes, None, stored.T).T if changes else stored
 
-    def changes(self, name: str, start: int = 0, stop: int | None = None) -> list[Change]:
-        """What each adapter makes of rows of a matrix."""
+    def changes(self, name: str, start: int = 0, stop: int | None = None) -> list[MatrixChange]:
+        """Return each adapter's change to rows of a matrix."""
         start, stop, _ = slice(start, stop).indices(self.source.shape(self.stored_name(name))[0])
         return [self._change(name, adapter, edit, start, stop) for adapter, edit in self._edits(name)]
 
@@ -143,7 +148,7 @@ class Adapted:
         for adapter in self._adapters:
             edit = adapter.adapter.edits.get(name)
             if edit is None and (tied := self.stored_name(name)) != name:
-                # Trained tokens of a tied embedding serve the head, too; other changes act where they were trained.
+                # Trained tokens of a tied embedding apply to the head too; other changes to the trained module only.
                 shared = adapter.adapter.edits.get(tied)
                 edit = shared if shared is not None and shared.roles.keys() == {"rows"} else None
             if edit is not None:
@@ -153,41 +158,40 @@ class Adapted:
     def _read(adapter: WeightedAdapter, edit: Edit, role: str, start: int = 0, stop: int | None = None) -> Tensor:
         return adapter.adapter.tensors.rows(edit.roles[role], start, stop).to(torch.float32)
 
-    def _change(self, name: str, adapter: WeightedAdapter, edit: Edit, start: int, stop: int) -> Change:
+    def _change(self, name: str, adapter: WeightedAdapter, edit: Edit, start: int, stop: int) -> MatrixChange:
         roles = edit.roles
         replacement = down = up = factor = rows = indices = None
         if "replacement" in roles:
             replacement = self._read(adapter, edit, "replacement", start, stop)
         if "lora_A" in roles:
-            down, up = (
-                self._read(adapter, edit, "lora_A"),
-                self._read(adapter, edit, "lora_B", start, stop) * edit.scale,
-            )
+            down = self._read(adapter, edit, "lora_A")
+            up = self._read(adapter, edit, "lora_B", start, stop) * edit.scale
             if "magnitude" in roles:
-                own = self.plain(name, start, stop) if replacement is None else replacement
-                norms = torch.linalg.vector_norm(torch.addmm(own, up, down), dim=1)
+                matrix = self.stored_rows(name, start, stop) if replacement is None else replacement
+                norms = torch.linalg.vector_norm(torch.addmm(matrix, up, down), dim=1)
                 factor = self._read(adapter, edit, "magnitude", start, stop) / norms
         if "embedding_A" in roles:
-            # For an embedding A reads the token and B gives the states.
+            # In an embedding A [R, V] has a column per token, and B [C, R] gives the states.
             up = adapter.adapter.tensors.read(roles["embedding_A"])[:, start:stop].T.to(torch.float32) * edit.scale
             down = self._read(adapter, edit, "embedding_B").T
             if "magnitude" in roles:
                 factor = (self._read(adapter, edit, "magnitude") / self._column_norms(name, adapter, edit))[:, None]
         if "rows" in roles:
-            inside = [place for place, row in enumerate(edit.row_indices) if start <= row < stop]
-            indices = torch.tensor([edit.row_indices[place] - start for place in inside], dtype=torch.long)
-            rows = self._read(adapter, edit, "rows")[inside]
-        return Change(adapter.weight, replacement, down, up, factor, rows, indices)
+            selected = [index for index, row in enumerate(edit.row_indices) if start <= row < stop]
+            indices = torch.tensor([edit.row_indices[index] - start for index in selected], dtype=torch.long)
+            rows = self._read(adapter, edit, "rows")[selected]
+        return MatrixChange(adapter.weight, replacement, down, up, factor, rows, indices)
 
     def _column_norms(self, name: str, adapter: WeightedAdapter, edit: Edit) -> Tensor:
-        """[C]: the norms of an embedding's columns that DoRA divides by, over all tokens."""
+        """Return [C], the norms over all tokens of an embedding's columns, by which DoRA divides."""
         key = (name, id(adapter))
         if key not in self._norms:
-            bare = Edit({role: own for role, own in edit.roles.items() if role != "magnitude"}, edit.rank, edit.scale)
+            no_magnitude = {role: tensor for role, tensor in edit.roles.items() if role != "magnitude"}
+            lora_only = Edit(no_magnitude, edit.rank, edit.scale)
             rows, width = self.source.shape(name)
             squares = torch.zeros(width, dtype=torch.float64)
             for start, stop in row_blocks(rows, width):
-                change = self._change(name, adapter, bare, start, stop)
-                squares += change.output(None, self.plain(name, start, stop).T).double().square().sum(1)
+                change = self._change(name, adapter, lora_only, start, stop)
+                squares += change.apply(None, self.stored_rows(name, start, stop).T).double().square().sum(1)
             self._norms[key] = squares.sqrt().float()
         return self._norms[key]
