@@ -1,0 +1,365 @@
+"""Members of libraries that the product overrides, replaces or reads though their documentation does not promise them.
+
+Each is listed once, with its parameters and the file that uses it, and is compared with the installed version. These
+tests run on both ends of the version ranges, so a release that changes a member fails here, and names the file to look
+at. Private members that are not listed are found in the sources.
+
+Only libraries of requirements_unit.txt are listed; DeepSpeed's ``ds_id`` and ``ds_numel`` (loading/) are covered by
+tests/recipe/test_engines.py.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.golden import REPO
+from tests.unit.test_imports import PACKAGES, sources_of
+
+TRAINER = "training/trainer.py"
+
+
+class Member(NamedTuple):
+    """A member of a library.
+
+    Attributes:
+        path: ``module:Class.member``; an attribute may be one that the class sets on ``self``.
+        used_in: the file that uses it.
+        parameters: names of a function's parameters, in order; ``None`` for an attribute.
+    """
+
+    path: str
+    used_in: str
+    parameters: str | None = None
+
+    @property
+    def name(self) -> str:
+        return re.split(r"[:.]", self.path)[-1]
+
+
+OVERRIDDEN = [
+    Member("transformers:Trainer.create_accelerator_and_postprocess", TRAINER, "self"),
+    Member("transformers:Trainer._get_collator_with_removed_columns", TRAINER, "self data_collator description"),
+    Member("transformers:Trainer._get_train_sampler", TRAINER, "self train_dataset"),
+    Member(
+        "transformers:Trainer._get_dataloader",
+        TRAINER,
+        "self dataset description batch_size sampler_fn is_training dataloader_key",
+    ),
+    Member("transformers:Trainer.get_batch_samples", TRAINER, "self epoch_iterator num_batches device"),
+    Member("transformers:Trainer._get_num_items_in_batch", TRAINER, "self batch_samples device"),
+    Member("transformers:Trainer.compute_loss", TRAINER, "self model inputs return_outputs num_items_in_batch"),
+    Member("transformers:Trainer.training_step", TRAINER, "self model inputs num_items_in_batch"),
+    Member("transformers:Trainer._get_grad_norm", TRAINER, "self model grad_norm"),
+    Member(
+        "transformers:Trainer._maybe_log_save_evaluate",
+        TRAINER,
+        "self tr_loss grad_norm model trial epoch ignore_keys_for_eval start_time learning_rate",
+    ),
+    Member(
+        "transformers:Trainer.evaluation_loop",
+        TRAINER,
+        "self dataloader description prediction_loss_only ignore_keys metric_key_prefix",
+    ),
+    Member("transformers:Trainer.prediction_step", TRAINER, "self model inputs prediction_loss_only ignore_keys"),
+    Member(
+        "transformers:Trainer._init_training_state",
+        TRAINER,
+        "self max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial",
+    ),
+    Member("transformers:Trainer._load_from_checkpoint", TRAINER, "self resume_from_checkpoint model"),
+    Member("transformers:Trainer._load_optimizer_and_scheduler", TRAINER, "self checkpoint"),
+    Member(
+        "transformers:Trainer._run_epoch",
+        TRAINER,
+        "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
+        "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",
+    ),
+    Member("transformers:Trainer._finalize_training", TRAINER, "self trial num_train_samples start_time"),
+    Member("transformers:Trainer._get_output_dir", TRAINER, "self trial"),
+    Member("transformers:Trainer._save_checkpoint", TRAINER, "self model trial"),
+    Member("transformers:Trainer.save_model", TRAINER, "self output_dir _internal_call"),
+    Member("transformers:Trainer._save", TRAINER, "self output_dir state_dict"),
+    Member(
+        "transformers.quantizers.base:HfQuantizer._process_model_before_weight_loading",
+        "loading/quantized.py",
+        "self model kwargs",
+    ),
+    Member(
+        "transformers.quantizers.base:HfQuantizer._process_model_after_weight_loading",
+        "loading/quantized.py",
+        "self model kwargs",
+    ),
+    Member(
+        "peft.tuners.trainable_tokens.layer:TrainableTokensLayer.forward_adapters",
+        "loading/token_rows.py",
+        "self x active_adapters args kwargs",
+    ),
+    Member(
+        "transformers.tokenization_python:PythonBackend._decode",
+        "qwen_model/tokenization_qwen.py",
+        "self token_ids skip_special_tokens clean_up_tokenization_spaces kwargs",
+    ),
+    Member(
+        "transformers.tokenization_python:PythonBackend._add_tokens",
+        "qwen_model/tokenization_qwen.py",
+        "self new_tokens special_tokens",
+    ),
+    # transformers' documented hooks for a model of one's own.
+    *(
+        Member(f"transformers:PreTrainedModel.{name}", "qwen_model/modeling_qwen.py", parameters)
+        for name, parameters in {
+            "_init_weights": "self module",
+            "_no_split_modules": None,
+            "_skip_keys_device_placement": None,
+            "_supports_sdpa": None,
+            "_supports_flash_attn": None,
+            "_supports_flex_attn": None,
+            "_supports_attention_backend": None,
+            "_keys_to_ignore_on_load_unexpected": None,
+            "_tied_weights_keys": None,
+        }.items()
+    ),
+]
+
+REPLACED = [
+    Member(
+        "peft.tuners.trainable_tokens.layer:TrainableTokensLayer._collect_token_weights",
+        "loading/token_rows.py",
+        "self weight rows embed_dim",
+    ),
+    Member("peft.tuners.lora.awq:is_gptqmodel_available", "loading/adapters.py", ""),
+    Member("peft.tuners.lora.gptq:is_gptqmodel_available", "loading/adapters.py", ""),
+    Member("accelerate.state:AcceleratorState.fsdp_plugin", "training/trainer_engines.py"),
+    Member("accelerate.state:AcceleratorState.distributed_type", "training/trainer_engines.py"),
+    Member("transformers:TrainingArguments.fsdp_plugin_args", "training/trainer_engines.py"),
+    Member("transformers:Trainer.is_fsdp_enabled", "training/trainer_engines.py"),
+    Member("transformers:Trainer.label_smoother", TRAINER),
+    Member("transformers:Trainer._total_loss_scalar", TRAINER),
+    Member("transformers:Trainer._globalstep_last_logged", TRAINER),
+    Member("torch.optim.lr_scheduler:LRScheduler.base_lrs", "training/trainer_resume.py"),
+    Member("torch.optim.lr_scheduler:LRScheduler._last_lr", "training/trainer_resume.py"),
+    Member("transformers.integrations.integration_utils:TensorBoardCallback.logging_dir", "training/callbacks.py"),
+]
+
+READ = [
+    Member("transformers:Trainer._get_learning_rate", TRAINER, "self"),
+    Member("transformers:Trainer._load_rng_state", TRAINER, "self checkpoint"),
+    Member("transformers:Trainer._tr_loss", TRAINER),
+    # A dict once it has been loaded from a checkpoint, contrary to its annotation.
+    Member("transformers:TrainerState.stateful_callbacks", "training/callbacks.py"),
+    Member("transformers:TrainerState.stateful_callbacks", "training/trainer_resume.py"),
+    Member("transformers:PreTrainedConfig._auto_class", "qwen_model/configuration_qwen.py"),
+    Member("transformers:PreTrainedTokenizerBase._auto_class", "qwen_model/tokenization_qwen.py"),
+    Member("transformers:PreTrainedConfig._attn_implementation", "qwen_model/modeling_qwen.py"),
+    Member("torch.nn:Module._buffers", "loading/quantized.py"),
+    Member("torch.distributed.distributed_c10d:_get_default_store", "training/distributed/world.py", ""),
+    Member("tqdm:tqdm._instances", "commands.py"),
+    Member("atexit:_run_exitfuncs", "commands.py"),
+    # What peft's wrappers of a layer hold.
+    *(
+        Member(f"{path}.{name}", "qwen_model/head.py")
+        for path, names in {
+            "peft.utils.other:TrainableTokensWrapper": "token_adapter",
+            "peft.utils.other:ModulesToSaveWrapper": "modules_to_save original_module active_adapters disable_adapters",
+            "peft.tuners.trainable_tokens.layer:TrainableTokensLayer": "trainable_tokens_delta token_indices merged",
+            "peft.tuners.lora:LoraLayer": "lora_A lora_B lora_dropout scaling use_dora merged disable_adapters "
+            "active_adapters get_base_layer",
+        }.items()
+        for name in names.split()
+    ),
+]
+
+MEMBERS = [*OVERRIDDEN, *REPLACED, *READ]
+
+
+def find(path: str) -> Any:
+    """Return the object of a member's path; ``None`` for an attribute that instances only have.
+
+    Raises:
+        LookupError: there is no such member.
+    """
+    module, _, names = path.partition(":")
+    found: Any = importlib.import_module(module)
+    for name in names.split("."):
+        owner = found
+        try:
+            found = inspect.getattr_static(owner, name) if inspect.isclass(owner) else getattr(owner, name)
+        except AttributeError:
+            if inspect.isclass(owner) and any(sets_on_self(base, name) for base in owner.__mro__):
+                return None
+            raise LookupError(f"{path}: {owner.__name__} has no {name}") from None
+    return found
+
+
+def sets_on_self(owner: type, name: str) -> bool:
+    """Return whether a class written in Python assigns ``self.NAME``, or annotates it."""
+    source = source_of(owner)
+    return re.search(rf"self\.{name}\b[^=\n]*=(?!=)|^    {name}:", source, re.MULTILINE) is not None
+
+
+def source_of(owner: type) -> str:
+    try:
+        return inspect.getsource(owner)
+    except (OSError, TypeError):  # built in
+        return ""
+
+
+@pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.path)
+def test_member_has_its_parameters_in_installed_version(member: Member) -> None:
+    found = find(member.path)
+    if member.parameters is not None:
+        installed = " ".join(inspect.signature(found).parameters)
+        assert installed == member.parameters, f"{member.path} changed; it is used in {member.used_in}"
+
+
+def test_every_listed_member_is_used_in_its_file() -> None:
+    stale = [
+        member
+        for member in MEMBERS
+        if not (REPO / member.used_in).is_file()
+        or not re.search(rf"\b{member.name}\b", (REPO / member.used_in).read_text(encoding="utf-8"))
+    ]
+    assert stale == []
+
+
+def test_changed_and_missing_members_are_found() -> None:
+    assert find("transformers:Trainer._tr_loss") is None
+    with pytest.raises(LookupError, match="Trainer has no _run_epochs"):
+        find("transformers:Trainer._run_epochs")
+    with pytest.raises(AssertionError, match=r"changed; it is used in training/trainer\.py"):
+        test_member_has_its_parameters_in_installed_version(
+            Member("transformers:Trainer._get_output_dir", TRAINER, "self run trial")
+        )
+
+
+def test_gradient_norm_is_asked_once_between_backward_passes_and_update() -> None:
+    """``QwenTrainer._read_step`` relies on this order."""
+    from transformers import Trainer
+
+    source = inspect.getsource(Trainer._run_epoch)
+    calls = [source.index(call) for call in ("self.training_step(", "self._get_grad_norm(", "self.optimizer.step()")]
+    assert calls == sorted(calls) and source.count("self._get_grad_norm(") == 1
+
+
+def test_epoch_is_passed_by_keyword() -> None:
+    """``QwenTrainer._run_epoch`` reads it from its keyword arguments."""
+    from transformers import Trainer
+
+    call = re.search(r"self\._run_epoch\((.*?)\n\s*\)", inspect.getsource(Trainer._inner_training_loop), re.DOTALL)
+    assert call is not None and re.search(r"\bepoch=", call[1])
+
+
+# ---------------------------------------------------------------------------------- private members that are not listed
+
+LISTED = {(member.used_in, member.name) for member in MEMBERS}
+# Documented by the standard library, in spite of the underscore.
+DOCUMENTED = {"_replace", "_asdict", "_fields", "_exit"}
+
+
+def is_private(name: str) -> bool:
+    return name.startswith("_") and not name.startswith("__") and name not in DOCUMENTED
+
+
+def product_files() -> list[Path]:
+    return [path for name in (*PACKAGES, "errors", "processes", "commands") for path in sources_of(name)] + [
+        path for name in ("finetune", "merge_lora", "scripts", "benchmarks") for path in sources_of(name)
+    ]
+
+
+def own_names(tree: ast.AST) -> set[str]:
+    """Return what a file defines: names of functions, classes, variables and attributes of ``self`` and ``cls``."""
+    names: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            names.add(node.name)
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store) and is_self(node.value):
+            names.add(node.attr)
+    return names
+
+
+def is_self(node: ast.AST) -> bool:
+    return isinstance(node, ast.Name) and node.id in ("self", "cls")
+
+
+def foreign_private_names(tree: ast.AST) -> Iterator[str]:
+    """Yield private names that a file imports, reads or sets, but does not define."""
+    own = own_names(tree)
+    for node in ast.walk(tree):
+        names: list[str] = []
+        if isinstance(node, ast.Attribute) and not (is_self(node.value) and node.attr in own):
+            names = [node.attr]
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] not in {*PACKAGES, "tests"}:
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.Call) and getattr(node.func, "id", "") in ("getattr", "setattr", "hasattr"):
+            names = [argument.value for argument in node.args[1:2] if isinstance(argument, ast.Constant)]
+        yield from (name for name in names if is_private(name) and name not in own)
+
+
+def library_bases(cls: type) -> list[type]:
+    return [base for base in cls.__mro__[1:] if base.__module__.split(".")[0] not in {*PACKAGES, "builtins"}]
+
+
+def unlisted_in_class(cls: type, file: str) -> Iterator[str]:
+    """Yield private members of library bases that a class overrides, or reads from ``self``."""
+    tree = ast.parse(textwrap.dedent(inspect.getsource(cls)))
+    used = {node.attr for node in ast.walk(tree) if isinstance(node, ast.Attribute) and is_self(node.value)}
+    bases = library_bases(cls)
+    for name in sorted(used | own_names(tree)):
+        if is_private(name) and (file, name) not in LISTED:
+            for base in bases:
+                if name in vars(base) or sets_on_self(base, name):
+                    yield f"{file}: {cls.__name__} uses {base.__module__}.{base.__qualname__}.{name}"
+                    break
+
+
+def classes_of(file: Path) -> list[type]:
+    """Return the classes at the top of a file of a package."""
+    module = importlib.import_module(".".join(file.relative_to(REPO).with_suffix("").parts))
+    return [value for value in vars(module).values() if inspect.isclass(value) and value.__module__ == module.__name__]
+
+
+def test_every_private_name_of_a_library_is_listed() -> None:
+    unlisted = []
+    for path in product_files():
+        file = str(path.relative_to(REPO))
+        names = foreign_private_names(ast.parse(path.read_text(encoding="utf-8")))
+        unlisted += [f"{file}: {name}" for name in names if (file, name) not in LISTED]
+    assert unlisted == []
+
+
+def test_every_private_member_of_a_base_class_is_listed() -> None:
+    files = [path for package in PACKAGES for path in sources_of(package) if path.stem != "__init__"]
+    unlisted = [
+        line
+        for file in files
+        for cls in classes_of(file)
+        for line in unlisted_in_class(cls, str(file.relative_to(REPO)))
+    ]
+    assert unlisted == []
+
+
+def test_unlisted_members_are_found() -> None:
+    from transformers import Trainer
+
+    class Careless(Trainer):
+        def _save_rng_state(self, output_dir: str) -> None:
+            self._signature_columns = None
+            self._own = 1
+
+    lines = list(unlisted_in_class(Careless, "x.py"))
+    assert [line.rpartition(".")[2] for line in lines] == ["_save_rng_state", "_signature_columns"]
+    source = (
+        "from torch import _C\nscheduler._last_lr\nself._own = self._other\ngetattr(bar, '_instances')\nturn._replace()"
+    )
+    assert sorted(foreign_private_names(ast.parse(source))) == ["_C", "_instances", "_last_lr", "_other"]
