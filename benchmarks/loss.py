@@ -142,7 +142,8 @@ def run_case(kind: str, *arguments: str) -> None:
 def loss_case(loss: str, head: str, tokens: str) -> Any:
     import torch
 
-    from qwen_model.loss import causal_lm_loss, lean_causal_lm_loss
+    from qwen_model.lean_loss import lean_causal_lm_loss
+    from qwen_model.loss import causal_lm_loss
 
     linear = torch.nn.Linear(HIDDEN, VOCABULARY, bias=False)
     linear.weight.requires_grad_(head == "trained")
@@ -167,7 +168,7 @@ def step_case(mode: str) -> Any:
 
     from loading.token_rows import use_lean_trainable_tokens
     from qwen_model.configuration_qwen import QWenConfig
-    from qwen_model.modeling_qwen import QWenLMHeadModel
+    from qwen_model.lean_models import LeanQWenLMHeadModel
 
     config = QWenConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, num_hidden_layers=4, num_attention_heads=14, kv_channels=64,
@@ -178,7 +179,7 @@ def step_case(mode: str) -> Any:
         r=8, target_modules=["c_attn", "c_proj", "w1", "w2"], task_type="CAUSAL_LM",
         trainable_token_indices=rows if mode == "chatml_tokens" else None,
     )  # fmt: skip
-    model = get_peft_model(QWenLMHeadModel(config), adapter).train()
+    model = get_peft_model(LeanQWenLMHeadModel(config), adapter).train()
     use_lean_trainable_tokens(model)
     ids = torch.randint(0, 151_000, (1, 1024))
     ids[:, ::50] = 151644

@@ -13,7 +13,7 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from chat.families import ANSWER_STYLES, DEFAULT_SYSTEM, IM_END, IM_START, QWEN_V1, Family
+from chat.families import ANSWER_STYLES, IM_END, IM_START, Family
 from chat.render import render, render_prompt, text_of
 from chat.tools_hermes import HERMES_FORMS
 from chat.turns import Tool, ToolCall, Turn
@@ -49,22 +49,18 @@ _STEPS_PROBE: Probe = (_ASK, _STEP, _RESULT, _STEP, _RESULT, _THOUGHT, _ASK, _ST
 ApplyTemplate = Callable[[Sequence[dict[str, Any]], Sequence[Tool], bool], str]
 
 
-def family_of(model_type: str, tokenizer: Any) -> Family:
-    """The family of a checkpoint, from its config's ``model_type`` and its tokenizer's chat template.
+def family_of(tokenizer: Any, base_system: str | None = None) -> Family:
+    """The family of a checkpoint of a later family than Qwen v1, from its tokenizer's chat template.
+
+    Args:
+        base_system: default system message of a base checkpoint, which has no template.
 
     Raises:
-        ConfigError: an unknown ``model_type``, or a chat template that writes plain conversations in no known way.
+        ConfigError: a chat template that writes plain conversations in no known way.
     """
-    if model_type == "qwen":
-        return QWEN_V1
-    if model_type not in ("qwen2", "qwen3"):
-        raise ConfigError(
-            f"config.json: model_type {model_type!r} is not supported",
-            "Use a checkpoint of model_type qwen, qwen2 or qwen3",
-        )
     if not getattr(tokenizer, "chat_template", None):
-        # Base checkpoints without a template: what the first instruct models of the model_type do.
-        return replace(ANSWER_STYLES[0], default_system=DEFAULT_SYSTEM if model_type == "qwen2" else None)
+        # As the first instruct models of the model_type.
+        return replace(ANSWER_STYLES[0], default_system=base_system)
 
     def apply(messages: Sequence[dict[str, Any]], tools: Sequence[Tool], prompt: bool) -> str:
         return str(

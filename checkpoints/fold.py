@@ -20,11 +20,9 @@ from torch import Tensor
 from checkpoints.adapter import Adapter, Edit
 from checkpoints.source import TensorSource, is_finite, row_blocks
 from errors import ConfigError
+from qwen_model.architectures import EMBEDDING_WEIGHTS, HEAD_WEIGHT
 
 logger = logging.getLogger(__name__)
-
-EMBEDDINGS = ("transformer.wte.weight", "model.embed_tokens.weight")
-HEAD = "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ class Fold(TensorSource):
 
     def _source(self, name: str) -> str:
         """The base's tensor that is changed into ``name``: for an untied head the embedding."""
-        return self._embedding if self._embedding and self.untied and name == HEAD else name
+        return self._embedding if self._embedding and self.untied and name == HEAD_WEIGHT else name
 
     def _edits(self, name: str) -> list[tuple[WeightedAdapter, Edit]]:
         edits = []
@@ -157,11 +155,11 @@ def plan_fold(base: TensorSource, base_config: Mapping[str, Any], adapters: Sequ
     Raises:
         ConfigError: an adapter's tensor fits no tensor of the base or is not finite.
     """
-    embedding = next((name for name in EMBEDDINGS if name in base), None)
-    tied = embedding is not None and bool(base_config.get("tie_word_embeddings", HEAD not in base))
+    embedding = next((name for name in EMBEDDING_WEIGHTS if name in base), None)
+    tied = embedding is not None and bool(base_config.get("tie_word_embeddings", HEAD_WEIGHT not in base))
     # A tied checkpoint may also store its head, but loaders ignore that copy.
-    names = [name for name in base.names() if not (tied and name == HEAD)]
-    shapes_from = {name: name for name in names} | ({HEAD: embedding} if tied and embedding else {})
+    names = [name for name in base.names() if not (tied and name == HEAD_WEIGHT)]
+    shapes_from = {name: name for name in names} | ({HEAD_WEIGHT: embedding} if tied and embedding else {})
     untied = False
     for adapter in (weighted.adapter for weighted in adapters):
         for parameter, edit in adapter.edits.items():
@@ -173,7 +171,7 @@ def plan_fold(base: TensorSource, base_config: Mapping[str, Any], adapters: Sequ
         _warn_of_missing(adapter, list(shapes_from), tied)
         untied |= tied and embedding is not None and _unties(adapter, embedding)
     if untied:
-        names.append(HEAD)
+        names.append(HEAD_WEIGHT)
     return Fold(base, adapters, names, embedding, untied)
 
 
@@ -246,7 +244,7 @@ def _unties(adapter: Adapter, embedding: str) -> bool:
     Trained rows of the embedding apply to the head too, unless the head was trained itself. Any other change applies to
     the module it was saved for: with ``ensure_weight_tying`` peft saves it for both, without it the head is unchanged.
     """
-    first, second = adapter.edits.get(embedding), adapter.edits.get(HEAD)
+    first, second = adapter.edits.get(embedding), adapter.edits.get(HEAD_WEIGHT)
     if second is None:
         return first is not None and first.roles.keys() != {"rows"}
     return first is None or not _same_change(adapter, first, second)

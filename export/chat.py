@@ -10,6 +10,7 @@ from chat.families import DEFAULT_SYSTEM, END_OF_TEXT, IM_END, IM_START
 from chat.stops import end_ids_of, stopping_generation_config
 from checkpoints.files import load_json, save_json, save_text
 from errors import ConfigError, one_line
+from qwen_model.architectures import ARCHITECTURES
 from qwen_model.tokenization_qwen import QWenTokenizer
 
 logger = logging.getLogger(__name__)
@@ -35,7 +36,8 @@ def write_chat_template(folder: Path) -> bool:
     config = load_json(folder / _TOKENIZER_CONFIG) if (folder / _TOKENIZER_CONFIG).is_file() else {}
     if config.get("chat_template") or any((folder / name).is_file() for name in (_TEMPLATE, "chat_template.json")):
         return False
-    if load_json(folder / "config.json").get("model_type") not in ("qwen", "qwen2"):
+    architecture = ARCHITECTURES.get(str(load_json(folder / "config.json").get("model_type")))
+    if architecture is None or architecture.base_system is None:
         logger.warning(
             "there is no chat template: neither base nor adapter has one, and the family is not Qwen or Qwen2"
         )

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.fold import EMBEDDINGS, Fold, WeightedAdapter, plan_fold
+from checkpoints.fold import Fold, WeightedAdapter, plan_fold
 from checkpoints.model_config import DTYPE_NAMES, declared_dtype, with_dtype
 from checkpoints.source import InDtype, TensorSource, View, main_dtype
 from errors import ConfigError
@@ -18,6 +18,7 @@ from export.inputs import Base
 from export.layouts.config import QWEN_CONFIG
 from export.layouts.convert import convert_model
 from export.layouts.qwen2_names import layout_of_config, layout_of_names
+from qwen_model.architectures import EMBEDDING_WEIGHTS
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +74,7 @@ class MergePlan:
     @property
     def vocab_size(self) -> int:
         """Number of rows of the embedding."""
-        return self.fold.shape(next(name for name in EMBEDDINGS if name in self.fold))[0]
+        return self.fold.shape(next(name for name in EMBEDDING_WEIGHTS if name in self.fold))[0]
 
     def summary(self) -> str:
         """Describe the merge in one line; the rounding error is known once the tensors are written."""

@@ -19,11 +19,10 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 
 from checkpoints.files import load_json_or_empty, save_text
 from checkpoints.names import DATA_REPORT, RUN_SUMMARY
+from qwen_model.architectures import ARCHITECTURES
 
 # What vLLM's registry says (0.33.0, "was supported in vLLM until"): later releases have no class for QWenLMHeadModel.
 _LAST_VLLM_WITH_QWEN = "0.23.0"
-# Any family is merged; these the toolkit opens too.
-_OURS = ("qwen", "qwen2", "qwen3")
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 
@@ -114,7 +113,7 @@ def serve_lines(folder: str | Path, layout: str, model_type: str) -> list[str]:
         vllm.insert(
             0, f"# {_LAST_VLLM_WITH_QWEN} is the last vLLM with a class for this layout; --layout qwen2 needs none"
         )
-    ask = [f'python -m scripts.ask --model_name_or_path {name} "Who are you?"'] if model_type in _OURS else []
+    ask = [f'python -m scripts.ask --model_name_or_path {name} "Who are you?"'] if model_type in ARCHITECTURES else []
     return [
         *ask,
         *vllm,
@@ -133,7 +132,11 @@ def _front_matter(facts: CardFacts, licenses: Sequence[str]) -> str:
         values["base_model"] = facts.base
         if facts.adapters:
             values["base_model_relation"] = "finetune" if len(facts.adapters) == 1 else "merge"
-    has = {"qwen": facts.model_type in _OURS, "lora-merged": facts.adapters, "custom_code": facts.layout == "qwen"}
+    has = {
+        "qwen": facts.model_type in ARCHITECTURES,
+        "lora-merged": facts.adapters,
+        "custom_code": facts.layout == "qwen",
+    }
     tags = [tag for tag, is_true in has.items() if is_true]
     data = ModelCardData(library_name="transformers", pipeline_tag="text-generation", tags=tags, **values)
     return f"---\n{data.to_yaml()}\n---\n"

@@ -21,16 +21,9 @@ from checkpoints.shards import open_checkpoint
 from errors import ConfigError, one_line
 from loading.checkpoint import Checkpoint
 from loading.token_rows import sharded_token_rows, use_lean_trainable_tokens
+from qwen_model.architectures import architecture_of
 
 logger = logging.getLogger(__name__)
-
-_LATER_LAYERS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-TARGET_MODULES = {"qwen": ("c_attn", "c_proj", "w1", "w2"), "qwen2": _LATER_LAYERS, "qwen3": _LATER_LAYERS}
-EMBEDDING_MODULES = {
-    "qwen": ("wte", "lm_head"),
-    "qwen2": ("embed_tokens", "lm_head"),
-    "qwen3": ("embed_tokens", "lm_head"),
-}
 
 
 @dataclass(frozen=True)
@@ -60,8 +53,9 @@ def embeddings_policy(requested: str, checkpoint: Checkpoint, lora_weight_path: 
         return EmbeddingsPolicy(mode, f"--lora_weight_path {lora_weight_path}: as that adapter was made")
     if requested != "auto":
         return EmbeddingsPolicy(requested, f"--trainable_embeddings {requested}")
-    if checkpoint.model_type != "qwen" and checkpoint.chat_format is None:
-        return EmbeddingsPolicy("none", f"auto: {checkpoint.model_type} checkpoints know the ChatML tokens")
+    architecture = architecture_of(checkpoint.model_type)
+    if architecture.base_knows_chatml and checkpoint.chat_format is None:
+        return EmbeddingsPolicy("none", f"auto: {architecture.display_name} checkpoints know the ChatML tokens")
     if checkpoint.chat_format == "chatml":
         return EmbeddingsPolicy("none", "auto: generation_config.json says chat_format chatml, a chat model")
     return EmbeddingsPolicy(
@@ -212,16 +206,17 @@ def _load_adapter_config(folder: str, flag: str) -> LoraConfig:
 def _build_config(
     model: PreTrainedModel, checkpoint: Checkpoint, settings: LoraSettings, policy: EmbeddingsPolicy
 ) -> LoraConfig:
-    targets = list(settings.target_modules or TARGET_MODULES[checkpoint.model_type])
+    architecture = architecture_of(checkpoint.model_type)
+    targets = list(settings.target_modules or architecture.lora_targets)
     _check_targets(model, targets)
     tied = bool(model.config.tie_word_embeddings)
     embeddings: dict[str, Any] = {}
     if policy.mode == "full":
         # Tied embedding and head stay one tensor only if peft is told.
-        embeddings = {"modules_to_save": list(EMBEDDING_MODULES[checkpoint.model_type]), "ensure_weight_tying": tied}
+        embeddings = {"modules_to_save": list(architecture.embedding_modules), "ensure_weight_tying": tied}
     elif policy.mode == "chatml_tokens":
         ids = sorted(control_ids_of(checkpoint.tokenizer).values())
-        names = EMBEDDING_MODULES[checkpoint.model_type][: 1 if tied else 2]
+        names = architecture.embedding_modules[: 1 if tied else 2]
         embeddings = {"trainable_token_indices": {name: ids for name in names}}
     return LoraConfig(
         r=settings.rank,

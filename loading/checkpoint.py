@@ -12,17 +12,17 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from chat.detect import family_of
 from chat.families import END_OF_TEXT, IM_END, Family
 from chat.stops import end_ids_of
 from checkpoints.model_config import Quantization, find_quantization
 from checkpoints.shards import CheckpointReader, open_checkpoint
 from checkpoints.source import is_finite
 from errors import ConfigError, one_line
+from loading.chat_family import chat_family
 from loading.hubs import find_folder
 from loading.quantized import compute_in_float32, loading_arguments, patch_bitsandbytes_linear
-from qwen_model.modeling_qwen import QWenLMHeadModel
-from qwen_model.qwen2_qwen3 import MODEL_CLASSES
+from qwen_model.architectures import architecture_of
+from qwen_model.lean_models import model_class_of
 from qwen_model.register import register_qwen
 
 logger = logging.getLogger(__name__)
@@ -81,7 +81,7 @@ def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = 
         raise ConfigError(f"--model_name_or_path: {error}") from error
     quantization = _find_quantization(folder, reader)
     tokenizer = _load_tokenizer(folder)
-    family = family_of(config.model_type, tokenizer)
+    family = chat_family(config.model_type, tokenizer)
     generation_config = _load_generation_config(folder)
     _check_tokenizer(folder, config, tokenizer, generation_config)
     return Checkpoint(
@@ -114,13 +114,12 @@ def load_model(
         ConfigError: weights that are missing, broken, incomplete, not finite or of another shape than the config says.
     """
     where = f"--model_name_or_path {checkpoint.folder}"
-    model_class: Any = MODEL_CLASSES.get(checkpoint.model_type, QWenLMHeadModel)
     arguments, storage_dtype = {"config": checkpoint.config}, dtype
     if checkpoint.quantization or quantize:
         storage_dtype = checkpoint.dtype if dtype == torch.float32 else dtype
         arguments = loading_arguments(checkpoint.folder, checkpoint.config, checkpoint.quantization, quantize, dtype)
     try:
-        loaded: Any = model_class.from_pretrained(
+        loaded: Any = model_class_of(checkpoint.model_type).from_pretrained(
             None if "state_dict" in arguments else str(checkpoint.folder),
             dtype=storage_dtype,
             attn_implementation=attn_implementation,
@@ -172,10 +171,7 @@ def _load_config(folder: Path) -> Any:
         raise ConfigError(
             f"{file}: not a JSON object ({error})", "Copy it again from the original checkpoint"
         ) from error
-    if model_type not in ("qwen", "qwen2", "qwen3"):
-        raise ConfigError(
-            f"{file}: model_type {model_type!r} is not supported", "Use a checkpoint of model_type qwen, qwen2 or qwen3"
-        )
+    architecture_of(model_type, file)
     return AutoConfig.from_pretrained(str(folder))
 
 

@@ -18,51 +18,8 @@ from tqdm import tqdm
 
 from chat.label_mask import IGNORE_INDEX
 from data_utils.encode import UnweightedExample
-from qwen_model.block_runner import PLACES, Places, blocks_of, capture_block_inputs, run_block
-from qwen_model.loss import lean_causal_lm_loss
-
-
-@dataclass(frozen=True, kw_only=True)
-class Layout(Places):
-    """Where a family has its parts, and what is quantised of them.
-
-    Attributes:
-        layers: the linear layers of a block in the order of their computation, those with the same input together.
-        scaled_by: for each of these groups the layer that can make its input smaller, because each of the inputs is
-            proportional to one of its outputs; ``None`` where there is none.
-    """
-
-    layers: tuple[tuple[str, ...], ...]
-    scaled_by: tuple[str | None, ...]
-
-
-def _later(model_type: str) -> Layout:
-    return Layout(
-        **vars(PLACES[model_type]),
-        layers=(
-            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
-            ("self_attn.o_proj",),
-            ("mlp.gate_proj", "mlp.up_proj"),
-            ("mlp.down_proj",),
-        ),
-        scaled_by=("input_layernorm", None, "post_attention_layernorm", "mlp.up_proj"),
-    )
-
-
-LAYOUTS = {
-    "qwen": Layout(
-        **vars(PLACES["qwen"]),
-        layers=(("attn.c_attn",), ("attn.c_proj",), ("mlp.w1", "mlp.w2"), ("mlp.c_proj",)),
-        scaled_by=("ln_1", None, "ln_2", "mlp.w1"),
-    ),
-    "qwen2": _later("qwen2"),
-    "qwen3": _later("qwen3"),
-}
-
-
-def layout_of(model: Any) -> Layout:
-    """The layout of a model that ``loading.checkpoint`` can load."""
-    return LAYOUTS[model.config.model_type]
+from qwen_model.block_runner import architecture_of_model, blocks_of, capture_block_inputs, run_block
+from qwen_model.lean_loss import lean_causal_lm_loss
 
 
 def take_blocks(model: Any, device: torch.device, what: str) -> Iterator[tuple[int, nn.Module]]:
@@ -121,7 +78,7 @@ class Stream:
     @torch.no_grad()
     def perplexity(self, model: Any) -> float:
         """exp of the mean cross entropy over the trained tokens, from the states behind the last block."""
-        norm, head = model.get_submodule(layout_of(model).norm), model.lm_head
+        norm, head = model.get_submodule(architecture_of_model(model).norm), model.lm_head
         for module in (norm, head):
             module.to(self.device, torch.float32)
         total = torch.zeros((), dtype=torch.float64)

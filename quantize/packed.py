@@ -5,7 +5,7 @@ A block is fitted to what the quantised blocks before it give, so that it makes 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -17,18 +17,17 @@ from checkpoints.shards import CheckpointReader
 from errors import ConfigError
 from quantize.awq import quantize_awq, search_scales
 from quantize.blocks import (
-    LAYOUTS,
     InputStatistics,
-    Layout,
     Stream,
-    layout_of,
     measure_inputs,
     stored_tensors,
     take_blocks,
 )
 from quantize.gptq import quantize_gptq
-from qwen_model.block_runner import blocks_of
+from qwen_model.architectures import LinearGroup, architecture_of
+from qwen_model.block_runner import architecture_of_model, blocks_of
 
+Groups = Sequence[LinearGroup]
 Parts = dict[str, Tensor]
 
 NF4_BLOCK = 64
@@ -74,8 +73,8 @@ def most_inputs(reader: CheckpointReader, model_type: str) -> int:
 
 def _shapes(reader: CheckpointReader, model_type: str) -> dict[str, tuple[int, int]]:
     """Outputs and inputs of the first block's layers; what is missing is reported by whoever loads the weights."""
-    layout = LAYOUTS[model_type]
-    names = {name: f"{layout.blocks}.0.{name}.weight" for group in layout.layers for name in group}
+    architecture = architecture_of(model_type)
+    names = {name: f"{architecture.blocks}.0.{name}.weight" for name in architecture.linear_layers}
     shapes = {name: reader.shape(weight) for name, weight in names.items() if weight in reader}
     return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
 
@@ -94,19 +93,20 @@ def quantize_weights(
     Raises:
         RunError: weights or inputs that cannot be quantised, see ``quantize.gptq``.
     """
-    layout, last = layout_of(model), len(blocks_of(model)) - 1
+    architecture, last = architecture_of_model(model), len(blocks_of(model)) - 1
     quantize = _quantize_gptq if quantization.method == "gptq" else _quantize_awq
     for index, block in take_blocks(model, calibration.device, "Quantising"):
         held_out.pass_through(index, block)
-        packed = quantize(block, index, calibration, layout, quantization, dtype)
+        packed = quantize(block, index, calibration, architecture.linear_groups, quantization, dtype)
         if index < last:
             calibration.pass_through(index, block)
+        prefix = f"{architecture.blocks}.{index}"
         for tensor_name, tensor in block.state_dict().items():
             layer = tensor_name.removesuffix(".weight")
             if layer in packed:
-                yield from ((f"{layout.blocks}.{index}.{layer}.{part}", value) for part, value in packed[layer].items())
+                yield from ((f"{prefix}.{layer}.{part}", value) for part, value in packed[layer].items())
             else:
-                yield f"{layout.blocks}.{index}.{tensor_name}", tensor.to("cpu", dtype)
+                yield f"{prefix}.{tensor_name}", tensor.to("cpu", dtype)
     for name, tensor in stored_tensors(model):
         yield name, tensor.to("cpu", dtype)
 
@@ -118,13 +118,13 @@ def _linear(block: nn.Module, name: str) -> nn.Linear:
 
 
 def _quantize_gptq(
-    block: nn.Module, index: int, stream: Stream, layout: Layout, quantization: Quantization, dtype: torch.dtype
+    block: nn.Module, index: int, stream: Stream, groups: Groups, quantization: Quantization, dtype: torch.dtype
 ) -> dict[str, Parts]:
     """Quantise the layers of a block in place, each fitted to the quantised ones before it."""
     packed = {}
-    for group in layout.layers:
-        inputs = measure_inputs(stream, index, block, group[:1])[group[0]]
-        for name in group:
+    for group in groups:
+        inputs = measure_inputs(stream, index, block, group.layers[:1])[group.layers[0]]
+        for name in group.layers:
             layer = _linear(block, name)
             rounded = quantize_gptq(layer.weight, inputs.gram, quantization.bits, quantization.group_size)
             packed[name] = _put(rounded, layer, quantization)
@@ -132,19 +132,22 @@ def _quantize_gptq(
 
 
 def _quantize_awq(
-    block: nn.Module, index: int, stream: Stream, layout: Layout, quantization: Quantization, dtype: torch.dtype
+    block: nn.Module, index: int, stream: Stream, groups: Groups, quantization: Quantization, dtype: torch.dtype
 ) -> dict[str, Parts]:
     """Scale and quantise the layers of a block in place."""
-    statistics = measure_inputs(stream, index, block, [group[0] for group in layout.layers])
-    groups = [(statistics[group[0]], [_linear(block, name) for name in group]) for group in layout.layers]
-    for (inputs, layers), before in zip(groups, layout.scaled_by, strict=True):
-        if before is not None:
-            weights = [layer.weight for layer in layers]
-            scales = search_scales(weights, inputs.gram, inputs.sizes, quantization.group_size)
-            _move_scales(block.get_submodule(before), layers, inputs, scales, dtype)
+    statistics = measure_inputs(stream, index, block, [group.layers[0] for group in groups])
+    for group in groups:
+        if group.scaled_by is not None:
+            inputs, layers = statistics[group.layers[0]], [_linear(block, name) for name in group.layers]
+            scales = search_scales(
+                [layer.weight for layer in layers], inputs.gram, inputs.sizes, quantization.group_size
+            )
+            _move_scales(block.get_submodule(group.scaled_by), layers, inputs, scales, dtype)
     packed = {}
-    for names, (inputs, layers) in zip(layout.layers, groups, strict=True):
-        for name, layer in zip(names, layers, strict=True):
+    for group in groups:
+        inputs = statistics[group.layers[0]]
+        for name in group.layers:
+            layer = _linear(block, name)
             packed[name] = _put(quantize_awq(layer.weight, inputs.gram, quantization.group_size), layer, quantization)
     return packed
 

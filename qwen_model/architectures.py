@@ -1,28 +1,188 @@
-"""The shapes that a config.json gives the matrices of a model's blocks; needs no torch."""
+"""What differs between the supported values of ``model_type``: one row each.
+
+A new ``model_type`` is a row here and, if no class of transformers or ours serves it, a class in ``lean_models.py``.
+``tests/unit/qwen_model/test_architectures.py`` compares every row with the real class. Only the standard library is
+imported, because ``checkpoints`` and the checks of the command line read this file, too.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from errors import ConfigError
+
+HEAD = "lm_head"
+"""Name of the language-model head in every architecture."""
+HEAD_WEIGHT = f"{HEAD}.weight"
+
+Shapes = dict[str, tuple[int, int]]
 
 
-def block_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """[O, I] of the linear layers of a block by the end of their names; empty where the config says too little."""
-    try:
-        hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
-        width = int(config["intermediate_size"])
-        if config["model_type"] == "qwen":
-            attention, half = int(config.get("kv_channels", hidden // heads)) * heads, width // 2
-            return {
-                "attn.c_attn": (3 * attention, hidden), "attn.c_proj": (hidden, attention),
-                "mlp.w1": (half, hidden), "mlp.w2": (half, hidden), "mlp.c_proj": (hidden, half),
-            }  # fmt: skip
-        size = int(config.get("head_dim") or hidden // heads)
-        keys = int(config.get("num_key_value_heads") or heads) * size
-    except (KeyError, TypeError, ValueError, ZeroDivisionError):
-        return {}
+class LinearGroup(NamedTuple):
+    """Linear layers of a block that are given the same input, and hence are quantised together.
+
+    Attributes:
+        layers: their names within the block.
+        scaled_by: the norm or linear layer whose output channels are proportional to the channels of this input, so
+            that AWQ can move scales between them; ``None`` if there is none.
+    """
+
+    layers: tuple[str, ...]
+    scaled_by: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """The facts about one ``model_type``.
+
+    Attributes:
+        display_name: its name in messages.
+        saved_class: class name in ``architectures`` of config.json.
+        model_class: class in ``lean_models.py`` that the toolkit loads.
+        embedding, blocks, norm: modules of the model: token embedding, list of blocks, final norm.
+        block_returns_tuple: whether a block returns a tuple that begins with the states.
+        linear_groups: all linear layers of a block, in the order of their computation.
+        shapes: config.json -> [O, I] of these layers by their names within a block.
+        brings_chat_template: whether checkpoints bring a chat template; Qwen v1 has one fixed format instead.
+        base_knows_chatml: whether base checkpoints were trained with the ChatML tokens.
+        base_system: default system message of checkpoints without a chat template; ``None``: no system message.
+    """
+
+    model_type: str
+    display_name: str
+    saved_class: str
+    model_class: str
+    embedding: str
+    blocks: str
+    norm: str
+    block_returns_tuple: bool = False
+    linear_groups: tuple[LinearGroup, ...]
+    shapes: Callable[[Mapping[str, Any]], Shapes]
+    brings_chat_template: bool = True
+    base_knows_chatml: bool = True
+    base_system: str | None
+
+    @property
+    def linear_layers(self) -> tuple[str, ...]:
+        """Names within a block of its linear layers, in the order of their computation."""
+        return tuple(name for group in self.linear_groups for name in group.layers)
+
+    @property
+    def lora_targets(self) -> tuple[str, ...]:
+        """Default target modules of an adapter: all linear layers of the blocks, by the last part of their names."""
+        return tuple(dict.fromkeys(name.rpartition(".")[2] for name in self.linear_layers))
+
+    @property
+    def embedding_modules(self) -> tuple[str, str]:
+        """Embedding and head, by the last part of their names as peft's configs have them."""
+        return self.embedding.rpartition(".")[2], HEAD
+
+    @property
+    def embedding_weight(self) -> str:
+        """Name of the embedding's tensor on disk."""
+        return f"{self.embedding}.weight"
+
+
+def _qwen_shapes(config: Mapping[str, Any]) -> Shapes:
+    hidden, heads = int(config["hidden_size"]), int(config["num_attention_heads"])
+    attention = int(config.get("kv_channels", hidden // heads)) * heads
+    width = int(config["intermediate_size"]) // 2
     return {
-        "self_attn.q_proj": (heads * size, hidden), "self_attn.k_proj": (keys, hidden),
-        "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, heads * size),
+        "attn.c_attn": (3 * attention, hidden), "attn.c_proj": (hidden, attention),
+        "mlp.w1": (width, hidden), "mlp.w2": (width, hidden), "mlp.c_proj": (hidden, width),
+    }  # fmt: skip
+
+
+def _qwen2_shapes(config: Mapping[str, Any]) -> Shapes:
+    hidden, heads, width = (int(config[name]) for name in ("hidden_size", "num_attention_heads", "intermediate_size"))
+    head_size = int(config.get("head_dim") or hidden // heads)
+    queries, keys = heads * head_size, int(config.get("num_key_value_heads") or heads) * head_size
+    return {
+        "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden),
+        "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, queries),
         "mlp.gate_proj": (width, hidden), "mlp.up_proj": (width, hidden), "mlp.down_proj": (hidden, width),
     }  # fmt: skip
+
+
+_QWEN = Architecture(
+    model_type="qwen",
+    display_name="Qwen v1",
+    saved_class="QWenLMHeadModel",
+    model_class="LeanQWenLMHeadModel",
+    embedding="transformer.wte",
+    blocks="transformer.h",
+    norm="transformer.ln_f",
+    block_returns_tuple=True,
+    linear_groups=(
+        LinearGroup(("attn.c_attn",), "ln_1"),
+        LinearGroup(("attn.c_proj",), None),
+        LinearGroup(("mlp.w1", "mlp.w2"), "ln_2"),
+        LinearGroup(("mlp.c_proj",), "mlp.w1"),
+    ),
+    shapes=_qwen_shapes,
+    brings_chat_template=False,
+    base_knows_chatml=False,
+    base_system="You are a helpful assistant.",
+)
+_QWEN2 = Architecture(
+    model_type="qwen2",
+    display_name="Qwen2",
+    saved_class="Qwen2ForCausalLM",
+    model_class="LeanQwen2ForCausalLM",
+    embedding="model.embed_tokens",
+    blocks="model.layers",
+    norm="model.norm",
+    linear_groups=(
+        LinearGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
+        LinearGroup(("self_attn.o_proj",), None),
+        LinearGroup(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
+        LinearGroup(("mlp.down_proj",), "mlp.up_proj"),
+    ),
+    shapes=_qwen2_shapes,
+    base_system="You are a helpful assistant.",
+)
+_QWEN3 = replace(
+    _QWEN2,
+    model_type="qwen3",
+    display_name="Qwen3",
+    saved_class="Qwen3ForCausalLM",
+    model_class="LeanQwen3ForCausalLM",
+    base_system=None,
+)
+
+ARCHITECTURES = {row.model_type: row for row in (_QWEN, _QWEN2, _QWEN3)}
+
+EMBEDDING_WEIGHTS = tuple(dict.fromkeys(row.embedding_weight for row in ARCHITECTURES.values()))
+"""Names that the embedding's tensor can have on disk; other decoders than Qwen's use the second one as well."""
+
+
+def architecture_of(model_type: object, file: object = "config.json") -> Architecture:
+    """The row of a ``model_type``.
+
+    Args:
+        file: where it was read, for the message.
+
+    Raises:
+        ConfigError: it is not supported.
+    """
+    if isinstance(model_type, str) and model_type in ARCHITECTURES:
+        return ARCHITECTURES[model_type]
+    *others, last = ARCHITECTURES
+    raise ConfigError(
+        f"{file}: model_type {model_type!r} is not supported",
+        f"Use a checkpoint of model_type {', '.join(others)} or {last}",
+    )
+
+
+def block_shapes(config: Mapping[str, Any]) -> Shapes:
+    """[O, I] of the linear layers of a block by their names within it; empty if the config lacks a size.
+
+    The adapters of any model can be merged: one whose ``model_type`` is not in the table is read as Qwen2, whose names
+    most decoders share.
+    """
+    try:
+        return ARCHITECTURES.get(config["model_type"], _QWEN2).shapes(config)
+    except (KeyError, TypeError, ValueError, ZeroDivisionError):
+        return {}

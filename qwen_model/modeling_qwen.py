@@ -21,7 +21,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from qwen_model.configuration_qwen import QWenConfig
 from qwen_model.generation import QWenChatMixin
-from qwen_model.loss import CausalLMLossOutput, causal_lm_loss, lean_causal_lm_loss
+from qwen_model.loss import causal_lm_loss
 from qwen_model.rope import RotaryTables, logn_scale, ntk_alpha, rotary_tables, rotate
 
 
@@ -310,10 +310,6 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, GenerationMixin):
         output_attentions: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
-        loss_weights: Tensor | None = None,
-        label_smoothing: float = 0.0,
-        num_targets: int | None = None,
-        loss_only: bool = False,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where labels are given.
@@ -321,8 +317,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, GenerationMixin):
         Args:
             labels: [B, T], an id or -100; not shifted.
             logits_to_keep: compute the logits of the last N positions only (0: all), or of these positions.
-            num_items_in_batch, loss_weights, label_smoothing, num_targets: see ``loss.lean_causal_lm_loss``.
-            loss_only: give the loss and ``num_correct`` without logits, which takes a small part of their memory.
+            num_items_in_batch: what the summed loss is divided by; ``None``: the number of targets of this batch.
             Others as in ``QWenModel.forward``.
 
         Returns:
@@ -339,26 +334,9 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, GenerationMixin):
             output_attentions=output_attentions,
             **kwargs,
         )
-        if labels is not None and loss_only:
-            lean_loss, correct = lean_causal_lm_loss(
-                outputs.last_hidden_state,
-                self.lm_head,
-                labels,
-                num_items_in_batch,
-                loss_weights,
-                label_smoothing,
-                num_targets,
-            )
-            return CausalLMLossOutput(
-                loss=lean_loss,
-                num_correct=correct,
-                past_key_values=outputs.past_key_values,
-                hidden_states=outputs.hidden_states,
-                attentions=outputs.attentions,
-            )
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch, loss_weights)
+        loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,

@@ -108,7 +108,7 @@ def load_family(shared: Path, name: str) -> Checkpoint:
     recorded = [
         _load(folder / file).get(facts.get("alias_of", name), []) for file in ("expected_training.json", "cases.json")
     ]
-    return Checkpoint(name, facts, family_of("qwen2", tokenizer), tokenizer, *recorded)
+    return Checkpoint(name, facts, family_of(tokenizer), tokenizer, *recorded)
 
 
 def turns_of(row: Row) -> list[Turn]:

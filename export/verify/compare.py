@@ -27,9 +27,9 @@ from checkpoints.shards import open_checkpoint
 from checkpoints.source import TensorSource, row_blocks
 from errors import ConfigError
 from export.verify.layered_model import LayeredModel, round_weights
-from export.verify.reference import HEAD_WEIGHT
 from export.verify.tolerance import END_FACTOR, END_FLOOR, PartCheck, RunningArgmax, States
-from qwen_model.block_runner import HEAD, PLACES, run_block
+from qwen_model.architectures import ARCHITECTURES, HEAD, HEAD_WEIGHT
+from qwen_model.block_runner import run_block
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,8 @@ def describe(verification: Verification) -> str:
 
 def check_verifiable(model_type: str) -> None:
     """Raise ``ConfigError`` for a family whose blocks cannot be run one at a time."""
-    if model_type not in PLACES:
-        known = ", ".join(sorted(PLACES))
+    if model_type not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
         raise ConfigError(
             f"a model of type {model_type!r} cannot be verified, only {known}",
             "Add --no_verify to merge without the comparison",

@@ -13,11 +13,10 @@ from torch import Tensor, nn
 
 from checkpoints.fold import WeightedAdapter
 from checkpoints.source import TensorSource, main_dtype
-from errors import ConfigError
-from export.verify.reference import HEAD_WEIGHT, AdaptedLinear, AdaptedParameters
-from qwen_model.block_runner import PLACES, blocks_of, capture_block_inputs
-from qwen_model.modeling_qwen import QWenLMHeadModel
-from qwen_model.qwen2_qwen3 import MODEL_CLASSES
+from export.verify.reference import AdaptedLinear, AdaptedParameters
+from qwen_model.architectures import HEAD_WEIGHT, architecture_of
+from qwen_model.block_runner import blocks_of, capture_block_inputs
+from qwen_model.lean_models import model_class_of
 
 
 class LayeredModel:
@@ -41,12 +40,8 @@ class LayeredModel:
     def __init__(
         self, source: TensorSource, config: Mapping[str, Any], adapters: Sequence[WeightedAdapter] = ()
     ) -> None:
-        model_type = config.get("model_type")
-        if model_type not in PLACES:
-            what = f"config.json: model_type {model_type!r} is not supported"
-            raise ConfigError(what, "Use a checkpoint of model_type qwen, qwen2 or qwen3")
-        places = PLACES[model_type]
-        model_class: Any = MODEL_CLASSES.get(model_type, QWenLMHeadModel)
+        architecture = architecture_of(config.get("model_type"))
+        model_class = model_class_of(architecture.model_type)
         values = {"tie_word_embeddings": HEAD_WEIGHT not in source, **config}
         settings = model_class.config_class.from_dict({k: v for k, v in values.items() if k != "quantization_config"})
         with torch.device("meta"):
@@ -54,8 +49,8 @@ class LayeredModel:
         if rotary := getattr(self._model.base_model, "rotary_emb", None):
             # Its frequencies are computed rather than stored, so the meta device has none.
             self._model.base_model.rotary_emb = type(rotary)(settings)
-        self.embedding = f"{places.embedding}.weight"
-        self.stages = [*(f"{places.blocks}.{i}" for i in range(len(blocks_of(self._model)))), places.norm]
+        self.embedding = architecture.embedding_weight
+        self.stages = [*(f"{architecture.blocks}.{i}" for i in range(len(blocks_of(self._model)))), architecture.norm]
         self.parameters = AdaptedParameters(source, adapters, self.embedding if settings.tie_word_embeddings else None)
         shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
         self._shapes = {name: shape for name, shape in shapes.items() if self.parameters.stored_name(name) == name}

@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from chat.detect import family_of
 from chat.families import IM_END, IM_START
 from chat.render import control_ids_of, encode_prompt, render
 from chat.turns import Turn
 from checkpoints.files import load_json
 from errors import ConfigError, one_line
+from loading.chat_family import chat_family
 from qwen_model.register import register_qwen
 
 logger = logging.getLogger(__name__)
@@ -61,7 +61,7 @@ def _encode(folder: Path, vocab_size: int) -> list[list[int]]:
     tokenizer = AutoTokenizer.from_pretrained(str(folder))
     if len(set(control_ids_of(tokenizer).values())) < 2:  # transformers makes an empty tokenizer if there are no files
         raise ValueError(f"it lacks {IM_START} and {IM_END}")
-    family = family_of(load_json(folder / "config.json")["model_type"], tokenizer)
+    family = chat_family(load_json(folder / "config.json")["model_type"], tokenizer)
     conversations = ([Turn("user", question), Turn("assistant", answer)] for question, answer in PROMPTS)
     prompts = [encode_prompt(render(turns, family), tokenizer)[:MAX_TOKENS] for turns in conversations]
     if (largest := max(id_ for prompt in prompts for id_ in prompt)) >= vocab_size:

@@ -18,9 +18,7 @@ from torch import Tensor, nn
 from checkpoints.adapter import Edit
 from checkpoints.fold import WeightedAdapter
 from checkpoints.source import TensorSource, row_blocks
-from qwen_model.block_runner import HEAD
-
-HEAD_WEIGHT = f"{HEAD}.weight"
+from qwen_model.architectures import HEAD_WEIGHT
 
 
 @dataclass(frozen=True)

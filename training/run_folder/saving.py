@@ -24,13 +24,13 @@ from checkpoints.source import is_finite
 from checkpoints.writing import save_checkpoint, save_tensors
 from errors import RunError
 from loading.checkpoint import Checkpoint, set_saved_dtype
+from qwen_model.architectures import architecture_of
 from training.run_folder.staging import saving_errors, staged_files
 
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = 5 * 10**9
 _FAULTY_DISK = "Nothing was kept: save to another disk"
-_ARCHITECTURES = {"qwen": "QWenLMHeadModel", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM"}
 
 
 def save_model(
@@ -125,7 +125,7 @@ def save_full(
         config.qwen_config = {**kept, "chat_format": "chatml"}
     config.use_cache = True  # the trainer turns it off for its own time
     # Not the class that trained: others know the checkpoint by the name it came with.
-    config.architectures = checkpoint.config.architectures or [_ARCHITECTURES[checkpoint.model_type]]
+    config.architectures = checkpoint.config.architectures or [architecture_of(checkpoint.model_type).saved_class]
     config.save_pretrained(folder)
     _check_saved(on_disk("Checking"), folder, WEIGHTS[:1])
 

@@ -15,14 +15,13 @@ import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from chat.detect import family_of
-from chat.families import ANSWER_STYLES, QWEN_V1, Family
+from chat.families import ANSWER_STYLES, Family
 from chat.render import encode_prompt, render, render_prompt, text_of
 from chat.tools_hermes import HERMES_FORMS
 from chat.turns import Turn
@@ -203,7 +202,7 @@ def test_thinking_is_trained_where_it_has_a_place_and_refused_elsewhere(checkpoi
 def test_tools_that_a_template_writes_otherwise_are_refused(shared: Path, changed: str, to: str) -> None:
     checkpoint = load_family(shared, "qwen3")
     checkpoint.tokenizer.chat_template = str(checkpoint.tokenizer.chat_template).replace(changed, to, 1)
-    family = family_of("qwen2", checkpoint.tokenizer)
+    family = family_of(checkpoint.tokenizer)
     assert (family.name, family.tool_form, family.knows_thinking) == ("chatml-hybrid", None, True)
     with pytest.raises(DataError, match=r"^here: the chat format 'chatml-hybrid' cannot write tools and their calls"):
         replace(checkpoint, family=family).encode([Turn("user", "Hi"), Turn("assistant", "Hi")], [{"name": "f"}])
@@ -217,7 +216,7 @@ def test_thinking_that_a_template_writes_otherwise_is_refused(shared: Path) -> N
         .replace("loop.last or (not loop.last and reasoning_content)", "loop.last or reasoning_content")
         .replace("loop.index0 > ns.last_query_index", "loop.index0 > ns.last_query_index or reasoning_content")
     )
-    family = family_of("qwen2", checkpoint.tokenizer)
+    family = family_of(checkpoint.tokenizer)
     assert (family.name, family.knows_thinking, family.tool_form) == ("chatml-hybrid", False, HERMES_FORMS[2])
     changed = replace(checkpoint, family=family)
     for answer in (SAID, THOUGHT, Turn("assistant", "add</think>2")):
@@ -228,27 +227,11 @@ def test_thinking_that_a_template_writes_otherwise_is_refused(shared: Path) -> N
     assert changed.encode([Turn("user", "what is <think>?"), Turn("assistant", "a tag")]).input_ids
 
 
-@pytest.mark.parametrize(
-    ("model_type", "default_system"),
-    [("qwen2", "You are a helpful assistant."), ("qwen3", None)],
-    ids=["qwen2", "qwen3"],
-)
-def test_base_checkpoint_without_a_template(model_type: str, default_system: str | None) -> None:
-    family = family_of(model_type, SimpleNamespace(chat_template=None))
-    assert (family.name, family.default_system) == ("chatml", default_system)
-
-
-def test_model_type_decides() -> None:
-    assert family_of("qwen", None) is QWEN_V1
-    with pytest.raises(ConfigError, match=r"model_type 'llama' is not supported"):
-        family_of("llama", None)
-
-
 def test_a_template_that_is_no_known_one_is_refused() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_WORD_LEVEL))
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
     with pytest.raises(ConfigError, match="does not write plain conversations as any known Qwen template"):
-        family_of("qwen2", tokenizer)
+        family_of(tokenizer)
 
 
 def test_every_style_is_met_by_a_family() -> None:

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from chat.detect import family_of
 from chat.families import QWEN_V1
 from chat.render import encode_prompt, render, render_prompt, text_of
 from chat.stops import end_ids_of, stopping_generation_config
 from chat.turns import Turn
 from errors import ConfigError
 from export.chat import CHATML_TEMPLATE, write_chat_template, write_generation_config
+from loading.chat_family import chat_family
 from qwen_model.tokenization_qwen import QWenTokenizer
 from tests.golden import Golden
 from tests.models import CONVERSATIONS, TINY, copy_checkpoint, write_later_checkpoint
@@ -71,7 +71,7 @@ def test_later_checkpoints_with_the_template_are_a_known_family(tmp_path: Path) 
     from transformers import AutoTokenizer
 
     folder = write_later_checkpoint(tmp_path / "qwen2", "qwen2", CHATML_TEMPLATE)
-    family = family_of("qwen2", AutoTokenizer.from_pretrained(folder))
+    family = chat_family("qwen2", AutoTokenizer.from_pretrained(folder))
     assert (family.name, family.default_system, family.tool_form) == ("chatml", "You are a helpful assistant.", None)
 
 
@@ -114,10 +114,10 @@ def test_qwen2_without_a_template_is_asked_as_it_was_trained(tmp_path: Path) -> 
     from transformers import AutoTokenizer
 
     folder = write_later_checkpoint(tmp_path / "qwen2", "qwen2")
-    trained = family_of("qwen2", AutoTokenizer.from_pretrained(folder))
+    trained = chat_family("qwen2", AutoTokenizer.from_pretrained(folder))
     assert write_chat_template(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert family_of("qwen2", tokenizer) == trained
+    assert chat_family("qwen2", tokenizer) == trained
     text = tokenizer.apply_chat_template(messages([("user", "Hi")]), tokenize=False, add_generation_prompt=True)
     assert text == text_of(render_prompt([Turn("user", "Hi")], trained))
 

@@ -84,7 +84,7 @@ def test_a_checkpoint_that_says_nothing_is_a_base_model(tmp_path: Path) -> None:
 def test_later_families_know_chatml(tmp_path: Path, model_type: str) -> None:
     write_later_checkpoint(tmp_path / "model", model_type)
     policy = embeddings_policy("auto", load_checkpoint(str(tmp_path / "model")))
-    assert policy == EmbeddingsPolicy("none", f"auto: {model_type} checkpoints know the ChatML tokens")
+    assert policy == EmbeddingsPolicy("none", f"auto: {model_type.capitalize()} checkpoints know the ChatML tokens")
 
 
 @pytest.mark.parametrize("mode", ["full", "chatml_tokens", "none"])

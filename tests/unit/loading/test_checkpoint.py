@@ -14,8 +14,8 @@ from checkpoints.writing import save_checkpoint
 from errors import ConfigError
 from loading.checkpoint import load_checkpoint, load_model
 from loading.inference import load_for_inference
+from qwen_model.lean_models import model_class_of
 from qwen_model.modeling_qwen import QWenLMHeadModel
-from qwen_model.qwen2_qwen3 import MODEL_CLASSES
 from tests.models import (
     TINY,
     change_json,
@@ -58,7 +58,7 @@ def test_checkpoints_of_later_families(tmp_path: Path, shared: Path, model_type:
     assert (checkpoint.model_type, checkpoint.chat_format, checkpoint.end_ids) == (model_type, None, [702, 700])
     default_system = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
     assert checkpoint.family.default_system == (default_system if model_type == "qwen2" else None)
-    assert type(load_model(checkpoint, torch.float32)) is MODEL_CLASSES[model_type]
+    assert type(load_model(checkpoint, torch.float32)) is model_class_of(model_type)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from loading.token_rows import LeanTrainableTokens, use_lean_trainable_tokens
+from qwen_model.lean_models import LeanQWenLMHeadModel
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from tests.golden import SMALL, relative_difference
 
@@ -17,7 +18,7 @@ IDS = torch.tensor([[701, 5, 9, 702, 33, 701, 40, 41, 702, 7]])
 
 def build(lean: bool) -> PeftModel:
     torch.manual_seed(0)
-    model: Any = QWenLMHeadModel.from_pretrained(SMALL / "tiny-qwen-small", dtype=torch.float32)
+    model: Any = LeanQWenLMHeadModel.from_pretrained(SMALL / "tiny-qwen-small", dtype=torch.float32)
     rows = {"wte": [701, 702], "lm_head": [701, 702]}
     model = get_peft_model(
         model, LoraConfig(r=2, target_modules=["c_attn"], task_type="CAUSAL_LM", trainable_token_indices=rows)

@@ -15,9 +15,9 @@ from data_utils.encode import UnweightedExample
 from errors import ConfigError
 from loading.checkpoint import Checkpoint, load_checkpoint, load_model
 from loading.quantized import compute_in_float32
-from quantize.blocks import InputStatistics, Stream, layout_of, measure_inputs, stored_tensors, take_blocks
+from quantize.blocks import InputStatistics, Stream, measure_inputs, stored_tensors, take_blocks
 from quantize.packed import _move_scales, check_sizes, most_inputs, quantize_weights
-from qwen_model.block_runner import blocks_of
+from qwen_model.block_runner import architecture_of_model, blocks_of
 from tests.models import TINY, write_later_checkpoint
 
 CPU = torch.device("cpu")
@@ -92,7 +92,7 @@ def test_a_model_stored_in_16_bits_computes_in_float32(
 
 
 def test_statistics_are_those_of_the_layers_inputs(model: Any, examples: list[UnweightedExample]) -> None:
-    block, name = blocks_of(model)[0], layout_of(model).layers[-1][0]
+    block, name = blocks_of(model)[0], architecture_of_model(model).linear_layers[-1]
     seen: list[Tensor] = []
     handle = block.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
     logits(model, examples)
@@ -104,18 +104,18 @@ def test_statistics_are_those_of_the_layers_inputs(model: Any, examples: list[Un
 
 
 def test_moving_scales_changes_no_logit(model: Any, examples: list[UnweightedExample]) -> None:
-    before, layout = logits(model, examples), layout_of(model)
+    before = logits(model, examples)
     generator, moved = torch.Generator().manual_seed(3), 0
     for block in blocks_of(model):
-        for group, scaling in zip(layout.layers, layout.scaled_by, strict=True):
-            if scaling is not None:
-                layers: Any = [block.get_submodule(name) for name in group]
+        for group in architecture_of_model(model).linear_groups:
+            if group.scaled_by is not None:
+                layers: Any = [block.get_submodule(name) for name in group.layers]
                 width = layers[0].in_features
                 inputs = InputStatistics(torch.eye(width), torch.ones(width))
                 scales = torch.exp(torch.randn(width, generator=generator))
                 changed = [layer.weight.detach().clone() for layer in layers]
                 # In bfloat16 the norm cannot hold the exact quotient: the scales have to follow what it holds.
-                _move_scales(block.get_submodule(scaling), layers, inputs, scales, torch.bfloat16)
+                _move_scales(block.get_submodule(group.scaled_by), layers, inputs, scales, torch.bfloat16)
                 moved += sum(not torch.equal(a, b.weight) for a, b in zip(changed, layers, strict=True))
     assert moved >= 2 * 4
     for one, other in zip(before, logits(model, examples), strict=True):
@@ -131,9 +131,8 @@ def test_what_is_not_quantised_stays(
     quantization = Quantization(method, 4, 32, zero_offset=int(method == "gptq"))
     streams = [Stream(model, examples, CPU) for _ in range(2)]
     written = dict(quantize_weights(model, quantization, streams[0], streams[1], torch.float32))
-    layers = {
-        f"{layout_of(model).blocks}.{index}.{name}" for index in range(2) for g in layout_of(model).layers for name in g
-    }
+    architecture = architecture_of_model(model)
+    layers = {f"{architecture.blocks}.{index}.{name}" for index in range(2) for name in architecture.linear_layers}
     assert {name.removesuffix(".qweight") for name in written if name.endswith(".qweight")} == layers
     kept = expected.keys() - {f"{layer}.weight" for layer in layers}
     assert kept == written.keys() - {name for name in written if name.rpartition(".")[2] in PARTS}

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from qwen_model import loss as loss_module
-from qwen_model.loss import causal_lm_loss, lean_causal_lm_loss
-from qwen_model.modeling_qwen import QWenLMHeadModel
-from qwen_model.qwen2_qwen3 import MODEL_CLASSES
+from qwen_model import lean_loss
+from qwen_model.lean_loss import lean_causal_lm_loss
+from qwen_model.lean_models import LeanQwen2ForCausalLM, LeanQwen3ForCausalLM, LeanQWenLMHeadModel
+from qwen_model.loss import causal_lm_loss
 from tests.golden import SMALL, relative_difference
 
 IDS = torch.tensor([[701, 5, 9, 702, 33, 701, 40, 41, 702, 7], [701, 8, 702, 701, 90, 91, 92, 93, 94, 95]])
@@ -26,12 +26,12 @@ LABELS = torch.tensor(
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks of three positions, so that a test has several and a last one that is not full."""
-    monkeypatch.setattr(loss_module, "LOGITS_CHUNK_BYTES", 3 * 4 * 960)
+    monkeypatch.setattr(lean_loss, "LOGITS_CHUNK_BYTES", 3 * 4 * 960)
 
 
 def build(name: str = "tiny-qwen-small", **adapter: Any) -> nn.Module:
     torch.manual_seed(0)
-    model: Any = QWenLMHeadModel.from_pretrained(SMALL / name, dtype=torch.float32)
+    model: Any = LeanQWenLMHeadModel.from_pretrained(SMALL / name, dtype=torch.float32)
     if adapter:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, lora_dropout=0.0, **adapter))
         for key, parameter in model.named_parameters():
@@ -108,11 +108,10 @@ def test_gradient_checkpointing() -> None:
     compare(model)
 
 
-@pytest.mark.parametrize("model_type", MODEL_CLASSES)
+@pytest.mark.parametrize("model_class", [LeanQwen2ForCausalLM, LeanQwen3ForCausalLM])
 @pytest.mark.parametrize("tied", [False, True])
-def test_later_families(model_type: str, tied: bool) -> None:
+def test_later_families(model_class: Any, tied: bool) -> None:
     torch.manual_seed(0)
-    model_class = MODEL_CLASSES[model_type]
     config = model_class.config_class(
         vocab_size=960, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, head_dim=8, tie_word_embeddings=tied, initializer_range=0.2,

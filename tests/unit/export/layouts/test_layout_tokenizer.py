@@ -14,13 +14,13 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import AutoTokenizer
 
-from chat.detect import family_of
 from chat.families import QWEN_V1
 from chat.render import render, render_prompt, text_of
 from chat.turns import Turn
 from checkpoints.files import load_json, save_json
 from errors import ConfigError
 from export.layouts.tokenizer import CONTROL_TOKENS, save_fast_tokenizer, save_rank_tokenizer
+from loading.chat_family import chat_family
 from qwen_model.tokenization_qwen import SPECIAL_TOKENS, QWenTokenizer
 from tests.golden import Golden
 from tests.models import TINY, copy_checkpoint
@@ -101,7 +101,7 @@ def test_chat_template_renders_like_qwen_v1(fast: Any) -> None:
         prompt = fast.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
         assert prompt == text_of(render_prompt(turns, QWEN_V1))
         assert fast.apply_chat_template(messages, tokenize=False) == text_of(render(turns, QWEN_V1))
-    assert family_of("qwen2", fast).default_system == QWEN_V1.default_system
+    assert chat_family("qwen2", fast).default_system == QWEN_V1.default_system
 
 
 def test_existing_chat_template_is_kept(tmp_path: Path) -> None:

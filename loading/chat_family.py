@@ -1,0 +1,19 @@
+"""Which chat format a checkpoint has: ``model_type`` and chat template decide, no name does."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from chat.detect import family_of
+from chat.families import QWEN_V1, Family
+from qwen_model.architectures import architecture_of
+
+
+def chat_family(model_type: str, tokenizer: Any) -> Family:
+    """Qwen v1's fixed format, or that of the tokenizer's chat template.
+
+    Raises:
+        ConfigError: an unsupported ``model_type``, or a chat template that renders like no known format.
+    """
+    architecture = architecture_of(model_type)
+    return family_of(tokenizer, architecture.base_system) if architecture.brings_chat_template else QWEN_V1

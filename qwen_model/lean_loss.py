@@ -1,0 +1,253 @@
+"""The training loss of a causal language model, with and without logits.
+
+With the vocabulary of Qwen the logits of a batch take more memory than the model's activations: 4.6 GiB per float32
+copy at 8,192 tokens. ``lean_causal_lm_loss`` never holds them. It goes over the supervised positions in chunks, and
+since the gradient of cross entropy is known as soon as a chunk's logits are, it is computed in the same pass; what is
+kept for the backward pass has the size of the hidden states.
+
+Shapes: B batch, T tokens, N supervised positions, C hidden size, V vocabulary rows, R rank of an adapter on the head,
+K rows of the head that are trained apart.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from chat.label_mask import IGNORE_INDEX
+from qwen_model.head import Head, call_within, head_of, parts_of
+
+LOGITS_CHUNK_BYTES = 32 * 2**20
+"""Float32 logits that exist at a time."""
+
+_BLOCK = 16384  # rows of the head per step of its gradient in half precision
+
+
+@dataclass
+class CausalLMLossOutput(CausalLMOutputWithPast):
+    """transformers' output, with ``num_correct``: targets whose most likely token is right (an int64 scalar)."""
+
+    num_correct: Tensor | None = None
+
+
+def lean_causal_lm_loss(
+    hidden_states: Tensor,
+    lm_head: torch.nn.Module,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    loss_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    num_targets: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``causal_lm_loss`` from hidden states, without logits of all positions.
+
+    Args:
+        hidden_states: [B, T, C], the head's input.
+        lm_head: a linear layer, also with an adapter of peft's on it.
+        labels: [B, T], an id or -100; the first of a row is never a target.
+        num_items_in_batch: what the summed loss is divided by; ``None``: the weights of this batch's targets.
+        loss_weights: [B, T], weight of each label's cross entropy; ``None``: 1.
+        label_smoothing: share of the target that is spread over the vocabulary (Szegedy et al. 2016, section 7).
+        num_targets: how many targets ``labels`` holds, where the caller knows it on the host: finding out makes a GPU's
+            queue run empty.
+
+    Returns:
+        The loss (float32, once differentiable) and the number of targets whose most likely token is right (int64).
+    """
+    # Labels one to the left, so that a position and its target have the same place.
+    shifted = F.pad(labels.to(hidden_states.device)[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
+    is_target = shifted != IGNORE_INDEX
+    if num_targets is None:
+        places = is_target.nonzero()[:, 0]
+    else:
+        places = torch.nonzero_static(is_target, size=num_targets)[:, 0]
+    hidden = hidden_states.flatten(0, 1)[places]
+    targets = shifted[places]
+    weights = torch.ones(targets.shape, device=hidden.device)
+    if loss_weights is not None:
+        weights = F.pad(loss_weights.to(hidden.device)[:, 1:], (0, 1)).flatten()[places].float()
+    count: Tensor | int = weights.sum() if num_items_in_batch is None else num_items_in_batch
+    weights = weights / torch.as_tensor(count, device=hidden.device).clamp(min=torch.finfo(torch.float32).tiny)
+
+    def loss_of(hidden: Tensor) -> Any:
+        head = head_of(lm_head)
+        return _LeanCrossEntropy.apply(
+            hidden, head.weight, head.bias, head.row_values, head.adapter_input(hidden), head.adapter_output,
+            head.row_ids, targets, weights, label_smoothing,
+        )  # fmt: skip
+
+    loss, correct = call_within(parts_of(lm_head), loss_of, hidden)
+    return loss, correct
+
+
+class _LeanCrossEntropy(torch.autograd.Function):
+    """Weighted sum of cross entropies over N positions; gradients come out of the forward pass."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        row_values: Tensor | None,
+        adapter_input: Tensor | None,
+        adapter_output: Tensor | None,
+        row_ids: Tensor | None,
+        targets: Tensor,
+        weights: Tensor,
+        label_smoothing: float,
+    ) -> tuple[Tensor, Tensor]:
+        device = hidden.device
+        autocast = torch.is_autocast_enabled(device.type)
+        dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
+        with torch.autocast(device.type, enabled=False):
+            head = Head(weight, bias, row_ids, row_values, None, adapter_output)
+            chunks = _Chunks(head, hidden, adapter_input, dtype, ctx.needs_input_grad[:6], label_smoothing)
+            loss, correct = chunks.run(targets, weights)
+        ctx.gradients = chunks.gradients
+        ctx.mark_non_differentiable(correct)
+        return loss, correct
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> Any:
+        if ctx.gradients is None:
+            raise RuntimeError("the loss is differentiated a second time; its gradients are gone after the first")
+        gradients, ctx.gradients = ctx.gradients, None
+        # In place: the head's gradient may be the largest tensor of the step.
+        return (
+            *(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients),
+            None,
+            None,
+            None,
+            None,
+        )
+
+
+class _Chunks:
+    """The work of one forward pass: buffers that all chunks share, and the gradients they add up.
+
+    Args:
+        head: plain tensors, in whatever precision they are held.
+        hidden: [N, C].
+        adapter_input: [N, R], or ``None``.
+        dtype: precision of the matrix products; everything else is float32.
+        wants: which of hidden, weight, bias, row_values, adapter_input, adapter_output need a gradient.
+    """
+
+    def __init__(
+        self,
+        head: Head,
+        hidden: Tensor,
+        adapter_input: Tensor | None,
+        dtype: torch.dtype,
+        wants: tuple[bool, ...],
+        label_smoothing: float,
+    ) -> None:
+        self.head, self.dtype, self.label_smoothing = head, dtype, label_smoothing
+        self.hidden, self.adapter_input = hidden, adapter_input
+        self.weight = head.weight.to(dtype)
+        self.row_values = None if head.row_values is None else head.row_values.to(dtype)
+        self.adapter_output = None if head.adapter_output is None else head.adapter_output.to(dtype)
+        inputs = (hidden, head.weight, head.bias, head.row_values, adapter_input, head.adapter_output)
+        self.gradients = [
+            torch.zeros_like(tensor, dtype=torch.float32) if wanted and tensor is not None else None
+            for tensor, wanted in zip(inputs, wants, strict=True)
+        ]
+        self.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
+        vocabulary = head.weight.shape[0]
+        self.rows = max(1, min(hidden.shape[0], LOGITS_CHUNK_BYTES // (4 * vocabulary)))
+        self.buffer = _buffer(self.rows * vocabulary, hidden.device).view(self.rows, vocabulary)
+
+    def run(self, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        loss = torch.zeros((), device=targets.device)
+        correct = torch.zeros((), dtype=torch.long, device=targets.device)
+        for start in range(0, targets.shape[0], self.rows):
+            span = slice(start, start + self.rows)
+            chunk_loss, chunk_correct = self._chunk(span, targets[span], weights[span])
+            loss += chunk_loss
+            correct += chunk_correct
+        self.gradients = [
+            None if gradient is None else gradient.to(dtype)
+            for gradient, dtype in zip(self.gradients, self.dtypes, strict=True)
+        ]
+        return loss, correct
+
+    def _chunk(self, span: slice, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+        logits = self._logits(span)
+        targets, weights = targets[:, None], weights[:, None]
+        largest, best = logits.max(dim=1, keepdim=True)
+        of_target = logits.gather(1, targets)
+        epsilon, vocabulary = self.label_smoothing, logits.shape[1]
+        mean = logits.mean(1, keepdim=True) if epsilon else of_target
+        exponentials = logits.sub_(largest).exp_()
+        total = exponentials.sum(1, keepdim=True)
+        losses = total.log() + largest - (1 - epsilon) * of_target - epsilon * mean
+        if any(gradient is not None for gradient in self.gradients):
+            # softmax minus the (smoothed) target, times the weight
+            gradient = exponentials.mul_(weights / total)
+            if epsilon:
+                gradient.sub_(weights * (epsilon / vocabulary))
+            gradient.scatter_add_(1, targets, -(1 - epsilon) * weights)
+            self._backward(gradient, span)
+        return (losses * weights).sum(), (best == targets).sum()
+
+    def _logits(self, span: slice) -> Tensor:
+        hidden = self.hidden[span].to(self.dtype)
+        logits = self.buffer[: hidden.shape[0]]
+        if self.dtype == torch.float32:
+            torch.mm(hidden, self.weight.T, out=logits)
+        else:
+            logits.copy_(hidden @ self.weight.T)
+        if self.adapter_input is not None and self.adapter_output is not None:
+            logits += self.adapter_input[span].to(self.dtype) @ self.adapter_output.T
+        if self.head.row_ids is not None and self.row_values is not None:
+            logits[:, self.head.row_ids] = (hidden @ self.row_values.T).float()
+        if self.head.bias is not None:
+            logits += self.head.bias.float()
+        return logits
+
+    def _backward(self, gradient: Tensor, span: slice) -> None:
+        """Add what the gradient of a chunk's logits [n, V] contributes to each input's."""
+        to_hidden, to_weight, to_bias, to_rows, to_adapter_input, to_adapter_output = self.gradients
+        hidden = self.hidden[span].to(self.dtype)
+        if to_bias is not None:
+            to_bias += gradient.sum(0)
+        row_ids = self.head.row_ids
+        of_rows = None
+        if row_ids is not None and self.row_values is not None:
+            of_rows = gradient[:, row_ids].to(self.dtype)
+            gradient[:, row_ids] = 0
+            if to_rows is not None:
+                to_rows += of_rows.T @ hidden
+        narrow = gradient.to(self.dtype)
+        if to_hidden is not None:
+            to_hidden[span] = narrow @ self.weight
+            if of_rows is not None and self.row_values is not None:
+                to_hidden[span] += of_rows @ self.row_values
+        if to_weight is not None and self.dtype == torch.float32:
+            to_weight.addmm_(narrow.T, hidden)
+        elif to_weight is not None:
+            for first in range(0, to_weight.shape[0], _BLOCK):
+                block = slice(first, first + _BLOCK)
+                to_weight[block] += narrow[:, block].T @ hidden
+        if self.adapter_input is not None and self.adapter_output is not None:
+            if to_adapter_input is not None:
+                to_adapter_input[span] = narrow @ self.adapter_output
+            if to_adapter_output is not None:
+                to_adapter_output += narrow.T @ self.adapter_input[span].to(self.dtype)
+
+
+_BUFFERS: dict[torch.device, Tensor] = {}
+
+
+def _buffer(size: int, device: torch.device) -> Tensor:
+    """A float32 buffer that outlives the step: on a CPU a third of a step's time went into mapping fresh pages."""
+    buffer = _BUFFERS.get(device)
+    if buffer is None or buffer.numel() < size:
+        buffer = _BUFFERS[device] = torch.empty(size, device=device)
+    return buffer[:size]

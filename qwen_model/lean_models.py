@@ -1,0 +1,85 @@
+"""The classes that the toolkit loads: each architecture's own class with the lean loss inside ``forward``.
+
+The loss has to be computed inside ``forward``: calling the head outside of it bypasses the hooks of DDP, ZeRO-3 and
+FSDP.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+from torch import Tensor
+from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
+
+from qwen_model.architectures import architecture_of
+from qwen_model.lean_loss import CausalLMLossOutput, lean_causal_lm_loss
+from qwen_model.loss import causal_lm_loss
+from qwen_model.modeling_qwen import QWenLMHeadModel
+
+
+def with_lean_loss(parent_forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The ``forward`` of a causal language model, with the loss of ``loss.py`` or ``lean_loss.py``.
+
+    Its signature stays that of the parent: transformers reads from it what ``generate`` may pass. Its arguments are
+    the parent's and:
+
+        labels: [B, T], an id or -100; not shifted.
+        loss_only: compute the loss and ``num_correct`` without logits, in a small part of their memory.
+        num_items_in_batch, loss_weights, label_smoothing, num_targets: see ``lean_causal_lm_loss``; the last two are
+            used with ``loss_only`` alone.
+    """
+
+    @wraps(parent_forward)
+    def forward(
+        self: Any,
+        *args: Any,
+        labels: Tensor | None = None,
+        loss_only: bool = False,
+        num_items_in_batch: Tensor | int | None = None,
+        loss_weights: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        num_targets: int | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        if labels is None or not loss_only:
+            outputs = parent_forward(self, *args, **kwargs)
+            if labels is not None:
+                outputs.loss = causal_lm_loss(outputs.logits, labels, num_items_in_batch, loss_weights)
+            return outputs
+        outputs = self.base_model(*args, **kwargs)
+        loss, correct = lean_causal_lm_loss(
+            outputs.last_hidden_state, self.lm_head, labels, num_items_in_batch, loss_weights, label_smoothing,
+            num_targets,
+        )  # fmt: skip
+        return CausalLMLossOutput(
+            loss=loss,
+            num_correct=correct,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+        )
+
+    return forward
+
+
+class LeanQWenLMHeadModel(QWenLMHeadModel):
+    forward = with_lean_loss(QWenLMHeadModel.forward)
+
+
+class LeanQwen2ForCausalLM(Qwen2ForCausalLM):
+    forward = with_lean_loss(Qwen2ForCausalLM.forward)
+
+
+class LeanQwen3ForCausalLM(Qwen3ForCausalLM):
+    forward = with_lean_loss(Qwen3ForCausalLM.forward)
+
+
+def model_class_of(model_type: str) -> Any:
+    """The class that loads checkpoints of a ``model_type``.
+
+    Raises:
+        ConfigError: it is not supported.
+    """
+    return globals()[architecture_of(model_type).model_class]

@@ -1,0 +1,171 @@
+"""Every row of the architecture table agrees with the class it describes, and no other table lists model types."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from errors import ConfigError
+from qwen_model.architectures import (
+    ARCHITECTURES,
+    EMBEDDING_WEIGHTS,
+    HEAD,
+    HEAD_WEIGHT,
+    Architecture,
+    architecture_of,
+    block_shapes,
+)
+from qwen_model.block_runner import blocks_of, capture_block_inputs, run_block
+from qwen_model.lean_models import model_class_of
+from tests.golden import REPO
+from tests.unit.test_imports import ALL_SOURCES
+
+SIZES = {
+    "vocab_size": 80, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "kv_channels": 8, "seq_length": 64,
+}  # fmt: skip
+
+
+@pytest.fixture(params=ARCHITECTURES.values(), ids=lambda row: row.model_type)
+def architecture(request: pytest.FixtureRequest) -> Architecture:
+    row: Architecture = request.param
+    return row
+
+
+@pytest.fixture
+def model(architecture: Architecture) -> Any:
+    """The class that the toolkit loads, tiny, with only those sizes that its config knows."""
+    torch.manual_seed(0)
+    model_class = model_class_of(architecture.model_type)
+    config_class = model_class.config_class
+    known = inspect.signature(config_class.__init__).parameters
+    return model_class(config_class(**{name: size for name, size in SIZES.items() if name in known})).eval()
+
+
+def test_model_type_and_classes(architecture: Architecture, model: Any) -> None:
+    assert ARCHITECTURES[architecture.model_type] is architecture
+    assert model.config.model_type == architecture.model_type
+    assert type(model).__name__ == architecture.model_class
+    assert type(model).__base__.__name__ == architecture.saved_class
+
+
+def test_signature_of_forward_is_the_parents(model: Any) -> None:
+    """transformers reads from it whether ``generate`` may pass position ids and keep the last logits only."""
+    assert inspect.signature(type(model).forward) == inspect.signature(type(model).__base__.forward)
+    assert {"position_ids", "logits_to_keep"} <= inspect.signature(model.forward).parameters.keys()
+
+
+def test_module_names(architecture: Architecture, model: Any) -> None:
+    assert model.get_submodule(architecture.embedding) is model.get_input_embeddings()
+    assert model.get_submodule(HEAD) is model.get_output_embeddings()
+    assert isinstance(model.get_submodule(architecture.blocks), nn.ModuleList)
+    parameters = {name.removesuffix(".weight") for name, _ in model.named_parameters()}
+    outside = {name for name in parameters if not name.startswith(f"{architecture.blocks}.")}
+    assert outside == {architecture.embedding, architecture.norm, HEAD}
+
+
+def test_names_of_tensors_on_disk(architecture: Architecture, model: Any) -> None:
+    assert {architecture.embedding_weight, HEAD_WEIGHT} <= model.state_dict().keys()
+    assert architecture.embedding_weight in EMBEDDING_WEIGHTS
+    assert architecture.embedding_modules == (architecture.embedding.split(".")[-1], HEAD)
+
+
+def linear_layers(block: nn.Module) -> dict[str, nn.Linear]:
+    return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+
+
+def test_lora_targets_are_the_linear_layers_of_a_block(architecture: Architecture, model: Any) -> None:
+    for block in blocks_of(model):
+        assert {name.split(".")[-1] for name in linear_layers(block)} == set(architecture.lora_targets)
+    outside = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    outside = [name for name in outside if not name.startswith(f"{architecture.blocks}.")]
+    assert not {name.split(".")[-1] for name in outside} & set(architecture.lora_targets)
+
+
+def test_quantised_groups_cover_the_linear_layers_of_a_block(architecture: Architecture, model: Any) -> None:
+    for block in blocks_of(model):
+        assert sorted(architecture.linear_layers) == sorted(linear_layers(block))
+
+
+def test_shapes_from_the_config(architecture: Architecture, model: Any) -> None:
+    shapes = block_shapes(model.config.to_dict())
+    for block in blocks_of(model):
+        assert shapes == {name: tuple(layer.weight.shape) for name, layer in linear_layers(block).items()}
+
+
+def block_inputs(model: Any) -> tuple[nn.Module, torch.Tensor, Any]:
+    block = blocks_of(model)[0]
+    states, arguments = capture_block_inputs(model, input_ids=torch.tensor([[5, 9, 33, 7, 21]]))
+    return block, states, arguments[0]
+
+
+def test_layers_of_a_group_have_the_same_input(architecture: Architecture, model: Any) -> None:
+    block, states, arguments = block_inputs(model)
+    inputs: dict[str, torch.Tensor] = {}
+
+    def hook(name: str) -> Any:
+        return lambda module, args: inputs.setdefault(name, args[0])
+
+    for name, layer in linear_layers(block).items():
+        layer.register_forward_pre_hook(hook(name))
+    run_block(block, states, arguments)
+    assert tuple(inputs) == architecture.linear_layers, "the order of their computation"
+    for group in architecture.linear_groups:
+        assert all(torch.equal(inputs[name], inputs[group.layers[0]]) for name in group.layers)
+
+
+@torch.no_grad()
+def test_scales_move_from_a_groups_input_to_the_layer_before_it(architecture: Architecture, model: Any) -> None:
+    block, states, arguments = block_inputs(model)
+    expected = run_block(block, states, arguments)
+    moved = 0
+    for group in architecture.linear_groups:
+        if group.scaled_by is not None:
+            layers = [block.get_submodule(name) for name in group.layers]
+            scales = torch.rand(layers[0].weight.shape[1]) + 0.5
+            before = block.get_submodule(group.scaled_by)
+            before.weight.copy_((before.weight.T / scales).T)
+            for layer in layers:
+                layer.weight.copy_(layer.weight * scales)
+            moved += 1
+    assert moved >= 3
+    torch.testing.assert_close(run_block(block, states, arguments), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_whether_a_block_returns_a_tuple(architecture: Architecture, model: Any) -> None:
+    block, states, arguments = block_inputs(model)
+    output: Any = block(states, **arguments)
+    assert isinstance(output, tuple) == architecture.block_returns_tuple
+    assert run_block(block, states, arguments).shape == states.shape
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", None, ["qwen"]])
+def test_unknown_model_type_is_refused(model_type: object) -> None:
+    with pytest.raises(ConfigError, match=r"^folder/config\.json: model_type .* is not supported\. Use a checkpoint"):
+        architecture_of(model_type, "folder/config.json")
+
+
+def test_shapes_of_incomplete_configs() -> None:
+    complete = {name: SIZES[name] for name in ("hidden_size", "num_attention_heads", "intermediate_size")}
+    assert block_shapes({"model_type": "qwen", **complete})["attn.c_attn"] == (96, 32)
+    assert block_shapes(complete) == {} == block_shapes({"model_type": "qwen"})
+    assert block_shapes({"model_type": "qwen", **complete, "num_attention_heads": 0}) == {}
+    others = block_shapes({"model_type": "mistral", **complete})
+    assert others == block_shapes({"model_type": "qwen2", **complete})
+
+
+def test_no_other_file_lists_model_types() -> None:
+    """A new ``model_type`` must be one row: whoever lists them all has to name the newest."""
+    newest = list(ARCHITECTURES)[-1]
+    naming = {
+        path.relative_to(REPO).as_posix()
+        for path in ALL_SOURCES
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+        if isinstance(node, ast.Constant) and node.value == newest
+    }
+    assert naming == {"qwen_model/architectures.py"}
