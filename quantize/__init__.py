@@ -1,1 +1,1 @@
-"""Quantising checkpoints: GPTQ and AWQ after their papers, block by block; NF4 by bitsandbytes."""
+"""Quantise checkpoints: GPTQ and AWQ as in their papers, block by block; NF4 by bitsandbytes."""

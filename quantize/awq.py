@@ -1,9 +1,9 @@
-"""AWQ (Lin et al. 2023): inputs that are large are made smaller and their weights larger, so that rounding hurts less.
+"""AWQ (Lin et al. 2023): scale large input channels down and their weights up, so that rounding costs less.
 
-What makes the inputs smaller is the layer before, whose output they are. All searches weigh an error of the weight by
-the Gram matrix of the inputs, which gives the error of the layer's output over the calibration data.
+The preceding layer, whose output the inputs are, absorbs the inverse scales. Both searches minimise the error of the
+layer's output over the calibration data: ``sum((dW @ gram) * dW)`` for a change ``dW`` of the weight.
 
-Shapes: O outputs, I inputs, g inputs of a group, G = I / g groups.
+Shapes: O outputs, I inputs, g inputs per group, G = I / g groups.
 """
 
 from __future__ import annotations
@@ -15,24 +15,26 @@ from torch import Tensor
 
 from checkpoints.packed_weights import IntegerWeight
 
-_STRENGTHS = 20
-_SHRINKS = 10
+_NUM_EXPONENTS = 20  # of the input scales, from 0 to 0.95
+_NUM_RANGES = 10  # of a group's values, from 1 down to 0.55 of their full range
 _BITS = 4
 
 
 @torch.no_grad()
-def search_scales(weights: Sequence[Tensor], gram: Tensor, sizes: Tensor, group_size: int) -> Tensor:
-    """[I]: what to multiply the columns of some layers with the same inputs by, ``sizes ** a`` with the best ``a``.
+def search_scales(weights: Sequence[Tensor], gram: Tensor, mean_abs: Tensor, group_size: int) -> Tensor:
+    """Search the best column scales for layers with common inputs: ``mean_abs ** a`` over exponents ``a``, normalised.
 
     Args:
-        weights: [O, I] each.
+        weights: [O, I] of each layer.
         gram: [I, I], the mean of ``x x^T`` over the inputs ``x``.
-        sizes: [I], the mean of ``|x|``.
+        mean_abs: [I], the mean of ``|x|``.
+    Returns:
+        [I].
     """
-    sizes = sizes.clamp(min=1e-4)
-    best, best_error = torch.ones_like(sizes), torch.inf
-    for step in range(_STRENGTHS):
-        scales = sizes ** (step / _STRENGTHS)
+    mean_abs = mean_abs.clamp(min=1e-4)
+    best, best_error = torch.ones_like(mean_abs), torch.inf
+    for step in range(_NUM_EXPONENTS):
+        scales = mean_abs ** (step / _NUM_EXPONENTS)
         scales = scales / (scales.max() * scales.min()).sqrt()
         error = 0.0
         for weight in weights:
@@ -45,20 +47,21 @@ def search_scales(weights: Sequence[Tensor], gram: Tensor, sizes: Tensor, group_
 
 @torch.no_grad()
 def quantize_awq(weight: Tensor, gram: Tensor, group_size: int) -> IntegerWeight:
-    """Round a weight [O, I] to 4 bits: a scale and a zero point per group of inputs, whose range is searched for.
+    """Round a weight [O, I] to 4 bits: a scale and a zero point per group of inputs, from the best range of each group.
 
     Args:
-        gram: [I, I], as above.
+        gram: [I, I], see :func:`search_scales`.
     """
-    count = weight.shape[1] // group_size
-    within = torch.stack([gram[s : s + group_size, s : s + group_size] for s in range(0, len(gram), group_size)])
+    num_groups = weight.shape[1] // group_size
+    # [G, g, g]
+    group_grams = torch.stack([gram[s : s + group_size, s : s + group_size] for s in range(0, len(gram), group_size)])
     best = _round(weight, group_size)
     best_error: Tensor | None = None
-    for step in range(_SHRINKS):
-        rounded = _round(weight, group_size, 1 - step / (2 * _SHRINKS))
-        change = (_dequantized(rounded, group_size) - weight).view(-1, count, group_size)
+    for step in range(_NUM_RANGES):
+        rounded = _round(weight, group_size, 1 - step / (2 * _NUM_RANGES))
+        change = (_dequantized(rounded, group_size) - weight).view(-1, num_groups, group_size)
         # [O, G]
-        error = (torch.einsum("ogi,gij->ogj", change, within) * change).sum(-1)
+        error = (torch.einsum("ogi,gij->ogj", change, group_grams) * change).sum(-1)
         if best_error is None:
             best_error = error
             continue
@@ -74,14 +77,14 @@ def quantize_awq(weight: Tensor, gram: Tensor, group_size: int) -> IntegerWeight
 
 
 def _round(weight: Tensor, group_size: int, shrink: float = 1.0) -> IntegerWeight:
-    """Round to the nearest within ``shrink`` times each group's range."""
+    """Round each group of a weight [O, I] to the nearest of the values that divide ``shrink`` times its range."""
     groups = weight.view(len(weight), -1, group_size)
-    # Zero is always within the range: nothing else can be expressed by a zero point of as many bits.
-    lowest, highest, largest = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0), (1 << _BITS) - 1
-    scales = ((highest - lowest) * (shrink / largest)).half().clamp(min=2**-24)
-    steps = scales.float()
-    zeros = (-lowest * shrink / steps).round().clamp(0, largest)
-    values = ((groups / steps[..., None]).round() + zeros[..., None]).clamp(0, largest)
+    # The range always contains zero: a zero point of the same number of bits cannot express any other range.
+    lowest, highest, max_value = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0), (1 << _BITS) - 1
+    scales = ((highest - lowest) * (shrink / max_value)).half().clamp(min=2**-24)
+    steps = scales.float()  # the stored scales, not the exact ones
+    zeros = (-lowest * shrink / steps).round().clamp(0, max_value)
+    values = ((groups / steps[..., None]).round() + zeros[..., None]).clamp(0, max_value)
     return IntegerWeight(values.view_as(weight).int(), scales, zeros.int())
 
 

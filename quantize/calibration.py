@@ -1,4 +1,4 @@
-"""The conversations that a quantised model is fitted to, and those that it is judged by."""
+"""Sample the conversations that calibrate a quantised model, and those that measure its perplexity."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from loading.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT = 0.1
-"""Share of the samples that the perplexity is measured on."""
+HELD_OUT_SHARE = 0.1
+"""Share of the samples on which the perplexity is measured."""
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What was drawn, rendered as in training."""
+    """Sampled conversations, tokenised as in training."""
 
     calibration: list[UnweightedExample]
     held_out: list[UnweightedExample]
@@ -40,14 +40,14 @@ def draw_samples(
     seed: int,
     show_progress: bool = True,
 ) -> Samples:
-    """RecordSampler ``count`` of the conversations, and a tenth of these (at least one) to hold out.
+    """Sample ``count`` conversations uniformly, and hold out a tenth of them (at least one).
 
     Args:
-        data_path: as ``--data_path`` gives them.
+        data_path: values of ``--data_path``.
 
     Raises:
-        ConfigError: a file that does not exist.
-        DataError: records that cannot be used, or fewer than two conversations that can.
+        ConfigError: a file does not exist.
+        DataError: invalid records, or fewer than two usable conversations.
     """
     reader = DataReader(
         {"train": [parse_source(name) for name in data_path]},
@@ -57,25 +57,25 @@ def draw_samples(
     )
     random = Random(seed)
     drawn: list[EncodedConversation] = []
-    # Each as likely, whatever their number (Vitter 1985, algorithm R).
-    for number, taken in enumerate(reader.read()):
-        if number < count:
-            drawn.append(taken.encoded)
-        elif (place := random.randrange(number + 1)) < count:
-            drawn[place] = taken.encoded
+    # Reservoir sampling (Vitter 1985, algorithm R): uniform, without knowing the number of conversations.
+    for i, conversation in enumerate(reader.read()):
+        if i < count:
+            drawn.append(conversation.encoded)
+        elif (slot := random.randrange(i + 1)) < count:
+            drawn[slot] = conversation.encoded
     for source in reader.reports["train"].sources:
         for line in source.warnings():
             logger.warning("%s", line)
     if len(drawn) < 2:
         raise DataError(
             ", ".join(data_path),
-            f"{len(drawn) or 'none'} of the conversations can be used, and 2 are the least: one to quantise with, one "
-            "to measure with",
+            f"{len(drawn) or 'none'} of the conversations can be used, at least 2 are needed: one to calibrate and one "
+            "to measure the perplexity",
             "Give more data, or raise --model_max_length",
         )
     if len(drawn) < count:
-        logger.warning("--samples %d: the data holds %d, and all of them are used", count, len(drawn))
+        logger.warning("--samples %d: the data contains %d conversations, all are used", count, len(drawn))
     random.shuffle(drawn)
     examples: list[UnweightedExample] = [{"input_ids": each.input_ids, "labels": each.labels} for each in drawn]
-    held = max(1, round(HELD_OUT * len(examples)))
-    return Samples(examples[held:], examples[:held])
+    num_held_out = max(1, round(HELD_OUT_SHARE * len(examples)))
+    return Samples(examples[num_held_out:], examples[:num_held_out])

@@ -1,6 +1,6 @@
-"""GPTQ (Frantar et al. 2022): columns are rounded one after the other, and those still to come make up for the error.
+"""GPTQ (Frantar et al. 2022): round a weight column by column; the remaining columns compensate for the error.
 
-Shapes: O outputs, I inputs, g inputs of a group, G = I / g groups.
+Shapes: O outputs, I inputs, g inputs per group, G = I / g groups.
 """
 
 from __future__ import annotations
@@ -12,50 +12,51 @@ from checkpoints.packed_weights import IntegerWeight
 from errors import RunError
 
 DAMPING = 0.01
-"""Share of the mean diagonal that is added to the Gram matrix, so that it can be inverted."""
+"""Share of its mean diagonal that is added to the Gram matrix, so that it can be inverted."""
 
-_SHRINKS = 16
+_NUM_SCALES = 16  # tried per group, from the full range of its weights down to 0.53 of it
 
 
 @torch.no_grad()
 def quantize_gptq(weight: Tensor, gram: Tensor, bits: int, group_size: int) -> IntegerWeight:
-    """Round a weight so that the layer's outputs change least: symmetric, a scale per group of inputs.
+    """Round a weight so that the layer's outputs change least: symmetric, one scale per group of inputs.
 
-    Groups with the largest inputs come first, and within a group the largest inputs: what is rounded early leaves the
-    most columns to make up for it. Groups stay runs of inputs, so nobody who reads the result has to know.
+    Groups with the largest inputs are rounded first, and within a group the largest inputs: the earlier a column is
+    rounded, the more columns remain to compensate for its error. Groups consist of consecutive inputs in the result,
+    so that it needs no act-order.
 
     Args:
         weight: [O, I].
-        gram: [I, I], the mean of ``x x^T`` over the inputs ``x`` that the layer sees.
+        gram: [I, I], the mean of ``x x^T`` over the layer's inputs ``x``.
 
     Raises:
-        RunError: inputs that are not finite.
+        RunError: inputs that are not finite, or that give no positive definite Gram matrix.
     """
     order = _order(gram.diagonal(), group_size)
     importance = gram.diagonal()[order]
     factor = _inverse_factor(gram[order][:, order])
-    # Inputs first, [I, O]: what is read and written at a time then lies together.
+    # [I, O], so that a column is contiguous.
     columns = weight.float().T[order].contiguous()
     middle = 1 << (bits - 1)
     values = torch.empty_like(columns, dtype=torch.int32)
     scales = columns.new_empty(len(columns) // group_size, columns.shape[1])
-    for number, start in enumerate(range(0, len(columns), group_size)):
+    for group, start in enumerate(range(0, len(columns), group_size)):
         end = start + group_size
-        scale = scales[number] = _choose_scale(columns[start:end], importance[start:end], middle)
+        scale = scales[group] = _choose_scale(columns[start:end], importance[start:end], middle)
         errors = torch.empty_like(columns[start:end])
-        for place in range(start, end):
-            rounded = (columns[place] / scale).round_().clamp_(-middle, middle - 1)
-            values[place] = rounded + middle
-            error = errors[place - start] = (columns[place] - rounded * scale) / factor[place, place]
-            columns[place + 1 : end].addr_(factor[place, place + 1 : end], error, alpha=-1)
+        for i in range(start, end):
+            rounded = (columns[i] / scale).round_().clamp_(-middle, middle - 1)
+            values[i] = rounded + middle
+            error = errors[i - start] = (columns[i] - rounded * scale) / factor[i, i]
+            columns[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1)
         columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-    groups_back = order[::group_size].div(group_size, rounding_mode="floor").argsort()
-    scales = scales[groups_back].T
+    group_order = order[::group_size].div(group_size, rounding_mode="floor")
+    scales = scales[group_order.argsort()].T
     return IntegerWeight(values[order.argsort()].T, scales.half(), torch.full_like(scales, middle, dtype=torch.int32))
 
 
 def _order(importance: Tensor, group_size: int) -> Tensor:
-    """[I]: the places of the inputs, group by group."""
+    """[I]: the order in which the inputs are rounded, group by group."""
     groups = importance.view(-1, group_size)
     within = groups.argsort(dim=1, descending=True, stable=True)
     first = torch.arange(len(groups), device=groups.device)[:, None] * group_size
@@ -63,13 +64,13 @@ def _order(importance: Tensor, group_size: int) -> Tensor:
 
 
 def _inverse_factor(gram: Tensor) -> Tensor:
-    """The upper Cholesky factor of the inverse of a damped Gram matrix, [I, I]."""
+    """Return the upper Cholesky factor [I, I] of the inverse of the damped Gram matrix."""
     gram = gram.clone()
     diagonal = gram.diagonal()
-    diagonal[diagonal == 0] = 1  # an input that is always zero
+    diagonal[diagonal == 0] = 1  # inputs that are always zero
     mean = diagonal.mean()
     if not torch.isfinite(mean):
-        raise RunError("a layer's inputs are not finite while it is quantised", "Check the weights of the checkpoint")
+        raise RunError("the inputs of a layer to be quantised are not finite", "Check the weights of the checkpoint")
     damping = DAMPING
     while damping < 10:
         diagonal += damping * mean
@@ -79,24 +80,26 @@ def _inverse_factor(gram: Tensor) -> Tensor:
             if not failed:
                 return upper
         damping *= 2
-    raise RunError("a layer's inputs give no positive definite matrix", "Give more --samples, or other --data_path")
+    raise RunError(
+        "the inputs of a layer give no positive definite Gram matrix", "Give more --samples, or another --data_path"
+    )
 
 
 def _choose_scale(columns: Tensor, importance: Tensor, middle: int) -> Tensor:
-    """[O]: of some scales at and below the one that covers the largest weight, the one with the least error.
+    """Choose the scale of each output [O] with the least error, at or below the scale that covers its largest weight.
 
-    They are rounded to what is stored, so that the columns to come also make up for that.
+    Scales are rounded to float16 as they are stored, so that the remaining columns compensate for that error too.
 
     Args:
         columns: [g, O].
-        importance: [g], how much an error in each column counts.
+        importance: [g], the weight of an error in each column.
     """
     largest = columns.abs().amax(0)
     largest[largest == 0] = 1
     best_error = torch.full_like(largest, torch.inf)
     best = torch.empty_like(largest)
-    for step in range(_SHRINKS):
-        scale = (largest / (middle - 0.5) * (1 - step / (2 * _SHRINKS))).half().float().clamp(min=2**-24)
+    for step in range(_NUM_SCALES):
+        scale = (largest / (middle - 0.5) * (1 - step / (2 * _NUM_SCALES))).half().float().clamp(min=2**-24)
         rounded = (columns / scale).round_().clamp_(-middle, middle - 1) * scale
         error = importance @ (rounded - columns).square_()
         is_better = error < best_error

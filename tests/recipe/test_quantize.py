@@ -233,7 +233,7 @@ def test_groups_of_128_as_a_user_types_it(tmp_path: Path) -> None:
     make_tiny_qwen.main(["--output", str(tmp_path / "model")])
     flags = ("--model_name_or_path", tmp_path / "model", "--data_path", IDENTITY, "--output_dir", tmp_path / "out")
     result = run_well("-m", "scripts.quantize", *flags, "--bits", "4", "--group_size", "128")
-    assert f"--samples 128: the data holds {len(read_json(IDENTITY))}, and all of them are used" in result.stderr
+    assert f"--samples 128: the data contains {len(read_json(IDENTITY))} conversations, all are used" in result.stderr
     assert "Quantising: 100%" in result.stderr and "2/2" in result.stderr, "progress by layers"
     before, after = Quantised(tmp_path / "out", result.stdout).perplexities
     assert after < 1.2 * before
@@ -276,7 +276,7 @@ def test_the_rest_keeps_the_precision_of_the_base(tmp_path: Path) -> None:
         (["--group_size", "32", "--data_path", "none.json"], "--data_path none.json: there is no such file"),
         (
             ["--group_size", "32", "--model_max_length", "5"],
-            "none of the conversations can be used, and 2 are the least",
+            "none of the conversations can be used, at least 2 are needed",
         ),
     ],
 )

@@ -1,4 +1,4 @@
-"""Which conversations a model is quantised with, and how they are rendered."""
+"""Sampling of calibration data: which conversations are drawn and held out, and how they are tokenised."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def texts(checkpoint: Checkpoint, samples: Samples) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize(("count", "held"), [(2, 1), (14, 1), (16, 2), (40, 4)])
-def test_a_tenth_is_held_out(checkpoint: Checkpoint, tmp_path: Path, count: int, held: int) -> None:
+@pytest.mark.parametrize(("count", "num_held_out"), [(2, 1), (14, 1), (16, 2), (40, 4)])
+def test_a_tenth_is_held_out(checkpoint: Checkpoint, tmp_path: Path, count: int, num_held_out: int) -> None:
     samples = draw(checkpoint, write_questions(tmp_path / "data.jsonl", 60), count)
-    assert (len(samples.calibration), len(samples.held_out)) == (count - held, held)
+    assert (len(samples.calibration), len(samples.held_out)) == (count - num_held_out, num_held_out)
     calibration, held_out = texts(checkpoint, samples)
-    assert len({*calibration, *held_out}) == count, "none is in both, none twice"
+    assert len({*calibration, *held_out}) == count, "none twice, none in both parts"
     assert samples.calibration_tokens == sum(len(each["input_ids"]) for each in samples.calibration)
 
 
@@ -61,14 +61,14 @@ def test_the_seed_decides_what_is_drawn(checkpoint: Checkpoint, tmp_path: Path) 
 
 
 def test_every_conversation_can_be_drawn(checkpoint: Checkpoint, tmp_path: Path) -> None:
-    """With 30 seeds and half drawn each time, one that is never drawn or always held is a fault, not chance."""
+    """With 30 seeds and half drawn each time, a conversation that is drawn never or always is no coincidence."""
     path = write_questions(tmp_path / "data.jsonl", 12)
     drawn = [text for seed in range(30) for part in texts(checkpoint, draw(checkpoint, path, 6, seed)) for text in part]
     counts = [drawn.count(text) for text in set(drawn)]
     assert len(counts) == 12 and min(counts) >= 4 and max(counts) <= 26
 
 
-def test_samples_are_those_of_training(checkpoint: Checkpoint, tmp_path: Path) -> None:
+def test_samples_are_tokenised_as_in_training(checkpoint: Checkpoint, tmp_path: Path) -> None:
     path = write_questions(tmp_path / "data.jsonl", 8, "Is <|im_end|> written")
     encoder = Encoder(checkpoint.tokenizer, checkpoint.family, OPTIONS)
     reader = DataReader({"train": [parse_source(str(path))]}, encoder, show_progress=False)
@@ -77,21 +77,25 @@ def test_samples_are_those_of_training(checkpoint: Checkpoint, tmp_path: Path) -
     drawn = [(each["input_ids"], each["labels"]) for each in (*samples.calibration, *samples.held_out)]
     assert sorted(drawn) == sorted(trained)
     end = checkpoint.end_ids[0]
-    assert [ids.count(end) for ids, _ in drawn] == [3] * 8, "of the three turns, and none of the text"
+    assert [ids.count(end) for ids, _ in drawn] == [3] * 8, "one per turn, none from the text"
 
 
-def test_fewer_than_wanted_are_all_taken(
+def test_all_conversations_are_used_if_there_are_fewer_than_asked(
     checkpoint: Checkpoint, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
     samples = draw(checkpoint, write_questions(tmp_path / "data.jsonl", 5), 128)
     assert len(samples.calibration) + len(samples.held_out) == 5
-    assert "--samples 128: the data holds 5" in caplog.text
+    assert "--samples 128: the data contains 5" in caplog.text
 
 
 @pytest.mark.parametrize(("count", "options"), [(1, OPTIONS), (9, EncodeOptions(max_length=8))])
-def test_too_few_that_can_be_used(checkpoint: Checkpoint, tmp_path: Path, count: int, options: EncodeOptions) -> None:
+def test_fewer_than_two_usable_conversations_are_refused(
+    checkpoint: Checkpoint, tmp_path: Path, count: int, options: EncodeOptions
+) -> None:
     path = write_questions(tmp_path / "data.jsonl", count)
     usable = "1" if count == 1 else "none"
-    with pytest.raises(DataError, match=rf"data.jsonl: {usable} of the conversations can be used, and 2 are the least"):
+    with pytest.raises(
+        DataError, match=rf"data.jsonl: {usable} of the conversations can be used, at least 2 are needed"
+    ):
         draw(checkpoint, path, 128, options=options)
