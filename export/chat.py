@@ -1,4 +1,4 @@
-"""How an exported folder chats: the template that writes a conversation, and the settings that end an answer."""
+"""Chat files of an exported folder: the chat template, and the generation settings that end an answer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from qwen_model.tokenization_qwen import QWenTokenizer
 
 logger = logging.getLogger(__name__)
 
-# Without any of them transformers makes up a tokenizer, whose ids are not the model's.
+# If all of them are missing, transformers makes an empty tokenizer with other ids than the model's.
 _VOCABULARIES = ("qwen.tiktoken", "tokenizer.json", "vocab.json")
 _ADDED_TOKENS = '"added_tokens":'
 _TEMPLATE = "chat_template.jinja"
@@ -23,41 +23,43 @@ _TOKENIZER_CONFIG = "tokenizer_config.json"
 
 
 def write_chat_template(folder: Path) -> bool:
-    """Write Qwen v1's template where a folder has none; Qwen2 without one is trained and asked in the same words.
+    """Write Qwen v1's chat template if a folder of Qwen v1 or Qwen2 has none.
 
-    The other families bring theirs: without it there is no saying how they were trained, and nothing is written.
+    Qwen2 without a template is trained and prompted in the same format. The format of other families is unknown
+    without a template: a warning is logged and nothing is written.
 
     Args:
-        folder: with ``config.json`` and the tokenizer's files in place.
+        folder: contains ``config.json`` and the tokenizer's files.
 
     Returns:
-        Whether it was written.
+        Whether the template was written.
     """
     config = load_json(folder / _TOKENIZER_CONFIG) if (folder / _TOKENIZER_CONFIG).is_file() else {}
     if config.get("chat_template") or any((folder / name).is_file() for name in (_TEMPLATE, "chat_template.json")):
         return False
     architecture = ARCHITECTURES.get(str(load_json(folder / "config.json").get("model_type")))
     if architecture is None or architecture.base_system is None:
-        logger.warning(
-            "there is no chat template: neither base nor adapter has one, and the family is not Qwen or Qwen2"
-        )
+        logger.warning("no chat template is written: base and adapter have none, and the family is not Qwen or Qwen2")
         return False
     save_text(CHATML_TEMPLATE, folder / _TEMPLATE)
     return True
 
 
 def write_generation_config(folder: Path) -> None:
-    """Make ``generation_config.json`` end an answer at ``<|im_end|>`` and at end-of-text; it may not be there yet.
+    """Write or update ``generation_config.json`` so that answers end at ``<|im_end|>`` and at end-of-text.
+
+    Without a tokenizer that has both tokens a warning is logged and nothing is changed.
 
     Args:
-        folder: with ``config.json`` and the tokenizer's files in place. Without a tokenizer that knows both tokens
-            nothing is changed, and that is logged.
+        folder: contains ``config.json`` and the tokenizer's files.
 
     Raises:
         ConfigError: a file cannot be read.
     """
     if not any((folder / name).is_file() for name in _VOCABULARIES):
-        logger.warning("generation_config.json is left as it is: there is no tokenizer to say what ends an answer")
+        logger.warning(
+            "generation_config.json is unchanged: there is no tokenizer, so the ids that end an answer are unknown"
+        )
         return
     try:
         end_ids = _end_ids(folder)
@@ -67,7 +69,7 @@ def write_generation_config(folder: Path) -> None:
         what = f"the tokenizer in {folder} cannot be read ({one_line(error)})"
         raise ConfigError(what, "Copy its files from the base again") from error
     if not end_ids:
-        logger.warning("generation_config.json is left as it is: the tokenizer has no <|im_end|>, so no ChatML")
+        logger.warning("generation_config.json is unchanged: the tokenizer has no <|im_end|>, so no ChatML")
         return
     model_type = str(load_json(folder / "config.json").get("model_type"))
     file = folder / "generation_config.json"
@@ -76,17 +78,17 @@ def write_generation_config(folder: Path) -> None:
 
 
 def _end_ids(folder: Path) -> list[int]:
-    """As ``end_ids_of`` gives them; fast tokenizers, which take more memory than a merge, are not loaded for it."""
+    """Return what ``end_ids_of`` would; fast tokenizers are not loaded, which would take more memory than a merge."""
     if (folder / "qwen.tiktoken").is_file():
         return end_ids_of(QWenTokenizer.from_pretrained(folder))
     ids: dict[str, int] = {}
     if (file := folder / "tokenizer.json").is_file():
         text = file.read_text(encoding="utf-8")
-        if (place := text.find(_ADDED_TOKENS)) >= 0:  # before all the rest, which is large
-            added, _ = json.JSONDecoder().raw_decode(text, text.index("[", place))
+        if (start := text.find(_ADDED_TOKENS)) >= 0:  # parse this list only: the rest is large
+            added, _ = json.JSONDecoder().raw_decode(text, text.index("[", start))
         else:
             added = load_json(file).get("added_tokens", [])
-        ids |= {each["content"]: int(each["id"]) for each in added}
+        ids |= {token["content"]: int(token["id"]) for token in added}
     if (file := folder / "added_tokens.json").is_file():
         ids |= load_json(file)
     if (file := folder / _TOKENIZER_CONFIG).is_file():
@@ -96,8 +98,8 @@ def _end_ids(folder: Path) -> list[int]:
 
 
 CHATML_TEMPLATE = (
-    # Qwen v1 calls functions in ReAct text; a template that dropped them in silence would look as if it knew them.
-    "{%- if tools %}{{ raise_exception('the chat template of Qwen v1 knows no tools') }}{% endif %}\n"
+    # Qwen v1 calls tools in ReAct text; a template that ignored tools would look as if it supported them.
+    "{%- if tools %}{{ raise_exception('the chat template of Qwen v1 does not support tools') }}{% endif %}\n"
     "{%- if not messages or messages[0]['role'] != 'system' %}\n"
     f"    {{{{- '{IM_START}system\\n{DEFAULT_SYSTEM}{IM_END}\\n' }}}}\n"
     "{%- endif %}\n"
@@ -108,4 +110,4 @@ CHATML_TEMPLATE = (
     f"    {{{{- '{IM_START}assistant\\n' }}}}\n"
     "{%- endif %}\n"
 )
-"""Content of ``chat_template.jinja``."""
+"""Qwen v1's ``chat_template.jinja``."""

@@ -1,4 +1,4 @@
-"""How an exported folder chats: its template against the renderer, and the tokens that end an answer."""
+"""Chat files of an exported folder: the template equals the renderer, and answers end at the right tokens."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ TEXTS = [
     "e\u0301 ñ 你好，世界 🙂",
     "a  b\tc",
 ]
-MADE_UP = [[("user", text), ("assistant", text), ("user", text)] for text in TEXTS]
-WITH_SYSTEM = [[("system", text), ("user", "Hi")] for text in TEXTS]
+TEXTS_IN_EVERY_TURN = [[("user", text), ("assistant", text), ("user", text)] for text in TEXTS]
+TEXTS_AS_SYSTEM = [[("system", text), ("user", "Hi")] for text in TEXTS]
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -44,30 +44,30 @@ def messages(conversation: list[tuple[str, str]]) -> list[dict[str, str]]:
     return [{"role": role, "content": text} for role, text in conversation]
 
 
-# ------------------------------------------------------------------------------------------------------- the template
+# ---------------------------------------------------------------------------------------------------- chat template
 
 
-@pytest.mark.parametrize("conversation", [*CONVERSATIONS, *MADE_UP, *WITH_SYSTEM], ids=str)
-def test_the_template_writes_what_the_renderer_writes(tiny_tokenizer: QWenTokenizer, conversation: Any) -> None:
+@pytest.mark.parametrize("conversation", [*CONVERSATIONS, *TEXTS_IN_EVERY_TURN, *TEXTS_AS_SYSTEM], ids=str)
+def test_template_equals_renderer(tiny_tokenizer: QWenTokenizer, conversation: Any) -> None:
     turns = [Turn(role, text) for role, text in conversation]
     for is_prompt, rendered in ((False, render(turns, QWEN_V1)), (True, render_prompt(turns, QWEN_V1))):
         arguments = {"chat_template": CHATML_TEMPLATE, "add_generation_prompt": is_prompt}
         text = tiny_tokenizer.apply_chat_template(messages(conversation), tokenize=False, **arguments)
         assert text == text_of(rendered)
-        # The ids too, also where a text begins with a newline: header and text are tokenised apart.
+        # Equal ids too, even if a text begins with a line break: header and text are tokenised separately.
         ids = tiny_tokenizer.apply_chat_template(messages(conversation), return_dict=True, **arguments)["input_ids"]
         assert ids == encode_prompt(rendered, tiny_tokenizer)
 
 
-def test_the_template_refuses_tools(tiny_tokenizer: QWenTokenizer) -> None:
+def test_template_refuses_tools(tiny_tokenizer: QWenTokenizer) -> None:
     tools = [{"type": "function", "function": {"name": "f", "description": "", "parameters": {}}}]
-    with pytest.raises(Exception, match="knows no tools"):
+    with pytest.raises(Exception, match="does not support tools"):
         tiny_tokenizer.apply_chat_template(
             messages([("user", "Hi")]), tools=tools, chat_template=CHATML_TEMPLATE, tokenize=False
         )
 
 
-def test_later_checkpoints_with_the_template_are_a_known_family(tmp_path: Path) -> None:
+def test_template_is_detected_as_chatml_in_later_families(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     folder = write_later_checkpoint(tmp_path / "qwen2", "qwen2", CHATML_TEMPLATE)
@@ -75,42 +75,42 @@ def test_later_checkpoints_with_the_template_are_a_known_family(tmp_path: Path) 
     assert (family.name, family.default_system, family.tool_form) == ("chatml", "You are a helpful assistant.", None)
 
 
-def test_whose_text_is_read_with_control_tokens(tmp_path: Path) -> None:
+def test_control_tokens_in_text_are_read_only_by_code_of_a_folder(tmp_path: Path) -> None:
     text = "<|im_start|>user\nHi<|im_end|>\n<|endoftext|>"
-    own = QWenTokenizer.from_pretrained(TINY)
-    plain, control = own.encode_plain(text), own.encode(text, allowed_special="all")
+    ours = QWenTokenizer.from_pretrained(TINY)
+    plain, control = ours.encode_plain(text), ours.encode(text, allowed_special="all")
     assert plain != control
-    assert own(text).input_ids == own(text, split_special_tokens=True).input_ids == plain
-    assert own(text, split_special_tokens=False).input_ids == own.encode(text, split_special_tokens=False) == control
+    assert ours(text).input_ids == ours(text, split_special_tokens=True).input_ids == plain
+    assert ours(text, split_special_tokens=False).input_ids == ours.encode(text, split_special_tokens=False) == control
     assert QWenTokenizer.from_pretrained(TINY, split_special_tokens=False)(text).input_ids == plain
 
-    class CodeOfAFolder(QWenTokenizer):
+    class FolderCode(QWenTokenizer):
         _auto_class = "AutoTokenizer"
 
-    served = CodeOfAFolder.from_pretrained(TINY, split_special_tokens=False)
-    assert served(text).input_ids == control and served.encode_plain(text) == plain
-    assert served(text, split_special_tokens=True).input_ids == plain
-    served.save_pretrained(tmp_path / "served")
-    assert CodeOfAFolder.from_pretrained(tmp_path / "served")(text).input_ids == control
-    own.save_pretrained(tmp_path / "own")
-    assert QWenTokenizer.from_pretrained(tmp_path / "own")(text).input_ids == plain
+    from_folder = FolderCode.from_pretrained(TINY, split_special_tokens=False)
+    assert from_folder(text).input_ids == control and from_folder.encode_plain(text) == plain
+    assert from_folder(text, split_special_tokens=True).input_ids == plain
+    from_folder.save_pretrained(tmp_path / "from_folder")
+    assert FolderCode.from_pretrained(tmp_path / "from_folder")(text).input_ids == control
+    ours.save_pretrained(tmp_path / "ours")
+    assert QWenTokenizer.from_pretrained(tmp_path / "ours")(text).input_ids == plain
 
 
-def test_a_folder_without_a_template_gets_one(tmp_path: Path) -> None:
+def test_template_is_written_to_qwen_folders(tmp_path: Path) -> None:
     folder = copy_checkpoint(tmp_path / "qwen")
     assert write_chat_template(folder)
     assert QWenTokenizer.from_pretrained(folder).chat_template == CHATML_TEMPLATE
-    assert not write_chat_template(folder), "it has one now"
+    assert not write_chat_template(folder), "an existing template is kept"
 
 
-def test_a_family_whose_words_are_not_known_gets_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """Qwen3 without a template has no default system message: Qwen v1's would put one before every conversation."""
+def test_no_template_is_written_to_other_families(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Qwen v1's template would add a default system message, which Qwen3 without a template does not have."""
     folder = write_later_checkpoint(tmp_path / "qwen3", "qwen3")
     assert not write_chat_template(folder) and not (folder / "chat_template.jinja").exists()
-    assert "there is no chat template" in caplog.text
+    assert "no chat template is written" in caplog.text
 
 
-def test_qwen2_without_a_template_is_asked_as_it_was_trained(tmp_path: Path) -> None:
+def test_written_template_equals_the_format_that_qwen2_was_trained_in(tmp_path: Path) -> None:
     from transformers import AutoTokenizer
 
     folder = write_later_checkpoint(tmp_path / "qwen2", "qwen2")
@@ -122,35 +122,35 @@ def test_qwen2_without_a_template_is_asked_as_it_was_trained(tmp_path: Path) -> 
     assert text == text_of(render_prompt([Turn("user", "Hi")], trained))
 
 
-@pytest.mark.parametrize("place", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
-def test_a_template_that_is_there_stays(tmp_path: Path, place: str) -> None:
-    (tmp_path / place).write_text('{"chat_template": "mine"}')
+@pytest.mark.parametrize("file_name", ["chat_template.jinja", "chat_template.json", "tokenizer_config.json"])
+def test_existing_template_is_kept(tmp_path: Path, file_name: str) -> None:
+    (tmp_path / file_name).write_text('{"chat_template": "mine"}')
     assert not write_chat_template(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == [place]
+    assert [path.name for path in tmp_path.iterdir()] == [file_name]
 
 
-# ----------------------------------------------------------------------------------------------------- ends of answers
+# ----------------------------------------------------------------------------------------------------- end of answers
 
 
 @pytest.mark.parametrize(
     ("eos", "expected"),
     [(None, [7, 9]), (9, [7, 9]), (7, [7, 9]), ([9, 7], [7, 9]), ([5, 9], [7, 5, 9]), (5, [7, 5, 9])],
 )
-def test_answers_end_at_both_tokens_and_text_at_the_last(eos: Any, expected: list[int]) -> None:
+def test_both_end_tokens_come_before_and_after_other_eos_ids(eos: Any, expected: list[int]) -> None:
     config = {"top_p": 0.5, "do_sample": False} | ({} if eos is None else {"eos_token_id": eos})
-    told = stopping_generation_config(config, [7, 9], "qwen2")
-    assert told == {"top_p": 0.5, "do_sample": False, "eos_token_id": expected, "pad_token_id": 9}
+    config_after = stopping_generation_config(config, [7, 9], "qwen2")
+    assert config_after == {"top_p": 0.5, "do_sample": False, "eos_token_id": expected, "pad_token_id": 9}
 
 
-def test_the_chat_keys_belong_to_qwen_v1() -> None:
+def test_chat_keys_are_written_for_qwen_v1_only() -> None:
     keys = {"chat_format": "raw", "max_window_size": 100, "top_k": 3}
-    told = stopping_generation_config(keys, [7, 9], "qwen")
-    assert (told["chat_format"], told["max_window_size"], told["top_k"]) == ("chatml", 100, 3)
+    config_after = stopping_generation_config(keys, [7, 9], "qwen")
+    assert (config_after["chat_format"], config_after["max_window_size"], config_after["top_k"]) == ("chatml", 100, 3)
     assert stopping_generation_config({}, [7, 9], "qwen")["max_window_size"] == 6144
     assert stopping_generation_config(keys, [7, 9], "qwen2").keys() == {"top_k", "eos_token_id", "pad_token_id"}
 
 
-def test_a_folders_generation_config_ends_answers(any_golden: Golden, tmp_path: Path) -> None:
+def test_generation_config_of_qwen_v1_folder_ends_answers(any_golden: Golden, tmp_path: Path) -> None:
     folder = copy_checkpoint(tmp_path / "qwen", any_golden.tiny, chat_format="raw")
     tokenizer = QWenTokenizer.from_pretrained(folder)
     write_generation_config(folder)
@@ -163,7 +163,7 @@ def test_a_folders_generation_config_ends_answers(any_golden: Golden, tmp_path: 
     assert GenerationConfig.from_pretrained(folder).eos_token_id == ends
 
 
-def test_later_families_end_answers_too(tmp_path: Path) -> None:
+def test_generation_config_of_later_families_ends_answers(tmp_path: Path) -> None:
     folder = write_later_checkpoint(tmp_path / "qwen3", "qwen3")
     (folder / "generation_config.json").write_text('{"eos_token_id": 1, "top_p": 0.8}')
     write_generation_config(folder)
@@ -172,7 +172,7 @@ def test_later_families_end_answers_too(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["qwen", "qwen2"])
-def test_without_a_tokenizer_nothing_is_changed(
+def test_generation_config_is_unchanged_without_a_tokenizer(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, model_type: str
 ) -> None:
     folder = copy_checkpoint(tmp_path / "qwen", model_type=model_type)
@@ -185,7 +185,9 @@ def test_without_a_tokenizer_nothing_is_changed(
     assert read(folder / "generation_config.json") == before
 
 
-def test_a_tokenizer_of_another_chat_format_changes_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_generation_config_is_unchanged_for_other_chat_formats(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     folder = write_later_checkpoint(tmp_path / "qwen2", "qwen2")
     file = folder / "tokenizer.json"
     file.write_text(file.read_text().replace("<|im_end|>", "<|turn_end|>"))
@@ -198,7 +200,7 @@ def test_a_tokenizer_of_another_chat_format_changes_nothing(tmp_path: Path, capl
     assert read(folder / "generation_config.json") == before
 
 
-def test_a_broken_tokenizer_is_named(tmp_path: Path) -> None:
+def test_broken_tokenizer_is_reported(tmp_path: Path) -> None:
     folder = write_later_checkpoint(tmp_path / "qwen2", "qwen2")
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ConfigError, match=r"tokenizer\.json is not JSON"):

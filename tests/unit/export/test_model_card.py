@@ -1,4 +1,4 @@
-"""The model card of an exported folder: what it tells, what it keeps to itself, and that no name breaks it."""
+"""The model card of a merged folder: its contents, what it must not reveal, and hostile names."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def facts(tmp_path: Path) -> CardFacts:
 
 
 def card_of(folder: Path, facts: CardFacts) -> tuple[str, dict[str, Any], str]:
-    """The whole card, its front matter and what follows, as the hub's library reads it back."""
+    """Return the whole card, its front matter and its body, the latter two as the hub's library reads them."""
     folder.mkdir(exist_ok=True)
     path = write_model_card(folder, facts)
     assert path == folder / "README.md"
@@ -57,7 +57,7 @@ def write_records(adapter: Path, summary: Any = SUMMARY, report: Any = DATA_REPO
     (adapter / "data_receipt.json").write_text(json.dumps(report))
 
 
-def test_what_it_tells_the_hub(tmp_path: Path, facts: CardFacts) -> None:
+def test_front_matter_for_the_hub(tmp_path: Path, facts: CardFacts) -> None:
     _, data, _ = card_of(tmp_path / "out", facts)
     assert data == {
         "base_model": HUB_BASE, "base_model_relation": "finetune", "library_name": "transformers",
@@ -70,45 +70,39 @@ def test_what_it_tells_the_hub(tmp_path: Path, facts: CardFacts) -> None:
     assert "- `tuned`, weight 1\n- `other`, weight 0.3\n" in text
 
 
-def test_a_base_that_is_a_folder_is_told_by_its_name(
+def test_base_folder_is_named_by_its_last_part(
     tmp_path: Path, facts: CardFacts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for base in (str(facts.base_folder), "../models/base", "base", "a/b/base"):
         _, data, text = card_of(tmp_path / "out", replace(facts, base=base))
         assert "base_model" not in data and "base_model_relation" not in data
-        assert "`base` with a LoRA adapter folded into its weights" in text
-    # A folder here that looks like an id of the hub.
+        assert "`base` with a LoRA adapter merged into its weights" in text
+    # A local folder whose path looks like a hub id.
     (tmp_path / "Qwen" / "Qwen-7B-Chat").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
     whole, data, _ = card_of(tmp_path / "out", facts)
     assert "base_model" not in data and "huggingface.co" not in whole
 
 
-def test_a_conversion_was_not_trained(tmp_path: Path, facts: CardFacts) -> None:
-    whole, data, _ = card_of(tmp_path / "out", replace(facts, adapters=(), layout="qwen2", verification=()))
-    assert "base_model_relation" not in data and data["tags"] == ["qwen"]
-    assert "not trained further" in whole and "Training" not in whole and "not verified" not in whole
-
-
-def test_the_figures_of_training(tmp_path: Path, facts: CardFacts) -> None:
+def test_training_figures(tmp_path: Path, facts: CardFacts) -> None:
     write_records(facts.adapters[0][0])
     whole, _, text = card_of(tmp_path / "out", facts)
     section = text.partition("## Training\n\n")[2].partition("\n\n##")[0]
     assert section.splitlines() == [
-        "- 1,200 optimizer steps over 34,567 learnt tokens",
+        "- 1,200 optimizer steps over 34,567 trained tokens",
         "- training loss 2.5 -> 0.3215",
         "- evaluation loss 0.51",
-        "- `train` data: 1,520 conversations, 98,765 tokens, 4,321 of them learnt",
+        "- `train` data: 1,520 conversations, 98,765 tokens, 4,321 of them trained",
         "- `train` data: `chats.jsonl`, 1,500 conversations",
         "- `train` data: `more.json`, 20 conversations",
-        "- `eval` data: 30 conversations, 400 tokens, 100 of them learnt",
+        "- `eval` data: 30 conversations, 400 tokens, 100 of them trained",
         "- `eval` data: `held.json`, 30 conversations",
     ]
     for private in ("someone", "secret", "PRIVATE", str(tmp_path)):
         assert private not in whole
 
 
-def test_several_adapters_figures_are_told_apart(tmp_path: Path, facts: CardFacts) -> None:
+def test_training_figures_of_several_adapters_are_labelled(tmp_path: Path, facts: CardFacts) -> None:
     write_records(facts.adapters[0][0], report={})
     other = tmp_path / "other"
     other.mkdir()
@@ -125,21 +119,21 @@ def test_several_adapters_figures_are_told_apart(tmp_path: Path, facts: CardFact
         ({"steps": True, "data": 7}, {"train": {"sources": "no", "path": None}}),
     ],
 )
-def test_records_that_hold_something_else(tmp_path: Path, facts: CardFacts, summary: Any, report: Any) -> None:
+def test_records_with_unexpected_values(tmp_path: Path, facts: CardFacts, summary: Any, report: Any) -> None:
     write_records(facts.adapters[0][0], summary, report)
     whole, _, _ = card_of(tmp_path / "out", facts)
     assert "<b>" not in whole and "None" not in whole
 
 
-def test_a_broken_record_keeps_nothing_from_being_exported(tmp_path: Path, facts: CardFacts) -> None:
+def test_broken_record_is_ignored(tmp_path: Path, facts: CardFacts) -> None:
     (facts.adapters[0][0] / "run_summary.json").write_bytes(b"\xff{")
     _, _, text = card_of(tmp_path / "out", facts)
     assert "Training" not in text
 
 
-def test_what_is_known_of_the_checkpoint(tmp_path: Path, facts: CardFacts) -> None:
-    _, _, text = card_of(tmp_path / "out", replace(facts, notes=("dynamic NTK is lost",)))
-    for line in ("layout: `qwen`, stored in `bfloat16`", "`10 of 19 tensors changed`", "`dynamic NTK is lost`"):
+def test_checkpoint_section(tmp_path: Path, facts: CardFacts) -> None:
+    _, _, text = card_of(tmp_path / "out", facts)
+    for line in ("layout: `qwen`, stored in `bfloat16`", "`10 of 19 tensors changed`"):
         assert f"- {line}\n" in text
     assert "- `verified: 12 prompts, 400 tokens`\n" in text and "not verified" not in text
     _, _, text = card_of(tmp_path / "out", replace(facts, verification=()))
@@ -149,7 +143,7 @@ def test_what_is_known_of_the_checkpoint(tmp_path: Path, facts: CardFacts) -> No
 # ---------------------------------------------------------------------------------------------------------- licences
 
 
-def test_the_bases_licence_comes_along(tmp_path: Path, facts: CardFacts) -> None:
+def test_licence_files_of_the_base_are_copied(tmp_path: Path, facts: CardFacts) -> None:
     (facts.base_folder / "LICENSE").write_text("the terms")
     (facts.base_folder / "Notice.txt").write_text("a notice")
     (facts.base_folder / "LICENSES").mkdir()
@@ -160,7 +154,7 @@ def test_the_bases_licence_comes_along(tmp_path: Path, facts: CardFacts) -> None
     assert (tmp_path / "out" / "Notice.txt").read_text() == "a notice"
 
 
-def test_what_the_bases_card_says_of_its_licence_is_told_on(tmp_path: Path, facts: CardFacts) -> None:
+def test_licence_metadata_of_the_base_is_copied(tmp_path: Path, facts: CardFacts) -> None:
     terms = {"license": "other", "license_name": "tongyi-qianwen", "license_link": "https://example.org/x: y"}
     (facts.base_folder / "README.md").write_text(f"---\n{yaml.safe_dump({**terms, 'tags': ['x']})}---\nText\n")
     _, data, _ = card_of(tmp_path / "out", facts)
@@ -170,27 +164,27 @@ def test_what_the_bases_card_says_of_its_licence_is_told_on(tmp_path: Path, fact
 @pytest.mark.parametrize(
     "card", [b"---\na: [\n---\n", b"---\n- a\n---\n", b"\xff\xfe", b"---\nlicense: [a]\n---\n", b""]
 )
-def test_a_broken_card_of_the_base_is_passed_over(tmp_path: Path, facts: CardFacts, card: bytes) -> None:
+def test_broken_card_of_the_base_is_ignored(tmp_path: Path, facts: CardFacts, card: bytes) -> None:
     (facts.base_folder / "README.md").write_bytes(card)
     _, data, text = card_of(tmp_path / "out", facts)
-    assert data["license"] == "unknown" and "No licence file lay beside the base" in text
+    assert data["license"] == "unknown" and "The base's folder has no licence file" in text
 
 
-# ------------------------------------------------------------------------------------------------- names of any kind
+# ------------------------------------------------------------------------------------------------------ hostile names
 
 
-def test_no_name_breaks_the_card(tmp_path: Path, facts: CardFacts) -> None:
+def test_no_name_is_interpreted_as_markup(tmp_path: Path, facts: CardFacts) -> None:
     adapter = tmp_path / HOSTILE
     adapter.mkdir()
     write_records(adapter, report={HOSTILE: {"sources": [{"path": f"x/{HOSTILE}", "kept": 1}]}})
     hostile = replace(
         facts, name=HOSTILE, base=f"{HOSTILE}/x\ny", adapters=((adapter, 1.0), (adapter, 2.0)), layout=HOSTILE,
-        dtype=HOSTILE, changed=HOSTILE, verification=(HOSTILE,), notes=(HOSTILE,),
+        dtype=HOSTILE, changed=HOSTILE, verification=(HOSTILE,),
     )  # fmt: skip
     whole, data, text = card_of(tmp_path / "out", hostile)
     assert data.keys() == {"library_name", "pipeline_tag", "tags", "license"}
     assert "\u202e" not in whole and "\n---\n# c" not in text
-    # Outside of code there is nothing of the names.
+    # Outside code spans no part of the names appears.
     rest = re.sub(r"(`+)(?!`).*?(?<!`)\1(?!`)", "", text)
     for piece in ("[x]", "<b>", "{{z}}", "# c"):
         assert piece not in rest
@@ -198,7 +192,7 @@ def test_no_name_breaks_the_card(tmp_path: Path, facts: CardFacts) -> None:
 
 
 @pytest.mark.parametrize("text", ["a", "`", "``a`", "a`b``c```", "", "\n", "a\nb\tc", "\x1b[31m"])
-def test_a_code_span_ends_where_it_should(text: str) -> None:
+def test_code_span_ends_at_its_own_fence(text: str) -> None:
     span = code(text)
     fence = re.match("`+", span)[0]  # type: ignore[index]
     inside = span[len(fence) : -len(fence)]
@@ -212,27 +206,27 @@ def test_a_code_span_ends_where_it_should(text: str) -> None:
 
 @pytest.mark.parametrize("layout", ["qwen", "qwen2"])
 @pytest.mark.parametrize("model_type", ["qwen", "qwen2"])
-def test_the_lines_that_serve_it(layout: str, model_type: str) -> None:
+def test_serve_commands(layout: str, model_type: str) -> None:
     lines = serve_lines(Path("my models/it's"), layout, model_type)
     commands = [shlex.split(line) for line in lines if not line.startswith("#")]
     assert all("my models/it's" in command for command in commands)
-    trusting = {command[0]: "--trust-remote-code" in command for command in commands}
-    assert trusting["vllm"] == trusting["transformers"] == (layout == "qwen")
+    trusts_code = {command[0]: "--trust-remote-code" in command for command in commands}
+    assert trusts_code["vllm"] == trusts_code["transformers"] == (layout == "qwen")
     assert ["python", "-m", "scripts.ask"] in [command[:3] for command in commands]
 
 
-def test_a_family_that_the_toolkit_does_not_open_is_not_asked_with_it(tmp_path: Path, facts: CardFacts) -> None:
+def test_unsupported_family_has_no_scripts_ask_command(tmp_path: Path, facts: CardFacts) -> None:
     whole, data, _ = card_of(tmp_path / "out", replace(facts, layout="llama", model_type="llama"))
     assert "scripts.ask" not in whole and data["tags"] == ["lora-merged"]
     assert "vllm serve FOLDER\n" in whole
 
 
-def test_later_families_need_no_code(tmp_path: Path, facts: CardFacts) -> None:
+def test_later_families_need_no_remote_code(tmp_path: Path, facts: CardFacts) -> None:
     whole, data, _ = card_of(tmp_path / "out", replace(facts, layout="qwen3", model_type="qwen3"))
     assert "trust" not in whole and "custom_code" not in data["tags"] and "Apache" not in whole
 
 
-def test_the_cards_snippet_is_python(tmp_path: Path, facts: CardFacts) -> None:
+def test_python_snippet_compiles(tmp_path: Path, facts: CardFacts) -> None:
     _, _, text = card_of(tmp_path / "out", facts)
     [snippet] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     compile(snippet, "snippet", "exec")
