@@ -1,1 +1,1 @@
-"""A conversation as text, and which part of it is trained; no torch, no model."""
+"""Conversations as text: how each Qwen family writes them, and which tokens are trained."""

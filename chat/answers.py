@@ -1,8 +1,8 @@
-"""How answers are written, and which of them a prompt leads to.
+"""How the answers of a conversation are written, and which of them have an inference prompt.
 
-The families that think write an answer differently as the last one, behind the last question (a step between calls
-of functions) and before it. So the prompt for an answer is not always what stands before it in the whole conversation,
-and an answer that no prompt leads to could never be generated: it is not trained.
+Reasoning models write an answer differently depending on whether it ends the conversation and whether a later question
+exists. So the inference prompt for an answer is not always what precedes it in the rendered conversation. An answer
+without a prompt that leads to it could never be generated, and is not trained.
 """
 
 from __future__ import annotations
@@ -14,92 +14,106 @@ from chat.turns import Turn
 
 
 class Answers:
-    """The answers of a conversation.
+    """The answers of a conversation as a family writes them.
 
     Args:
-        turns: all of it, the system turn included.
+        turns: the whole conversation, including its system turn.
     """
 
     def __init__(self, turns: Sequence[Turn], family: Family) -> None:
         self._turns = turns
         self._family = family
         self._last = len(turns) - 1
-        # Where nobody asks, no answer counts as behind a question.
+        # Without a question, no answer counts as being after the last one.
         self._last_question = max((index for index, turn in enumerate(turns) if _is_question(turn)), default=self._last)
         self._texts: dict[tuple[int, bool, bool], str] = {}
 
-    def written(self) -> list[Turn]:
-        """The turns with the texts of answers as they are written."""
+    def written_turns(self) -> list[Turn]:
+        """Return the turns, with the content of answers replaced by their rendered text."""
         return [
-            turn._replace(content=self._final(index)) if turn.role == "assistant" else turn
+            turn._replace(content=self._rendered(index)) if turn.role == "assistant" else turn
             for index, turn in enumerate(self._turns)
         ]
 
-    def asked_for(self) -> set[int]:
-        """Indices of the answers whose rendered prompt is what stands before them in the rendered conversation."""
-        asked: set[int] = set()
-        is_behind_question = False
-        is_same = True  # whether the answers since the last question, but for the one just before, are as in the prompt
-        before: int | None = None
+    def promptable(self, has_own_system: bool) -> set[int]:
+        """Return the indices of answers that the model can be prompted for.
+
+        Their inference prompt equals what precedes them in the rendered conversation.
+
+        Args:
+            has_own_system: the system turn is part of the data, not added by rendering.
+        """
+        found: set[int] = set()
+        after_question = False
+        is_history_same = True  # answers since the last question, except for the previous turn, are as in the prompt
+        previous: int | None = None  # the previous turn, if it is an answer
         for index, turn in enumerate(self._turns):
-            if turn.role == "assistant" and is_same and self._follows(index, before, is_behind_question):
-                asked.add(index)
-            if before is not None:
-                is_same = is_same and self._text(before, False, is_behind_question) == self._final(before)
-            before = index if turn.role == "assistant" else None
+            if turn.role == "assistant" and is_history_same and self._follows_prompt(index, previous, after_question):
+                found.add(index)
+            if previous is not None:
+                in_prompt = self._text(previous, False, after_question)
+                is_history_same = is_history_same and in_prompt == self._rendered(previous)
+            previous = index if turn.role == "assistant" else None
             if _is_question(turn):
-                # What stands before a question is written alike, whatever follows.
-                is_behind_question = is_same = True
-        return asked
+                # What precedes a question is written the same whatever follows.
+                after_question = is_history_same = True
+        if not has_own_system and not self._family.prompts_opening_answer:
+            found.discard(1 if self._turns and self._turns[0].role == "system" else 0)
+        return found
 
-    def _follows(self, index: int, before: int | None, is_behind_question: bool) -> bool:
-        """Whether an answer starts as its prompt ends, and the one just before it is written as if it were the last."""
-        if not self._final(index).startswith(self._family.prompt_suffix):
+    def _follows_prompt(self, index: int, previous: int | None, after_question: bool) -> bool:
+        """Check that an answer starts as its prompt ends, and that an answer before it is written as a last one."""
+        if not self._rendered(index).startswith(self._family.prompt_suffix):
             return False
-        if before is None:
+        if previous is None:
             return True
-        return self._family.continues_answers and self._text(before, True, is_behind_question) == self._final(before)
+        in_prompt = self._text(previous, True, after_question)
+        return self._family.prompts_after_answer and in_prompt == self._rendered(previous)
 
-    def _final(self, index: int) -> str:
+    def _rendered(self, index: int) -> str:
         return self._text(index, index == self._last, index > self._last_question)
 
-    def _text(self, index: int, is_last: bool, is_behind_question: bool) -> str:
-        place = (index, is_last, is_behind_question)
-        if place not in self._texts:
-            self._texts[place] = write_answer(self._turns[index], self._family, is_last, is_behind_question)
-        return self._texts[place]
+    def _text(self, index: int, is_last: bool, after_last_question: bool) -> str:
+        key = (index, is_last, after_last_question)
+        if key not in self._texts:
+            self._texts[key] = write_answer(self._turns[index], self._family, is_last, after_last_question)
+        return self._texts[key]
 
 
-def write_answer(turn: Turn, family: Family, is_last: bool, is_behind_question: bool) -> str:
-    """What stands between an answer's header and its end.
+def write_answer(turn: Turn, family: Family, is_last: bool, after_last_question: bool) -> str:
+    """Return the text between an answer's header and its end.
 
     Args:
-        is_last: whether the conversation ends with it.
-        is_behind_question: whether a question stands before it, and none behind it.
+        is_last: the conversation ends with it.
+        after_last_question: a question precedes it, and none follows.
     """
-    said = text = turn.content
     if family.thinking == "block":
-        thought, said = split_thinking(turn)
-        shows = is_behind_question and bool(is_last or thought)
-        text = thought_block(thought) + said.lstrip("\n") if shows else said
-    elif family.thinking == "all" or (family.thinking == "history" and not is_last):
-        text = text.rpartition(THINK_END)[2].lstrip("\n")
+        thought, answer = split_thinking(turn)
+        shows_thought = after_last_question and bool(is_last or thought)
+        text = thought_block(thought) + answer.lstrip("\n") if shows_thought else answer
+    elif family.thinking == "none":
+        text = answer = turn.content
+    else:
+        # The templates of these families know thinking only as part of an answer's text.
+        text = answer = thought_block(turn.thinking) + turn.content if turn.thinking else turn.content
+        if family.thinking == "stripped" or not is_last:
+            text = text.rpartition(THINK_END)[2].lstrip("\n")
     calls = family.tool_form.calls_text(turn.calls) if turn.calls and family.tool_form else ""
-    return f"{text}\n{calls}" if calls and said else text + calls
+    return f"{text}\n{calls}" if calls and answer else text + calls
 
 
 def split_thinking(turn: Turn) -> tuple[str, str]:
-    """The thinking and the words of an answer: out of its text only where it has no thinking of its own."""
+    """Split an answer into its thinking and the rest. If ``turn.thinking`` is set, the text is not searched."""
     if turn.thinking is not None:
         return turn.thinking, turn.content
-    before, found, _ = turn.content.partition(THINK_END)
-    if not found:
+    before, end_tag, _ = turn.content.partition(THINK_END)
+    if not end_tag:
         return "", turn.content
     thought = before.rstrip("\n").rpartition(THINK)[2].lstrip("\n")
     return thought, turn.content.rpartition(THINK_END)[2].lstrip("\n")
 
 
 def _is_question(turn: Turn) -> bool:
-    """Whether a user asks. Some hand the results of calls on as a user's words."""
+    """Check that a user asks something. Some data writes tool results as user turns."""
     is_result = turn.content.startswith("<tool_response>") and turn.content.endswith("</tool_response>")
     return turn.role == "user" and not is_result

@@ -1,8 +1,8 @@
-"""Which family a checkpoint belongs to.
+"""Detection of a checkpoint's family.
 
-Qwen v1 is fixed. A later checkpoint carries a chat template: its default system message is read off that template, and
-its answer style and tool form are those of ``families.ANSWER_STYLES`` and ``hermes.HERMES_FORMS`` that render the same
-text, so that what is trained is what the checkpoint's own template writes. Names decide nothing.
+Checkpoints later than Qwen v1 have a chat template. Short conversations (probes) are rendered with it and with each
+known answer style and tool form, and those that give the same text are used. So training writes what the checkpoint's
+own template writes. Path names and model names are never used.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from errors import ConfigError
 Probe = tuple[Turn, ...]
 
 _ASK, _ANSWER = Turn("user", "u"), Turn("assistant", "b")
-# Each pair of styles renders at least one of these differently.
+# Any two answer styles render at least one of these differently.
 _PROBES: tuple[Probe, ...] = (
     (Turn("system", "s"), _ASK, _ANSWER),
     (Turn("user", "\nu"), Turn("assistant", "\n\na\n"), _ASK, Turn("assistant", "\nb")),
@@ -36,7 +36,7 @@ _TOOL_PROBES: tuple[Probe, ...] = (
     (Turn("system", "s"), _ASK, Turn("assistant", "a\n", (_CALL, ToolCall("g", {}))), _RESULT, _RESULT, _ANSWER),
     (_ASK, _CALLING, _RESULT, _ANSWER, _ASK, _CALLING._replace(content="a")),
 )
-_TEXT_PROBE: Probe = (_ASK, Turn("assistant", "", (ToolCall("f", '{"a" :1}'),)), _RESULT, _ANSWER)
+_STRING_ARGUMENTS_PROBE: Probe = (_ASK, Turn("assistant", "", (ToolCall("f", '{"a" :1}'),)), _RESULT, _ANSWER)
 
 _THOUGHT = Turn("assistant", "a", thinking="\nt\n")
 _THINKING_PROBES: tuple[Probe, ...] = (
@@ -50,16 +50,16 @@ ApplyTemplate = Callable[[Sequence[dict[str, Any]], Sequence[Tool], bool], str]
 
 
 def family_of(tokenizer: Any, base_system: str | None = None) -> Family:
-    """The family of a checkpoint of a later family than Qwen v1, from its tokenizer's chat template.
+    """Return the family of a checkpoint later than Qwen v1, from its tokenizer's chat template.
 
     Args:
         base_system: default system message of a base checkpoint, which has no template.
 
     Raises:
-        ConfigError: a chat template that writes plain conversations in no known way.
+        ConfigError: a chat template that writes plain conversations in an unknown way.
     """
     if not getattr(tokenizer, "chat_template", None):
-        # As the first instruct models of the model_type.
+        # As the first instruct models of the same model_type.
         return replace(ANSWER_STYLES[0], default_system=base_system)
 
     def apply(messages: Sequence[dict[str, Any]], tools: Sequence[Tool], prompt: bool) -> str:
@@ -73,20 +73,20 @@ def family_of(tokenizer: Any, base_system: str | None = None) -> Family:
 
 
 def match_template(apply: ApplyTemplate) -> Family:
-    """The answer style, tool form and default system message with which our rendering equals a chat template's.
+    """Return the family whose rendering equals that of a chat template.
 
-    Without a tool form that does, the family has none; where thinking is written otherwise, it does not know thinking.
+    If no tool form matches, the family has none; if thinking does not match, ``knows_thinking`` is false.
 
     Args:
-        apply: renders messages (OpenAI's dicts) and tools, with or without the generation prompt, to text.
+        apply: renders messages (OpenAI's dicts) and tools to text, with or without the generation prompt.
 
     Raises:
-        ConfigError: no known style renders the probes as the template does.
+        ConfigError: no known answer style renders plain conversations as the template does.
     """
     default_system = _default_system(apply)
     for style in ANSWER_STYLES:
         family = replace(style, default_system=default_system)
-        if all(_renders_alike(probe, (), family, apply) for probe in _PROBES):
+        if all(_matches(probe, (), family, apply) for probe in _PROBES):
             return _with_thinking(_with_tools(family, apply), apply)
     raise ConfigError(
         "tokenizer_config.json: the checkpoint's chat template does not write plain conversations as any known Qwen "
@@ -104,28 +104,36 @@ def _default_system(apply: ApplyTemplate) -> str | None:
 
 
 def _with_tools(family: Family, apply: ApplyTemplate) -> Family:
+    """Return the family with the tool form that matches, if there is one."""
     for form in HERMES_FORMS:
         with_form = replace(family, tool_form=form)
-        probes = (*_TOOL_PROBES, _TEXT_PROBE) if form.keeps_text else _TOOL_PROBES
-        if all(_renders_alike(probe, _TOOLS, with_form, apply) for probe in probes):
+        probes = (*_TOOL_PROBES, _STRING_ARGUMENTS_PROBE) if form.keeps_strings else _TOOL_PROBES
+        if all(_matches(probe, _TOOLS, with_form, apply) for probe in probes):
             return with_form
     return family
 
 
 def _with_thinking(family: Family, apply: ApplyTemplate) -> Family:
+    """Return the family with ``knows_thinking`` decided."""
     probes = (*_THINKING_PROBES, _STEPS_PROBE) if family.tool_form else _THINKING_PROBES
-    return replace(family, knows_thinking=all(_renders_alike(probe, (), family, apply) for probe in probes))
+    return replace(family, knows_thinking=all(_matches(probe, (), family, apply) for probe in probes))
 
 
-def _renders_alike(probe: Sequence[Turn], tools: Sequence[Tool], family: Family, apply: ApplyTemplate) -> bool:
-    """Whether a probe, and the prompt for its last answer, have the template's text; false where that fails."""
+def _matches(probe: Sequence[Turn], tools: Sequence[Tool], family: Family, apply: ApplyTemplate) -> bool:
+    """Check that a probe, and the prompt for its last answer, have the template's text; false if the template fails."""
     try:
         whole, prompt = apply(_messages(probe), tools, False), apply(_messages(probe[:-1]), tools, True)
     except (TemplateError, TypeError, ValueError):
         return False
-    return _closed(whole) == text_of(render(probe, family, tools=tools)) and prompt == text_of(
-        render_prompt(probe[:-1], family, tools=tools)
+    turns = as_template_reads(probe, family)
+    return _closed(whole) == text_of(render(turns, family, tools=tools)) and prompt == text_of(
+        render_prompt(turns[:-1], family, tools=tools)
     )
+
+
+def as_template_reads(turns: Sequence[Turn], family: Family) -> list[Turn]:
+    """Return the turns without what the templates of a family ignore: most ignore ``reasoning_content``."""
+    return [turn if family.thinking == "block" else turn._replace(thinking=None) for turn in turns]
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:
@@ -142,5 +150,5 @@ def _message(turn: Turn) -> dict[str, Any]:
 
 
 def _closed(text: str) -> str:
-    """The template of Qwen1.5's launch leaves the last message open; a training text is always closed."""
+    """Close the last message, which the template of Qwen1.5's launch leaves open."""
     return text if text.endswith(f"{IM_END}\n") else f"{text}{IM_END}\n"

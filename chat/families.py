@@ -1,8 +1,8 @@
 """What differs between the families of Qwen chat models, as data.
 
-A conversation is ChatML in every family; they differ in the default system message, in how text is cut into pieces
-before it is tokenised, in what stands before an answer, in what becomes of its thinking, and in how tools are written.
-Which of them a checkpoint belongs to is found in ``templates.py``.
+Every family writes conversations as ChatML. They differ in the default system message, in which texts are tokenised
+together, in the text before an answer, in what happens to thinking, and in how tools are written. ``chat.detect``
+finds the family of a checkpoint.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from chat.segments import ToolForm
 from chat.tools_react import React
-from chat.turns import ToolForm
 
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"
@@ -27,55 +27,57 @@ class Family:
     """How one family writes a conversation.
 
     Attributes:
-        name: for messages and the run's record.
-        default_system: system message of a conversation that brings none; ``None`` writes no system turn.
-        joins_header: whether ``user\\n`` and the message are tokenised in one piece. Qwen v1 cuts between them; later
-            tokenizers see the whole text, so that a message starting with a newline melts into the header. An answer
-            is always cut off its header: at inference the model continues the header's own ids.
+        name: for messages and the run's summary.
+        default_system: system message of a conversation without one; ``None`` writes no system turn.
+        joins_header: ``user\\n`` and the message are tokenised together, so that a message that starts with a newline
+            merges with the header. Qwen v1 tokenises them apart. Every family tokenises an answer apart from its
+            header, because at inference the model continues the ids of the header.
         prompt_suffix: text that the generation prompt adds after the assistant's header.
-        thinking: what becomes of thoughts. ``none``: they are text like any other. ``block``: they are written before
-            the answers behind the last question, also an empty one before the very last answer, and are cut off the
-            others. ``history``: they are text, but all answers except for the last lose them, and their leading
-            newlines. ``all``: every answer loses them.
-        knows_thinking: whether ``thinking`` is what the checkpoint's template does; else only answers without are read.
-        trains_opening: whether an answer that opens the conversation, before any message, is trained. The later
-            templates cannot write a prompt for it.
-        continues_answers: whether the generation prompt opens an answer after an answer.
-        tool_form: how tools and their calls are written; ``None`` where that is not known here.
+        thinking: what happens to the thinking of answers.
+            ``none``: it is text like any other.
+            ``block``: it is written before the answers after the last question (the last answer has a block even if it
+            is empty) and removed from all others.
+            ``stripped_from_history``: it is text; all answers except the last lose it, and their leading newlines.
+            ``stripped``: it is removed from every answer.
+        knows_thinking: ``thinking`` matches the checkpoint's template; if not, thinking in the data is refused.
+        prompts_opening_answer: the family has a prompt for an answer that opens the conversation. The later templates
+            have none, so such an answer is not trained.
+        prompts_after_answer: the generation prompt opens an answer even if the last turn is an answer.
+        tool_form: how tools and calls are written; ``None`` if no known form matches.
     """
 
     name: str
     default_system: str | None = None
     joins_header: bool = True
     prompt_suffix: str = ""
-    thinking: Literal["none", "block", "history", "all"] = "none"
+    thinking: Literal["none", "block", "stripped_from_history", "stripped"] = "none"
     knows_thinking: bool = True
-    trains_opening: bool = False
-    continues_answers: bool = True
+    prompts_opening_answer: bool = False
+    prompts_after_answer: bool = True
     tool_form: ToolForm | None = None
 
     @property
     def has_thinking(self) -> bool:
-        """Whether thoughts are more than text like any other."""
+        """Whether thinking is treated differently from other text."""
         return self.thinking != "none"
 
 
-QWEN_V1 = Family("qwen", default_system=DEFAULT_SYSTEM, joins_header=False, trains_opening=True, tool_form=React())
+QWEN_V1 = Family(
+    "qwen", default_system=DEFAULT_SYSTEM, joins_header=False, prompts_opening_answer=True, tool_form=React()
+)
 
 
 def thought_block(thought: str) -> str:
-    """What stands before an answer that was thought about."""
+    """Return the text that precedes an answer with thinking."""
     text = thought.strip("\n")
     return f"{THINK}\n{text}\n{THINK_END}\n\n"
 
 
-EMPTY_THOUGHT = thought_block("")
-
 ANSWER_STYLES = (
     Family("chatml"),  # Qwen1.5, Qwen2, Qwen2.5, QwQ-32B-Preview, Qwen3-Instruct-2507
-    Family("chatml-launch", continues_answers=False),  # Qwen1.5 as published in February 2024
+    Family("chatml-launch", prompts_after_answer=False),  # Qwen1.5 as published in February 2024
     Family("chatml-hybrid", thinking="block"),  # Qwen3
     Family("chatml-thinking", thinking="block", prompt_suffix=f"{THINK}\n"),  # Qwen3-Thinking-2507
-    Family("chatml-qwq", thinking="history", prompt_suffix=f"{THINK}\n"),  # QwQ-32B
-    Family("chatml-qwq-launch", thinking="all", prompt_suffix=f"{THINK}\n"),
+    Family("chatml-qwq", thinking="stripped_from_history", prompt_suffix=f"{THINK}\n"),  # QwQ-32B
+    Family("chatml-qwq-launch", thinking="stripped", prompt_suffix=f"{THINK}\n"),
 )

@@ -1,4 +1,4 @@
-"""What ends an answer: the tokens, and the ``generation_config.json`` that names them."""
+"""The tokens that end an answer, and the ``generation_config.json`` that lists them."""
 
 from __future__ import annotations
 
@@ -8,30 +8,30 @@ from typing import Any
 from chat.families import END_OF_TEXT, IM_END
 
 MAX_WINDOW_SIZE = 6144
-"""Default of Qwen v1's ``max_window_size``: tokens of the prompt that ``chat()`` keeps."""
+"""Default of Qwen v1's ``max_window_size``: maximum number of prompt tokens in ``chat()``."""
 
 
 def end_ids_of(tokenizer: Any) -> list[int]:
-    """Ids that end an answer: ``<|im_end|>`` and end-of-text, the latter last; empty where one of them is missing."""
+    """Return the ids that end an answer: ``<|im_end|>``, then end-of-text; an empty list if either is missing."""
     tokens = [IM_END, END_OF_TEXT]
     ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
-    # For a token that they do not have some tokenizers give the id of the unknown one.
+    # For a missing token some tokenizers return the id of the unknown token.
     return ids if None not in ids and tokenizer.convert_ids_to_tokens(ids) == tokens else []
 
 
 def stopping_generation_config(config: Mapping[str, Any], end_ids: Sequence[int], model_type: str) -> dict[str, Any]:
-    """The values of ``generation_config.json`` for a model that was tuned on ChatML.
+    """Return the values of ``generation_config.json`` for a model that was tuned on ChatML.
 
     Args:
-        config: the values of the base's, or of the adapter's; they may be empty.
-        end_ids: what ends an answer; the last of them is end-of-text, which also pads.
-        model_type: of the model; ``qwen`` has keys of its own for ``chat()``, which others lose.
+        config: the values of the base model or of the adapter; may be empty.
+        end_ids: ids that end an answer; the last one is end-of-text, which also pads.
+        model_type: of the model. ``qwen`` has extra keys for ``chat()``, which are removed for other models.
     """
-    known = config.get("eos_token_id")
-    known = known if isinstance(known, list) else [] if known is None else [known]
-    others = [id_ for id_ in known if id_ not in end_ids]
-    ends = [*end_ids[:-1], *others, end_ids[-1]]
-    changed = {**config, "eos_token_id": ends, "pad_token_id": end_ids[-1]}
+    eos = config.get("eos_token_id")
+    eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    other_ids = [id_ for id_ in eos_ids if id_ not in end_ids]
+    all_ids = [*end_ids[:-1], *other_ids, end_ids[-1]]
+    changed = {**config, "eos_token_id": all_ids, "pad_token_id": end_ids[-1]}
     chat_keys = {"chat_format": "chatml", "max_window_size": config.get("max_window_size", MAX_WINDOW_SIZE)}
     if model_type == "qwen":
         return changed | chat_keys

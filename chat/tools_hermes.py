@@ -23,7 +23,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
-from chat.turns import Message, Piece, Tool, ToolCall, Turn
+from chat.segments import Message, Segment
+from chat.turns import Tool, ToolCall, Turn
 
 _TOOLS = """\
 # Tools
@@ -43,29 +44,32 @@ For each function call, return a json object with function name and arguments wi
 
 @dataclass(frozen=True)
 class Hermes:
-    """What differs between the families that write calls in this way.
+    """The tool form of the families from Qwen2.5 on, with the details in which they differ.
 
     Attributes:
-        opening: what stands before the tools where the conversation has no system message.
-        example: what a call looks like, in the description.
-        keeps_text: whether arguments that are text are written as they stand; else the JSON value that they are is.
+        system_prefix: text before the tools if the conversation has no system message.
+        call_example: how the description of the tools shows a call.
+        keeps_strings: write string arguments verbatim instead of decoding them as JSON.
     """
 
-    opening: str = "\n\n"
-    example: str = '{"name": <function-name>, "arguments": <args-json-object>}'
-    keeps_text: bool = False
+    system_prefix: str = "\n\n"
+    call_example: str = '{"name": <function-name>, "arguments": <args-json-object>}'
+    keeps_strings: bool = False
+
+    def check(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> None:
+        """Accept every conversation."""
 
     def describe(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> list[Turn]:
-        """The turns with the tools in their system message, which is added where there is none."""
+        """Return the turns with the tools in their system message, which is added if there is none."""
         if not tools:
             return list(turns)
-        text = _TOOLS.format(tools="\n".join(map(_json, tools)), example=self.example)
+        text = _TOOLS.format(tools="\n".join(map(_json, tools)), example=self.call_example)
         if turns and turns[0].role == "system":
             return [turns[0]._replace(content=f"{turns[0].content}\n\n{text}"), *turns[1:]]
-        return [Turn("system", self.opening + text), *turns]
+        return [Turn("system", self.system_prefix + text), *turns]
 
     def calls_text(self, calls: Sequence[ToolCall]) -> str:
-        """What an answer ends with."""
+        """Return the calls as the end of an answer."""
         return "\n".join(
             f'<tool_call>\n{{"name": "{call.name}", "arguments": {self._arguments(call)}}}\n</tool_call>'
             for call in calls
@@ -74,39 +78,40 @@ class Hermes:
     def _arguments(self, call: ToolCall) -> str:
         if not isinstance(call.arguments, str):
             return _json(call.arguments)
-        return call.arguments if self.keeps_text else _json_of_text(call.arguments)
+        return call.arguments if self.keeps_strings else _json_of_text(call.arguments)
 
-    def write(
-        self, turns: Sequence[Turn], weights: Sequence[float], tools: Sequence[Tool], is_prompt: bool = False
-    ) -> list[Message]:
-        """Turns as messages; their calls and tools stand in their text already. Nothing is left open."""
+    def write(self, turns: Sequence[Turn], weights: Sequence[float], is_prompt: bool = False) -> list[Message]:
+        """Convert turns to the content of messages; neighbouring results share one. No message stays open."""
         messages: list[Message] = []
-        for is_result, group in groupby(enumerate(turns, 1), lambda numbered: numbered[1].role == "tool"):
+        for is_result, group in groupby(enumerate(turns, 1), lambda item: item[1].role == "tool"):
             numbered = list(group)
             if is_result:
-                pieces = _results([turn for _, turn in numbered], [weights[end - 1] for end, _ in numbered])
-                messages.append(Message("user", pieces, numbered[-1][0]))
+                results = [(turn.content, weights[number - 1]) for number, turn in numbered]
+                messages.append(Message("user", _results(results), numbered[-1][0]))
                 continue
-            messages += [
-                Message(turn.role, (Piece(turn.content, turn.role, weights[end - 1]),), end) for end, turn in numbered
-            ]
+            messages += [Message.from_turn(turn, weights[number - 1], number) for number, turn in numbered]
         return messages
 
 
 HERMES_FORMS = (
     Hermes(),  # Qwen2.5, QwQ
-    Hermes(example='{{"name": <function-name>, "arguments": <args-json-object>}}'),  # Qwen2.5 as first published
-    Hermes(opening="", keeps_text=True),  # Qwen3
+    Hermes(call_example='{{"name": <function-name>, "arguments": <args-json-object>}}'),  # Qwen2.5 as first published
+    Hermes(system_prefix="", keeps_strings=True),  # Qwen3
 )
 
 
-def _results(turns: Sequence[Turn], weights: Sequence[float]) -> tuple[Piece, ...]:
-    """Results of calls. Neighbours of one weight are one piece, tokenised at once; others are cut at line ends, which
-    no token reaches across."""
-    texts = [f"<tool_response>\n{turn.content}\n</tool_response>\n" for turn in turns]
+def _results(results: Sequence[tuple[str, float]]) -> list[Segment]:
+    """Convert the texts and weights of neighbouring results to segments, one for each run of equal weights.
+
+    They are split at line ends, which no token crosses, so that the weights do not change the ids.
+    """
+    texts = [f"<tool_response>\n{text}\n</tool_response>\n" for text, _ in results]
     texts[-1] = texts[-1].removesuffix("\n")
-    grouped = groupby(zip(texts, weights, strict=True), lambda piece: piece[1])
-    return tuple(Piece("".join(text for text, _ in group), "tool", weight) for weight, group in grouped)
+    weighted = zip(texts, (weight for _, weight in results), strict=True)
+    return [
+        Segment("".join(text for text, _ in run), False, weight, "tool")
+        for weight, run in groupby(weighted, lambda item: item[1])
+    ]
 
 
 def _json(value: Any) -> str:
@@ -114,7 +119,7 @@ def _json(value: Any) -> str:
 
 
 def _json_of_text(text: str) -> str:
-    """The JSON value that a text is; a string where it is none, or where decoding it would lose something."""
+    """Return a text that is JSON as its re-encoded value; other texts, and values that would lose data, as a string."""
     try:
         return _json(json.loads(text, object_pairs_hook=_object, parse_float=_float, parse_constant=_float))
     except (ValueError, RecursionError):
@@ -124,12 +129,12 @@ def _json_of_text(text: str) -> str:
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     decoded = dict(pairs)
     if len(decoded) < len(pairs):
-        raise ValueError("a key is given twice")
+        raise ValueError("duplicate key")
     return decoded
 
 
 def _float(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise ValueError("a number that JSON does not have")
+        raise ValueError("not a JSON number")
     return value

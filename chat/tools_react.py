@@ -1,6 +1,6 @@
-"""Function calls as Qwen v1 writes them: ReAct text (Yao et al. 2022) in ChatML messages, with no token of its own.
+"""Function calls as Qwen v1 writes them: ReAct text (Yao et al. 2022) in ChatML messages, without tokens of its own.
 
-The tools are described in a user message. What follows it, down to the final answer, is one assistant message::
+The first user message describes the tools. All that follows it, up to the final answer, is one assistant message::
 
     Thought: ...
     Action: get_weather
@@ -9,8 +9,8 @@ The tools are described in a user message. What follows it, down to the final an
     Thought: I now know the final answer.
     Final Answer: ...
 
-``Observation:`` is written by the model, and whoever serves it stops there; the result behind it is not the model's.
-The texts and the order of the parts are those of Qwen's API server and of its fine-tuning examples.
+The model writes ``Observation:``, and a server stops there; the result after it is not the model's. The wording and
+the order of the parts are those of Qwen's fine-tuning examples and of its API server.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
-from typing import Literal
+from itertools import groupby, takewhile, zip_longest
 
-from chat.turns import Message, Piece, Tool, ToolCall, Turn
+from chat.segments import Message, Segment
+from chat.turns import Tool, ToolCall, Turn
 
 _INSTRUCTION = """\
 Answer the following questions as best you can. You have access to the following APIs:
@@ -45,11 +45,72 @@ _TOOL = (
     "Parameters: {parameters}"
 )
 _THOUGHT, _ANSWER = "Thought:", "Thought: I now know the final answer.\nFinal Answer: "
-_ACTION, _INPUT, _OBSERVATION, _FINAL = "\nAction:", "\nAction Input:", "\nObservation:", "\nFinal Answer: "
+_ACTION, _INPUT, _OBSERVATION = "\nAction:", "\nAction Input:", "\nObservation:"
+_EXCHANGE_ROLES = ("assistant", "tool")
+
+
+@dataclass(frozen=True)
+class React:
+    """The tool form of Qwen v1."""
+
+    def check(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> None:
+        """Check that a conversation can be written as ReAct text.
+
+        Raises:
+            ValueError: tools without a user turn, a result without a call, or several open calls.
+        """
+        if tools and all(turn.role != "user" for turn in turns):
+            raise ValueError("there are tools, but no user turn to describe them in")
+        index = 0
+        while index < len(turns):
+            turn = turns[index]
+            index += 1
+            if turn.role == "tool":
+                raise ValueError("a tool result does not follow a call")
+            if turn.calls:
+                results = _count_results(turns, index, len(turn.calls))
+                if not results and len(turn.calls) > 1:
+                    raise ValueError(f"{len(turn.calls)} calls at once have no results; ReAct text allows one")
+                index += results
+
+    def describe(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> list[Turn]:
+        """Return the turns with the tools in the first user turn, so that no message changes when others follow."""
+        described = [
+            turn if turn.role in _EXCHANGE_ROLES else turn._replace(content=_strip(turn.content)) for turn in turns
+        ]
+        if tools:
+            first = next(index for index, turn in enumerate(described) if turn.role == "user")
+            question = f"{describe_tools(tools)}\n\nQuestion: {described[first].content}"
+            described[first] = described[first]._replace(content=question)
+        return described
+
+    def calls_text(self, calls: Sequence[ToolCall]) -> str:
+        """Return nothing: ``write`` adds the calls, because their results are in the same message."""
+        return ""
+
+    def write(self, turns: Sequence[Turn], weights: Sequence[float], is_prompt: bool = False) -> list[Message]:
+        """Convert turns to the content of messages, with all answers, calls and results after a question in one.
+
+        Args:
+            weights: loss weight of each turn.
+            is_prompt: the model is to continue; after a result, the message ends with the start of a thought.
+        """
+        messages: list[Message] = []
+        for in_exchange, group in groupby(enumerate(turns), lambda item: item[1].role in _EXCHANGE_ROLES):
+            indices = [index for index, _ in group]
+            if not in_exchange:
+                messages += [Message.from_turn(turns[index], weights[index], index + 1) for index in indices]
+                continue
+            start, end = indices[0], indices[-1] + 1
+            is_continued = is_prompt and end == len(turns)
+            segments = _exchange(turns[start:end], weights[start:end], is_continued)
+            is_open = bool(turns[end - 1].calls) or (is_continued and turns[end - 1].role == "tool")
+            messages.append(Message("assistant", segments, end, is_open))
+        return messages
 
 
 def describe_tools(tools: Sequence[Tool]) -> str:
-    """The instruction that stands before ``Question:`` in a user message."""
+    """Return the instruction that precedes ``Question:`` in a user message."""
     names, texts = [], []
     for tool in tools:
         function = tool.get("function") or tool
@@ -67,138 +128,49 @@ def describe_tools(tools: Sequence[Tool]) -> str:
     return _INSTRUCTION.format(tools="\n\n".join(texts), names=", ".join(names))
 
 
-def write_react(
-    turns: Sequence[Turn],
-    weights: Sequence[float],
-    tools: Sequence[Tool],
-    is_prompt: bool = False,
-    described_in: Literal["first", "recent"] = "first",
-) -> list[Message]:
-    """Turns with tools, calls and results as messages, without line breaks around their texts.
-
-    Args:
-        weights: of each turn, in the loss.
-        is_prompt: the model is to go on: a last result ends in the open thought behind it.
-        described_in: the user message that describes the tools. ``first`` is that of Qwen's fine-tuning examples; no
-            message changes when others follow. ``recent``, that of Qwen's API server, is the last question that was
-            answered, or the only one.
-
-    Raises:
-        ValueError: what this form cannot express; the message says what.
-    """
-    described = _describing_turn(turns, described_in) if tools else None
-    messages: list[Message] = []
-    index = 0
-    while index < len(turns):
-        turn = turns[index]
-        if turn.role in ("assistant", "tool"):
-            end = next((i for i in range(index, len(turns)) if turns[i].role not in ("assistant", "tool")), len(turns))
-            pieces = _exchange(turns[index:end], weights[index:end], is_prompt and end == len(turns))
-            is_open = bool(turns[end - 1].calls) or (is_prompt and end == len(turns) and turns[end - 1].role == "tool")
-            messages.append(Message("assistant", pieces, end, is_open))
-            index = end
-            continue
-        text = _strip(turn.content)
-        if index == described:
-            text = f"{describe_tools(tools)}\n\nQuestion: {text}"
-        index += 1
-        messages.append(Message(turn.role, (Piece(text, turn.role, weights[index - 1]),), index))
-    return messages
-
-
-@dataclass(frozen=True)
-class React:
-    """``write_react`` as a family's tool form: it writes everything into the texts of turns itself."""
-
-    def describe(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> list[Turn]:
-        return list(turns)
-
-    def calls_text(self, calls: Sequence[ToolCall]) -> str:
-        return ""
-
-    def write(
-        self, turns: Sequence[Turn], weights: Sequence[float], tools: Sequence[Tool], is_prompt: bool = False
-    ) -> list[Message]:
-        return write_react(turns, weights, tools, is_prompt)
-
-
-def _describing_turn(turns: Sequence[Turn], described_in: str) -> int:
-    users = [index for index, turn in enumerate(turns) if turn.role == "user"]
-    if not users:
-        raise ValueError("there are tools, and no user turn that could describe them")
-    if described_in == "first":
-        return users[0]
-    return users[-2] if len(users) > 1 and turns[-1].role == "user" else users[-1]
-
-
-def _exchange(turns: Sequence[Turn], weights: Sequence[float], is_prompt: bool) -> tuple[Piece, ...]:
-    """What stands between two user messages: calls, each with its result, and the answer."""
-    pieces: list[Piece] = []
-    for text, role, weight in _steps(turns, weights, is_prompt):
-        before = pieces[-1] if pieces else None
-        if role == "assistant" and before is not None and before.role == "tool":
-            pieces[-1] = before._replace(text=f"{before.text}\n{_THOUGHT}")
+def _exchange(turns: Sequence[Turn], weights: Sequence[float], is_continued: bool) -> list[Segment]:
+    """Return the text between two user messages: calls, each with its result, and the answer."""
+    segments: list[Segment] = []
+    for text, role, weight in _steps(turns, weights, is_continued):
+        previous = segments[-1] if segments else None
+        if role == "assistant" and previous is not None and previous.role == "tool":
+            # As in a prompt, the thought is opened after the result; the model continues it.
+            segments[-1] = previous._replace(text=f"{previous.text}\n{_THOUGHT}")
             text = text.removeprefix(_THOUGHT)
-        elif role == "assistant" and before is not None:
+        elif role == "assistant" and previous is not None:
             text = f"\n{text}"
-        pieces.append(Piece(text, role, weight))
-    if is_prompt and pieces[-1].role == "tool":
-        pieces[-1] = pieces[-1]._replace(text=f"{pieces[-1].text}\n{_THOUGHT}")
-    return tuple(pieces)
+        segments.append(Segment(text, False, weight, role))
+    if is_continued and segments[-1].role == "tool":
+        segments[-1] = segments[-1]._replace(text=f"{segments[-1].text}\n{_THOUGHT}")
+    return segments
 
 
-def _steps(turns: Sequence[Turn], weights: Sequence[float], is_prompt: bool) -> Iterator[tuple[str, str, float]]:
-    """Text, author and weight of each step. Calls that were made at once come one after the other."""
+def _steps(turns: Sequence[Turn], weights: Sequence[float], is_continued: bool) -> Iterator[tuple[str, str, float]]:
+    """Yield text, author and weight of each step. Parallel calls are written one after the other."""
     index = 0
     while index < len(turns):
         turn, weight = turns[index], weights[index]
-        if turn.role == "tool":
-            raise ValueError("a result of a function stands behind no call")
         index += 1
         thought = _strip(turn.content)
         if not turn.calls:
             yield _ANSWER + thought, "assistant", weight
             continue
         thought = thought if thought.startswith(_THOUGHT) else f"{_THOUGHT} {thought}"
-        results = [i for i in range(index, min(index + len(turn.calls), len(turns))) if turns[i].role == "tool"]
-        if not results and len(turn.calls) > 1:
-            raise ValueError(
-                f"{len(turn.calls)} calls at once wait for their results, ReAct text can only wait for one"
-            )
+        results = range(index, index + _count_results(turns, index, len(turn.calls)))
         for call, result in zip_longest(turn.calls, results):
-            said = f"{thought}{_ACTION} {call.name}{_INPUT} {call.arguments_text.strip()}"
-            waits = result is None and is_prompt
-            yield said if waits else said + _OBSERVATION, "assistant", weight
+            text = f"{thought}{_ACTION} {call.name}{_INPUT} {call.arguments_text.strip()}"
+            waits = result is None and is_continued
+            yield text if waits else text + _OBSERVATION, "assistant", weight
             if result is not None:
                 yield f" {_strip(turns[result].content)}", "tool", weights[result]
             thought = f"{_THOUGHT} "
         index += len(results)
 
 
+def _count_results(turns: Sequence[Turn], start: int, calls: int) -> int:
+    """Return the number of results from ``start`` on that belong to ``calls`` calls."""
+    return sum(1 for _ in takewhile(lambda turn: turn.role == "tool", turns[start : start + calls]))
+
+
 def _strip(text: str) -> str:
     return text.lstrip("\n").rstrip()
-
-
-def parse_react(text: str) -> tuple[str, ToolCall | None]:
-    """What the model wrote, as content and, if it calls a function, the call.
-
-    Args:
-        text: an answer down to, or with, ``Observation:``.
-
-    Returns:
-        The thought and the call, or the final answer (the whole text where there is none) and ``None``.
-    """
-    action, given = text.find(_ACTION), text.find(_INPUT)
-    if 0 <= action < given:
-        observation = text.find(_OBSERVATION)
-        if observation < given:
-            text = text.rstrip() + _OBSERVATION
-            observation = text.find(_OBSERVATION)
-        name = text[action + len(_ACTION) : given].strip()
-        if name:
-            thought = text[:action]
-            _, _, behind = thought.partition(f"{_THOUGHT} ")
-            arguments = text[given + len(_INPUT) : observation].strip()
-            return (behind or thought).strip(), ToolCall(name, arguments)
-    _, found, answer = text.rpartition(_FINAL)
-    return (answer if found else text), None

@@ -1,1 +1,1 @@
-"""From a file of conversations to batches: schema -> encode -> dataset -> collate."""
+"""Data files to batches: records -> conversations -> token ids -> examples -> batches."""

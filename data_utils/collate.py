@@ -17,17 +17,18 @@ from data_utils.encode import Example
 class Collator:
     """Pads examples on the right to the longest of them.
 
-    The attention mask comes from the lengths: padding is ``<|endoftext|>``, which may also stand in a text.
+    The attention mask is computed from the lengths: the padding id, ``<|endoftext|>``, may also occur in a text.
     """
 
     def __init__(self, pad_token_id: int) -> None:
         self.pad_token_id = pad_token_id
 
     def __call__(self, examples: Sequence[Example]) -> dict[str, Any]:
-        """``input_ids``, ``labels`` and ``attention_mask``, int64 [B, T]; ``num_targets``, an int; where examples have
-        them, ``loss_weights``, float32 [B, T], and ``index``, a list.
+        """Return a batch. Other keys of the examples are dropped.
 
-        Other keys of the examples are dropped.
+        Returns:
+            ``input_ids``, ``labels`` and ``attention_mask``, int64 [B, T]; ``num_targets``, an int; if examples have
+            them, ``loss_weights``, float32 [B, T], and ``index``, a list.
         """
         shape = (len(examples), max(len(example["input_ids"]) for example in examples))
         batch: dict[str, Any] = {
@@ -44,8 +45,8 @@ class Collator:
             batch["attention_mask"][row, :length] = 1
             if (weights := example.get("loss_weights")) is not None:
                 batch["loss_weights"][row, :length] = torch.as_tensor(weights)
-        # Counted here, where it costs nothing; on a GPU somebody would have to wait for it.
+        # Counted here on the CPU; on a GPU the count would force a synchronisation.
         batch["num_targets"] = int((batch["labels"][:, 1:] != IGNORE_INDEX).sum())
-        if indices := [example["index"] for example in examples if "index" in example]:  # blanks have none
-            batch["index"] = indices  # a list stays on the host
+        if indices := [example["index"] for example in examples if "index" in example]:  # fillers have no index
+            batch["index"] = indices  # a list is not moved to the GPU
         return batch

@@ -1,8 +1,8 @@
-"""Data files to the examples of a run, with an account of what became of every record.
+"""Data files to the examples of a run, with a report on what happened to every record.
 
-Files are read twice: once to check all records and count them, so that a fault is found before anything is tokenised,
-and once to tokenise. Both times they stream, so an account alone (``read_data`` without keeping what it yields) takes
-the same memory for any number of records.
+The files are read twice. The checking pass reads, checks and counts all records, so that faults are found before
+anything is tokenised; the second pass tokenises. Both stream the files: memory does not grow with them unless the
+caller keeps what ``DataReader.read`` yields.
 """
 
 from __future__ import annotations
@@ -30,12 +30,10 @@ from data_utils.schema import Conversation
 from data_utils.sources import RecordSampler, Source, fill_turns
 from errors import DataError, numbered
 
-__all__ = ["BAD_RECORD", "DataOptions", "DataReader", "ExampleSet", "KeptConversation", "load_examples"]
-
 logger = logging.getLogger(__name__)
 
-_SHOWN_FAULTS = 20
-_LOGGED_FAULTS = 5
+_MAX_LISTED_FAULTS = 20
+_MAX_LOGGED_FAULTS = 5
 _CHECKING_DELAY = 1.0  # seconds
 BAD_RECORD = "bad record"
 
@@ -45,11 +43,11 @@ class DataOptions:
     """How sources are read.
 
     Attributes:
-        data_format: a name of ``FORMATS``; ``auto`` recognises it, file by file.
-        fill: texts for ``{{name}}`` in messages.
-        skip_bad: leave out records that cannot be used, instead of refusing the data.
+        data_format: a name in ``FORMATS``, or ``auto`` to recognise it file by file.
+        fill: replacements for ``{{name}}`` in messages.
+        skip_bad: skip records that cannot be used, instead of refusing the data.
         eval_share: share of the training sources that is held out for evaluation.
-        seed: of what is drawn and held out.
+        seed: of the draws and of the held-out share.
     """
 
     data_format: str = "auto"
@@ -60,8 +58,8 @@ class DataOptions:
 
 
 @dataclass
-class _Survey:
-    """What the first reading of a source found: its files with their formats, how many records can be used or not."""
+class _CheckedSource:
+    """Result of the checking pass over a source: its files with their formats, and the number of records."""
 
     files: list[tuple[Path, Format | None]] = field(default_factory=list)
     usable: int = 0
@@ -72,14 +70,13 @@ class DataReader:
     """Reads the sources of a run.
 
     Args:
-        sources: by the name of their set, ``train`` and perhaps ``eval``.
-        encoder: of this run's tokenizer.
-        settings: what of the run the accounts tell; from the encoder where not given.
-        max_samples: how many samples of each set its account keeps to show.
-        show_progress: whether to draw progress bars on stderr.
+        sources: by the name of their set, ``train`` and optionally ``eval``.
+        settings: the run's settings for the reports; by default those of the encoder.
+        max_samples: maximum number of samples to show in each report.
+        show_progress: draw progress bars on stderr.
 
     Attributes:
-        reports: the account of each set, complete when ``read`` has come to its end.
+        reports: the report of each set, complete when ``read`` is exhausted.
     """
 
     def __init__(
@@ -94,55 +91,55 @@ class DataReader:
     ) -> None:
         self.encoder = encoder
         self.options = options or DataOptions()
-        self._sources = {name: list(each) for name, each in sources.items()}
+        self._sources = [(set_name, source) for set_name, of_set in sources.items() for source in of_set]
         self._show_progress = show_progress
         self._faults: list[DataError] = []
         self._placeholders: set[str] = set()
-        self._left_out = 0
-        names = [*self._sources, *(["eval"] if self.options.eval_share else [])]
+        self._skipped = 0
         settings = settings or ReportSettings(
             family=encoder.family.name,
             label_mask=encoder.options.label_mask,
             truncation=encoder.options.truncation,
             model_max_length=encoder.options.max_length,
         )
-        index = DuplicateIndex()  # of all sets, so that it also finds samples that are both trained and evaluated
-        self.reports = {name: DataReport(name, settings, max_samples, duplicate_index=index) for name in names}
+        set_names = [*sources, *(["eval"] if self.options.eval_share else [])]
+        index = DuplicateIndex()  # shared, to find samples that are both trained and evaluated
+        self.reports = {name: DataReport(name, settings, max_samples, duplicate_index=index) for name in set_names}
 
     def read(self) -> Iterator[KeptConversation]:
-        """Check everything, then yield what is used, source by source.
+        """Check all records, then yield the conversations that are used, source by source.
 
         Raises:
-            DataError: the records that cannot be used, up to 20 of them at once, and a file that cannot be read.
+            DataError: records that cannot be used, up to 20 of them in one message, or a file that cannot be read.
         """
-        flat = [(name, source, data_files(source.path)) for name, each in self._sources.items() for source in each]
-        size = sum(path.stat().st_size for _, _, files in flat for path in files)
-        # What is checked in a moment needs no bar, so that a fault found there is all that is said.
+        files = [data_files(source.path) for _, source in self._sources]
+        size = sum(path.stat().st_size for path in itertools.chain.from_iterable(files))
+        # The bar appears after a delay: if a quick check finds a fault, the fault is all that is printed.
         with self._progress("Checking", size, delay=_CHECKING_DELAY, leave=False) as advance:
-            surveys = [self._survey(files, advance) for _, _, files in flat]
+            checked = [self._check_source(paths, advance) for paths in files]
         self._raise_faults()
-        given = "" if self.options.data_format == "auto" else ", as --data_format says"
-        for path, format_ in itertools.chain.from_iterable(survey.files for survey in surveys):
-            logger.info("%s: read as %s%s", path, "no known format" if format_ is None else format_.name, given)
+        reason = "" if self.options.data_format == "auto" else " (--data_format)"
+        for path, format_ in itertools.chain.from_iterable(source.files for source in checked):
+            logger.info("%s: read as %s%s", path, "no known format" if format_ is None else format_.name, reason)
         with self._progress("Tokenising", size) as advance:
-            for (name, source, _), survey in zip(flat, surveys, strict=True):
-                yield from self._read_source(name, source, survey, advance)
+            for (set_name, source), checked_source in zip(self._sources, checked, strict=True):
+                yield from self._read_source(set_name, source, checked_source, advance)
         self._raise_faults()
         for report in self.reports.values():
             report.close()
         for name in self.options.fill.keys() - self._placeholders:
-            logger.warning("--fill %s: no message that was read holds {{%s}}", name, name)
+            logger.warning("--fill %s: no message contains {{%s}}", name, name)
 
     @contextmanager
-    def _progress(self, what: str, size: int, **style: Any) -> Iterator[Callable[[int], object]]:
+    def _progress(self, label: str, size: int, **style: Any) -> Iterator[Callable[[int], object]]:
         hidden = not self._show_progress
-        with tqdm(total=size, desc=what, unit="B", unit_scale=True, disable=hidden, **style) as bar:
+        with tqdm(total=size, desc=label, unit="B", unit_scale=True, disable=hidden, **style) as bar:
             yield bar.update
 
-    # First reading
+    # Checking pass
 
-    def _survey(self, files: Sequence[Path], advance: Callable[[int], object]) -> _Survey:
-        survey = _Survey()
+    def _check_source(self, files: Sequence[Path], advance: Callable[[int], object]) -> _CheckedSource:
+        checked = _CheckedSource()
         for path in files:
             format_ = None if self.options.data_format == "auto" else FORMATS[self.options.data_format]
             try:
@@ -152,16 +149,16 @@ class DataReader:
                             format_ = recognise(record, where)
                         self._parse(record, where, format_)
                     except DataError as error:
-                        survey.bad += 1
-                        self._note_fault(error)
+                        checked.bad += 1
+                        self._add_fault(error)
                     else:
-                        survey.usable += 1
-                    if len(self._faults) == _SHOWN_FAULTS:
-                        return survey
-            except DataError as error:  # nothing behind it can be read, so it cannot be left out alone
+                        checked.usable += 1
+                    if len(self._faults) == _MAX_LISTED_FAULTS:
+                        return checked
+            except DataError as error:  # the rest of the file cannot be read, so this fault cannot be skipped
                 self._faults.append(error)
-            survey.files.append((path, format_))
-        return survey
+            checked.files.append((path, format_))
+        return checked
 
     def _parse(self, record: object, where: Location, format_: Format | None) -> Conversation:
         if isinstance(record, DataError):
@@ -172,63 +169,67 @@ class DataReader:
         self.encoder.check_conversation(conversation)
         return conversation
 
-    def _note_fault(self, error: DataError) -> None:
-        """Keep it for the list of faults; or say what is left out, the first few times."""
+    def _add_fault(self, error: DataError) -> None:
+        """Add a fault to those that are raised, or with ``skip_bad`` count it and log the first few."""
         if not self.options.skip_bad:
             self._faults.append(error)
             return
-        self._left_out += 1
-        if self._left_out <= _LOGGED_FAULTS:
-            logger.warning("Left out: %s", error)
+        self._skipped += 1
+        if self._skipped <= _MAX_LOGGED_FAULTS:
+            logger.warning("Skipped: %s", error)
 
     def _raise_faults(self) -> None:
-        faults = self._faults[:_SHOWN_FAULTS]
+        faults = self._faults[:_MAX_LISTED_FAULTS]
         if len(faults) == 1:
             raise faults[0]
         if faults:
-            count = f"the first {len(faults)} faults" if len(faults) == _SHOWN_FAULTS else f"{len(faults)} faults"
+            is_full = len(faults) == _MAX_LISTED_FAULTS
+            count = f"the first {len(faults)} faults" if is_full else f"{len(faults)} faults"
             fix = "" if self.options.skip_bad else "\n  --on_bad_record skip leaves such records out"
             raise DataError("--data_path", numbered(count, faults) + fix)
 
-    # Second reading
+    # Second pass
 
     def _read_source(
-        self, set_name: str, source: Source, survey: _Survey, advance: Callable[[int], object]
+        self, set_name: str, source: Source, checked: _CheckedSource, advance: Callable[[int], object]
     ) -> Iterator[KeptConversation]:
-        held = self.options.eval_share if set_name == "train" else 0.0
-        draw = RecordSampler(source, survey.usable, held, self.options.seed)
-        formats = ", ".join(sorted({format_.name for _, format_ in survey.files if format_ is not None}))
+        eval_share = self.options.eval_share if set_name == "train" else 0.0
+        sampler = RecordSampler(source, checked.usable, eval_share, self.options.seed)
+        formats = ", ".join(sorted({format_.name for _, format_ in checked.files if format_ is not None}))
         reports = {
-            name: self.reports[name].add_source(source.name, formats, survey.usable + survey.bad)
-            for name in ({set_name, "eval"} if held else {set_name})
+            name: self.reports[name].add_source(source.name, formats, checked.usable + checked.bad)
+            for name in ({set_name, "eval"} if eval_share else {set_name})
         }
-        if source.sample is not None and source.sample > survey.usable:
-            logger.warning("%s: only %d records can be drawn", source.name, survey.usable)
-        for path, format_ in survey.files:
+        if source.sample is not None and source.sample > checked.usable:
+            logger.warning("%s: only %d records can be drawn", source.name, checked.usable)
+        for path, format_ in checked.files:
             for where, record in read_records(path, advance):
                 try:
                     conversation = self._parse(record, where, format_)
                 except DataError:
                     reports[set_name].skip(where, BAD_RECORD)
                     continue
-                trained, evaluated = draw.take()
-                if trained or evaluated:
-                    name = "eval" if evaluated else set_name
-                    yield from self._encode(conversation, reports[name], name, trained or evaluated)
-                if len(self._faults) == _SHOWN_FAULTS:
+                train_copies, eval_copies = sampler.next_copies()
+                if train_copies or eval_copies:
+                    name = "eval" if eval_copies else set_name
+                    yield from self._encode(conversation, reports[name], name, train_copies or eval_copies)
+                if len(self._faults) == _MAX_LISTED_FAULTS:
                     return
 
     def _encode(
         self, conversation: Conversation, source_report: SourceReport, set_name: str, copies: int
     ) -> Iterator[KeptConversation]:
-        turns, placeholders = fill_turns(conversation.turns, self.options.fill)
+        """Encode a checked conversation and report on it; yield it if any of it is trained."""
+        where, fill = conversation.where, self.options.fill
+        turns, placeholders = fill_turns(conversation.turns, fill)
         self._placeholders |= placeholders
-        conversation = replace(conversation, turns=turns)
-        where = conversation.where
         try:
+            if placeholders & fill.keys():
+                conversation = replace(conversation, turns=turns)
+                self.encoder.check_conversation(conversation)  # again, because its texts have changed
             encoded = self.encoder.encode_conversation(conversation)
         except DataError as error:
-            self._note_fault(error)
+            self._add_fault(error)
             source_report.skip(where, BAD_RECORD, copies)
             return
         if not encoded.trained_tokens:
@@ -241,7 +242,7 @@ class DataReader:
             copies=copies,
             turns=turns,
             truncated=truncated if encoded.turns_dropped else None,
-            unfilled=placeholders - self.options.fill.keys(),
+            unfilled=placeholders - fill.keys(),
         )
         report = self.reports[set_name]
         if report.accepts_samples:
@@ -257,18 +258,18 @@ class DataReader:
             return f"no answer fits within --model_max_length {options.max_length}"
         if any(turn.weight == 0 for turn in conversation.turns if turn.role == "assistant"):
             return "none of its turns is to be trained"
-        return f"its answers are none that a prompt of the chat format {self.encoder.family.name!r} can ask for"
+        return f"chat format {self.encoder.family.name!r} has no inference prompt for any of its answers"
 
 
 def load_examples(reader: DataReader) -> dict[str, ExampleSet]:
-    """Read, check and tokenise all sources. What is skipped or shortened is logged as a warning.
+    """Read, check and tokenise all sources, and log a warning for what is skipped or shortened.
 
     Raises:
-        DataError: records that cannot be used, or a set in which nothing is left.
+        DataError: records that cannot be used, or a set without any example.
     """
     sets = {name: ExampleSet(report) for name, report in reader.reports.items()}
-    for taken in reader.read():
-        sets[taken.set_name].add(taken)
+    for kept in reader.read():
+        sets[kept.set_name].add(kept)
     for name, examples in sets.items():
         for line in examples.report.warnings():
             logger.warning(line)
@@ -277,17 +278,17 @@ def load_examples(reader: DataReader) -> dict[str, ExampleSet]:
     return sets
 
 
-def _nothing_left(name: str, report: DataReport) -> DataError:
+def _nothing_left(set_name: str, report: DataReport) -> DataError:
     counts: Counter[str] = Counter()
     for source in report.sources:
         counts.update(source.skipped.counts)
     reasons = "; ".join(f"{count} skipped, {reason}" for reason, count in counts.items())
-    read = sum(source.read for source in report.sources)
+    total = sum(source.read for source in report.sources)
     fix = (
         "Raise --model_max_length, or shorten the conversations"
         if any("--model_max_length" in reason for reason in counts)
-        else "Give each answer a user turn before it, and use a checkpoint whose prompts do not open a thought"
+        else "Put a user turn before each answer, and use a checkpoint whose prompt does not open a <think> block"
     )
-    what = "train" if name == "train" else "evaluate"
+    purpose = "train" if set_name == "train" else "evaluate"
     names = ", ".join(source.name for source in report.sources)
-    return DataError(names, f"nothing is left to {what} on: {read} conversations read, {reasons}", fix)
+    return DataError(names, f"nothing is left to {purpose} on: {total} conversations read, {reasons}", fix)

@@ -1,6 +1,6 @@
-"""Conversations to token ids and labels, and what happens to one that is too long.
+"""Conversations to token ids and loss weights, shortened to the maximum length.
 
-How a turn is written and what of it is trained is ``chat.render``'s business; here its segments become numbers.
+``chat.render`` writes the text and ``chat.label_mask`` decides which of it is trained; this module only tokenises.
 """
 
 from __future__ import annotations
@@ -9,35 +9,36 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypedDict
+from typing import Any, Literal, NamedTuple, TypedDict
 
-from chat.families import QWEN_V1, THINK, THINK_END, Family, thought_block
-from chat.label_mask import IGNORE_INDEX, LabelMask
-from chat.render import RenderedMessage, control_ids_of, encode_segment, plain_encoder, render
+from chat.families import THINK, THINK_END, Family
+from chat.label_mask import LabelMask, labels_from_weights
+from chat.render import check_tools, control_ids_of, encode_segment, plain_encoder, render
+from chat.segments import Message
 from chat.turns import Tool, Turn
+from data_utils.files import Location
 from data_utils.schema import Conversation
 from errors import DataError
 
-if TYPE_CHECKING:
-    from data_utils.files import Location
-
 Truncation = Literal["turns", "turns_left", "cut", "drop", "error"]
 
-# Headers, line ends and system messages come back in every sample; so do the turns of a sample that is rendered again.
+# Headers, line ends and system messages repeat in every sample; the turns of a sample that is shortened repeat too.
 _CACHED_TEXTS = 256
 
 
 class UnweightedExample(TypedDict):
-    """One sample: T ids, and in the same places the id where it is to be learnt, else ``IGNORE_INDEX``. No shift."""
+    """One sample: T ids and T labels, each label the id at its position or ``IGNORE_INDEX``. Labels are not shifted."""
 
     input_ids: list[int]
     labels: list[int]
 
 
 class Example(UnweightedExample, total=False):
-    """A sample whose T ``loss_weights`` say how much each label counts; without them all count the same.
+    """A sample of an ``ExampleSet``.
 
-    ``index`` is its place in its set.
+    Attributes:
+        loss_weights: weight of each of the T labels in the loss; without them all weights are 1.
+        index: position in its set.
     """
 
     loss_weights: list[float]
@@ -49,41 +50,27 @@ class EncodeOptions:
     """How conversations are encoded.
 
     Attributes:
-        max_length: most tokens of a sample.
-        system_message: for conversations that bring none; ``None`` takes the family's default.
-        label_mask: what is trained where a turn does not say it itself; see ``chat.render.render``.
-        truncation: of what is too long, ``turns`` drops whole turns from the end, ``turns_left`` the oldest ones behind
-            the system message, until the rest fits and still holds an answer; ``cut`` cuts at ``max_length`` as the
-            original did, also inside of an answer; ``drop`` leaves the conversation out, ``error`` refuses it.
-        allow_special: read control tokens in the text of messages as such. Only to compare with the original (Qwen v1).
-        drop_leading: drop an answer that opens the conversation, as the original did.
-        needs_answer: whether a conversation without an assistant turn is an error.
-        turn_weights: whether what a turn says of its own weight counts; the original knew no such thing.
+        max_length: maximum number of tokens of a sample.
+        system_message: for conversations without one; ``None`` uses the family's default.
+        label_mask: what is trained in turns without a weight of their own; see ``chat.label_mask``.
+        truncation: for a conversation that is too long.
+            ``turns``: drop whole turns from the end until the rest fits; at least one answer remains.
+            ``turns_left``: drop the oldest turns after the system message instead.
+            ``cut``: cut at ``max_length``, even within an answer, as Qwen v1's original script did.
+            ``drop``: leave the conversation out.
+            ``error``: refuse it.
+        needs_answer: refuse a conversation without an assistant turn.
     """
 
     max_length: int = 8192
     system_message: str | None = None
     label_mask: LabelMask = "assistant"
     truncation: Truncation = "turns"
-    allow_special: bool = False
-    drop_leading: bool = False
     needs_answer: bool = True
-    turn_weights: bool = True
-
-
-ORIGINAL = EncodeOptions(
-    label_mask="qwen",
-    truncation="cut",
-    allow_special=True,
-    drop_leading=True,
-    needs_answer=False,
-    turn_weights=False,
-)
-"""What the original Qwen v1 script did, at its default length: the base for comparing with it."""
 
 
 class Span(NamedTuple):
-    """A run of ids: whose text they are, and how much each counts in the loss (0: not trained)."""
+    """A run of neighbouring ids with the same author and the same loss weight; weight 0 is not trained."""
 
     length: int
     role: str
@@ -92,12 +79,12 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True)
 class EncodedConversation:
-    """A conversation as numbers.
+    """A tokenised conversation.
 
     Attributes:
-        input_ids: T ids, at most ``max_length``; none when nothing that holds an answer fits.
-        spans: what the ids are, in order; their lengths add up to T.
-        turns_dropped: messages that are missing, or with ``truncation="cut"`` not whole.
+        input_ids: T ids, at most ``max_length``; empty if nothing that contains an answer fits.
+        spans: authors and loss weights of the ids, in order; the lengths add up to T.
+        turns_dropped: messages that are missing or, with ``truncation="cut"``, incomplete.
     """
 
     input_ids: list[int]
@@ -105,29 +92,19 @@ class EncodedConversation:
     turns_dropped: int = 0
 
     @property
-    def weights(self) -> list[float]:
-        """How much each of the T ids counts in the loss."""
-        return [span.weight for span in self.spans for _ in range(span.length)]
-
-    @property
-    def trained(self) -> list[bool]:
-        """For each of the T ids whether it is to be learnt."""
-        return [weight > 0 for weight in self.weights]
-
-    @property
     def labels(self) -> list[int]:
-        """T labels, as in ``Example``."""
-        return [id_ if trained else IGNORE_INDEX for id_, trained in zip(self.input_ids, self.trained, strict=True)]
+        """The T labels."""
+        return labels_from_weights(self.input_ids, ((span.length, span.weight) for span in self.spans))
 
     @property
     def trained_tokens(self) -> int:
-        """How many ids are learnt. The first id of a sample is never predicted, whatever its label."""
+        """Number of trained ids. The first id of a sample is never predicted, so it does not count."""
         first = 1 if self.spans and self.spans[0].weight > 0 else 0
         return sum(span.length for span in self.spans if span.weight > 0) - first
 
 
 class Encoder:
-    """Encodes the conversations of a run: one tokenizer, one family, one set of options.
+    """Encodes the conversations of a run.
 
     Args:
         tokenizer: a ``QWenTokenizer`` or a fast tokenizer of the later families.
@@ -135,32 +112,24 @@ class Encoder:
     """
 
     def __init__(self, tokenizer: Any, family: Family, options: EncodeOptions) -> None:
-        encode_text = plain_encoder(tokenizer)
-        if options.allow_special:
-            assert family == QWEN_V1, "control tokens in messages are only ever read as such to compare with Qwen v1"
-
-            def encode_text(text: str) -> list[int]:
-                ids: list[int] = tokenizer.encode(text, allowed_special="all")
-                return ids
-
         self.family = family
         self.options = options
         self._decode = tokenizer.decode
-        self._check_text = getattr(tokenizer, "check_text", None)  # Qwen v1's knows texts that it cannot take
-        self._encode_text = lru_cache(maxsize=_CACHED_TEXTS)(encode_text)
+        self._check_text = getattr(tokenizer, "check_text", None)  # only Qwen v1's tokenizer has limits
+        self._encode_text = lru_cache(maxsize=_CACHED_TEXTS)(plain_encoder(tokenizer))
         self._control_ids = control_ids_of(tokenizer)
 
     @property
     def control_ids(self) -> frozenset[int]:
-        """Ids that only the renderer places."""
+        """Ids of the control tokens that rendering places."""
         return frozenset(self._control_ids.values())
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids, control tokens included."""
+        """Return the text of ids, including control tokens."""
         return str(self._decode(ids, skip_special_tokens=False))
 
     def check_conversation(self, conversation: Conversation) -> None:
-        """Check what can be known before anything is tokenised.
+        """Check all that can be checked without rendering or tokenising.
 
         Raises:
             DataError: no assistant turn, a text that cannot be tokenised, or tools or thinking that the family cannot
@@ -168,169 +137,142 @@ class Encoder:
         """
         where, turns = conversation.where, conversation.turns
         if self.options.needs_answer and all(turn.role != "assistant" for turn in turns):
-            raise DataError(where, "no turn is from the assistant, so there is nothing to learn", "Remove the record")
+            raise DataError(where, "the conversation has no assistant turn to train", "Remove the record")
         for number, turn in enumerate(turns, 1):
             if self._check_text is not None:
                 try:
                     self._check_text(turn.content)
                 except ValueError as error:
                     fix = "Shorten it, or leave the record out"
-                    raise DataError(where, f"turn {number} holds {error}", fix) from None
+                    raise DataError(where, f"turn {number} contains {error}", fix) from None
             if turn.thinking or (turn.role == "assistant" and (THINK in turn.content or THINK_END in turn.content)):
                 self._check_thinking(turn, number, where)
-        if conversation.tools or any(turn.calls for turn in turns):
-            try:
-                render(turns, self.family, self.options.system_message, self.options.label_mask, conversation.tools)
-            except ValueError as error:
-                raise DataError(where, str(error), "Leave the record out") from None
+        try:
+            check_tools(turns, self.family, conversation.tools)
+        except ValueError as error:
+            raise DataError(where, str(error), "Leave the record out") from None
 
     def _check_thinking(self, turn: Turn, number: int, where: Location | str) -> None:
         family = self.family
         if not family.knows_thinking:
             raise DataError(
                 where,
-                f"turn {number} holds thinking, which the checkpoint's chat template writes in no known way",
+                f"turn {number} contains thinking, which the checkpoint's chat template writes in an unknown way",
                 "Restore the official chat template of the checkpoint, or remove the thinking",
             )
         if turn.thinking and not family.has_thinking:
             raise DataError(
                 where,
-                f"turn {number} holds thinking, and the chat format {family.name!r} has no place for it",
-                "Remove the field with the thinking, or leave the record out",
+                f"turn {number} has a field with thinking, which the chat format {family.name!r} does not support",
+                "Remove the field, or leave the record out",
             )
 
     def encode_conversation(self, conversation: Conversation) -> EncodedConversation:
-        """Ids and labels of a conversation, shortened to ``max_length`` where it must be.
+        """Encode a conversation that ``check_conversation`` accepts, shortened if it is longer than ``max_length``.
 
-        What remains of one that is shortened by turns is rendered as a conversation of its own: some families write the
-        last answer differently, and the tools are described in a turn that may be gone.
+        After turns are dropped, the rest is rendered again as a conversation of its own: some families write the last
+        answer differently, and the turn that described the tools may be gone.
 
         Raises:
-            DataError: as ``check_conversation``; a text that cannot be tokenised; with ``truncation="error"`` a
-                conversation that is too long.
+            DataError: a text that cannot be tokenised, or with ``truncation="error"`` a conversation that is too long.
         """
-        self.check_conversation(conversation)
-        turns, tools = conversation.turns, conversation.tools
-        if self.options.drop_leading and turns[0].role == "assistant":
-            turns = turns[1:]
-        if not self.options.turn_weights:
-            turns = tuple(turn._replace(weight=None) for turn in turns)
-        if self.family.thinking in ("history", "all"):
-            turns = tuple(_with_thinking_as_text(turn) for turn in turns)
+        options, turns, tools = self.options, conversation.turns, conversation.tools
         try:
-            sample = self._encode(turns, tools)
+            messages = self._render(turns, tools)
+            encoded = self._encode(messages)
         except ValueError as error:
             raise DataError(conversation.where, str(error), "Shorten the text, or leave the record out") from None
-        if sample.fits:
-            return EncodedConversation(sample.ids, sample.spans)
-        if self.options.truncation == "error":
+        if not encoded.turns_dropped:
+            return encoded
+        if options.truncation == "error":
             raise DataError(
                 conversation.where,
-                f"the conversation has more than --model_max_length {self.options.max_length} tokens",
+                f"the conversation has more than --model_max_length {options.max_length} tokens",
                 "Raise it, shorten the conversation, or choose another --truncation",
             )
-        if self.options.truncation == "cut":
-            most = self.options.max_length
-            return EncodedConversation(sample.ids[:most], _cut(sample.spans, most), sample.total - len(sample.ends))
-        if self.options.truncation == "drop":
-            return EncodedConversation([], [], sample.total)
-        if self.options.truncation == "turns":
-            kept = self._keep_oldest(turns, tools, sample)
-        else:
+        if options.truncation == "cut":
+            spans = _cut(encoded.spans, options.max_length)
+            return EncodedConversation(encoded.input_ids[: options.max_length], spans, encoded.turns_dropped)
+        kept: list[Message] | None = None
+        if options.truncation == "turns":
+            kept = self._keep_oldest(turns, tools, messages[: len(messages) - encoded.turns_dropped + 1])
+        elif options.truncation == "turns_left":
             kept = self._keep_newest(turns, tools)
         if kept is None:
-            return EncodedConversation([], [], sample.total)
-        return EncodedConversation(kept.ids, kept.spans, sample.total - kept.total)
+            return EncodedConversation([], [], len(messages))
+        rest = self._encode(kept)
+        return EncodedConversation(rest.input_ids, rest.spans, len(messages) - len(kept))
 
-    def _render(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> list[RenderedMessage]:
+    def _render(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> list[Message]:
         return render(turns, self.family, self.options.system_message, self.options.label_mask, tools)
 
-    def _encode(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> _Sample:
-        """Ids and spans of a conversation; what lies behind ``max_length`` is not encoded."""
-        rendered = self._render(turns, tools)
+    def _encode(self, messages: Sequence[Message]) -> EncodedConversation:
+        """Encode messages up to the first that exceeds ``max_length``; it and all after it count as dropped."""
         ids: list[int] = []
         spans: list[Span] = []
-        ends: list[int] = []
-        for message in rendered:
+        for number, message in enumerate(messages):
             for segment in message.segments:
-                piece = encode_segment(segment, self._encode_text, self._control_ids)
-                ids += piece
-                spans.append(Span(len(piece), segment.role, segment.weight))
+                segment_ids = encode_segment(segment, self._encode_text, self._control_ids)
+                ids += segment_ids
+                spans.append(Span(len(segment_ids), segment.role, segment.weight))
             if len(ids) > self.options.max_length:
-                break
-            ends.append(message.end)
-        return _Sample(ids, list(_merged(spans)), ends, len(rendered))
+                return EncodedConversation(ids, list(_merged(spans)), len(messages) - number)
+        return EncodedConversation(ids, list(_merged(spans)))
 
-    def _keep_oldest(self, turns: Sequence[Turn], tools: Sequence[Tool], sample: _Sample) -> _Sample | None:
-        """The longest start of the conversation that fits, holds an answer and, if possible, trains something: families
-        that think may only train an answer as the last one.
+    def _keep_oldest(
+        self, turns: Sequence[Turn], tools: Sequence[Tool], messages: Sequence[Message]
+    ) -> list[Message] | None:
+        """Return the longest start of the conversation that fits, has an answer and, if possible, trains something.
 
-        A message is longer or shorter as the last one than in between, so the first one that did not fit may do so as
-        the last one, and those that did may not.
+        Reasoning families may train an answer only if it is the last one. A message's length depends on whether it is
+        the last one, so the first message that did not fit may fit as the last one, and those that fitted may not.
+
+        Args:
+            messages: those that fitted, and the next one.
         """
         longest = None
-        for message in reversed(self._render(turns, tools)[: len(sample.ends) + 1]):
+        for message in reversed(messages):
             kept = turns[: message.end]
             if len(kept) == len(turns):
                 continue
             if not kept or _has_answer(turns) > _has_answer(kept):
                 break
             try:
-                shorter = self._encode(kept, tools)
+                shorter = self._render(kept, tools)
             except ValueError:
-                continue  # the tools are described in a turn that is gone
-            if shorter.fits and shorter.is_trained:
+                continue  # the turn that would describe the tools is gone
+            encoded = self._encode(shorter)
+            if encoded.turns_dropped:
+                continue
+            if any(span.weight for span in encoded.spans):
                 return shorter
-            longest = longest or (shorter if shorter.fits else None)
+            longest = longest or shorter
         return longest
 
-    def _keep_newest(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> _Sample | None:
-        """The longest end of the conversation that fits, starts with a question and holds an answer; the system message
-        stays."""
+    def _keep_newest(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> list[Message] | None:
+        """Return the longest end of the conversation that fits, starts with a question and has an answer.
+
+        The system message stays.
+        """
         first = 1 if turns[0].role == "system" else 0
 
-        def kept_from(start: int) -> list[Turn]:
-            return [*turns[:first], *turns[start:]]
+        def from_turn(start: int) -> list[Message]:
+            return self._render([*turns[:first], *turns[start:]], tools)
 
         starts = [index for index in range(first + 1, len(turns)) if turns[index].role == "user"]
-        # The later it starts, the shorter it is.
-        shortest = bisect_left(starts, True, key=lambda start: self._encode(kept_from(start), tools).fits)
-        if shortest == len(starts) or _has_answer(turns) > _has_answer(kept_from(starts[shortest])):
+        # The later the start, the shorter the conversation.
+        longest = bisect_left(starts, True, key=lambda start: not self._encode(from_turn(start)).turns_dropped)
+        if longest == len(starts) or _has_answer(turns) > _has_answer(turns[starts[longest] :]):
             return None
-        return self._encode(kept_from(starts[shortest]), tools)
-
-
-def _with_thinking_as_text(turn: Turn) -> Turn:
-    """For families whose templates only know thinking within the text of an answer."""
-    if turn.thinking is None:
-        return turn
-    text = thought_block(turn.thinking) + turn.content if turn.thinking else turn.content
-    return turn._replace(content=text, thinking=None)
+        return from_turn(starts[longest])
 
 
 def _has_answer(turns: Sequence[Turn]) -> bool:
     return any(turn.role == "assistant" for turn in turns)
 
 
-class _Sample(NamedTuple):
-    """A conversation as far as it was encoded: ``ends`` of the messages that lie within the length, of ``total``."""
-
-    ids: list[int]
-    spans: list[Span]
-    ends: list[int]
-    total: int
-
-    @property
-    def fits(self) -> bool:
-        return len(self.ends) == self.total
-
-    @property
-    def is_trained(self) -> bool:
-        return any(span.weight for span in self.spans)
-
-
 def _merged(spans: Iterable[Span]) -> Iterable[Span]:
-    """The same with neighbours of one kind made one, and without empty ones."""
+    """Join neighbouring spans of the same author and weight, and drop empty ones."""
     last: Span | None = None
     for span in spans:
         if last is not None and span[1:] == last[1:]:
@@ -344,6 +286,7 @@ def _merged(spans: Iterable[Span]) -> Iterable[Span]:
 
 
 def _cut(spans: Iterable[Span], length: int) -> list[Span]:
+    """Return the spans of the first ``length`` ids."""
     kept = []
     for span in spans:
         if length <= 0:

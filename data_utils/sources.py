@@ -1,7 +1,7 @@
-"""What ``--data_path`` names: files or folders, how many of their records are taken, and how often.
+"""The values of ``--data_path``: files or folders, how many of their records are drawn, and how often each is used.
 
-``a.json`` takes every record once, ``a.json#500`` draws 500 of them, ``a.json@x2`` takes each twice, ``a.json@x0.3`` a
-random 30 %, ``a.json#500@x2`` draws 500 and takes each of them twice.
+``a.json`` uses every record once, ``a.json#500`` draws 500 of them, ``a.json@x2`` uses each twice, ``a.json@x0.3`` uses
+a random 30 %, ``a.json#500@x2`` draws 500 and uses each of them twice.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ class Source:
     """One value of ``--data_path``.
 
     Attributes:
-        name: as it was given.
+        name: the value itself.
         path: a file or a folder.
-        sample: how many records are drawn; ``None`` is all.
-        factor: how often each of them is taken.
+        sample: number of records to draw; ``None`` uses all.
+        factor: number of times each of them is used.
     """
 
     name: str
@@ -36,10 +36,10 @@ class Source:
 
 
 def parse_source(name: str, flag: str = "--data_path") -> Source:
-    """Take a value of ``--data_path`` apart. A file that has the whole of it as its name is that file.
+    """Parse a value of ``--data_path``. If a file with the whole value as its name exists, it is that file.
 
     Raises:
-        ConfigError: no such file or folder, or a number that makes no sense.
+        ConfigError: no such file or folder, or a number or factor of 0.
     """
     path = Path(name)
     match = _SUFFIXES.fullmatch(name)
@@ -58,58 +58,58 @@ def parse_source(name: str, flag: str = "--data_path") -> Source:
 
 
 class RecordSampler:
-    """How often each record of a source is taken, asked record by record: for training, and for evaluation.
+    """Decides, record by record, how often each record of a source is used for training and for evaluation.
 
-    The same seed makes the same choice. What is held out for evaluation is held out before records are repeated.
+    The same seed makes the same choice. Records are held out for evaluation before the others are repeated.
 
     Args:
-        total: usable records of the source.
-        eval_share: share of what is drawn that is held out, at least one record; 0 holds out nothing.
+        total: number of usable records of the source.
+        eval_share: share of the drawn records that is held out, at least one record; 0 holds out none.
     """
 
     def __init__(self, source: Source, total: int, eval_share: float, seed: int) -> None:
         random = Random(f"{seed} {source.name}")
         drawn = total if source.sample is None else min(source.sample, total)
-        held = min(max(1, round(drawn * eval_share)), drawn) if eval_share and drawn else 0
-        whole, part = divmod(source.factor, 1)
+        held_out = min(max(1, round(drawn * eval_share)), drawn) if eval_share and drawn else 0
+        whole, fraction = divmod(source.factor, 1)
         self._copies = int(whole)
         self._drawn = _Selection(random, drawn, total)
-        self._held = _Selection(random, held, drawn)
-        self._extra = _Selection(random, round((drawn - held) * part), drawn - held)
+        self._held_out = _Selection(random, held_out, drawn)
+        self._extra = _Selection(random, round((drawn - held_out) * fraction), drawn - held_out)
 
-    def take(self) -> tuple[int, int]:
-        """Of the next record: how many times it is trained, and how many times evaluated."""
-        if not self._drawn.take():
+    def next_copies(self) -> tuple[int, int]:
+        """Return how many times the next record is used for training, and how many times for evaluation."""
+        if not self._drawn.selects_next():
             return 0, 0
-        if self._held.take():
+        if self._held_out.selects_next():
             return 0, 1
-        return self._copies + self._extra.take(), 0
+        return self._copies + self._extra.selects_next(), 0
 
 
 class _Selection:
-    """``chosen`` of ``total`` things, each as likely, decided one by one in order (Knuth, TAOCP 2, algorithm S)."""
+    """A random choice of ``chosen`` out of ``total`` items, decided item by item (Knuth, TAOCP 2, algorithm S)."""
 
     def __init__(self, random: Random, chosen: int, total: int) -> None:
         self._random, self._chosen, self._left = random, chosen, total
 
-    def take(self) -> bool:
-        taken = self._random.random() * self._left < self._chosen
+    def selects_next(self) -> bool:
+        is_selected = self._random.random() * self._left < self._chosen
         self._left -= 1
-        self._chosen -= taken
-        return taken
+        self._chosen -= is_selected
+        return is_selected
 
 
 def parse_fill(values: Iterable[str]) -> dict[str, str]:
-    """The ``name=text`` pairs of ``--fill``.
+    """Parse the ``name=text`` pairs of ``--fill``.
 
     Raises:
-        ConfigError: a value without ``=``, or a name that is given twice.
+        ConfigError: a value without ``=`` or name, or a repeated name.
     """
     fill: dict[str, str] = {}
     for value in values:
         name, equals, text = value.partition("=")
         if not equals or not name.strip():
-            raise ConfigError(f"--fill {value} is no name=text", 'Write --fill name="the text"')
+            raise ConfigError(f"--fill {value} is not name=text", 'Write --fill name="the text"')
         if name.strip() in fill:
             raise ConfigError(f"--fill gives {name.strip()} twice", "Give each name once")
         fill[name.strip()] = text
@@ -120,9 +120,9 @@ _PLACEHOLDER = re.compile(r"\{\{\s*([^\W\d]\w*)\s*\}\}")
 
 
 def fill_turns(turns: Sequence[Turn], fill: Mapping[str, str]) -> tuple[tuple[Turn, ...], set[str]]:
-    """The turns with every placeholder of ``fill`` replaced, and the names of all that were found.
+    """Return the turns with every placeholder of ``fill`` replaced, and the names of all placeholders found.
 
-    What is put in is not searched again, and stays text.
+    Replacements are not searched for placeholders, and control tokens in them stay text.
     """
     found: set[str] = set()
 

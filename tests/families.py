@@ -15,12 +15,13 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from chat.detect import family_of
 from chat.families import Family
-from chat.render import RenderedMessage
+from chat.segments import Message
 from chat.tools_hermes import Hermes
 from chat.turns import Tool, ToolCall, Turn
 from data_utils.encode import EncodedConversation, EncodeOptions, Encoder
 from data_utils.schema import Conversation
 from qwen_model.tokenization_qwen import SPLIT_PATTERN
+from tests.encoding import check_and_encode
 
 STYLES = {
     "qwen1_5": "chatml",
@@ -65,7 +66,7 @@ class Checkpoint:
         return Encoder(self.tokenizer, self.family, EncodeOptions(**options))
 
     def encode(self, turns: Sequence[Turn], tools: Sequence[Tool] = (), **options: Any) -> EncodedConversation:
-        return self.encoder(**options).encode_conversation(Conversation(tuple(turns), "here", tuple(tools)))
+        return check_and_encode(self.encoder(**options), Conversation(tuple(turns), "here", tuple(tools)))
 
     def template(self, messages: Sequence[dict[str, Any]], tools: Sequence[Tool] = (), prompt: bool = False) -> str:
         """What the official template writes."""
@@ -164,17 +165,17 @@ def left_out(row: Row, checkpoint: Checkpoint) -> str:
     calls = [call for turn in turns_of(row) for call in turn.calls]
     if form is None and (row["tools"] or calls or any(message["role"] == "tool" for message in row["messages"])):
         return "tools are refused, the template ignores them"
-    if isinstance(form, Hermes) and not form.keeps_text and any(isinstance(call.arguments, str) for call in calls):
+    if isinstance(form, Hermes) and not form.keeps_strings and any(isinstance(call.arguments, str) for call in calls):
         return "arguments that are text are written as what they are"
     return ""
 
 
 def closed(text: str, family: Family) -> str:
     """The template of Qwen1.5's launch leaves the last message open; a training text is always closed."""
-    return text if family.continues_answers else text + "<|im_end|>\n"
+    return text if family.prompts_after_answer else text + "<|im_end|>\n"
 
 
-def trained_spans(rendered: Sequence[RenderedMessage]) -> list[list[int]]:
+def trained_spans(rendered: Sequence[Message]) -> list[list[int]]:
     """Where the trained characters of a rendered conversation are."""
     position = 0
     spans: list[list[int]] = []
@@ -186,14 +187,3 @@ def trained_spans(rendered: Sequence[RenderedMessage]) -> list[list[int]]:
             spans.append([position, end])
         position = end
     return spans
-
-
-def trained_runs(encoded: EncodedConversation) -> list[list[int]]:
-    """Where the trained ids of a conversation are."""
-    runs: list[list[int]] = []
-    for index, trained in enumerate(encoded.trained):
-        if trained and runs and runs[-1][1] == index:
-            runs[-1][1] = index + 1
-        elif trained:
-            runs.append([index, index + 1])
-    return runs

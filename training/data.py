@@ -15,8 +15,9 @@ from transformers import TrainingArguments
 from checkpoints.files import save_json, save_text
 from checkpoints.names import DATA_REPORT, DATA_REPORT_PAGE
 from data_utils.collate import Collator
-from data_utils.dataset import DataOptions, DataReader, ExampleSet, load_examples
+from data_utils.dataset import DataOptions, DataReader, load_examples
 from data_utils.encode import EncodeOptions, Encoder
+from data_utils.examples import ExampleSet
 from data_utils.report.data_report import DataReport, ReportSettings
 from data_utils.report.page import render_html
 from data_utils.report.terminal import render_report

@@ -15,7 +15,7 @@ from transformers import TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from chat.label_mask import IGNORE_INDEX
-from data_utils.dataset import ExampleSet
+from data_utils.examples import ExampleSet
 
 Order = Callable[[torch.Generator], list[int]]
 """Draws the indices of one epoch with the generator it is called with."""

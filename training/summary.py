@@ -14,7 +14,7 @@ from torch import nn
 
 from checkpoints.files import save_json
 from checkpoints.shards import fingerprint
-from data_utils.dataset import ExampleSet
+from data_utils.examples import ExampleSet
 from data_utils.report.data_report import DataReport, count_steps
 from loading.adapters import EmbeddingsPolicy
 from loading.checkpoint import Checkpoint

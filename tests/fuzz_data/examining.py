@@ -17,7 +17,8 @@ from unittest.mock import patch
 
 from chat.label_mask import IGNORE_INDEX
 from data_utils import files, json_stream
-from data_utils.dataset import BAD_RECORD, DataOptions, DataReader, ExampleSet
+from data_utils.dataset import BAD_RECORD, DataOptions, DataReader
+from data_utils.examples import ExampleSet
 from data_utils.report.terminal import render_report
 from data_utils.sources import parse_source
 from errors import DataError

@@ -18,6 +18,7 @@ from data_utils.encode import EncodeOptions, Encoder
 from data_utils.formats import Format, recognise
 from errors import DataError
 from qwen_model.tokenization_qwen import QWenTokenizer
+from tests.encoding import check_and_encode, weights_of
 from tests.fuzz_data.drafts import Record
 
 TOKENIZER = Path(__file__).parents[1] / "references" / "qwen_v1_small" / "tiny-qwen-small"
@@ -122,12 +123,12 @@ def _format_of(value: Any) -> Format | None:
 
 def _sample(value: Any, format_: Format) -> Sample | str:
     try:
-        encoded = encoder().encode_conversation(format_.parse(value, ""))
+        encoded = check_and_encode(encoder(), format_.parse(value, ""))
     except DataError:
         return BAD
     if not encoded.trained_tokens:
         return "nothing to learn"
-    return Sample(tuple(encoded.input_ids), tuple(array("f", encoded.weights)))
+    return Sample(tuple(encoded.input_ids), tuple(array("f", weights_of(encoded))))
 
 
 @cache

@@ -96,7 +96,7 @@ CASES = {
         setup=lambda x: write_records(x / "train.json", {"conversations": [USER, {"from": "assistant", "value": 7}]}),
     ),
     "no answer": Case(
-        "{x}/train.json:2: no turn is from the assistant, so there is nothing to learn. ",
+        "{x}/train.json:2: the conversation has no assistant turn to train. ",
         setup=lambda x: write_records(x / "train.json", {"conversations": [USER, USER]}),
     ),
     "wrong encoding": Case(

@@ -155,7 +155,7 @@ def test_thinking_is_refused_where_the_template_has_no_place_for_it(
     arguments = ["--model_name_or_path", bases["qwen2"], "--data_path", data, "--output_dir", tmp_path / "out"]
     assert run_here(finetune.main, "finetune.py", [*arguments, "--disable_tqdm", "True"]) == 2
     assert capfd.readouterr().err.endswith(
-        f"{data}:1: turn 2 holds thinking, and the chat format 'chatml' has no place for it. Remove the field with the "
-        "thinking, or leave the record out\n"
+        f"{data}:1: turn 2 has a field with thinking, which the chat format 'chatml' does not support. "
+        "Remove the field, or leave the record out\n"
     )
     assert not (tmp_path / "out").exists()

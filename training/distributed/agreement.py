@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from checkpoints.files import load_json
 from checkpoints.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from checkpoints.shards import fingerprint
-from data_utils.dataset import ExampleSet
+from data_utils.examples import ExampleSet
 from errors import ConfigError, numbered, shared
 from training.distributed.world import World
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from data_utils.dataset import ExampleSet
+from data_utils.examples import ExampleSet
 from data_utils.report.data_report import DataReport
 from errors import ConfigError, DataError, shared
 from training.distributed.world import World

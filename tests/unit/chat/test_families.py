@@ -20,12 +20,13 @@ import pytest
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from chat.detect import family_of
+from chat.detect import as_template_reads, family_of
 from chat.families import ANSWER_STYLES, Family
 from chat.render import encode_prompt, render, render_prompt, text_of
 from chat.tools_hermes import HERMES_FORMS
 from chat.turns import Turn
 from errors import ConfigError, DataError
+from tests.encoding import trained_runs
 from tests.families import (
     STYLES,
     Checkpoint,
@@ -33,7 +34,6 @@ from tests.families import (
     closed,
     left_out,
     load_family,
-    trained_runs,
     trained_spans,
     turns_of,
 )
@@ -74,8 +74,7 @@ def compared(checkpoint: Checkpoint) -> list[Row]:
 
 
 def read_turns(row: Row, family: Family) -> list[Turn]:
-    """A row's turns as its template reads them: most ignore ``reasoning_content``, and an encoder refuses to."""
-    return [turn if family.thinking == "block" else turn._replace(thinking=None) for turn in turns_of(row)]
+    return as_template_reads(turns_of(row), family)
 
 
 def _answer_starts(row: Row, family: Family) -> list[int]:
@@ -105,7 +104,7 @@ def test_all_rows_but_those_that_are_refused_are_compared(checkpoint: Checkpoint
 
 def test_text_and_trained_characters_are_the_templates_own(checkpoint: Checkpoint) -> None:
     for row in compared(checkpoint):
-        rendered = render(turns_of(row), checkpoint.family, tools=row["tools"] or ())
+        rendered = render(read_turns(row, checkpoint.family), checkpoint.family, tools=row["tools"] or ())
         assert text_of(rendered) == row["text"], row["name"]
         assert trained_spans(rendered) == row["spans"], row["name"]
         assert closed(checkpoint.template(row["messages"], row["tools"] or ()), checkpoint.family) == row["text"], row[
@@ -179,7 +178,7 @@ def test_thinking_is_trained_where_it_has_a_place_and_refused_elsewhere(checkpoi
     start = f"<|im_start|>assistant\n{checkpoint.family.prompt_suffix}"
     if kind == "none":
         with pytest.raises(
-            DataError, match=r"^here: turn 2 holds thinking, and the chat format 'chatml.*' has no place"
+            DataError, match=r"^here: turn 2 has a field with thinking, which the chat format 'chatml.*' does not"
         ):
             checkpoint.encode([ask, THOUGHT])
     else:
@@ -189,7 +188,7 @@ def test_thinking_is_trained_where_it_has_a_place_and_refused_elsewhere(checkpoi
     decode = checkpoint.encoder().decode
     text = decode(encoded.input_ids)
     trained = [decode(encoded.input_ids[first:end]) for first, end in trained_runs(encoded)]
-    if kind == "all":
+    if kind == "stripped":
         assert text.endswith("<|im_start|>assistant\n2<|im_end|>\n") and trained == []
     else:
         whole = "<|im_start|>assistant\n<think>\nadd\n</think>\n\n2<|im_end|>\n"
@@ -204,7 +203,7 @@ def test_tools_that_a_template_writes_otherwise_are_refused(shared: Path, change
     checkpoint.tokenizer.chat_template = str(checkpoint.tokenizer.chat_template).replace(changed, to, 1)
     family = family_of(checkpoint.tokenizer)
     assert (family.name, family.tool_form, family.knows_thinking) == ("chatml-hybrid", None, True)
-    with pytest.raises(DataError, match=r"^here: the chat format 'chatml-hybrid' cannot write tools and their calls"):
+    with pytest.raises(DataError, match=r"^here: the chat format 'chatml-hybrid' cannot write tools and calls"):
         replace(checkpoint, family=family).encode([Turn("user", "Hi"), Turn("assistant", "Hi")], [{"name": "f"}])
 
 
@@ -221,7 +220,7 @@ def test_thinking_that_a_template_writes_otherwise_is_refused(shared: Path) -> N
     changed = replace(checkpoint, family=family)
     for answer in (SAID, THOUGHT, Turn("assistant", "add</think>2")):
         with pytest.raises(
-            DataError, match=r"^here: turn 2 holds thinking, which the checkpoint's chat template writes"
+            DataError, match=r"^here: turn 2 contains thinking, which the checkpoint's chat template writes"
         ):
             changed.encode([Turn("user", "1+1?"), answer])
     assert changed.encode([Turn("user", "what is <think>?"), Turn("assistant", "a tag")]).input_ids

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from chat.detect import as_template_reads
 from chat.families import Family
 from chat.render import render, render_prompt, text_of
 from chat.tools_hermes import Hermes
@@ -15,6 +16,7 @@ from chat.turns import Tool, ToolCall, Turn
 from data_utils.files import read_records
 from data_utils.formats import FORMATS
 from errors import DataError
+from tests.encoding import check_and_encode
 from tests.families import STYLES, Checkpoint, closed, left_out, load_family, messages_of, turns_of
 
 # Templates that are the same as another's.
@@ -63,7 +65,7 @@ def test_cases_are_the_templates_own_but_for_those_that_no_conversation_expresse
         if why:
             assert case["name"] in LEFT_OUT[why], (case["name"], why)
             continue
-        turns, tools = turns_of(case), case["tools"] or ()
+        turns, tools = as_template_reads(turns_of(case), family), case["tools"] or ()
         if case["kwargs"].get("add_generation_prompt"):
             assert text_of(render_prompt(turns, family, tools=tools)) == case["text"], case["name"]
             continue
@@ -73,7 +75,7 @@ def test_cases_are_the_templates_own_but_for_those_that_no_conversation_expresse
             continue  # of the prompts of another mode
         trained = {message.end - 1 for message in rendered if any(segment.weight for segment in message.segments)}
         expected = {held["turn"] for held in case["prefix_holds"] if held["prefix_holds"]}
-        if not family.continues_answers:
+        if not family.prompts_after_answer:
             expected = {index for index in expected if turns[index - 1].role != "assistant"}
         assert trained == expected, case["name"]
 
@@ -141,7 +143,7 @@ def random_conversation(random: Random, family: Family) -> tuple[list[Turn], lis
 
 
 def _arguments(random: Random, form: object) -> Any:
-    if isinstance(form, Hermes) and form.keeps_text and random.random() < 0.3:
+    if isinstance(form, Hermes) and form.keeps_strings and random.random() < 0.3:
         return random.choice(('{"a" :1}', "no JSON", ""))
     return {key: random.choice(VALUES) for key in random.sample("abc", random.randint(0, 3))}
 
@@ -151,8 +153,9 @@ def test_random_conversations_against_the_template(checkpoint: Checkpoint) -> No
     family, random = checkpoint.family, Random(0)
     for _ in range(300):
         turns, tools = random_conversation(random, family)
-        rendered = render(turns, family, tools=tools)
         text = closed(checkpoint.template(messages_of(turns), tools), family)
+        read = as_template_reads(turns, family)
+        rendered = render(read, family, tools=tools)
         assert text_of(rendered) == text, (turns, tools)
         trained = {message.end - 1 for message in rendered if any(segment.weight for segment in message.segments)}
         for index, turn in enumerate(turns):
@@ -160,7 +163,7 @@ def test_random_conversations_against_the_template(checkpoint: Checkpoint) -> No
                 continue
             prompt = checkpoint.template(messages_of(turns[:index]), tools, prompt=True) if index else ""
             if index:
-                assert prompt == text_of(render_prompt(turns[:index], family, tools=tools)), (turns[:index], tools)
+                assert prompt == text_of(render_prompt(read[:index], family, tools=tools)), (turns[:index], tools)
             assert (index in trained) == (asks(prompt, family) and text.startswith(prompt)), (index, turns)
 
 
@@ -173,7 +176,7 @@ def test_a_corpus_of_calls_from_its_file_to_ids(shared: Path, name: str) -> None
     for where, record in read_records(shared / "corpora" / "glaive_toolcall_en_demo.json"):
         assert not isinstance(record, DataError)
         conversation = FORMATS["conversations"].parse(record, where)
-        encoded = encoder.encode_conversation(conversation)
+        encoded = check_and_encode(encoder, conversation)
         text = checkpoint.template(messages_of(conversation.turns), conversation.tools)
         assert encoder.decode(encoded.input_ids) == text, where
         assert {span.role for span in encoded.spans if span.weight} == {"assistant"}, where

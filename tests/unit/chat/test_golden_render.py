@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
 
 from chat.families import QWEN_V1
+from chat.label_mask import LabelMask
 from chat.render import encode_prompt, render_prompt
-from data_utils.encode import ORIGINAL, EncodedConversation, EncodeOptions, Encoder
+from data_utils.encode import EncodedConversation, EncodeOptions, Encoder
 from data_utils.formats import FORMATS
 from data_utils.schema import Conversation
 from errors import DataError
 from qwen_model.tokenization_qwen import QWenTokenizer
+from tests.encoding import OriginalEncoder, check_and_encode, without_weights
 from tests.golden import Golden
 
 # Number of cases that give ids, that were errors in the original, and lengths that they were cut at.
@@ -48,9 +49,14 @@ def is_error(case: dict[str, Any]) -> bool:
     return any("error" in expected for expected in case["expected"].values())
 
 
-def encode(case: dict[str, Any], tokenizer: QWenTokenizer, options: EncodeOptions) -> EncodedConversation:
-    options = replace(options, system_message=case.get("system_message"))
-    return Encoder(tokenizer, QWEN_V1, options).encode_conversation(parse(case))
+def encode_as_original(case: dict[str, Any], tokenizer: QWenTokenizer, **options: Any) -> EncodedConversation:
+    encoder = OriginalEncoder(tokenizer, system_message=case.get("system_message"), **options)
+    return check_and_encode(encoder, parse(case))
+
+
+def encode(case: dict[str, Any], tokenizer: QWenTokenizer, label_mask: LabelMask = "assistant") -> EncodedConversation:
+    options = EncodeOptions(100_000, case.get("system_message"), label_mask, needs_answer=False)
+    return check_and_encode(Encoder(tokenizer, QWEN_V1, options), without_weights(parse(case)))
 
 
 def test_ids_and_labels_of_every_case_at_every_length(any_golden: Golden, tiny_tokenizer: QWenTokenizer) -> None:
@@ -61,7 +67,7 @@ def test_ids_and_labels_of_every_case_at_every_length(any_golden: Golden, tiny_t
             continue
         for max_length in golden["max_lens"]:
             expected = case["expected"][str(max_length)]
-            encoded = encode(case, tiny_tokenizer, replace(ORIGINAL, max_length=max_length))
+            encoded = encode_as_original(case, tiny_tokenizer, max_length=max_length)
             assert encoded.input_ids == expected["input_ids"], (case["tag"], max_length)
             assert encoded.labels == expected["labels"], (case["tag"], max_length)
             assert encoded.trained_tokens == expected["n_label_after_shift"], (case["tag"], max_length)
@@ -78,7 +84,7 @@ def test_error_cases_of_the_original(any_golden: Golden, tiny_tokenizer: QWenTok
         if case["tag"] == SYSTEM_FIRST:
             continue
         with pytest.raises(DataError, match=f"^{case['tag']}: "):
-            encode(case, tiny_tokenizer, ORIGINAL)
+            encode_as_original(case, tiny_tokenizer)
 
 
 def test_system_turn_first_now_works(any_golden: Golden, tiny_tokenizer: QWenTokenizer) -> None:
@@ -86,8 +92,8 @@ def test_system_turn_first_now_works(any_golden: Golden, tiny_tokenizer: QWenTok
     case = next(case for case in golden["cases"] if case["tag"] == SYSTEM_FIRST)
     assert case["conversations"][0] == {"from": "system", "value": "s"}
     same = {"tag": "same", "conversations": case["conversations"][1:], "system_message": "s"}
-    encoded = encode(case, tiny_tokenizer, ORIGINAL)
-    assert encoded == encode(same, tiny_tokenizer, ORIGINAL)
+    encoded = encode_as_original(case, tiny_tokenizer)
+    assert encoded == encode_as_original(same, tiny_tokenizer)
     assert encoded.trained_tokens > 0
 
 
@@ -95,24 +101,20 @@ def test_ids_of_the_quantisation_script(any_golden: Golden, tiny_tokenizer: QWen
     records = any_golden.load_json("chatml.json")["run_gptq_preprocess"]
     assert len(records) == {"small": 6, "large": 48}[any_golden.name]
     for record in records:
-        encoded = encode(record, tiny_tokenizer, replace(ORIGINAL, max_length=record["max_len"]))
+        encoded = encode_as_original(record, tiny_tokenizer, max_length=record["max_len"])
         assert encoded.input_ids == record["input_ids"], (record["tag"], record["max_len"])
 
 
 @pytest.mark.parametrize("label_mask", ["assistant", "qwen"])
-def test_prompt_ids_start_the_training_ids(any_golden: Golden, tiny_tokenizer: QWenTokenizer, label_mask: str) -> None:
-    options = EncodeOptions(
-        max_length=100_000,
-        label_mask=label_mask,  # type: ignore[arg-type]
-        needs_answer=False,
-        turn_weights=False,
-    )
+def test_prompt_ids_are_a_prefix_of_the_training_ids(
+    any_golden: Golden, tiny_tokenizer: QWenTokenizer, label_mask: LabelMask
+) -> None:
     prompts = 0
     for case in any_golden.load_json("chatml.json")["cases"]:
         if is_error(case) and case["tag"] != SYSTEM_FIRST:
             continue
         turns = parse(case).turns
-        encoded = encode(case, tiny_tokenizer, options)
+        encoded = encode(case, tiny_tokenizer, label_mask)
         for index, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
@@ -133,12 +135,12 @@ def test_messages_never_become_control_tokens(any_golden: Golden, tiny_tokenizer
     for case in any_golden.load_json("chatml.json")["cases"]:
         if is_error(case):
             continue
-        encoded = encode(case, tiny_tokenizer, EncodeOptions(max_length=100_000, needs_answer=False))
+        encoded = encode(case, tiny_tokenizer)
         placed = [id_ for id_ in encoded.input_ids if id_ in controls]
         assert placed == [tiny_tokenizer.im_start_id, tiny_tokenizer.im_end_id] * (len(case["conversations"]) + 1), (
             case["tag"]
         )
-        with_special = replace(ORIGINAL, max_length=100_000, drop_leading=False)
-        if encode(case, tiny_tokenizer, with_special).input_ids != encoded.input_ids:
+        original = encode_as_original(case, tiny_tokenizer, max_length=100_000, drops_opening=False)
+        if original.input_ids != encoded.input_ids:
             differing.append(case["tag"])
     assert differing == SPECIAL_TEXT[any_golden.name]

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 
 from chat.families import ANSWER_STYLES, Family
-from chat.render import Segment, render, text_of
+from chat.render import render, text_of
+from chat.segments import Segment
 from chat.tools_hermes import HERMES_FORMS, Hermes
 from chat.turns import Tool, ToolCall, Turn
 from data_utils.encode import EncodedConversation
-from tests.families import load_family, trained_runs
+from tests.encoding import trained_runs
+from tests.families import load_family
 
 WEATHER: Tool = {"type": "function", "function": {"name": "weather", "parameters": {"city": "string"}}}
 SYSTEM, ASK = Turn("system", "Be brief."), Turn("user", "Ulm?")

@@ -9,12 +9,13 @@ import pytest
 
 from chat.families import ANSWER_STYLES, QWEN_V1
 from chat.render import encode_prompt, render, render_prompt, text_of
-from chat.tools_react import describe_tools, parse_react, write_react
+from chat.tools_react import React, describe_tools
 from chat.turns import ToolCall, Turn
 from data_utils.encode import EncodeOptions, Encoder
 from data_utils.formats import FORMATS
 from errors import DataError
 from qwen_model.tokenization_qwen import QWenTokenizer
+from tests.encoding import trained_of
 from tests.golden import Golden
 
 WEATHER = {"name": "weather", "description": "Weather of a city.", "parameters": {"type": "object"}}
@@ -40,13 +41,21 @@ def with_functions(golden: Golden) -> list[dict[str, Any]]:
     return [case for case in cases if case["functions"] and "error" not in case]
 
 
+def describe_in_recent_question(turns: list[Turn], tools: list[Any]) -> list[Turn]:
+    """Describe the tools where Qwen's API server does: in the last question that was answered, or the only one."""
+    questions = [index for index, turn in enumerate(turns) if turn.role == "user"]
+    recent = questions[-2] if len(questions) > 1 and turns[-1].role == "user" else questions[-1]
+    return [*React().describe(turns[:recent], ()), *React().describe(turns[recent:], tools)]
+
+
 def test_messages_of_every_recorded_request(any_golden: Golden) -> None:
     cases = with_functions(any_golden)
     assert len(cases) == {"small": 3, "large": 14}[any_golden.name]
     for case in cases:
         turns = turns_of(case)
-        messages = write_react(turns, [1.0] * len(turns), case["functions"], is_prompt=True, described_in="recent")
-        written = ["".join(piece.text for piece in message.pieces) for message in messages if message.role != "system"]
+        described = describe_in_recent_question(turns, case["functions"])
+        messages = React().write(described, [1.0] * len(turns), is_prompt=True)
+        written = [text_of([message]) for message in messages if message.role != "system"]
         recorded = [text for exchange in case["history"] for text in exchange]
         assert written == recorded + [case["query"]] * (not case["text_completion"]), case["tag"]
 
@@ -60,16 +69,6 @@ def test_prompts_that_go_on_behind_a_result(any_golden: Golden) -> None:
             assert text_of(prompt) == case["text_completion_prompt"], case["tag"]
             compared += 1
     assert compared == {"small": 1, "large": 3}[any_golden.name]
-
-
-def test_answers_of_the_model_are_parsed_as_the_original_did(any_golden: Golden) -> None:
-    cases = any_golden.load_json("react.json")["parse_response"]
-    assert len(cases) == {"small": 8, "large": 17}[any_golden.name]
-    for case in cases:
-        content, call = parse_react(case["response"])
-        assert content == case["content"], case["tag"]
-        recorded = case["function_call"]
-        assert (call and {"name": call.name, "arguments": call.arguments}) == recorded, case["tag"]
 
 
 def test_the_text_of_the_originals_own_fine_tuning_example(golden_large: Path) -> None:
@@ -111,10 +110,9 @@ def test_the_text_of_the_originals_own_fine_tuning_example(golden_large: Path) -
         Turn("tool", "Jay Chou's wife is ..."),
         Turn("assistant", "Jay Chou is ... His wife is ..."),
     ]
-    user, assistant = write_react(turns, [1.0] * len(turns), tools)
-    assert user.pieces[0].text == question
-    written = "".join(piece.text for piece in assistant.pieces)
-    assert written.replace("final answer.\n", "final answer\n") == answer
+    user, assistant = React().write(React().describe(turns, tools), [1.0] * len(turns))
+    assert user.segments[0].text == question
+    assert text_of([assistant]).replace("final answer.\n", "final answer\n") == answer
 
 
 def test_a_field_of_a_tool_that_is_null_is_absent() -> None:
@@ -173,7 +171,7 @@ def test_calls_at_once_come_one_after_the_other() -> None:
         " 22\nThought:",
         " \nAction: weather\nAction Input: [1e-07, 2]\nObservation:",
     ]
-    with pytest.raises(ValueError, match="2 calls at once wait for their results"):
+    with pytest.raises(ValueError, match="2 calls at once have no results; ReAct text allows one"):
         trained([ASK, both])
 
 
@@ -195,14 +193,14 @@ def test_the_prompt_is_the_start_of_the_training_ids_at_every_step(golden_large:
     for index in (1, 3, 5, 7):
         prompt = encode_prompt(render_prompt(turns[:index], QWEN_V1, tools=[WEATHER]), tokenizer)
         assert encoded.input_ids[: len(prompt)] == prompt, index
-        assert encoded.trained[len(prompt) - 1 : len(prompt) + 1] == [False, True], index
+        assert trained_of(encoded)[len(prompt) - 1 : len(prompt) + 1] == [False, True], index
 
 
 def test_what_cannot_be_written_is_refused_with_its_place(golden_small: Path) -> None:
     tokenizer = QWenTokenizer.from_pretrained(golden_small / "tiny-qwen-small")
     answer, question = {"from": "gpt", "value": "Hi"}, {"from": "human", "value": "Hi"}
     for family, turns, what in (
-        (QWEN_V1, [answer], "there are tools, and no user turn that could describe them"),
+        (QWEN_V1, [answer], "there are tools, but no user turn to describe them in"),
         (ANSWER_STYLES[0], [question, answer], "the chat format 'chatml' cannot write tools"),
     ):
         conversation = FORMATS["conversations"].parse({"tools": [WEATHER], "conversations": turns}, "a.json:3")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
-from chat.families import QWEN_V1
 from data_utils.collate import Collator
-from data_utils.encode import ORIGINAL, Encoder, Example
+from data_utils.encode import Example
 from data_utils.formats import FORMATS
 from qwen_model.tokenization_qwen import QWenTokenizer
+from tests.encoding import OriginalEncoder
 from tests.golden import Golden
 
 END_OF_TEXT_CASES = {
@@ -51,7 +49,7 @@ def test_batch_of_the_original(any_golden: Golden, tiny_tokenizer: QWenTokenizer
     golden = any_golden.load_json("chatml.json")
     cases = {case["tag"]: case for case in golden["cases"]}
     tags = golden.get("batch_tags", list(cases)[:2])
-    encoder = Encoder(tiny_tokenizer, QWEN_V1, replace(ORIGINAL, max_length=64))
+    encoder = OriginalEncoder(tiny_tokenizer, max_length=64)
     encoded = [encoder.encode_conversation(FORMATS["conversations"].parse(cases[tag], tag)) for tag in tags]
     collator = Collator(golden["pad_token_id"])
     batch = collator([{"input_ids": each.input_ids, "labels": each.labels} for each in encoded])

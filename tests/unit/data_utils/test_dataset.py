@@ -13,14 +13,16 @@ from torch.utils.data import DataLoader
 
 from chat.families import ANSWER_STYLES, QWEN_V1
 from data_utils.collate import Collator
-from data_utils.dataset import DataReader, ExampleSet, load_examples
-from data_utils.encode import ORIGINAL, EncodeOptions, Encoder
+from data_utils.dataset import DataReader, load_examples
+from data_utils.encode import EncodeOptions, Encoder
+from data_utils.examples import ExampleSet
 from data_utils.files import read_records
 from data_utils.formats import FORMATS
 from data_utils.sources import parse_source
 from errors import DataError
 from qwen_model.tokenization_qwen import QWenTokenizer
 from tests.data import load, reader
+from tests.encoding import OriginalEncoder
 
 SYSTEM, HI, HELLO = 11, 7, 9  # tokens of the default system turn and of the two turns below
 SHORT = [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello!"}]
@@ -58,7 +60,7 @@ def questions(examples: ExampleSet, tokenizer: QWenTokenizer) -> list[str]:
 
 def test_examples_are_the_encoded_conversations_in_order(golden_small: Path, tokenizer: QWenTokenizer) -> None:
     path = golden_small / "train.json"
-    encoder = Encoder(tokenizer, QWEN_V1, ORIGINAL)
+    encoder = OriginalEncoder(tokenizer)
     encoded = [
         encoder.encode_conversation(FORMATS["conversations"].parse(record, where))
         for where, record in read_records(path)
@@ -112,7 +114,7 @@ def test_answers_that_no_prompt_asks_for_are_not_trained(tmp_path: Path, tokeniz
     """QwQ's prompt opens a thought, so an answer without one could never be generated."""
     qwq = next(style for style in ANSWER_STYLES if style.name == "chatml-qwq")
     path = write_lines(tmp_path / "chats.jsonl", SHORT)
-    with pytest.raises(DataError, match="its answers are none that a prompt of the chat format 'chatml-qwq'"):
+    with pytest.raises(DataError, match="chat format 'chatml-qwq' has no inference prompt for any of its answers"):
         load(Encoder(tokenizer, qwq, EncodeOptions()), path)
 
 
@@ -171,8 +173,8 @@ def test_bad_records_can_be_left_out_and_are_counted(
     assert (total.in_file, total.read, total.kept) == (5, 5, 3)
     assert total.skipped.locations == {"bad record": [f"{path}:3", f"{path}:7"]}
     first, second, summary = caplog.messages
-    assert first.startswith(f"Left out: {path}:3:21: not valid JSON")
-    assert second.startswith(f'Left out: {path}:7: the record has no "conversations"')
+    assert first.startswith(f"Skipped: {path}:3:21: not valid JSON")
+    assert second.startswith(f'Skipped: {path}:7: the record has no "conversations"')
     assert summary == f"{path}: skipped 2 of 5 conversations, bad record: {path}:3, :7"
 
 
@@ -217,8 +219,8 @@ def test_a_conversation_without_an_answer_is_for_the_originals_mask_only(
     tmp_path: Path, tokenizer: QWenTokenizer, encoder: Encoder
 ) -> None:
     path = write_lines(tmp_path / "chats.jsonl", [{"from": "user", "value": "Hi"}])
-    assert len(load(Encoder(tokenizer, QWEN_V1, ORIGINAL), path)) == 1
-    with pytest.raises(DataError, match=r"^.*:1: no turn is from the assistant, so there is nothing to learn\."):
+    assert len(load(OriginalEncoder(tokenizer), path)) == 1
+    with pytest.raises(DataError, match=r"^.*:1: the conversation has no assistant turn to train\."):
         load(encoder, path)
 
 
@@ -299,7 +301,7 @@ def test_placeholders_are_filled_and_others_pointed_out(
     assert "<|im_end|>{{x}} by Ada, {{x}}<|im_end|>" in tokenizer.decode(examples[0]["input_ids"])
     assert examples.report.total().unfilled.locations == {"x": [f"{path}:1"]}
     assert caplog.messages == [
-        "--fill unused: no message that was read holds {{unused}}",
+        "--fill unused: no message contains {{unused}}",
         f"{path}: 1 of 1 conversations contain the placeholder {{{{x}}}}, which --fill x=... fills: {path}:1",
     ]
 

@@ -12,12 +12,13 @@ import pytest
 from transformers import AddedToken, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from chat.families import ANSWER_STYLES, EMPTY_THOUGHT, IM_END, QWEN_V1, Family
+from chat.families import ANSWER_STYLES, IM_END, QWEN_V1, Family, thought_block
 from chat.turns import Turn
 from data_utils.encode import EncodedConversation, EncodeOptions, Encoder
 from data_utils.schema import Conversation
 from errors import DataError
 from qwen_model.tokenization_qwen import SPLIT_PATTERN, QWenTokenizer
+from tests.encoding import OriginalEncoder, check_and_encode, weights_of
 
 SYSTEM_IDS = [701, 458, 198, 418, 317, 258, 590, 637, 13, 702, 198]  # You are a helpful assistant.
 HI_IDS = [701, 388, 198, 39, 72, 702, 198]
@@ -46,7 +47,7 @@ def fast_tokenizer(golden_small: Path) -> PreTrainedTokenizerFast:
 
 def encode(tokenizer: object, *turns: Turn, family: Family = QWEN_V1, **options: object) -> EncodedConversation:
     encoder = Encoder(tokenizer, family, EncodeOptions(**options))  # type: ignore[arg-type]
-    return encoder.encode_conversation(Conversation(turns, "chats.jsonl:7"))
+    return check_and_encode(encoder, Conversation(turns, "chats.jsonl:7"))
 
 
 def test_each_answer_and_its_end_are_trained(tokenizer: QWenTokenizer) -> None:
@@ -113,14 +114,13 @@ def test_an_answer_that_opens_the_conversation_is_kept_or_dropped_as_the_origina
     kept = encode(tokenizer, HELLO, HI, HELLO)
     assert kept.input_ids == [*SYSTEM_IDS, *HELLO_IDS, *HI_IDS, *HELLO_IDS]
     assert kept.labels[11:20] == HELLO_LABELS
-    dropped = encode(tokenizer, HELLO, HELLO, HI, HELLO, drop_leading=True)
+    original = OriginalEncoder(tokenizer)
+    dropped = original.encode_conversation(Conversation((HELLO, HELLO, HI, HELLO), "here"))
     assert dropped.input_ids == kept.input_ids
 
 
 def test_a_conversation_without_an_answer_is_an_error(tokenizer: QWenTokenizer) -> None:
-    with pytest.raises(
-        DataError, match=r"^chats\.jsonl:7: no turn is from the assistant, so there is nothing to learn\."
-    ):
+    with pytest.raises(DataError, match=r"^chats\.jsonl:7: the conversation has no assistant turn to train\."):
         encode(tokenizer, HI)
     assert encode(tokenizer, HI, needs_answer=False).input_ids == [*SYSTEM_IDS, *HI_IDS]
 
@@ -208,7 +208,7 @@ def test_no_answer_is_trained_without_its_end(fast_tokenizer: PreTrainedTokenize
 
 def test_a_last_answer_is_written_anew_when_later_turns_are_dropped(fast_tokenizer: PreTrainedTokenizerFast) -> None:
     hybrid = ANSWER_STYLES[2]
-    thought = fast_tokenizer(EMPTY_THOUGHT)["input_ids"]
+    thought = fast_tokenizer(thought_block(""))["input_ids"]
     whole = encode(fast_tokenizer, HI, HELLO, HI, HELLO, family=hybrid)
     assert whole.input_ids == [*HI_IDS, *HELLO_IDS, *HI_IDS, *HELLO_IDS[:3], *thought, *HELLO_IDS[3:]]
     shortened = encode(fast_tokenizer, HI, HELLO, HI, HELLO, family=hybrid, max_length=22)
@@ -261,10 +261,11 @@ def test_a_turns_own_weight_goes_before_every_mask(tokenizer: QWenTokenizer, lab
 
 def test_weights_labels_and_spans_agree(tokenizer: QWenTokenizer) -> None:
     encoded = encode(tokenizer, HI._replace(weight=0.25), HELLO, HI, HELLO._replace(weight=0.0))
-    assert sum(span.length for span in encoded.spans) == len(encoded.input_ids) == len(encoded.weights)
-    assert [label != -100 for label in encoded.labels] == encoded.trained == [weight > 0 for weight in encoded.weights]
-    assert encoded.weights[11:27] == [0] * 3 + [0.25] * 4 + [0] * 3 + [1] * 6
-    assert not any(encoded.weights[27:])
+    weights = weights_of(encoded)
+    assert sum(span.length for span in encoded.spans) == len(encoded.input_ids) == len(weights)
+    assert [label != -100 for label in encoded.labels] == [weight > 0 for weight in weights]
+    assert weights[11:27] == [0] * 3 + [0.25] * 4 + [0] * 3 + [1] * 6
+    assert not any(weights[27:])
 
 
 # ------------------------------------------------------------------------------------------------------------- too long

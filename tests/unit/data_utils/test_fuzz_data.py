@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 
 from data_utils import dataset
-from data_utils.dataset import DataReader, ExampleSet
+from data_utils.dataset import DataReader
 from data_utils.encode import Encoder, Example
+from data_utils.examples import ExampleSet
 from data_utils.files import Location, read_records
 from data_utils.formats import Format
 from data_utils.report.source_report import SourceReport
@@ -159,7 +160,7 @@ def test_it_finds_messages_that_steer_the_terminal_or_take_several_lines(
     found = "\n".join(findings(tmp_path, lines(GOOD[0])))
     assert "refusing: a message that cannot be shown: " in found
     assert "refusing: a message that names no place: " in found
-    assert "skipping: logs 'Left out: " in found
+    assert "skipping: logs 'Skipped: " in found
 
 
 def test_it_finds_places_that_are_not_those_of_the_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,7 +176,7 @@ def test_it_finds_places_that_are_not_those_of_the_faults(tmp_path: Path, monkey
 def test_it_finds_more_faults_than_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     case = lines(*["{}"] * 30, GOOD[0], must=Must.FAULTY)
     assert findings(tmp_path, case) == []
-    monkeypatch.setattr(dataset, "_SHOWN_FAULTS", 25)
+    monkeypatch.setattr(dataset, "_MAX_LISTED_FAULTS", 25)
     assert findings(tmp_path, case)[0] == "refusing: 25 faults are shown"
 
 

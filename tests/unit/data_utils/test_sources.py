@@ -47,7 +47,7 @@ def draw(
     total: int, sample: int | None = None, factor: float = 1, eval_share: float = 0, seed: int = 1
 ) -> list[tuple[int, int]]:
     taken = RecordSampler(Source("a", Path("a"), sample, factor), total, eval_share, seed)
-    return [taken.take() for _ in range(total)]
+    return [taken.next_copies() for _ in range(total)]
 
 
 def test_numbers_are_exact() -> None:
@@ -79,5 +79,5 @@ def test_the_seed_decides() -> None:
 def test_fill() -> None:
     assert parse_fill(["name=Linden", " a =x=y", "empty="]) == {"name": "Linden", "a": "x=y", "empty": ""}
     for value in ("name", "=x", ""):
-        with pytest.raises(ConfigError, match="is no name=text"):
+        with pytest.raises(ConfigError, match="is not name=text"):
             parse_fill([value])

@@ -6,7 +6,7 @@ The loop is torch's own, so that it is the model, its gradients and the encoding
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,14 +14,14 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from chat.families import QWEN_V1
 from chat.label_mask import IGNORE_INDEX
 from data_utils.collate import Collator
-from data_utils.encode import ORIGINAL, Encoder, Example
+from data_utils.encode import Example
 from data_utils.files import read_records
 from data_utils.formats import FORMATS
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.tokenization_qwen import QWenTokenizer
+from tests.encoding import OriginalEncoder
 from tests.golden import LOSS_ATOL, Golden, assert_close
 
 # The order of a sum alone moves weights by some 1e-4 in a dozen AdamW steps, and logits with them.
@@ -33,7 +33,7 @@ Batch = dict[str, torch.Tensor]
 
 def encode_file(golden: Golden, name: str, tokenizer: QWenTokenizer, max_length: int) -> list[Example]:
     """The conversations of a data file with the original's options."""
-    encoder = Encoder(tokenizer, QWEN_V1, replace(ORIGINAL, max_length=max_length))
+    encoder = OriginalEncoder(tokenizer, max_length=max_length)
     records = read_records(golden.path / name)
     encoded = [encoder.encode_conversation(FORMATS["conversations"].parse(record, where)) for where, record in records]
     return [{"input_ids": sample.input_ids, "labels": sample.labels} for sample in encoded]

@@ -68,7 +68,7 @@ def test_data_files_that_are_not_there(tmp_path: Path) -> None:
         (["--eval_split", 1], "--eval_split 1 is not possible. Give a share between 0 and 1"),
         (["--eval_split", 0.1, "--eval_data_path", DATA],
          "--eval_split 0.1 and --eval_data_path both say what to evaluate on. Give one of them"),
-        (["--fill", "name"], '--fill name is no name=text. Write --fill name="the text"'),
+        (["--fill", "name"], '--fill name is not name=text. Write --fill name="the text"'),
         (["--fill", "a=1", "a=2"], "--fill gives a twice. Give each name once"),
         (["--data_path", f"{DATA}#0"], f"--data_path {DATA}#0 takes nothing. Leave it out, or give more than 0"),
         (["--data_mixing", "sequential", "--train_sampling_strategy", "group_by_length"],

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from chat.families import QWEN_V1
 from data_utils.collate import Collator
-from data_utils.dataset import ExampleSet, load_examples
+from data_utils.dataset import load_examples
 from data_utils.encode import EncodeOptions, Encoder
+from data_utils.examples import ExampleSet
 from data_utils.report.data_report import DataReport
 from errors import ConfigError, DataError, RunError
 from qwen_model.tokenization_qwen import QWenTokenizer

@@ -1,0 +1,73 @@
+"""A rendered conversation: messages made of segments, and the interface of the tool forms that write them.
+
+Segments rather than one string, because control tokens, authors and loss weights must never be recovered by searching
+the text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, Protocol
+
+from chat.turns import Tool, ToolCall, Turn
+
+
+class Segment(NamedTuple):
+    """One control token, or a text that is tokenised on its own.
+
+    Attributes:
+        weight: loss weight of each of its ids; 0 is not trained.
+        role: author of the text; for a control token, author of its message.
+    """
+
+    text: str
+    is_control: bool
+    weight: float
+    role: str
+
+
+class Message(NamedTuple):
+    """A message from ``<|im_start|>`` to ``<|im_end|>``: one turn, or several (an answer with its tool results).
+
+    Attributes:
+        role: as written in the header.
+        segments: at least one. A tool form gives the content; ``chat.render`` adds the header and the control tokens.
+        end: number of the conversation's turns that are complete after this message.
+        is_open: its author has not finished: a call waits for its result.
+    """
+
+    role: str
+    segments: list[Segment]
+    end: int
+    is_open: bool = False
+
+    @classmethod
+    def from_turn(cls, turn: Turn, weight: float, end: int) -> Message:
+        """Return the content of a message that is one turn."""
+        return cls(turn.role, [Segment(turn.content, False, weight, turn.role)], end)
+
+
+class ToolForm(Protocol):
+    """How a family writes tools, calls and results."""
+
+    def check(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> None:
+        """Check that a conversation can be written in this form.
+
+        Raises:
+            ValueError: it cannot; the message names the reason.
+        """
+
+    def describe(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> list[Turn]:
+        """Return the turns with the tools described in one of them."""
+
+    def calls_text(self, calls: Sequence[ToolCall]) -> str:
+        """Return the text that calls add to the end of an answer; empty if ``write`` adds them."""
+
+    def write(self, turns: Sequence[Turn], weights: Sequence[float], is_prompt: bool = False) -> list[Message]:
+        """Convert checked turns to the content of messages.
+
+        Args:
+            turns: after ``describe``; answers already contain ``calls_text``.
+            weights: loss weight of each turn.
+            is_prompt: the model is to continue the conversation.
+        """
