@@ -15,7 +15,7 @@ from chat.families import QWEN_V1
 from chat.label_mask import LabelMask
 from chat.render import Segment, render
 from chat.turns import Turn
-from checkpoints.folders import save_text
+from checkpoints.files import save_text
 from commands import CommandParser, run_command
 
 CONVERSATION = [

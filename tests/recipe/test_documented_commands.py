@@ -1,0 +1,181 @@
+"""Every command in README.md, CONTRIBUTING.md and docs/ runs here on a tiny model, or is listed below.
+
+What is listed has the test that runs it, or the reason why it is not run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.commands import TIMEOUT, environment
+from tests.golden import REPO, SMALL
+from tests.quantized import write_gptq
+
+DOCUMENTS = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
+PROGRAMS = (
+    r"(?:[A-Z_]+=\S+ )*"
+    r"(?:\.venv/bin/python|python|sh|bash|torchrun|deepspeed|accelerate|mpirun|srun|sbatch|kubectl|pip|export)\b"
+)
+
+TINY = SMALL / "tiny-qwen-small"
+
+# Commands, by their start, that another test runs or that cannot run here.
+ELSEWHERE = {
+    "bash scripts/quickstart.sh": "tests/recipe/test_identity.py",
+    "sh finetune/finetune_ds.sh": "tests/recipe/test_launchers.py",
+    "sh finetune/finetune_fsdp.sh": "tests/recipe/test_launchers.py",
+    "sh finetune/finetune_lora_ds.sh": "tests/recipe/test_launchers.py",
+    "sh finetune/finetune_qlora_ds.sh": "tests/recipe/test_launchers.py",
+    "NNODES=": "tests/recipe/test_hosts.py",
+    "torchrun": "tests/recipe/test_processes.py",
+    "mpirun": "tests/recipe/test_processes.py",
+    "python -m tests.fuzz_data": "tests/unit/data_utils/test_fuzz_data.py",
+}
+NOT_RUN = {
+    "bash scripts/test.sh": "runs this test",
+    "bash .ci/run": "runs this test",
+    "HYPOTHESIS_PROFILE=nightly": "takes an hour",
+    "python -m benchmarks": "measures for minutes",
+    "pip install": "changes the environment",
+    "deepspeed": "needs ssh to other hosts; its variables are tested in tests/unit/training/distributed/test_launch.py",
+    "accelerate launch": "needs other hosts; its variables are tested in tests/unit/training/distributed/test_launch.py",
+    "export": "part of the command that follows",
+    "srun": "needs Slurm; its variables are tested in tests/unit/training/distributed/test_launch.py",
+    "sbatch": "needs Slurm; tests/unit/test_cluster_files.py checks the file",
+    "kubectl": "needs Kubernetes; tests/unit/test_cluster_files.py checks the file",
+}
+
+
+class Command(NamedTuple):
+    """A command of a document, on one line and without its comment."""
+
+    place: str
+    text: str
+
+
+def commands_in(document: Path) -> Iterator[Command]:
+    """Commands in fenced shell blocks, in indented blocks, and in code spans."""
+    language: str | None = None
+    pending = ""
+    for number, line in enumerate(document.read_text(encoding="utf-8").splitlines(), 1):
+        place = f"{document.relative_to(REPO)}:{number}"
+        if line.lstrip().startswith("```"):
+            language = None if language is not None else line.strip().strip("`")
+            continue
+        is_block = language in ("sh", "bash") or (language is None and line.startswith("    "))
+        if is_block:
+            pending += line.strip()
+            if pending.endswith("\\"):
+                pending = pending[:-1]
+                continue
+            if re.match(PROGRAMS, pending):
+                yield Command(place, re.split(r"\s+#\s", pending)[0].strip())
+            pending = ""
+        elif language is None:
+            for span in re.findall(r"`([^`]+)`", line):
+                if re.match(PROGRAMS + r" \S", span):
+                    yield Command(place, span)
+
+
+ALL = [command for document in DOCUMENTS for command in commands_in(document)]
+
+
+def listed(command: Command, table: dict[str, str]) -> str | None:
+    """The entry of a table whose key the command starts with."""
+    text = command.text.removeprefix(".venv/bin/")
+    return next((value for key, value in table.items() if text.startswith(key)), None)
+
+
+def is_form(command: Command) -> bool:
+    """Whether the command contains a placeholder, so that it cannot run as it is."""
+    return re.search(r"\.\.\.|\b(NAME|RUN|DIR|FILE|BASE|MODEL|DATA|IN|OUT)\b", command.text) is not None
+
+
+TO_RUN = [
+    command
+    for command in ALL
+    if not listed(command, ELSEWHERE) and not listed(command, NOT_RUN) and not is_form(command)
+]
+
+
+@pytest.fixture(scope="module")
+def workspaces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Path]]:
+    """A folder per document in which its commands run one after the other, as in a checkout."""
+    made: dict[str, Path] = {}
+
+    def workspace(document: str) -> Path:
+        if document not in made:
+            made[document] = tmp_path_factory.mktemp("workspace")
+            prepare(made[document], document, made.get("README.md"))
+        return made[document]
+
+    yield workspace
+
+
+def prepare(folder: Path, document: str, readme: Path | None) -> None:
+    """Fill a workspace: the repository's files, the environment, data, models, and results of README's commands."""
+    for path in REPO.iterdir():
+        if path.name not in (".git", ".venv", "docs", "output", "build", "runs"):
+            (folder / path.name).symlink_to(path)
+    (folder / ".venv").symlink_to(sys.prefix)
+    (folder / "docs").mkdir()
+    records = json.loads((REPO / "examples" / "identity.json").read_text(encoding="utf-8"))[:8]
+    for name in ("conversations.json", "train.json", "held_out.json"):
+        (folder / name).write_text(json.dumps(records), encoding="utf-8")
+    (folder / "conversations.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    text = (REPO / document).read_text(encoding="utf-8")
+    for block in re.findall(r"```yaml\n(.*?)```", text, flags=re.DOTALL):
+        (folder / "run.yaml").write_text(placed(block, folder), encoding="utf-8")
+    if "Int4" in text:
+        write_gptq(TINY, folder / "int4")
+    made_here = set(re.findall(r"(?:-o|--output|--output_dir|output_dir:) +(\S+)", text))
+    for name in ("output/adapter", "output/merged"):
+        if readme is not None and name not in made_here:
+            shutil.copytree(readme / name, folder / name)
+
+
+def placed(text: str, folder: Path) -> str:
+    """A text with the paths of models replaced by those of tiny ones."""
+    return text.replace("/path/to/Qwen-7B-Chat-Int4", str(folder / "int4")).replace("/path/to/Qwen-7B-Chat", str(TINY))
+
+
+def test_documents_contain_commands() -> None:
+    assert {command.place.split(":")[0] for command in ALL} >= {"README.md", "CONTRIBUTING.md", "docs/data.md"}
+    assert len(TO_RUN) >= 12
+
+
+@pytest.mark.parametrize("key", ELSEWHERE)
+def test_commands_tested_elsewhere_are_tested_there(key: str) -> None:
+    program = key.removesuffix("=").split("/")[-1].split()[-1]
+    assert program in (REPO / ELSEWHERE[key]).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("command", [command for command in ALL if is_form(command)], ids=lambda command: command.place)
+def test_forms_name_what_exists(command: Command) -> None:
+    for module in re.findall(r"-m ((?:scripts|benchmarks|tests)\.\w+)", command.text):
+        path = REPO / module.replace(".", "/")
+        assert module.endswith(".NAME") or path.with_suffix(".py").is_file() or path.is_dir(), command.text
+    for file in re.findall(r"[\w./-]+\.(?:py|sh)\b", command.text):
+        assert (REPO / file).is_file() or (REPO / "finetune" / file).is_file(), command.text
+
+
+@pytest.mark.parametrize("command", TO_RUN, ids=lambda command: command.place)
+def test_a_documented_command_runs(command: Command, workspaces: Callable[[str], Path]) -> None:
+    """In the order of the documents: a command may need the results of the ones before it."""
+    folder = workspaces(command.place.partition(":")[0])
+    result = subprocess.run(
+        ["bash", "-c", placed(command.text, folder)],
+        cwd=folder, env=environment() | {"PATH": f"{folder}/.venv/bin{os.pathsep}{os.environ['PATH']}"},
+        capture_output=True, text=True, timeout=TIMEOUT, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, f"{command.text}\n{result.stderr}"
