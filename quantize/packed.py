@@ -1,11 +1,12 @@
-"""GPTQ and AWQ weights of a whole model, block by block.
+"""Quantise the weights of a whole model with GPTQ or AWQ, block by block.
 
-A block is fitted to what the quantised blocks before it give, so that it makes up for a part of their error.
+A block is calibrated on the outputs of the quantised blocks before it, so that it compensates for part of their error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,63 +17,53 @@ from checkpoints.packed_weights import IntegerWeight, pack_weight, unpack_weight
 from checkpoints.shards import CheckpointReader
 from errors import ConfigError
 from quantize.awq import quantize_awq, search_scales
-from quantize.blocks import (
-    InputStatistics,
-    Stream,
-    measure_inputs,
-    stored_tensors,
-    take_blocks,
-)
+from quantize.blocks import InputStatistics, SampleStates, measure_inputs, pop_blocks, stored_tensors
 from quantize.gptq import quantize_gptq
 from qwen_model.architectures import LinearGroup, architecture_of
 from qwen_model.block_runner import architecture_of_model, blocks_of
 
-Groups = Sequence[LinearGroup]
 Parts = dict[str, Tensor]
+"""The tensors of a packed layer, by the names in ``packed_weights.PARTS``."""
+Measure = Callable[[Sequence[str]], dict[str, InputStatistics]]
+"""Layers of a block -> statistics of their inputs."""
 
 NF4_BLOCK = 64
 """Weights that share a scale in bitsandbytes."""
 
-_TOO_NARROW = "The layers of this model cannot be quantised so"
+_UNSUPPORTED = "The layers of this model cannot be quantised this way"
 
 
 def check_sizes(reader: CheckpointReader, model_type: str, quantization: Quantization) -> None:
-    """Raise ``ConfigError`` unless every layer that is to be quantised consists of whole groups and words."""
-    if not quantization.is_packed:
-        _check_rows(reader, model_type)
-        return
+    """Raise ``ConfigError`` unless each layer to be quantised consists of whole groups and words, or NF4 blocks."""
     per_word = 32 // quantization.bits
     for name, (outputs, inputs) in _shapes(reader, model_type).items():
-        if inputs % quantization.group_size:
+        if not quantization.is_packed:
+            # On a CPU bitsandbytes misreads rows that do not consist of whole blocks.
+            if inputs % NF4_BLOCK and not torch.cuda.is_available():
+                raise ConfigError(
+                    f"--format nf4 needs layers with a multiple of {NF4_BLOCK} inputs on a CPU, {name} has {inputs}",
+                    "Give --format gptq or awq",
+                )
+        elif inputs % quantization.group_size:
             sizes = [size for size in (128, 64, 32) if inputs % size == 0]
             raise ConfigError(
                 f"--group_size {quantization.group_size} does not divide the {inputs} inputs of {name}",
-                f"Give --group_size {sizes[0]}" if sizes else _TOO_NARROW,
+                f"Give --group_size {sizes[0]}" if sizes else _UNSUPPORTED,
             )
-        if outputs % per_word:
+        elif outputs % per_word:
             raise ConfigError(
                 f"--bits {quantization.bits} needs layers with a multiple of {per_word} outputs, {name} has {outputs}",
-                _TOO_NARROW,
+                _UNSUPPORTED,
             )
 
 
-def _check_rows(reader: CheckpointReader, model_type: str) -> None:
-    """On a CPU bitsandbytes reads rows that do not consist of whole blocks back as other numbers than it was given."""
-    for name, (_, inputs) in _shapes(reader, model_type).items():
-        if inputs % NF4_BLOCK and not torch.cuda.is_available():
-            raise ConfigError(
-                f"--format nf4 needs layers with a multiple of {NF4_BLOCK} inputs on a CPU, {name} has {inputs}",
-                "Give --format gptq or awq",
-            )
-
-
-def most_inputs(reader: CheckpointReader, model_type: str) -> int:
-    """Inputs of the widest layer that is quantised."""
+def max_inputs(reader: CheckpointReader, model_type: str) -> int:
+    """Return the number of inputs of the widest layer to be quantised."""
     return max((inputs for _, inputs in _shapes(reader, model_type).values()), default=0)
 
 
 def _shapes(reader: CheckpointReader, model_type: str) -> dict[str, tuple[int, int]]:
-    """Outputs and inputs of the first block's layers; what is missing is reported by whoever loads the weights."""
+    """(O, I) of the first block's linear layers; missing ones are reported when the weights are loaded."""
     architecture = architecture_of(model_type)
     names = {name: f"{architecture.blocks}.0.{name}.weight" for name in architecture.linear_layers}
     shapes = {name: reader.shape(weight) for name, weight in names.items() if weight in reader}
@@ -80,26 +71,27 @@ def _shapes(reader: CheckpointReader, model_type: str) -> dict[str, tuple[int, i
 
 
 def quantize_weights(
-    model: Any, quantization: Quantization, calibration: Stream, held_out: Stream, dtype: torch.dtype
+    model: Any, quantization: Quantization, calibration: SampleStates, held_out: SampleStates, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of the quantised model by their names, on the CPU. The model's own blocks are gone afterwards.
+    """Yield the (name, tensor) pairs of the quantised model, on the CPU. The model's blocks are freed on the way.
 
     Args:
-        model: as ``loading.checkpoint.load_model`` gives it, on the CPU.
-        calibration: goes through the quantised blocks.
-        held_out: goes through the blocks as they were.
-        dtype: of what is not quantised.
+        model: on the CPU, from ``loading.checkpoint.load_model``.
+        calibration: advanced through the quantised blocks.
+        held_out: advanced through the original blocks.
+        dtype: of the tensors that are not quantised.
 
     Raises:
         RunError: weights or inputs that cannot be quantised, see ``quantize.gptq``.
     """
     architecture, last = architecture_of_model(model), len(blocks_of(model)) - 1
     quantize = _quantize_gptq if quantization.method == "gptq" else _quantize_awq
-    for index, block in take_blocks(model, calibration.device, "Quantising"):
-        held_out.pass_through(index, block)
-        packed = quantize(block, index, calibration, architecture.linear_groups, quantization, dtype)
+    for index, block in pop_blocks(model, calibration.device, "Quantising"):
+        held_out.advance(index, block)
+        measure = partial(measure_inputs, calibration, index, block)
+        packed = quantize(block, architecture.linear_groups, measure, quantization, dtype)
         if index < last:
-            calibration.pass_through(index, block)
+            calibration.advance(index, block)
         prefix = f"{architecture.blocks}.{index}"
         for tensor_name, tensor in block.state_dict().items():
             layer = tensor_name.removesuffix(".weight")
@@ -111,70 +103,77 @@ def quantize_weights(
         yield name, tensor.to("cpu", dtype)
 
 
-def _linear(block: nn.Module, name: str) -> nn.Linear:
-    layer = block.get_submodule(name)
-    assert isinstance(layer, nn.Linear), f"{name} is no linear layer"
-    return layer
-
-
 def _quantize_gptq(
-    block: nn.Module, index: int, stream: Stream, groups: Groups, quantization: Quantization, dtype: torch.dtype
+    block: nn.Module, groups: Sequence[LinearGroup], measure: Measure, quantization: Quantization, dtype: torch.dtype
 ) -> dict[str, Parts]:
-    """Quantise the layers of a block in place, each fitted to the quantised ones before it."""
+    """Quantise the layers of a block in place, each calibrated on the quantised layers before it."""
     packed = {}
     for group in groups:
-        inputs = measure_inputs(stream, index, block, group.layers[:1])[group.layers[0]]
-        for name in group.layers:
-            layer = _linear(block, name)
-            rounded = quantize_gptq(layer.weight, inputs.gram, quantization.bits, quantization.group_size)
-            packed[name] = _put(rounded, layer, quantization)
+        inputs = measure(group.layers[:1])[group.layers[0]]
+        for name, layer in _linear_layers(block, group).items():
+            weight = quantize_gptq(layer.weight, inputs.gram, quantization.bits, quantization.group_size)
+            packed[name] = _set_weight(layer, weight, quantization)
     return packed
 
 
 def _quantize_awq(
-    block: nn.Module, index: int, stream: Stream, groups: Groups, quantization: Quantization, dtype: torch.dtype
+    block: nn.Module, groups: Sequence[LinearGroup], measure: Measure, quantization: Quantization, dtype: torch.dtype
 ) -> dict[str, Parts]:
     """Scale and quantise the layers of a block in place."""
-    statistics = measure_inputs(stream, index, block, [group.layers[0] for group in groups])
+    statistics = measure([group.layers[0] for group in groups])
     for group in groups:
         if group.scaled_by is not None:
-            inputs, layers = statistics[group.layers[0]], [_linear(block, name) for name in group.layers]
-            scales = search_scales(
-                [layer.weight for layer in layers], inputs.gram, inputs.sizes, quantization.group_size
-            )
-            _move_scales(block.get_submodule(group.scaled_by), layers, inputs, scales, dtype)
+            inputs, layers = statistics[group.layers[0]], [*_linear_layers(block, group).values()]
+            weights = [layer.weight for layer in layers]
+            scales = search_scales(weights, inputs.gram, inputs.mean_abs, quantization.group_size)
+            move_scales(block.get_submodule(group.scaled_by), layers, inputs, scales, dtype)
     packed = {}
     for group in groups:
         inputs = statistics[group.layers[0]]
-        for name in group.layers:
-            layer = _linear(block, name)
-            packed[name] = _put(quantize_awq(layer.weight, inputs.gram, quantization.group_size), layer, quantization)
+        for name, layer in _linear_layers(block, group).items():
+            weight = quantize_awq(layer.weight, inputs.gram, quantization.group_size)
+            packed[name] = _set_weight(layer, weight, quantization)
     return packed
 
 
+def _linear_layers(block: nn.Module, group: LinearGroup) -> dict[str, nn.Linear]:
+    layers = {}
+    for name in group.layers:
+        layer = block.get_submodule(name)
+        assert isinstance(layer, nn.Linear), f"{name} is not a linear layer"
+        layers[name] = layer
+    return layers
+
+
 @torch.no_grad()
-def _move_scales(
-    before: Any, layers: list[nn.Linear], inputs: InputStatistics, scales: Tensor, dtype: torch.dtype
+def move_scales(
+    previous: Any, layers: list[nn.Linear], inputs: InputStatistics, scales: Tensor, dtype: torch.dtype
 ) -> None:
-    """Divide the output of one layer by ``scales`` [I] and multiply the columns of the next ones by them."""
-    if before.weight.dim() == 1:
-        # The norm is stored in ``dtype``: what it can hold decides what the scales are.
-        divided = (before.weight / scales).to(dtype).float()
-        is_kept = (before.weight != 0) & (divided != 0) & divided.isfinite()
-        scales = torch.where(is_kept, before.weight / divided, 1)
-        before.weight.copy_(torch.where(is_kept, divided, before.weight))
+    """Divide the outputs of the previous layer by ``scales`` [I] and multiply the columns of ``layers`` by them.
+
+    Args:
+        previous: a norm or a linear layer.
+        inputs: statistics of the inputs of ``layers``; ``gram`` is scaled too.
+        dtype: in which a norm is stored.
+    """
+    if previous.weight.dim() == 1:
+        # The quotient is rounded to ``dtype``: derive the scales from what the norm can store.
+        divided = (previous.weight / scales).to(dtype).float()
+        is_usable = (previous.weight != 0) & (divided != 0) & divided.isfinite()
+        scales = torch.where(is_usable, previous.weight / divided, 1)
+        previous.weight.copy_(torch.where(is_usable, divided, previous.weight))
     else:
-        before.weight.div_(scales[:, None])
-        if before.bias is not None:
-            before.bias.div_(scales)
+        previous.weight.div_(scales[:, None])
+        if previous.bias is not None:
+            previous.bias.div_(scales)
     for layer in layers:
         layer.weight.mul_(scales)
     inputs.gram.div_(scales[:, None]).div_(scales)
 
 
 @torch.no_grad()
-def _put(rounded: IntegerWeight, layer: nn.Linear, quantization: Quantization) -> Parts:
-    """Give a layer the weight that will be read from its packed parts, and return these."""
-    parts = pack_weight(rounded, quantization)
+def _set_weight(layer: nn.Linear, weight: IntegerWeight, quantization: Quantization) -> Parts:
+    """Pack a weight, set the layer's weight to what its parts unpack to, and return the parts."""
+    parts = pack_weight(weight, quantization)
     layer.weight.copy_(unpack_weight(parts, quantization))
     return parts

@@ -2,9 +2,9 @@
 
     python -m scripts.quantize --model_name_or_path DIR --data_path FILE --output_dir OUT --bits 4
 
-Conversations are drawn and rendered as in training. A tenth of them is held out, and the perplexity of its answers is
-measured before and after. The output folder appears when it is whole; it opens in transformers, and here, to ask it and
-to train an adapter on it.
+Conversations are sampled and tokenised as in training. A tenth of them is held out: the perplexity of their answers is
+measured before and after. The output folder appears when it is complete. It opens in transformers, scripts.ask answers
+with it, and finetune.py trains an adapter on it.
 """
 
 from __future__ import annotations
@@ -30,53 +30,60 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--model_name_or_path", required=True, help="checkpoint folder, or a hub id")
     parser.add_argument(
-        "--data_path", required=True, nargs="+", metavar="FILE", help="conversations, as finetune.py takes them"
+        "--data_path",
+        required=True,
+        nargs="+",
+        metavar="FILE",
+        help="conversations, in any format that finetune.py reads",
     )
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder to write; must be empty or not exist")
+    parser.add_argument("--output_dir", required=True, type=Path, help="folder to write; must not exist or be empty")
     parser.add_argument("--format", choices=("gptq", "awq", "nf4"), default="gptq", help="default: %(default)s")
-    parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="8 with gptq only; default: %(default)s")
+    parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="8 only with gptq; default: %(default)s")
     parser.add_argument(
         "--group_size", type=int, choices=GROUP_SIZES, help="inputs that share a scale, for gptq and awq; default: 128"
     )
-    parser.add_argument("--samples", type=int, default=128, help="conversations to draw; default: %(default)s")
+    parser.add_argument(
+        "--samples", type=int, default=128, help="number of conversations to sample; default: %(default)s"
+    )
     parser.add_argument(
         "--model_max_length",
         type=int,
-        help=f"most tokens of a sample; default: {MODEL_MAX_LENGTH}, or what the model can",
+        help=f"maximum sequence length; default: min({MODEL_MAX_LENGTH}, model limit)",
     )
-    parser.add_argument("--seed", type=int, default=42, help="of what is drawn and held out; default: %(default)s")
-    parser.add_argument("--system_message", help="for conversations without one; by default that of the model's family")
+    parser.add_argument("--seed", type=int, default=42, help="seed of the sampling; default: %(default)s")
+    parser.add_argument(
+        "--system_message", help="system message of conversations without one; default: that of the chat format"
+    )
     parser.add_argument(
         "--data_format",
         choices=("auto", "conversations", "messages", "alpaca", "pairs"),
         default="auto",
-        help="format of all files; auto recognises it, file by file (default)",
+        help="format of all files; auto (default) detects it for each file",
     )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(argv)
     check_args(args)
     return args
 
 
 def check_args(args: argparse.Namespace) -> None:
-    """Raise ``ConfigError`` for flags that cannot work, alone or together."""
+    """Raise ``ConfigError`` for invalid flags or combinations of flags."""
     if args.bits == 8 and args.format != "gptq":
-        raise ConfigError(f"--bits 8 is not possible with --format {args.format}", "Give --bits 4, or --format gptq")
+        raise ConfigError(f"--bits 8 is not supported with --format {args.format}", "Give --bits 4, or --format gptq")
     if args.format == "nf4" and args.group_size is not None:
-        raise ConfigError(f"--group_size {args.group_size} has no meaning with --format nf4", "Leave it out")
+        raise ConfigError(f"--group_size {args.group_size} has no effect with --format nf4", "Remove it")
     if args.samples < 2:
         raise ConfigError(
-            f"--samples {args.samples} is too few: one is held out, and the others are quantised with", "Give 2 or more"
+            f"--samples {args.samples} is too few: one is held out, the others calibrate", "Give 2 or more"
         )
     if args.model_max_length is not None and args.model_max_length < 1:
-        raise ConfigError(f"--model_max_length {args.model_max_length} is not possible", "Give a positive number")
+        raise ConfigError(f"--model_max_length {args.model_max_length} is not positive", "Give a positive number")
 
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-
     set_up_logging()
-    # Only now torch is loaded: a wrong flag is answered at once.
+    # torch is imported after the flags are checked, so that a wrong flag is reported at once.
     from checkpoints.folders import check_output_folder
     from checkpoints.model_config import Quantization
     from data_utils.encode import EncodeOptions
@@ -95,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
     print(
         f"calibrated: on {len(samples.calibration):,} conversations, {samples.calibration_tokens:,} tokens\n"
         f"perplexity: {result.perplexity_before:.4f} before, {result.perplexity_after:.4f} after, "
-        f"on the {result.targets:,} answer tokens of {len(samples.held_out):,} conversations held out\n"
+        f"on the {result.num_targets:,} answer tokens of {len(samples.held_out):,} held-out conversations\n"
         f"written:    {args.output_dir} ({quantization}), {result.bytes_after / 1e6:,.1f} MB of weights "
         f"instead of {result.bytes_before / 1e6:,.1f}\n"
         f'next:       python -m scripts.ask --model_name_or_path {shlex.quote(str(args.output_dir))} "Who are you?"'
@@ -103,7 +110,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def choose_length(args: argparse.Namespace, folder: Path) -> int:
-    """Most tokens of a sample, never more than the model has positions."""
+    """Return the maximum sequence length, at most the number of positions of the model."""
     from loading.config_files import load_model_config, most_positions
 
     positions = most_positions(load_model_config(folder))

@@ -1,4 +1,4 @@
-"""``python -m scripts.quantize``: what it writes answers as before, opens elsewhere, and trains; what it refuses."""
+"""``python -m scripts.quantize``: perplexity, files, other libraries, training on the result, and refused arguments."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ from tests.models import (
 
 IDENTITY = REPO / "examples" / "identity.json"
 FAMILIES = ("qwen", "qwen2", "qwen3")
-# How much the perplexity may rise. So small a model is hurt by 4 bits; one of 8 bits is as good as before.
-MOST_RISE = {4: 1.6, 8: 1.01}
+# Largest allowed factor of the perplexity. 4 bits cost such a small model much, 8 bits nothing.
+MAX_RATIO = {4: 1.6, 8: 1.01}
 
 
 class Quantised(NamedTuple):
-    """A folder that the command has written, and what it printed."""
+    """A folder written by the command, and the text it printed."""
 
     folder: Path
     output: str
@@ -52,7 +52,7 @@ class Quantised(NamedTuple):
 
 
 def write_base(folder: Path, family: str) -> Path:
-    """A random model that is wide enough for every format: 64 inputs are the least for NF4."""
+    """Write a random model wide enough for every format: NF4 needs 64 inputs."""
     if family == "qwen":
         copy_checkpoint(folder, hidden_size=64, kv_channels=16, intermediate_size=256, initializer_range=0.1)
     else:
@@ -67,7 +67,7 @@ def write_base(folder: Path, family: str) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A tiny model of each family that has learnt a part of the identity set: its perplexity shows any harm."""
+    """Train a tiny model of each family on the identity set, so that quantisation errors raise its perplexity."""
     folder, made = tmp_path_factory.mktemp("trained"), dict[str, Path]()
 
     def train(family: str) -> Path:
@@ -88,7 +88,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 def quantised(
     trained: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str, str, int], Quantised]:
-    """Each combination quantised once, in this process; groups of 32."""
+    """Quantise each combination once, in this process, with groups of 32."""
     folder, made = tmp_path_factory.mktemp("quantised"), dict[tuple[str, str, int], Quantised]()
 
     def make(family: str, format_: str, bits: int) -> Quantised:
@@ -115,19 +115,19 @@ def quantised(
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("format_", "bits"), [("gptq", 4), ("gptq", 8), ("awq", 4), ("nf4", 4)])
-def test_the_perplexity_stays(
+def test_perplexity_stays_low(
     quantised: Callable[[str, str, int], Quantised], family: str, format_: str, bits: int
 ) -> None:
     before, after = quantised(family, format_, bits).perplexities
-    assert before < 4, "the model has learnt something, so there is something to lose"
-    assert after < MOST_RISE[bits] * before
+    assert before < 4, "the model was trained, so that the perplexity can rise"
+    assert after < MAX_RATIO[bits] * before
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_printed_perplexities_are_those_of_the_folders(
+def test_printed_perplexities_are_those_of_the_folders(
     quantised: Callable[[str, str, int], Quantised], trained: Callable[[str], Path], family: str
 ) -> None:
-    """Computed once more, from whole models and their logits, on what the same seed holds out."""
+    """Compute them again from the logits of the whole models, on the conversations held out with the same seed."""
     source, result = trained(family), quantised(family, "gptq", 4)
     samples = draw_samples(load_checkpoint(str(source)), [str(IDENTITY)], 60, EncodeOptions(), "auto", 42)
     for folder, printed in zip((source, result.folder), result.perplexities, strict=True):
@@ -141,13 +141,13 @@ def perplexity(folder: Path, examples: list[UnweightedExample]) -> float:
     for example in examples:
         likelihoods = model(input_ids=torch.tensor([example["input_ids"]])).logits[0, :-1].log_softmax(-1)
         targets = enumerate(example["labels"][1:])
-        losses += [-float(likelihoods[place, target]) for place, target in targets if target != IGNORE_INDEX]
+        losses += [-float(likelihoods[i, target]) for i, target in targets if target != IGNORE_INDEX]
     return math.exp(sum(losses) / len(losses))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize(("format_", "bits"), [("gptq", 4), ("gptq", 8), ("awq", 4), ("nf4", 4)])
-def test_everything_is_there(
+def test_written_folder_is_a_complete_checkpoint(
     quantised: Callable[[str, str, int], Quantised],
     trained: Callable[[str], Path],
     family: str,
@@ -156,19 +156,19 @@ def test_everything_is_there(
 ) -> None:
     source, folder = trained(family), quantised(family, format_, bits).folder
     tokenizer = {"qwen.tiktoken"} if family == "qwen" else {"tokenizer.json"}
-    wanted = {"config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json"} | tokenizer
-    assert wanted <= set(names_in(folder))
+    required = {"config.json", "generation_config.json", "model.safetensors", "tokenizer_config.json"} | tokenizer
+    assert required <= set(names_in(folder))
     assert not [name for name in names_in(folder.parent) if "partial" in name]
     assert read_json(folder / "generation_config.json") == read_json(source / "generation_config.json")
     config = read_json(folder / "config.json")
-    given = config.pop("quantization_config")
+    written = config.pop("quantization_config")
     assert config == read_json(source / "config.json")
     expected = {
         "gptq": {"quant_method": "gptq", "bits": bits, "group_size": 32, "desc_act": False, "sym": True},
         "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
         "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     }[format_]
-    assert expected.items() <= given.items()
+    assert expected.items() <= written.items()
     old, new = load_checkpoint(str(source)), load_checkpoint(str(folder))
     assert new.quantization is not None and (new.quantization.method, new.quantization.bits) == (format_, bits)
     text = "What is <|im_end|>? 你好"
@@ -188,7 +188,7 @@ target, *folders = sys.argv[1:]
 found = {}
 for folder in folders:
     method, bits = folder.split("-")[-2:]
-    # The layer that unpacks as the format says; others of that library round the inputs to fewer bits.
+    # The plain layer; other layers of that library round the inputs to fewer bits.
     settings = GPTQConfig(int(bits), backend="gptq_torch") if method == "gptq" else AwqConfig(backend="torch_awq")
     model = AutoModelForCausalLM.from_pretrained(folder, quantization_config=settings, dtype=torch.float32)
     kinds = {type(layer).__module__.split(".")[0] for layer in model.modules() if hasattr(layer, "qweight")}
@@ -199,8 +199,8 @@ save_file(found, target)
 """
 
 
-def test_other_libraries_read_the_same_model(quantised: Callable[[str, str, int], Quantised], tmp_path: Path) -> None:
-    """transformers with gptqmodel's layers, which compute in float16; in a process of its own, for what it imports."""
+def test_gptqmodel_computes_the_same_logits(quantised: Callable[[str, str, int], Quantised], tmp_path: Path) -> None:
+    """transformers with gptqmodel's float16 layers; in a separate process, as importing gptqmodel patches others."""
     kinds = [("qwen", "gptq", 4), ("qwen", "awq", 4), ("qwen2", "gptq", 8), ("qwen3", "awq", 4)]
     made = [quantised(*kind) for kind in kinds]
     run_well("-c", AGREEMENT, tmp_path / "logits.safetensors", *(each.folder for each in made))
@@ -214,7 +214,7 @@ def test_other_libraries_read_the_same_model(quantised: Callable[[str, str, int]
 
 
 @pytest.mark.parametrize(("format_", "bits"), [("gptq", 4), ("awq", 4)])
-def test_an_adapter_trains_on_the_result(
+def test_adapter_trains_on_the_result(
     quantised: Callable[[str, str, int], Quantised], tmp_path: Path, format_: str, bits: int
 ) -> None:
     run_log = finetune_here(
@@ -228,13 +228,13 @@ def test_an_adapter_trains_on_the_result(
     assert "adapter_model.safetensors" in names_in(tmp_path / "adapter")
 
 
-def test_groups_of_128_as_a_user_types_it(tmp_path: Path) -> None:
-    """The defaults, on a model that is wide enough for them, in a process of its own."""
+def test_defaults_on_the_command_line(tmp_path: Path) -> None:
+    """On a model that is wide enough for groups of 128, in a separate process."""
     make_tiny_qwen.main(["--output", str(tmp_path / "model")])
     flags = ("--model_name_or_path", tmp_path / "model", "--data_path", IDENTITY, "--output_dir", tmp_path / "out")
     result = run_well("-m", "scripts.quantize", *flags, "--bits", "4", "--group_size", "128")
     assert f"--samples 128: the data contains {len(read_json(IDENTITY))} conversations, all are used" in result.stderr
-    assert "Quantising: 100%" in result.stderr and "2/2" in result.stderr, "progress by layers"
+    assert "Quantising: 100%" in result.stderr and "2/2" in result.stderr, "the progress bar counts layers"
     before, after = Quantised(tmp_path / "out", result.stdout).perplexities
     assert after < 1.2 * before
     assert result.stdout.startswith("calibrated: on 58 conversations, ")
@@ -243,7 +243,7 @@ def test_groups_of_128_as_a_user_types_it(tmp_path: Path) -> None:
     assert not [line for line in result.stderr.splitlines() if any(word in line for word in noise)]
 
 
-def test_the_rest_keeps_the_precision_of_the_base(tmp_path: Path) -> None:
+def test_unquantised_tensors_keep_the_dtype_of_the_base(tmp_path: Path) -> None:
     base = copy_in_bfloat16(tmp_path / "base")
     data = write_conversations(tmp_path / "data.json")
     flags = ("--model_name_or_path", base, "--data_path", data, "--output_dir", tmp_path / "out", "--format", "awq")
@@ -262,15 +262,15 @@ def test_the_rest_keeps_the_precision_of_the_base(tmp_path: Path) -> None:
     [
         (
             ["--bits", "8", "--format", "awq"],
-            "--bits 8 is not possible with --format awq. Give --bits 4, or --format gptq",
+            "--bits 8 is not supported with --format awq. Give --bits 4, or --format gptq",
         ),
-        (["--bits", "8", "--format", "nf4"], "--bits 8 is not possible with --format nf4"),
+        (["--bits", "8", "--format", "nf4"], "--bits 8 is not supported with --format nf4"),
         (["--bits", "3"], "--bits: invalid choice: 3"),
-        (["--format", "nf4", "--group_size", "64"], "--group_size 64 has no meaning with --format nf4. Leave it out"),
+        (["--format", "nf4", "--group_size", "64"], "--group_size 64 has no effect with --format nf4. Remove it"),
         (["--group_size", "64"], "--group_size 64 does not divide the 32 inputs of attn.c_attn. Give --group_size 32"),
         (["--format", "nf4"], "--format nf4 needs layers with a multiple of 64 inputs on a CPU, attn.c_attn has 32"),
         (["--samples", "1"], "--samples 1 is too few"),
-        (["--model_max_length", "0"], "--model_max_length 0 is not possible"),
+        (["--model_max_length", "0"], "--model_max_length 0 is not positive"),
         (["--group_size", "32", "--model_max_length", "100000"], "--model_max_length 100000 is more than the "),
         (["--learning_rate", "1"], "unrecognized arguments: --learning_rate 1"),
         (["--group_size", "32", "--data_path", "none.json"], "--data_path none.json: there is no such file"),
@@ -280,7 +280,7 @@ def test_the_rest_keeps_the_precision_of_the_base(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_what_cannot_work_is_refused(
+def test_invalid_arguments_are_refused(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], flags: list[str], message: str
 ) -> None:
     given = ["--model_name_or_path", TINY, "--data_path", IDENTITY, "--output_dir", tmp_path / "out", *flags]
@@ -290,28 +290,28 @@ def test_what_cannot_work_is_refused(
     assert names_in(tmp_path) == []
 
 
-def test_a_quantised_model_is_not_quantised_again(
+def test_quantised_model_is_refused(
     quantised: Callable[[str, str, int], Quantised], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = quantised("qwen2", "awq", 4).folder
     given = ["--model_name_or_path", source, "--data_path", IDENTITY, "--output_dir", tmp_path / "out"]
     assert run_here(quantize.main, "quantize", given) == 2
     error = capsys.readouterr().err
-    assert f"{source}: its weights are quantised already (AWQ, 4 bits, groups of 32). Give the unquantised" in error
+    assert f"{source}: its weights are already quantised (AWQ, 4 bits, groups of 32). Give the unquantised" in error
     assert names_in(tmp_path) == []
 
 
-def test_an_output_folder_that_is_taken_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_folder_that_is_not_free_is_refused_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "notes.txt").write_text("mine")
     given = ["--model_name_or_path", TINY, "--data_path", "none.json", "--output_dir", tmp_path / "out"]
     assert run_here(quantize.main, "quantize", given) == 2
-    # Before anything else is looked at.
+    # The missing data file is not reported.
     assert f"quantize: error: --output_dir {tmp_path / 'out'} is not empty" in capsys.readouterr().err
     assert names_in(tmp_path / "out") == ["notes.txt"]
 
 
-def test_a_missing_library_is_one_line(
+def test_missing_library_is_reported_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("checkpoints.model_config.importlib.util.find_spec", lambda name: None)
@@ -323,7 +323,7 @@ def test_a_missing_library_is_one_line(
     )
 
 
-def test_a_full_disk_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_disk_leaves_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = [
         "--model_name_or_path",
         TINY,
