@@ -13,7 +13,8 @@ from typing import Any
 
 from jinja2 import TemplateError
 
-from chat.families import ANSWER_STYLES, IM_END, IM_START, Family
+from chat.chatml import IM_END, IM_START
+from chat.families import ANSWER_STYLES, Family
 from chat.render import render, render_prompt, text_of
 from chat.tools_hermes import HERMES_FORMS
 from chat.turns import Tool, ToolCall, Turn

@@ -10,16 +10,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from chat.chatml import DEFAULT_SYSTEM
 from chat.segments import ToolForm
 from chat.tools_react import React
 
-IM_START = "<|im_start|>"
-IM_END = "<|im_end|>"
-END_OF_TEXT = "<|endoftext|>"
 THINK = "<think>"
 THINK_END = "</think>"
-
-DEFAULT_SYSTEM = "You are a helpful assistant."
 
 
 @dataclass(frozen=True)

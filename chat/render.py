@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from chat.answers import Answers
-from chat.families import IM_END, IM_START, Family
+from chat.chatml import IM_END, IM_START
+from chat.families import Family
 from chat.label_mask import LabelMask, frame_weights, turn_weights
 from chat.segments import Message, Segment, ToolForm
 from chat.turns import Tool, Turn

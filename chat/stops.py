@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from chat.families import END_OF_TEXT, IM_END
-
-MAX_WINDOW_SIZE = 6144
-"""Default of Qwen v1's ``max_window_size``: maximum number of prompt tokens in ``chat()``."""
+from chat.chatml import END_OF_TEXT, IM_END, MAX_WINDOW_SIZE
 
 
 def end_ids_of(tokenizer: Any) -> list[int]:

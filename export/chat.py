@@ -6,7 +6,7 @@ import json
 import logging
 from pathlib import Path
 
-from chat.families import DEFAULT_SYSTEM, END_OF_TEXT, IM_END, IM_START
+from chat.chatml import DEFAULT_SYSTEM, END_OF_TEXT, IM_END, IM_START
 from chat.stops import end_ids_of, stopping_generation_config
 from checkpoints.files import load_json, save_json, save_text
 from errors import ConfigError, one_line

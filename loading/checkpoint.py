@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
-from chat.families import END_OF_TEXT, IM_END, Family
+from chat.chatml import END_OF_TEXT, IM_END
+from chat.families import Family
 from chat.stops import end_ids_of
 from checkpoints.model_config import Quantization, find_quantization
 from checkpoints.shards import CheckpointReader, open_checkpoint

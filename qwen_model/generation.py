@@ -13,14 +13,15 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from chat.families import DEFAULT_SYSTEM, QWEN_V1
+from chat.chatml import DEFAULT_SYSTEM
+from chat.families import QWEN_V1
 from chat.render import encode_prompt, render, render_prompt, text_of
 from chat.turns import Turn
 from errors import ConfigError
 
 if TYPE_CHECKING:
     from qwen_model.tokenization_qwen import QWenTokenizer
-from chat.stops import MAX_WINDOW_SIZE
+from chat.chatml import MAX_WINDOW_SIZE
 
 History = Sequence[Sequence[str]]
 

@@ -23,7 +23,7 @@ from typing import Any, Literal
 import tiktoken
 from transformers import AddedToken, PreTrainedTokenizer
 
-from chat.families import END_OF_TEXT, IM_END, IM_START
+from chat.chatml import END_OF_TEXT, IM_END, IM_START
 from errors import ConfigError
 
 SPLIT_PATTERN = (

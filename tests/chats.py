@@ -19,7 +19,8 @@ from tokenizers import normalizers
 from transformers import AddedToken, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from chat.families import ANSWER_STYLES, DEFAULT_SYSTEM, QWEN_V1, Family
+from chat.chatml import DEFAULT_SYSTEM
+from chat.families import ANSWER_STYLES, QWEN_V1, Family
 from chat.label_mask import LabelMask
 from chat.tools_hermes import HERMES_FORMS
 from chat.turns import ToolCall, Turn

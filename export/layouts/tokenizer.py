@@ -17,7 +17,7 @@ from typing import Any
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
-from chat.families import END_OF_TEXT, IM_END, IM_START
+from chat.chatml import END_OF_TEXT, IM_END, IM_START
 from checkpoints.files import load_json, save_json, save_text
 from errors import ConfigError, one_line
 from export.chat import CHATML_TEMPLATE

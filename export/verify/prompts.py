@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import AutoTokenizer
 
-from chat.families import IM_END, IM_START
+from chat.chatml import IM_END, IM_START
 from chat.render import control_ids_of, encode_prompt, render
 from chat.turns import Turn
 from checkpoints.files import load_json

@@ -12,7 +12,8 @@ import pytest
 from transformers import AddedToken, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from chat.families import ANSWER_STYLES, IM_END, QWEN_V1, Family, thought_block
+from chat.chatml import IM_END
+from chat.families import ANSWER_STYLES, QWEN_V1, Family, thought_block
 from chat.turns import Turn
 from data_utils.encode import EncodedConversation, EncodeOptions, Encoder
 from data_utils.schema import Conversation
