@@ -1,4 +1,4 @@
-"""merge_lora.py, run in the process of a test as a user runs it."""
+"""Run merge_lora.py in the process of a test, with its exit code and output captured."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def merge_well(*arguments: object) -> Merged:
 
 
 def message_of(result: Merged) -> str:
-    """The one line that a refused or failed merge ends with."""
+    """Return the error line of a refused or failed merge."""
     assert result.returncode in (1, 2) and result.stdout == ""
     assert "Traceback" not in result.stderr
     return result.stderr.splitlines()[-1]

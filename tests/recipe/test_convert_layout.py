@@ -1,4 +1,4 @@
-"""python -m scripts.convert_layout: whole folders there and back, and what is refused."""
+"""python -m scripts.convert_layout: round trips of whole folders, and refused inputs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 @torch.no_grad()
-def test_a_checkpoint_there_and_back(tmp_path: Path) -> None:
+def test_checkpoint_round_trip(tmp_path: Path) -> None:
     source = copy_checkpoint(tmp_path / "qwen", chat_format="raw")
     (source / "LICENSE").write_text("a licence")
     before = contents(source)
@@ -68,8 +68,8 @@ def test_a_checkpoint_there_and_back(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("chat_format", ["raw", "chatml"])
-def test_a_base_model_still_learns_the_control_tokens(tmp_path: Path, chat_format: str) -> None:
-    """In the other layout too, until it has been trained."""
+def test_control_tokens_are_trained_until_a_base_model_was_tuned(tmp_path: Path, chat_format: str) -> None:
+    """trainable_embeddings=auto trains the embeddings of a converted base model, but not of a tuned one."""
     source = copy_checkpoint(tmp_path / "qwen", chat_format=chat_format)
     base, tuned, merged = (tmp_path / name for name in ("base", "tuned", "merged"))
     assert convert(source, base) == 0
@@ -84,12 +84,12 @@ def test_a_base_model_still_learns_the_control_tokens(tmp_path: Path, chat_forma
 
 
 @torch.no_grad()
-def test_a_quantised_checkpoint(tmp_path: Path) -> None:
+def test_quantised_checkpoint(tmp_path: Path) -> None:
     weights = write_gptq(TINY, tmp_path / "qwen", config="quantize_config.json", file_name="gptq_model-4bit-32g")
     assert convert(tmp_path / "qwen", tmp_path / "there") == 0
     models = [load_model(load_checkpoint(str(tmp_path / name)), torch.float32) for name in ("qwen", "there")]
     assert_close(models[1](IDS).logits, models[0](IDS).logits, LOGITS_ATOL)
-    # With a precision it is dequantised instead.
+    # --dtype dequantises it.
     assert convert(tmp_path / "qwen", tmp_path / "float", "--dtype", "fp32") == 0
     config, tensors = read_json(tmp_path / "float" / "config.json"), load_file(tmp_path / "float" / "model.safetensors")
     assert "quantization_config" not in config and "converted_from" not in config
@@ -97,29 +97,29 @@ def test_a_quantised_checkpoint(tmp_path: Path) -> None:
     assert torch.equal(tensors["model.layers.1.mlp.up_proj.weight"], weights["transformer.h.1.mlp.w1.weight"])
 
 
-def test_an_adapter_that_was_trained_here(tmp_path: Path) -> None:
+def test_adapter_of_finetune_round_trip(tmp_path: Path) -> None:
     adapter, base = tmp_path / "adapter", tmp_path / "base-qwen2"
     data = write_conversations(tmp_path / "data.json")
     settings = {"num_train_epochs": 1, "model_max_length": 64, "learning_rate": 0.05, "trainable_embeddings": "full"}
-    given = [text for flag, value in settings.items() for text in (f"--{flag}", value)]
-    finetune_here("--model_name_or_path", TINY, "--data_path", data, "--output_dir", adapter, "--use_lora", *given)
+    flags = [text for flag, value in settings.items() for text in (f"--{flag}", value)]
+    finetune_here("--model_name_or_path", TINY, "--data_path", data, "--output_dir", adapter, "--use_lora", *flags)
     assert convert(TINY, base) == 0
     assert convert(adapter, tmp_path / "there", "--base", base) == 0
     there = names_in(tmp_path / "there")
     assert {"tokenizer.json", "chat_template.jinja", "run_summary.json", "generation_config.json"} <= set(there)
     assert "qwen.tiktoken" not in there
     assert read_json(tmp_path / "there" / "adapter_config.json")["base_model_name_or_path"] == str(base)
-    expected, found = (answer(*each) for each in ((TINY, adapter), (base, tmp_path / "there")))
-    assert_close(found, expected, LOGITS_ATOL)
-    assert (found - answer(base)).abs().max() > 100 * LOGITS_ATOL, "the adapter does nothing"
+    expected, converted = (logits_of(*each) for each in ((TINY, adapter), (base, tmp_path / "there")))
+    assert_close(converted, expected, LOGITS_ATOL)
+    assert (converted - logits_of(base)).abs().max() > 100 * LOGITS_ATOL, "the adapter does nothing"
     assert convert(tmp_path / "there", tmp_path / "back", "--base", TINY) == 0
-    assert_close(answer(TINY, tmp_path / "back"), expected, LOGITS_ATOL)
+    assert_close(logits_of(TINY, tmp_path / "back"), expected, LOGITS_ATOL)
     summaries = [read_json(folder / "run_summary.json") for folder in (adapter, tmp_path / "back")]
     assert summaries[0] == summaries[1]
 
 
 @torch.no_grad()
-def answer(base: Path, adapter: Path | None = None) -> torch.Tensor:
+def logits_of(base: Path, adapter: Path | None = None) -> torch.Tensor:
     register_qwen()
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     model = PeftModel.from_pretrained(model, adapter) if adapter else model
@@ -127,19 +127,19 @@ def answer(base: Path, adapter: Path | None = None) -> torch.Tensor:
     return logits
 
 
-# ----------------------------------------------------------------------------------------------------------- bad input
+# ------------------------------------------------------------------------------------------------------------ bad input
 
 
 def changed(**values: Any) -> Callable[[Path], object]:
     return lambda folder: change_json(folder / "config.json", **values)
 
 
-def take_output(folder: Path) -> None:
+def occupy_output(folder: Path) -> None:
     (folder.parent / "out").mkdir()
     (folder.parent / "out" / "a").touch()
 
 
-def cut_off(folder: Path) -> None:
+def truncate_weights(folder: Path) -> None:
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-100])
 
 
@@ -151,15 +151,15 @@ def cut_off(folder: Path) -> None:
         (changed(model_type="qwen3"), [], "model_type 'qwen3' has no other layout"),
         (lambda folder: (folder / "config.json").unlink(), [], "has neither config.json nor adapter_config.json"),
         (lambda folder: (folder / "config.json").write_text("{"), [], "config.json is not JSON"),
-        (cut_off, [], "model.safetensors is damaged or incomplete"),
+        (truncate_weights, [], "model.safetensors is damaged or incomplete"),
         (lambda folder: (folder / "qwen.tiktoken").write_text("no rank"), [], "qwen.tiktoken:1"),
         (lambda folder: None, ["--layout", "qwen"], "--layout qwen: .* has this layout already"),
         (lambda folder: None, ["--base", "x"], "--base does not apply to a checkpoint"),
         (lambda folder: None, ["--max_shard_size", "much"], "--max_shard_size much"),
-        (take_output, [], "OUT .*not empty"),
+        (occupy_output, [], "OUT .*not empty"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_converted_is_refused(
+def test_bad_input_is_reported_and_unchanged(
     damage: Callable[[Path], object],
     flags: list[str],
     message: str,
@@ -174,14 +174,14 @@ def test_what_cannot_be_converted_is_refused(
     assert (contents(source), names_in(tmp_path)) == before
 
 
-def test_an_output_folder_in_the_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_output_folder_in_the_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = copy_checkpoint(tmp_path / "qwen")
     for output in (source, source / "out"):
         assert convert(source, output) == 2
         assert_error(capsys, "OUT .* the folder of IN")
 
 
-def test_a_qwen2_with_fewer_key_value_heads_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_qwen2_with_fewer_key_value_heads_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     later = write_later_checkpoint(tmp_path / "later", "qwen2")
     assert convert(later, tmp_path / "out") == 2
     assert_error(capsys, "as many key-value heads as heads|num_key_value_heads 2 is not num_attention_heads 4")
@@ -189,7 +189,7 @@ def test_a_qwen2_with_fewer_key_value_heads_is_refused(tmp_path: Path, capsys: p
 
 
 def assert_error(capsys: pytest.CaptureFixture[str], message: str) -> None:
-    """The last line is the fault, and there is no traceback."""
+    """Check that the last line is the error and that there is no traceback."""
     error = capsys.readouterr().err
     last = error.strip().splitlines()[-1]
     assert "Traceback" not in error

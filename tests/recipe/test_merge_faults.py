@@ -1,4 +1,4 @@
-"""What merge_lora.py refuses, and what is left where it fails or is killed: nothing, and the inputs as they were."""
+"""Inputs that merge_lora.py refuses; failed or killed merges leave no output and unchanged inputs."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def golden(golden_small: Path) -> Golden:
 
 @pytest.fixture
 def inputs(golden: Golden, tmp_path: Path) -> Path:
-    """A folder with a base, ``tiny-qwen-small``, and an adapter of it."""
+    """A folder with the base ``tiny-qwen-small`` and an adapter of it."""
     shutil.copytree(golden.tiny, tmp_path / "in" / "tiny-qwen-small")
     shutil.copytree(golden.path / "training" / "lora_chat_adapter", tmp_path / "in" / "adapter")
     return tmp_path / "in"
@@ -61,9 +61,9 @@ def with_value(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return make
 
 
-def as_index(folder: Path, **places: Any) -> None:
+def as_index(folder: Path, **more_tensors: Any) -> None:
     (folder / BASE).rename(folder / "model-1.safetensors")
-    weight_map = dict.fromkeys(load_file(folder / "model-1.safetensors"), "model-1.safetensors") | places
+    weight_map = dict.fromkeys(load_file(folder / "model-1.safetensors"), "model-1.safetensors") | more_tensors
     (folder / f"{BASE}.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
@@ -77,8 +77,8 @@ def as_pickle(folder: Path, value: Any) -> None:
     torch.save(value, folder / "pytorch_model.bin")
 
 
-def truncate(file: Path, kept: int) -> None:
-    file.write_bytes(file.read_bytes()[:kept])
+def truncate(file: Path, length: int) -> None:
+    file.write_bytes(file.read_bytes()[:length])
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -86,7 +86,7 @@ def truncate(file: Path, kept: int) -> None:
 LORA_A = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
 FAULTS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
     "truncated base": (lambda base, adapter: truncate(base / BASE, 100_000), "model.safetensors is damaged"),
-    "base of no header": (lambda base, adapter: (base / BASE).write_bytes(b"\xff" * 99), "is damaged or incomplete"),
+    "base without header": (lambda base, adapter: (base / BASE).write_bytes(b"\xff" * 99), "is damaged or incomplete"),
     "truncated adapter": (lambda base, adapter: truncate(adapter / ADAPTER, 900), f"{ADAPTER} is damaged"),
     "integers in the base": (
         lambda base, adapter: change(base / BASE, Q, lambda tensor: tensor.to(torch.int32)),
@@ -96,48 +96,48 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
         lambda base, adapter: change(adapter / ADAPTER, LORA_A, lambda tensor: tensor.to(torch.int8)),
         f"{LORA_A} is stored as int8",
     ),
-    "NaN in what is changed": (
+    "NaN in a changed tensor": (
         lambda base, adapter: change(base / BASE, Q, with_value(float("nan"))), f"{Q} holds NaN or infinity",
     ),
-    "NaN in what is copied": (
+    "NaN in a copied tensor": (
         lambda base, adapter: change(base / BASE, "transformer.wte.weight", with_value(float("nan"))),
         "transformer.wte.weight holds NaN or infinity",
     ),
     "infinity in the adapter": (
         lambda base, adapter: change(adapter / ADAPTER, LORA_A, with_value(float("inf"))), "holds NaN or infinity",
     ),
-    "an adapter of another width": (
+    "adapter of another width": (
         lambda base, adapter: change(adapter / ADAPTER, LORA_A, lambda each: each[:, :5].clone()), "has shape (2, 5)",
     ),
-    "an index of missing tensors": (
+    "index of missing tensors": (
         lambda base, adapter: as_index(base, more="model-1.safetensors"), "lacks the tensor more, which the index",
     ),
-    "an index of missing files": (
+    "index of missing files": (
         lambda base, adapter: as_index(base, more="model-2.safetensors"), "model-2.safetensors is missing, but",
     ),
-    "an index that leads outside": (
+    "index with a path outside the folder": (
         lambda base, adapter: as_index(base, more="../adapter/adapter_model.safetensors"),
         "not the name of a weight file",
     ),
-    "an index of numbers": (lambda base, adapter: as_index(base, more=3), "not the name of a weight file"),
-    "a pickle with code": (lambda base, adapter: as_pickle(base, Harmful()), "pytorch_model.bin is damaged"),
-    "a pickle of something else": (lambda base, adapter: as_pickle(base, [1]), "does not contain named tensors"),
-    "a pickle of more than tensors": (
+    "index of numbers": (lambda base, adapter: as_index(base, more=3), "not the name of a weight file"),
+    "pickle with code": (lambda base, adapter: as_pickle(base, Harmful()), "pytorch_model.bin is damaged"),
+    "pickle of a list": (lambda base, adapter: as_pickle(base, [1]), "does not contain named tensors"),
+    "pickle of nested tensors": (
         lambda base, adapter: as_pickle(base, {"model": {"a": torch.ones(2)}}), "does not contain named tensors",
     ),
-    "a config without a family": (
+    "config without model_type": (
         lambda base, adapter: (base / "config.json").write_text("{}"), "has no model_type",
     ),
-    "no config": (
+    "config that is a list": (
         lambda base, adapter: (base / "config.json").write_text("[]"), "config.json holds a list",
     ),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("fault", FAULTS)
-def test_bad_input_is_named_and_left_as_it_is(inputs: Path, tmp_path: Path, fault: str) -> None:
-    spoil, expected = FAULTS[fault]
-    spoil(inputs / "tiny-qwen-small", inputs / "adapter")
+def test_bad_input_is_reported_and_unchanged(inputs: Path, tmp_path: Path, fault: str) -> None:
+    damage, expected = FAULTS[fault]
+    damage(inputs / "tiny-qwen-small", inputs / "adapter")
     before = contents(inputs)
     message = message_of(merge("--adapter", inputs / "adapter", "--output", tmp_path / "out", "--no_verify"))
     assert message.startswith("merge_lora.py: error: ") and expected in message
@@ -145,7 +145,7 @@ def test_bad_input_is_named_and_left_as_it_is(inputs: Path, tmp_path: Path, faul
     assert not (REPO / "harm").exists()
 
 
-def test_an_adapter_for_other_modules_is_refused(inputs: Path, tmp_path: Path) -> None:
+def test_adapter_of_unknown_modules_is_refused(inputs: Path, tmp_path: Path) -> None:
     file = inputs / "adapter" / ADAPTER
     save_file({name.replace("c_attn", "query"): tensor for name, tensor in load_file(file).items()}, file)
     result = merge("--adapter", inputs / "adapter", "--output", tmp_path / "out")
@@ -187,7 +187,7 @@ def refuses(expected: str, *arguments: object) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_faults_of_the_command_line_are_named(golden: Golden, inputs: Path, tmp_path: Path) -> None:
+def test_command_line_errors_name_flag_and_value(golden: Golden, inputs: Path, tmp_path: Path) -> None:
     output, adapter = tmp_path / "merged", inputs / "adapter"
     good = ["--adapter", adapter, "--base", golden.tiny, "--output"]
     refuses("required: --output", "--adapter", adapter)
@@ -209,7 +209,7 @@ def test_faults_of_the_command_line_are_named(golden: Golden, inputs: Path, tmp_
     assert names(tmp_path) == ["in", "moved"]
 
 
-def test_links_lead_nowhere(inputs: Path, tmp_path: Path) -> None:
+def test_output_that_is_a_symbolic_link_is_refused(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(inputs / "tiny-qwen-small")
     (tmp_path / "new").symlink_to(tmp_path / "absent")
     for name, expected in (("link", "is the folder of --base"), ("new", "is a symbolic link")):
@@ -217,7 +217,7 @@ def test_links_lead_nowhere(inputs: Path, tmp_path: Path) -> None:
     assert names(tmp_path) == ["in", "link", "new"]
 
 
-def test_a_fault_ends_the_command_with_one_line_and_code_2(inputs: Path, tmp_path: Path) -> None:
+def test_error_is_one_line_with_exit_code_2(inputs: Path, tmp_path: Path) -> None:
     for arguments, expected in (
         (["--any_base"], f"--output {inputs} is not empty"),
         (["--bse", "x"], "command line: unrecognized arguments: --bse"),
@@ -229,13 +229,13 @@ def test_a_fault_ends_the_command_with_one_line_and_code_2(inputs: Path, tmp_pat
     assert names(inputs) == ["adapter", "tiny-qwen-small"]
 
 
-def test_an_empty_output_folder_is_taken(inputs: Path, tmp_path: Path) -> None:
+def test_empty_output_folder_is_used(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     merge_well("--adapter", inputs / "adapter", "--output", tmp_path / "out", "--no_verify")
     assert "model.safetensors" in names(tmp_path / "out")
 
 
-def test_a_wrong_flag_is_answered_before_torch_is_loaded() -> None:
+def test_flags_are_parsed_before_torch_is_imported() -> None:
     arguments = ["--adapter", "a", "--output", "b"]
     code = f"import sys, merge_lora; merge_lora.parse_args({arguments}); print('torch' in sys.modules)"
     result = subprocess.run([sys.executable, "-c", code], cwd=REPO, capture_output=True, text=True, check=True)
@@ -245,26 +245,24 @@ def test_a_wrong_flag_is_answered_before_torch_is_loaded() -> None:
 # ---------------------------------------------------------------------------------------------------------------- disks
 
 
-def test_a_failure_half_way_leaves_nothing(inputs: Path, tmp_path: Path) -> None:
+def test_failure_during_writing_leaves_no_output(inputs: Path, tmp_path: Path) -> None:
     file = inputs / "tiny-qwen-small" / BASE
     last = sorted(load_file(file))[-1]
-    change(file, last, lambda tensor: torch.full_like(tensor, 1e6))  # beyond fp16
+    change(file, last, lambda tensor: torch.full_like(tensor, 1e6))  # beyond the range of fp16
     output = tmp_path / "out" / "merged"
     result = merge("--adapter", inputs / "adapter", "--output", output, "--dtype", "fp16", "--max_shard_size", "1KB")
     assert f"merge_lora.py: error: {last} is not finite in float16. Try --dtype bf16" in message_of(result)
     assert names(output.parent) == []
 
 
-def test_a_full_disk_is_a_failure_of_one_line(inputs: Path, tmp_path: Path) -> None:
+def test_full_disk_is_one_line_with_exit_code_1(inputs: Path, tmp_path: Path) -> None:
     with limited_file_size(2000):
         result = merge("--adapter", inputs / "adapter", "--output", tmp_path / "merged")
     assert result.returncode == 1 and "merge_lora.py: error: cannot write " in message_of(result)
     assert names(tmp_path) == ["in"]
 
 
-def test_a_disk_that_is_too_small_is_found_out_first(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_free_space_is_checked_before_writing(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
     result = merge("--adapter", inputs / "adapter", "--output", tmp_path / "merged")
@@ -272,33 +270,33 @@ def test_a_disk_that_is_too_small_is_found_out_first(
     assert names(tmp_path) == ["in"]
 
 
-def test_a_disk_that_cannot_be_written_is_named(inputs: Path) -> None:
+def test_unwritable_output_is_reported(inputs: Path) -> None:
     result = merge("--adapter", inputs / "adapter", "--output", "/proc/merged")
     assert "--output /proc/merged cannot be created" in message_of(result)
 
 
-# -------------------------------------------------------------------------------------------------------- not as merged
+# --------------------------------------------------------------------------------------------------------- verification
 
 
 @pytest.mark.parametrize("layout", ["qwen", "qwen2"])
-def test_a_merged_tensor_that_is_not_what_it_should_be_is_found(
+def test_wrong_merged_tensor_is_reported_and_nothing_is_kept(
     inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, layout: str
 ) -> None:
     write_companion_files = export.companion_files.write_companion_files
-    spoilt = {"qwen": "transformer.h.1.mlp.w2.weight", "qwen2": "model.layers.1.mlp.gate_proj.weight"}[layout]
+    corrupted = {"qwen": "transformer.h.1.mlp.w2.weight", "qwen2": "model.layers.1.mlp.gate_proj.weight"}[layout]
 
-    def spoil_and_write(merge: Any, folder: Path) -> None:
-        change(folder / BASE, spoilt, lambda tensor: tensor * 1.05)
+    def corrupt_and_write(merge: Any, folder: Path) -> None:
+        change(folder / BASE, corrupted, lambda tensor: tensor * 1.05)
         write_companion_files(merge, folder)
 
-    monkeypatch.setattr("export.companion_files.write_companion_files", spoil_and_write)
+    monkeypatch.setattr("export.companion_files.write_companion_files", corrupt_and_write)
     arguments = ["--adapter", inputs / "adapter", "--output", tmp_path / "out", "--layout", layout]
     result = merge(*arguments)
     assert result.returncode == 1 and result.stdout == ""
     assert "error: the merged model does not compute what base and adapter do" in result.stderr
-    assert spoilt.rpartition(".mlp")[0] in result.stderr and "Nothing was kept" in result.stderr
+    assert corrupted.rpartition(".mlp")[0] in result.stderr and "Nothing was kept" in result.stderr
     assert names(tmp_path) == ["in"]
-    merge_well(*arguments, "--no_verify")  # as it was asked for
+    merge_well(*arguments, "--no_verify")  # corrupted tensors are written without the comparison
 
 
 # --------------------------------------------------------------------------------------------------------------- killed
@@ -319,7 +317,7 @@ for line in sys.stdin:
 """
 
 
-def test_killed_at_any_moment_it_leaves_nothing_at_its_place_or_all(inputs: Path, tmp_path: Path) -> None:
+def test_killed_merge_leaves_no_output_or_a_complete_one(inputs: Path, tmp_path: Path) -> None:
     output = tmp_path / "out" / "merged"
     command = [sys.executable, "-c", KILLED, "--adapter", str(inputs / "adapter"), "--output", str(output)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
@@ -332,7 +330,7 @@ def test_killed_at_any_moment_it_leaves_nothing_at_its_place_or_all(inputs: Path
         assert process.stdout.readline() == "ready\n"
 
         def run(kill_after: float | None) -> float:
-            """Start a merge, kill it, and return the seconds it had."""
+            """Start a merge, kill it after ``kill_after`` seconds, and return its duration."""
             assert process.stdin is not None and process.stdout is not None
             print(file=process.stdin, flush=True)
             child, started = int(process.stdout.readline()), time.monotonic()
@@ -341,7 +339,7 @@ def test_killed_at_any_moment_it_leaves_nothing_at_its_place_or_all(inputs: Path
                 with suppress(ProcessLookupError):
                     os.kill(child, signal.SIGKILL)
             while not (code := process.stdout.readline().strip()).lstrip("-").isdigit():
-                assert process.poll() is None  # what merging says goes the same way
+                assert process.poll() is None  # the output of the merge itself
             codes.append(int(code))
             return time.monotonic() - started
 
@@ -357,6 +355,6 @@ def test_killed_at_any_moment_it_leaves_nothing_at_its_place_or_all(inputs: Path
         run(None)
         process.stdin.close()
     assert codes[0] == codes[-1] == 0 and -signal.SIGKILL in codes
-    # The last one has cleaned up after the dead ones.
+    # The last merge has removed the leftovers of the killed ones.
     assert names(output.parent) == ["merged"] and contents(output) == expected
     assert contents(inputs) == before

@@ -1,4 +1,4 @@
-"""merge_lora.py as a user runs it: the merged folder opens, and answers as the adapter did."""
+"""merge_lora.py as a user runs it: the merged folder opens and computes what base and adapter do."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ def logits(folder: Path, input_ids: Tensor, attention_mask: Tensor | None = None
         return model(input_ids=input_ids, attention_mask=attention_mask).logits
 
 
-# Of Qwen v1, besides the code.
+# Files of a merged Qwen v1 folder, besides the code.
 FILES = [
     "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "qwen.tiktoken",
     "tokenizer_config.json",
 ]  # fmt: skip
-CODE = {
+AUTO_MAP = {
     "AutoConfig": "configuration_qwen.QWenConfig", "AutoModel": "modeling_qwen.QWenModel",
     "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
 }  # fmt: skip
 
 
-def names_but_code(folder: Path) -> list[str]:
-    found = names(folder)
-    assert {f"{place.partition('.')[0]}.py" for place in CODE.values()} < set(found)
-    return [name for name in found if not name.endswith(".py")]
+def names_without_code(folder: Path) -> list[str]:
+    files = names(folder)
+    assert {f"{class_name.partition('.')[0]}.py" for class_name in AUTO_MAP.values()} < set(files)
+    return [name for name in files if not name.endswith(".py")]
 
 
 @pytest.fixture
@@ -54,14 +54,14 @@ def golden(golden_small: Path) -> Golden:
 
 @pytest.fixture
 def chat_adapter(golden: Golden) -> Path:
-    """An adapter that the original script saved; its base is ``golden.tiny``."""
+    """An adapter saved by the original script; its base is ``golden.tiny``."""
     return golden.path / "training" / "lora_chat_adapter"
 
 
-# -------------------------------------------------------------------------------- adapters of the original script
+# -------------------------------------------------------------------------------------- adapters of the original script
 
 
-def test_the_original_scripts_adapter_gives_its_merged_logits(any_golden: Golden, tmp_path: Path) -> None:
+def test_adapter_of_the_original_script_has_the_recorded_logits(any_golden: Golden, tmp_path: Path) -> None:
     output = tmp_path / "merged"
     result = merge_well(
         "--adapter", any_golden.path / "training" / "lora_chat_adapter", "--base", any_golden.tiny, "--output", output
@@ -81,12 +81,10 @@ def test_the_original_scripts_adapter_gives_its_merged_logits(any_golden: Golden
     ends = [tokenizers[0].im_end_id, tokenizers[0].eod_id]
     settings = read(any_golden.tiny, "generation_config.json") | {"eos_token_id": ends, "pad_token_id": ends[1]}
     assert read(output, "generation_config.json") == settings
-    assert names_but_code(output) == FILES
+    assert names_without_code(output) == FILES
 
 
-def test_a_base_models_adapter_without_its_embeddings_is_merged_with_a_loud_warning(
-    any_golden: Golden, tmp_path: Path
-) -> None:
+def test_incomplete_adapter_of_a_base_model_is_merged_with_a_warning(any_golden: Golden, tmp_path: Path) -> None:
     adapter = any_golden.path / "training" / "lora_base_adapter"
     result = merge_well("--adapter", adapter, "--base", any_golden.tiny, "--output", tmp_path / "merged")
     warnings = [line for line in result.stderr.splitlines() if " WARNING " in line]
@@ -99,20 +97,18 @@ def test_a_base_models_adapter_without_its_embeddings_is_merged_with_a_loud_warn
         assert_logits(actual, recorded, case)
 
 
-# -------------------------------------------------------------------------------------------------- what is written
+# -------------------------------------------------------------------------------------------------------- written files
 
 
 @pytest.mark.parametrize(
     ("flag", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16), ("fp32", torch.float32)]
 )
-def test_the_dtype_that_is_asked_for(
-    golden: Golden, chat_adapter: Path, tmp_path: Path, flag: str, dtype: torch.dtype
-) -> None:
+def test_dtype_flag(golden: Golden, chat_adapter: Path, tmp_path: Path, flag: str, dtype: torch.dtype) -> None:
     output = tmp_path / "merged"
     merge_well("--adapter", chat_adapter, "--base", golden.tiny, "--output", output, "--dtype", flag)
     expected = golden.config | {name: name == flag for name in ("bf16", "fp16", "fp32")}
     expected["torch_dtype"] = str(dtype).removeprefix("torch.")
-    expected["auto_map"] = CODE
+    expected["auto_map"] = AUTO_MAP
     expected["rms_norm_eps"] = expected["layer_norm_epsilon"]  # llama.cpp reads it by this name
     assert read(output) == expected
     assert {tensor.dtype for tensor in load_file(output / "model.safetensors").values()} == {dtype}
@@ -125,7 +121,7 @@ def copy_base(golden: Golden, folder: Path, **config: Any) -> Path:
     return folder
 
 
-def test_the_bases_own_dtype_is_kept(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
+def test_dtype_auto_keeps_the_dtype_of_the_base(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
     base = copy_base(golden, tmp_path / "base", torch_dtype="bfloat16", bf16=True, fp32=False)
     merge_well("--adapter", chat_adapter, "--base", base, "--output", tmp_path / "auto")
     merge_well("--adapter", chat_adapter, "--base", base, "--output", tmp_path / "fp32", "--dtype", "fp32")
@@ -136,21 +132,21 @@ def test_the_bases_own_dtype_is_kept(golden: Golden, chat_adapter: Path, tmp_pat
         assert torch.equal(tensor, exact[name].to(torch.bfloat16)), name
 
 
-def test_shards_hold_the_same_tensors(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
+def test_shards_contain_the_same_tensors(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
     arguments = ["--adapter", chat_adapter, "--base", golden.tiny, "--output"]
     merge_well(*arguments, tmp_path / "one")
     result = merge_well(*arguments, tmp_path / "many", "--max_shard_size", "50KB")
     shards = sorted((tmp_path / "many").glob("*.safetensors"))
     assert f"in {len(shards)} file(s)" in result.stdout and len(shards) > 3
     expected = load_file(tmp_path / "one" / "model.safetensors")
-    found = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    sharded = {name: tensor for shard in shards for name, tensor in load_file(shard).items()}
+    assert sharded.keys() == expected.keys()
+    assert all(torch.equal(sharded[name], expected[name]) for name in expected)
     ids = golden.tensors.ids("A.input_ids")
     assert torch.equal(logits(tmp_path / "many", ids), logits(tmp_path / "one", ids))
 
 
-def test_the_adapters_tokenizer_and_generation_config_come_first(
+def test_tokenizer_and_generation_config_of_the_adapter_take_precedence(
     golden: Golden, chat_adapter: Path, tmp_path: Path
 ) -> None:
     base, adapter, output = copy_base(golden, tmp_path / "base"), tmp_path / "adapter", tmp_path / "merged"
@@ -163,7 +159,7 @@ def test_the_adapters_tokenizer_and_generation_config_come_first(
         for name in ("modeling_qwen.py", "optimizer.pt", "training_args.bin", "pytorch_model.bin", "README.md"):
             (folder / name).write_text("not to be copied")
     merge_well("--adapter", adapter, "--base", base, "--output", output)
-    assert names_but_code(output) == FILES
+    assert names_without_code(output) == FILES
     assert "not to be copied" not in {path.read_text() for path in output.glob("*.py")}
     assert "not to be copied" not in (output / "README.md").read_text()
     assert read(output, "generation_config.json")["eos_token_id"] == [702, 700]
@@ -173,7 +169,7 @@ def test_the_adapters_tokenizer_and_generation_config_come_first(
     assert (output / "qwen.tiktoken").read_bytes() == (base / "qwen.tiktoken").read_bytes()
 
 
-def test_a_tokenizers_extra_ranks_come_along(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
+def test_extra_ranks_of_the_tokenizer_are_copied(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
     base = copy_base(golden, tmp_path / "base")
     # 700 ranks and 208 special tokens come first.
     (base / "more.tiktoken").write_text("Zm9vYmFyYmF6 908\n")
@@ -183,7 +179,7 @@ def test_a_tokenizers_extra_ranks_come_along(golden: Golden, chat_adapter: Path,
     assert (tmp_path / "merged" / "more.tiktoken").read_text() == "Zm9vYmFyYmF6 908\n"
 
 
-def test_a_tied_base_whose_embedding_alone_was_trained_is_untied(golden: Golden, tmp_path: Path) -> None:
+def test_tied_base_with_a_trained_embedding_is_untied(golden: Golden, tmp_path: Path) -> None:
     base, adapter, output = golden.path / "tiny-qwen-tied", tmp_path / "adapter", tmp_path / "merged"
     adapter.mkdir()
     config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "modules_to_save": ["wte"]}
@@ -200,7 +196,7 @@ def test_a_tied_base_whose_embedding_alone_was_trained_is_untied(golden: Golden,
     assert torch.equal(model.get_output_embeddings().weight, stored.float())
 
 
-def test_later_families_are_merged_too(tmp_path: Path) -> None:
+def test_qwen2_base_is_found_beside_the_adapter_and_merged(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
 
@@ -220,14 +216,14 @@ def test_later_families_are_merged_too(tmp_path: Path) -> None:
     ids = torch.arange(12)[None]
     with torch.no_grad():
         expected = tuned.eval()(ids).logits
-    # The base is found beside the adapter under the name that the adapter's config gives.
+    # The base is found beside the adapter, under the name in the adapter's config.
     merge_well("--adapter", adapter, "--output", output)
     assert_close(logits(output, ids), expected, LOGITS_ATOL, "merged logits")
     assert read(output) == read(base)
     assert AutoConfig.from_pretrained(output).tie_word_embeddings is True
 
 
-# ------------------------------------------------------------------------------------------------------------ the base
+# ------------------------------------------------------------------------------------------------------------- the base
 
 
 def with_record(chat_adapter: Path, folder: Path, **summary: object) -> Path:
@@ -236,7 +232,7 @@ def with_record(chat_adapter: Path, folder: Path, **summary: object) -> Path:
     return folder
 
 
-def test_another_base_than_the_recorded_one_is_refused(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
+def test_base_with_another_fingerprint_is_refused(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
     right = with_record(chat_adapter, tmp_path / "right", base_fingerprint=fingerprint(golden.tiny))
     wrong = with_record(chat_adapter, tmp_path / "wrong", base_fingerprint="0" * 64)
     silent = with_record(chat_adapter, tmp_path / "silent", note="without a fingerprint")
@@ -253,7 +249,7 @@ def test_another_base_than_the_recorded_one_is_refused(golden: Golden, chat_adap
     assert " WARNING --adapter" in result.stderr and "may answer differently from the trained one" in result.stderr
 
 
-def test_an_adapter_of_quantised_weights_is_added_to_the_plain_ones(
+def test_adapter_of_a_quantised_base_is_merged_into_an_unquantised_base(
     golden: Golden, chat_adapter: Path, tmp_path: Path
 ) -> None:
     record = {"base_fingerprint": "0" * 64, "base_is_quantized": True}
@@ -262,10 +258,12 @@ def test_an_adapter_of_quantised_weights_is_added_to_the_plain_ones(
     assert f"{adapter} was trained on a quantised base: its changes are added to the unquantised" in result.stderr
     shutil.copytree(golden.tiny, tmp_path / "tiny-qwen-small")
     named = merge("--adapter", adapter, "--output", tmp_path / "named")
-    assert named.returncode == 2, "only where the user says so"
+    assert named.returncode == 2, "only with --base"
 
 
-def test_a_base_in_another_layout_is_known_by_its_origin(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
+def test_converted_base_is_recognised_by_the_fingerprint_of_its_origin(
+    golden: Golden, chat_adapter: Path, tmp_path: Path
+) -> None:
     record = fingerprint(golden.tiny)
     adapter = with_record(chat_adapter, tmp_path / "adapter", base_fingerprint=record)
     convert_layout.main([str(golden.tiny), str(tmp_path / "qwen2")])
@@ -286,7 +284,7 @@ def test_a_base_in_another_layout_is_known_by_its_origin(golden: Golden, chat_ad
 
 
 def scaled(adapter: Path, folder: Path, factor: float) -> Path:
-    """The adapter whose change is ``factor`` times as large."""
+    """Copy an adapter with its change multiplied by ``factor``."""
     shutil.copytree(adapter, folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     changed = {name: each * factor if "lora_B" in name else each for name, each in tensors.items()}
@@ -294,13 +292,13 @@ def scaled(adapter: Path, folder: Path, factor: float) -> Path:
     return folder
 
 
-def test_several_adapters_with_weights(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
+def test_weighted_sum_of_adapters(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
     other = scaled(chat_adapter, tmp_path / "other", -2.0)
-    odd = scaled(chat_adapter, tmp_path / "name=0.5", 1.0)
+    with_equals_sign = scaled(chat_adapter, tmp_path / "name=0.5", 1.0)
     arguments = ["--base", golden.tiny, "--no_verify", "--output"]
     merge_well("--adapter", scaled(chat_adapter, tmp_path / "alone", 0.7 - 2 * 0.3), *arguments, tmp_path / "expected")
     result = merge_well("--adapter", f"{chat_adapter}=0.7", f"{other}=0.3", *arguments, tmp_path / "both")
-    merge_well("--adapter", odd, *arguments, tmp_path / "odd")
+    merge_well("--adapter", with_equals_sign, *arguments, tmp_path / "odd")
     expected, both = (load_file(tmp_path / name / "model.safetensors") for name in ("expected", "both"))
     assert expected.keys() == both.keys()
     for name, tensor in expected.items():
@@ -317,11 +315,11 @@ def test_several_adapters_are_verified(golden: Golden, chat_adapter: Path, tmp_p
     assert "verified: 12 prompts" in result.stdout
 
 
-# ----------------------------------------------------------------------------------------------------- quantised bases
+# ------------------------------------------------------------------------------------------------------ quantised bases
 
 
 @pytest.mark.parametrize("write", [write_gptq, write_awq])
-def test_a_quantised_base_is_dequantised_and_verified(
+def test_quantised_base_is_dequantised_and_verified(
     golden: Golden, chat_adapter: Path, tmp_path: Path, write: Callable[..., dict[str, Tensor]]
 ) -> None:
     write(golden.tiny, tmp_path / "base")
