@@ -98,7 +98,7 @@ def finetune_here(*arguments: object) -> Recorder:
         return recorders[-1]
 
     with pytest.MonkeyPatch.context() as patch, own_logging():
-        patch.setattr("training.callbacks.RunLog", record)
+        patch.setattr("training.build.RunLog", record)
         finetune.main([*map(str, arguments), "--disable_tqdm", "True", "--use_cpu", "True"])
     [recorder] = recorders
     return recorder

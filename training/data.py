@@ -26,8 +26,24 @@ from data_utils.sources import parse_fill, parse_source
 from loading.checkpoint import Checkpoint, load_checkpoint
 from processes import count_processes, is_first
 from training.config.args import RunArguments
+from training.distributed.agreement import check_same_data
+from training.distributed.shared_data import load_shared
+from training.distributed.world import World
 
 logger = logging.getLogger(__name__)
+
+
+def load_shared_data(
+    world: World, args: RunArguments, training_arguments: TrainingArguments, checkpoint: Checkpoint
+) -> dict[str, ExampleSet]:
+    """Load the data once per host, and check that all hosts have the same.
+
+    Raises:
+        ConfigError: a file or a record that cannot be used, or hosts with different data; on all ranks.
+    """
+    sets = load_shared(world, lambda: load_data(args, training_arguments, checkpoint))
+    check_same_data(world, sets)
+    return sets
 
 
 def load_data(
@@ -60,6 +76,11 @@ def preview_data(args: RunArguments, max_samples: int = 3) -> dict[str, DataRepo
     for _ in reader.read():
         pass
     return reader.reports
+
+
+def show_preview(args: RunArguments) -> int:
+    """Print the data reports of ``--dry_run`` on rank 0, and return the exit code: see ``show_reports``."""
+    return show_reports(preview_data(args)) if is_first() else 0
 
 
 def build_reader(

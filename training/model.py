@@ -5,11 +5,18 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import TrainingArguments
+from transformers import TrainingArguments, set_seed
 
-from loading.adapters import EmbeddingsPolicy, LoraSettings, attach_lora, continue_lora
+from loading.adapters import EmbeddingsPolicy, LoraSettings, attach_lora, continue_lora, embeddings_policy
 from loading.checkpoint import Checkpoint, load_model
 from training.config.args import LoraArguments, RunArguments
+
+
+def choose_embeddings(lora: LoraArguments, checkpoint: Checkpoint) -> EmbeddingsPolicy | None:
+    """Return what ``--trainable_embeddings`` means for a checkpoint; ``None`` without ``--use_lora``."""
+    if not lora.use_lora:
+        return None
+    return embeddings_policy(lora.trainable_embeddings, checkpoint, lora.lora_weight_path)
 
 
 def load_training_model(
@@ -26,6 +33,7 @@ def load_training_model(
     Raises:
         ConfigError: weights or adapter that cannot be loaded.
     """
+    set_seed(training_arguments.seed)  # for the initial values of the adapter
     quantize = None if checkpoint.quantization else args.lora.quantization
     dtype = weights_dtype(training_arguments, args.lora.use_lora, args.options.pure_bf16)
     model = load_model(checkpoint, dtype, args.model.attn_implementation, quantize)

@@ -21,6 +21,7 @@ from loading.checkpoint import Checkpoint
 from loading.quantized import count_elements, count_weights
 from training.callbacks import RunLog
 from training.config.args import RunArguments
+from training.data import save_reports
 from training.progress import peak_memory
 from training.run_folder.changes import facts_from_args
 from training.run_folder.names import RUN_ARGUMENTS, RUN_SUMMARY
@@ -34,6 +35,38 @@ def count_parameters(model: nn.Module | None) -> tuple[int, int]:
     assert model is not None, "a Trainer without a model"
     trained = sum(count_elements(parameter) for parameter in model.parameters() if parameter.requires_grad)
     return trained, count_weights(model)
+
+
+def record_start(
+    trainer: QwenTrainer, args: RunArguments, sets: dict[str, ExampleSet], policy: EmbeddingsPolicy | None
+) -> None:
+    """Log the start-up block, and write ``run_args.json`` and the data reports. On rank 0 only.
+
+    Rank 0 alone knows the data reports.
+    """
+    if trainer.is_world_process_zero():
+        save_arguments(args)
+        logger.info("Fine-tuning\n%s", describe_run(trainer, args, sets["train"], policy))
+        save_reports({name: examples.report for name, examples in sets.items()}, args.output_dir)
+
+
+def record_end(
+    trainer: QwenTrainer,
+    args: RunArguments,
+    log: RunLog,
+    sets: dict[str, ExampleSet],
+    policy: EmbeddingsPolicy | None,
+    seconds: float,
+) -> None:
+    """Write ``run_summary.json`` and log its result, on rank 0 only; end what ``--report_to`` started.
+
+    Args:
+        seconds: of training.
+    """
+    if trainer.is_world_process_zero():
+        summary = save_summary(trainer, args, log, sets, policy, seconds)
+        logger.info("Done: %s", describe_result(summary))
+    trainer.accelerator.end_training()
 
 
 def describe_run(

@@ -18,6 +18,7 @@ from typing import Any
 
 import processes
 from errors import ConfigError, RunError, one_line
+from training.config.args import RunArguments
 
 
 @dataclass(frozen=True)
@@ -213,14 +214,11 @@ def expand_task_counts(text: str) -> list[int]:
 # ------------------------------------------------------------------------------------------------------ process group
 
 
-def init_process_group(timeout: float, deepspeed: bool, use_cpu: bool) -> None:
+def init_process_group(args: RunArguments) -> None:
     """Create torch's default process group if the run has several processes, before transformers does.
 
-    transformers ignores the time-out on CPUs, and DeepSpeed asks MPI unless torch's process group exists.
-
-    Args:
-        timeout: seconds that a collective waits for the last rank.
-        deepspeed: whether DeepSpeed uses the process group; it requires one even for a single process.
+    transformers ignores ``--ddp_timeout`` on CPUs, and DeepSpeed asks MPI unless torch's process group exists.
+    DeepSpeed requires a process group even for a single process.
 
     Raises:
         ConfigError: the port of rank 0 is in use.
@@ -228,12 +226,13 @@ def init_process_group(timeout: float, deepspeed: bool, use_cpu: bool) -> None:
     """
     import torch.distributed as dist
 
+    deepspeed = bool(args.trainer_value("deepspeed"))
     if deepspeed and processes.count_processes() == 1:
         processes.set_single_process()
     with connection_errors():
         if processes.count_processes() > 1 and not dist.is_initialized():
-            backend = "gloo" if use_cpu or not processes.has_gpu() else "cpu:gloo,cuda:nccl"
-            dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+            backend = "gloo" if args.trainer_value("use_cpu") or not processes.has_gpu() else "cpu:gloo,cuda:nccl"
+            dist.init_process_group(backend, timeout=timedelta(seconds=args.trainer_value("ddp_timeout")))
         if deepspeed:
             from deepspeed.comm import init_distributed
 

@@ -117,6 +117,8 @@ def agree_on_start(world: World, args: RunArguments, facts: Facts) -> Start:
     if "refused" in said:
         raise shared(ConfigError(said["refused"]))
     start = Start(**said)
+    if start.is_finished:
+        logger.info("%s contains this run, finished: nothing to do", args.output_dir)
     if start.checkpoint is not None and not Path(start.checkpoint).is_dir():
         raise ConfigError(
             f"--output_dir: {world.describe(world.rank)} does not see {start.checkpoint}",

@@ -1,0 +1,61 @@
+"""The trainer of a run with everything it works on, built from the arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+from transformers import TrainingArguments
+
+from data_utils.examples import ExampleSet
+from loading.checkpoint import Checkpoint
+from training.callbacks import RunLog, build_callbacks, set_tensorboard_folder
+from training.config.args import RunArguments
+from training.data import build_collator
+from training.distributed.heartbeat import Heartbeat, HeartbeatCallback
+from training.distributed.world import World
+from training.progress import Progress
+from training.run_folder.start import Start
+from training.signals import Signals
+from training.trainer import QwenTrainer
+
+
+def build_trainer(
+    args: RunArguments,
+    training_arguments: TrainingArguments,
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    sets: Mapping[str, ExampleSet],
+    facts: Mapping[str, Any],
+    start: Start,
+    world: World,
+    heartbeat: Heartbeat,
+) -> tuple[QwenTrainer, RunLog]:
+    """Return the trainer and its log.
+
+    Args:
+        sets: the ``train`` examples, and ``eval`` examples if there are any.
+        facts: what checkpoints record of the run, see ``training.run_folder.changes``.
+        start: whether the run resumes.
+        heartbeat: shows this rank's progress to the other ranks.
+    """
+    log = RunLog(args.output_dir, Progress(), resumes=start.checkpoint is not None)
+    trainer = QwenTrainer(
+        checkpoint,
+        loss=args.model.loss,
+        data_mixing=args.data.data_mixing,
+        facts=facts,
+        progress=log.progress,
+        signals=Signals(),
+        status=heartbeat.status,
+        world=world,
+        model=model,
+        args=training_arguments,
+        data_collator=build_collator(checkpoint),
+        train_dataset=sets["train"],
+        eval_dataset=sets.get("eval"),
+        callbacks=[*build_callbacks(args, log), HeartbeatCallback(heartbeat.status)],
+    )
+    set_tensorboard_folder(trainer.callback_handler.callbacks, args.options.logging_dir)
+    return trainer, log
