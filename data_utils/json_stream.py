@@ -1,4 +1,4 @@
-"""Records out of JSON as it streams in: one list of them, or one to a line. Never more than a record is held."""
+"""Read records from streamed JSON: one list, or one value per line. Only the current record is kept in memory."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from errors import DataError
 
 FORMAT = "A data file is UTF-8: one JSON list of conversations, or one JSON object per line"
 MAX_RECORD_BYTES = 32 << 20
-"""What a record, or the blank space between two, may take: more is a flood, such as a small .gz can hold."""
+"""Largest record, and most white space between two records. A small .gz could otherwise expand without limit."""
 
-_MAX_BLANK_START = 1 << 20
+_MAX_LEADING_SPACE = 1 << 20
 _SPACE = b" \t\r\n"
 _SPACES = re.compile(r"[ \t\r\n]*")
 _NUMBER = frozenset("0123456789+-.eE")
-# At this distance from the end of what is read so far, a word or an escape that is cut there looks broken or shorter.
+# This close to the end of the text read so far, a truncated word or escape looks invalid or shorter than it is.
 _NEAR_END = 16
-# The longer ones first: UTF-32 begins like UTF-16.
-_OTHER_MARKS = {
+# Byte order marks; UTF-32 first, whose mark starts with that of UTF-16.
+_OTHER_ENCODINGS = {
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
@@ -32,7 +32,7 @@ _OTHER_MARKS = {
 
 
 class Location(NamedTuple):
-    """Where a record stands: ``a.jsonl:12``, ``a.json:12 (record 3)`` or ``a.parquet (record 7)``; all count from 1."""
+    """Location of a record: ``a.jsonl:12``, ``a.json:12 (record 3)`` or ``a.parquet (record 7)``; counted from 1."""
 
     path: str
     line: int | None = None
@@ -45,7 +45,7 @@ class Location(NamedTuple):
 
 
 class _RepeatedKey(Exception):
-    """Not a fault of the syntax: the record is refused, the text behind it can be read."""
+    """A key that occurs twice in an object. The record is invalid, but the text after it can be read."""
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -60,20 +60,20 @@ _ANY_KEYS_DECODER = json.JSONDecoder()
 
 
 def json_records(chunks: Iterator[bytes], path: str) -> Iterator[tuple[Location, object]]:
-    """The records of a text: a list if it starts with ``[``, otherwise one value per line (blank lines are skipped).
+    """Yield the records of a text: of a list if it starts with ``[``, otherwise of every line that is not blank.
 
     Args:
-        chunks: the text's bytes, none of them empty. A byte order mark of UTF-8 is allowed.
-        path: what places and faults call the file.
+        chunks: the bytes of the text, no chunk empty; may start with the byte order mark of UTF-8.
+        path: the file's name in locations and errors.
 
     Yields:
-        A record's place and its value; a ``DataError`` in its stead where later records can be read.
+        The location and the value of a record; the value is a ``DataError`` if only this record cannot be read.
 
     Raises:
-        DataError: where nothing behind the fault can be read, as ``path:line:column``.
+        DataError: nothing after the fault can be read; its location is ``path:line:column``.
     """
     head = _read_head(chunks, path)
-    for mark, encoding in _OTHER_MARKS.items():
+    for mark, encoding in _OTHER_ENCODINGS.items():
         if head.startswith(mark):
             raise DataError(path, f"the file is {encoding}, not UTF-8", "Save the file as UTF-8")
     text = head.removeprefix(codecs.BOM_UTF8)
@@ -85,21 +85,21 @@ def json_records(chunks: Iterator[bytes], path: str) -> Iterator[tuple[Location,
 
 
 def _read_head(chunks: Iterator[bytes], path: str) -> bytes:
-    """The start of a text, long enough to hold a byte order mark and the first character that is not blank."""
-    head, most = bytearray(), min(_MAX_BLANK_START, MAX_RECORD_BYTES)
+    """Read the start of a text up to the chunk with its first character that is not white space."""
+    head, limit = bytearray(), min(_MAX_LEADING_SPACE, MAX_RECORD_BYTES)
     for chunk in chunks:
         head += chunk
         if len(head) >= 4 and (head[:4] + chunk).strip(_SPACE + codecs.BOM_UTF8):
             break
-        if len(head) > most:
-            raise _too_long(path, 1, most)
+        if len(head) > limit:
+            raise _too_long(path, 1, limit)
     return bytes(head)
 
 
 def _line_records(chunks: Iterator[bytes], path: str, offset: int) -> Iterator[tuple[Location, object]]:
-    number = blank = 0  # lines that are passed, and bytes since the last one that was not blank
-    for block in _whole_lines(chunks):
-        if not block.strip(_SPACE):  # one by one, a flood of blank lines would take minutes
+    number = blank = 0  # lines read; bytes since the last line that was not blank
+    for block in _complete_lines(chunks):
+        if not block.strip(_SPACE):  # counted at once: millions of blank lines would take minutes one by one
             number, offset, blank = number + block.count(b"\n"), offset + len(block), blank + len(block)
             if blank > MAX_RECORD_BYTES:
                 raise _too_long(path, number)
@@ -112,41 +112,46 @@ def _line_records(chunks: Iterator[bytes], path: str, offset: int) -> Iterator[t
                 raise _too_long(path, number)
             if text:
                 indent = len(line) - len(line.lstrip(_SPACE))
-                place = Location(path, number)
-                yield place, _line_value(text, place, indent, offset + indent)
+                location = Location(path, number)
+                yield location, _parse_line(text, location, indent, offset + indent)
             offset += len(line) + 1
 
 
-def _whole_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
-    """The same bytes in blocks that end where a line does, or somewhere in a line that is too long."""
+def _complete_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+    """Yield the bytes in blocks of complete lines. Reading stops in a line that is over the limit."""
     parts: list[bytes] = []
-    held = 0
+    size = 0
     for chunk in chunks:
         end = chunk.rfind(b"\n") + 1
         if end:
             yield b"".join([*parts, chunk[:end]])
-            parts, held = [], 0
+            parts, size = [], 0
         parts.append(chunk[end:])
-        held += len(chunk) - end
-        if held > MAX_RECORD_BYTES:
+        size += len(chunk) - end
+        if size > MAX_RECORD_BYTES:
             break
     yield b"".join(parts)
 
 
-def _line_value(line: bytes, place: Location, indent: int, offset: int) -> object:
-    """The value of a line from which the space around it was taken, or its fault."""
+def _parse_line(line: bytes, location: Location, indent: int, offset: int) -> object:
+    """Return the value of a stripped line, or its fault.
+
+    Args:
+        indent: characters before it on the line.
+        offset: bytes before it in the file.
+    """
     try:
         text = line.decode()
         value, end = _decode(text, 0)
     except UnicodeDecodeError as error:
-        return _not_utf8(str(place), line[error.start], offset + error.start)
+        return _not_utf8(str(location), line[error.start], offset + error.start)
     except json.JSONDecodeError as error:
-        return _broken_json(f"{place}:{indent + error.pos + 1}", error.msg)
+        return _broken_json(f"{location}:{indent + error.pos + 1}", error.msg)
     except (ValueError, RecursionError) as error:  # a number with thousands of digits, thousands of open brackets
-        return _broken_json(f"{place}:{indent + 1}", str(error))
+        return _broken_json(f"{location}:{indent + 1}", str(error))
     if end < len(text):
-        return _broken_json(f"{place}:{indent + end + 1}", "more than one JSON value on the line")
-    return _checked(value, place)
+        return _broken_json(f"{location}:{indent + end + 1}", "more than one JSON value on the line")
+    return _fault_if_repeated_key(value, location)
 
 
 def _list_records(text: _ListText, path: str) -> Iterator[tuple[Location, object]]:
@@ -156,8 +161,8 @@ def _list_records(text: _ListText, path: str) -> Iterator[tuple[Location, object
     record = 0
     while not closed:
         record += 1
-        place = Location(path, text.line(), record)
-        yield place, _checked(text.read_value(), place)
+        location = Location(path, text.line(), record)
+        yield location, _fault_if_repeated_key(text.read_value(), location)
         separator = text.skip_space()
         closed = separator == "]"
         if not closed:
@@ -171,99 +176,103 @@ def _list_records(text: _ListText, path: str) -> Iterator[tuple[Location, object
 
 
 class _ListText:
-    """A text that is read from front to end, of which only what is not read yet is held.
+    """The text of a JSON list, read from front to end. Only a window of it is kept: the part not parsed yet.
 
     Attributes:
-        position: where in the held text is being read.
+        position: the next character to parse, an index into the window.
     """
 
     def __init__(self, chunks: Iterator[bytes], path: str, offset: int) -> None:
         self.position = 0
         self._chunks, self._path = chunks, path
-        self._offset = offset  # bytes given to the decoder, and what came before
+        self._offset = offset  # of the next chunk in the file, in bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")()
-        self._bad_byte: tuple[int, int] | None = None  # itself and its offset, behind the held text
+        self._bad_byte: tuple[int, int] | None = None  # a byte after the window that is not UTF-8, and its offset
         self._ended = False
-        self._held = ""
-        self._counted, self._line = 0, 1  # a position that was passed, and its line
-        self._dropped = 0  # characters of the held text's first line that are no longer held
+        self._window = ""
+        self._counted, self._line = 0, 1  # an index into the window, and its line in the file
+        self._dropped = 0  # characters of the window's first line that were removed from it
 
     def line(self) -> int:
-        """The line of the position."""
-        self._line += self._held.count("\n", self._counted, self.position)
+        """Return the line of the position."""
+        self._line += self._window.count("\n", self._counted, self.position)
         self._counted = self.position
         return self._line
 
     def where(self, position: int) -> str:
-        """``path:line:column`` of a place that is not passed yet."""
-        line = self._line + self._held.count("\n", self._counted, position)
+        """Return ``path:line:column`` of a position that is not before the current one."""
+        line = self._line + self._window.count("\n", self._counted, position)
         return f"{self._path}:{line}:{self._chars_before(position) + 1}"
 
     def _chars_before(self, position: int) -> int:
-        """How many characters stand before it on its line."""
-        line_start = self._held.rfind("\n", 0, position) + 1
+        """Return the number of characters before it on its line."""
+        line_start = self._window.rfind("\n", 0, position) + 1
         return position - line_start + (0 if line_start else self._dropped)
 
     def skip_space(self) -> str:
-        """Go to the next character that is not blank, and give it; an empty string at the end of the file."""
+        """Move to the next character that is not white space and return it; an empty string at the end of the file."""
         skipped = 0
         while True:
-            match = _SPACES.match(self._held, self.position)
+            match = _SPACES.match(self._window, self.position)
             assert match is not None, "the pattern matches the empty string"
             skipped += match.end() - self.position
             self.position = match.end()
             if skipped > MAX_RECORD_BYTES:
                 raise _too_long(self._path, self.line())
-            if self.position < len(self._held) or not self._read_more():
-                return self._held[self.position : self.position + 1]
+            if self.position < len(self._window) or not self._read_more():
+                return self._window[self.position : self.position + 1]
 
     def read_value(self) -> object:
-        """The JSON value at the position, which goes behind it."""
+        """Parse the JSON value at the position, and move past it."""
         while True:
-            text, start = self._held, self.position
+            text, start = self._window, self.position
             try:
                 value, end = _decode(text, start)
                 if self._ended or end + _NEAR_END <= len(text):
                     break
             except json.JSONDecodeError as error:
-                # A string without an end is named by its start, any other fault by the place where it shows.
+                # An unterminated string is reported at its start, any other fault where it occurs.
                 is_cut = error.pos + _NEAR_END > len(text) or error.msg.startswith("Unterminated string")
                 if self._ended or not is_cut:
                     raise _broken_json(self.where(error.pos), error.msg) from None
             except (ValueError, RecursionError) as error:
-                # A number with thousands of digits, unless it is cut here and goes on with a point; open brackets.
+                # A number with thousands of digits, unless the window ends in it and a decimal point may follow; or
+                # nesting that is too deep.
                 if self._ended or isinstance(error, RecursionError) or text[-1] not in _NUMBER:
                     raise _broken_json(self.where(start), str(error)) from None
             if len(text) - start > MAX_RECORD_BYTES + _NEAR_END:
                 raise _too_long(self._path, self.line())
             self._read_more()
-        # A character takes up to four bytes.
+        # Encode only if needed: a character takes up to four bytes.
         if 4 * (end - start) > MAX_RECORD_BYTES and len(text[start:end].encode()) > MAX_RECORD_BYTES:
             raise _too_long(self._path, self.line())
         self.position = end
         return value
 
     def _read_more(self) -> bool:
-        """Let go of what is passed and hold more: twice as much, so that a long record is tried only a few times.
+        """Drop the parsed part of the window and double the rest, so that a long record is parsed only a few times.
 
         Returns:
-            Whether the file had not ended.
+            False at the end of the file.
+
+        Raises:
+            DataError: the next byte is not UTF-8.
         """
         if self._bad_byte is not None:
-            self.position = len(self._held)
+            self.position = len(self._window)
             raise _not_utf8(f"{self._path}:{self.line()}", *self._bad_byte)
         if self._ended:
             return False
         self.line()
         self._dropped = self._chars_before(self.position)
-        parts = [self._held[self.position :]]
+        parts = [self._window[self.position :]]
         self.position = self._counted = 0
-        held = len(parts[0])
-        wanted = min(2 * held, MAX_RECORD_BYTES + _NEAR_END)
-        while held <= wanted and not self._ended and self._bad_byte is None:
+        size = len(parts[0])
+        wanted = min(2 * size, MAX_RECORD_BYTES + _NEAR_END)
+        while size <= wanted and not self._ended and self._bad_byte is None:
             parts.append(self._decode_chunk())
-            held += len(parts[-1])
-        self._held = "".join(parts)
+            size += len(parts[-1])
+        self._window = "".join(parts)
         return True
 
     def _decode_chunk(self) -> str:
@@ -280,19 +289,19 @@ class _ListText:
 
 
 def _decode(text: str, position: int) -> tuple[object, int]:
-    """A value and its end. For an object that has a key twice the value is a ``_RepeatedKey``."""
+    """Parse a value; return it and its end. If an object has a repeated key, the value is a ``_RepeatedKey``."""
     try:
         return _DECODER.raw_decode(text, position)
-    except _RepeatedKey as fault:
-        return fault, _ANY_KEYS_DECODER.raw_decode(text, position)[1]
+    except _RepeatedKey as error:
+        return error, _ANY_KEYS_DECODER.raw_decode(text, position)[1]
 
 
-def _checked(value: object, place: Location) -> object:
+def _fault_if_repeated_key(value: object, location: Location) -> object:
     if not isinstance(value, _RepeatedKey):
         return value
     key = repr(value.args[0])
     shown = key if len(key) <= 60 else f"{key[:57]}..."
-    return DataError(str(place), f"an object has the key {shown} more than once", "Keep one of them")
+    return DataError(str(location), f"an object has the key {shown} more than once", "Keep one of them")
 
 
 def _not_utf8(where: str, byte: int, offset: int) -> DataError:
@@ -303,7 +312,7 @@ def _broken_json(where: str, what: str) -> DataError:
     return DataError(where, f"not valid JSON: {what}", FORMAT)
 
 
-def _too_long(path: str, line: int, most: int | None = None) -> DataError:
-    most = most or MAX_RECORD_BYTES
-    what = f"one record, or the blank space before it, takes more than {most / 2**20:g} MiB of text"
-    return DataError(f"{path}:{line}", what, "Look whether the file is what it should be, or split the record")
+def _too_long(path: str, line: int, limit: int | None = None) -> DataError:
+    limit = limit or MAX_RECORD_BYTES
+    what = f"one record, or the white space before it, has more than {limit / 2**20:g} MiB of text"
+    return DataError(f"{path}:{line}", what, "Check the file, or split the record")

@@ -16,7 +16,7 @@ from typing import Any
 from unittest.mock import patch
 
 from chat.label_mask import IGNORE_INDEX
-from data_utils import files, json_stream
+from data_utils import files, json_stream, parquet
 from data_utils.dataset import BAD_RECORD, DataOptions, DataReader
 from data_utils.examples import ExampleSet
 from data_utils.report.terminal import render_report
@@ -161,7 +161,8 @@ def examine(case: Case, path: Path, number: int = 0) -> Result:
     with (
         patch.object(json_stream, "MAX_RECORD_BYTES", case.limit or json_stream.MAX_RECORD_BYTES),
         patch.object(files, "CHUNK_BYTES", case.chunk or files.CHUNK_BYTES),
-        patch.object(files, "_BATCH_ROWS", case.chunk or files._BATCH_ROWS),
+        patch.object(parquet, "_BUFFER_BYTES", case.chunk or parquet._BUFFER_BYTES),
+        patch.object(parquet, "_BATCH_ROWS", case.chunk or parquet._BATCH_ROWS),
     ):
         readings = [read(path, skip_bad) for skip_bad in (False, True)]
     result.seconds = time.process_time() - started

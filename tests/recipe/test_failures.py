@@ -104,13 +104,13 @@ CASES = {
         setup=lambda x: (x / "train.json").write_bytes(SOUND.encode("utf-16")),
     ),
     "a folder without data": Case(
-        "{x}/empty: the folder has no data files. ", {"--data_path": "{x}/empty"}, lambda x: (x / "empty").mkdir()
+        "{x}/empty: the folder contains no data files. ", {"--data_path": "{x}/empty"}, lambda x: (x / "empty").mkdir()
     ),
     "empty file": Case(
-        "{x}/train.json: the file holds no conversations. ", setup=lambda x: (x / "train.json").write_text("")
+        "{x}/train.json: the file contains no conversations. ", setup=lambda x: (x / "train.json").write_text("")
     ),
     "empty list": Case(
-        "{x}/train.json: the file holds no conversations. ", setup=lambda x: (x / "train.json").write_text("[]\n")
+        "{x}/train.json: the file contains no conversations. ", setup=lambda x: (x / "train.json").write_text("[]\n")
     ),
     "nothing fits": Case("{x}/train.json: nothing is left to train on: ", {"--model_max_length": "4"}, starts=True),
     "no model": Case("--model_name_or_path {x}/none: there is no such folder. ", {"--model_name_or_path": "{x}/none"}),
