@@ -12,7 +12,8 @@ from commands import run_command, set_up_logging
 from training.checks import check_args
 from training.config.parsing import parse_args
 from training.distributed.launch import detect_launcher, init_process_group
-from training.run_folder.output import explain_how_to_resume, prepare_output
+from training.run_folder.failures import explain_how_to_resume
+from training.run_folder.prepare import prepare_output
 from training.run_folder.start import agree_on_start
 from training.signals import ignore_save_requests
 

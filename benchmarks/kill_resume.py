@@ -196,7 +196,7 @@ class Run:
         return seconds
 
     def note_start(self) -> None:
-        self.resumed += "Going on from" in self.errors.read_text()
+        self.resumed += "Resuming from" in self.errors.read_text()
 
     def kill(self, phase: str, draw: random.Random, left: int, seconds_to_load: float) -> Kill:
         """Start it, and end it in a phase.

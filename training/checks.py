@@ -17,7 +17,7 @@ from processes import has_gpu, is_first
 from training.config.args import LoraArguments, RunArguments, parse_profile_steps
 from training.config.flags import nearest
 from training.engine_checks import check_engine
-from training.run_folder.output import check_output
+from training.run_folder.prepare import check_output
 from training.run_folder.start import check_start
 
 # Where what --report_to names is imported from.

@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import nn
 
 from checkpoints.files import save_json
+from checkpoints.names import RUN_ARGUMENTS, RUN_SUMMARY
 from checkpoints.shards import fingerprint
 from data_utils.examples import ExampleSet
 from data_utils.report.data_report import DataReport, count_steps
@@ -24,7 +25,6 @@ from training.config.args import RunArguments
 from training.data import save_reports
 from training.progress import peak_memory
 from training.run_folder.changes import facts_from_args
-from training.run_folder.names import RUN_ARGUMENTS, RUN_SUMMARY
 from training.trainer import QwenTrainer
 
 logger = logging.getLogger(__name__)

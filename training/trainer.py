@@ -27,10 +27,11 @@ from training.callbacks import LogLines, ProgressBar
 from training.distributed.heartbeat import RankStatus
 from training.distributed.world import World
 from training.progress import Counts, Progress, count_correct, count_targets, weigh_targets
+from training.run_folder.failures import saving_errors
 from training.run_folder.manifest import write_manifest
 from training.run_folder.names import TRAINER_STATE
 from training.run_folder.saving import save_model
-from training.run_folder.staging import saving_errors, staged_checkpoint
+from training.run_folder.staging import staged_checkpoint
 from training.samplers import EpochSampler, PaddedDataset, build_sampler
 from training.signals import Signals, StopRequest
 from training.trainer_engines import complete_engine_options, enable_fsdp_on_cpu

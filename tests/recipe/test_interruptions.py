@@ -75,7 +75,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_saved(
         assert run_here(finetune.main, "finetune.py", arguments(tmp_path, 6, *resume)) == 1
     assert message(capfd.readouterr().err) == (
         f"finetune.py: error: cannot save to {output / place} ({reason}). Free some space there; what was saved before "
-        f"is as it was. The same command with --resume_from_checkpoint {output / 'checkpoint-2'} goes on from there"
+        f"is unchanged. The same command with --resume_from_checkpoint {output / 'checkpoint-2'} resumes from there"
     )
     # The log goes on with the steps that were done, report and arguments tell of the run at hand, which is not done.
     changed = ("training_log.jsonl", "data_receipt.json", "data_receipt.html", "run_args.json", "run_summary.json")
@@ -95,7 +95,7 @@ def test_a_disk_that_is_full_at_the_end(tmp_path: Path, capfd: pytest.CaptureFix
     assert code == 1
     error = message(capfd.readouterr().err)
     assert error.startswith(f"finetune.py: error: cannot save to {output} (File too large). ")
-    assert error.endswith("No checkpoint had been saved: the same command with --overwrite_output_dir starts anew")
+    assert error.endswith("No checkpoint was saved: the same command with --overwrite_output_dir starts over")
     records = ["data_receipt.html", "data_receipt.json", "run_args.json", "training_log.jsonl", "training_loss.png"]
     assert names_in(output) == records
     finetune_here(*arguments(tmp_path, 2, "--save_strategy", "no", "--overwrite_output_dir"))
@@ -126,7 +126,7 @@ def test_a_run_that_is_asked_to_stop_saves_first(tmp_path: Path, number: signal.
     assert all(names_in(output / f"checkpoint-{step}") == CHECKPOINT for step in saved(output))
     assert not {*MODEL, ".saving"} & set(names_in(output))
     said = (tmp_path / "stderr").read_text()
-    assert message(said) == f"finetune.py: {word}. The same command goes on from {newest}"
+    assert message(said) == f"finetune.py: {word}. The same command resumes from {newest}"
     assert f"{number.name}: finishing the current step and saving a checkpoint, then ending" in said
     resume = arguments(tmp_path, saved(output)[-1] + 2, *flags)
     assert run_here(finetune.main, "finetune.py", resume) == 0
@@ -231,15 +231,15 @@ def test_two_processes_save_after_the_same_step(tmp_path: Path) -> None:
     assert (first, last) == (4, logged(output)[-1])
     assert names_in(output / f"checkpoint-{last}") == ours
     said = (tmp_path / "stderr").read_text()
-    assert said.count(f"finetune.py: terminated. The same command goes on from {output / f'checkpoint-{last}'}\n") == 1
+    assert said.count(f"finetune.py: terminated. The same command resumes from {output / f'checkpoint-{last}'}\n") == 1
 
     state = output / f"checkpoint-{last}" / "rng_state_1.pth"
     state.write_bytes(state.read_bytes()[:-1])
     before = saved(output)[-2]
     words[words.index("--max_steps") + 1] = before + 1
     result = run_well(*torchrun, free_port(), "finetune.py", *words)
-    assert f"checkpoint-{last} is not whole and is left out: rng_state_1.pth has" in result.stderr
-    assert result.stderr.count(f"Going on from {output / f'checkpoint-{before}'}") == 1
+    assert f"checkpoint-{last} is incomplete or damaged and is skipped: rng_state_1.pth has" in result.stderr
+    assert result.stderr.count(f"Resuming from {output / f'checkpoint-{before}'}") == 1
     assert saved(output)[-1] == before + 1  # the damaged one, of a later step, is gone
     assert logged(output) == list(range(1, before + 2))
     assert ".saving" not in names_in(output)

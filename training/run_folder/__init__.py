@@ -1,1 +1,1 @@
-"""Runs that end before their time: checkpoints that prove to be whole, and what goes on from them."""
+"""The folder of a run: what may be written and removed there, its checkpoints, and how a run resumes from it."""

@@ -1,4 +1,4 @@
-"""The log of a run as rows and as a picture. Imports neither torch nor transformers."""
+"""``training_log.jsonl`` as rows, and the loss curve. Imports neither torch nor transformers."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Row = dict[str, Any]
 
 
 def load_rows(path: Path, *, strict: bool = True) -> list[Row]:
-    """The lines of a log. A last line without its end is left out: it is being written, or a machine stopped.
+    """Return the rows of a log without an incomplete last line, which is being written or was cut off by a crash.
 
     Args:
-        strict: ``False`` leaves out everything from the first broken line on.
+        strict: ``False`` drops all rows from the first broken line on.
 
     Raises:
-        DataError: a line that is no row of a log.
+        DataError: a line is not a row of a log.
     """
     rows: list[Row] = []
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
@@ -34,16 +34,16 @@ def load_rows(path: Path, *, strict: bool = True) -> list[Row]:
         elif not strict or not line.endswith("\n"):
             break
         else:
-            raise DataError(f"{path}:{number}", "no line of a training log", f"Give a run's {TRAINING_LOG}")
+            raise DataError(f"{path}:{number}", "not a line of a training log", f"Give a run's {TRAINING_LOG}")
     return rows
 
 
 def plot_losses(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
-    """RecordSampler the losses of runs over optimizer steps: a colour per run, training solid and evaluation dashed.
+    """Plot the losses of runs over optimizer steps: a colour per run, training solid and evaluation dashed.
 
     Args:
-        runs: the rows of each run by its name; the name may be empty where there is only one.
-        path: a picture; its ending decides the format.
+        runs: the rows of each run by its name; the name of a single run may be empty.
+        path: the picture; its suffix decides the format.
     """
     import matplotlib
 
@@ -57,7 +57,7 @@ def plot_losses(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
             if points:
                 marker = "." if len(points) < 50 else None
                 label = f"{run}, {kind}" if run else kind
-                colour = f"C{number}" if run else None  # a single run tells its two curves apart by colour too
+                colour = f"C{number}" if run else None  # the two curves of a single run differ in colour too
                 axes.plot(*zip(*points, strict=True), style, color=colour, label=label, marker=marker)
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per target)")

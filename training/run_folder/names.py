@@ -1,9 +1,42 @@
-"""Names of files in a run folder."""
+"""Names of files and folders in a run folder; those of models, adapters and records are in ``checkpoints.names``."""
 
 from __future__ import annotations
 
+import re
+
+from checkpoints.names import (
+    ADAPTER_CONFIG,
+    ADAPTER_SAFETENSORS,
+    BASE_QUANTIZATION,
+    RUN_ARGUMENTS,
+    RUN_RECORDS,
+    RUN_SUMMARY,
+    TRAINING_LOG,
+)
+
+CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # a folder, by its optimizer step
+MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
-# The first file of a run and the last.
-RUN_ARGUMENTS, RUN_SUMMARY = "run_args.json", "run_summary.json"
-# A folder with one of them belongs to a run.
-RECORDS = ("training_log.jsonl", RUN_SUMMARY, RUN_ARGUMENTS)
+STAGING = ".saving"  # a folder: what is being written is here until it is complete
+
+PROFILE = "profile"  # a folder
+PROFILE_TRACE, PROFILE_OPERATORS = "trace.json", "operators.txt"
+TENSORBOARD = "runs"  # a folder
+
+OWNERSHIP_RECORDS = (TRAINING_LOG, RUN_SUMMARY, RUN_ARGUMENTS)
+"""A folder with one of these files is a run's."""
+
+RUN_FILE = re.compile(
+    "|".join(map(re.escape, (*RUN_RECORDS, ADAPTER_CONFIG, ADAPTER_SAFETENSORS, BASE_QUANTIZATION)))
+    + r"|config\.json|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    r"|qwen(_extra)?\.tiktoken|tokenizer(_config)?\.json|vocab\.json|merges\.txt|special_tokens_map\.json"
+    r"|added_tokens\.json|chat_template\.(jinja|json)"
+    r"|\..*\.partial"  # left by a process that was killed
+)
+"""Files that a run writes into its folder."""
+
+RUN_SUBFOLDERS = {
+    TENSORBOARD: re.compile(r"events\.out\.tfevents"),
+    PROFILE: re.compile(rf"({re.escape(PROFILE_TRACE)}(\.gz)?|{re.escape(PROFILE_OPERATORS)})$"),
+}
+"""Folders that a run writes beside its checkpoints; the beginning of every file's name in them must match."""

@@ -1,6 +1,6 @@
-"""What a run writes: weights or adapter in the base's precision, and everything else a checkpoint needs to be used.
+"""Saving of a trained model: weights or adapter in the base's precision, with tokenizer and generation config.
 
-Files are read back after writing: what was trained must be there, as it was in memory.
+Weights are read back after writing and compared with those in memory.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from checkpoints.writing import save_checkpoint, save_tensors
 from errors import RunError
 from loading.checkpoint import Checkpoint, set_saved_dtype
 from qwen_model.architectures import architecture_of
-from training.run_folder.staging import saving_errors, staged_files
+from training.run_folder.failures import saving_errors
+from training.run_folder.staging import staged_files
 
 logger = logging.getLogger(__name__)
 
@@ -41,18 +42,18 @@ def save_model(
     show_progress: bool = True,
     exact: bool = False,
 ) -> None:
-    """Save an adapter or all weights, with tokenizer and generation_config, and check what was written.
+    """Save an adapter or all weights, with tokenizer and generation config, and verify them on disk.
 
     Args:
-        model: what was trained, without the wrappers of a trainer.
-        checkpoint: the base; its precision is the one saved.
-        folder: made when missing; a model's own earlier files there are replaced when the new ones are on disk.
-        state_dict: the gathered weights where the model itself holds only its share of them.
-        show_progress: whether to draw progress bars on stderr.
-        exact: save in the precision of memory instead, as what a run goes on from must be.
+        model: the trained model, without a trainer's wrappers.
+        checkpoint: the base model's; its precision is the one saved.
+        folder: made if missing; a model's earlier files there are replaced when the new ones are complete.
+        state_dict: the gathered weights, if the model itself is sharded.
+        show_progress: draw progress bars on stderr.
+        exact: save in the precision of memory instead, which a resumed run needs.
 
     Raises:
-        RunError: the folder cannot be written, a tensor is not finite, or is not on disk as it is in memory.
+        RunError: the folder cannot be written, a tensor is not finite, or differs on disk from memory.
     """
     folder, dtype = Path(folder), None if exact else checkpoint.dtype
     with saving_errors(folder), staged_files(folder) as staging:
@@ -61,7 +62,7 @@ def save_model(
         else:
             save_full(model, checkpoint, dtype, staging, state_dict, show_progress)
         checkpoint.tokenizer.save_pretrained(staging)
-        # Not by its save_pretrained, which refuses settings that real checkpoints have (top_p beside do_sample false).
+        # Its own save_pretrained refuses settings that real checkpoints have (top_p beside do_sample false).
         generation_config = checkpoint.generation_config.to_diff_dict()
         stopping = stopping_generation_config(generation_config, checkpoint.end_ids, checkpoint.model_type)
         save_json(stopping, staging / "generation_config.json")
@@ -78,20 +79,20 @@ def save_adapter(
     """Write ``adapter_model.safetensors`` and ``adapter_config.json`` as peft reads them.
 
     Args:
-        dtype: the precision that is saved; without one that of memory.
+        dtype: saved precision; ``None`` is that of memory.
     """
-    # Left to itself peft would look the base up on the hub to decide whether embeddings were resized.
+    # By default peft looks the base up on the hub to decide whether embeddings were resized.
     tensors = get_peft_model_state_dict(
         model, state_dict=None if state_dict is None else dict(state_dict), save_embedding_layers=False
     )
-    # A tied embedding comes twice, and safetensors wants separate memory.
+    # A tied embedding appears twice, and safetensors needs separate memory.
     tensors = {name: _to_disk(name, tensor, dtype).clone() for name, tensor in tensors.items()}
     save_tensors(tensors, folder / ADAPTER_SAFETENSORS)
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
     config.save_pretrained(str(folder))
     if (quantization := getattr(model.config, "quantization_config", None)) is not None:
-        # The adapter has learnt beside weights that were rounded this way.
+        # The adapter was trained beside weights that were rounded this way.
         save_json(quantization.to_dict(), folder / BASE_QUANTIZATION)
     _check_saved(tensors.items(), folder, (ADAPTER_SAFETENSORS,))
 
@@ -104,7 +105,7 @@ def save_full(
     state_dict: Mapping[str, Tensor] | None = None,
     show_progress: bool = True,
 ) -> None:
-    """Write all weights in safetensors shards, and a config that says their precision.
+    """Write all weights in safetensors shards, and a config with their precision.
 
     Args:
         dtype: see :func:`save_adapter`.
@@ -114,20 +115,20 @@ def save_full(
         for name in model.all_tied_weights_keys:
             tensors.pop(name, None)
 
-    def on_disk(doing: str) -> Iterator[tuple[str, Tensor]]:
-        for name, tensor in tqdm(tensors.items(), doing, unit=" tensors", disable=not show_progress):
+    def as_saved(action: str) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in tqdm(tensors.items(), action, unit=" tensors", disable=not show_progress):
             yield name, _to_disk(name, tensor, dtype)
 
-    save_checkpoint(on_disk("Saving"), folder, MAX_SHARD_SIZE)
+    save_checkpoint(as_saved("Saving"), folder, MAX_SHARD_SIZE)
     config = copy.deepcopy(model.config)
     set_saved_dtype(config, dtype or next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()))
-    if kept := getattr(config, "qwen_config", None):  # Qwen v1 in Qwen2's layout: from now on a chat model
-        config.qwen_config = {**kept, "chat_format": "chatml"}
-    config.use_cache = True  # the trainer turns it off for its own time
-    # Not the class that trained: others know the checkpoint by the name it came with.
+    if qwen_config := getattr(config, "qwen_config", None):  # Qwen v1 in Qwen2's layout: now a chat model
+        config.qwen_config = {**qwen_config, "chat_format": "chatml"}
+    config.use_cache = True  # the trainer turns it off while it trains
+    # Not the class that trained, which other programs do not have.
     config.architectures = checkpoint.config.architectures or [architecture_of(checkpoint.model_type).saved_class]
     config.save_pretrained(folder)
-    _check_saved(on_disk("Checking"), folder, WEIGHTS[:1])
+    _check_saved(as_saved("Checking"), folder, WEIGHTS[:1])
 
 
 def _to_disk(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -136,22 +137,22 @@ def _to_disk(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
         tensor = tensor.to(dtype or tensor.dtype)
         if not is_finite(tensor):
             raise RunError(
-                f"{name} holds NaN or infinity: the run diverged, and nothing is saved", "Lower --learning_rate"
+                f"{name} holds NaN or infinity: the run diverged, and nothing was saved", "Lower --learning_rate"
             )
     return tensor.contiguous()
 
 
 def _check_saved(tensors: Iterable[tuple[str, Tensor]], folder: Path, names: tuple[str, ...]) -> None:
-    """Read back what was written; an adapter that gathered nothing (all zero) or lost a tensor must not look whole."""
+    """Compare saved tensors with those in memory; warn about tensors that are all zero, as if nothing was gathered."""
     reader = open_checkpoint(folder, names)
-    untouched = []
+    all_zero = []
     for name, tensor in tensors:
         if name not in reader:
-            raise RunError(f"{name} is missing in what was saved", _FAULTY_DISK)
+            raise RunError(f"{name} is missing from the saved file", _FAULTY_DISK)
         saved = reader.read(name)
         if saved.shape != tensor.shape or not torch.equal(saved, tensor):
-            raise RunError(f"{name} is not on disk as it is in memory", _FAULTY_DISK)
+            raise RunError(f"{name} differs on disk from memory", _FAULTY_DISK)
         if not saved.any():
-            untouched.append(name)
-    if untouched:
-        logger.warning("%d saved tensors are all zero, among them %s", len(untouched), untouched[0])
+            all_zero.append(name)
+    if all_zero:
+        logger.warning("%d saved tensors are all zero, among them %s", len(all_zero), all_zero[0])

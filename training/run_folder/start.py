@@ -1,8 +1,8 @@
-"""What a run begins with: nothing, or a checkpoint; or that it has been done already.
+"""How a run starts: from the base model, or from a checkpoint; or not at all, because it has finished already.
 
-``--resume_from_checkpoint`` names a checkpoint, or the newest whole one (``True``), or leaves it to the folder
-(``auto``): go on where there is something to go on from, start where there is not. Only the first process looks at the
-disk; the others are told. Imports no torch.
+``--resume_from_checkpoint`` names a checkpoint, asks for the newest intact one (``True``), or decides by the output
+folder (``auto``): resume if there is a checkpoint, start otherwise. Rank 0 reads the disk and broadcasts the decision.
+Imports no torch.
 """
 
 from __future__ import annotations
@@ -15,40 +15,40 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from checkpoints.files import load_json_or_empty
+from checkpoints.names import RUN_ARGUMENTS, RUN_SUMMARY
 from errors import ConfigError, numbered, shared
 from processes import is_restart
 from training.config.args import RunArguments
-from training.run_folder.changes import Facts, check_changes, differing_run, facts_from_args
+from training.run_folder.changes import RunFacts, check_changes, facts_from_args, find_differing_arguments
 from training.run_folder.manifest import (
-    MANIFEST,
     DamagedError,
-    check_whole,
+    check_intact,
     checkpoints_in,
     load_manifest,
     newest_checkpoint,
-    newest_whole_checkpoint,
+    newest_intact_checkpoint,
     step_of,
 )
-from training.run_folder.names import RUN_ARGUMENTS, RUN_SUMMARY, TRAINER_STATE
+from training.run_folder.names import MANIFEST, TRAINER_STATE
 
 if TYPE_CHECKING:
     from training.distributed.world import World
 
 logger = logging.getLogger(__name__)
 
-_ANEW = "Give another --output_dir, or start anew with --overwrite_output_dir"
-# More of them goes on behind the end of a run that is done.
+_OTHER_FOLDER = "Give another --output_dir, or start over with --overwrite_output_dir"
+# A larger value continues a run that has finished.
 _LENGTHS = ("num_train_epochs", "max_steps")
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a run begins with.
+    """How a run starts.
 
     Attributes:
-        checkpoint: the folder it goes on from.
-        is_finished: whether the same run has been done, and nothing is left to do.
-        removes_leftovers: whether to remove what this run left in the output folder before its first checkpoint.
+        checkpoint: the folder that it resumes from.
+        is_finished: the same run has finished already; nothing is left to do.
+        removes_leftovers: remove what this run wrote to the output folder before it died without a checkpoint.
     """
 
     checkpoint: str | None = None
@@ -66,7 +66,7 @@ def starts_over(args: RunArguments) -> bool:
 
 
 def resumed_checkpoint(args: RunArguments) -> str | None:
-    """Return the folder of ``--resume_from_checkpoint``, found by its name only: whether it is whole is not checked.
+    """Return the folder of ``--resume_from_checkpoint``, found by its name only: whether it is intact is not checked.
 
     Raises:
         ConfigError: there is no checkpoint, and ``auto`` was not given.
@@ -89,46 +89,46 @@ def check_start(args: RunArguments) -> None:
     """Compare the command line with the checkpoint that would be resumed, before anything is loaded.
 
     Raises:
-        ConfigError: what differs and cannot; a checkpoint of a newer version.
+        ConfigError: a difference is not accepted, or a newer version wrote the checkpoint.
     """
     resumed = resumed_checkpoint(args)
     if resumed is None or (args.resumes_automatically and (args.output_dir / RUN_SUMMARY).exists()):
         return
-    with contextlib.suppress(DamagedError):  # which one is taken then is found out later
+    with contextlib.suppress(DamagedError):  # find_start selects another one
         check_changes(facts_from_args(args), load_manifest(Path(resumed)), resumed, args.allow_resume_changes)
 
 
-def agree_on_start(world: World, args: RunArguments, facts: Facts) -> Start:
-    """What the run begins with, the same on all processes.
+def agree_on_start(world: World, args: RunArguments, facts: RunFacts) -> Start:
+    """Return how the run starts, the same on all ranks.
 
     Args:
-        facts: what the run is known by, its data included; see :mod:`training.run_folder.changes`.
+        facts: all facts of the run, see :mod:`training.run_folder.changes`; only those of rank 0 are read.
 
     Raises:
-        ConfigError: the checkpoint is damaged or of another run; the folder is another run's.
+        ConfigError: the checkpoint is damaged or belongs to another run, or the folder contains another run.
     """
-    said: dict[str, Any] = {}
+    decision: dict[str, Any] = {}
     if world.is_first:
         try:
-            said = asdict(find_start(args, facts))
+            decision = asdict(find_start(args, facts))
         except ConfigError as error:
-            said = {"refused": str(error)}
-    said = world.broadcast_from_rank0("start", said)
-    if "refused" in said:
-        raise shared(ConfigError(said["refused"]))
-    start = Start(**said)
+            decision = {"refused": str(error)}
+    decision = world.broadcast_from_rank0("start", decision)
+    if "refused" in decision:
+        raise shared(ConfigError(decision["refused"]))
+    start = Start(**decision)
     if start.is_finished:
         logger.info("%s contains this run, finished: nothing to do", args.output_dir)
     if start.checkpoint is not None and not Path(start.checkpoint).is_dir():
         raise ConfigError(
             f"--output_dir: {world.describe(world.rank)} does not see {start.checkpoint}",
-            "All hosts need the same folder, on storage that they share",
+            "All hosts need the same folder, on shared storage",
         )
     return start
 
 
-def find_start(args: RunArguments, facts: Facts) -> Start:
-    """What the run begins with, by what lies on the disk.
+def find_start(args: RunArguments, facts: RunFacts) -> Start:
+    """Return how the run starts, from the files on disk.
 
     Raises:
         ConfigError: see :func:`agree_on_start`.
@@ -137,87 +137,88 @@ def find_start(args: RunArguments, facts: Facts) -> Start:
     if value is None or (args.resumes_automatically and starts_over(args)):
         return Start()
     if args.resumes_automatically:
-        return _find_auto(args, facts)
+        return _find_automatically(args, facts)
     if value == "True":
-        found = newest_whole_checkpoint(args.output_dir)
-        if found is None:
+        newest = newest_intact_checkpoint(args.output_dir)
+        if newest is None:
             raise ConfigError(
-                f"--resume_from_checkpoint True: there is no whole checkpoint in {args.output_dir}", _by_name(args)
+                f"--resume_from_checkpoint True: there is no intact checkpoint in {args.output_dir}",
+                _how_to_use_without_manifest(args),
             )
-        return _go_on(args, facts, *found)
+        return _resume(args, facts, *newest)
     named = Path(resumed_checkpoint(args) or value)
-    return _go_on(args, facts, named, _check_named(named))
+    return _resume(args, facts, named, _load_named_manifest(named))
 
 
-def _find_auto(args: RunArguments, facts: Facts) -> Start:
+def _find_automatically(args: RunArguments, facts: RunFacts) -> Start:
     output = args.output_dir
     recorded = {"arguments": load_json_or_empty(output / RUN_ARGUMENTS)}
-    differing = differing_run(facts, recorded)
+    differing = find_differing_arguments(facts, recorded)
     if summary := load_json_or_empty(output / RUN_SUMMARY):
-        differing += _other_inputs(facts, summary)
+        differing += _differing_inputs(facts, summary)
         if not differing and recorded["arguments"]:
             return Start(is_finished=True)
         if not _is_longer(facts["arguments"], recorded["arguments"]):
-            raise _another_run(f"holds a run that is done ({summary.get('steps')} steps), and not this one", differing)
-    if found := newest_whole_checkpoint(output):
-        return _go_on(args, facts, *found)
-    unknown = [path.name for path in checkpoints_in(output) if not (path / MANIFEST).exists()]
-    if unknown:
+            raise _another_run(f"contains another run, which has finished ({summary.get('steps')} steps)", differing)
+    if newest := newest_intact_checkpoint(output):
+        return _resume(args, facts, *newest)
+    unverified = [path for path in checkpoints_in(output) if not (path / MANIFEST).exists()]
+    if unverified:
         raise ConfigError(
-            f"--resume_from_checkpoint auto: {output / unknown[0]} has no {MANIFEST}, so nothing tells whether it is "
-            "whole and of this run",
-            _by_name(args),
+            f"--resume_from_checkpoint auto: {unverified[0]} has no {MANIFEST} to check that it is intact and belongs "
+            "to this run",
+            _how_to_use_without_manifest(args),
         )
     if all(path.name.startswith(".") for path in (output.iterdir() if output.is_dir() else ())):
         return Start(removes_leftovers=True)  # at most what a process was writing when it was killed
     if differing or not recorded["arguments"]:
-        raise _another_run("holds another run", differing)
-    logger.info("%s holds what this run left before its first checkpoint; it starts anew", output)
+        raise _another_run("contains another run", differing)
+    logger.info("%s contains what this run wrote before its first checkpoint; starting over", output)
     return Start(removes_leftovers=True)
 
 
-def _go_on(args: RunArguments, facts: Facts, checkpoint: Path, saved: Facts) -> Start:
+def _resume(args: RunArguments, facts: RunFacts, checkpoint: Path, saved: RunFacts) -> Start:
     accepted = check_changes(facts, saved, checkpoint, args.allow_resume_changes) if saved else []
     if accepted:
-        logger.warning("%s", numbered(f"The run changes at {checkpoint}", accepted))
+        logger.warning("%s", numbered(f"Settings that change at {checkpoint}", accepted))
     if args.trainer_value("ignore_data_skip"):
-        logger.warning("--ignore_data_skip: the epoch begins again with its first examples, which trained already")
+        logger.warning("--ignore_data_skip: the epoch starts again with examples that it has trained already")
     if later := [path.name for path in checkpoints_in(checkpoint.parent) if step_of(path) > step_of(checkpoint)]:
         logger.warning(
-            "Going on from %s: the steps behind it happen again, and %s will be removed with the first checkpoint that "
-            "is saved", checkpoint, ", ".join(reversed(later)),
+            "Resuming from %s: later steps are repeated, and %s will be removed when the next checkpoint is saved",
+            checkpoint, ", ".join(reversed(later)),
         )  # fmt: skip
     else:
-        logger.info("Going on from %s", checkpoint)
+        logger.info("Resuming from %s", checkpoint)
     return Start(checkpoint=str(checkpoint))
 
 
-def _check_named(checkpoint: Path) -> Facts:
-    """The manifest of a checkpoint that was asked for by its name; empty where it has none."""
+def _load_named_manifest(checkpoint: Path) -> RunFacts:
+    """Return the manifest of a checkpoint that the user named; empty if it has none."""
     if not (checkpoint / MANIFEST).exists():
         logger.warning(
-            "%s has no %s: nothing tells whether it is whole, and of this model and data", checkpoint, MANIFEST
-        )
+            "%s has no %s to check that it is intact and fits this model and data", checkpoint, MANIFEST
+        )  # fmt: skip
         return {}
     try:
         manifest = load_manifest(checkpoint)
-        check_whole(checkpoint, manifest)
+        check_intact(checkpoint, manifest)
     except DamagedError as error:
         raise ConfigError(
-            f"--resume_from_checkpoint {checkpoint}: it is not whole, {error}",
-            "Give an earlier one; --resume_from_checkpoint auto finds the newest that is whole",
+            f"--resume_from_checkpoint {checkpoint}: incomplete or damaged, {error}",
+            "Give an earlier one; --resume_from_checkpoint auto finds the newest intact one",
         ) from error
     return manifest
 
 
-def _other_inputs(facts: Facts, summary: Mapping[str, Any]) -> list[str]:
-    """Where the names are the same and what lies there is not."""
+def _differing_inputs(facts: RunFacts, summary: Mapping[str, Any]) -> list[str]:
+    """Return a line for each input whose content changed under the same name."""
     lines = []
     if summary.get("base_fingerprint") != facts["base"]:
-        lines.append("weights of the base model: others than those of that run")
-    for name, digest in facts["data"].items():
-        if summary.get("data", {}).get(name, {}).get("digest") != digest:
-            lines.append(f"data to {name}: other examples than those of that run")
+        lines.append("base model: its weights differ from those of that run")
+    for name, title in (("train", "training data"), ("eval", "evaluation data")):
+        if name in facts["data"] and summary.get("data", {}).get(name, {}).get("digest") != facts["data"][name]:
+            lines.append(f"{title}: the examples differ")
     return lines
 
 
@@ -226,13 +227,11 @@ def _is_longer(new: Mapping[str, Any], old: Mapping[str, Any]) -> bool:
 
 
 def _another_run(what: str, differing: list[str]) -> ConfigError:
-    return ConfigError(
-        numbered(f"--resume_from_checkpoint auto: --output_dir {what}", differing or [f"it has no {RUN_ARGUMENTS}"])
-        + f"\n  {_ANEW}"
-    )
+    title = f"--resume_from_checkpoint auto: --output_dir {what}"
+    return ConfigError(numbered(title, differing or [f"it has no {RUN_ARGUMENTS}"]) + f"\n  {_OTHER_FOLDER}")
 
 
-def _by_name(args: RunArguments) -> str:
-    if unknown := [path for path in checkpoints_in(args.output_dir) if not (path / MANIFEST).exists()]:
-        return f"Name it to use it all the same: --resume_from_checkpoint {unknown[0]}"
-    return _ANEW
+def _how_to_use_without_manifest(args: RunArguments) -> str:
+    if unverified := [path for path in checkpoints_in(args.output_dir) if not (path / MANIFEST).exists()]:
+        return f"To use it unchecked, name it: --resume_from_checkpoint {unverified[0]}"
+    return _OTHER_FOLDER

@@ -1,4 +1,4 @@
-"""A checkpoint that is not what was written is found, whatever happened to it, and the one before is taken."""
+"""Manifests find every damage to a checkpoint; the newest intact checkpoint is selected."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from errors import ConfigError
 from tests.commands import names_in
 from tests.models import change_json
 from training.run_folder.manifest import (
-    MANIFEST,
     MANIFEST_VERSION,
     DamagedError,
-    check_whole,
+    check_intact,
     checkpoints_in,
     load_manifest,
-    newest_whole_checkpoint,
+    newest_checkpoint,
+    newest_intact_checkpoint,
     write_manifest,
 )
+from training.run_folder.names import MANIFEST
 from training.trainer_resume import remove_superseded
 
 FACTS = {"mode": "lora", "arguments": {"seed": 1, "output_dir": "here"}, "world_size": 2}
@@ -40,7 +41,7 @@ def write_checkpoint(output: Path, step: int) -> Path:
 
 def damage_of(checkpoint: Path) -> str:
     with pytest.raises(DamagedError) as caught:
-        check_whole(checkpoint, load_manifest(checkpoint))
+        check_intact(checkpoint, load_manifest(checkpoint))
     return str(caught.value)
 
 
@@ -50,36 +51,36 @@ def flip_bit(path: Path, bit: int) -> None:
     path.write_bytes(content)
 
 
-def test_what_a_manifest_says(tmp_path: Path) -> None:
+def test_content_of_a_manifest(tmp_path: Path) -> None:
     checkpoint = write_checkpoint(tmp_path, 4)
     manifest = load_manifest(checkpoint)
     assert manifest["step"] == 4 and manifest["format"] == MANIFEST_VERSION
     assert {name: manifest[name] for name in FACTS} == FACTS
     files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
     assert set(manifest["files"]) == files - {MANIFEST}
-    # SHA-256 of two bytes, from elsewhere than the code.
+    # SHA-256 of the two bytes, computed with another program.
     assert manifest["files"]["trainer_state.json"] == {
         "size": 2,
         "sha256": "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a",
     }
-    check_whole(checkpoint, manifest)
-    assert newest_whole_checkpoint(tmp_path) == (checkpoint, manifest)
-    assert newest_whole_checkpoint(tmp_path / "nowhere") is None
+    check_intact(checkpoint, manifest)
+    assert newest_intact_checkpoint(tmp_path) == (checkpoint, manifest)
+    assert newest_intact_checkpoint(tmp_path / "nowhere") is None
 
 
 def truncate(checkpoint: Path) -> None:
     (checkpoint / "optimizer.pt").write_bytes(b"12345")
 
 
-def lose_a_file(checkpoint: Path) -> None:
+def remove_a_file(checkpoint: Path) -> None:
     (checkpoint / "global_step" / "rank_1.pt").unlink()
 
 
-def lose_the_manifest(checkpoint: Path) -> None:
+def remove_the_manifest(checkpoint: Path) -> None:
     (checkpoint / MANIFEST).unlink()
 
 
-def cut_the_manifest(checkpoint: Path) -> None:
+def truncate_the_manifest(checkpoint: Path) -> None:
     content = (checkpoint / MANIFEST).read_bytes()
     (checkpoint / MANIFEST).write_bytes(content[: len(content) // 2])
 
@@ -92,13 +93,13 @@ def change_the_manifest(checkpoint: Path) -> None:
     ("damage", "reason"),
     [
         (truncate, "optimizer.pt has 5 of 10 bytes"),
-        (lose_a_file, "global_step/rank_1.pt is missing"),
-        (lose_the_manifest, "it has no manifest.json"),
-        (cut_the_manifest, "manifest.json cannot be read"),
-        (change_the_manifest, "manifest.json is not as it was written"),
+        (remove_a_file, "global_step/rank_1.pt is missing"),
+        (remove_the_manifest, "it has no manifest.json"),
+        (truncate_the_manifest, "manifest.json cannot be read"),
+        (change_the_manifest, "manifest.json was changed after it was written"),
     ],
 )
-def test_the_checkpoint_before_a_damaged_one(
+def test_a_damaged_checkpoint_is_skipped(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], None], reason: str
 ) -> None:
     for step in (8, 9, 10):
@@ -106,48 +107,58 @@ def test_the_checkpoint_before_a_damaged_one(
     damage(tmp_path / "checkpoint-10")
     assert damage_of(tmp_path / "checkpoint-10") == reason
     with caplog.at_level(logging.WARNING):
-        found = newest_whole_checkpoint(tmp_path)
-    assert found is not None and found[0] == tmp_path / "checkpoint-9"  # 10 is more than 9, as numbers go
-    assert caplog.messages == [f"{tmp_path / 'checkpoint-10'} is not whole and is left out: {reason}"]
+        newest = newest_intact_checkpoint(tmp_path)
+    assert newest is not None and newest[0] == tmp_path / "checkpoint-9"  # steps compare as numbers
+    assert caplog.messages == [f"{tmp_path / 'checkpoint-10'} is incomplete or damaged and is skipped: {reason}"]
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
-    """At random places of all files, that of the manifest included."""
+    """At random positions of all files, the manifest included."""
     checkpoint, draw = write_checkpoint(tmp_path, 2), random.Random(5)
     files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file()]
     for number in range(60):
         file = files[number % len(files)]
-        place = draw.randrange(8 * file.stat().st_size)
-        flip_bit(file, place)
+        position = draw.randrange(8 * file.stat().st_size)
+        flip_bit(file, position)
         damage_of(checkpoint)
-        flip_bit(file, place)
-    check_whole(checkpoint, load_manifest(checkpoint))
+        flip_bit(file, position)
+    check_intact(checkpoint, load_manifest(checkpoint))
 
 
-def test_a_newer_version_is_no_damage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_newer_version_is_refused_not_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("training.run_folder.manifest.MANIFEST_VERSION", MANIFEST_VERSION + 1)
         checkpoint = write_checkpoint(tmp_path, 2)
     with pytest.raises(ConfigError) as caught:
-        newest_whole_checkpoint(tmp_path)
+        newest_intact_checkpoint(tmp_path)
     assert str(caught.value) == (
-        f"{checkpoint / MANIFEST}: format {MANIFEST_VERSION + 1}, of a newer version of this toolkit "
-        f"(this one knows {MANIFEST_VERSION}). "
-        "Go on with that version, or give another --output_dir"
+        f"{checkpoint / MANIFEST}: format {MANIFEST_VERSION + 1} is of a newer version of this toolkit "
+        f"(this version reads {MANIFEST_VERSION}). "
+        "Resume with that version, or give another --output_dir"
     )
 
 
-def test_only_folders_named_like_checkpoints_count(tmp_path: Path) -> None:
+def test_only_folders_with_names_of_checkpoints_count(tmp_path: Path) -> None:
     for name in ("checkpoint-2", "checkpoint-10", "checkpoint-", "checkpoint-3b", ".saving"):
         (tmp_path / name).mkdir()
     (tmp_path / "checkpoint-11").write_text("")
     assert checkpoints_in(tmp_path) == [tmp_path / "checkpoint-10", tmp_path / "checkpoint-2"]
 
 
+def test_newest_checkpoint_has_the_highest_step_and_a_trainer_state(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path / "none") is None
+    assert newest_checkpoint(tmp_path) is None
+    for step in (8, 10, 9, 11):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        if step != 11:
+            (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-10"
+
+
 @pytest.mark.parametrize(
     ("saved", "limit", "best", "left"),
     [
-        (8, None, None, [2, 4, 6, 8]),  # later ones are of a past that happens again
+        (8, None, None, [2, 4, 6, 8]),  # later steps are repeated
         (10, 2, None, [8, 10]),
         (10, 2, 4, [4, 10]),
         (10, 3, 4, [4, 8, 10]),
@@ -157,7 +168,7 @@ def test_only_folders_named_like_checkpoints_count(tmp_path: Path) -> None:
         (6, 1, 6, [6]),
     ],
 )
-def test_what_a_new_checkpoint_removes(
+def test_a_new_checkpoint_removes_superseded_ones(
     tmp_path: Path, saved: int, limit: int | None, best: int | None, left: list[int]
 ) -> None:
     for step in (2, 4, 6, 8, 10):

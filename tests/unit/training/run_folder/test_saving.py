@@ -1,4 +1,4 @@
-"""What a run leaves behind opens elsewhere and is what was trained; a file that is not is not left unnoticed."""
+"""Saved models open in transformers and peft with the trained weights; a faulty file is noticed."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def dtypes(file: Path) -> set[str]:
 
 
 def reopen(base: Path, adapter: Path) -> PeftModel:
-    """The adapter on a fresh base, in fp32, as a user of peft opens it."""
+    """Return the adapter on a fresh base in fp32, as a user of peft loads it."""
     return PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
 
 
@@ -78,7 +78,7 @@ def reopen(base: Path, adapter: Path) -> PeftModel:
     ("mode", "tied"),
     [("none", False), ("full", False), ("chatml_tokens", False), ("full", True), ("chatml_tokens", True)],
 )
-def test_an_adapter_reopens_as_what_was_trained(tmp_path: Path, mode: str, tied: bool) -> None:
+def test_a_reloaded_adapter_computes_what_was_trained(tmp_path: Path, mode: str, tied: bool) -> None:
     base = copy_tied(tmp_path / "base") if tied else TINY
     run = finetune(base, tmp_path / "out", "--use_lora", "--trainable_embeddings", mode)
     trained = logits(run.model)
@@ -89,8 +89,8 @@ def test_an_adapter_reopens_as_what_was_trained(tmp_path: Path, mode: str, tied:
     assert dtypes(tmp_path / "out" / "adapter_model.safetensors") == {"F32"}
 
 
-def test_a_base_models_adapter_holds_its_trained_embeddings(tmp_path: Path) -> None:
-    """The original lost them: its reloaded adapter answered differently from what was trained."""
+def test_adapter_of_a_base_model_contains_its_trained_embeddings(tmp_path: Path) -> None:
+    """The original script did not save them: its reloaded adapters answered differently."""
     base = copy_checkpoint(tmp_path / "base", chat_format="raw")
     run = finetune(base, tmp_path / "out", "--use_lora")
     saved = load_file(tmp_path / "out" / "adapter_model.safetensors")
@@ -101,7 +101,7 @@ def test_a_base_models_adapter_holds_its_trained_embeddings(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("model_type", "tied"), [("qwen2", True), ("qwen3", False)])
-def test_adapters_of_later_families_reopen(tmp_path: Path, model_type: str, tied: bool) -> None:
+def test_adapters_of_later_families_reload(tmp_path: Path, model_type: str, tied: bool) -> None:
     base = write_later_checkpoint(tmp_path / "base", model_type, tied=tied)
     run = finetune(base, tmp_path / "out", "--use_lora", "--trainable_embeddings", "full")
     assert (logits(reopen(base, tmp_path / "out")) - logits(run.model)).abs().max() <= 1e-5
@@ -110,8 +110,8 @@ def test_adapters_of_later_families_reopen(tmp_path: Path, model_type: str, tied
 
 
 @pytest.mark.parametrize("mode", ["none", "full", "chatml_tokens"])
-def test_an_adapter_is_saved_in_the_bases_precision(tmp_path: Path, mode: str) -> None:
-    """The trained values are float32; rounding happens once, when they are written."""
+def test_adapter_is_saved_in_the_precision_of_its_base(tmp_path: Path, mode: str) -> None:
+    """The trained values are float32 and are rounded once, when they are saved."""
     base = copy_in_bfloat16(tmp_path / "base")
     run = finetune(base, tmp_path / "out", "--use_lora", "--trainable_embeddings", mode)
     file = tmp_path / "out" / "adapter_model.safetensors"
@@ -126,7 +126,7 @@ def test_an_adapter_is_saved_in_the_bases_precision(tmp_path: Path, mode: str) -
     assert len(saved) == len(trained)
 
 
-def test_the_files_of_an_adapter(tmp_path: Path) -> None:
+def test_files_of_an_adapter(tmp_path: Path) -> None:
     finetune(TINY, tmp_path / "out", "--use_lora", "--lora_r", 4, "--lora_alpha", 8, "--save_strategy", "steps",
              "--save_steps", 2)  # fmt: skip
     adapter = ["adapter_config.json", "adapter_model.safetensors"]
@@ -137,7 +137,7 @@ def test_the_files_of_an_adapter(tmp_path: Path) -> None:
     assert (config["r"], config["lora_alpha"], config["inference_mode"]) == (4, 8, True)
     assert sorted(config["target_modules"]) == ["c_attn", "c_proj", "w1", "w2"]
     assert (config["task_type"], config["modules_to_save"]) == ("CAUSAL_LM", None)
-    # A checkpoint is an adapter too; beside it lies what going on from it needs.
+    # A checkpoint is an adapter too, with the state that resuming needs.
     state = {"optimizer.pt", "scheduler.pt", "trainer_state.json"}
     assert {*adapter, *tokenizer, *state} < set(names_in(tmp_path / "out" / "checkpoint-2"))
     for folder in (tmp_path / "out", tmp_path / "out" / "checkpoint-2"):
@@ -149,7 +149,7 @@ def test_the_files_of_an_adapter(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model", ["qwen", "tied", "qwen2", "qwen3"])
-def test_full_weights_reopen_as_what_was_trained(tmp_path: Path, model: str) -> None:
+def test_reloaded_full_weights_are_those_that_were_trained(tmp_path: Path, model: str) -> None:
     base = {
         "qwen": lambda: TINY,
         "tied": lambda: copy_tied(tmp_path / "base"),
@@ -163,7 +163,7 @@ def test_full_weights_reopen_as_what_was_trained(tmp_path: Path, model: str) -> 
     assert reopened.config.tie_word_embeddings == (model in ("tied", "qwen2"))
 
 
-def test_full_weights_are_saved_in_the_bases_precision(tmp_path: Path) -> None:
+def test_full_weights_are_saved_in_the_precision_of_their_base(tmp_path: Path) -> None:
     run = finetune(copy_in_bfloat16(tmp_path / "base"), tmp_path / "out")
     saved = load_file(tmp_path / "out" / "model.safetensors")
     trained = dict(run.model.named_parameters())
@@ -176,13 +176,13 @@ def test_full_weights_are_saved_in_the_bases_precision(tmp_path: Path) -> None:
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
 
 
-def test_a_bfloat16_checkpoint_that_says_float32_is_saved_as_it_says(tmp_path: Path) -> None:
+def test_bfloat16_weights_with_a_float32_config_are_saved_in_float32(tmp_path: Path) -> None:
     finetune(copy_checkpoint(tmp_path / "base"), tmp_path / "out")
     assert dtypes(tmp_path / "base" / "model.safetensors") == {"BF16"}
     assert dtypes(tmp_path / "out" / "model.safetensors") == {"F32"}
 
 
-def test_the_files_of_full_weights(tmp_path: Path) -> None:
+def test_files_of_full_weights(tmp_path: Path) -> None:
     finetune(TINY, tmp_path / "out", "--gradient_checkpointing")  # which turns the cache off
     model = ["config.json", "generation_config.json", "model.safetensors", "qwen.tiktoken", "tokenizer_config.json"]
     assert names_in(tmp_path / "out") == sorted([*model, *RECORDS])
@@ -217,8 +217,8 @@ def test_large_weights_are_sharded_and_replace_earlier_ones(tmp_path: Path, monk
 
 
 @pytest.mark.parametrize("flags", [[], ["--use_lora"]])
-def test_an_answer_ends_at_im_end_and_at_end_of_text(tmp_path: Path, flags: list[str]) -> None:
-    """Also for a base model, which was never told so: it knows ChatML now."""
+def test_generation_stops_at_im_end_and_end_of_text(tmp_path: Path, flags: list[str]) -> None:
+    """For a base model too: after training it uses ChatML."""
     base = copy_checkpoint(tmp_path / "base", chat_format="raw")
     finetune(base, tmp_path / "out", *flags)
     before, after = (read_json(folder / "generation_config.json") for folder in (base, tmp_path / "out"))
@@ -229,7 +229,7 @@ def test_an_answer_ends_at_im_end_and_at_end_of_text(tmp_path: Path, flags: list
     }
 
 
-def test_a_generation_config_is_written_where_there_was_none(tmp_path: Path) -> None:
+def test_a_missing_generation_config_is_written(tmp_path: Path) -> None:
     base = copy_checkpoint(tmp_path / "base")
     (base / "generation_config.json").unlink()
     finetune(base, tmp_path / "out", "--use_lora", "--trainable_embeddings", "none")
@@ -247,9 +247,8 @@ def test_later_families_keep_their_generation_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("values", [{"do_sample": False}, {"do_sample": None}, {"temperature": 0.0}])
-def test_an_odd_generation_config_does_not_cost_the_run(tmp_path: Path, values: dict[str, Any]) -> None:
-    """transformers refuses to save sampling settings beside do_sample false: what was trained must be saved all the
-    same."""
+def test_a_generation_config_that_transformers_refuses_is_saved(tmp_path: Path, values: dict[str, Any]) -> None:
+    """transformers refuses to save sampling settings beside do_sample false."""
     base = copy_checkpoint(tmp_path / "base")
     change_json(base / "generation_config.json", **values)
     finetune(base, tmp_path / "out", "--use_lora")
@@ -261,7 +260,7 @@ def test_an_odd_generation_config_does_not_cost_the_run(tmp_path: Path, values: 
 
 
 def untrained(*flags: str) -> tuple[Any, Any]:
-    """A checkpoint and its model as a run holds it before the first step; lora_B is not zero."""
+    """Return a checkpoint and its model as before the first step, except that lora_B is not zero."""
     checkpoint = load_checkpoint(str(TINY))
     args = parse_args(list(flags))
     policy = embeddings_policy("none", checkpoint) if args.lora.use_lora else None
@@ -285,12 +284,10 @@ MODES = pytest.mark.parametrize(
 
 @MODES
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_a_diverged_model_is_not_left_as_a_whole_one(
-    tmp_path: Path, flags: list[str], name: str, file: str, value: float
-) -> None:
+def test_a_diverged_model_is_not_saved(tmp_path: Path, flags: list[str], name: str, file: str, value: float) -> None:
     checkpoint, model = untrained(*flags)
     model.get_parameter(name).data[1, 2] = value
-    message = f"{name.replace('.default', '')} holds NaN or infinity: the run diverged, and nothing is saved"
+    message = f"{name.replace('.default', '')} holds NaN or infinity: the run diverged, and nothing was saved"
     with pytest.raises(RunError, match=rf"^{re.escape(message)}\. Lower --learning_rate$"):
         save_model(model, checkpoint, tmp_path)
     assert names_in(tmp_path) == []
@@ -312,12 +309,12 @@ def reshaping(tensors: dict[str, Tensor], name: str) -> None:
 @pytest.mark.parametrize(
     ("fault", "message"),
     [
-        (losing, "is missing in what was saved"),
-        (altering, "is not on disk as it is in memory"),
-        (reshaping, "is not on disk as it is in memory"),
+        (losing, "is missing from the saved file"),
+        (altering, "differs on disk from memory"),
+        (reshaping, "differs on disk from memory"),
     ],
 )
-def test_a_file_that_is_not_what_was_trained_is_noticed(
+def test_a_file_that_differs_from_memory_is_noticed(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     flags: list[str],
@@ -341,7 +338,7 @@ def test_a_file_that_is_not_what_was_trained_is_noticed(
     assert names_in(tmp_path) == []
 
 
-def test_what_nothing_was_learnt_in_is_warned_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_saved_tensors_of_zeros_are_warned_about(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     checkpoint, model = untrained("--use_lora")
     model.get_parameter("base_model.model.transformer.h.0.mlp.w1.lora_B.default.weight").data.zero_()
     with caplog.at_level(logging.WARNING):
@@ -353,7 +350,7 @@ def test_what_nothing_was_learnt_in_is_warned_of(tmp_path: Path, caplog: pytest.
 
 @MODES
 @pytest.mark.parametrize("large", [False, True], ids=["one file", "shards"])
-def test_a_later_save_that_fails_leaves_the_earlier_one(
+def test_a_failed_save_leaves_the_earlier_files(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, flags: list[str], name: str, file: str, large: bool
 ) -> None:
     if large:
@@ -365,12 +362,12 @@ def test_a_later_save_that_fails_leaves_the_earlier_one(
     with limited_file_size(len(before["generation_config.json"]) // 2), pytest.raises(RunError) as caught:
         save_model(model, checkpoint, tmp_path, show_progress=False)  # a bar cannot write to a limited file either
     assert str(caught.value).startswith(f"cannot save to {tmp_path} (")
-    assert str(caught.value).endswith("). Free some space there; what was saved before is as it was")
+    assert str(caught.value).endswith("). Free some space there; what was saved before is unchanged")
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def test_the_class_of_a_checkpoint_is_saved_as_it_was(tmp_path: Path) -> None:
-    """Others know no class of ours."""
+def test_saved_architecture_is_that_of_the_base(tmp_path: Path) -> None:
+    """Other programs do not have the class that trained."""
     for model_type, architectures in (("qwen2", ["Qwen2ForCausalLM"]), ("qwen3", ["Qwen3ForCausalLM"])):
         base = write_later_checkpoint(tmp_path / model_type, model_type)
         change_json(base / "config.json", architectures=None if model_type == "qwen3" else architectures)
@@ -380,7 +377,7 @@ def test_the_class_of_a_checkpoint_is_saved_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", [[], ["--use_lora"]], ids=["full", "lora"])
-def test_weights_are_readable_like_any_other_file(tmp_path: Path, flags: list[str]) -> None:
+def test_weights_have_the_permissions_of_other_files(tmp_path: Path, flags: list[str]) -> None:
     checkpoint, model = untrained(*flags)
     save_model(model, checkpoint, tmp_path)
     (tmp_path / "any").touch()
