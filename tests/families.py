@@ -1,4 +1,4 @@
-"""Checkpoints of the families after Qwen v1: the official chat templates, and what was recorded of them."""
+"""Checkpoints of the families after Qwen v1: their official chat templates, and recorded conversations."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a checkpoint of a family brings: its tokenizer with its template, and what was recorded of it.
+    """The tokenizer and chat template of a checkpoint, and what was recorded with them.
 
     Attributes:
-        rows: conversations with the characters and ids that are to be generated.
+        rows: conversations with the characters and ids that the model has to generate.
         cases: conversations and prompts with their text.
     """
 
@@ -69,7 +69,7 @@ class Checkpoint:
         return check_and_encode(self.encoder(**options), Conversation(tuple(turns), "here", tuple(tools)))
 
     def template(self, messages: Sequence[dict[str, Any]], tools: Sequence[Tool] = (), prompt: bool = False) -> str:
-        """What the official template writes."""
+        """Return the text of the official template."""
         return str(
             self.tokenizer.apply_chat_template(
                 list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
@@ -101,7 +101,7 @@ def _tokenizer(shared: Path, kind: str) -> PreTrainedTokenizerFast:
 
 
 def load_family(shared: Path, name: str) -> Checkpoint:
-    """A checkpoint of a family. The tokenizer is shared: it has the template of the one that was loaded last."""
+    """Load a checkpoint. Its tokenizer is shared, and has the template of the checkpoint that was loaded last."""
     folder = shared / "families"
     facts = _load(folder / "families.json")["families"][name]
     tokenizer = _tokenizer(shared, facts["added_tokens"])
@@ -113,7 +113,7 @@ def load_family(shared: Path, name: str) -> Checkpoint:
 
 
 def turns_of(row: Row) -> list[Turn]:
-    """The messages of a row that ``left_out`` does not name."""
+    """Return the messages of a row that ``left_out`` accepts."""
     return [
         Turn(
             message["role"],
@@ -129,7 +129,7 @@ def turns_of(row: Row) -> list[Turn]:
 
 
 def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
-    """Turns as a template takes them."""
+    """Convert turns to the messages that a template takes."""
     messages = []
     for turn in turns:
         message: dict[str, Any] = {"role": turn.role, "content": turn.content}
@@ -145,38 +145,38 @@ def messages_of(turns: Sequence[Turn]) -> list[dict[str, Any]]:
 
 
 def left_out(row: Row, checkpoint: Checkpoint) -> str:
-    """Why a row is none that a training conversation can express; empty for the others."""
+    """Return why a training conversation cannot express a row; empty if it can."""
     if "error" in row:
         return "the template fails"
     if row["kwargs"].get("continue_final_message"):
-        return "an answer that is begun is no prompt of training"
+        return "the prompt continues a started answer"
     has_modes = "enable_thinking" in str(checkpoint.tokenizer.chat_template)
     if has_modes and row["kwargs"].get("enable_thinking") is False and row["kwargs"].get("add_generation_prompt"):
-        return "there are only prompts of the default mode"
+        return "the prompt is not of the default mode"
     for message in row["messages"]:
         if message["role"] not in ("system", "user", "assistant", "tool"):
-            return "no such role"
+            return "unknown role"
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
-            return "content that is no text: read as text, or refused"
+            return "content is not a string"
         if "reasoning" in message or "thinking" in message:
-            return "another name of reasoning_content, which the formats read"
+            return "reasoning_content under another name, which the formats read"
     form = checkpoint.family.tool_form
     calls = [call for turn in turns_of(row) for call in turn.calls]
     if form is None and (row["tools"] or calls or any(message["role"] == "tool" for message in row["messages"])):
-        return "tools are refused, the template ignores them"
+        return "tools are refused, but the template ignores them"
     if isinstance(form, Hermes) and not form.keeps_strings and any(isinstance(call.arguments, str) for call in calls):
-        return "arguments that are text are written as what they are"
+        return "string arguments are decoded, but the template writes them verbatim"
     return ""
 
 
 def closed(text: str, family: Family) -> str:
-    """The template of Qwen1.5's launch leaves the last message open; a training text is always closed."""
+    """Close the last message, which the template of Qwen1.5's launch leaves open."""
     return text if family.prompts_after_answer else text + "<|im_end|>\n"
 
 
 def trained_spans(rendered: Sequence[Message]) -> list[list[int]]:
-    """Where the trained characters of a rendered conversation are."""
+    """Return start and end of each run of trained characters in a rendered conversation."""
     position = 0
     spans: list[list[int]] = []
     for segment in (segment for message in rendered for segment in message.segments):

@@ -1,12 +1,11 @@
-"""Qwen1.5 to Qwen3: our rendering against the official chat templates, run by transformers on the real vocabulary.
+"""Qwen1.5 to Qwen3: rendering compared with the official chat templates, run by transformers on the real vocabulary.
 
-The recorded rows say for each conversation the text, the characters that the model has to generate (``spans``) and the
-ids of the whole text tokenised at once. Ours must give the same, but for two differences that are wanted:
+A recorded row has the text of a conversation, the characters that the model has to generate (``spans``) and the ids of
+the whole text tokenised at once. Rendering must give the same, with two intended differences:
 
-- An answer is cut off its prompt, because at inference the model continues the prompt's ids. Where it starts with a
-  newline the recorded ids melt it into the prompt's last newline, a token that no prompt ends in. ``MELTING`` names
-  those rows.
-- ``<|im_end|>`` in a message stays text (the rows ``control_text``).
+- An answer is tokenised apart from its prompt, because at inference the model continues the prompt's ids. If it starts
+  with a newline, the recorded ids merge it with the prompt's last newline to a token that no prompt ends in.
+- ``<|im_end|>`` in a message stays text.
 """
 
 from __future__ import annotations
@@ -41,27 +40,7 @@ from tests.families import (
 IM_START, IM_END = 151644, 151645
 SPECIALS = {151643, *range(IM_START, 151657)}
 
-TOOL_ROWS = {"tool_call_and_answer", "tool_call_final", "tool_multi_step_thinking", "tool_multi_step_then_user"}
 OLD = ("qwen1_5", "qwen1_5_launch", "qwen1_5_base", "qwen2")
-
-# Rows whose recorded ids hold a token across the end of a prompt: an answer that starts with a newline, and in
-# Thinking-2507 the empty thought, "\\n</think>" behind the prompt's "<think>\\n". QwQ strips the newlines of answers.
-MELTING: dict[str, set[str]] = {name: {"whitespace_answers"} for name in STYLES} | {
-    "qwq_32b": set(),
-    "qwq_32b_launch": set(),
-    "qwen3_thinking_2507": {
-        "single",
-        "system_single",
-        "multi",
-        "whitespace_answers",
-        "control_text",
-        "assistant_first",
-        "two_assistants",
-        "empty_answer",
-        "tool_call_and_answer",
-        "tool_call_final",
-    },
-}
 
 
 @pytest.fixture(params=STYLES)
@@ -78,7 +57,7 @@ def read_turns(row: Row, family: Family) -> list[Turn]:
 
 
 def _answer_starts(row: Row, family: Family) -> list[int]:
-    """Where each answer starts behind its prompt, in characters, from the recorded header ends."""
+    """Return the start of each answer after its prompt, in characters, from the recorded header ends."""
     starts = []
     for turn in row["turns"]:
         start = turn["header_end"]
@@ -86,7 +65,21 @@ def _answer_starts(row: Row, family: Family) -> list[int]:
     return starts
 
 
-def test_family_is_read_off_the_template(checkpoint: Checkpoint) -> None:
+def has_control_text(row: Row, checkpoint: Checkpoint) -> bool:
+    """Check that a message contains the text of a special token."""
+    specials = [token.content for token in checkpoint.tokenizer.added_tokens_decoder.values() if token.special]
+    return any(token in (message.get("content") or "") for message in row["messages"] for token in specials)
+
+
+def has_token_across_answer_start(row: Row, checkpoint: Checkpoint) -> bool:
+    """Check that a token of the text, tokenised at once, crosses the start of an answer."""
+    at_once = checkpoint.tokenizer(row["text"], add_special_tokens=False, return_offsets_mapping=True)
+    assert at_once["input_ids"] == row["ids"], row["name"]
+    starts = _answer_starts(row, checkpoint.family)
+    return any(begin < start < end for begin, end in at_once["offset_mapping"] for start in starts)
+
+
+def test_family_is_detected_from_the_template(checkpoint: Checkpoint) -> None:
     family = checkpoint.family
     assert family.name == STYLES[checkpoint.name]
     assert family.default_system == checkpoint.facts["default_system"]
@@ -95,14 +88,14 @@ def test_family_is_read_off_the_template(checkpoint: Checkpoint) -> None:
     assert family.tool_form == (None if checkpoint.name in OLD else HERMES_FORMS[form])
 
 
-def test_all_rows_but_those_that_are_refused_are_compared(checkpoint: Checkpoint) -> None:
-    names = {row["name"] for row in checkpoint.rows}
-    refused = TOOL_ROWS & names if checkpoint.name in OLD else set()
-    assert {row["name"] for row in compared(checkpoint)} == names - refused
-    assert len(names) == (0 if checkpoint.name == "qwen2_5_launch" else len(checkpoint.rows))
+def test_only_refused_rows_are_not_compared(checkpoint: Checkpoint) -> None:
+    for row in checkpoint.rows:
+        uses_tools = row["tools"] or any(m["role"] == "tool" or m.get("tool_calls") for m in row["messages"])
+        assert bool(left_out(row, checkpoint)) == bool(uses_tools and checkpoint.name in OLD), row["name"]
+    assert bool(compared(checkpoint)) == bool(checkpoint.rows)
 
 
-def test_text_and_trained_characters_are_the_templates_own(checkpoint: Checkpoint) -> None:
+def test_text_and_trained_characters_equal_the_template(checkpoint: Checkpoint) -> None:
     for row in compared(checkpoint):
         rendered = render(read_turns(row, checkpoint.family), checkpoint.family, tools=row["tools"] or ())
         assert text_of(rendered) == row["text"], row["name"]
@@ -113,23 +106,20 @@ def test_text_and_trained_characters_are_the_templates_own(checkpoint: Checkpoin
 
 
 def test_ids_and_trained_tokens(checkpoint: Checkpoint) -> None:
-    differing = set()
     for row in compared(checkpoint):
         encoded = checkpoint.encode(read_turns(row, checkpoint.family), row["tools"] or ())
         runs = trained_runs(encoded)
         trained_texts = [checkpoint.tokenizer.decode(encoded.input_ids[start:end]) for start, end in runs]
         assert checkpoint.tokenizer.decode(encoded.input_ids) == row["text"], row["name"]
         assert trained_texts == [row["text"][start:end] for start, end in row["spans"]], row["name"]
-        if encoded.input_ids != row["ids"]:
-            differing.add(row["name"])
-        else:
-            assert runs == row["token_spans"], row["name"]
-    assert differing == ({"control_text"} | MELTING[checkpoint.name] if checkpoint.rows else set())
+        differs = has_control_text(row, checkpoint) or has_token_across_answer_start(row, checkpoint)
+        assert (encoded.input_ids != row["ids"]) == differs, row["name"]
+        assert differs or runs == row["token_spans"], row["name"]
 
 
-def test_ids_are_those_of_the_text_cut_where_answers_start(checkpoint: Checkpoint) -> None:
+def test_ids_are_those_of_the_text_split_where_answers_start(checkpoint: Checkpoint) -> None:
     for row in compared(checkpoint):
-        if row["name"] == "control_text":
+        if has_control_text(row, checkpoint):
             continue
         cuts = [0, *_answer_starts(row, checkpoint.family), len(row["text"])]
         pieces = [row["text"][start:end] for start, end in pairwise(cuts)]
@@ -140,7 +130,7 @@ def test_ids_are_those_of_the_text_cut_where_answers_start(checkpoint: Checkpoin
         assert encoded.input_ids == expected, row["name"]
 
 
-def test_control_text_in_messages_gives_no_control_ids(checkpoint: Checkpoint) -> None:
+def test_control_tokens_in_messages_give_no_control_ids(checkpoint: Checkpoint) -> None:
     for row in compared(checkpoint):
         turns = read_turns(row, checkpoint.family)
         placed = len(render(turns, checkpoint.family, tools=row["tools"] or ()))
@@ -149,7 +139,7 @@ def test_control_text_in_messages_gives_no_control_ids(checkpoint: Checkpoint) -
         assert sum(id_ in SPECIALS for id_ in ids) == 2 * placed, row["name"]
 
 
-def test_prompts_are_the_templates_own_and_start_the_training_ids(checkpoint: Checkpoint) -> None:
+def test_prompts_equal_the_template_and_are_prefixes_of_the_training_ids(checkpoint: Checkpoint) -> None:
     for row in compared(checkpoint):
         turns, tools = read_turns(row, checkpoint.family), row["tools"] or ()
         encoded = checkpoint.encode(turns, tools)
@@ -168,27 +158,26 @@ def test_prompts_are_the_templates_own_and_start_the_training_ids(checkpoint: Ch
         assert len(starts) == len(row["spans"]), row["name"]
 
 
-THOUGHT = Turn("assistant", "2", thinking="add")
-SAID = Turn("assistant", "<think>\nadd\n</think>\n\n2")
+IN_FIELD = Turn("assistant", "2", thinking="add")
+IN_TEXT = Turn("assistant", "<think>\nadd\n</think>\n\n2")
 
 
-def test_thinking_is_trained_where_it_has_a_place_and_refused_elsewhere(checkpoint: Checkpoint) -> None:
+def test_thinking_is_trained_if_supported_and_refused_if_not(checkpoint: Checkpoint) -> None:
     ask = Turn("user", "1+1?")
-    kind = checkpoint.family.thinking
+    thinking = checkpoint.family.thinking
     start = f"<|im_start|>assistant\n{checkpoint.family.prompt_suffix}"
-    if kind == "none":
+    if thinking == "none":
         with pytest.raises(
             DataError, match=r"^here: turn 2 has a field with thinking, which the chat format 'chatml.*' does not"
         ):
-            checkpoint.encode([ask, THOUGHT])
+            checkpoint.encode([ask, IN_FIELD])
     else:
-        # In a field or in the text: the same.
-        assert checkpoint.encode([ask, THOUGHT]) == checkpoint.encode([ask, SAID])
-    encoded = checkpoint.encode([ask, SAID])
+        assert checkpoint.encode([ask, IN_FIELD]) == checkpoint.encode([ask, IN_TEXT])
+    encoded = checkpoint.encode([ask, IN_TEXT])
     decode = checkpoint.encoder().decode
     text = decode(encoded.input_ids)
     trained = [decode(encoded.input_ids[first:end]) for first, end in trained_runs(encoded)]
-    if kind == "stripped":
+    if thinking == "stripped":
         assert text.endswith("<|im_start|>assistant\n2<|im_end|>\n") and trained == []
     else:
         whole = "<|im_start|>assistant\n<think>\nadd\n</think>\n\n2<|im_end|>\n"
@@ -198,7 +187,7 @@ def test_thinking_is_trained_where_it_has_a_place_and_refused_elsewhere(checkpoi
 @pytest.mark.parametrize(
     ("changed", "to"), [("# Tools", "## Tools"), ("{%- if tools %}", "{%- if tools %}{{- raise_exception('no') }}")]
 )
-def test_tools_that_a_template_writes_otherwise_are_refused(shared: Path, changed: str, to: str) -> None:
+def test_tools_are_refused_if_no_tool_form_matches_the_template(shared: Path, changed: str, to: str) -> None:
     checkpoint = load_family(shared, "qwen3")
     checkpoint.tokenizer.chat_template = str(checkpoint.tokenizer.chat_template).replace(changed, to, 1)
     family = family_of(checkpoint.tokenizer)
@@ -207,9 +196,9 @@ def test_tools_that_a_template_writes_otherwise_are_refused(shared: Path, change
         replace(checkpoint, family=family).encode([Turn("user", "Hi"), Turn("assistant", "Hi")], [{"name": "f"}])
 
 
-def test_thinking_that_a_template_writes_otherwise_is_refused(shared: Path) -> None:
+def test_thinking_is_refused_if_the_template_writes_it_in_an_unknown_way(shared: Path) -> None:
     checkpoint = load_family(shared, "qwen3")
-    # As templates for training do: no answer loses its thinking.
+    # As some templates for training: all answers keep their thinking.
     checkpoint.tokenizer.chat_template = (
         str(checkpoint.tokenizer.chat_template)
         .replace("loop.last or (not loop.last and reasoning_content)", "loop.last or reasoning_content")
@@ -218,7 +207,7 @@ def test_thinking_that_a_template_writes_otherwise_is_refused(shared: Path) -> N
     family = family_of(checkpoint.tokenizer)
     assert (family.name, family.knows_thinking, family.tool_form) == ("chatml-hybrid", False, HERMES_FORMS[2])
     changed = replace(checkpoint, family=family)
-    for answer in (SAID, THOUGHT, Turn("assistant", "add</think>2")):
+    for answer in (IN_TEXT, IN_FIELD, Turn("assistant", "add</think>2")):
         with pytest.raises(
             DataError, match=r"^here: turn 2 contains thinking, which the checkpoint's chat template writes"
         ):
@@ -226,14 +215,14 @@ def test_thinking_that_a_template_writes_otherwise_is_refused(shared: Path) -> N
     assert changed.encode([Turn("user", "what is <think>?"), Turn("assistant", "a tag")]).input_ids
 
 
-def test_a_template_that_is_no_known_one_is_refused() -> None:
+def test_unknown_template_is_refused() -> None:
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_WORD_LEVEL))
     tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
     with pytest.raises(ConfigError, match="does not write plain conversations as any known Qwen template"):
         family_of(tokenizer)
 
 
-def test_every_style_is_met_by_a_family() -> None:
+def test_every_answer_style_has_a_family() -> None:
     assert {style.name for style in ANSWER_STYLES} == set(STYLES.values())
 
 

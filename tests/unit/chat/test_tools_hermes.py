@@ -1,4 +1,4 @@
-"""Calls as JSON between tags: pieces, weights, arguments, and what is left of a conversation that is too long."""
+"""Calls as JSON between tags: segments, weights, arguments, and truncation."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def segments(turns: Sequence[Turn], family: Family, **options: object) -> list[S
     return [segment for message in rendered for segment in message.segments]
 
 
-def test_segments_say_who_wrote_what_and_what_is_trained() -> None:
+def test_segments_have_authors_and_weights() -> None:
     assert segments([SYSTEM, ASK, CALL, ULM, BONN, ANSWER], qwen2_5())[8:] == [
         Segment(START, True, 0, "assistant"),
         Segment("assistant\n", False, 0, "assistant"),
@@ -73,9 +73,7 @@ def test_segments_say_who_wrote_what_and_what_is_trained() -> None:
     ],
 )
 @pytest.mark.parametrize("family", [qwen2_5(), Family("chatml", tool_form=HERMES_FORMS[2])], ids=["default", "none"])
-def test_only_the_mask_all_trains_what_the_assistant_did_not_write(
-    family: Family, label_mask: str, trained: set[str]
-) -> None:
+def test_only_the_mask_all_trains_other_authors(family: Family, label_mask: str, trained: set[str]) -> None:
     written = segments([ASK, CALL, ULM, BONN, ANSWER], family, label_mask=label_mask, tools=[WEATHER])
     texts = [segment for segment in written if not segment.is_control and segment.text != "\n"]
     assert {segment.role for segment in texts if segment.weight} == trained
@@ -85,7 +83,7 @@ def test_only_the_mask_all_trains_what_the_assistant_did_not_write(
         assert [segment.text for segment in texts if segment.weight] == ["22."]
 
 
-def test_results_have_weights_of_their_own() -> None:
+def test_results_have_their_own_weights() -> None:
     turns = [ASK, CALL, ULM._replace(weight=0.5), BONN, ANSWER._replace(weight=2.0)]
     weights = {segment.text: segment.weight for segment in segments(turns, qwen2_5()) if not segment.is_control}
     assert weights["user\n<tool_response>\n22\n</tool_response>\n"] == 0.5
@@ -105,7 +103,7 @@ def test_weights_of_results_do_not_change_the_ids(shared: Path, name: str) -> No
 
 
 @pytest.mark.parametrize(
-    ("arguments", "parsed", "kept"),
+    ("arguments", "decoded", "kept"),
     [
         ({"b": None, "a": [1e-07, True]}, '{"b": null, "a": [1e-07, true]}', '{"b": null, "a": [1e-07, true]}'),
         ([1], "[1]", "[1]"),
@@ -114,20 +112,20 @@ def test_weights_of_results_do_not_change_the_ids(shared: Path, name: str) -> No
         ('"x"', '"x"', '"x"'),
         ("not JSON", '"not JSON"', "not JSON"),
         ("", '""', ""),
-        # What decoding would lose stays a string.
+        # A value that decoding would change stays a string.
         ('{"a": 1, "a": 2}', '"{\\"a\\": 1, \\"a\\": 2}"', '{"a": 1, "a": 2}'),
         ('{"a": NaN}', '"{\\"a\\": NaN}"', '{"a": NaN}'),
         ("1e999", '"1e999"', "1e999"),
         ("[" * 9999, '"' + "[" * 9999 + '"', "[" * 9999),
     ],
 )
-def test_arguments(arguments: object, parsed: str, kept: str) -> None:
-    for form, text in ((HERMES_FORMS[0], parsed), (HERMES_FORMS[2], kept)):
+def test_string_arguments_are_decoded_or_kept(arguments: object, decoded: str, kept: str) -> None:
+    for form, text in ((HERMES_FORMS[0], decoded), (HERMES_FORMS[2], kept)):
         written = f'<tool_call>\n{{"name": "f", "arguments": {text}}}\n</tool_call>'
         assert form.calls_text([ToolCall("f", arguments)]) == written
 
 
-def test_where_the_tools_are_described() -> None:
+def test_tools_are_described_in_the_system_message() -> None:
     def system(turns: list[Turn], family: Family) -> str:
         return text_of(render(turns, family, tools=[WEATHER])[:1]).partition("# Tools")[0]
 
@@ -155,8 +153,8 @@ STEPS = (
 
 @pytest.mark.parametrize("truncation", ["turns", "turns_left"])
 @pytest.mark.parametrize("name", ["qwen2_5", "qwq_32b", "qwen3", "qwen3_instruct_2507", "qwen3_thinking_2507"])
-def test_what_is_too_long_stays_a_conversation(shared: Path, name: str, truncation: str) -> None:
-    """At many lengths: what is kept is a start, or an end from a question on, rendered on its own, with an answer."""
+def test_truncated_conversation_is_rendered_on_its_own(shared: Path, name: str, truncation: str) -> None:
+    """At many lengths: a start, or an end from a question on, is kept; it contains an answer."""
     checkpoint = load_family(shared, name)
     turns = [turn._replace(thinking=None) if checkpoint.family.thinking == "none" else turn for turn in STEPS]
     rests = [turns[:kept] for kept in range(1, len(turns) + 1)]
@@ -176,8 +174,8 @@ def test_what_is_too_long_stays_a_conversation(shared: Path, name: str, truncati
     assert len(kept_at) >= (2 if truncation == "turns_left" else 4)
 
 
-def test_a_last_step_is_kept_where_only_it_can_be_trained(shared: Path) -> None:
-    """QwQ writes no thinking into its history, so behind a question that lost its answer nothing would be trained."""
+def test_truncation_keeps_a_start_that_trains_something(shared: Path) -> None:
+    """QwQ removes thinking from history, so a start that ends with a question would train nothing."""
     checkpoint = load_family(shared, "qwq_32b")
     turns = [
         ASK,
@@ -191,7 +189,7 @@ def test_a_last_step_is_kept_where_only_it_can_be_trained(shared: Path) -> None:
 
 
 @pytest.mark.parametrize("style", ANSWER_STYLES, ids=lambda style: style.name)
-def test_a_family_without_a_form_refuses_tools(style: Family) -> None:
+def test_family_without_a_tool_form_refuses_tools(style: Family) -> None:
     for turns, tools in (([ASK], [WEATHER]), ([ASK, CALL], []), ([ASK, ULM], [])):
         with pytest.raises(ValueError, match=re.escape(f"the chat format {style.name!r} cannot write tools")):
             render(turns, style, tools=tools)
