@@ -13,7 +13,8 @@ from typing import get_args
 
 from chat.families import QWEN_V1
 from chat.label_mask import LabelMask
-from chat.render import Segment, render
+from chat.render import render
+from chat.segments import Segment
 from chat.turns import Turn
 from checkpoints.files import save_text
 from commands import CommandParser, run_command
