@@ -13,19 +13,13 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from chat.chatml import DEFAULT_SYSTEM
-from chat.families import QWEN_V1
-from chat.render import encode_prompt, render, render_prompt, text_of
-from chat.turns import Turn
+from chat.chatml import DEFAULT_SYSTEM, IM_END, IM_START, MAX_WINDOW_SIZE
 from errors import ConfigError
-
-if TYPE_CHECKING:
-    from qwen_model.tokenization_qwen import QWenTokenizer
-from chat.chatml import MAX_WINDOW_SIZE
+from qwen_model.tokenization_qwen import QWenTokenizer
 
 History = Sequence[Sequence[str]]
 
-_FORCED = float(2**15)  # the score with which the original forces the end of a text
+_FORCED = float(2**15)  # score that the original gives the end-of-text token to force it
 
 
 def make_context(
@@ -36,34 +30,43 @@ def make_context(
     max_window_size: int = MAX_WINDOW_SIZE,
     chat_format: str = "chatml",
 ) -> tuple[str, list[int]]:
-    """The prompt for an answer to ``query``, as text and as ids.
+    """Build the prompt for an answer to ``query``, as text and as ids.
 
-    Of the history the newest exchanges are kept whose ids fit into ``max_window_size`` together with the system
+    Of the history, the newest exchanges are kept that fit into ``max_window_size`` ids together with the system
     message; the query is not counted and never cut.
 
     Args:
         history: pairs of query and answer, oldest first.
-        chat_format: ``chatml``, or ``raw`` for a base model: the query as it stands, special tokens recognised.
+        chat_format: ``chatml``, or ``raw`` for a base model: the query unchanged, with special tokens recognised.
     """
     if chat_format == "raw":
         return query, tokenizer.encode(query, allowed_special="all")
     _check_chat_format(chat_format)
-    exchanges = [_exchange(pair) for pair in history or ()]
-    system_turn = Turn("system", system)
-    first = len(exchanges)
-    used = len(encode_prompt(render([system_turn], QWEN_V1), tokenizer))
-    while first > 0:
-        used += len(encode_prompt(render(exchanges[first - 1], QWEN_V1)[1:], tokenizer))
-        if used > max_window_size:  # one newline more than the original counts, which compares with >=
+    for pair in history or ():
+        if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
+            raise ValueError(f"each entry of history must be a pair of query and answer, not {pair!r}")
+    messages = [_message(tokenizer, "system", system)]
+    used = len(messages[0][1])
+    for question, answer in reversed(history or ()):
+        exchange = [_message(tokenizer, "user", question), _message(tokenizer, "assistant", answer)]
+        used += sum(len(ids) for _, ids in exchange)
+        if used > max_window_size:  # the original compares with >= but counts one newline less
             break
-        first -= 1
-    turns = [system_turn, *(turn for exchange in exchanges[first:] for turn in exchange), Turn("user", query)]
-    rendered = render_prompt(turns, QWEN_V1)
-    return text_of(rendered), encode_prompt(rendered, tokenizer)
+        messages[1:1] = exchange
+    messages.append(_message(tokenizer, "user", query))
+    messages.append((f"{IM_START}assistant\n", [tokenizer.im_start_id, *tokenizer.encode_plain("assistant\n")]))
+    return "".join(text for text, _ in messages), [id_ for _, ids in messages for id_ in ids]
+
+
+def _message(tokenizer: QWenTokenizer, role: str, content: str) -> tuple[str, list[int]]:
+    """A message as text and ids. Header and content are tokenised separately, as ``chat.render`` does in training."""
+    newline = tokenizer.encode_plain("\n")
+    plain = [*tokenizer.encode_plain(f"{role}\n"), *tokenizer.encode_plain(content)]
+    return f"{IM_START}{role}\n{content}{IM_END}\n", [tokenizer.im_start_id, *plain, tokenizer.im_end_id, *newline]
 
 
 def get_stop_words_ids(chat_format: str, tokenizer: QWenTokenizer) -> list[list[int]]:
-    """Id sequences that end an answer."""
+    """Return the id sequences that end an answer."""
     if chat_format == "raw":
         return [tokenizer.encode_plain("Human:"), [tokenizer.eod_id]]
     _check_chat_format(chat_format)
@@ -79,13 +82,13 @@ def decode_tokens(
     errors: str = "replace",
     return_end_reason: bool = False,
 ) -> Any:
-    """The answer in the ids of a prompt and its continuation.
+    """Decode the answer from the ids of a prompt and its continuation.
 
     Args:
         tokens: ids of the prompt and of the answer.
-        raw_text_len: characters that the prompt decodes to.
-        context_length: ids of the prompt.
-        return_end_reason: also return why the text ends.
+        raw_text_len: number of characters that the prompt decodes to.
+        context_length: number of ids of the prompt.
+        return_end_reason: also return why the answer ended.
     """
     ids = [int(id_) for id_ in tokens]
     if chat_format == "raw":
@@ -95,8 +98,8 @@ def decode_tokens(
         return (answer, f"Gen length {len(ids)}") if return_end_reason else answer
     _check_chat_format(chat_format)
     stops = {tokenizer.im_start_id, tokenizer.im_end_id}
-    stop = next((place for place in range(context_length, len(ids)) if ids[place] in stops), None)
-    # Without a stop token every id belongs to the answer, but for an end-of-text that closes it.
+    stop = next((index for index in range(context_length, len(ids)) if ids[index] in stops), None)
+    # Without a stop token every id belongs to the answer, except a final end-of-text.
     end = stop if stop is not None else len(ids) - (len(ids) > context_length and ids[-1] == tokenizer.eod_id)
     answer = _decode(tokenizer, ids[:end], errors)[raw_text_len:].strip()
     reason = f"Gen length {len(ids)}" if stop is None else f"Gen {tokenizer.decode([ids[stop]])!r}"
@@ -104,10 +107,10 @@ def decode_tokens(
 
 
 class StopWordsLogitsProcessor(LogitsProcessor):
-    """Forces the end of the text after one of the stop words, row by row.
+    """Forces ``eos_token_id`` in each row that ends with one of the stop words.
 
     Args:
-        stop_words_ids: id sequences; one that is ``eos_token_id`` alone needs no forcing.
+        stop_words_ids: id sequences; one that is ``eos_token_id`` alone is ignored.
     """
 
     def __init__(self, stop_words_ids: Sequence[Sequence[int]], eos_token_id: int) -> None:
@@ -135,7 +138,7 @@ class StopWordsLogitsProcessor(LogitsProcessor):
 
 
 class QWenChatMixin:
-    """``generate`` with stop words, ``chat`` and ``chat_stream`` of the original, for ``QWenLMHeadModel``."""
+    """The original's ``generate`` with stop words, ``chat`` and ``chat_stream``, for ``QWenLMHeadModel``."""
 
     if TYPE_CHECKING:
         generation_config: GenerationConfig
@@ -144,7 +147,7 @@ class QWenChatMixin:
         def device(self) -> torch.device: ...
 
     def generate(self, *args: Any, stop_words_ids: list[list[int]] | None = None, **kwargs: Any) -> Any:
-        """transformers' ``generate``; ``stop_words_ids`` are id sequences after which a text ends."""
+        """Call transformers' ``generate``; generation ends after any id sequence of ``stop_words_ids``."""
         if stop_words_ids is not None:
             config = kwargs.get("generation_config") or self.generation_config
             eos = kwargs.get("eos_token_id", config.eos_token_id)
@@ -168,15 +171,15 @@ class QWenChatMixin:
         Args:
             history: earlier pairs of query and answer, oldest first.
             stop_words_ids: id sequences that end the answer, besides those of the chat format.
-            kwargs: go to ``generate``.
+            kwargs: passed to ``generate``.
 
         Returns:
-            The answer, and the history with it.
+            The answer, and the history including it.
         """
         inputs = self._chat_inputs(tokenizer, query, history, system, stop_words_ids, generation_config, kwargs)
         outputs = self.generate(**inputs)
         context = inputs["input_ids"][0].tolist()
-        # The prompt's own ids say how long its text is: normalisation can change the length of what was typed.
+        # The prompt's length in characters is taken from its ids: normalisation can change the length of the query.
         answer = decode_tokens(
             outputs[0], tokenizer, len(tokenizer.decode(context)), len(context), chat_format="chatml"
         )
@@ -192,7 +195,7 @@ class QWenChatMixin:
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> Iterator[str]:
-        """Like ``chat``, yielding the answer so far after each token."""
+        """Like ``chat``, but yield the answer so far after each token."""
         inputs = self._chat_inputs(tokenizer, query, history, system, stop_words_ids, generation_config, kwargs)
         stops = {tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.eod_id}
         streamer = _IdStreamer()
@@ -216,19 +219,19 @@ class QWenChatMixin:
         generation_config: GenerationConfig | None,
         kwargs: dict[str, Any],
     ) -> dict[str, Any]:
-        """Arguments of ``generate`` for one answer; settings among ``kwargs`` go into a config of its own."""
+        """Build the arguments of ``generate``; settings among ``kwargs`` go into a copy of the generation config."""
         config = deepcopy(generation_config or self.generation_config)
         chat_format = getattr(config, "chat_format", "chatml")
         if chat_format != "chatml":
             raise ConfigError(
-                f"generation_config.json: chat_format {chat_format!r} is a base model's, and chat() speaks chatml",
+                f"generation_config.json: chat_format {chat_format!r} is that of a base model, chat() needs chatml",
                 "Use a chat model, or generate() with make_context(chat_format='raw')",
             )
         window = kwargs.pop("max_window_size", None) or getattr(config, "max_window_size", MAX_WINDOW_SIZE)
         _, context = make_context(tokenizer, query, history, system, window)
         input_ids = torch.tensor([context], device=self.device)
         return {
-            **config.update(**kwargs),  # what is no setting: a streamer, processors
+            **config.update(**kwargs),  # returns the arguments that are not settings: streamer, logits processors
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
             "stop_words_ids": [*(stop_words_ids or []), *get_stop_words_ids("chatml", tokenizer)],
@@ -237,7 +240,7 @@ class QWenChatMixin:
 
 
 class _IdStreamer(BaseStreamer):
-    """Hands the ids of one generated row from the thread that makes them to the one that reads them."""
+    """Passes the ids of one generated row from the generating thread to the reading one, and its exception."""
 
     def __init__(self) -> None:
         self.queue: Queue[int | BaseException | None] = Queue()
@@ -272,9 +275,3 @@ def _decode(tokenizer: QWenTokenizer, ids: list[int], errors: str) -> str:
 def _check_chat_format(chat_format: str) -> None:
     if chat_format != "chatml":
         raise ConfigError(f"chat_format {chat_format!r} is unknown", "Use 'chatml' or 'raw'")
-
-
-def _exchange(pair: Sequence[str]) -> list[Turn]:
-    if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-        raise ValueError(f"each entry of history must be a pair of query and answer, not {pair!r}")
-    return [Turn("user", pair[0]), Turn("assistant", pair[1])]

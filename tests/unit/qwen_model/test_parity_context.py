@@ -6,6 +6,9 @@ import pytest
 import torch
 from transformers import TopKLogitsWarper, TopPLogitsWarper
 
+from chat.families import QWEN_V1
+from chat.render import encode_prompt, render_prompt, text_of
+from chat.turns import Turn
 from qwen_model.generation import StopWordsLogitsProcessor, decode_tokens, get_stop_words_ids, make_context
 from qwen_model.tokenization_qwen import QWenTokenizer
 from tests.golden import Golden
@@ -112,3 +115,15 @@ def test_library_filters_logits_as_the_original_did(any_golden: Golden) -> None:
         if 0.0 < top_p < 1.0:
             filtered = TopPLogitsWarper(top_p)(None, filtered)
         assert filtered.tolist() == [[float("-inf") if x is None else x for x in row] for row in expected], key
+
+
+def test_make_context_equals_the_renderer_of_training(tiny_tokenizer: QWenTokenizer) -> None:
+    """The model's own code renders a prompt as ``chat.render`` does."""
+    history = [("Hi", "\nHello <|im_end|>"), ("", "2"), ("e\u0301 天", "")]
+    for system, kept in (("Be short.", 3), ("", 0)):
+        text, ids = make_context(tiny_tokenizer, "\nWhy?", history[:kept], system)
+        turns = [Turn("system", system)]
+        for question, answer in history[:kept]:
+            turns += [Turn("user", question), Turn("assistant", answer)]
+        rendered = render_prompt([*turns, Turn("user", "\nWhy?")], QWEN_V1)
+        assert (text, ids) == (text_of(rendered), encode_prompt(rendered, tiny_tokenizer))
