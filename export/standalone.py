@@ -1,7 +1,7 @@
-"""A Qwen v1 folder that opens without this toolkit: ``qwen_model`` lies in it as the checkpoint's own code.
+"""Remote code of an exported Qwen v1 folder: the modules of ``qwen_model`` that define its classes, and their imports.
 
-transformers calls that remote code: ``auto_map`` in the configs names the classes, ``trust_remote_code=True`` runs
-them. With ``register_qwen()`` the toolkit's classes go first, and nothing in the folder is run.
+``auto_map`` in the configs names the classes, and transformers runs them with ``trust_remote_code=True``. After
+``register_qwen()`` the toolkit's own classes take precedence, and no code in the folder is run.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ import errors
 import qwen_model
 from checkpoints.files import load_json, save_json, save_text
 
-# In this order: vLLM loads the classes as they stand here, and a model needs its config first.
+# vLLM loads the classes in this order, and a model needs its config first.
 _MODEL_CLASSES = {
     "AutoConfig": "configuration_qwen.QWenConfig",
     "AutoModel": "modeling_qwen.QWenModel",
     "AutoModelForCausalLM": "modeling_qwen.QWenLMHeadModel",
 }
 _TOKENIZER_CLASS = "tokenization_qwen.QWenTokenizer"
-_OURS = ("errors", "chat", "qwen_model")
+_PACKAGES = ("errors", "chat", "qwen_model")
 _NOTICE = "# SPDX-License-Identifier: Apache-2.0\n# From the Qwen fine-tuning toolkit, with relative imports.\n"
 
-# The folders of what may go along, by the prefix of a module's name.
+# Folder of the sources, by the prefix of a module's full name.
 _SOURCES = {
     "chat.": Path(chat.__file__).parent,
     "qwen_model.": Path(qwen_model.__file__).parent,
@@ -34,12 +34,12 @@ _SOURCES = {
 
 
 def write_code(folder: Path) -> list[Path]:
-    """Write the code of Qwen v1 into a checkpoint folder, and its classes into ``auto_map`` of the configs.
+    """Write the code of Qwen v1 into a checkpoint folder and name its classes in ``auto_map`` of the configs.
 
-    The tokenizer that is opened with that code reads control tokens in a text, as servers hand over whole prompts.
+    The tokenizer of that code recognises control tokens in texts, because servers pass whole prompts.
 
     Args:
-        folder: holds ``config.json`` of Qwen v1; ``tokenizer_config.json`` is made where it is missing.
+        folder: contains ``config.json`` of Qwen v1; ``tokenizer_config.json`` is created if it is missing.
 
     Returns:
         The Python files.
@@ -53,57 +53,57 @@ def write_code(folder: Path) -> list[Path]:
     tokenizer_config = load_json(tokenizer_file) if tokenizer_file.is_file() else {}
     written = []
     for name in code_modules():
-        written.append(folder / f"{_flat(name)}.py")
+        written.append(folder / f"{_flat_name(name)}.py")
         save_text(_NOTICE + with_relative_imports(_source(name)), written[-1])
-    # llama.cpp's converter looks for the norms' epsilon under this name; without it its runner refuses the file.
+    # llama.cpp's converter reads the norms' epsilon under this name; without it, llama.cpp refuses the model.
     epsilon = {"rms_norm_eps": config["layer_norm_epsilon"]} if "layer_norm_epsilon" in config else {}
     save_json(config | epsilon | {"auto_map": _MODEL_CLASSES}, folder / "config.json")
-    own = {
+    tokenizer_settings = {
         "tokenizer_class": _TOKENIZER_CLASS.rpartition(".")[2],
         "auto_map": {"AutoTokenizer": [_TOKENIZER_CLASS, None]},
         "split_special_tokens": False,
     }
-    save_json(tokenizer_config | own, tokenizer_file)
+    save_json(tokenizer_config | tokenizer_settings, tokenizer_file)
     return written
 
 
 def code_modules() -> list[str]:
-    """The modules that hold the classes, and all of ours that these import, in the order of their names."""
+    """Return the modules that define the classes and all modules of the toolkit that these import, sorted by name."""
     classes = (*_MODEL_CLASSES.values(), _TOKENIZER_CLASS)
-    waiting = {f"qwen_model.{name.partition('.')[0]}" for name in classes}
-    found: set[str] = set()
-    while waiting:
-        name = waiting.pop()
-        found.add(name)
-        waiting |= {str(node.module) for node in _own_imports(_source(name))} - found
-    return sorted(found)
+    pending = {f"qwen_model.{name.partition('.')[0]}" for name in classes}
+    modules: set[str] = set()
+    while pending:
+        name = pending.pop()
+        modules.add(name)
+        pending |= {str(node.module) for node in _toolkit_imports(_source(name))} - modules
+    return sorted(modules)
 
 
 def with_relative_imports(source: str) -> str:
-    """A module's source with ``from qwen_model.x import`` and ``from errors import`` as ``from .x import``."""
+    """Rewrite ``from qwen_model.x import`` and ``from errors import`` in a module's source as ``from .x import``."""
     lines = source.splitlines(keepends=True)
-    for node in _own_imports(source):
-        # ast counts columns in bytes; what stands before a statement is blanks.
+    for node in _toolkit_imports(source):
+        # ast counts columns in bytes; only blanks precede a statement.
         line, begin = lines[node.lineno - 1], node.col_offset
         old = f"from {node.module} import"
         assert line.startswith(old, begin), f"line {node.lineno}: write it as {old!r}"
-        new = f"from .{_flat(str(node.module))} import"
+        new = f"from .{_flat_name(str(node.module))} import"
         lines[node.lineno - 1] = line[:begin] + new + line[begin + len(old) :]
     return "".join(lines)
 
 
-def _own_imports(source: str) -> Iterator[ast.ImportFrom]:
-    """Every import of a module of ours, also within functions."""
+def _toolkit_imports(source: str) -> Iterator[ast.ImportFrom]:
+    """Yield every import of a module of the toolkit, also within functions."""
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom):
-            if (node.module or "").partition(".")[0] in _OURS:
+            if (node.module or "").partition(".")[0] in _PACKAGES:
                 yield node
         elif isinstance(node, ast.Import):
-            ours = [alias.name for alias in node.names if alias.name.partition(".")[0] in _OURS]
-            assert not ours, f"line {node.lineno}: has no relative form, write from {ours[0]} import ..."
+            absolute = [alias.name for alias in node.names if alias.name.partition(".")[0] in _PACKAGES]
+            assert not absolute, f"line {node.lineno}: has no relative form, write from {absolute[0]} import ..."
 
 
-def _flat(module: str) -> str:
+def _flat_name(module: str) -> str:
     return module.rpartition(".")[2]
 
 

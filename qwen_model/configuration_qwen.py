@@ -1,7 +1,7 @@
-"""Configuration of Qwen v1, under the keys of its December-2023 release.
+"""Configuration of Qwen v1, with the keys of its December 2023 release.
 
-Folders of August 2023 use other names (``n_embd``, ``ffn_hidden_size``...); they are read as the later ones, and stay
-readable as attributes through transformers' ``attribute_map``.
+Folders of August 2023 use other keys (``n_embd``, ``ffn_hidden_size``...): transformers' ``attribute_map`` makes them
+aliases of the later ones.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ class QWenConfig(PreTrainedConfig):
         vocab_size: rows of the embedding and of the head; more than the tokenizer has ids.
         intermediate_size: twice the width of the MLP (``w1`` and ``w2`` have ``intermediate_size // 2`` rows each).
         kv_channels: size of one head; ``kv_channels * num_attention_heads`` must be ``hidden_size``.
-        seq_length: tokens the model was pre-trained with; dynamic NTK and log-n attention start beyond it.
-        max_position_embeddings: tokens it is meant to be used with.
-        rotary_pct: share of a head that is rotated.
+        seq_length: sequence length of pre-training; dynamic NTK and log-n attention apply beyond it.
+        max_position_embeddings: longest sequence that the model supports.
+        rotary_pct: fraction of the channels of a head that are rotated.
         no_bias: whether the linear layers other than ``c_attn`` have no bias.
-        bf16, fp16, fp32: the precision the checkpoint was saved in; at most one is true.
+        bf16, fp16, fp32: precision of the saved weights; at most one is true.
     """
 
     model_type = "qwen"
@@ -72,8 +72,8 @@ class QWenConfig(PreTrainedConfig):
     eos_token_id: int | list[int] | None = None
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # Published folders name the remote code beside them; this class needs none, and saves none. Where it is that
-        # code itself, vLLM finds the model by this attribute.
+        # Published folders name their remote code here; the toolkit needs none and saves none. If this class is itself
+        # the remote code of a folder, vLLM finds the model by this attribute.
         if self._auto_class is None:
             kwargs.pop("auto_map", None)
         super().__post_init__(**kwargs)
@@ -89,14 +89,14 @@ class QWenConfig(PreTrainedConfig):
 
     @property
     def rotary_dim(self) -> int:
-        """Leading channels of a head that are rotated."""
+        """Number of leading channels of a head that are rotated."""
         return int(self.kv_channels * self.rotary_pct)
 
     def trained_length(self) -> int:
-        """``seq_length``, which evaluation beyond it needs.
+        """Return ``seq_length``, which dynamic NTK and log-n attention need.
 
         Raises:
-            ConfigError: the config does not say it.
+            ConfigError: the config lacks it.
         """
         if self.seq_length is None:
             raise ConfigError(

@@ -92,7 +92,7 @@ def decode_tokens(
     """
     ids = [int(id_) for id_ in tokens]
     if chat_format == "raw":
-        answer = _decode(tokenizer, ids, errors)[raw_text_len:]
+        answer = str(tokenizer.decode(ids, errors=errors))[raw_text_len:]
         for stop_word in ("Human:", "<|endoftext|>"):
             answer = answer.replace(stop_word, "").strip()
         return (answer, f"Gen length {len(ids)}") if return_end_reason else answer
@@ -101,7 +101,7 @@ def decode_tokens(
     stop = next((index for index in range(context_length, len(ids)) if ids[index] in stops), None)
     # Without a stop token every id belongs to the answer, except a final end-of-text.
     end = stop if stop is not None else len(ids) - (len(ids) > context_length and ids[-1] == tokenizer.eod_id)
-    answer = _decode(tokenizer, ids[:end], errors)[raw_text_len:].strip()
+    answer = str(tokenizer.decode(ids[:end], errors=errors))[raw_text_len:].strip()
     reason = f"Gen length {len(ids)}" if stop is None else f"Gen {tokenizer.decode([ids[stop]])!r}"
     return (answer, reason) if return_end_reason else answer
 
@@ -266,10 +266,6 @@ class _IdStreamer(BaseStreamer):
             if isinstance(item, BaseException):
                 raise item
             yield item
-
-
-def _decode(tokenizer: QWenTokenizer, ids: list[int], errors: str) -> str:
-    return str(tokenizer.decode(ids, errors=errors))
 
 
 def _check_chat_format(chat_format: str) -> None:

@@ -1,4 +1,4 @@
-"""Qwen v1 on current transformers, under its original weight names.
+"""The decoder of Qwen v1 for current transformers, with the original names of its weights.
 
 Shapes: B batch, T tokens of this call, H heads, D head size, C hidden size, V vocabulary rows.
 """
@@ -26,7 +26,7 @@ from qwen_model.rope import RotaryTables, logn_scale, ntk_alpha, rotary_tables, 
 
 
 class QWenRMSNorm(nn.Module):
-    """Normalises in float32, casts back, then multiplies by the weight."""
+    """RMS norm that normalises in float32, casts back, then multiplies by the weight."""
 
     def __init__(self, hidden_size: int, eps: float) -> None:
         super().__init__()
@@ -49,11 +49,11 @@ def eager_attention(
     dropout: float = 0.0,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
-    """Attention written out; the one backend that returns its weights.
+    """Compute attention step by step; the only backend that returns the attention weights.
 
     Args:
-        query, key, value: [B, H, T, D], keys and values over the cache's length.
-        attention_mask: additive, broadcast to [B, H, T, keys].
+        query, key, value: [B, H, T, D]; keys and values over the length of the cache.
+        attention_mask: added to the scores, broadcast to [B, H, T, keys].
 
     Returns:
         Output [B, T, H, D] and weights [B, H, T, keys].
@@ -146,7 +146,7 @@ class QWenPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
-    # Old checkpoints may carry tables that are computed today.
+    # Old checkpoints may contain tables that are now computed.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"attn\.(bias|masked_bias)$"]
 
     @torch.no_grad()
@@ -166,7 +166,7 @@ class QWenPreTrainedModel(PreTrainedModel):
 
 
 class QWenModel(QWenPreTrainedModel):
-    """The decoder without its head."""
+    """The decoder without the language-model head."""
 
     def __init__(self, config: QWenConfig) -> None:
         super().__init__(config)
@@ -197,14 +197,14 @@ class QWenModel(QWenPreTrainedModel):
         output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Hidden states of each position.
+        """Compute the hidden states of each position.
 
         Args:
             input_ids: [B, T]; or ``inputs_embeds`` [B, T, C].
-            attention_mask: 1 where a token is real, [B, cached + T]; padding may stand on either side.
+            attention_mask: [B, cached + T], 1 for real tokens and 0 for padding, on either side.
             position_ids: [B, T]; by default each row counts from its first real token. Without an attention mask,
-                positions that start again separate packed conversations from one another.
-            past_key_values: keys and values of the tokens before.
+                positions that restart at 0 separate packed conversations.
+            past_key_values: keys and values of the preceding tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -222,7 +222,7 @@ class QWenModel(QWenPreTrainedModel):
             inputs_embeds=hidden_states,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,  # looked through for packed conversations, which only a caller can mean
+            position_ids=position_ids,  # those of the caller: restarts in them mark packed conversations
         )
         if position_ids is None:
             position_ids = _positions(hidden_states, padding_mask, cached)
@@ -256,10 +256,10 @@ class QWenModel(QWenPreTrainedModel):
     def _evaluation_tables(
         self, position_ids: Tensor, padding_mask: Tensor | None, past_key_values: Cache | None, cached: int
     ) -> tuple[RotaryTables, Tensor | None]:
-        """Rotary tables [B, T, R], and the log-n factor on queries [B, T] if any of them lies beyond ``seq_length``.
+        """Compute rotary tables [B, T, R], and log-n factors of the queries [B, T] if any is beyond ``seq_length``.
 
-        Training has neither dynamic NTK nor log-n. In evaluation the NTK factor of a row follows its number of real
-        tokens; with a cache it stays what it was for the prompt, because the cached keys are rotated with it.
+        Training uses neither dynamic NTK nor log-n. In evaluation the NTK factor of a row depends on its number of
+        real tokens; with a cache it stays that of the prompt, because the cached keys are rotated with it.
         """
         config = self.config
         alpha = query_scale = None
@@ -271,17 +271,17 @@ class QWenModel(QWenPreTrainedModel):
                 full = torch.full(position_ids.shape[:1], total, device=position_ids.device)
                 alpha = ntk_alpha(full if padding_mask is None else padding_mask.sum(-1), seq_length)
             if config.use_dynamic_ntk and past_key_values is not None and not cached:
-                setattr(past_key_values, "ntk_alpha", alpha)  # noqa: B010 - an attribute of ours on a library's object
+                setattr(past_key_values, "ntk_alpha", alpha)  # noqa: B010 - our attribute on a library's object
             if config.use_logn_attn and total > seq_length:
                 query_scale = logn_scale(position_ids, seq_length)
         if alpha is not None and alpha.shape[0] not in (1, position_ids.shape[0]):
-            # A cache that was repeated for several continuations of each prompt.
+            # generate() repeated the cache for several continuations of each prompt.
             alpha = alpha.repeat_interleave(position_ids.shape[0] // alpha.shape[0])
         return rotary_tables(position_ids, config.rotary_dim, config.rotary_emb_base, alpha), query_scale
 
 
 class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, GenerationMixin):
-    """Qwen v1 with its language-model head; the original's ``chat`` and ``chat_stream`` come from the mixin."""
+    """Qwen v1 with its language-model head; ``chat`` and ``chat_stream`` come from the mixin."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
@@ -312,11 +312,11 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """Logits, and the loss where labels are given.
+        """Compute the logits, and the loss if labels are given.
 
         Args:
             labels: [B, T], an id or -100; not shifted.
-            logits_to_keep: compute the logits of the last N positions only (0: all), or of these positions.
+            logits_to_keep: number of last positions whose logits are computed (0: all), or indices of positions.
             num_items_in_batch: what the summed loss is divided by; ``None``: the number of targets of this batch.
             Others as in ``QWenModel.forward``.
 
@@ -334,8 +334,8 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, GenerationMixin):
             output_attentions=output_attentions,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        positions = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, positions])
         loss = None if labels is None else causal_lm_loss(logits, labels, num_items_in_batch)
         return CausalLMOutputWithPast(
             loss=loss,
@@ -347,7 +347,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, GenerationMixin):
 
 
 def _positions(hidden_states: Tensor, padding_mask: Tensor | None, cached: int) -> Tensor:
-    """Positions [B, T] that count from each row's first real token; padding before it shares position 0."""
+    """Number positions [B, T] from each row's first real token; padding before it has position 0."""
     length = hidden_states.shape[1]
     positions = torch.arange(cached, cached + length, device=hidden_states.device)[None]
     if padding_mask is None:

@@ -1,7 +1,7 @@
 """Rotary tables, dynamic NTK and log-n scaling of Qwen v1, computed from the config at each forward.
 
-Nothing here is a module buffer: a buffer outside the checkpoint is what ``from_pretrained`` can leave uninitialised,
-and the tables cost a few small kernels per forward pass.
+Nothing here is a module buffer: ``from_pretrained`` can leave buffers that are not in the checkpoint uninitialised, and
+the tables cost a few small kernels per forward pass.
 
 Shapes: B batch, T tokens, D head size, R rotated channels of a head.
 """
@@ -17,10 +17,10 @@ RotaryTables = tuple[Tensor, Tensor]
 
 
 def ntk_alpha(lengths: Tensor, seq_length: int) -> Tensor:
-    """Dynamic-NTK factor of each row: ``max(2 ** ceil(log2(length / seq_length) + 1) - 1, 1)``.
+    """Compute the dynamic-NTK factor of each row: ``max(2 ** ceil(log2(length / seq_length) + 1) - 1, 1)``.
 
     Args:
-        lengths: real tokens per row, [B].
+        lengths: number of real tokens of each row, [B].
 
     Returns:
         float64 [B]; 1 up to ``seq_length``, then 3, 7, 15...
@@ -30,13 +30,13 @@ def ntk_alpha(lengths: Tensor, seq_length: int) -> Tensor:
 
 
 def rotary_tables(position_ids: Tensor, dim: int, base: float, alpha: Tensor | None = None) -> RotaryTables:
-    """cos and sin of the rotation angles, float32 [B, T, R], first half equal to second half.
+    """Compute cos and sin of the rotation angles, float32 [B, T, R]; both halves of R are equal.
 
     Args:
         position_ids: [B, T] or [1, T].
         dim: R.
         base: ``rotary_emb_base``.
-        alpha: dynamic-NTK factor per row, [B]; ``None`` is 1 everywhere.
+        alpha: dynamic-NTK factor of each row, [B]; ``None``: 1.
     """
     exponents = torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32) / dim
     if alpha is None:
@@ -64,7 +64,7 @@ def rotate(states: Tensor, tables: RotaryTables) -> Tensor:
 
 
 def logn_scale(position_ids: Tensor, seq_length: int) -> Tensor:
-    """Factor on the query at each position: ``log(p + 1) / log(seq_length)`` beyond ``seq_length``, else 1.
+    """Compute the factor of the query at each position: ``log(p + 1) / log(seq_length)`` beyond ``seq_length``, else 1.
 
     Returns:
         float32, the shape of ``position_ids``.

@@ -1,9 +1,9 @@
 """Qwen v1's tokenizer: byte-level BPE through tiktoken, special tokens after the ranks.
 
-Unlike the original's, it reads special-token text in a string as plain text; ``allowed_special="all"`` brings the
-original's behaviour back, for comparison and for prompts that are written out by hand. What a chat template has written
-is read with its control tokens; so is every text where this class is the code of a folder that says so: servers hand
-over whole prompts.
+Unlike the original, it reads the text of special tokens in a string as plain text; ``allowed_special="all"`` restores
+the original's behaviour, for comparison and for prompts written by hand. Control tokens are recognised in the output of
+a chat template, and in every text if this class is the remote code of a folder with ``split_special_tokens: false``:
+servers pass whole prompts.
 """
 
 from __future__ import annotations
@@ -31,22 +31,19 @@ SPLIT_PATTERN = (
 )
 SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, *(f"<|extra_{number}|>" for number in range(205)))
 
-# The least that ends tiktoken is 999,999 blanks that are no line ends.
+# tiktoken crashes at 999,999 blanks other than line ends.
 _MOST_SPACES = 900_000
 _TOO_MANY_SPACES = re.compile(rf"[^\S\r\n]{{{_MOST_SPACES}}}")
 
-# The header of a message is tokenised apart from it, as in training: else a newline behind it melts into it.
+# The header of a message is tokenised separately, as in training: a newline after it would merge with its own.
 _HEADER = re.compile(rf"{re.escape(IM_START)}[^<\n]*\n")
-
-AllowedSpecial = Literal["all"] | AbstractSet[str]
-DisallowedSpecial = Literal["all"] | Collection[str]
 
 
 def load_ranks(path: str | os.PathLike[str]) -> dict[bytes, int]:
-    """Read a rank file: per line a token in base64, a space and its rank.
+    """Read a rank file; each line has a token in base64, a space and its rank.
 
     Raises:
-        ConfigError: the file is missing or empty, a line is broken, or a token or rank stands twice.
+        ConfigError: the file is missing or empty, a line is broken, or a token or rank occurs twice.
     """
     ranks: dict[bytes, int] = {}
     seen: dict[int, int] = {}
@@ -65,8 +62,8 @@ def load_ranks(path: str | os.PathLike[str]) -> dict[bytes, int]:
                 f"{path}:{number}: {line[:40]!r} is not a base64 token and a rank", "Copy the file again"
             ) from error
         if rank in seen or token in ranks:
-            twice = f"rank {rank}" if rank in seen else f"token {encoded.decode()}"
-            raise ConfigError(f"{path}:{number}: {twice} stands there a second time", "Copy the file again")
+            duplicate = f"rank {rank}" if rank in seen else f"token {encoded.decode()}"
+            raise ConfigError(f"{path}:{number}: {duplicate} occurs a second time", "Copy the file again")
         ranks[token] = rank
         seen[rank] = number
     if not ranks:
@@ -79,8 +76,8 @@ class QWenTokenizer(PreTrainedTokenizer):
 
     Args:
         vocab_file: ``qwen.tiktoken``.
-        errors: how ``decode`` treats bytes that are no UTF-8 (``replace``, ``ignore``, ``strict``).
-        extra_vocab_file: more ranks in the same format, numbered from behind the special tokens.
+        errors: how ``decode`` treats bytes that are not UTF-8 (``replace``, ``ignore``, ``strict``).
+        extra_vocab_file: more ranks in the same format, numbered from after the special tokens.
     """
 
     vocab_files_names = {
@@ -100,12 +97,12 @@ class QWenTokenizer(PreTrainedTokenizer):
     ) -> None:
         if vocab_file is None:
             raise ConfigError(
-                f"{kwargs.get('name_or_path') or 'the tokenizer'}: there is no qwen.tiktoken",
+                f"{kwargs.get('name_or_path') or 'the tokenizer'}: qwen.tiktoken is missing",
                 "Copy the file from the original checkpoint",
             )
-        # Published folders name the remote code beside them; this class needs none, and saves none.
+        # Published folders name their remote code here; this class needs none and saves none.
         kwargs.pop("auto_map", None)
-        # A folder may say false only where this class is its own code: servers hand over whole prompts.
+        # A folder's false counts only if this class is its remote code: servers pass whole prompts.
         split_special_tokens = self._auto_class is None or kwargs.get("split_special_tokens", True)
         self.vocab_file = vocab_file
         self.extra_vocab_file = extra_vocab_file
@@ -125,16 +122,16 @@ class QWenTokenizer(PreTrainedTokenizer):
         self.im_start_id = self.special_tokens[IM_START]
         self.im_end_id = self.special_tokens[IM_END]
         super().__init__(errors=errors, pad_token=pad_token, eos_token=eos_token, **kwargs)
-        self.split_special_tokens = split_special_tokens  # where nothing is said the library's default is false
+        self.split_special_tokens = split_special_tokens  # the parent's default is false
 
     def _add_extra_ranks(self, path: str) -> None:
-        """Ranks behind the special tokens, which tiktoken applies after all others."""
+        """Add the ranks after the special tokens, which tiktoken applies after all others."""
         next_id = len(self.mergeable_ranks) + len(SPECIAL_TOKENS)
         extra = load_ranks(path)
         if sorted(extra.values()) != list(range(next_id, next_id + len(extra))):
             raise ConfigError(
                 f"{path}: the ranks are not {next_id} to {next_id + len(extra) - 1}",
-                "Number them without gaps from behind the last special token",
+                "Number them without gaps from after the last special token",
             )
         known = next((token for token in extra if token in self.mergeable_ranks), None)
         if known is not None:
@@ -161,51 +158,50 @@ class QWenTokenizer(PreTrainedTokenizer):
         return int(self.tokenizer.n_vocab)
 
     def get_vocab(self) -> dict[bytes, int]:  # type: ignore[override]
-        """Tokens as bytes; the special ones are in ``special_tokens``."""
+        """Return the ordinary tokens as bytes, with their ids; special tokens are in ``special_tokens``."""
         return self.mergeable_ranks
 
     @staticmethod
     def check_text(text: str) -> None:
-        """Check that a text can be tokenised: tiktoken goes back over at most a million blanks, then ends the process.
+        """Check that a text can be tokenised: a million blanks in a row crash the process inside tiktoken.
 
         Raises:
-            ValueError: it has more of them in a row.
+            ValueError: too many blanks in a row.
         """
         if len(text) >= _MOST_SPACES and _TOO_MANY_SPACES.search(text):
             raise ValueError(f"{_MOST_SPACES:,} or more spaces in a row, which cannot be tokenised")
 
     def encode_plain(self, text: str) -> list[int]:
-        """Ids of text of which nothing is read as a special token.
+        """Tokenise a text in which no special token is recognised.
 
         Raises:
-            ValueError: a run of spaces that is longer than tiktoken can take.
+            ValueError: see ``check_text``.
         """
         self.check_text(text)
-        ids: list[int] = self.tokenizer.encode_ordinary(unicodedata.normalize("NFC", text))
-        return ids
+        return self.tokenizer.encode_ordinary(unicodedata.normalize("NFC", text))
 
     def tokenize(  # type: ignore[override]
         self,
         text: str,
-        allowed_special: AllowedSpecial | None = None,
-        disallowed_special: DisallowedSpecial = (),
+        allowed_special: Literal["all"] | AbstractSet[str] | None = None,
+        disallowed_special: Literal["all"] | Collection[str] = (),
         split_special_tokens: bool | None = None,
         **kwargs: Any,
     ) -> list[bytes | str]:
-        """Tokens of ``text`` as bytes, special ones as strings.
+        """Split ``text`` into tokens: bytes, or strings for special tokens.
 
         Args:
             allowed_special: special tokens that are recognised in the text; "all" is the original's behaviour.
-            disallowed_special: special tokens that raise a ``ValueError`` where the text holds them.
-            split_special_tokens: where ``allowed_special`` is not given: true reads everything as plain text, false
-                reads a rendered conversation. By default as the tokenizer's attribute says.
+            disallowed_special: special tokens that raise a ``ValueError`` if the text contains them.
+            split_special_tokens: without ``allowed_special``: true reads everything as plain text, false reads a
+                rendered conversation; ``None``: the tokenizer's attribute.
         """
         self.check_text(text)
         pieces = [text]
         if allowed_special is None:
             is_plain = self.split_special_tokens if split_special_tokens is None else split_special_tokens
             allowed_special = frozenset() if is_plain else "all"
-            pieces = [text] if is_plain else _cut_behind_headers(text)
+            pieces = [text] if is_plain else _split_after_headers(text)
         return [
             self.decoder[id_]
             for piece in pieces
@@ -219,13 +215,13 @@ class QWenTokenizer(PreTrainedTokenizer):
     def apply_chat_template(  # type: ignore[override]
         self, conversation: Any, *args: Any, tokenizer_kwargs: dict[str, Any] | None = None, **kwargs: Any
     ) -> Any:
-        """transformers' method; the control tokens that the template writes become their ids."""
+        """Call transformers' method; the control tokens that the template writes become their ids."""
         tokenizer_kwargs = {"split_special_tokens": False, **(tokenizer_kwargs or {})}
         parent: Any = super()
         return parent.apply_chat_template(conversation, *args, tokenizer_kwargs=tokenizer_kwargs, **kwargs)
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """Ids of a token or a list of them (bytes, or the string of a special token); ``None`` where there is none."""
+        """Convert a token (bytes, or the string of a special token) or a list of them; ``None`` for unknown tokens."""
         if isinstance(tokens, str):
             return self.special_tokens.get(tokens)
         if isinstance(tokens, bytes):
@@ -233,10 +229,10 @@ class QWenTokenizer(PreTrainedTokenizer):
         return [self.convert_tokens_to_ids(token) for token in tokens]
 
     def convert_ids_to_tokens(self, ids: Any, skip_special_tokens: bool = False) -> Any:
-        """Tokens of an id or a list of them.
+        """Convert an id or a list of them.
 
         Raises:
-            ValueError: an id that no token has.
+            ValueError: an id without a token.
         """
         if isinstance(ids, int):
             if ids not in self.decoder:
@@ -249,7 +245,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         ]
 
     def convert_tokens_to_string(self, tokens: Iterable[bytes | str]) -> str:
-        """Text of tokens; bytes that are no UTF-8 are treated as ``errors`` says."""
+        """Join tokens to text; ``errors`` decides how bytes that are not UTF-8 are treated."""
         pieces = (token.encode() if isinstance(token, str) else token for token in tokens)
         return b"".join(pieces).decode("utf-8", errors=self.errors)
 
@@ -262,24 +258,23 @@ class QWenTokenizer(PreTrainedTokenizer):
     ) -> str:
         ids = [token_ids] if isinstance(token_ids, int) else [int(id_) for id_ in token_ids]
         if skip_special_tokens:
-            # As in the original, ids of the model's rows that no token has drop out with the special ones.
+            # As in the original, this also drops ids of model rows without a token.
             ids = [id_ for id_ in ids if id_ in self.decoder and id_ not in self._special_ids]
         unknown = next((id_ for id_ in ids if id_ not in self.decoder), None)
         if unknown is not None:
             raise ValueError(f"no token has the id {unknown}")
-        text: str = self.tokenizer.decode(ids, errors=errors or self.errors)
-        return text
+        return self.tokenizer.decode(ids, errors=errors or self.errors)
 
     def _add_tokens(self, new_tokens: Any, special_tokens: bool = False) -> int:
         if new_tokens and not special_tokens:
             raise ValueError("Qwen v1 cannot take new tokens; put ranks into an extra_vocab_file instead")
         unknown = [str(token) for token in new_tokens or () if str(token) not in self.special_tokens]
         if unknown:
-            raise ValueError(f"{unknown[0]!r} is no special token of Qwen v1; <|extra_0|> to <|extra_204|> are free")
+            raise ValueError(f"{unknown[0]!r} is not a special token of Qwen v1; <|extra_0|> to <|extra_204|> are free")
         return 0
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str, ...]:
-        """Copy the rank files, under the names that ``from_pretrained`` looks for."""
+        """Copy the rank files, under the names that ``from_pretrained`` expects."""
         written = []
         for attribute, name in self.vocab_files_names.items():
             source = getattr(self, attribute)
@@ -292,6 +287,6 @@ class QWenTokenizer(PreTrainedTokenizer):
         return tuple(written)
 
 
-def _cut_behind_headers(text: str) -> list[str]:
+def _split_after_headers(text: str) -> list[str]:
     cuts = [0, *(header.end() for header in _HEADER.finditer(text)), len(text)]
     return [text[start:stop] for start, stop in pairwise(cuts)]

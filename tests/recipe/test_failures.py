@@ -140,12 +140,12 @@ CASES = {
         lambda x: copy_checkpoint(x / "model", model_type="llama"),
     ),
     "no ranks": Case(
-        "{x}/model: there is no qwen.tiktoken. ",
+        "{x}/model: qwen.tiktoken is missing. ",
         {"--model_name_or_path": "{x}/model"},
         lambda x: (copy_checkpoint(x / "model") / "qwen.tiktoken").unlink(),
     ),
     "rank twice": Case(
-        "{x}/model/qwen.tiktoken:701: rank 5 stands there a second time. ",
+        "{x}/model/qwen.tiktoken:701: rank 5 occurs a second time. ",
         {"--model_name_or_path": "{x}/model"},
         lambda x: append(copy_checkpoint(x / "model") / "qwen.tiktoken", b"enp6eno= 5\n"),
     ),

@@ -1,4 +1,4 @@
-"""An exported Qwen v1 folder in a process that knows nothing of this toolkit, against the toolkit itself."""
+"""An exported Qwen v1 folder in a process without the toolkit gives the toolkit's results."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ QUESTION = "\n你好, who are you?"
 GREEDY: dict[str, Any] = {"do_sample": False, "max_new_tokens": 12, "repetition_penalty": 1.0}
 
 # Runs isolated: only the libraries are on its path.
-BARE = """
+SCRIPT = """
 import json, sys
 import torch
 from safetensors.torch import save_file
@@ -48,33 +48,34 @@ prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, ret
 with torch.no_grad():
     logits, hidden = model(**prompt).logits, body(**prompt).last_hidden_state
     generated = model.generate(**prompt, **greedy)
+    loss = model(**prompt, labels=prompt["input_ids"]).loss
 model.save_pretrained(out + "/again")
 tokenizer.save_pretrained(out + "/again")
 again = AutoModelForCausalLM.from_pretrained(out + "/again", dtype=torch.float32, **trusting).eval()
-retold = AutoTokenizer.from_pretrained(out + "/again", **trusting)
+tokenizer_again = AutoTokenizer.from_pretrained(out + "/again", **trusting)
 with torch.no_grad():
     logits_again = again(**prompt).logits
-tensors = {"logits": logits, "hidden": hidden, "logits_again": logits_again, "generated": generated}
-save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out + "/told.safetensors")
+tensors = {"logits": logits, "hidden": hidden, "logits_again": logits_again, "generated": generated, "loss": loss}
+save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out + "/tensors.safetensors")
 text = "<|im_start|>e\\u0301 天<|im_end|>"
-told = {
-    "modules": [type(thing).__module__ for thing in (config, tokenizer, model, body, again, retold)],
+result = {
+    "modules": [type(thing).__module__ for thing in (config, tokenizer, model, body, again, tokenizer_again)],
     "toolkit": sorted({"errors", "qwen_model"} & set(sys.modules)),
     "prompt": prompt["input_ids"][0].tolist(),
     "chat": model.chat(tokenizer, question, None, **greedy)[0],
     "stream": list(model.chat_stream(tokenizer, question, None, **greedy))[-1],
     "ends": model.generation_config.eos_token_id,
     "auto_map": list(config.auto_map),
-    "ids": [tokenizer(text).input_ids, retold(text).input_ids],
+    "ids": [tokenizer(text).input_ids, tokenizer_again(text).input_ids],
     "decoded": tokenizer.decode(tokenizer(text).input_ids),
 }
-print(json.dumps(told))
+print(json.dumps(result))
 """
 
 
 @pytest.fixture
 def folder(any_golden: Golden, tmp_path: Path) -> Path:
-    """An exported checkpoint in several shards, in a folder whose name is no Python name."""
+    """An exported checkpoint of several shards, in a folder whose name is not a Python identifier."""
     folder = copy_checkpoint(tmp_path / "my-model v1.5", any_golden.tiny)
     source = open_checkpoint(any_golden.tiny)
     (folder / "model.safetensors").unlink()
@@ -85,12 +86,12 @@ def folder(any_golden: Golden, tmp_path: Path) -> Path:
     return folder
 
 
-def run_bare(folder: Path, out: Path) -> dict[str, Any]:
+def run_without_toolkit(folder: Path, out: Path) -> dict[str, Any]:
     out.mkdir()
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("PYTHON", "HF_"))}
     environment |= {"HF_HOME": str(out / "hf"), "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
     result = subprocess.run(
-        [sys.executable, "-I", "-c", BARE, str(folder), str(out), QUESTION],
+        [sys.executable, "-I", "-c", SCRIPT, str(folder), str(out), QUESTION],
         cwd=out, env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
@@ -98,37 +99,38 @@ def run_bare(folder: Path, out: Path) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def test_it_answers_as_with_the_toolkit(any_golden: Golden, folder: Path, tmp_path: Path) -> None:
+def test_results_equal_those_of_the_toolkit(any_golden: Golden, folder: Path, tmp_path: Path) -> None:
     assert len(list(folder.glob("model-*.safetensors"))) > 1
-    told = run_bare(folder, tmp_path / "out")
-    assert told["toolkit"] == [] and all(name.startswith("transformers_modules.") for name in told["modules"])
+    result = run_without_toolkit(folder, tmp_path / "out")
+    assert result["toolkit"] == [] and all(name.startswith("transformers_modules.") for name in result["modules"])
 
     tokenizer = QWenTokenizer.from_pretrained(any_golden.tiny)
     model = QWenLMHeadModel.from_pretrained(any_golden.tiny, dtype=torch.float32).eval()
-    # A random model also likes rows of the vocabulary that no token has, which cannot be decoded.
+    # A random model also generates rows of the vocabulary without a token, which cannot be decoded.
     greedy = GREEDY | {"suppress_tokens": list(range(len(tokenizer), model.config.vocab_size))}
     prompt = encode_prompt(render_prompt([Turn("user", QUESTION)], QWEN_V1), tokenizer)
-    assert told["prompt"] == prompt
-    tensors = load_file(tmp_path / "out" / "told.safetensors")
+    assert result["prompt"] == prompt
+    tensors = load_file(tmp_path / "out" / "tensors.safetensors")
     ids = torch.tensor([prompt])
     for name in ("logits", "logits_again"):
         assert_close(tensors[name], model(ids).logits, 1e-6, name)
+    assert_close(tensors["loss"], model(ids, labels=ids).loss, 1e-6, "loss")
     assert_close(tensors["hidden"], model.transformer(ids).last_hidden_state, 1e-6, "hidden states")
     ends = [tokenizer.im_end_id, tokenizer.eod_id]
-    assert told["ends"] == ends
+    assert result["ends"] == ends
     generated = model.generate(ids, attention_mask=torch.ones_like(ids), eos_token_id=ends, **greedy)
     assert torch.equal(tensors["generated"], generated)
     model.generation_config.eos_token_id = ends
-    assert told["chat"] == model.chat(tokenizer, QUESTION, None, **greedy)[0]
-    assert told["stream"] == list(model.chat_stream(tokenizer, QUESTION, None, **greedy))[-1]
+    assert result["chat"] == model.chat(tokenizer, QUESTION, None, **greedy)[0]
+    assert result["stream"] == list(model.chat_stream(tokenizer, QUESTION, None, **greedy))[-1]
     control = tokenizer.encode("<|im_start|>é 天<|im_end|>", allowed_special="all")
-    assert told["ids"] == [control, control], "servers hand over whole prompts"
-    assert told["decoded"] == "<|im_start|>é 天<|im_end|>"
-    assert told["auto_map"] == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"], "vLLM looks there"
+    assert result["ids"] == [control, control], "servers pass whole prompts"
+    assert result["decoded"] == "<|im_start|>é 天<|im_end|>"
+    assert result["auto_map"] == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"], "vLLM reads these keys"
 
 
-def test_without_leave_it_is_not_run(folder: Path, tmp_path: Path) -> None:
-    """The negative control: a bare process knows the folder by its code alone."""
+def test_code_needs_trust_remote_code(folder: Path, tmp_path: Path) -> None:
+    """Negative control: without the toolkit, transformers knows the model by the folder's code alone."""
     script = "import sys; from transformers import AutoConfig; AutoConfig.from_pretrained(sys.argv[1])"
     result = subprocess.run(
         [sys.executable, "-I", "-c", script, str(folder)],

@@ -189,7 +189,7 @@ def test_a_broken_generation_config(tmp_path: Path) -> None:
 def test_tokenizers_that_cannot_be_read(tmp_path: Path) -> None:
     folder = copy_checkpoint(tmp_path / "a")
     (folder / "qwen.tiktoken").unlink()
-    refuses(folder, f"{folder}: there is no qwen.tiktoken")
+    refuses(folder, f"{folder}: qwen.tiktoken is missing")
     folder = copy_checkpoint(tmp_path / "b")
     (folder / "tokenizer_config.json").write_text("{")
     refuses(folder, f"--model_name_or_path {folder}: its tokenizer cannot be read")
@@ -198,7 +198,7 @@ def test_tokenizers_that_cannot_be_read(tmp_path: Path) -> None:
     (folder / "qwen.tiktoken").write_text("\n".join([*lines, f"{lines[0].split()[0]}ZZ== 5"]))
     refuses(folder, f"{folder / 'qwen.tiktoken'}:{len(lines) + 1}: ")
     (folder / "qwen.tiktoken").write_text("\n".join([*lines[:300], "enp6eno= 299", *lines[300:]]))
-    refuses(folder, f"{folder / 'qwen.tiktoken'}:301: rank 299 stands there a second time")
+    refuses(folder, f"{folder / 'qwen.tiktoken'}:301: rank 299 occurs a second time")
 
 
 def test_a_rank_file_that_lost_its_end(tmp_path: Path) -> None:
