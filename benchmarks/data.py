@@ -1,10 +1,10 @@
-"""Previewing data of any size: how long it takes, and that its memory does not grow with the number of records.
+"""Measure time and memory of data previews: memory must not grow with the number of records.
 
     python -m benchmarks.data
 
-Writes 1,000, 10,000 and 100,000 made-up conversations as .jsonl, .json, .jsonl.gz and .parquet to a temporary folder
-and previews each file in a process of its own. The highest resident memory, which includes the libraries that are
-imported, and the seconds go to benchmarks/results/data.json.
+Writes 1,000, 10,000 and 100,000 generated conversations as .jsonl, .json, .jsonl.gz and .parquet to a temporary folder
+and previews each file in a separate process. Peak resident memory (including imported libraries) and seconds are
+written to benchmarks/results/data.json.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet")
 
 
 def conversations(count: int) -> Iterator[dict[str, Any]]:
-    """Records of one to three exchanges of the sentences in ``examples/``, with a number, so that none is a copy."""
+    """Yield conversations of one to three exchanges of sentences from ``examples/``, numbered so that all differ."""
     random = Random(0)
     records = json.loads((ROOT / "examples" / "identity.json").read_text(encoding="utf-8"))
     texts = [turn["value"] for record in records for turn in record["conversations"]]
@@ -66,7 +66,7 @@ def write(path: Path, count: int) -> None:
 
 
 def preview(model: Path, data: Path) -> dict[str, float]:
-    """Seconds and MiB of a preview, measured from outside, and the tokens it counted."""
+    """Return seconds and peak memory of a preview, measured from outside, and its counts."""
     figures = data.with_name("figures.json")
     command = ["-m", "scripts.preview_data", "--model_name_or_path", model, "--data_path", data, "--json", figures]
     started, peak = time.perf_counter(), 0.0
@@ -75,29 +75,31 @@ def preview(model: Path, data: Path) -> dict[str, float]:
         cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     while process.poll() is None:
-        peak = max(peak, highest_memory(process.pid))
+        peak = max(peak, peak_memory(process.pid))
         time.sleep(0.02)
     seconds = time.perf_counter() - started
-    assert process.returncode == 0, f"the preview of {data} ended with {process.returncode}"
-    told = json.loads(figures.read_text(encoding="utf-8"))["train"]
+    assert process.returncode == 0, f"the preview of {data} failed with exit code {process.returncode}"
+    report = json.loads(figures.read_text(encoding="utf-8"))["train"]
     return {
-        "records": told["read"],
+        "records": report["read"],
         "file_mib": round(data.stat().st_size / 2**20, 1),
-        "tokens": told["tokens"],
+        "tokens": report["tokens"],
         "seconds": round(seconds, 2),
         "peak_mib": round(peak, 1),
     }
 
 
-def highest_memory(pid: int) -> float:
-    """The most resident memory that a process has had, in MiB. What the system adds up for children of this process
-    (``ru_maxrss``) would count the memory of this process too. Linux only."""
+def peak_memory(pid: int) -> float:
+    """Return the peak resident memory of a process in MiB (Linux only).
+
+    ``ru_maxrss`` of children would include the memory of this process, copied when it forks.
+    """
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="ascii")
     except OSError:
         return 0.0
-    found = re.search(r"VmHWM:\s+(\d+) kB", status)
-    return int(found[1]) / 2**10 if found else 0.0
+    match = re.search(r"VmHWM:\s+(\d+) kB", status)
+    return int(match[1]) / 2**10 if match else 0.0
 
 
 def main(argv: Sequence[str]) -> None:
@@ -117,7 +119,7 @@ def main(argv: Sequence[str]) -> None:
                 results.setdefault(suffix, []).append(result)
                 print(f"{suffix:10}" + "".join(f"{value:>12,} {key}" for key, value in result.items()), flush=True)
     growth = {suffix: round(rows[-1]["peak_mib"] - rows[0]["peak_mib"], 1) for suffix, rows in results.items()}
-    print(f"memory of the largest beyond the smallest, MiB: {growth}")
+    print(f"memory growth from the smallest to the largest file, MiB: {growth}")
     summary = {
         "command": "python -m benchmarks.data",
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",

@@ -1,15 +1,14 @@
-"""Memory and time of training all parameters, LoRA and Q-LoRA on each kind of quantised weights.
+"""Measure memory and time of full-parameter training, LoRA, and Q-LoRA with each kind of quantised weights.
 
     python -m benchmarks.qlora [--quick] [--output benchmarks/results/qlora.json]
 
-Makes a random Qwen v1 of 0.1 billion parameters (12 layers of 768, bfloat16) and its GPTQ and AWQ forms in a temporary
-folder and runs finetune.py on each, in turn and several times, on the GPU where there is one and else on two CPU
-threads. Peak memory is watched from outside (RssAnon: memory that belongs to the process alone) or, on a GPU, what
-torch allocated there; "above" is without what a run on a tiny model takes. Seconds are medians of the steps after the
-second.
+Writes a random Qwen v1 of 0.1 billion parameters (12 layers, hidden size 768, bfloat16) and its GPTQ and AWQ versions
+to a temporary folder and runs finetune.py on each, interleaved and repeated, on a GPU if there is one, else on two CPU
+threads. Peak memory is the process's RssAnon, read from outside, or on a GPU the memory allocated by torch; "above" is
+the peak minus that of a run on a tiny model. Seconds are medians of the steps after the second.
 
-The second table trains adapters over the GPTQ model without gradient checkpointing, once with this toolkit's layers and
-once with gptqmodel's, where it is installed: what autograd keeps is the difference.
+The second table trains adapters on the GPTQ model without gradient checkpointing, with this toolkit's layers and, if it
+is installed, with those of gptqmodel: they differ in what autograd saves.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ CASES: dict[str, tuple[str, list[str]]] = {
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.qlora", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one run of each")
+    parser.add_argument("--quick", action="store_true", help="run each case once")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--layers", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -73,7 +72,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def make_models(folder: Path) -> None:
-    """``tiny``, ``base`` in bfloat16, ``gptq4``, ``gptq8`` and ``awq4``; and conversations that fill ``TOKENS``."""
+    """Write ``tiny``, ``base`` in bfloat16, ``gptq4``, ``gptq8``, ``awq4``, and conversations of ``TOKENS`` or more."""
     shape = ["--hidden_size", HIDDEN, "--num_hidden_layers", LAYERS, "--intermediate_size", 2 * WIDTH]
     for name, arguments in (("tiny", []), ("base", [*shape, "--num_attention_heads", 12])):
         command = [sys.executable, "-m", "scripts.make_tiny_qwen", "--output", folder / name, *arguments]
@@ -96,14 +95,14 @@ def make_models(folder: Path) -> None:
     records = json.loads((ROOT / "examples" / "identity.json").read_text(encoding="utf-8"))
     texts = [turn["value"] for record in records for turn in record["conversations"]]
     data = [
-        {"conversations": [{"from": "user", "value": texts[number]}, {"from": "assistant", "value": " ".join(texts)}]}
-        for number in range(32)
+        {"conversations": [{"from": "user", "value": texts[i]}, {"from": "assistant", "value": " ".join(texts)}]}
+        for i in range(32)
     ]
     (folder / "data.json").write_text(json.dumps(data))
 
 
 def pack(weights: dict[str, Any], method: str, bits: int) -> Iterator[tuple[str, Any]]:
-    """The same model with random integers in the place of its blocks' matrices: only their shapes matter here."""
+    """Yield the model with random packed integers for the matrices of its blocks: only their shapes matter."""
     import torch
 
     generator = torch.Generator().manual_seed(0)
@@ -129,26 +128,26 @@ def pack(weights: dict[str, Any], method: str, bits: int) -> Iterator[tuple[str,
 
 
 def whole_runs(folder: Path, repeats: int) -> list[dict[str, Any]]:
-    """finetune.py on every case, in turn."""
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in CASES}
-    floor = []
+    """Run finetune.py on every case, interleaved."""
+    runs_of: dict[str, list[tuple[float, float]]] = {name: [] for name in CASES}
+    baseline = []
     for _ in range(repeats):
-        floor.append(finetune(folder, "tiny", LORA)[0])
+        baseline.append(finetune(folder, "tiny", LORA)[0])
         for name, (model, flags) in CASES.items():
-            found[name].append(finetune(folder, model, flags))
-    lora = statistics.median(seconds for _, seconds in found["LoRA"])
+            runs_of[name].append(finetune(folder, model, flags))
+    lora = statistics.median(seconds for _, seconds in runs_of["LoRA"])
     rows = []
-    for name, runs in found.items():
+    for name, runs in runs_of.items():
         memory, seconds = (statistics.median(values) for values in zip(*runs, strict=True))
         rows.append(
-            {"what": name, "peak_mib": round(memory), "above_mib": round(memory - statistics.median(floor)),
+            {"what": name, "peak_mib": round(memory), "above_mib": round(memory - statistics.median(baseline)),
              "seconds_per_step": round(seconds, 3), "time_ratio_to_lora": round(seconds / lora, 2)}
         )  # fmt: skip
     return rows
 
 
 def finetune(folder: Path, model: str, flags: list[str]) -> tuple[float, float]:
-    """Peak memory in MiB and seconds per step of a short run."""
+    """Return peak memory in MiB and seconds per step of a short run."""
     output = folder / "output"
     common = [
         "--max_steps", "7", "--logging_steps", "1", "--per_device_train_batch_size", "1", "--model_max_length",
@@ -169,15 +168,15 @@ def finetune(folder: Path, model: str, flags: list[str]) -> tuple[float, float]:
 def watch(command: Sequence[str]) -> float:
     """Run a command and return the peak of its RssAnon in MiB."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "passive"}
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=said, env=environment)
+    with tempfile.TemporaryFile("w+") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=output, env=environment)
         peak = 0.0
         while process.poll() is None:
             peak = max(peak, anonymous_memory(process.pid))
             time.sleep(0.005)
         if process.returncode != 0:
-            said.seek(0)
-            raise RuntimeError(f"{' '.join(command)} failed:\n{said.read()[-2000:]}")
+            output.seek(0)
+            raise RuntimeError(f"{' '.join(command)} failed:\n{output.read()[-2000:]}")
     return peak
 
 
@@ -185,23 +184,23 @@ def watch(command: Sequence[str]) -> float:
 
 
 def compare_layers(folder: Path, repeats: int) -> list[dict[str, Any]]:
-    """Adapters over the same GPTQ weights, with our layers and with gptqmodel's."""
-    whose = ["ours", *(["gptqmodel"] if importlib.util.find_spec("gptqmodel") else [])]
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in whose}
+    """Train adapters on the same GPTQ weights with our layers and with those of gptqmodel."""
+    implementations = ["ours", *(["gptqmodel"] if importlib.util.find_spec("gptqmodel") else [])]
+    runs_of: dict[str, list[tuple[float, float]]] = {name: [] for name in implementations}
     for _ in range(repeats):
-        for name in whose:
+        for name in implementations:
             peak = watch([sys.executable, "-m", "benchmarks.qlora", "--layers", name, str(folder / "gptq4")])
-            told = json.loads((folder / "gptq4" / "layers.json").read_text())
-            found[name].append((told["gpu_mib"] if gpu() else peak, told["seconds"]))
+            result = json.loads((folder / "gptq4" / "layers.json").read_text())
+            runs_of[name].append((result["gpu_mib"] if gpu() else peak, result["seconds"]))
     rows = []
-    for name, runs in found.items():
+    for name, runs in runs_of.items():
         memory, seconds = (statistics.median(values) for values in zip(*runs, strict=True))
         rows.append({"what": f"GPTQ layers: {name}", "peak_mib": round(memory), "seconds_per_step": round(seconds, 3)})
     return rows
 
 
-def train_layers(whose: str, model_folder: str) -> None:
-    """The child: a few steps of LoRA without gradient checkpointing; writes ``layers.json`` beside the model."""
+def train_layers(implementation: str, model_folder: str) -> None:
+    """Train LoRA for a few steps without gradient checkpointing, in a child process; write ``layers.json``."""
     os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     import torch
     from peft import LoraConfig, get_peft_model
@@ -212,7 +211,7 @@ def train_layers(whose: str, model_folder: str) -> None:
     torch.set_num_threads(THREADS)
     checkpoint = load_checkpoint(model_folder)
     model: Any
-    if whose == "ours":
+    if implementation == "ours":
         model = load_model(checkpoint, torch.float32)
     else:
         kernel = GPTQConfig(bits=4, backend="torch")
@@ -228,11 +227,11 @@ def train_layers(whose: str, model_folder: str) -> None:
         optimizer.step()
         optimizer.zero_grad()
         seconds.append(time.perf_counter() - started)
-    told = {
+    result = {
         "seconds": statistics.median(seconds[1:]),
         "gpu_mib": torch.cuda.max_memory_allocated() / 2**20 if gpu() else 0,
     }
-    (Path(model_folder) / "layers.json").write_text(json.dumps(told))
+    (Path(model_folder) / "layers.json").write_text(json.dumps(result))
 
 
 def gpu() -> bool:

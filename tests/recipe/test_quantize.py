@@ -184,8 +184,9 @@ from qwen_model.register import register_qwen
 from safetensors.torch import save_file
 
 register_qwen()
+torch.compiler.set_stance("force_eager")  # gptqmodel compiles each layer, which would take most of the time
 target, *folders = sys.argv[1:]
-found = {}
+logits = {}
 for folder in folders:
     method, bits = folder.split("-")[-2:]
     # The plain layer; other layers of that library round the inputs to fewer bits.
@@ -194,8 +195,8 @@ for folder in folders:
     kinds = {type(layer).__module__.split(".")[0] for layer in model.modules() if hasattr(layer, "qweight")}
     assert kinds == {"gptqmodel"}, kinds
     with torch.no_grad():
-        found[folder] = model(input_ids=torch.arange(3, 63)[None]).logits
-save_file(found, target)
+        logits[folder] = model(input_ids=torch.arange(3, 63)[None]).logits
+save_file(logits, target)
 """
 
 

@@ -1,6 +1,6 @@
-"""Quantised layouts as published: ours against weights that the tests pack themselves, and against gptqmodel's layers.
+"""Published quantised layouts: read here, compared with weights that the tests pack and with gptqmodel's layers.
 
-gptqmodel is asked in a process of its own: importing it changes environment variables and classes of transformers.
+gptqmodel runs in a separate process: importing it changes environment variables and classes of transformers.
 """
 
 from __future__ import annotations
@@ -29,39 +29,39 @@ IDS = torch.randint(0, 700, (2, 24), generator=torch.Generator().manual_seed(0))
 
 @dataclass
 class Layout:
-    """A layout, and a checkpoint written in it.
+    """How a checkpoint in a layout is written.
 
     Attributes:
-        source: the float checkpoint.
-        gptqmodel_differs: how far gptqmodel's logits may be from those of the weights in float32; ``None`` where
-            transformers does not read such a folder.
+        source: name of the unquantised checkpoint.
+        tolerance: largest relative difference between gptqmodel's logits and those of the weights in float32;
+            ``None`` if transformers does not read the layout.
     """
 
     source: str
     write: Callable[..., dict[str, Tensor]]
-    gptqmodel_differs: float | None
+    tolerance: float | None
 
 
-# Measured up to 9.2e-4 and 1.5e-3: gptqmodel rounds weights to float16, and with AWQ what is multiplied by them, too.
-GPTQ_DIFFERS, AWQ_DIFFERS = 1e-3, 2e-3
+# Measured up to 9.2e-4 and 1.5e-3: gptqmodel rounds weights to float16, and with AWQ also their inputs.
+GPTQ_TOLERANCE, AWQ_TOLERANCE = 1e-3, 2e-3
 LAYOUTS = {
-    "qwen-int4": Layout("wide", partial(write_gptq, group_size=128), GPTQ_DIFFERS),
-    "qwen-int8": Layout("wide", partial(write_gptq, bits=8, group_size=128), GPTQ_DIFFERS),
-    "qwen-act-order": Layout("qwen", partial(write_gptq, group_size=16, desc_act=True), GPTQ_DIFFERS),
-    "qwen-zero-points": Layout("qwen", partial(write_gptq, sym=False), GPTQ_DIFFERS),
+    "qwen-int4": Layout("wide", partial(write_gptq, group_size=128), GPTQ_TOLERANCE),
+    "qwen-int8": Layout("wide", partial(write_gptq, bits=8, group_size=128), GPTQ_TOLERANCE),
+    "qwen-act-order": Layout("qwen", partial(write_gptq, group_size=16, desc_act=True), GPTQ_TOLERANCE),
+    "qwen-zero-points": Layout("qwen", partial(write_gptq, sym=False), GPTQ_TOLERANCE),
     "qwen-unnamed": Layout("qwen", partial(write_gptq, config="unnamed"), None),
     "qwen2-first-uploads": Layout(
         "qwen2", partial(write_gptq, config="quantize_config.json", file_name="gptq_model-4bit-32g"), None
     ),
-    "qwen2-whole-rows": Layout("qwen2", partial(write_gptq, group_size=-1, zero_biases=False), GPTQ_DIFFERS),
+    "qwen2-whole-rows": Layout("qwen2", partial(write_gptq, group_size=-1, zero_biases=False), GPTQ_TOLERANCE),
     "qwen3-v2": Layout(
-        "qwen3", partial(write_gptq, sym=False, zeros="v2", config="new", zero_biases=False), GPTQ_DIFFERS
+        "qwen3", partial(write_gptq, sym=False, zeros="v2", config="new", zero_biases=False), GPTQ_TOLERANCE
     ),
-    "qwen-awq": Layout("wide", partial(write_awq, group_size=128), AWQ_DIFFERS),
-    "qwen2-awq": Layout("qwen2", write_awq, AWQ_DIFFERS),
+    "qwen-awq": Layout("wide", partial(write_awq, group_size=128), AWQ_TOLERANCE),
+    "qwen2-awq": Layout("qwen2", write_awq, AWQ_TOLERANCE),
     "qwen3-awq-first": Layout("qwen3", partial(write_awq, config="quant_config.json"), None),
 }
-ASKED = [name for name, layout in LAYOUTS.items() if layout.gptqmodel_differs is not None]
+READABLE = [name for name, layout in LAYOUTS.items() if layout.tolerance is not None]
 
 
 @dataclass
@@ -102,7 +102,7 @@ def stored_parts(folder: Path, weight: str) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("name", LAYOUTS)
-def test_weights_and_logits_are_those_that_were_packed(written: dict[str, Written], name: str) -> None:
+def test_weights_and_logits_equal_the_packed_ones(written: dict[str, Written], name: str) -> None:
     layout = written[name]
     quantization = find_quantization(layout.folder)
     assert quantization is not None
@@ -112,29 +112,29 @@ def test_weights_and_logits_are_those_that_were_packed(written: dict[str, Writte
 
 
 @pytest.fixture(scope="module")
-def asked(written: dict[str, Written], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What gptqmodel makes of the layouts that transformers hands to it: a file of tensors for each."""
-    output = tmp_path_factory.mktemp("asked")
+def gptqmodel_results(written: dict[str, Written], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a file for each layout that transformers reads: logits and weights of gptqmodel's layers."""
+    output = tmp_path_factory.mktemp("gptqmodel")
     save_file({"ids": IDS}, output / "ids.safetensors")
-    folders = [str(written[name].folder) for name in ASKED]
+    folders = [str(written[name].folder) for name in READABLE]
     command = [sys.executable, "-m", "tests.recipe.test_quantized_layouts", str(output), *folders]
-    done = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    result = subprocess.run(command, cwd=REPO, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stdout + result.stderr
     return output
 
 
-@pytest.mark.parametrize("name", ASKED)
-def test_gptqmodel_reads_the_same(written: dict[str, Written], asked: Path, name: str) -> None:
-    theirs = load_file(asked / f"{name}.safetensors")
-    assert difference(theirs.pop("logits"), written[name].logits) < LAYOUTS[name].gptqmodel_differs
+@pytest.mark.parametrize("name", READABLE)
+def test_gptqmodel_reads_the_same(written: dict[str, Written], gptqmodel_results: Path, name: str) -> None:
+    theirs = load_file(gptqmodel_results / f"{name}.safetensors")
+    assert difference(theirs.pop("logits"), written[name].logits) < LAYOUTS[name].tolerance
     assert theirs.keys() == written[name].weights.keys()
     for weight, expected in written[name].weights.items():
         assert torch.equal(theirs[weight], expected.half()), weight
 
 
 @torch.no_grad()
-def ask_gptqmodel(output: Path, folders: list[Path]) -> None:
-    """Write logits and weights that gptqmodel's plain layers have, in float16, to ``output``."""
+def run_gptqmodel(output: Path, folders: list[Path]) -> None:
+    """Write logits and float16 weights of gptqmodel's plain layers to ``output``."""
     from gptqmodel.nn_modules.qlinear import BaseQuantLinear
     from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
@@ -146,7 +146,7 @@ def ask_gptqmodel(output: Path, folders: list[Path]) -> None:
     for folder in folders:
         quantization = find_quantization(folder)
         assert quantization is not None
-        # The kernels it prefers on a CPU multiply in bfloat16, and take no groups of 16.
+        # The kernels that it prefers on a CPU multiply in bfloat16 and do not support groups of 16.
         plain = AwqConfig(backend="torch_awq") if quantization.method == "awq" else None
         plain = plain or GPTQConfig(bits=quantization.bits, backend="gptq_torch")
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=plain).eval()
@@ -159,4 +159,4 @@ def ask_gptqmodel(output: Path, folders: list[Path]) -> None:
 
 
 if __name__ == "__main__":
-    ask_gptqmodel(Path(sys.argv[1]), [Path(folder) for folder in sys.argv[2:]])
+    run_gptqmodel(Path(sys.argv[1]), [Path(folder) for folder in sys.argv[2:]])
