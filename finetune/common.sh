@@ -1,16 +1,16 @@
-# Read by the launchers beside it, after they have set
-#   summary          one line for -h
-#   arguments        the finetune.py arguments of their mode (words without spaces)
-#   processes        one, or many: one for each GPU, on one host or several
-#   engine           the flag of an engine and its file beside this one, or nothing
-# It reads the launcher's options and runs finetune.py from the current folder, so that relative paths mean what the
-# user sees. POSIX sh: dash is /bin/sh on many machines.
+# Sourced by the launchers in this folder after they have set
+#   summary          text for -h
+#   arguments        finetune.py arguments of their mode (words without spaces)
+#   processes        one, or many: one per GPU, on one host or several
+#   engine           flag of an engine and its config file in this folder, or empty
+# Reads the launcher's options and runs finetune.py from the current folder, so that relative paths work as typed.
+# POSIX sh, because /bin/sh is dash on many machines.
 set -eu
 
 launcher=$(basename -- "$0")
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 usage="Usage: sh $0 -m MODEL -d DATA [-o OUTPUT] [-- finetune.py arguments]"
-# What all modes share. warmup_steps below 1 is a share of all steps.
+# Shared by all modes. warmup_steps below 1 is a fraction of all steps.
 arguments="$arguments
     --num_train_epochs 5
     --per_device_eval_batch_size 1
@@ -35,25 +35,25 @@ $usage
 $summary
 
   -m, --model MODEL    checkpoint folder
-  -d, --data DATA      conversations to train on (.json or .jsonl)
-  -o, --output OUTPUT  folder for the result (default: output_qwen)
-  -h, --help           this text
+  -d, --data DATA      training conversations (.json or .jsonl)
+  -o, --output OUTPUT  output folder (default: output_qwen)
+  -h, --help           show this help
 
-Everything after -- goes to finetune.py and wins over these defaults:
+Arguments after -- are passed to finetune.py and override these defaults:
 $(printf '%s\n' "${engine:+${engine%% *} $root/finetune/${engine#* }}" "$arguments" | sed '/^ *$/d; s/^ */  /')
-On a GPU also --bf16 True (or --fp16 True where it has no bf16), unless a precision is given; without a GPU the CPU
-trains in fp32. CUDA_VISIBLE_DEVICES chooses the GPU$([ "$processes" = one ] && echo ' (default: the first)' || echo s).
+On a GPU --bf16 True is added (--fp16 True if the GPU has no bf16), unless you give a precision. Without a GPU the
+run uses the CPU in fp32. CUDA_VISIBLE_DEVICES selects the GPU$([ "$processes" = one ] && echo ' (default: the first)' || echo s).
 EOF
     [ "$processes" = one ] || cat <<EOF
 
 Environment:
-  GPUS_PER_NODE    processes of this host (default: its visible GPUs; without a GPU NPROC, else 1)
-  NNODES           hosts (default: 1); on each of several hosts run this with
-    NODE_RANK      which of them this is, from 0
-    MASTER_ADDR    the name or address of host 0, as all hosts reach it
-    MASTER_PORT    a free port of host 0 (default: 6001; on a single host any free one)
-  MAX_RESTARTS     how often all processes are started again, from the last checkpoint, when one fails (default: 0)
-  OMP_NUM_THREADS  threads of a process (default: the host's cores, divided among its processes)
+  GPUS_PER_NODE    number of processes on this host (default: its visible GPUs; without a GPU NPROC, else 1)
+  NNODES           number of hosts (default: 1); with several, run this command on each host and set
+    NODE_RANK      rank of this host, from 0
+    MASTER_ADDR    name or address of host 0, reachable from all hosts
+    MASTER_PORT    free port of host 0 (default: 6001; on a single host any free port)
+  MAX_RESTARTS     how often all processes are restarted from the last checkpoint after a failure (default: 0)
+  OMP_NUM_THREADS  threads per process (default: the host's cores divided by its processes)
 EOF
 }
 
@@ -91,7 +91,7 @@ python=$root/.venv/bin/python
 [ -x "$python" ] || python=python3
 
 if [ "$processes" = one ]; then
-    # One GPU, also where there are more: several visible ones would be a different job (data parallelism).
+    # One GPU even if the host has more: with several visible GPUs it would be a different job (data parallelism).
     export CUDA_DEVICE_MAX_CONNECTIONS=1
     export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-0}"
 else
@@ -99,7 +99,7 @@ else
     check_environment
 fi
 
-# Old GPUs only emulate bf16; they are faster in fp16.
+# Old GPUs emulate bf16 and are faster in fp16.
 machine=$("$python" -c '
 import os, torch
 gpus = torch.cuda.device_count()
@@ -114,7 +114,7 @@ for argument in "$@"; do
     case $argument in --bf16* | --fp16* | --pure_bf16*) precision= ;; esac
 done
 
-# $arguments and $precision are lists of words.
+# $arguments and $precision are split into words.
 # shellcheck disable=SC2086
 set -- --model_name_or_path "$model" --data_path "$data" --output_dir "$output" \
     ${engine:+"${engine%% *}" "$root/finetune/${engine#* }"} $arguments $precision "$@"

@@ -1,8 +1,8 @@
 #!/bin/sh
-# All parameters on all GPUs of one host or several, sharded by DeepSpeed's ZeRO-3:
+# Full-parameter training on all GPUs of one or several hosts, sharded by DeepSpeed ZeRO-3:
 #   sh finetune/finetune_ds.sh -m /path/to/Qwen-7B-Chat -d /path/to/conversations.json
-summary="Tunes all parameters on all GPUs of one host or several; DeepSpeed (ZeRO-3) shares weights, gradients and
-optimizer out to them (needs: pip install -r requirements_distributed.txt)."
+summary="Trains all parameters on all GPUs of one or several hosts. DeepSpeed ZeRO-3 shards weights, gradients and
+optimizer state (needs: pip install -r requirements_distributed.txt)."
 processes=many
 engine="--deepspeed ds_config_zero3.json"
 arguments="

@@ -1,8 +1,8 @@
 #!/bin/sh
-# All parameters on all GPUs of one host or several, sharded by PyTorch's FSDP2:
+# Full-parameter training on all GPUs of one or several hosts, sharded by PyTorch FSDP2:
 #   sh finetune/finetune_fsdp.sh -m /path/to/Qwen-7B-Chat -d /path/to/conversations.json
-summary="Tunes all parameters on all GPUs of one host or several; PyTorch (FSDP2) shares weights, gradients and optimizer
-out to them."
+summary="Trains all parameters on all GPUs of one or several hosts. PyTorch FSDP2 shards weights, gradients and optimizer
+state."
 processes=many
 engine="--fsdp_config fsdp_config.json"
 arguments="

@@ -1,8 +1,8 @@
 #!/bin/sh
-# LoRA on all GPUs of one host or several, with DeepSpeed's ZeRO-2:
+# LoRA on all GPUs of one or several hosts, with DeepSpeed ZeRO-2:
 #   sh finetune/finetune_lora_ds.sh -m /path/to/Qwen-7B-Chat -d /path/to/conversations.json
-summary="Tunes LoRA adapters on all GPUs of one host or several; DeepSpeed (ZeRO-2) shares gradients and optimizer out to
-them (needs: pip install -r requirements_distributed.txt). merge_lora.py folds the result into its base."
+summary="Trains a LoRA adapter on all GPUs of one or several hosts. DeepSpeed ZeRO-2 shards gradients and optimizer state
+(needs: pip install -r requirements_distributed.txt). merge_lora.py merges the adapter into its base."
 processes=many
 engine="--deepspeed ds_config_zero2.json"
 arguments="

@@ -1,7 +1,7 @@
 #!/bin/sh
-# LoRA on one GPU, or on the CPU where there is none:
+# LoRA on one GPU, or on the CPU if there is none:
 #   sh finetune/finetune_lora_single_gpu.sh -m /path/to/Qwen-7B-Chat -d /path/to/conversations.json
-summary="Tunes LoRA adapters on one GPU (on the CPU where there is none); merge_lora.py folds the result into its base."
+summary="Trains a LoRA adapter on one GPU (on the CPU if there is none). merge_lora.py merges it into its base."
 processes=one
 engine=
 arguments="

@@ -1,9 +1,9 @@
 #!/bin/sh
-# Q-LoRA on all GPUs of one host or several; the model may be quantised (GPTQ, AWQ) or not:
+# Q-LoRA on all GPUs of one or several hosts, for a quantised (GPTQ, AWQ) or unquantised model:
 #   sh finetune/finetune_qlora_ds.sh -m /path/to/Qwen-7B-Chat-Int4 -d /path/to/conversations.json
-summary="Tunes LoRA adapters over quantised weights on all GPUs of one host or several; each holds the whole model (plain
-data parallelism: the adapters' gradients and optimizer are too small to be worth sharing out). GPTQ and AWQ models are
-taken as they are, others are quantised to NF4 while they are loaded (needs: pip install bitsandbytes)."
+summary="Trains a LoRA adapter over quantised weights on all GPUs of one or several hosts. Each GPU holds the whole model
+(plain data parallelism: gradients and optimizer state of an adapter are too small to shard). GPTQ and AWQ models are
+used as they are; others are quantised to NF4 while loading (needs: pip install bitsandbytes)."
 processes=many
 engine=
 arguments="

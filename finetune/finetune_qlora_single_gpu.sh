@@ -1,8 +1,8 @@
 #!/bin/sh
-# Q-LoRA on one GPU, or on the CPU where there is none; the model may be quantised (GPTQ, AWQ) or not:
+# Q-LoRA on one GPU, or on the CPU if there is none, for a quantised (GPTQ, AWQ) or unquantised model:
 #   sh finetune/finetune_qlora_single_gpu.sh -m /path/to/Qwen-7B-Chat-Int4 -d /path/to/conversations.json
-summary="Tunes LoRA adapters over quantised weights on one GPU (on the CPU where there is none). GPTQ and AWQ models
-are taken as they are, others are quantised to NF4 while they are loaded (needs: pip install bitsandbytes)."
+summary="Trains a LoRA adapter over quantised weights on one GPU (on the CPU if there is none). GPTQ and AWQ models are
+used as they are; others are quantised to NF4 while loading (needs: pip install bitsandbytes)."
 processes=one
 engine=
 arguments="

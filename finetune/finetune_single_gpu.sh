@@ -1,7 +1,7 @@
 #!/bin/sh
-# All parameters on one GPU, or on the CPU where there is none:
+# Full-parameter training on one GPU, or on the CPU if there is none:
 #   sh finetune/finetune_single_gpu.sh -m /path/to/Qwen-1_8B-Chat -d /path/to/conversations.json
-summary="Tunes all parameters on one GPU (on the CPU where there is none)."
+summary="Trains all parameters on one GPU (on the CPU if there is none)."
 processes=one
 engine=
 arguments="

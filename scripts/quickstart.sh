@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# The main job from nothing to a taught answer, on the CPU and without a download of weights: a tiny random Qwen v1 model
-# learns the conversations of examples/identity.json by LoRA, the adapter is merged, the merged model is asked the first
-# question of the file. Exit code 1 if it does not give the answer it was taught.
+# The whole workflow on the CPU, without downloading weights: train a LoRA adapter of a tiny random Qwen v1 model on
+# examples/identity.json, merge it, and ask the merged model the first question of that file. Exit code 1 if it does not
+# give the answer in the file.
 #   bash scripts/quickstart.sh
 set -euo pipefail
 
@@ -17,7 +17,7 @@ run() {
 run sh scripts/setup_env.sh .venv requirements_finetune.txt constraints.txt
 export PATH="$PWD/.venv/bin:$PATH"
 
-# The tiny model is made again only after a change of what it is made from.
+# Create the tiny model again only if its inputs have changed.
 if [ ! -f "$work/tiny-qwen/config.json" ] ||
     [ -n "$(find examples scripts/make_tiny_qwen.py -newer "$work/tiny-qwen/config.json")" ]; then
     rm -rf "$work/tiny-qwen"
@@ -32,10 +32,10 @@ run python finetune.py --model_name_or_path "$work/tiny-qwen" --data_path "$data
     --model_max_length 512 --logging_steps 10 --save_strategy no --report_to none
 run python merge_lora.py --adapter "$work/adapter" --output "$work/merged"
 
-# The first question of the file and its answer, each ended by a NUL as texts may have several lines.
+# First question of the file and its answer, each terminated by NUL because texts may have several lines.
 {
     IFS= read -r -d '' question
-    IFS= read -r -d '' taught
+    IFS= read -r -d '' expected
 } < <(python -c '
 import json, sys
 
@@ -46,13 +46,13 @@ print(turns[first]["value"], turns[first + 1]["value"], sep="\0", end="\0")
 answer=$(run python -m scripts.ask --model_name_or_path "$work/merged" "$question")
 
 printf '\nQuestion: %s\nAnswer:   %s\n' "$question" "$answer"
-if [ "$answer" != "$taught" ]; then
-    printf 'quickstart.sh: error: the merged model was taught another answer: %s\n' "$taught" >&2
+if [ "$answer" != "$expected" ]; then
+    printf 'quickstart.sh: error: the merged model gave another answer than the training data: %s\n' "$expected" >&2
     exit 1
 fi
 cat <<'EOF'
 
-The merged model gives the answer it was taught. With real weights and your own conversations, the same is
+The merged model gives the answer in the training data. With real weights and your own conversations:
 
     sh finetune/finetune_lora_single_gpu.sh -m /path/to/Qwen-7B-Chat -d /path/to/conversations.json
 EOF

@@ -1,10 +1,10 @@
 #!/bin/sh
-# Makes a virtual environment and installs the toolkit's requirements into it; a second run finds nothing to do.
+# Create a virtual environment and install the toolkit's requirements into it. Does nothing if they are up to date.
 #
 #   sh scripts/setup_env.sh [VENV] [REQUIREMENTS] [CONSTRAINTS]
 #
-# The defaults are .venv, requirements_finetune.txt and constraints.txt of this checkout; other paths are taken from the
-# current folder. PYTHON=/path/to/python names the interpreter; otherwise the first one found that is 3.10 or newer.
+# The defaults are .venv, requirements_finetune.txt and constraints.txt of this checkout; other paths are relative to
+# the current folder. PYTHON=/path/to/python selects the interpreter; the default is the first one from 3.10 on.
 set -eu
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
@@ -19,10 +19,11 @@ fail() {
 
 [ $# -le 3 ] || fail "unexpected argument '$4'. Usage: sh scripts/setup_env.sh [VENV] [REQUIREMENTS] [CONSTRAINTS]"
 for file in "$requirements" "$constraints"; do
-    [ -f "$file" ] || fail "there is no file $file"
+    [ -f "$file" ] || fail "file $file does not exist"
 done
 
-# A name on PATH proves little (version managers leave shims for what is not installed; Debian ships venv apart): ask it.
+# Run the interpreter, because a name on PATH proves little: version managers leave shims for versions that are not
+# installed, and Debian packages venv separately.
 usable() {
     "$1" -c 'import sys, ensurepip, venv; sys.exit(sys.version_info < (3, 10))' 2>/dev/null
 }
@@ -42,7 +43,7 @@ find_python() {
     fail "no Python >= 3.10 with the venv module was found. Install one (Debian: apt install python3-venv) or set PYTHON=/path/to/python"
 }
 
-# The text that decides what gets installed: a requirements file and the files it includes with -r.
+# Print a requirements file and the files it includes with -r.
 requirements_text() {
     cat "$1"
     sed -n 's/^-r *//p' "$1" | while read -r included; do
@@ -50,7 +51,7 @@ requirements_text() {
     done
 }
 
-# A line "CONSTRAINTS REQUIREMENTS" (checksums) is in this file for each set that was installed to its end.
+# Holds a line "CONSTRAINTS REQUIREMENTS" (checksums) for each set that was installed completely.
 stamp=$venv/.installed
 pins=$(cksum <"$constraints" | tr ' ' '-')
 wanted="$pins $(requirements_text "$requirements" | cksum | tr ' ' '-')"
@@ -64,16 +65,16 @@ if works && grep -qxF "$wanted" "$stamp" 2>/dev/null; then
 fi
 
 if ! works; then
-    # Only a virtual environment (or nothing) may be cleared: the folder could be anything the user named.
+    # Clear only a virtual environment or an empty folder: the user may have named any folder.
     if [ -e "$venv" ] && [ ! -f "$venv/pyvenv.cfg" ] && [ -n "$(ls -A "$venv")" ]; then
-        fail "$venv is neither empty nor a virtual environment. Name another folder"
+        fail "$venv is neither empty nor a virtual environment. Use another folder"
     fi
     python=$(find_python)
     echo "Creating $venv with $("$python" --version)"
     "$python" -m venv --clear "$venv"
 fi
 
-# From here to the last line this set counts as not installed, and so does every set of other constraints.
+# Until the last line this set counts as not installed, as does every set with other constraints.
 if [ -f "$stamp" ]; then
     grep "^$pins " "$stamp" | grep -vxF "$wanted" >"$stamp.new" || true
     mv "$stamp.new" "$stamp"

@@ -1,4 +1,4 @@
-"""Fixtures that all tests share: the golden sets and the models and tokenizers loaded from them."""
+"""Shared fixtures: the golden sets, and models and tokenizers loaded from them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# Before torch is imported: libgomp reads them once. Threads that spin while they wait make parallel runs crawl.
+# Before torch is imported, because libgomp reads them once. Threads that spin while waiting slow down parallel runs.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
@@ -19,17 +19,20 @@ if TYPE_CHECKING:
     from qwen_model.modeling_qwen import QWenLMHeadModel
     from qwen_model.tokenization_qwen import QWenTokenizer
 
-# Before any Hugging Face library is imported, and inherited by the commands that tests start.
+# Before any Hugging Face library is imported; commands that tests start inherit them.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 torch.set_num_threads(2)
 
 
 def shared_folder() -> Path:
-    """The folder with the large golden set: ``$QWEN_SHARED``, by default ``shared`` beside the repository."""
+    """Return the folder of the recordings outside the repository: ``$QWEN_SHARED``, by default ``../shared``.
+
+    Without it tests are skipped, except in CI, where they fail.
+    """
     path = Path(os.environ.get("QWEN_SHARED") or REPO.parent / "shared").resolve()
     if not path.is_dir():
-        reason = f"NOT TESTED against the large golden set: there is no folder {path} (set QWEN_SHARED)"
+        reason = f"NOT TESTED against the recordings: folder {path} does not exist (set QWEN_SHARED)"
         if os.environ.get("CI"):
             pytest.fail(reason)
         pytest.skip(reason)
@@ -53,7 +56,7 @@ def golden_large(shared: Path) -> Path:
 
 @pytest.fixture(scope="session", params=["small", "large"])
 def any_golden(request: pytest.FixtureRequest) -> Golden:
-    """Each golden set in turn: a test that takes it runs on both."""
+    """Each golden set in turn: a test with this fixture runs on both."""
     if request.param == "small":
         return Golden("small", SMALL)
     return Golden("large", shared_folder() / "golden")
@@ -61,7 +64,7 @@ def any_golden(request: pytest.FixtureRequest) -> Golden:
 
 @pytest.fixture(scope="session")
 def tiny_tokenizer(any_golden: Golden) -> QWenTokenizer:
-    """The tokenizer of the set's main checkpoint. Shared: do not change it."""
+    """The tokenizer of the set's main checkpoint. Shared by tests, which must not change it."""
     from qwen_model.tokenization_qwen import QWenTokenizer
 
     return QWenTokenizer.from_pretrained(any_golden.tiny)
@@ -69,7 +72,7 @@ def tiny_tokenizer(any_golden: Golden) -> QWenTokenizer:
 
 @pytest.fixture(scope="session")
 def tiny_model(any_golden: Golden) -> QWenLMHeadModel:
-    """The set's main checkpoint in fp32 and in evaluation mode. Shared: do not change it."""
+    """The set's main checkpoint in fp32 and evaluation mode. Shared by tests, which must not change it."""
     from qwen_model.modeling_qwen import QWenLMHeadModel
 
     return QWenLMHeadModel.from_pretrained(any_golden.tiny, dtype=torch.float32).eval()

@@ -1,4 +1,4 @@
-"""Two hosts on this machine: network namespaces with addresses and names of their own, and a cable between them."""
+"""Two simulated hosts: network namespaces with their own addresses and host names, connected by a virtual cable."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tests.commands import environment
 from tests.golden import REPO
 
 NOT_INSTALLED = "iproute2 is not installed"
-_PATIENCE = 120.0  # seconds until what has to happen soon has happened
+_TIMEOUT = 120.0  # seconds
 
 
 @dataclass(frozen=True)
 class Host:
-    """One of the two hosts.
+    """A simulated host.
 
     Attributes:
         namespace: its network namespace.
-        name: what programs on it take for the name of their machine.
-        interface, address: of its end of the cable.
-        started: what was started on it.
+        name: host name that programs on it see.
+        interface, address: its end of the cable.
+        started: processes started on it.
     """
 
     namespace: str
@@ -37,9 +37,9 @@ class Host:
     started: list[subprocess.Popen[str]] = field(default_factory=list, compare=False)
 
     def start(self, command: Sequence[object], log: Path, **variables: object) -> subprocess.Popen[str]:
-        """Start a command from the repository's root; what it prints goes to ``log``, behind what stands there."""
-        named = 'echo "$0" >/proc/sys/kernel/hostname && exec "$@"'
-        inside = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", named, self.name]
+        """Start a command in the repository's root and append its output to ``log``."""
+        set_name = 'echo "$0" >/proc/sys/kernel/hostname && exec "$@"'
+        inside = ["ip", "netns", "exec", self.namespace, "unshare", "--uts", "sh", "-c", set_name, self.name]
         with log.open("a", encoding="utf-8") as file:
             process = subprocess.Popen(
                 [*inside, *map(str, command)],
@@ -50,8 +50,8 @@ class Host:
         return process
 
     def lose_power(self) -> None:
-        """Kill every process of this host at once, so that none of them can say or close anything."""
-        deadline = time.monotonic() + _PATIENCE
+        """Kill every process of this host at once, so that none can send or close anything."""
+        deadline = time.monotonic() + _TIMEOUT
         while pids := _ip("netns", "pids", self.namespace).split():
             for pid in map(int, pids):
                 with contextlib.suppress(ProcessLookupError):
@@ -59,19 +59,19 @@ class Host:
             assert time.monotonic() < deadline, f"processes {pids} do not die"
             time.sleep(0.05)
         for process in self.started:
-            process.wait(_PATIENCE)
+            process.wait(_TIMEOUT)
 
     def unplug(self) -> None:
-        """Pull the cable: nothing arrives any more, in either direction, and nobody is told."""
+        """Unplug the cable: nothing arrives any more in either direction, and no connection is closed."""
         _ip("-n", self.namespace, "link", "set", self.interface, "down")
 
 
 @contextlib.contextmanager
 def two_hosts() -> Iterator[tuple[Host, Host]]:
-    """Two hosts that reach each other and nothing else; whatever still runs on them is killed at the end.
+    """Create two hosts that reach each other and nothing else; kill their processes at the end.
 
     Raises:
-        OSError: this machine does not let one have network namespaces.
+        OSError: this machine does not allow network namespaces.
     """
     first, second = (
         Host(f"qwen-{os.getpid()}-{number}", f"host-{number}", f"qw{os.getpid()}n{number}", f"192.0.2.{number + 1}")
@@ -80,7 +80,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
     with contextlib.ExitStack() as stack:
         for host in (first, second):
             _ip("netns", "add", host.namespace)
-            stack.callback(_ip, "netns", "del", host.namespace)  # the cable goes with it
+            stack.callback(_ip, "netns", "del", host.namespace)  # and the cable
             stack.callback(host.lose_power)
         _ip("link", "add", first.interface, "netns", first.namespace, "type", "veth",
             "peer", "name", second.interface, "netns", second.namespace)  # fmt: skip
@@ -92,7 +92,7 @@ def two_hosts() -> Iterator[tuple[Host, Host]]:
 
 
 def why_no_hosts() -> str:
-    """What this machine lacks for ``two_hosts``; empty where it has all."""
+    """Return why ``two_hosts`` cannot work on this machine; empty if it can."""
     if os.geteuid() != 0:
         return "network namespaces need root"
     if not shutil.which("ip"):
@@ -104,11 +104,11 @@ def why_no_hosts() -> str:
         return f"no network namespaces: {error}"
 
 
-def wait_for_line(log: Path, text: str, seconds: float = _PATIENCE) -> None:
-    """Wait until a process that writes to ``log`` has said ``text``."""
+def wait_for_line(log: Path, text: str, seconds: float = _TIMEOUT) -> None:
+    """Wait until ``log`` contains ``text``."""
     deadline = time.monotonic() + seconds
     while text not in log.read_text(encoding="utf-8"):
-        assert time.monotonic() < deadline, f"{text!r} was not said within {seconds:g} s:\n{log.read_text()}"
+        assert time.monotonic() < deadline, f"{text!r} was not logged within {seconds:g} s:\n{log.read_text()}"
         time.sleep(0.02)
 
 

@@ -1,4 +1,4 @@
-"""The launchers across two hosts: they train as one host does, and stop or go on when a host is lost."""
+"""A launcher on two hosts: same losses as on one host, and a restart or an error when a host is lost."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from tests.models import TINY, write_conversations
 
 LAUNCHER = REPO / "finetune" / "finetune_ds.sh"
 STEPS, SAVE_STEPS = 24, 6
-TIMEOUT = 15  # seconds: --heartbeat_timeout where a host falls silent
-MASTER_PORT = 29400  # nobody else is on these hosts
+TIMEOUT = 15  # seconds of --heartbeat_timeout
+MASTER_PORT = 29400  # free: no other program runs on these hosts
 
 
 @pytest.fixture
 def hosts() -> Iterator[tuple[Host, Host]]:
     if reason := why_no_hosts():
         message = f"NOT TESTED on several hosts: {reason}"
-        # .ci/run installs what it may; what the kernel does not allow cannot be had.
+        # .ci/run installs the tools; a kernel without network namespaces cannot be helped.
         if os.environ.get("CI") and reason == NOT_INSTALLED and os.geteuid() == 0:
             pytest.fail(message)
         pytest.skip(message)
@@ -40,7 +40,7 @@ def data(tmp_path: Path) -> Path:
 
 
 def launch(data: Path, output: Path, *more: object) -> list[object]:
-    """The command that is given on every host."""
+    """Return the launcher command, the same on every host."""
     return [
         shutil.which("dash") or "sh", LAUNCHER, "-m", TINY, "-d", data, "-o", output, "--",
         "--gradient_accumulation_steps", 1, "--max_steps", STEPS, "--save_steps", SAVE_STEPS, "--save_total_limit", 2,
@@ -62,38 +62,42 @@ def log_of(host: Host, output: Path) -> Path:
     return output.with_name(f"{output.name}-{host.name}.log")
 
 
-def test_a_lost_host_comes_back_and_the_run_is_as_if_it_had_never_been_away(
+def test_run_resumes_after_a_host_was_lost_with_the_losses_of_an_uninterrupted_run(
     hosts: tuple[Host, Host], data: Path, tmp_path: Path
 ) -> None:
-    """All processes of the second host are killed; started again by hand there, and by torchrun on the first, the run
-    goes on from its last checkpoint. Its losses are those of two processes on a single host that nobody disturbed."""
+    """All processes of the second host are killed, then started again by hand there and by torchrun on the first host.
+
+    The run resumes from its last checkpoint. Its losses equal those of two uninterrupted processes on one host.
+    """
     first, second = hosts
-    output, undisturbed = tmp_path / "two", tmp_path / "one"
+    output, uninterrupted = tmp_path / "two", tmp_path / "one"
     waiting = start(first, 0, first, data, output, restarts=1)
     start(second, 1, first, data, output, restarts=1)
     wait_for_line(log_of(first, output), f"step {SAVE_STEPS + 2}/")
     second.lose_power()
-    wait_for_line(log_of(first, output), "failed (exitcode: ")  # torchrun on the first host, of its process
+    wait_for_line(log_of(first, output), "failed (exitcode: ")  # torchrun on the first host about its process
     assert f"checkpoint-{SAVE_STEPS}" in names_in(output) and "model.safetensors" not in names_in(output)
     again = start(second, 1, first, data, output, restarts=1)
     for process, host in ((again, second), (waiting, first)):
         assert process.wait(120) == 0, log_of(host, output).read_text()
 
-    said = log_of(first, output).read_text()
-    assert f"[rank 0 ({first.name})]: error: " in said, said
-    assert second.address in said or f"rank 1 ({second.name})" in said, said
+    log = log_of(first, output).read_text()
+    assert f"[rank 0 ({first.name})]: error: " in log, log
+    assert second.address in log or f"rank 1 ({second.name})" in log, log
     result = subprocess.run(
-        [*map(str, launch(data, undisturbed))], env={**environment(), "NPROC": "2"},
+        [*map(str, launch(data, uninterrupted))], env={**environment(), "NPROC": "2"},
         capture_output=True, text=True, timeout=120, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
-    assert len(logged_losses(undisturbed)) == STEPS
-    assert logged_losses(output) == pytest.approx(logged_losses(undisturbed), rel=1e-6)
-    assert names_in(output) == names_in(undisturbed)
+    assert len(logged_losses(uninterrupted)) == STEPS
+    assert logged_losses(output) == pytest.approx(logged_losses(uninterrupted), rel=1e-6)
+    assert names_in(output) == names_in(uninterrupted)
 
 
-def test_without_a_cable_both_hosts_stop_and_say_so(hosts: tuple[Host, Host], data: Path, tmp_path: Path) -> None:
-    """Nobody is told that the other host is gone: silence is all there is."""
+def test_both_hosts_abort_and_name_each_other_when_the_network_fails(
+    hosts: tuple[Host, Host], data: Path, tmp_path: Path
+) -> None:
+    """No connection is closed: a host only stops receiving."""
     first = hosts[0]
     output = tmp_path / "result"
     processes = [
@@ -103,10 +107,10 @@ def test_without_a_cable_both_hosts_stop_and_say_so(hosts: tuple[Host, Host], da
     first.unplug()
     unplugged = time.monotonic()
     assert processes[0].wait(4 * TIMEOUT) != 0
-    # torchrun on the other host goes on asking the first one for a minute; its process has ended.
+    # torchrun on the other host keeps trying to reach the first one for a minute; its process has ended.
     wait_for_line(log_of(hosts[1], output), "error: ", 4 * TIMEOUT)
     assert time.monotonic() - unplugged < 4 * TIMEOUT
     for host, other in (hosts, hosts[::-1]):
-        said = log_of(host, output).read_text(encoding="utf-8")
-        [line] = [line for line in said.splitlines() if "finetune.py" in line and "error: " in line]
-        assert f"({host.name})]: error: " in line and f"({other.name})" in line, said
+        log = log_of(host, output).read_text(encoding="utf-8")
+        [line] = [line for line in log.splitlines() if "finetune.py" in line and "error: " in line]
+        assert f"({host.name})]: error: " in line and f"({other.name})" in line, log

@@ -1,4 +1,4 @@
-"""The launchers of finetune/ under a POSIX shell: their options, their faults, and what reaches finetune.py."""
+"""The launchers in finetune/ under a POSIX shell: options, errors, and the arguments that reach finetune.py."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ CONVERSATION = {"conversations": [{"from": "user", "value": "Hi"}, {"from": "ass
 
 
 def launch(name: str, *arguments: str, cwd: Path, **variables: str) -> subprocess.CompletedProcess[str]:
-    """Run a launcher from ``cwd`` under dash where there is one, without a GPU."""
+    """Run a launcher from ``cwd`` without a GPU, under dash if it is installed."""
     environment = {**offline_environment(), "CUDA_VISIBLE_DEVICES": "", "OMP_WAIT_POLICY": "passive", **variables}
-    # In a checkout without .venv the launchers take python3.
+    # In a checkout without .venv the launchers use python3.
     environment["PATH"] = f"{Path(sys.executable).parent}:{environment['PATH']}"
     del environment["PYTHONPATH"]
     return subprocess.run(
@@ -50,7 +50,7 @@ def data(tmp_path: Path) -> Path:
 
 @EACH
 @pytest.mark.parametrize("flag", ["-h", "--help"])
-def test_help_names_the_options_and_the_defaults(name: str, flag: str, tmp_path: Path) -> None:
+def test_help_lists_options_and_defaults(name: str, flag: str, tmp_path: Path) -> None:
     result = launch(name, flag, cwd=tmp_path)
     assert (result.returncode, result.stderr) == (0, "")
     assert result.stdout.startswith("Usage: ")
@@ -85,7 +85,7 @@ def test_help_names_the_options_and_the_defaults(name: str, flag: str, tmp_path:
         (["-m", "x", "-o", ""], "-o needs a value"),
     ],
 )
-def test_a_wrong_option_is_one_line(name: str, arguments: list[str], message: str, tmp_path: Path) -> None:
+def test_wrong_option_is_one_line(name: str, arguments: list[str], message: str, tmp_path: Path) -> None:
     result = launch(name, *arguments, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"{name}: error: {message}")
@@ -94,7 +94,7 @@ def test_a_wrong_option_is_one_line(name: str, arguments: list[str], message: st
 
 @EACH
 @pytest.mark.parametrize("arguments", [[], ["-m", "x"], ["-d", "y", "-o", "z"]])
-def test_model_and_data_are_needed(name: str, arguments: list[str], tmp_path: Path) -> None:
+def test_model_and_data_are_required(name: str, arguments: list[str], tmp_path: Path) -> None:
     result = launch(name, *arguments, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("Usage: ") and "-m MODEL -d DATA" in result.stderr
@@ -108,9 +108,7 @@ def test_model_and_data_are_needed(name: str, arguments: list[str], tmp_path: Pa
         (["-d", "my conversations.jsonl", "--", "--no_such_flag", "1"], "--no_such_flag"),
     ],
 )
-def test_faults_behind_the_launcher_are_the_commands(
-    arguments: list[str], message: str, data: Path, tmp_path: Path
-) -> None:
+def test_errors_of_finetune_are_shown_unchanged(arguments: list[str], message: str, data: Path, tmp_path: Path) -> None:
     result = launch(LORA, "-m", str(SMALL / "tiny-qwen-small"), *arguments, cwd=tmp_path)
     assert result.returncode == 2
     assert message in result.stderr
@@ -148,12 +146,10 @@ def test_faults_behind_the_launcher_are_the_commands(
         (FSDP, {"use_lora": False, "learning_rate": 1e-5, "deepspeed": None}, "model.safetensors"),
     ],
 )
-def test_a_run_from_any_folder(
-    name: str, defaults: dict[str, object], weights: str, data: Path, tmp_path: Path
-) -> None:
-    """Paths are those of the current folder, names may hold spaces, what stands after ``--`` wins.
+def test_run_from_any_folder(name: str, defaults: dict[str, object], weights: str, data: Path, tmp_path: Path) -> None:
+    """Paths are relative to the current folder, names may contain spaces, arguments after ``--`` override defaults.
 
-    Those for many GPUs run two processes here. Started again, a run that is done says so and changes nothing.
+    The launchers for several GPUs run two processes here.
     """
     output = "my output"
     overrides = ["--num_train_epochs", "1", "--model_max_length", "64", "--system_message", "Two words"]
@@ -176,19 +172,19 @@ def test_a_run_from_any_folder(
         "report_to": "none",
         "lazy_preprocess": True,
         "gradient_checkpointing": True,
-        # There is no GPU here, so no precision is chosen.
+        # Without a GPU no precision is added.
         "bf16": False,
         "fp16": False,
         **defaults,
     }
     assert {key: arguments[key] for key in expected} == expected
-    assert f" of {32 if name in MANY else 16} conversations (" in result.stderr  # that many processes have a share
+    assert f" of {32 if name in MANY else 16} conversations (" in result.stderr  # batch size x accumulation x processes
 
 
 def launch_with_stub(
     stub: str, *arguments: str, tmp_path: Path, name: str = LORA, **variables: str
 ) -> subprocess.CompletedProcess[str]:
-    """Run a launcher in a checkout without .venv where python3 is a shell script: no GPU is here to be asked."""
+    """Run a launcher in a checkout without .venv, with a shell script as python3 that simulates a host with GPUs."""
     shutil.copytree(REPO / "finetune", tmp_path / "repo" / "finetune")
     python = tmp_path / "bin" / "python3"
     python.parent.mkdir()
@@ -203,14 +199,14 @@ def launch_with_stub(
     )
 
 
-# Answers the launcher's question (-c) like a host with 4 GPUs with bf16, and shows what it is asked to run.
+# Answers the launcher's query (-c) like a host with 4 GPUs and bf16, and prints the command it is asked to run.
 SHOW = """echo "gpu $CUDA_VISIBLE_DEVICES, threads $OMP_NUM_THREADS, gloo $GLOO_SOCKET_IFNAME"; printf '%s\\n' "$@";"""
 GPU_STUB = f"""if [ "$1" = -c ]; then echo "4 16 --bf16 True"; else {SHOW} fi"""
-# The same on this machine, which is asked.
+# Answers the query with the real Python of this machine.
 HERE_STUB = f"""if [ "$1" = -c ]; then exec "{sys.executable}" "$@"; else {SHOW} fi"""
 
 
-def test_the_precision_of_the_gpu_is_used(tmp_path: Path) -> None:
+def test_precision_of_the_gpu_is_added(tmp_path: Path) -> None:
     result = launch_with_stub(GPU_STUB, "--", "--seed", "7", tmp_path=tmp_path)
     lines = result.stdout.splitlines()
     assert lines[:2] == ["gpu 0, threads , gloo ", str(tmp_path / "repo" / "finetune.py")]
@@ -218,14 +214,14 @@ def test_the_precision_of_the_gpu_is_used(tmp_path: Path) -> None:
     assert lines[-4:] == ["--bf16", "True", "--seed", "7"]
 
 
-def test_a_precision_of_the_users_is_left_alone(tmp_path: Path) -> None:
+def test_precision_given_by_the_user_is_kept(tmp_path: Path) -> None:
     result = launch_with_stub(GPU_STUB, "--", "--fp16", "True", tmp_path=tmp_path)
     assert result.stdout.splitlines()[-2:] == ["--fp16", "True"]
     assert "--bf16" not in result.stdout
 
 
 def torchrun_options(lines: list[str]) -> dict[str, str]:
-    """The options of torchrun that stand before finetune.py in what a stub shows."""
+    """Return the options of torchrun in the command that a stub printed."""
     assert lines[1:3] == ["-m", "torch.distributed.run"]
     end = next(number for number, line in enumerate(lines) if line.endswith("/finetune.py"))
     assert lines[end + 1 : end + 3] == ["--model_name_or_path", "M"]
@@ -241,10 +237,10 @@ def torchrun_options(lines: list[str]) -> dict[str, str]:
         ({"OMP_NUM_THREADS": "7"}, "4", "7"),
     ],
 )
-def test_every_gpu_gets_a_process(variables: dict[str, str], processes: str, threads: str, tmp_path: Path) -> None:
+def test_one_process_per_gpu(variables: dict[str, str], processes: str, threads: str, tmp_path: Path) -> None:
     result = launch_with_stub(GPU_STUB, "--", "--seed", "7", tmp_path=tmp_path, name=LORA_DS, **variables)
     lines = result.stdout.splitlines()
-    assert lines[0] == f"gpu , threads {threads}, gloo "  # CUDA_VISIBLE_DEVICES stays as it is
+    assert lines[0] == f"gpu , threads {threads}, gloo "  # CUDA_VISIBLE_DEVICES is not set
     options = torchrun_options(lines)
     assert (options["--nnodes"], options["--nproc_per_node"], options["--max_restarts"]) == ("1", processes, "0")
     assert options["--rdzv_endpoint"] == "localhost:0"
@@ -252,8 +248,8 @@ def test_every_gpu_gets_a_process(variables: dict[str, str], processes: str, thr
     assert lines[-4:] == ["--bf16", "True", "--seed", "7"]
 
 
-def test_hosts_find_each_other_by_the_first_ones_address(tmp_path: Path) -> None:
-    """This machine's loopback stands for the network between two hosts."""
+def test_hosts_meet_at_the_address_of_host_0(tmp_path: Path) -> None:
+    """The loopback interface plays the network between two hosts."""
     variables = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "MAX_RESTARTS": "3"}
     for rank in ("0", "1"):
         result = launch_with_stub(
@@ -286,14 +282,17 @@ def test_hosts_find_each_other_by_the_first_ones_address(tmp_path: Path) -> None
             "NODE_RANK=2 is not possible. Give a whole number from 0 to 1",
         ),
         ({"NODE_RANK": "1"}, "NODE_RANK=1 is not possible"),
-        ({"NNODES": "2", "MASTER_ADDR": "no host", "NODE_RANK": "1"}, "MASTER_ADDR=no host cannot be found or reached"),
+        (
+            {"NNODES": "2", "MASTER_ADDR": "no host", "NODE_RANK": "1"},
+            "MASTER_ADDR=no host cannot be resolved or reached",
+        ),
         ({"MASTER_PORT": "65536"}, "MASTER_PORT=65536 is not possible"),
         ({"GPUS_PER_NODE": "0"}, "GPUS_PER_NODE=0 is not possible"),
         ({"NPROC": "1.5"}, "NPROC=1.5 is not possible"),
         ({"MAX_RESTARTS": "-1"}, "MAX_RESTARTS=-1 is not possible"),
     ],
 )
-def test_wrong_variables_are_one_line(variables: dict[str, str], message: str, tmp_path: Path) -> None:
+def test_wrong_variable_is_one_line(variables: dict[str, str], message: str, tmp_path: Path) -> None:
     result = launch(LORA_DS, "-m", "x", "-d", "y", cwd=tmp_path, **variables)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"{LORA_DS}: error: {message}")
@@ -306,18 +305,18 @@ def test_more_processes_than_gpus_are_refused(tmp_path: Path) -> None:
     assert result.stderr == f"{FSDP}: error: GPUS_PER_NODE=8: this host has 4 visible GPUs\n"
 
 
-def test_a_port_in_use_is_named(tmp_path: Path) -> None:
+def test_port_in_use_is_reported(tmp_path: Path) -> None:
     with socket.socket() as listener:
         listener.bind(("", 0))
         listener.listen()
         port = str(listener.getsockname()[1])
         result = launch(FULL_DS, "-m", "x", "-d", "y", cwd=tmp_path, MASTER_PORT=port)
     assert result.returncode == 2
-    assert result.stderr.startswith(f"{FULL_DS}: error: MASTER_PORT={port} cannot be listened on")
+    assert result.stderr.startswith(f"{FULL_DS}: error: MASTER_PORT={port} cannot be opened")
     assert result.stderr.count("\n") == 1
 
 
-def test_a_python_without_torch_is_named(tmp_path: Path) -> None:
+def test_python_without_torch_is_reported(tmp_path: Path) -> None:
     result = launch_with_stub("exit 1", tmp_path=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (

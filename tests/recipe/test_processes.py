@@ -1,4 +1,4 @@
-"""A run of several processes: whatever started them, and what is said when one of them is not as it should be."""
+"""Runs of several processes: launchers other than torchrun, and the errors when ranks differ or hang."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ def arguments(folder: Path, *more: object) -> list[str]:
     return [sys.executable, *map(str, words)]
 
 
-def torchruns(rank: int, port: int) -> dict[str, str]:
+def torchrun_variables(rank: int, port: int) -> dict[str, str]:
     ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
     return {**ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
 
 
-def sruns(rank: int, port: int) -> dict[str, str]:
-    """What srun sets for a task. The host's own name is looked up by everybody."""
+def srun_variables(rank: int, port: int) -> dict[str, str]:
+    """Variables that srun sets for a task."""
     return {
         "SLURM_JOB_ID": str(port), "SLURM_STEP_ID": "0", "SLURM_PROCID": str(rank), "SLURM_STEP_NUM_TASKS": "2",
         "SLURM_LOCALID": str(rank), "SLURM_NODEID": "0", "SLURM_STEP_NODELIST": "localhost",
@@ -49,7 +49,7 @@ def sruns(rank: int, port: int) -> dict[str, str]:
 def started(
     folder: Path, commands: Sequence[Sequence[str]], variables: Sequence[Mapping[str, str]]
 ) -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes whose lines go to ``err.0`` and so on; none of them outlives the block."""
+    """Start processes with output files ``err.0``, ``err.1``... and kill them at the end of the block."""
     processes = []
     try:
         for number, (command, more) in enumerate(zip(commands, variables, strict=True)):
@@ -70,8 +70,8 @@ def last_line(folder: Path, number: int) -> str:
     return (folder / f"err.{number}").read_text().rstrip().splitlines()[-1]
 
 
-def test_mpirun_and_srun_start_what_torchrun_starts(tmp_path: Path) -> None:
-    """The same losses; one process talks; MPI has nothing to complain of when they end."""
+def test_mpirun_and_srun_give_the_same_losses(tmp_path: Path) -> None:
+    """Only rank 0 logs, and mpirun reports no crash at the end."""
     (tmp_path / "mpi").mkdir()
     (tmp_path / "slurm").mkdir()
     mpi = subprocess.run(
@@ -82,9 +82,9 @@ def test_mpirun_and_srun_start_what_torchrun_starts(tmp_path: Path) -> None:
     assert mpi.stderr.count("INFO Fine-tuning") == 1
     assert "mpirun " not in mpi.stderr + mpi.stdout
     command, port = arguments(tmp_path / "slurm"), free_port()
-    with started(tmp_path, [command] * 2, [sruns(rank, port) for rank in range(2)]) as processes:
+    with started(tmp_path, [command] * 2, [srun_variables(rank, port) for rank in range(2)]) as processes:
         assert [process.wait(TIMEOUT) for process in processes] == [0, 0], last_line(tmp_path, 0)
-    assert (tmp_path / "err.1").read_text() == ""  # nothing at all
+    assert (tmp_path / "err.1").read_text() == ""
     reports = [read_json(tmp_path / name / "out" / "data_receipt.json") for name in ("mpi", "slurm")]
     assert [report["train"]["kept"] for report in reports] == [8, 8]
     losses = logged_losses(tmp_path / "mpi" / "out")
@@ -93,9 +93,9 @@ def test_mpirun_and_srun_start_what_torchrun_starts(tmp_path: Path) -> None:
     assert not list(Path("/tmp").glob("qwen-data-*/train/ids.npy"))
 
 
-def test_one_process_asks_for_no_mpi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within mpirun, where mpi4py cannot be imported."""
-    (tmp_path / "mpi4py.py").write_text("raise SystemError('MPI was asked for')")
+def test_single_process_does_not_import_mpi4py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """mpirun started one process, and importing mpi4py fails."""
+    (tmp_path / "mpi4py.py").write_text("raise SystemError('mpi4py was imported')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
@@ -103,8 +103,8 @@ def test_one_process_asks_for_no_mpi(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert result.returncode == 0, result.stderr
 
 
-def test_variables_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Before anything is loaded, and before the command line is read."""
+def test_inconsistent_variables_are_refused_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the command line is parsed."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     result = run("finetune.py", "--no_such_flag")
     assert (result.returncode, result.stdout) == (2, "")
@@ -114,8 +114,8 @@ def test_variables_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     )
 
 
-def test_processes_that_differ_and_broken_data_end_with_one_message(tmp_path: Path) -> None:
-    """Two runs at once: in one a process has other arguments, in the other the data are broken."""
+def test_differing_arguments_and_broken_data_are_reported_once(tmp_path: Path) -> None:
+    """Two runs at once: in one the arguments of the ranks differ, in the other the data is broken."""
     for name in ("args", "data"):
         (tmp_path / name).mkdir()
     broken = tmp_path / "broken.json"
@@ -125,35 +125,35 @@ def test_processes_that_differ_and_broken_data_end_with_one_message(tmp_path: Pa
     faulty = [*arguments(tmp_path / "data"), "--data_path", str(broken)]
     ports = [free_port(), free_port()]
     commands = [command, other, faulty, faulty]
-    variables = [torchruns(number % 2, ports[number // 2]) for number in range(4)]
+    variables = [torchrun_variables(number % 2, ports[number // 2]) for number in range(4)]
     with started(tmp_path, commands, variables) as processes:
         assert [process.wait(TIMEOUT) for process in processes] == [2] * 4
-    said = [(tmp_path / f"err.{number}").read_text() for number in range(4)]
-    assert said[0] == (
+    outputs = [(tmp_path / f"err.{number}").read_text() for number in range(4)]
+    assert outputs[0] == (
         "finetune.py [rank 0]: error: rank 1: --learning_rate 0.001, rank 0: 5e-05. "
         "Start all processes with the same command and the same installation\n"
     )
-    assert said[1] == said[3] == ""
-    assert said[2].startswith(f'finetune.py [rank 0]: error: {broken}:1 (record 1): "conversations" is empty')
-    assert said[2].count("\n") == 1
+    assert outputs[1] == outputs[3] == ""
+    assert outputs[2].startswith(f'finetune.py [rank 0]: error: {broken}:1 (record 1): "conversations" is empty')
+    assert outputs[2].count("\n") == 1
     assert not (tmp_path / "args" / "out").exists()
     assert not (tmp_path / "data" / "out").exists()
 
 
 @pytest.mark.parametrize("stopped", [0, 1])
-def test_a_process_that_stands_still_is_named(tmp_path: Path, stopped: int) -> None:
-    """Rank 0 keeps the store that all talk through: without torchrun it is silent with it."""
+def test_stopped_rank_is_reported(tmp_path: Path, stopped: int) -> None:
+    """Without torchrun rank 0 hosts the store, so no message arrives while it is stopped."""
     command, port = arguments(tmp_path, "--max_steps", 100000, "--heartbeat_timeout", 5), free_port()
     log = tmp_path / "out" / "training_log.jsonl"
-    with started(tmp_path, [command] * 2, [torchruns(rank, port) for rank in range(2)]) as processes:
+    with started(tmp_path, [command] * 2, [torchrun_variables(rank, port) for rank in range(2)]) as processes:
         until = time.monotonic() + TIMEOUT
         while not log.exists() or log.read_text().count("\n") < 20:
             assert time.monotonic() < until and all(process.poll() is None for process in processes)
             time.sleep(0.1)
         os.kill(processes[stopped].pid, signal.SIGSTOP)
-        stood = time.monotonic()
+        stopped_at = time.monotonic()
         assert processes[1 - stopped].wait(TIMEOUT) == 1
-        assert 4 < time.monotonic() - stood < 30
+        assert 4 < time.monotonic() - stopped_at < 30
     line = last_line(tmp_path, 1 - stopped)
     if stopped == 1:
         assert line.startswith("finetune.py [rank 0]: error: rank 1 has sent no heartbeat for ")

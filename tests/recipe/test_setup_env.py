@@ -1,4 +1,4 @@
-"""scripts/setup_env.sh without the network: what counts as installed, and what it refuses."""
+"""scripts/setup_env.sh without network access: when it installs, when it does nothing, what it refuses."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ def setup_env(*arguments: str, cwd: Path, **environment: str) -> subprocess.Comp
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    # pip is there already, so that its installation needs no network.
+    # pip is installed already, so installing it needs no network.
     (tmp_path / "base.txt").write_text("pip\n")
     (tmp_path / "all.txt").write_text("-r base.txt\n")
     (tmp_path / "pins.txt").write_text("")
     return tmp_path
 
 
-def test_installs_once_and_again_after_a_change(folder: Path) -> None:
+def test_installs_once_and_again_after_a_change_of_requirements(folder: Path) -> None:
     arguments = ("env", "all.txt", "pins.txt")
     first = setup_env(*arguments, cwd=folder)
     assert first.returncode == 0, first.stderr
@@ -49,25 +49,25 @@ def test_installs_once_and_again_after_a_change(folder: Path) -> None:
     assert setup_env(*arguments, cwd=folder).stdout == ""
 
 
-def test_a_failed_install_does_not_count(folder: Path) -> None:
+def test_failed_installation_is_repeated(folder: Path) -> None:
     (folder / "all.txt").write_text("-r base.txt\n./not-there.whl\n")
     for _ in range(2):
         failed = setup_env("env", "all.txt", "pins.txt", cwd=folder)
         assert failed.returncode != 0
         assert "Installing all.txt" in failed.stdout
-    # A broken environment (here: an interrupted creation) is made anew.
+    # A broken environment, as after an interrupted creation, is created again.
     (folder / "env" / "bin" / "python").unlink()
     repaired = setup_env("env", "base.txt", "pins.txt", cwd=folder)
     assert repaired.returncode == 0, repaired.stderr
     assert "Creating env" in repaired.stdout
 
 
-def test_refuses_what_it_cannot_use(folder: Path) -> None:
+def test_unusable_arguments_are_refused(folder: Path) -> None:
     (folder / "mine").mkdir()
     (folder / "mine" / "notes.txt").write_text("keep me")
     for arguments, python, message in [
         (("mine", "all.txt", "pins.txt"), sys.executable, "mine is neither empty nor a virtual environment"),
-        (("env", "missing.txt", "pins.txt"), sys.executable, "there is no file missing.txt"),
+        (("env", "missing.txt", "pins.txt"), sys.executable, "file missing.txt does not exist"),
         (("env", "all.txt", "pins.txt", "more"), sys.executable, "unexpected argument 'more'"),
         (("env", "all.txt", "pins.txt"), "/bin/false", "PYTHON=/bin/false is not a Python >= 3.10"),
     ]:
@@ -79,7 +79,7 @@ def test_refuses_what_it_cannot_use(folder: Path) -> None:
     assert (folder / "mine" / "notes.txt").read_text() == "keep me"
 
 
-def test_no_python_is_said(folder: Path) -> None:
+def test_missing_python_is_reported(folder: Path) -> None:
     tools = folder / "bin"
     tools.mkdir()
     for tool in ("dirname", "cksum", "tr", "cat", "sed", "grep", "ls"):

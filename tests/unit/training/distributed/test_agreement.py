@@ -1,4 +1,4 @@
-"""Processes that were started differently are named before anything is trained."""
+"""Ranks with different inputs are reported before training starts, and so are ranks that cannot connect."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def arguments(folder: Path, *more: object) -> RunArguments:
 
 
 def differences(commands: list[RunArguments], hosts: list[str]) -> str | None:
-    """What ``check_agreement`` says, on all processes alike."""
+    """Return the error message of ``check_agreement``, which must be the same on all ranks."""
 
     def work(world: World) -> None:
         args = commands[world.rank]
@@ -58,18 +58,18 @@ def differences(commands: list[RunArguments], hosts: list[str]) -> str | None:
     return str(errors[0])
 
 
-def test_the_same_command_agrees(tmp_path: Path) -> None:
+def test_same_command_agrees(tmp_path: Path) -> None:
     assert differences([arguments(tmp_path, "--learning_rate", "3e-4") for _ in range(3)], ["a", "a", "b"]) is None
 
 
-def test_what_may_differ_does(tmp_path: Path) -> None:
-    """The same weights in other places, and what a launcher tells each process."""
+def test_paths_and_per_process_flags_may_differ(tmp_path: Path) -> None:
+    """The same weights in another folder, and flags that a launcher sets for each process."""
     model = shutil.copytree(TINY, tmp_path / "copy")
     other = arguments(tmp_path, "--model_name_or_path", model, "--local_rank", 1, "--logging_dir", "x", "--debug")
     assert differences([arguments(tmp_path), other], ["a", "b"]) is None
 
 
-def test_one_other_argument_is_named(tmp_path: Path) -> None:
+def test_one_differing_argument_is_reported(tmp_path: Path) -> None:
     commands = [arguments(tmp_path, "--learning_rate", rate) for rate in ("3e-4", "1e-4", "1e-4")]
     assert differences(commands, ["a", "b", "b"]) == (
         "rank 1 (b) and 1 more: --learning_rate 0.0001, rank 0 (a): 0.0003. "
@@ -77,8 +77,8 @@ def test_one_other_argument_is_named(tmp_path: Path) -> None:
     )
 
 
-def test_all_differences_are_named(tmp_path: Path) -> None:
-    """Of another model only the weights' and the config's fingerprints are known."""
+def test_all_differences_are_reported(tmp_path: Path) -> None:
+    """A differing model is reported by the fingerprints of its weights and its config."""
     from safetensors.torch import load_file, save_file
 
     model = copy_checkpoint(tmp_path / "copy", rope_theta=5000)
@@ -97,7 +97,7 @@ def test_all_differences_are_named(tmp_path: Path) -> None:
     assert lines[4] == "  Start all processes with the same command and the same installation"
 
 
-def test_a_config_file_is_compared_by_what_is_in_it(tmp_path: Path) -> None:
+def test_config_file_is_compared_by_content(tmp_path: Path) -> None:
     files = [tmp_path / name for name in ("one.json", "same.json", "other.json")]
     for file in files:
         file.write_text(json.dumps({"zero_optimization": {"stage": 3 if file.stem == "other" else 2}}))
@@ -115,8 +115,10 @@ def load(folder: Path) -> Any:
     ("name", "value"),
     [("torch", "1.0"), ("deepspeed", "0.1"), ("python", "3.8"), ("NCCL_ALGO", "Tree"), ("device", "cuda")],
 )
-def test_another_installation_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
-    """One interpreter has one installation, so what the second process finds is changed on its way."""
+def test_differing_installation_is_reported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    """One interpreter has one installation, so the inputs of the second rank are changed."""
     real, calls = agreement._process_inputs, iter([False, True])
     monkeypatch.setattr(
         agreement, "_process_inputs", lambda *given: real(*given) | ({name: value} if next(calls) else {})
@@ -130,7 +132,7 @@ def test_another_installation_is_named(tmp_path: Path, monkeypatch: pytest.Monke
     assert value in message and shown in message
 
 
-def test_another_version_of_the_toolkit_shows(tmp_path: Path) -> None:
+def test_digest_of_sources_changes_with_python_files_only(tmp_path: Path) -> None:
     for name in ("errors.py", "training/loop.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x = 1\n")
@@ -143,9 +145,9 @@ def test_another_version_of_the_toolkit_shows(tmp_path: Path) -> None:
     assert len(agreement._digest_sources(REPO)) == 12
 
 
-# ------------------------------------------------------------------------------------------------ finding each other
+# -------------------------------------------------------------------------------------------------------- connecting
 
-SET_UP = """
+CONNECT = """
 from datetime import timedelta
 import torch.distributed as dist
 from training.distributed.launch import connection_errors
@@ -154,38 +156,38 @@ with connection_errors():
 """
 
 
-def set_up(**environment: object) -> str:
-    """The last line of a process that looks for the others."""
+def connect(**environment: object) -> str:
+    """Return the last line of a process that tries to connect to the others."""
     environment = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **environment}
     done = subprocess.run(
-        [sys.executable, "-c", SET_UP], cwd=REPO, capture_output=True, text=True, timeout=100, check=False,
+        [sys.executable, "-c", CONNECT], cwd=REPO, capture_output=True, text=True, timeout=100, check=False,
         env={**os.environ, **{name: str(value) for name, value in environment.items()}},
     )  # fmt: skip
     return done.stderr.splitlines()[-1]
 
 
-def test_a_port_in_use_is_named() -> None:
+def test_port_in_use_is_reported() -> None:
     with socket.socket() as other:
         other.bind(("", 0))
         other.listen()
         port = other.getsockname()[1]
-        line = set_up(MASTER_PORT=port)
+        line = connect(MASTER_PORT=port)
     assert line == f"errors.ConfigError: MASTER_PORT={port} is in use on this host. " + (
         "Use another one, such as 29501, on all hosts"
     )
 
 
-def test_an_address_where_nobody_is_is_named() -> None:
+def test_unreachable_rank_0_is_reported() -> None:
     port = free_port()
-    line = set_up(RANK=1, MASTER_PORT=port)
+    line = connect(RANK=1, MASTER_PORT=port)
     assert line.startswith(f"errors.RunError: rank 0 cannot be reached at MASTER_ADDR=127.0.0.1 MASTER_PORT={port} (")
 
 
-def test_processes_that_do_not_come_are_missed() -> None:
-    assert "RunError: only some of the 2 processes connected to MASTER_ADDR=127.0.0.1" in set_up()
+def test_missing_ranks_are_reported() -> None:
+    assert "RunError: only some of the 2 processes connected to MASTER_ADDR=127.0.0.1" in connect()
 
 
-def test_other_errors_stay_what_they_are() -> None:
+def test_other_errors_are_unchanged() -> None:
     with pytest.raises(RuntimeError, match=r"^a bug$"), connection_errors():
         raise RuntimeError("a bug")
     with pytest.raises(RunError, match="the processes cannot connect to each other"), connection_errors():

@@ -1,4 +1,4 @@
-"""Whatever started a process, torchrun's variables say which one it is."""
+"""Translation of launchers' variables into torchrun's, and the check of these."""
 
 from __future__ import annotations
 
@@ -33,32 +33,32 @@ ADDRESS = {"MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}
 
 @pytest.fixture(autouse=True)
 def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the tests themselves run under does not count, and what they set goes away with them."""
+    """Hide the variables that the tests run under, and drop those that a test sets."""
     monkeypatch.setattr("os.environ", {"PATH": os.environ["PATH"]})
 
 
-def found(**environment: str) -> dict[str, str]:
-    """Torchrun's variables, as ``detect_launcher`` leaves them."""
+def detected(**environment: str) -> dict[str, str]:
+    """Return torchrun's variables after ``detect_launcher``."""
     os.environ.update(environment)
     detect_launcher()
     return {name: os.environ[name] for name in NAMES if name in os.environ}
 
 
-def test_one_process_needs_nothing() -> None:
-    assert found() == {}
-    assert found(OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="1") == {}
-    assert found(SLURM_STEP_ID="0", SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="1") == {}
-    assert found(WORLD_SIZE="1") == {"WORLD_SIZE": "1"}
+def test_single_process_sets_nothing() -> None:
+    assert detected() == {}
+    assert detected(OMPI_COMM_WORLD_RANK="0", OMPI_COMM_WORLD_SIZE="1") == {}
+    assert detected(SLURM_STEP_ID="0", SLURM_PROCID="0", SLURM_STEP_NUM_TASKS="1") == {}
+    assert detected(WORLD_SIZE="1") == {"WORLD_SIZE": "1"}
 
 
-def test_one_process_that_is_told_so_gets_an_address() -> None:
-    """For torch and accelerate LOCAL_RANK alone means torch.distributed."""
-    variables = found(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0")
+def test_single_process_with_local_rank_gets_an_address() -> None:
+    """torch and accelerate expect a process group if LOCAL_RANK is set."""
+    variables = detected(WORLD_SIZE="1", RANK="0", LOCAL_RANK="0")
     assert variables.keys() == set(NAMES)
     assert variables["MASTER_ADDR"] == "127.0.0.1"
 
 
-def test_one_process_can_be_made_complete() -> None:
+def test_single_process_variables_are_complete() -> None:
     set_single_process()
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))
@@ -67,68 +67,68 @@ def test_one_process_can_be_made_complete() -> None:
     }  # fmt: skip
 
 
-def test_what_torchrun_says_stays() -> None:
-    assert found(**TORCHRUN) == TORCHRUN
-    assert found(**SRUN, **OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0"}) == TORCHRUN
+def test_torchrun_takes_precedence() -> None:
+    assert detected(**TORCHRUN) == TORCHRUN
+    assert detected(**SRUN, **OPEN_MPI | {"OMPI_COMM_WORLD_RANK": "0"}) == TORCHRUN
 
 
-def test_deepspeeds_launcher_calls_the_local_size_otherwise() -> None:
-    given = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_WORLD_SIZE"}
-    assert found(**given, LOCAL_SIZE="2") == TORCHRUN
+def test_local_size_of_deepspeed_launcher() -> None:
+    variables = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_WORLD_SIZE"}
+    assert detected(**variables, LOCAL_SIZE="2") == TORCHRUN
 
 
-def test_slurm() -> None:
-    variables = found(**SRUN)
+def test_srun_task() -> None:
+    variables = detected(**SRUN)
     assert variables == TORCHRUN | {"MASTER_ADDR": "gpu07", "MASTER_PORT": str(slurm_port(SRUN))}
     assert slurm_port(SRUN) != slurm_port(SRUN | {"SLURM_STEP_ID": "1"})
     assert all(1024 <= slurm_port(SRUN | {"SLURM_JOB_ID": str(job)}) < 32768 for job in (0, 1, 10**6, 2**31))
 
 
-def test_slurms_variables_beside_a_given_address() -> None:
-    assert found(**SRUN, **ADDRESS) == TORCHRUN
+def test_srun_task_keeps_a_given_address() -> None:
+    assert detected(**SRUN, **ADDRESS) == TORCHRUN
 
 
-def test_a_script_of_sbatch_is_one_process() -> None:
+def test_sbatch_script_is_a_single_process() -> None:
     script = {name: value for name, value in SRUN.items() if not name.startswith("SLURM_STEP")}
-    assert found(**script, SLURM_NTASKS="4") == {}
+    assert detected(**script, SLURM_NTASKS="4") == {}
 
 
-def test_a_task_that_sees_one_gpu_of_its_own_takes_that() -> None:
-    assert found(**SRUN, CUDA_VISIBLE_DEVICES="3")["LOCAL_RANK"] == "0"
+def test_task_that_sees_one_gpu_has_local_rank_0() -> None:
+    assert detected(**SRUN, CUDA_VISIBLE_DEVICES="3")["LOCAL_RANK"] == "0"
 
 
 @pytest.mark.parametrize("hidden", ["", "-1", "0,1"])
-def test_a_task_that_sees_all_gpus_takes_its_own(hidden: str) -> None:
-    assert found(**SRUN, CUDA_VISIBLE_DEVICES=hidden)["LOCAL_RANK"] == "1"
+def test_task_that_sees_all_gpus_keeps_its_local_rank(hidden: str) -> None:
+    assert detected(**SRUN, CUDA_VISIBLE_DEVICES=hidden)["LOCAL_RANK"] == "1"
 
 
 @pytest.mark.parametrize("launcher", [OPEN_MPI, PMI])
-def test_mpi_with_an_address_needs_no_mpi4py(launcher: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_mpi_with_a_given_address_needs_no_mpi4py(launcher: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     expected = {name: value for name, value in TORCHRUN.items() if name != "LOCAL_WORLD_SIZE" or launcher is OPEN_MPI}
-    assert found(**launcher, **ADDRESS) == expected
+    assert detected(**launcher, **ADDRESS) == expected
 
 
-def test_mpi_goes_before_the_srun_that_started_its_daemons() -> None:
+def test_mpi_takes_precedence_over_the_srun_that_started_its_daemons() -> None:
     daemon = SRUN | {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "2"}
-    assert found(**daemon, **OPEN_MPI, **ADDRESS) == TORCHRUN
+    assert detected(**daemon, **OPEN_MPI, **ADDRESS) == TORCHRUN
 
 
-def test_srun_that_speaks_mpis_protocol_needs_no_mpi(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_srun_that_sets_pmi_variables_needs_no_mpi4py(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    assert found(**SRUN, **PMI)["MASTER_ADDR"] == "gpu07"
+    assert detected(**SRUN, **PMI)["MASTER_ADDR"] == "gpu07"
 
 
-def test_mpi_without_mpi4py_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_mpi4py_is_reported_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py", None)
     with pytest.raises(ConfigError, match=r"Open MPI started 4 processes, and mpi4py, .*\. pip install mpi4py, "):
-        found(**OPEN_MPI)
-    assert os.environ["RANK"] == "3"  # so that one process reports it, not four
+        detected(**OPEN_MPI)
+    assert os.environ["RANK"] == "3"  # so that one rank reports it, not four
 
 
-def test_the_size_alone_is_completed_by_the_launcher() -> None:
+def test_world_size_alone_is_completed_by_the_launcher() -> None:
     """Scripts of sbatch often export WORLD_SIZE for all tasks."""
-    assert found(**SRUN, **ADDRESS, WORLD_SIZE="4") == TORCHRUN
+    assert detected(**SRUN, **ADDRESS, WORLD_SIZE="4") == TORCHRUN
 
 
 @pytest.mark.parametrize(
@@ -150,9 +150,9 @@ def test_the_size_alone_is_completed_by_the_launcher() -> None:
         ({"MASTER_PORT": "70000"}, "MASTER_PORT=70000 is not a port"),
     ],
 )
-def test_what_cannot_be_is_named(change: dict[str, str | None], message: str) -> None:
+def test_inconsistent_variable_is_reported(change: dict[str, str | None], message: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
-        found(**{name: value for name, value in (TORCHRUN | change).items() if value is not None})
+        detected(**{name: value for name, value in (TORCHRUN | change).items() if value is not None})
 
 
 @pytest.mark.parametrize(
@@ -165,10 +165,10 @@ def test_what_cannot_be_is_named(change: dict[str, str | None], message: str) ->
         ("", []),
     ],
 )
-def test_slurms_lists_of_nodes(text: str, names: list[str]) -> None:
+def test_slurm_node_list(text: str, names: list[str]) -> None:
     assert expand_node_list(text) == names
 
 
 @pytest.mark.parametrize(("text", "counts"), [("2(x3),1", [2, 2, 2, 1]), ("4", [4]), ("", [])])
-def test_slurms_counts_of_tasks(text: str, counts: list[int]) -> None:
+def test_slurm_task_counts(text: str, counts: list[int]) -> None:
     assert expand_task_counts(text) == counts

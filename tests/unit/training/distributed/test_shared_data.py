@@ -1,4 +1,4 @@
-"""Data is read once for each host, and all processes train the same examples in the same order."""
+"""Data is read once per host, and all ranks train on the same examples in the same order."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def encoder() -> Encoder:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
-    """Conversations with weights of their own, in two places of one file."""
+    """A file of conversations, one of them with a weight."""
     path = write_conversations(tmp_path / "train.json")
     records = json.loads(path.read_text(encoding="utf-8"))
     records[1]["conversations"][1]["weight"] = 0.5
@@ -55,13 +55,13 @@ def copies(path: Path, encoder: Encoder, name: str = "train") -> dict[str, Examp
     return {name: load(encoder, f"{path}@x2")}
 
 
-def test_saved_examples_are_the_same(data: Path, tmp_path: Path, encoder: Encoder) -> None:
+def test_saved_examples_load_unchanged(data: Path, tmp_path: Path, encoder: Encoder) -> None:
     examples = load(encoder, f"{data}@x2")
     assert examples.is_weighted
     examples.save(tmp_path / "saved")
     opened = ExampleSet.load(tmp_path / "saved", DataReport("train"))
     for file in (tmp_path / "saved").iterdir():
-        file.unlink()  # as the process that wrote it does at once
+        file.unlink()  # as the rank that wrote it does at once
     assert list(opened) == list(examples)
     assert len(opened) == 2 * len(CONVERSATIONS)
     assert opened.lengths == examples.lengths
@@ -73,7 +73,7 @@ def test_saved_examples_are_the_same(data: Path, tmp_path: Path, encoder: Encode
         opened[16]
 
 
-def test_the_digest_is_that_of_what_is_trained(data: Path, tmp_path: Path, encoder: Encoder) -> None:
+def test_digest_depends_on_the_examples_only(data: Path, tmp_path: Path, encoder: Encoder) -> None:
     digest = load(encoder, data).digest()
     moved = tmp_path / "elsewhere.json"
     moved.write_bytes(data.read_bytes())
@@ -91,8 +91,8 @@ def test_the_digest_is_that_of_what_is_trained(data: Path, tmp_path: Path, encod
     assert len(digests) == 6
 
 
-def test_one_process_of_a_host_reads_for_all(data: Path, encoder: Encoder, temporary: Path) -> None:
-    """Two hosts, of two processes and of one."""
+def test_one_rank_per_host_reads_the_data(data: Path, encoder: Encoder, temporary: Path) -> None:
+    """Two hosts with two ranks and one."""
     readers: list[int] = []
 
     def work(world: World) -> dict[str, ExampleSet]:
@@ -112,7 +112,7 @@ def test_one_process_of_a_host_reads_for_all(data: Path, encoder: Encoder, tempo
         assert list(sets["train"]) == list(expected)
         assert sets["train"].where(3) == expected.where(3)
     assert [sets["train"].report.total().kept for sets in results] == [16, 0, 16]
-    # Both of a host look at the same pages; who is alone has them to itself.
+    # Two ranks of a host share mapped files; a single rank keeps the data in its own memory.
     shared = [isinstance(_base(sets["train"]), np.memmap) for sets in results]
     assert shared == [True, True, False]
     assert list(temporary.iterdir()) == []
@@ -123,14 +123,14 @@ def _base(examples: ExampleSet) -> Any:
     return ids.base if isinstance(ids, np.ndarray) else ids
 
 
-def test_one_process_alone_reads_for_itself(data: Path, encoder: Encoder, temporary: Path) -> None:
+def test_single_process_reads_for_itself(data: Path, encoder: Encoder, temporary: Path) -> None:
     sets = copies(data, encoder)
     assert load_shared(World(), lambda: sets) is sets
 
 
 @pytest.mark.parametrize("bad", [0, 2])
-def test_a_bad_record_ends_all_with_one_line(data: Path, encoder: Encoder, temporary: Path, bad: int) -> None:
-    """Wherever it is found, all processes raise the same, and the first one reports it."""
+def test_bad_record_raises_the_same_error_on_all_ranks(data: Path, encoder: Encoder, temporary: Path, bad: int) -> None:
+    """Whichever host finds it; rank 0 reports it."""
 
     def work(world: World) -> None:
         def read() -> dict[str, ExampleSet]:
@@ -147,7 +147,7 @@ def test_a_bad_record_ends_all_with_one_line(data: Path, encoder: Encoder, tempo
     assert list(temporary.iterdir()) == []
 
 
-def test_another_failure_is_told_to_those_who_wait(temporary: Path) -> None:
+def test_other_failure_reaches_waiting_ranks(temporary: Path) -> None:
     def read() -> dict[str, ExampleSet]:
         raise OSError(5, "Input/output error", "a.json")
 
@@ -157,7 +157,7 @@ def test_another_failure_is_told_to_those_who_wait(temporary: Path) -> None:
     assert str(second).startswith("rank 0 failed: [Errno 5] Input/output error: 'a.json'")
 
 
-def test_hosts_with_other_data_are_named(data: Path, encoder: Encoder) -> None:
+def test_host_with_different_data_is_reported(data: Path, encoder: Encoder) -> None:
     other = write_conversations(data.with_name("other.json"), CONVERSATIONS[:5])
 
     def work(world: World) -> None:
@@ -170,10 +170,10 @@ def test_hosts_with_other_data_are_named(data: Path, encoder: Encoder) -> None:
     assert ", rank 0 (a): 8 examples (" in str(errors[0])
 
 
-def test_the_order_is_the_same_however_many_workers_read(
+def test_order_is_independent_of_the_number_of_workers(
     data: Path, tmp_path: Path, encoder: Encoder, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Examples of mapped files, drawn in the order of a seed, by none, one or two processes."""
+    """Examples of mapped files in the order of a seed, read by 0, 1 or 2 worker processes."""
     with caplog.at_level(logging.ERROR):
         load_examples(reader(encoder, data))["train"].save(tmp_path / "saved")
     examples: Any = ExampleSet.load(tmp_path / "saved", DataReport("train"))
