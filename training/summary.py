@@ -1,4 +1,4 @@
-"""The start and the end of a run in words: what is about to be trained, and what came of it."""
+"""Records of a run: the block it logs at the start, its arguments, its facts, and the summary it writes at the end."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ logger = logging.getLogger(__name__)
 
 
 def count_parameters(model: nn.Module | None) -> tuple[int, int]:
-    """Trained and all parameters."""
-    assert model is not None, "a Trainer without a model"
+    """Return the number of trained parameters, and of all."""
+    assert model is not None, "the Trainer has a model"
     trained = sum(count_elements(parameter) for parameter in model.parameters() if parameter.requires_grad)
     return trained, count_weights(model)
 
@@ -40,10 +40,7 @@ def count_parameters(model: nn.Module | None) -> tuple[int, int]:
 def record_start(
     trainer: QwenTrainer, args: RunArguments, sets: dict[str, ExampleSet], policy: EmbeddingsPolicy | None
 ) -> None:
-    """Log the start-up block, and write ``run_args.json`` and the data reports. On rank 0 only.
-
-    Rank 0 alone knows the data reports.
-    """
+    """Log the start-up block, write ``run_args.json`` and the data reports; on rank 0, which alone has them."""
     if trainer.is_world_process_zero():
         save_arguments(args)
         logger.info("Fine-tuning\n%s", describe_run(trainer, args, sets["train"], policy))
@@ -72,7 +69,7 @@ def record_end(
 def describe_run(
     trainer: QwenTrainer, args: RunArguments, examples: ExampleSet, policy: EmbeddingsPolicy | None
 ) -> str:
-    """The start-up block: model, mode, what is trained, data, steps."""
+    """Return the start-up block: model, mode, trained parameters, data, steps."""
     training, checkpoint = trainer.args, trainer.checkpoint
     trained, total = count_parameters(trainer.model)
     batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
@@ -93,7 +90,7 @@ def describe_run(
         ("trained", f"{trained:,} of {total:,} parameters ({trained / total:.2%})"),
         ("data", f"{report.kept:,} of {report.read:,} conversations, {report.tokens:,} tokens"),
         *_source_rows(examples.report),
-        ("learnt", f"{report.trained_tokens:,} tokens ({report.trained_tokens / report.tokens:.1%})"),
+        ("targets", f"{report.trained_tokens:,} tokens ({report.trained_tokens / report.tokens:.1%})"),
         ("steps", f"{steps:,} of {batch} conversations ({per_epoch:,} per epoch)"),
         ("output", str(args.output_dir)),
     ]
@@ -109,7 +106,7 @@ def _source_rows(report: DataReport) -> list[tuple[str, str]]:
 
 
 def describe_result(summary: dict[str, Any]) -> str:
-    """One line of what ``save_summary`` returned."""
+    """Return the summary of ``save_summary`` in one line."""
     line = f"{summary['steps']} steps in {summary['seconds']:.0f} s"
     if summary["first_loss"] is not None:
         line += f", loss {summary['first_loss']:.4g} -> {summary['last_loss']:.4g}"
@@ -127,7 +124,7 @@ def save_arguments(args: RunArguments) -> None:
 def run_facts(
     args: RunArguments, checkpoint: Checkpoint, sets: dict[str, ExampleSet], policy: EmbeddingsPolicy | None
 ) -> dict[str, Any]:
-    """What a run is known by to its checkpoints: all the facts of ``training.run_folder.changes``."""
+    """Return all facts that a run's checkpoints record, see ``training.run_folder.changes``."""
     return {
         **facts_from_args(args),
         "embeddings": None if policy is None else policy.mode,
@@ -147,9 +144,9 @@ _DATA_KEYS = ("path", "read", "kept", "skipped", "truncated", "tokens", "trained
 
 
 def _data_summary(examples: ExampleSet, digest: str) -> dict[str, Any]:
-    """The main figures of ``data_receipt.json``, and what the examples are recognised by."""
-    told = examples.report.as_dict()
-    return {**{key: told[key] for key in _DATA_KEYS}, "digest": digest}
+    """Return the main figures of ``data_receipt.json``, with the digest of the examples."""
+    report = examples.report.as_dict()
+    return {**{key: report[key] for key in _DATA_KEYS}, "digest": digest}
 
 
 def save_summary(
@@ -160,7 +157,7 @@ def save_summary(
     policy: EmbeddingsPolicy | None,
     seconds: float,
 ) -> dict[str, Any]:
-    """Write ``run_summary.json`` and return what it says."""
+    """Write ``run_summary.json`` and return its content."""
     trained, total = count_parameters(trainer.model)
     quantization = trainer.checkpoint.quantization or args.lora.quantization
     losses, eval_losses, accuracies = (log.losses(name) for name in ("loss", "eval_loss", "token_accuracy"))

@@ -1,4 +1,4 @@
-"""--profile_steps: a trace and a table of the steps that were asked for."""
+"""--profile_steps: a trace and a table of the requested steps."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def run(tmp_path: Path, steps: str) -> Path:
 
 
 def steps_in(folder: Path) -> int:
-    """Updates by the optimizer that a trace holds."""
+    """Return the number of optimizer steps in a trace."""
     events = json.loads((folder / "trace.json").read_text())["traceEvents"]
     return sum(event.get("name", "").startswith("Optimizer.step#") for event in events)
 
 
-def test_both_ends_are_profiled_and_the_dearest_operators_come_first(tmp_path: Path) -> None:
+def test_both_ends_are_profiled_and_operators_are_sorted_by_time(tmp_path: Path) -> None:
     folder = run(tmp_path, "2:3")
     assert names_in(folder) == ["operators.txt", "trace.json"]
     assert steps_in(folder) == 2
@@ -40,17 +40,17 @@ def test_both_ends_are_profiled_and_the_dearest_operators_come_first(tmp_path: P
     assert len(shares) > 10 and shares == sorted(shares, reverse=True)
 
 
-def test_what_a_run_that_ends_early_has_done_is_saved(tmp_path: Path) -> None:
+def test_profile_is_saved_if_the_run_ends_early(tmp_path: Path) -> None:
     assert steps_in(run(tmp_path, "4:9")) == 1
 
 
-def test_steps_that_never_came_are_said(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_steps_that_were_not_reached_are_warned_about(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     folder = run(tmp_path, "5:8")
     assert not folder.exists()
-    assert "WARNING --profile_steps 5:8: nothing was profiled, the run went to step 4\n" in capfd.readouterr().err
+    assert "WARNING --profile_steps 5:8: nothing was profiled, the run ended at step 4\n" in capfd.readouterr().err
 
 
-def test_the_range() -> None:
+def test_range_of_steps() -> None:
     assert parse_profile_steps("5:8") == (5, 8)
     assert parse_profile_steps("3:3") == (3, 3)
 
@@ -58,7 +58,7 @@ def test_the_range() -> None:
 @pytest.mark.parametrize(
     "value", ["", "5", "5:", ":8", "8:5", "0:3", "-1:3", "5:8:2", "5-8", "a:b", " 5:8", "5:8\n", "٥:٨"]
 )
-def test_no_range(value: str) -> None:
+def test_other_values_are_refused(value: str) -> None:
     with pytest.raises(ConfigError) as refused:
         parse_profile_steps(value)
     assert str(refused.value) == (

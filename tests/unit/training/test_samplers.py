@@ -1,4 +1,4 @@
-"""The order of examples: the same for a seed and an epoch, complete, and filled up without changing a figure."""
+"""The order of examples: complete in every epoch, and determined by seed and epoch."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ORDERS = {
 
 
 @pytest.mark.parametrize("order", ORDERS.values(), ids=ORDERS)
-def test_every_example_once_and_the_blanks_behind_them(order: Order) -> None:
+def test_every_example_once_then_the_blanks(order: Order) -> None:
     sampler = EpochSampler(order, 10, seed=3, padded_length=12)
     for epoch in range(3):
         sampler.set_epoch(epoch)
@@ -31,7 +31,7 @@ def test_every_example_once_and_the_blanks_behind_them(order: Order) -> None:
 def test_the_order_depends_on_seed_and_epoch_alone(order: Order) -> None:
     sampler = EpochSampler(order, 10, seed=3, padded_length=10)
     first = list(sampler)
-    torch.randn(5)  # what else a run draws
+    torch.randn(5)  # other random numbers of a run
     assert list(sampler) == first
     again = EpochSampler(order, 10, seed=3, padded_length=10)
     sampler.set_epoch(2)
@@ -40,7 +40,7 @@ def test_the_order_depends_on_seed_and_epoch_alone(order: Order) -> None:
     assert (list(sampler) == first) == (order is ORDERS["in_order"])
 
 
-def test_mixed_is_the_order_that_transformers_draws() -> None:
+def test_shuffled_order_is_that_of_transformers() -> None:
     from accelerate.data_loader import SeedableRandomSampler
 
     theirs = SeedableRandomSampler(range(10), data_seed=42)
@@ -50,9 +50,9 @@ def test_mixed_is_the_order_that_transformers_draws() -> None:
     assert list(ours) == list(theirs)
 
 
-def test_sources_stay_apart_and_groups_have_like_lengths() -> None:
+def test_sources_are_not_mixed_and_groups_have_similar_lengths() -> None:
     indices = list(EpochSampler(ORDERS["by_source"], 10, seed=1, padded_length=10))
     assert sorted(indices[:4]) == list(range(4))
     indices = list(EpochSampler(grouped(LENGTHS, 5), 10, seed=1, padded_length=10))
     lengths = [LENGTHS[index] for index in indices]
-    assert lengths[0] == 10  # what needs most memory comes first
+    assert lengths[0] == 10  # the longest first, so that a lack of memory shows at once

@@ -1,4 +1,4 @@
-"""What a process makes of signals while it trains, and that several agree."""
+"""Signals while a run trains: they take effect after the step, on all ranks alike."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 @pytest.fixture(autouse=True)
 def handlers() -> Iterator[None]:
-    """pytest's own come back behind a test."""
+    """Restore pytest's handlers after each test."""
     before = {number: signal.getsignal(number) for number in NUMBERS}
     yield
     for number, handler in before.items():
@@ -27,31 +27,31 @@ def handlers() -> Iterator[None]:
 
 def send(number: signal.Signals) -> None:
     os.kill(os.getpid(), number)
-    time.sleep(0.01)  # Python sees it between two of its instructions
+    time.sleep(0.01)  # Python runs the handler between two instructions
 
 
 @pytest.mark.parametrize(
-    ("number", "wish", "error"),
+    ("number", "requested", "error"),
     [(signal.SIGTERM, StopRequest.TERMINATE, Terminated), (signal.SIGINT, StopRequest.INTERRUPT, KeyboardInterrupt)],
 )
-def test_a_signal_to_stop_waits_for_the_step(
-    number: signal.Signals, wish: StopRequest, error: type[BaseException]
+def test_a_stop_takes_effect_after_the_step(
+    number: signal.Signals, requested: StopRequest, error: type[BaseException]
 ) -> None:
     signals, steps = Signals(), 0
     with pytest.raises(error), signals.handling():
         send(number)
-        assert signals.requested is wish and signals.agreed is StopRequest.NOTHING
-        steps += 1  # the step at hand is finished
+        assert signals.requested is requested and signals.agreed is StopRequest.NOTHING
+        steps += 1  # the current step is finished
         signals.agree([signals.requested])
-        assert signals.agreed is wish
+        assert signals.agreed is requested
         signals.raise_if_requested()
         steps += 1
     assert steps == 1
-    # What is sent once more does not interrupt what is being ended.
+    # A repeated signal does not interrupt the shutdown.
     send(number)
 
 
-def test_a_request_to_save_lets_the_run_go_on() -> None:
+def test_a_request_to_save_does_not_stop_the_run() -> None:
     signals, before = Signals(), signal.getsignal(signal.SIGUSR1)
     with signals.handling():
         send(signal.SIGUSR1)
@@ -64,33 +64,33 @@ def test_a_request_to_save_lets_the_run_go_on() -> None:
     assert [signal.getsignal(number) for number in NUMBERS[2:]] == [before]
 
 
-def test_all_processes_do_what_the_strongest_of_them_was_asked_for() -> None:
-    """One got the signal, the others see it in the numbers of the step."""
-    asked, other = Signals(), Signals()
-    with pytest.raises(Terminated), asked.handling():
+def test_all_ranks_follow_the_greatest_request() -> None:
+    """One rank got the signals; the other gets the request with the gathered values of the step."""
+    signalled, other = Signals(), Signals()
+    with pytest.raises(Terminated), signalled.handling():
         send(signal.SIGUSR1)
         send(signal.SIGTERM)
-        wishes = [float(other.requested), float(asked.requested)]
-        other.agree(wishes)
+        requests = [float(other.requested), float(signalled.requested)]
+        other.agree(requests)
         with pytest.raises(Terminated):
             other.raise_if_requested()
-        asked.agree(wishes)
-        asked.raise_if_requested()
+        signalled.agree(requests)
+        signalled.raise_if_requested()
 
 
-def test_a_request_that_comes_while_another_is_agreed_on_is_kept() -> None:
+def test_a_request_during_an_agreed_one_is_kept() -> None:
     signals = Signals()
     with pytest.raises(KeyboardInterrupt), signals.handling():
         send(signal.SIGUSR1)
         signals.agree([signals.requested])
         send(signal.SIGINT)
-        signals.raise_if_requested()  # the checkpoint that was asked for first
+        signals.raise_if_requested()  # the save that was requested first
         signals.agree([signals.requested])
         signals.raise_if_requested()
 
 
 def test_a_second_ctrl_c_stops_at_once(monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
-    """But not the one that a launcher passes on to a process that has it already."""
+    """But not the copy that a launcher sends to a process that has received it already."""
     monkeypatch.setattr(module, "_SAME_KEYPRESS", 0.2)
     signals = Signals()
     with pytest.raises(KeyboardInterrupt), signals.handling():
@@ -99,15 +99,15 @@ def test_a_second_ctrl_c_stops_at_once(monkeypatch: pytest.MonkeyPatch, capfd: p
         assert signals.requested is StopRequest.INTERRUPT
         time.sleep(0.3)
         send(signal.SIGINT)
-        pytest.fail("the second one was not heard")
+        pytest.fail("the second one had no effect")
 
 
-def test_a_signal_behind_the_last_step_ends_the_run() -> None:
+def test_a_signal_after_the_last_step_ends_the_run() -> None:
     with pytest.raises(Terminated), Signals().handling():
         send(signal.SIGTERM)
 
 
-def test_elsewhere_signals_do_what_they_did() -> None:
+def test_former_handlers_are_restored() -> None:
     before = [signal.getsignal(number) for number in NUMBERS]
     with Signals().handling():
         assert [signal.getsignal(number) for number in NUMBERS] != before

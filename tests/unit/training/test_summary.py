@@ -1,4 +1,4 @@
-"""The record of a run: its log, its summary, its arguments and the curve."""
+"""Records of a run: its log, summary, arguments and loss curve."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from tests.data import load
 from tests.models import CONVERSATIONS, TINY, copy_checkpoint, write_conversations
 from training.config.parsing import parse_args
 
-PNG = b"\x89PNG\r\n\x1a\n"
+PNG_SIGNATURE = b"\x89PNG\r\n\x1a\n"
 LONG = [("user", "word " * 400), ("assistant", "Too long.")]
 LONG_ENDED = [*CONVERSATIONS[0], ("user", "word " * 400), ("assistant", "Too long.")]
-ANSWERLESS_LENGTH = 200
+MAX_LENGTH = 200
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten conversations: one does not fit and one fits in part."""
+    """Write ten conversations: one is too long, one fits in part."""
     return write_conversations(tmp_path_factory.mktemp("data") / "train.json", [*CONVERSATIONS, LONG, LONG_ENDED])
 
 
@@ -36,18 +36,18 @@ def held_out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def output(tmp_path_factory: pytest.TempPathFactory, data: Path, held_out: Path) -> Path:
-    """Three epochs of three steps each, evaluated after each epoch."""
+    """Run three epochs of three steps, with an evaluation after each epoch."""
     output = tmp_path_factory.mktemp("run") / "out"
     finetune_here(
         "--model_name_or_path", TINY, "--data_path", data, "--eval_data_path", held_out, "--output_dir", output,
         "--use_lora", "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--num_train_epochs", 3,
-        "--logging_steps", 2, "--eval_strategy", "epoch", "--model_max_length", ANSWERLESS_LENGTH,
+        "--logging_steps", 2, "--eval_strategy", "epoch", "--model_max_length", MAX_LENGTH,
         "--learning_rate", 1e-3, "--lr_scheduler_type", "constant", "--save_strategy", "no",
     )  # fmt: skip
     return output
 
 
-def test_the_log_has_a_line_per_logged_step(output: Path) -> None:
+def test_log_has_a_row_per_logged_step(output: Path) -> None:
     rows = read_log(output)
     training = [row for row in rows if "loss" in row]
     assert [row["step"] for row in training] == [2, 4, 6, 8]
@@ -61,30 +61,30 @@ def test_the_log_has_a_line_per_logged_step(output: Path) -> None:
     assert all(6 < row["loss"] < 8 and row["grad_norm"] > 0 for row in training)
 
 
-def test_the_log_has_a_line_per_evaluation(output: Path) -> None:
+def test_log_has_a_row_per_evaluation(output: Path) -> None:
     rows = [row for row in read_log(output) if "eval_loss" in row]
     assert [row["step"] for row in rows] == [3, 6, 9]
     assert all(row.keys() == {"step", "eval_loss", "eval_token_accuracy", "elapsed", "tokens", "epoch"} for row in rows)
     assert all(6 < row["eval_loss"] < 8 for row in rows)
 
 
-def test_steps_time_and_tokens_only_grow(output: Path) -> None:
+def test_steps_time_and_tokens_never_decrease(output: Path) -> None:
     rows = read_log(output)
     for name in ("step", "elapsed", "tokens"):
         values = [row[name] for row in rows]
         assert values == sorted(values) and values[0] > 0, name
 
 
-def test_tokens_are_the_targets_that_were_learnt(output: Path, data: Path) -> None:
+def test_logged_tokens_are_the_trained_targets(output: Path, data: Path) -> None:
     checkpoint = load_checkpoint(str(TINY))
-    encoder = Encoder(checkpoint.tokenizer, checkpoint.family, EncodeOptions(max_length=ANSWERLESS_LENGTH))
+    encoder = Encoder(checkpoint.tokenizer, checkpoint.family, EncodeOptions(max_length=MAX_LENGTH))
     examples = load(encoder, data)
     per_epoch = sum(label != -100 for example in examples for label in example["labels"][1:])
     assert [row["tokens"] for row in read_log(output) if "eval_loss" in row] == [per_epoch * n for n in (1, 2, 3)]
     assert read_json(output / "run_summary.json")["trained_tokens"] == 3 * per_epoch
 
 
-def test_the_summary(output: Path, data: Path, held_out: Path) -> None:
+def test_summary_of_a_run(output: Path, data: Path, held_out: Path) -> None:
     summary = read_json(output / "run_summary.json")
     losses, eval_losses = logged_losses(output), logged_losses(output, "eval_loss")
     rank, alpha_layers = 64, {(32, 96): 2, (32, 32): 2, (32, 64): 4, (64, 32): 2}  # c_attn, attn.c_proj, w1 w2, c_proj
@@ -110,45 +110,45 @@ def test_the_summary(output: Path, data: Path, held_out: Path) -> None:
     assert min(shares) < summary["padding"] < max(shares)
 
 
-def test_the_summarys_account_of_the_data(output: Path, data: Path, held_out: Path) -> None:
-    accounts = read_json(output / "run_summary.json")["data"]
-    assert accounts.keys() == {"train", "eval"}
-    train, held = accounts["train"], accounts["eval"]
+def test_summary_contains_the_figures_of_the_data(output: Path, data: Path, held_out: Path) -> None:
+    figures = read_json(output / "run_summary.json")["data"]
+    assert figures.keys() == {"train", "eval"}
+    train, held = figures["train"], figures["eval"]
     assert (train["path"], held["path"]) == (str(data), str(held_out))
     assert [train[key] for key in ("read", "kept", "skipped", "truncated")] == [10, 9, 1, 1]
     assert [held[key] for key in ("read", "kept", "skipped", "truncated")] == [3, 3, 0, 0]
-    reason = f"no answer fits within --model_max_length {ANSWERLESS_LENGTH}"
+    reason = f"no answer fits within --model_max_length {MAX_LENGTH}"
     assert train["skipped_at"] == [{"where": f"{data}:1 (record 9)", "reason": reason}]
     assert train["truncated_at"] == [f"{data}:1 (record 10)"]
     assert train["tokens"] > train["trained_tokens"] > 100
 
 
-def test_the_summarys_versions(output: Path) -> None:
+def test_summary_contains_versions(output: Path) -> None:
     packages = ("torch", "transformers", "peft", "accelerate", "safetensors", "tiktoken")
     expected = {name: importlib.metadata.version(name) for name in packages}
     assert read_json(output / "run_summary.json")["versions"] == {"python": platform.python_version(), **expected}
 
 
-def test_all_flags_are_recorded(output: Path, data: Path, held_out: Path) -> None:
+def test_run_args_contain_all_flags(output: Path, data: Path, held_out: Path) -> None:
     recorded = read_json(output / "run_args.json")
     assert recorded.keys() == parse_args([]).to_dict().keys()
     expected = {
         "model_name_or_path": str(TINY), "data_path": [str(data)], "eval_data_path": [str(held_out)],
         "output_dir": str(output), "use_lora": True, "lora_r": 64, "learning_rate": 1e-3, "num_train_epochs": 3.0,
-        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "model_max_length": ANSWERLESS_LENGTH,
+        "per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "model_max_length": MAX_LENGTH,
         "eval_strategy": "epoch", "label_mask": "assistant", "seed": 42,
     }  # fmt: skip
     assert {key: recorded[key] for key in expected} == expected
 
 
-def test_the_curve_is_a_picture(output: Path) -> None:
+def test_loss_curve_is_a_png(output: Path) -> None:
     picture = (output / "training_loss.png").read_bytes()
-    assert picture.startswith(PNG) and len(picture) > 5_000
+    assert picture.startswith(PNG_SIGNATURE) and len(picture) > 5_000
     width, height = (int.from_bytes(picture[start : start + 4], "big") for start in (16, 20))
     assert width >= 600 and height >= 400
 
 
-def test_full_training_has_no_policy_of_embeddings(tmp_path: Path, data: Path) -> None:
+def test_full_training_has_no_embeddings_policy(tmp_path: Path, data: Path) -> None:
     finetune_here(
         "--model_name_or_path", TINY, "--data_path", data, "--output_dir", tmp_path / "out", "--max_steps", 1,
         "--logging_steps", 1, "--save_strategy", "no",
@@ -159,19 +159,19 @@ def test_full_training_has_no_policy_of_embeddings(tmp_path: Path, data: Path) -
     assert (summary["first_loss"], summary["last_eval_loss"]) == (summary["last_loss"], None)
 
 
-def explain_how_to_resume(tmp_path: Path, data: Path, *flags: object) -> Recorder:
+def train(tmp_path: Path, data: Path, *flags: object) -> Recorder:
     return finetune_here(
         "--model_name_or_path", TINY, "--data_path", data, "--output_dir", tmp_path / "out", "--use_lora",
         "--max_steps", 4, "--logging_steps", 1, "--save_steps", 2, *flags,
     )  # fmt: skip
 
 
-def test_the_log_of_a_resumed_run_goes_on(tmp_path: Path, data: Path) -> None:
-    """Steps behind the checkpoint happen again, and their old lines are gone; time and tokens go on growing."""
-    explain_how_to_resume(tmp_path, data)
+def test_log_of_a_resumed_run_continues(tmp_path: Path, data: Path) -> None:
+    """Steps after the checkpoint are repeated and their old rows removed; time and tokens keep growing."""
+    train(tmp_path, data)
     whole = read_log(tmp_path / "out")
     padding = read_json(tmp_path / "out" / "run_summary.json")["padding"]
-    explain_how_to_resume(tmp_path, data, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-2")
+    train(tmp_path, data, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-2")
     resumed = read_log(tmp_path / "out")
     assert [row["step"] for row in resumed] == [1, 2, 3, 4]
     assert resumed[:2] == whole[:2]
@@ -185,17 +185,17 @@ def test_the_log_of_a_resumed_run_goes_on(tmp_path: Path, data: Path) -> None:
     assert (summary["steps"], summary["first_loss"]) == (4, whole[0]["loss"])
 
 
-def test_a_half_written_last_line_does_not_stop_a_resumed_run(tmp_path: Path, data: Path) -> None:
-    """A machine may go down in the middle of a line."""
-    explain_how_to_resume(tmp_path, data)
+def test_a_partial_last_row_does_not_stop_a_resumed_run(tmp_path: Path, data: Path) -> None:
+    """A machine can crash while it writes a row."""
+    train(tmp_path, data)
     log = tmp_path / "out" / "training_log.jsonl"
     log.write_text(log.read_text() + '{"step": 5, "lo')
-    explain_how_to_resume(tmp_path, data, "--resume_from_checkpoint", "True")
+    train(tmp_path, data, "--resume_from_checkpoint", "True")
     assert [row["step"] for row in read_log(tmp_path / "out")] == [1, 2, 3, 4]
 
 
-def test_the_start_up_block(tmp_path: Path, data: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    """One block before the first step: model, mode, trained share, data, steps and the effective batch."""
+def test_start_up_block(tmp_path: Path, data: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """The block before the first step: model, mode, trained parameters, data, steps and global batch."""
     base = copy_checkpoint(tmp_path / "base", chat_format="raw")
     finetune_here(
         "--model_name_or_path", base, "--data_path", data, "--output_dir", tmp_path / "out", "--use_lora", "--bf16",
@@ -205,22 +205,22 @@ def test_the_start_up_block(tmp_path: Path, data: Path, capfd: pytest.CaptureFix
     lines = capfd.readouterr().err.splitlines()
     start = next(index for index, line in enumerate(lines) if line.endswith("INFO Fine-tuning"))
     block = dict(line.strip().split(maxsplit=1) for line in lines[start + 1 : start + 9])
-    account = json.loads((tmp_path / "out" / "run_summary.json").read_text())["data"]["train"]
+    figures = json.loads((tmp_path / "out" / "run_summary.json").read_text())["data"]["train"]
     assert block == {
         "model": f"{base} (qwen, saved in float32)",
         "mode": "LoRA, bf16 on cpu",
         "embeddings": "full (auto: generation_config.json says chat_format 'raw', a base model that does not know the "
         "ChatML tokens yet)",
         "trained": "122,880 of 205,152 parameters (59.90%)",
-        "data": f"10 of 10 conversations, {account['tokens']:,} tokens",
-        "learnt": f"{account['trained_tokens']:,} tokens ({account['trained_tokens'] / account['tokens']:.1%})",
+        "data": f"10 of 10 conversations, {figures['tokens']:,} tokens",
+        "targets": f"{figures['trained_tokens']:,} tokens ({figures['trained_tokens'] / figures['tokens']:.1%})",
         "steps": "6 of 4 conversations (3 per epoch)",
         "output": str(tmp_path / "out"),
     }
 
 
-def test_the_evaluations_loss_is_the_mean_over_its_targets(tmp_path: Path, data: Path) -> None:
-    """However the conversations are cut into batches. Beyond seq_length, 64, evaluation computes otherwise."""
+def test_evaluation_loss_is_the_mean_over_its_targets(tmp_path: Path, data: Path) -> None:
+    """It does not depend on the batch size. Beyond seq_length, 64, evaluation computes differently from training."""
     losses = []
     for batch in (1, 3, 8):
         run = finetune_here(

@@ -1,4 +1,4 @@
-"""What a training step counts and logs, and where it stops."""
+"""Loss, counts and log lines of training steps and evaluations, and runs that end early."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def build_trainer(data: Path, output: Path, *flags: object, model: Path = TINY) -> QwenTrainer:
-    """A trainer as ``finetune.py`` builds it, of plain steps without a change of order."""
+    """Return a trainer as ``finetune.py`` builds it, with SGD, a constant learning rate and examples in order."""
     given = [
         "--model_name_or_path", model, "--data_path", data, "--output_dir", output, "--use_cpu", "True",
         "--disable_tqdm", "True", "--optim", "sgd", "--learning_rate", 1e-9, "--lr_scheduler_type", "constant",
@@ -74,7 +74,7 @@ def logs_of(trainer: QwenTrainer) -> list[dict[str, Any]]:
 
 
 def logits_of(trainer: QwenTrainer, index: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and targets of the supervised positions of an example, without padding."""
+    """Return logits and targets of an example's supervised positions, without padding."""
     model: Any = trainer.model
     dataset: Any = trainer.train_dataset
     example = dataset[index]
@@ -84,8 +84,8 @@ def logits_of(trainer: QwenTrainer, index: int) -> tuple[torch.Tensor, torch.Ten
     return logits[labels != -100], labels[labels != -100]
 
 
-def make_sure_some_are_right(trainer: QwenTrainer) -> None:
-    """Copy the last hidden states of some targets into the head: the random model is right about nothing."""
+def make_some_targets_right(trainer: QwenTrainer) -> None:
+    """Copy the hidden states before some targets into the head: a random model predicts none of them."""
     model: Any = trainer.model
     dataset: Any = trainer.train_dataset
     for index in (1, 4, 6):
@@ -93,18 +93,18 @@ def make_sure_some_are_right(trainer: QwenTrainer) -> None:
         labels = torch.tensor(example["labels"][1:])
         with torch.no_grad():
             hidden = model.eval().transformer(torch.tensor([example["input_ids"]])).last_hidden_state[0, :-1]
-            place = int((labels != -100).nonzero()[2])
-            model.lm_head.weight[labels[place]] = hidden[place]
+            position = int((labels != -100).nonzero()[2])
+            model.lm_head.weight[labels[position]] = hidden[position]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4])
 @pytest.mark.parametrize("loss", ["lean", "full_logits"])
-def test_token_accuracy_is_over_the_targets_of_the_step(data: Path, tmp_path: Path, loss: str, batch: int) -> None:
+def test_token_accuracy_is_a_share_of_the_step_s_targets(data: Path, tmp_path: Path, loss: str, batch: int) -> None:
     trainer = build_trainer(
         data, tmp_path, "--loss", loss, "--per_device_train_batch_size", batch,
         "--gradient_accumulation_steps", 4 // batch, "--num_train_epochs", 1,
     )  # fmt: skip
-    make_sure_some_are_right(trainer)
+    make_some_targets_right(trainer)
     expected = []
     for step in (range(4), range(4, 8)):
         logits, targets = map(torch.cat, zip(*(logits_of(trainer, index) for index in step), strict=True))
@@ -118,7 +118,7 @@ def test_token_accuracy_is_over_the_targets_of_the_step(data: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
-def test_later_models_count_alike(data: Path, tmp_path: Path, model_type: str) -> None:
+def test_lean_and_full_loss_log_the_same_for_later_families(data: Path, tmp_path: Path, model_type: str) -> None:
     model = write_later_checkpoint(tmp_path / "model", model_type)
     rows = []
     for loss in ("lean", "full_logits"):
@@ -128,12 +128,12 @@ def test_later_models_count_alike(data: Path, tmp_path: Path, model_type: str) -
     assert rows[0] == [(pytest.approx(loss, rel=1e-5), share) for loss, share in rows[1]]
 
 
-def test_a_line_is_about_the_steps_since_the_last_one(data: Path, tmp_path: Path) -> None:
+def test_log_line_covers_the_steps_since_the_last_one(data: Path, tmp_path: Path) -> None:
     flags = ("--per_device_train_batch_size", 2, "--num_train_epochs", 1)
     single, double = build_trainer(data, tmp_path / "1", *flags), build_trainer(data, tmp_path / "2", *flags)
     double.args.logging_steps = 2
     for trainer in (single, double):
-        make_sure_some_are_right(trainer)
+        make_some_targets_right(trainer)
         trainer.train()
     ones, twos = logs_of(single), logs_of(double)
     assert [row["step"] for row in twos] == [2, 4]
@@ -154,7 +154,7 @@ def test_a_line_is_about_the_steps_since_the_last_one(data: Path, tmp_path: Path
     assert all(row["tokens_per_second"] > 0 and 0.05 < row["peak_memory_gib"] < 64 for row in ones)
 
 
-def test_label_smoothing_reaches_the_model(data: Path, tmp_path: Path) -> None:
+def test_label_smoothing_is_passed_to_the_model(data: Path, tmp_path: Path) -> None:
     trainer = build_trainer(
         data, tmp_path, "--label_smoothing_factor", 0.2, "--per_device_train_batch_size", 8, "--max_steps", 1
     )
@@ -164,8 +164,8 @@ def test_label_smoothing_reaches_the_model(data: Path, tmp_path: Path) -> None:
     assert logs_of(trainer)[0]["loss"] == pytest.approx(expected, rel=1e-5)
 
 
-def test_weights_of_targets_are_divided_by_their_sum_over_the_step(data: Path, tmp_path: Path) -> None:
-    """Each token of the second half of the conversations weighs a tenth of the others."""
+def test_loss_weights_are_normalised_over_the_step(data: Path, tmp_path: Path) -> None:
+    """Each token in the second half of the conversations has a tenth of the weight of the others."""
     trainer = build_trainer(data, tmp_path, "--gradient_accumulation_steps", 8, "--max_steps", 1)
     collate: Any = trainer.data_collator
 
@@ -184,9 +184,9 @@ def test_weights_of_targets_are_divided_by_their_sum_over_the_step(data: Path, t
     assert trainer.progress.total.targets == sum(counts)
 
 
-def test_evaluation_says_how_many_tokens_were_right(data: Path, tmp_path: Path) -> None:
+def test_evaluation_reports_loss_and_token_accuracy(data: Path, tmp_path: Path) -> None:
     trainer = build_trainer(data, tmp_path, "--eval_data_path", data, "--per_device_eval_batch_size", 3)
-    make_sure_some_are_right(trainer)
+    make_some_targets_right(trainer)
     logits, targets = map(torch.cat, zip(*(logits_of(trainer, index) for index in range(8)), strict=True))
     metrics = trainer.evaluate()
     assert metrics["eval_loss"] == pytest.approx(F.cross_entropy(logits, targets).item(), rel=1e-5)
@@ -201,8 +201,8 @@ def poison(trainer: QwenTrainer, row: int, value: float) -> None:
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_a_loss_that_is_no_number_stops_before_the_update(data: Path, tmp_path: Path, value: float) -> None:
-    """A token that only the sixth conversation has is not finite. It is in the third step of two conversations."""
+def test_a_non_finite_loss_stops_before_the_update(data: Path, tmp_path: Path, value: float) -> None:
+    """A token of the sixth conversation only has a non-finite embedding. Steps have two conversations."""
     trainer = build_trainer(
         data, tmp_path, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 2,
         "--learning_rate", 0.1, "--num_train_epochs", 1,
@@ -212,11 +212,11 @@ def test_a_loss_that_is_no_number_stops_before_the_update(data: Path, tmp_path: 
     poison(trainer, next(token for token in dataset[5]["input_ids"] if token not in others), value)
     model: Any = trainer.model
     before: list[dict[str, torch.Tensor]] = []
-    remember = trainer.callback_handler.on_step_end
+    original = trainer.callback_handler.on_step_end
 
     def on_step_end(*args: Any, **kwargs: Any) -> Any:
         before.append({name: tensor.clone() for name, tensor in model.state_dict().items()})
-        return remember(*args, **kwargs)
+        return original(*args, **kwargs)
 
     trainer.callback_handler.on_step_end = on_step_end
     with pytest.raises(RunError) as stopped:
@@ -231,8 +231,8 @@ def test_a_loss_that_is_no_number_stops_before_the_update(data: Path, tmp_path: 
     assert not torch.equal(before[0]["lm_head.weight"], before[1]["lm_head.weight"])
 
 
-def test_a_gradient_that_is_no_number_stops_before_the_update(data: Path, tmp_path: Path) -> None:
-    """The loss is finite, one gradient overflows."""
+def test_a_non_finite_gradient_stops_before_the_update(data: Path, tmp_path: Path) -> None:
+    """The loss is finite, but one gradient overflows."""
     trainer = build_trainer(data, tmp_path, "--per_device_train_batch_size", 2, "--max_steps", 2)
     model: Any = trainer.model
     model.lm_head.weight.register_hook(lambda gradient: gradient * math.inf)
@@ -255,7 +255,7 @@ def warnings_of_first_step(data: Path, output: Path, caplog: pytest.LogCaptureFi
     return [record.getMessage() for record in caplog.records if "first loss" in record.getMessage()]
 
 
-def test_a_first_loss_worse_than_guessing_is_warned_of(
+def test_a_first_loss_worse_than_guessing_is_warned_about(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     assert warnings_of_first_step(data, tmp_path / "fits", caplog, 1) == []
@@ -265,7 +265,7 @@ def test_a_first_loss_worse_than_guessing_is_warned_of(
 
 
 class Reads(TorchDispatchMode):
-    """Counts by file what asks a tensor for a number; ``tolist``, the Trainer's one read, is not seen here."""
+    """Count reads of tensor values by file; ``tolist``, which ``_read_step`` uses, is not dispatched here."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -280,8 +280,8 @@ class Reads(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_trainer_reads_nothing_else_from_the_device(data: Path, tmp_path: Path) -> None:
-    """transformers' own reads: once when training ends."""
+def test_the_trainer_reads_the_device_once_per_step(data: Path, tmp_path: Path) -> None:
+    """transformers itself reads once, when training ends."""
     trainer = build_trainer(
         data, tmp_path, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4, "--num_train_epochs", 3
     )
@@ -292,7 +292,7 @@ def test_the_trainer_reads_nothing_else_from_the_device(data: Path, tmp_path: Pa
     assert ours == {"transformers/trainer.py": 1}
 
 
-def test_a_logged_step_reads_as_a_line(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_format_of_log_lines(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     logs = {
         "loss": 1.23456789, "token_accuracy": 0.7134, "learning_rate": 2.99e-4, "grad_norm": 0.53219,
         "tokens_per_second": 12345.6, "padding": 0.1234, "peak_memory_gib": 3.219, "eta_seconds": 3723.4, "epoch": 0.5,
@@ -313,7 +313,7 @@ def test_a_logged_step_reads_as_a_line(data: Path, tmp_path: Path, caplog: pytes
     ]
 
 
-def test_the_bar_carries_the_last_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_bar_shows_the_last_log_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     trainer = build_trainer(data, tmp_path, "--disable_tqdm", "False", "--num_train_epochs", 1)
     [bar] = [each for each in trainer.callback_handler.callbacks if isinstance(each, ProgressBar)]
     seen: list[str] = []
@@ -334,7 +334,7 @@ def test_the_bar_carries_the_last_line(data: Path, tmp_path: Path, capsys: pytes
     assert "{'loss'" not in captured.err
 
 
-def test_tensorboard_gets_all_of_it(data: Path, tmp_path: Path) -> None:
+def test_tensorboard_gets_all_logged_values(data: Path, tmp_path: Path) -> None:
     event_accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     finetune_here(
         "--model_name_or_path", TINY, "--data_path", data, "--eval_data_path", data, "--output_dir", tmp_path / "out",
@@ -350,7 +350,7 @@ def test_tensorboard_gets_all_of_it(data: Path, tmp_path: Path) -> None:
 
 
 def test_early_stopping_by_token_accuracy(data: Path, tmp_path: Path) -> None:
-    """Nothing is learnt: the first evaluation is the best, and after two others the run ends with its model."""
+    """The model does not change: the first evaluation is the best, and the run ends two evaluations later."""
     run = finetune_here(
         "--model_name_or_path", TINY, "--data_path", data, "--eval_data_path", data, "--output_dir", tmp_path / "out",
         "--max_steps", 9, "--eval_strategy", "steps", "--save_strategy", "steps", "--eval_steps", 1, "--save_steps", 1,
@@ -362,8 +362,8 @@ def test_early_stopping_by_token_accuracy(data: Path, tmp_path: Path) -> None:
     assert [row["step"] for row in run.rows if "eval_token_accuracy" in row] == [1, 2, 3]
 
 
-def test_sources_one_after_the_other(data: Path, tmp_path: Path) -> None:
-    """Each epoch has all of the first source before the second, each in a new order; the same seed repeats it."""
+def test_sequential_mixing_trains_one_source_after_the_other(data: Path, tmp_path: Path) -> None:
+    """Each epoch has a new order within each source; the same seed gives the same orders."""
     lines = data.read_text(encoding="utf-8").splitlines()
     one, two = tmp_path / "one.jsonl", tmp_path / "two.jsonl"
     one.write_text("\n".join(lines[:5]), encoding="utf-8")
@@ -390,9 +390,7 @@ def test_sources_one_after_the_other(data: Path, tmp_path: Path) -> None:
     assert first != second
 
 
-def test_data_that_nothing_evaluates_on_is_pointed_out(
-    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unused_evaluation_data_is_warned_about(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     message = "2 conversations are held out, and nothing evaluates on them. Give --eval_strategy"
     build_trainer(data, tmp_path, "--eval_split", 0.25)
     assert message in caplog.messages
