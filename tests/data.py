@@ -11,7 +11,7 @@ from data_utils.sources import parse_source
 
 
 def reader(encoder: Encoder, *train: object, eval: tuple[object, ...] = (), **options: Any) -> DataReader:
-    """A reader of sources as ``--data_path`` and ``--eval_data_path`` name them; ``options`` of ``DataOptions``."""
+    """Build a reader of values of ``--data_path`` and ``--eval_data_path`` with ``DataOptions``."""
     sources = {"train": [parse_source(str(name)) for name in train]}
     if eval:
         sources["eval"] = [parse_source(str(name)) for name in eval]
@@ -19,5 +19,5 @@ def reader(encoder: Encoder, *train: object, eval: tuple[object, ...] = (), **op
 
 
 def load(encoder: Encoder, *train: object, **options: Any) -> ExampleSet:
-    """The examples to train on."""
+    """Load the training examples."""
     return load_examples(reader(encoder, *train, **options))["train"]

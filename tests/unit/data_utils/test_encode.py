@@ -36,7 +36,7 @@ def tokenizer(golden_small: Path) -> QWenTokenizer:
 
 @pytest.fixture(scope="module")
 def fast_tokenizer(golden_small: Path) -> PreTrainedTokenizerFast:
-    """A tokenizer as the later families have, on the small vocabulary."""
+    """A tokenizer of the later families' class with the small vocabulary."""
     ranks = golden_small / "tiny-qwen-small" / "qwen.tiktoken"
     converted = TikTokenConverter(str(ranks), pattern=SPLIT_PATTERN).converted()
     fast = PreTrainedTokenizerFast(tokenizer_object=converted)
@@ -51,7 +51,7 @@ def encode(tokenizer: object, *turns: Turn, family: Family = QWEN_V1, **options:
     return check_and_encode(encoder, Conversation(turns, "chats.jsonl:7"))
 
 
-def test_each_answer_and_its_end_are_trained(tokenizer: QWenTokenizer) -> None:
+def test_mask_assistant_trains_each_answer_and_its_end(tokenizer: QWenTokenizer) -> None:
     encoded = encode(tokenizer, HI, HELLO)
     assert encoded.input_ids == [*SYSTEM_IDS, *HI_IDS, *HELLO_IDS]
     assert encoded.labels == [-100] * (len(SYSTEM_IDS) + len(HI_IDS)) + HELLO_LABELS
@@ -59,7 +59,7 @@ def test_each_answer_and_its_end_are_trained(tokenizer: QWenTokenizer) -> None:
     assert encoded.turns_dropped == 0
 
 
-def test_original_mask_trains_the_frame_of_every_turn_too(tokenizer: QWenTokenizer) -> None:
+def test_mask_qwen_also_trains_the_control_tokens_of_every_turn(tokenizer: QWenTokenizer) -> None:
     encoded = encode(tokenizer, HI, HELLO, label_mask="qwen")
     assert encoded.input_ids == [*SYSTEM_IDS, *HI_IDS, *HELLO_IDS]
     assert encoded.labels == [
@@ -70,7 +70,7 @@ def test_original_mask_trains_the_frame_of_every_turn_too(tokenizer: QWenTokeniz
     assert encoded.trained_tokens == 12  # the first <|im_start|> has a label, but nothing predicts it
 
 
-def test_real_vocabulary(golden_large: Path) -> None:
+def test_ids_and_labels_with_the_real_vocabulary(golden_large: Path) -> None:
     encoded = encode(QWenTokenizer.from_pretrained(golden_large / "tiny-qwen"), HI, HELLO, label_mask="qwen")
     assert encoded.input_ids == [
         *[151644, 8948, 198, 2610, 525, 264, 10950, 17847, 13, 151645, 198],
@@ -84,17 +84,17 @@ def test_real_vocabulary(golden_large: Path) -> None:
     ]
 
 
-def test_control_text_in_a_message_stays_text(tokenizer: QWenTokenizer) -> None:
+def test_control_token_in_a_message_stays_text(tokenizer: QWenTokenizer) -> None:
     encoded = encode(tokenizer, Turn("user", "a<|im_end|>"), Turn("assistant", ""))
     plain = [64, 27, 91, 72, 76, 62, 68, 269, 91, 29]  # a < | i m _ e nd | >
     assert encoded.input_ids == [*SYSTEM_IDS, 701, 388, 198, *plain, 702, 198, 701, 383, 198, 702, 198]
     assert encoded.labels == [-100] * (len(SYSTEM_IDS) + 3 + len(plain) + 2 + 3) + [702, 198]
 
 
-def test_v1_cuts_between_header_and_message_and_later_families_do_not(
+def test_only_v1_tokenises_header_and_message_apart(
     tokenizer: QWenTokenizer, fast_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    assert fast_tokenizer("\n\n")["input_ids"] == [281]  # what the header's newline could melt into
+    assert fast_tokenizer("\n\n")["input_ids"] == [281]  # the header's newline can merge with the message's
     turns = Turn("user", "\nHi"), Turn("assistant", "\nHi")
     v1 = encode(tokenizer, *turns, system_message="")
     later = encode(fast_tokenizer, *turns, family=ANSWER_STYLES[0])
@@ -102,7 +102,7 @@ def test_v1_cuts_between_header_and_message_and_later_families_do_not(
     assert later.input_ids == [701, 388, 281, 39, 72, 702, 198, 701, 383, 198, 198, 39, 72, 702, 198]
 
 
-def test_system_message_of_the_sample_then_of_the_option_then_of_the_family(tokenizer: QWenTokenizer) -> None:
+def test_system_message_of_the_sample_precedes_option_and_family(tokenizer: QWenTokenizer) -> None:
     hi = tokenizer.encode_plain("Hi")
     own = encode(tokenizer, Turn("system", "Hi"), HI, HELLO, system_message="unused")
     assert own.input_ids == [701, 458, 198, *hi, 702, 198, *HI_IDS, *HELLO_IDS]
@@ -111,7 +111,7 @@ def test_system_message_of_the_sample_then_of_the_option_then_of_the_family(toke
     assert encode(tokenizer, HI, HELLO).input_ids[:11] == SYSTEM_IDS
 
 
-def test_an_answer_that_opens_the_conversation_is_kept_or_dropped_as_the_original_did(tokenizer: QWenTokenizer) -> None:
+def test_opening_answer_is_kept_and_the_original_drops_it(tokenizer: QWenTokenizer) -> None:
     kept = encode(tokenizer, HELLO, HI, HELLO)
     assert kept.input_ids == [*SYSTEM_IDS, *HELLO_IDS, *HI_IDS, *HELLO_IDS]
     assert kept.labels[11:20] == HELLO_LABELS
@@ -120,13 +120,13 @@ def test_an_answer_that_opens_the_conversation_is_kept_or_dropped_as_the_origina
     assert dropped.input_ids == kept.input_ids
 
 
-def test_a_conversation_without_an_answer_is_an_error(tokenizer: QWenTokenizer) -> None:
+def test_conversation_without_an_answer_is_refused(tokenizer: QWenTokenizer) -> None:
     with pytest.raises(DataError, match=r"^chats\.jsonl:7: the conversation has no assistant turn to train\."):
         encode(tokenizer, HI)
     assert encode(tokenizer, HI, needs_answer=False).input_ids == [*SYSTEM_IDS, *HI_IDS]
 
 
-def test_results_do_not_share_what_the_encoder_keeps(tokenizer: QWenTokenizer) -> None:
+def test_results_share_no_lists_with_the_cache(tokenizer: QWenTokenizer) -> None:
     encoder = Encoder(tokenizer, QWEN_V1, EncodeOptions())
     first = encoder.encode_conversation(Conversation((HI, HELLO), "a"))
     before = list(first.input_ids)
@@ -134,7 +134,7 @@ def test_results_do_not_share_what_the_encoder_keeps(tokenizer: QWenTokenizer) -
     assert encoder.encode_conversation(Conversation((HI, HELLO), "a")).input_ids == before
 
 
-def test_what_does_not_fit_is_dropped_at_a_turns_boundary(tokenizer: QWenTokenizer) -> None:
+def test_truncation_drops_whole_turns(tokenizer: QWenTokenizer) -> None:
     turns = HI, HELLO, HI, HELLO
     whole = encode(tokenizer, *turns)
     ends = [11, 18, 27, 34, 43]  # of the system turn and the four others
@@ -144,12 +144,12 @@ def test_what_does_not_fit_is_dropped_at_a_turns_boundary(tokenizer: QWenTokeniz
         assert encoded.input_ids == whole.input_ids[:kept], max_length
         assert encoded.labels == whole.labels[:kept], max_length
         assert encoded.turns_dropped == dropped, max_length
-    for max_length in (26, 18, 10, 1):  # the first answer does not fit: there is nothing to learn
+    for max_length in (26, 18, 10, 1):  # the first answer does not fit: nothing would be trained
         assert encode(tokenizer, *turns, max_length=max_length) == EncodedConversation([], [], turns_dropped=5)
         assert encode(tokenizer, *turns, max_length=max_length, label_mask="qwen").trained_tokens == 0
 
 
-def test_cut_takes_the_first_ids_as_the_original_did(tokenizer: QWenTokenizer) -> None:
+def test_cut_keeps_the_first_ids(tokenizer: QWenTokenizer) -> None:
     whole = encode(tokenizer, HI, HELLO, HI, HELLO)
     for max_length, dropped in [(43, 0), (42, 1), (34, 1), (33, 2), (22, 3), (5, 5)]:
         encoded = encode(tokenizer, HI, HELLO, HI, HELLO, max_length=max_length, truncation="cut")
@@ -161,9 +161,9 @@ def test_cut_takes_the_first_ids_as_the_original_did(tokenizer: QWenTokenizer) -
 LONG = (
     Turn("system", "You are a cat."),
     Turn("user", "\nHi"),
-    Turn("assistant", "\n" * 40 + "Hello!"),  # shorter as a last answer, where a family strips its newlines
+    Turn("assistant", "\n" * 40 + "Hello!"),  # shorter as a last answer in families that strip its newlines
     Turn("user", "What? " * 5),
-    Turn("assistant", "Hello!"),  # longer as a last answer, where a family opens it with an empty thought
+    Turn("assistant", "Hello!"),  # longer as a last answer in families that write an empty thought block
     Turn("assistant", "\n\nHi" * 9),
     Turn("user", "Hi"),
     Turn("assistant", ""),
@@ -172,11 +172,11 @@ LONG = (
 
 @pytest.mark.parametrize("opening", [LONG, LONG[1:], LONG[2:]], ids=["system", "user", "assistant"])
 @pytest.mark.parametrize("family", [QWEN_V1, *ANSWER_STYLES], ids=lambda family: family.name)
-def test_the_longest_start_that_fits_is_kept_in_every_family(
+def test_longest_start_that_fits_is_kept_in_every_family(
     family: Family, opening: tuple[Turn, ...], tokenizer: QWenTokenizer, fast_tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """At every length: of all starts that hold an answer, each rendered on its own, the longest that fits; where
-    nothing of it is trained, its start up to an answer that is."""
+    """At every length, of all starts that contain an answer, each rendered on its own, the longest that fits is kept;
+    if nothing of it is trained, its longest start that ends with a trained answer."""
     any_tokenizer = tokenizer if family == QWEN_V1 else fast_tokenizer
     starts = [
         encode(any_tokenizer, *opening[:kept], family=family, needs_answer=False) for kept in range(len(opening) + 1)
@@ -207,7 +207,7 @@ def test_no_answer_is_trained_without_its_end(fast_tokenizer: PreTrainedTokenize
         assert encoded.input_ids[-2:] == ([end, 198] if encoded.input_ids else [])
 
 
-def test_a_last_answer_is_written_anew_when_later_turns_are_dropped(fast_tokenizer: PreTrainedTokenizerFast) -> None:
+def test_last_answer_is_rendered_again_after_turns_are_dropped(fast_tokenizer: PreTrainedTokenizerFast) -> None:
     hybrid = ANSWER_STYLES[2]
     thought = fast_tokenizer(thought_block(""))["input_ids"]
     whole = encode(fast_tokenizer, HI, HELLO, HI, HELLO, family=hybrid)
@@ -218,11 +218,11 @@ def test_a_last_answer_is_written_anew_when_later_turns_are_dropped(fast_tokeniz
     assert shortened.turns_dropped == 2
 
 
-# ------------------------------------------------------------------------------------------------------ what is trained
+# --------------------------------------------------------------------------------------------------------- label masks
 
 
 def trained_text(tokenizer: QWenTokenizer, encoded: EncodedConversation) -> list[tuple[str, float]]:
-    """The runs of trained ids with the same weight, as text."""
+    """Return text and weight of each run of trained ids."""
     runs, start = [], 0
     for span in encoded.spans:
         if span.weight:
@@ -234,14 +234,14 @@ def trained_text(tokenizer: QWenTokenizer, encoded: EncodedConversation) -> list
 FOUR = Turn("user", "One?"), Turn("assistant", "1"), Turn("user", "Two?"), Turn("assistant", "2")
 
 
-def test_last_trains_the_last_answer_only(tokenizer: QWenTokenizer) -> None:
+def test_mask_last_trains_the_last_answer_only(tokenizer: QWenTokenizer) -> None:
     assert trained_text(tokenizer, encode(tokenizer, *FOUR, label_mask="last")) == [("2<|im_end|>\n", 1)]
     shortened = encode(tokenizer, *FOUR, label_mask="last", max_length=40)
     assert shortened.turns_dropped > 0
     assert trained_text(tokenizer, shortened) == [("1<|im_end|>\n", 1)]
 
 
-def test_all_trains_everything_but_what_nothing_predicts(tokenizer: QWenTokenizer) -> None:
+def test_mask_all_trains_everything_except_the_first_id(tokenizer: QWenTokenizer) -> None:
     encoded = encode(tokenizer, *FOUR, label_mask="all")
     assert encoded.labels == encoded.input_ids
     assert encoded.trained_tokens == len(encoded.input_ids) - 1
@@ -250,10 +250,10 @@ def test_all_trains_everything_but_what_nothing_predicts(tokenizer: QWenTokenize
 
 
 @pytest.mark.parametrize("label_mask", ["assistant", "last", "qwen", "all"])
-def test_a_turns_own_weight_goes_before_every_mask(tokenizer: QWenTokenizer, label_mask: str) -> None:
+def test_turn_weight_overrides_every_mask(tokenizer: QWenTokenizer, label_mask: str) -> None:
     turns = FOUR[0]._replace(weight=0.5), FOUR[1]._replace(weight=2.0), FOUR[2], FOUR[3]._replace(weight=0.0)
     runs = dict(trained_text(tokenizer, encode(tokenizer, *turns, label_mask=label_mask)))
-    texts = {weight: "".join(text for text, its in runs.items() if its == weight) for weight in (0.5, 2.0)}
+    texts = {weight: "".join(text for text, other in runs.items() if other == weight) for weight in (0.5, 2.0)}
     assert "One?<|im_end|>\n" in texts[0.5]
     assert "1<|im_end|>\n" in texts[2.0]
     assert not any("2" in text for text in runs)
@@ -269,7 +269,7 @@ def test_weights_labels_and_spans_agree(tokenizer: QWenTokenizer) -> None:
     assert not any(weights[27:])
 
 
-# ------------------------------------------------------------------------------------------------------------- too long
+# ----------------------------------------------------------------------------------------------------------- truncation
 
 
 def test_turns_left_keeps_the_system_message_and_the_newest_questions(tokenizer: QWenTokenizer) -> None:
@@ -285,17 +285,17 @@ def test_turns_left_keeps_the_system_message_and_the_newest_questions(tokenizer:
         assert not encode(tokenizer, *turns, truncation="turns_left", max_length=len(last.input_ids) - 1).input_ids
     assert encode(tokenizer, *FOUR, truncation="turns_left") == whole
     unanswered = encode(tokenizer, *FOUR[:2], HI, truncation="turns_left", max_length=20)
-    assert unanswered.input_ids == []  # what fits holds no answer
+    assert unanswered.input_ids == []  # what fits contains no answer
 
 
-def test_an_answer_never_opens_what_turns_left_keeps(tokenizer: QWenTokenizer) -> None:
+def test_turns_left_keeps_no_opening_answer(tokenizer: QWenTokenizer) -> None:
     turns = Turn("user", "One?"), Turn("assistant", "1"), Turn("assistant", "uno " * 9), HI, HELLO
     for max_length in range(27, 70):
         encoded = encode(tokenizer, *turns, truncation="turns_left", max_length=max_length)
         assert encoded.input_ids[:14] == [*SYSTEM_IDS, 701, 388, 198], max_length
 
 
-def test_what_is_too_long_can_be_left_out_or_refused(tokenizer: QWenTokenizer) -> None:
+def test_too_long_conversation_can_be_dropped_or_refused(tokenizer: QWenTokenizer) -> None:
     assert encode(tokenizer, HI, HELLO, truncation="drop", max_length=27).turns_dropped == 0
     assert encode(tokenizer, HI, HELLO, truncation="drop", max_length=26) == EncodedConversation([], [], 3)
     assert encode(tokenizer, HI, HELLO, truncation="error", max_length=27).trained_tokens == 6

@@ -34,9 +34,9 @@ def trained_texts(subject: Subject, encoded: EncodedConversation) -> list[str]:
 
 @PROFILE
 @given(st.data())
-def test_the_ids_are_the_text_and_the_labels_are_ids(subject: Subject, data: st.DataObject) -> None:
-    """Segments are tokenised apart, and so is the NFC of each. It is that of the whole text all the same: where one
-    ends, a control token, a newline or a colon stands, which no mark at the start of the next one joins."""
+def test_ids_decode_to_the_text_and_labels_are_ids(subject: Subject, data: st.DataObject) -> None:
+    """NFC is applied to each segment apart, which gives the NFC of the whole text: a segment ends with a control token,
+    a newline or a colon, and no combining mark at the start of the next segment composes with these."""
     family, conversation = data.draw(chats(subject))
     mask = data.draw(st.sampled_from(MASKS))
     encoded = subject.encoder(family, mask).encode_conversation(conversation)
@@ -53,7 +53,7 @@ def test_the_ids_are_the_text_and_the_labels_are_ids(subject: Subject, data: st.
 @V1
 @PROFILE
 @given(st.data())
-def test_what_is_trained_are_the_answers(subject: Subject, data: st.DataObject) -> None:
+def test_trained_text_is_the_answers(subject: Subject, data: st.DataObject) -> None:
     turns = data.draw(plain_chats(subject, QWEN_V1)).turns
     mask = data.draw(st.sampled_from(MASKS[::2]))
     encoded = subject.encoder(QWEN_V1, mask).encode_conversation(Conversation(turns, "here"))
@@ -71,7 +71,7 @@ def test_what_is_trained_are_the_answers(subject: Subject, data: st.DataObject) 
 
 @PROFILE
 @given(st.data())
-def test_the_mask_all_trains_everything_but_turns_without_weight(subject: Subject, data: st.DataObject) -> None:
+def test_mask_all_trains_everything_except_turns_of_weight_0(subject: Subject, data: st.DataObject) -> None:
     family, conversation = data.draw(chats(subject))
     encoder = subject.encoder(family, "all")
 
@@ -81,74 +81,76 @@ def test_the_mask_all_trains_everything_but_turns_without_weight(subject: Subjec
         return trained_of(encoder.encode_conversation(replace(conversation, turns=turns)))
 
     assert not any(trained(0.0))
-    # The end of an answer that waits for a result is not what Qwen v1 writes there.
-    waits = 2 if conversation.turns[-1].calls and family == QWEN_V1 else 0
+    # Qwen v1 does not write the end of a message that waits for a result.
+    untrained = 2 if conversation.turns[-1].calls and family == QWEN_V1 else 0
     everything = trained(None)
-    assert everything == [True] * (len(everything) - waits) + [False] * waits
+    assert everything == [True] * (len(everything) - untrained) + [False] * untrained
 
 
 @V1
 @PROFILE
 @given(st.data())
-def test_of_calls_only_what_the_model_writes_is_trained(subject: Subject, data: st.DataObject) -> None:
+def test_only_the_models_part_of_calls_is_trained(subject: Subject, data: st.DataObject) -> None:
     conversation = data.draw(tool_chats(subject, QWEN_V1))
     encoded = subject.encoder(QWEN_V1).encode_conversation(conversation)
-    said: dict[str, list[str]] = {"tool": [], "assistant": []}
+    texts: dict[str, list[str]] = {"tool": [], "assistant": []}
     start = 0
     for length, role, weight in encoded.spans:
         text = subject.decode(encoded.input_ids[start : start + length])
         assert weight == 0 or role == "assistant"
         if role == "tool" or weight:
-            said[role].append(text)
+            texts[role].append(text)
         start += length
     results = [turn.content for turn in conversation.turns if turn.role == "tool"]
-    assert said["tool"] == [subject.read(f" {_bare(result)}\nThought:") for result in results]
+    assert texts["tool"] == [subject.read(f" {_stripped(result)}\nThought:") for result in results]
     expected: list[str] = []
     for turn in conversation.turns:
         if turn.role == "assistant" and not turn.calls:
-            expected.append(subject.read(f" I now know the final answer.\nFinal Answer: {_bare(turn.content)}") + END)
+            expected.append(
+                subject.read(f" I now know the final answer.\nFinal Answer: {_stripped(turn.content)}") + END
+            )
         for call in turn.calls:
             arguments = call.arguments_text.strip()
             expected.append(subject.read(f"\nAction: {call.name}\nAction Input: {arguments}\nObservation:"))
-    assert [text[-len(end) :] for text, end in zip(said["assistant"], expected, strict=True)] == expected
+    assert [text[-len(end) :] for text, end in zip(texts["assistant"], expected, strict=True)] == expected
 
 
-def _bare(text: str) -> str:
+def _stripped(text: str) -> str:
     return text.lstrip("\n").rstrip()
 
 
 @PROFILE
 @given(st.data())
-def test_prompts_start_the_training_ids_and_end_where_answers_begin(subject: Subject, data: st.DataObject) -> None:
-    """An answer is trained, to its end, exactly where the prompt for it is what stands before it.
+def test_answers_are_trained_exactly_if_their_prompt_is_a_prefix(subject: Subject, data: st.DataObject) -> None:
+    """An answer is trained, to its end, exactly if its inference prompt equals the ids before it.
 
-    A weight of its own also trains one that no prompt of its family leads to, so here are none.
+    Turns have no weights of their own here, because these also train answers without a prompt.
     """
     family, conversation = data.draw(chats(subject, NO_WEIGHTS))
     turns, tools = conversation.turns, conversation.tools
     encoded = subject.encoder(family).encode_conversation(conversation)
     start_id, end_id = subject.tokenizer.convert_tokens_to_ids([START, END.strip()])
-    begins, ends = [], []
+    answer_starts, prompt_ends = [], []
     for index, turn in enumerate(turns):
-        if turn.role == "assistant" and _asks_for(index, turns, family):
+        if turn.role == "assistant" and _has_prompt(index, turns, family):
             prompt = encode_prompt(render_prompt(turns[:index], family, None, tools), subject.tokenizer)
             if encoded.input_ids[: len(prompt)] == prompt:
-                ends.append(len(prompt))
+                prompt_ends.append(len(prompt))
             else:
                 assert family.has_thinking, index
     for start, end in trained_runs(encoded):
-        begins.append(start)
+        answer_starts.append(start)
         ids = encoded.input_ids[start:end]
         assert start_id not in ids and ids.count(end_id) == ids[-2:].count(end_id) <= 1
         assert subject.decode(ids).endswith((END, "\nObservation:") if family == QWEN_V1 else END)
     if family == QWEN_V1 and any(len(turn.calls) > 1 for turn in turns):
-        assert set(ends) <= set(begins)  # calls that are made at once stand one behind the other
+        assert set(prompt_ends) <= set(answer_starts)  # calls made at once are written one after the other
     else:
-        assert begins == ends
+        assert answer_starts == prompt_ends
 
 
-def _asks_for(index: int, turns: Sequence[Turn], family: Family) -> bool:
-    """Whether the family has a prompt for an answer there."""
+def _has_prompt(index: int, turns: Sequence[Turn], family: Family) -> bool:
+    """Check that the family has a prompt for an answer at an index."""
     if index == 0 or (index == 1 and turns[0].role == "system" and family.default_system is None):
         return family.prompts_opening_answer or index == 1
     return family.prompts_after_answer or turns[index - 1].role != "assistant"
@@ -156,36 +158,36 @@ def _asks_for(index: int, turns: Sequence[Turn], family: Family) -> bool:
 
 @PROFILE
 @given(st.data())
-def test_of_what_is_too_long_the_most_turns_that_fit_are_kept(subject: Subject, data: st.DataObject) -> None:
-    """And nothing else: what is left is encoded as if it were the whole conversation, and no answer lacks its end."""
+def test_truncation_keeps_the_most_turns_that_fit(subject: Subject, data: st.DataObject) -> None:
+    """The rest is encoded as a conversation of its own, and no answer is trained without its end."""
     family, conversation = data.draw(chats(subject))
-    way = data.draw(st.sampled_from(["turns", "turns_left"]))
+    truncation = data.draw(st.sampled_from(["turns", "turns_left"]))
     encode = subject.encoder(family).encode_conversation
-    left = [encode(replace(conversation, turns=turns)) for turns in _shortened(conversation, family, way)]
-    most = data.draw(st.integers(1, len(left[0].input_ids)))
-    encoded = subject.fresh_encoder(family, max_length=most, truncation=way).encode_conversation(conversation)
-    expected = next((each for each in left if len(each.input_ids) <= most), EncodedConversation([], []))
-    if way == "turns" and expected is not left[0] and not expected.trained_tokens:
-        # A start in which something is trained is worth more than one that is longer.
-        trained = [each for each in left[1:] if len(each.input_ids) <= most and each.trained_tokens]
+    candidates = [encode(replace(conversation, turns=turns)) for turns in _shortened(conversation, family, truncation)]
+    most = data.draw(st.integers(1, len(candidates[0].input_ids)))
+    encoded = subject.fresh_encoder(family, max_length=most, truncation=truncation).encode_conversation(conversation)
+    expected = next((each for each in candidates if len(each.input_ids) <= most), EncodedConversation([], []))
+    if truncation == "turns" and expected is not candidates[0] and not expected.trained_tokens:
+        # A start that trains something is preferred to a longer one that does not.
+        trained = [each for each in candidates[1:] if len(each.input_ids) <= most and each.trained_tokens]
         expected = trained[0] if trained else expected
     assert (encoded.input_ids, encoded.spans) == (expected.input_ids, expected.spans)
-    assert (encoded.turns_dropped == 0) == (encoded == left[0])
+    assert (encoded.turns_dropped == 0) == (encoded == candidates[0])
     text = subject.decode(encoded.input_ids)
     assert text.endswith(END) or not text
     assert all(run.endswith((END, "\nObservation:")) for run in trained_texts(subject, encoded))
-    if text and way == "turns_left" and encoded.turns_dropped and family == QWEN_V1:
+    if text and truncation == "turns_left" and encoded.turns_dropped and family == QWEN_V1:
         system = render(conversation.turns[:1] if conversation.turns[0].role == "system" else (), family)
         assert text.startswith(subject.read(text_of(system)) + f"{START}user\n")
 
 
-def _shortened(conversation: Conversation, family: Family, way: str) -> Iterator[tuple[Turn, ...]]:
-    """The turns, then less and less of them, cut between messages, as long as there is an answer, if there is one."""
+def _shortened(conversation: Conversation, family: Family, truncation: str) -> Iterator[tuple[Turn, ...]]:
+    """Yield the turns, then fewer and fewer of them, split between messages, while an answer is left."""
     turns, roles = conversation.turns, [turn.role for turn in conversation.turns]
     first = 1 if roles[0] == "system" else 0
     yield turns
-    if way == "turns":
-        # Qwen v1 writes calls, results and the answer behind them in one message, later families neighbouring results.
+    if truncation == "turns":
+        # Qwen v1 writes calls, results and the following answer in one message; later families, neighbouring results.
         joined = ("assistant", "tool") if family == QWEN_V1 else ("tool",)
         inside = joined if conversation.tools else ()
         ends = [end for end in range(len(turns) - 1, 0, -1) if roles[end] not in inside or roles[end - 1] not in inside]
@@ -198,21 +200,21 @@ def _shortened(conversation: Conversation, family: Family, way: str) -> Iterator
             yield kept
 
 
-@pytest.mark.parametrize("way", ["turns", "turns_left"])
+@pytest.mark.parametrize("truncation", ["turns", "turns_left"])
 @V1
-def test_an_answer_before_the_question_that_describes_the_tools(subject: Subject, way: str) -> None:
-    """It is cut as any other, or refused."""
+def test_opening_answer_with_tools_is_truncated_or_refused(subject: Subject, truncation: str) -> None:
+    """The question after it describes the tools."""
     turns = (Turn("assistant", "Hello!"), Turn("user", "Hi"), Turn("assistant", "You are back."))
     conversation = Conversation(turns, "here", ({"name": "f"},))
     for most in range(1, 300):
-        encoder = subject.fresh_encoder(QWEN_V1, max_length=most, truncation=way)
+        encoder = subject.fresh_encoder(QWEN_V1, max_length=most, truncation=truncation)
         with suppress(DataError):
             assert len(encoder.encode_conversation(conversation).input_ids) <= most
 
 
 @PROFILE
 @given(st.data())
-def test_an_encoding_does_not_depend_on_what_was_encoded_before(subject: Subject, data: st.DataObject) -> None:
+def test_encoding_does_not_depend_on_previous_conversations(subject: Subject, data: st.DataObject) -> None:
     batch = data.draw(st.lists(chats(subject), min_size=1, max_size=3))
     together = [subject.encoder(family).encode_conversation(conversation) for family, conversation in batch]
     apart = [subject.fresh_encoder(family).encode_conversation(conversation) for family, conversation in batch]
@@ -231,11 +233,11 @@ from chat.turns import ToolCall, Turn
 from tests.chats import FAMILIES
 from tests.encoding import weights_of
 
-kind, folder, given, out = sys.argv[1:]
-tokenizer = (QWenTokenizer if kind == "v1" else PreTrainedTokenizerFast).from_pretrained(folder)
+tokenizer_class, folder, requests, out = sys.argv[1:]
+tokenizer = (QWenTokenizer if tokenizer_class == "v1" else PreTrainedTokenizerFast).from_pretrained(folder)
 results = []
-for family, given_turns, tools in json.loads(Path(given).read_text()):
-    turns = (Turn(*turn) for turn in given_turns)
+for family, turns, tools in json.loads(Path(requests).read_text()):
+    turns = (Turn(*turn) for turn in turns)
     turns = tuple(turn._replace(calls=tuple(ToolCall(*call) for call in turn.calls)) for turn in turns)
     encoder = Encoder(tokenizer, FAMILIES[family], EncodeOptions(needs_answer=False))
     encoded = encoder.encode_conversation(Conversation(turns, "here", tuple(tools)))
@@ -244,7 +246,7 @@ Path(out).write_text(json.dumps(results))
 """
 
 
-def test_another_process_encodes_the_same(subject: Subject, tmp_path: Path) -> None:
+def test_encoding_is_the_same_in_another_process(subject: Subject, tmp_path: Path) -> None:
     examples: list[tuple[Any, list[Any]]] = []
 
     @PROFILE
@@ -252,13 +254,13 @@ def test_another_process_encodes_the_same(subject: Subject, tmp_path: Path) -> N
     def collect(example: tuple[Family, Conversation]) -> None:
         family, conversation = example
         encoded = subject.encoder(family).encode_conversation(conversation)
-        asked = (FAMILIES.index(family), conversation.turns, conversation.tools)
-        examples.append((asked, [encoded.input_ids, weights_of(encoded)]))
+        request = (FAMILIES.index(family), conversation.turns, conversation.tools)
+        examples.append((request, [encoded.input_ids, weights_of(encoded)]))
 
     collect()
-    asked, out = tmp_path / "asked.json", tmp_path / "out.json"
-    asked.write_text(json.dumps([example for example, _ in examples]))
-    kind = "v1" if subject.is_v1 else "fast"
-    ended = run_python(["-c", IN_ANOTHER_PROCESS, kind, str(subject.folder), str(asked), str(out)])
+    requests, out = tmp_path / "requests.json", tmp_path / "out.json"
+    requests.write_text(json.dumps([example for example, _ in examples]))
+    tokenizer_class = "v1" if subject.is_v1 else "fast"
+    ended = run_python(["-c", IN_ANOTHER_PROCESS, tokenizer_class, str(subject.folder), str(requests), str(out)])
     assert ended.returncode == 0, ended.stderr
     assert json.loads(out.read_text()) == [encoded for _, encoded in examples]

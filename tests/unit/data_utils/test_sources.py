@@ -1,4 +1,4 @@
-"""What ``--data_path`` names, and what is drawn from it."""
+"""Values of ``--data_path`` and the sampling of their records; placeholders of ``--fill``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from data_utils.sources import RecordSampler, Source, parse_fill, parse_source
+from chat.turns import Turn
+from data_utils.sources import RecordSampler, Source, fill_turns, parse_fill, parse_source
 from errors import ConfigError
 
 
@@ -14,14 +15,14 @@ from errors import ConfigError
     ("suffix", "sample", "factor"),
     [("", None, 1), ("#5", 5, 1), ("@x2", None, 2), ("@x.5", None, 0.5), ("@x2.25", None, 2.25), ("#5@x3", 5, 3)],
 )
-def test_suffixes(suffix: str, sample: int | None, factor: float, tmp_path: Path) -> None:
+def test_suffixes_give_sample_and_factor(suffix: str, sample: int | None, factor: float, tmp_path: Path) -> None:
     path = tmp_path / "a.json"
     path.touch()
     name = f"{path}{suffix}"
     assert parse_source(name) == Source(name, path, sample, factor)
 
 
-def test_a_file_may_have_any_name(tmp_path: Path) -> None:
+def test_existing_file_may_have_any_name(tmp_path: Path) -> None:
     path = tmp_path / "a#5@x2"
     path.touch()
     assert parse_source(str(path)) == Source(str(path), path)
@@ -30,14 +31,14 @@ def test_a_file_may_have_any_name(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["#", "#x", "@2", "@x", "@x2#5", "#-1", "@xnan", "#5.5"])
-def test_what_is_no_suffix_is_part_of_the_name(suffix: str, tmp_path: Path) -> None:
+def test_invalid_suffix_is_part_of_the_name(suffix: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").touch()
     with pytest.raises(ConfigError, match="there is no such file"):
         parse_source(f"{tmp_path}/a.json{suffix}")
 
 
 @pytest.mark.parametrize("suffix", ["#0", "@x0", "@x0.0"])
-def test_taking_nothing_is_refused(suffix: str, tmp_path: Path) -> None:
+def test_sample_or_factor_of_0_is_refused(suffix: str, tmp_path: Path) -> None:
     (tmp_path / "a.json").touch()
     with pytest.raises(ConfigError, match="takes nothing"):
         parse_source(f"{tmp_path}/a.json{suffix}")
@@ -46,23 +47,23 @@ def test_taking_nothing_is_refused(suffix: str, tmp_path: Path) -> None:
 def draw(
     total: int, sample: int | None = None, factor: float = 1, eval_share: float = 0, seed: int = 1
 ) -> list[tuple[int, int]]:
-    taken = RecordSampler(Source("a", Path("a"), sample, factor), total, eval_share, seed)
-    return [taken.next_copies() for _ in range(total)]
+    sampler = RecordSampler(Source("a", Path("a"), sample, factor), total, eval_share, seed)
+    return [sampler.next_copies() for _ in range(total)]
 
 
-def test_numbers_are_exact() -> None:
+def test_numbers_of_copies_are_exact() -> None:
     for seed in range(50):
         assert sum(train for train, _ in draw(97, 10, seed=seed)) == 10
         assert sum(train for train, _ in draw(10, 99, seed=seed)) == 10
         assert sum(train for train, _ in draw(100, factor=0.3, seed=seed)) == 30
-        taken = draw(100, 80, 2.5, 0.1, seed)
-        assert sum(held for _, held in taken) == 8
-        assert sum(train for train, _ in taken) == 2 * 72 + 36
-        assert not any(train and held for train, held in taken)
-        assert sum(held for _, held in draw(5, eval_share=0.01, seed=seed)) == 1
+        copies = draw(100, 80, 2.5, 0.1, seed)
+        assert sum(held_out for _, held_out in copies) == 8
+        assert sum(train for train, _ in copies) == 2 * 72 + 36
+        assert not any(train and held_out for train, held_out in copies)
+        assert sum(held_out for _, held_out in draw(5, eval_share=0.01, seed=seed)) == 1
 
 
-def test_every_record_is_as_likely_to_be_drawn() -> None:
+def test_every_record_is_equally_likely() -> None:
     counts = [0] * 10
     for seed in range(2000):
         for index, (train, _) in enumerate(draw(10, 3, seed=seed)):
@@ -71,13 +72,27 @@ def test_every_record_is_as_likely_to_be_drawn() -> None:
     assert all(500 < count < 700 for count in counts)
 
 
-def test_the_seed_decides() -> None:
+def test_seed_determines_the_choice() -> None:
     assert draw(1000, 100) == draw(1000, 100)
     assert draw(1000, 100) != draw(1000, 100, seed=2)
 
 
-def test_fill() -> None:
+def test_fill_values_are_parsed() -> None:
     assert parse_fill(["name=Linden", " a =x=y", "empty="]) == {"name": "Linden", "a": "x=y", "empty": ""}
     for value in ("name", "=x", ""):
         with pytest.raises(ConfigError, match="is not name=text"):
             parse_fill([value])
+
+
+def test_placeholders_in_texts_and_thinking_are_filled() -> None:
+    turns = [
+        Turn("user", "I am {{ name }}, {{ who }}?"),
+        Turn("assistant", "{{name}}", weight=0.5, thinking="{{name}} {{what}}"),
+    ]
+    assert fill_turns(turns, {"name": "{{who}}"}) == (
+        (
+            Turn("user", "I am {{who}}, {{ who }}?"),
+            Turn("assistant", "{{who}}", weight=0.5, thinking="{{who}} {{what}}"),
+        ),
+        {"name", "who", "what"},
+    )

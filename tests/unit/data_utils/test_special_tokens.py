@@ -21,12 +21,12 @@ def _tool(**fields: Any) -> dict[str, Any]:
     return {"name": "f", "description": "d", "parameters": {}, **fields}
 
 
-def _said(call: Any, result: str = "r") -> list[dict[str, str]]:
+def _with_call(call: Any, result: str = "r") -> list[dict[str, str]]:
     pairs = [("human", "u"), ("function_call", json.dumps(call)), ("observation", result), ("gpt", "a")]
     return [{"from": author, "value": text} for author, text in pairs]
 
 
-def _asked(call: Any, result: Any = "r", **fields: Any) -> list[dict[str, Any]]:
+def _messages_with_call(call: Any, result: Any = "r", **fields: Any) -> list[dict[str, Any]]:
     called = {"role": "assistant", "content": "t", "tool_calls": [{"function": call}], **fields}
     answer = {"role": "assistant", "content": "a"}
     return [{"role": "user", "content": "u"}, called, {"role": "tool", "content": result}, answer]
@@ -61,23 +61,26 @@ FIELDS: dict[str, dict[str, Any]] = {
         for name in ("name", "description", "parameters", "name_for_human", "name_for_model", "description_for_model")
     },
     "tools parameter name": {"messages": _messages(), "tools": [_tool(parameters={"properties": {MARK: {"a": "b"}}})]},
-    "tools as text": {"conversations": _said({"name": "f"}), "tools": json.dumps([_tool(description=MARK)])},
+    "tools as text": {
+        "conversations": _with_call({"name": "f"}),
+        "tools": json.dumps([_tool(description=MARK)]),
+    },
     "tools of alpaca": {
         "instruction": "i",
         "output": "o",
         "tools": [{"type": "function", "function": _tool(name=MARK)}],
     },
     "tools and question": {"messages": _messages(MARK), "tools": [_tool()]},
-    "conversations call name": {"conversations": _said({"name": MARK, "arguments": {}})},
-    "conversations arguments": {"conversations": _said({"name": "f", "arguments": {"a": [MARK], MARK: 1}})},
-    "conversations arguments as text": {"conversations": _said({"name": "f", "arguments": MARK})},
-    "conversations result": {"conversations": _said({"name": "f"}, MARK)},
-    "messages call name": {"messages": _asked({"name": MARK, "arguments": "{}"})},
-    "messages arguments": {"messages": _asked({"name": "f", "arguments": {MARK: MARK}})},
-    "messages arguments as text": {"messages": _asked({"name": "f", "arguments": MARK})},
-    "messages result": {"messages": _asked({"name": "f"}, MARK)},
-    "messages result part": {"messages": _asked({"name": "f"}, [{"type": "text", "text": MARK}])},
-    "messages beside calls": {"messages": _asked({"name": "f"}, content=MARK)},
+    "conversations call name": {"conversations": _with_call({"name": MARK, "arguments": {}})},
+    "conversations arguments": {"conversations": _with_call({"name": "f", "arguments": {"a": [MARK], MARK: 1}})},
+    "conversations arguments as text": {"conversations": _with_call({"name": "f", "arguments": MARK})},
+    "conversations result": {"conversations": _with_call({"name": "f"}, MARK)},
+    "messages call name": {"messages": _messages_with_call({"name": MARK, "arguments": "{}"})},
+    "messages arguments": {"messages": _messages_with_call({"name": "f", "arguments": {MARK: MARK}})},
+    "messages arguments as text": {"messages": _messages_with_call({"name": "f", "arguments": MARK})},
+    "messages result": {"messages": _messages_with_call({"name": "f"}, MARK)},
+    "messages result part": {"messages": _messages_with_call({"name": "f"}, [{"type": "text", "text": MARK}])},
+    "messages beside calls": {"messages": _messages_with_call({"name": "f"}, content=MARK)},
 }
 THOUGHT = {"messages": _messages(reasoning_content=MARK)}
 THINKING_FAMILIES = [family for family in LATER_FAMILIES if family.has_thinking and family.thinking != "stripped"]
@@ -95,22 +98,21 @@ def test_special_tokens_in_thinking_stay_text(subject: Subject, family: Family) 
 
 
 def _check_special_tokens(subject: Subject, family: Family, record: str) -> None:
-    """The ids say the same as with a harmless word in their place, and no control token is among them but for those
-    that were there before."""
+    """Special tokens in the record give the same ids of special tokens as a plain word in their place."""
     specials = set(subject.tokenizer.convert_tokens_to_ids(list(subject.specials)))
-    harmless = _encoded(subject, family, record, MARK)
-    text = subject.decode(harmless.input_ids)
-    placed = [id_ for id_ in harmless.input_ids if id_ in specials]
+    plain = _encoded(subject, family, record, MARK)
+    text = subject.decode(plain.input_ids)
+    placed = [id_ for id_ in plain.input_ids if id_ in specials]
     assert MARK in text and placed == subject.tokenizer.convert_tokens_to_ids([START, END.strip()]) * (len(placed) // 2)
     for special in subject.specials:
         encoded = _encoded(subject, family, record, special)
         assert [id_ for id_ in encoded.input_ids if id_ in specials] == placed, special
         assert subject.decode(encoded.input_ids) == text.replace(MARK, special)
-        assert [span[1:] for span in encoded.spans] == [span[1:] for span in harmless.spans]
+        assert [span[1:] for span in encoded.spans] == [span[1:] for span in plain.spans]
 
 
 def _encoded(subject: Subject, family: Family, record: str, text: str) -> EncodedConversation:
-    """The record with a text in the place of the mark, in its fields or by ``--fill``."""
+    """Encode the record with a text in place of ``MARK``, in its fields or by ``--fill``."""
     for mark, part in ((MARK, text), (HALVES[0], text[:4]), (HALVES[1], text[4:])):
         record = record.replace(mark, part)
     value = json.loads(record)
