@@ -32,10 +32,9 @@ def load_json(path: Path) -> dict[str, Any]:
 def load_json_or_empty(path: Path) -> dict[str, Any]:
     """Read a JSON object; return ``{}`` if the file is missing or is not a JSON object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        return load_json(path)
+    except ConfigError:
         return {}
-    return value if isinstance(value, dict) else {}
 
 
 def save_json(value: Mapping[str, Any], path: Path) -> None:

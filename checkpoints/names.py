@@ -1,7 +1,7 @@
 """Names of files in the folder of a checkpoint or an adapter, and of the records that a run leaves beside them.
 
-``config.json`` and ``generation_config.json``, which every library spells out, are spelled out here too. A run's own
-files (checkpoints, manifest, trainer state) are in ``training/run_folder/names.py``. Needs no torch.
+``config.json`` and ``generation_config.json`` are written as literals, as in other libraries. The files that a run uses
+itself (checkpoints, manifest, trainer state) are in ``training/run_folder/names.py``. Needs no torch.
 """
 
 from __future__ import annotations
@@ -28,4 +28,4 @@ DATA_REPORT_PAGE = "data_receipt.html"
 RUN_RECORDS = (
     RUN_ARGUMENTS, RUN_ARGUMENTS_YAML, RUN_SUMMARY, TRAINING_LOG, LOSS_CURVE, DATA_REPORT, DATA_REPORT_PAGE,
 )  # fmt: skip
-"""What a run writes beside its result besides model, adapter and tokenizer."""
+"""All records that a run writes beside its model or adapter and tokenizer."""
