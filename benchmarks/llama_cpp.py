@@ -1,11 +1,11 @@
-"""A Qwen v1 checkpoint in llama.cpp, exported in both layouts, beside this toolkit's model.
+"""Token ids and logits of a Qwen v1 checkpoint in llama.cpp, exported in both layouts, compared with this toolkit's.
 
     python -m benchmarks.llama_cpp --model_name_or_path DIR [--work_dir DIR] [--output FILE]
 
-Builds llama.cpp from the sources that PyPI has of llama-cpp-python, in a virtual environment of its own under
-``--work_dir`` (some minutes, a compiler, the network; a folder where that is done is used as it is). The checkpoint is
-written in the layout qwen2 by scripts.convert_layout and in the layout qwen with the model's code in the folder, each
-becomes a GGUF file in float32 by llama.cpp's converter, and llama.cpp computes in float32 throughout, its cache too.
+Builds llama.cpp from llama-cpp-python's source distribution on PyPI, in a virtual environment under ``--work_dir``.
+That takes some minutes, a compiler and the network; a finished build is reused. The checkpoint is written in the layout
+qwen2 by scripts.convert_layout, and in the layout qwen with the model's code in the folder. llama.cpp's converter makes
+a float32 GGUF file of each, and llama.cpp computes in float32 throughout, its cache included.
 
 Compared are the token ids of texts (the large reference set in ``$QWEN_SHARED``, else those in export.verify.prompts)
 and, on the conversations in export.verify.prompts, all logits and the greedy tokens that follow. No text is longer than
@@ -44,53 +44,53 @@ NAME, RELEASE = "llama-cpp-python", "0.3.36"
 SOURCES = f"llama_cpp_python-{RELEASE}"
 GREEDY_TOKENS = 16
 
-# Runs in the other environment, isolated: it knows nothing of this toolkit. ggml's type 0 is float32.
+# Runs in llama.cpp's environment, isolated from this toolkit. ggml's type 0 is float32.
 RUNNER = """
 import json, pathlib, sys
 import numpy
 from llama_cpp import Llama
 folder = pathlib.Path(sys.argv[2])
-asked = json.loads((folder / "asked.json").read_text())
-longest = max(map(len, asked["prompts"])) + asked["greedy_tokens"]
+requests = json.loads((folder / "requests.json").read_text())
+longest = max(map(len, requests["prompts"])) + requests["greedy_tokens"]
 llama = Llama(sys.argv[1], n_ctx=longest, type_k=0, type_v=0, flash_attn=False, logits_all=True, verbose=False)
-texts = [llama.tokenize(text.encode(), add_bos=False, special=False) for text in asked["texts"]]
+texts = [llama.tokenize(text.encode(), add_bos=False, special=False) for text in requests["texts"]]
 greedy = []
-for number, prompt in enumerate(asked["prompts"]):
+for number, prompt in enumerate(requests["prompts"]):
     llama.reset()
     llama.eval(prompt)
     numpy.save(folder / f"{number}.npy", llama.scores[: len(prompt)])
     greedy.append([])
-    for _ in range(asked["greedy_tokens"]):
+    for _ in range(requests["greedy_tokens"]):
         greedy[-1].append(int(llama.scores[llama.n_tokens - 1].argmax()))
         llama.eval(greedy[-1][-1:])
-(folder / "told.json").write_text(json.dumps({"texts": texts, "greedy": greedy}))
+(folder / "results.json").write_text(json.dumps({"texts": texts, "greedy": greedy}))
 """
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.llama_cpp", description=__doc__)
     parser.add_argument("--model_name_or_path", type=Path, required=True, help="folder of a Qwen v1 checkpoint")
-    parser.add_argument("--work_dir", type=Path, help="where llama.cpp is built (default: a temporary folder)")
+    parser.add_argument("--work_dir", type=Path, help="folder to build llama.cpp in (default: a temporary one)")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     model: Path = args.model_name_or_path.resolve()
     if not (model / "config.json").is_file() or load_json(model / "config.json").get("model_type") != "qwen":
-        parser.error(f"--model_name_or_path {args.model_name_or_path} is no folder of a Qwen v1 checkpoint")
+        parser.error(f"--model_name_or_path {args.model_name_or_path} is not the folder of a Qwen v1 checkpoint")
     with tempfile.TemporaryDirectory() as temporary:
         work = (args.work_dir or Path(temporary)).resolve()
         build_llama_cpp(work)
-        with tempfile.TemporaryDirectory(dir=work) as exports:  # as large as the model, several times
+        with tempfile.TemporaryDirectory(dir=work) as exports:  # several times the size of the model
             rows = compare(model, work, Path(exports))
         command = f"python -m benchmarks.llama_cpp --model_name_or_path {model.name}"
-        told = {"command": command, "machine": machine(work), "rows": rows}
+        report = {"command": command, "machine": machine(work), "rows": rows}
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(told, indent=1) + "\n")
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def build_llama_cpp(work: Path) -> None:
-    """``SOURCES`` and an environment ``venv`` with what was built from it; ``built`` says that both are whole."""
+    """Unpack ``SOURCES`` and install it into ``work/venv``; the file ``built`` marks a complete build."""
     done, text = work / "built", f"{SOURCES}, Python {platform.python_version()}\n"
     if done.is_file() and done.read_text() == text:
         return
@@ -100,67 +100,72 @@ def build_llama_cpp(work: Path) -> None:
     run([*pip, "download", "--no-deps", "--no-binary", NAME, "--dest", work, f"{NAME}=={RELEASE}"])
     shutil.unpack_archive(archive, work, filter="data")
     jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count()))
-    library_only = "-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF"  # no images, no programs
-    # The converter imports sentencepiece for every vocabulary; all else that it needs is the toolkit's.
+    library_only = "-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF"  # without image support and programs
+    # The converter imports sentencepiece for every vocabulary; its other requirements are in the toolkit's environment.
     run([*pip, "install", archive, "sentencepiece"], CMAKE_ARGS=library_only, CMAKE_BUILD_PARALLEL_LEVEL=jobs)
     done.write_text(text)
 
 
 def make_gguf(model: Path, layout: str, work: Path, exports: Path) -> Path:
-    """Write the checkpoint in a layout, as the toolkit exports it, and have llama.cpp make a float32 file of that."""
+    """Export the checkpoint in ``layout`` and convert it to a float32 GGUF file; return its path."""
     folder, gguf = exports / layout, exports / f"{layout}.gguf"
     if layout == "qwen2":
         run([sys.executable, "-m", "scripts.convert_layout", model, folder, "--layout", layout])
     else:
         folder.mkdir()
         for file in model.iterdir():
-            if file.is_file() and file.suffix != ".py":  # what is changed below is replaced, not written into
+            if file.is_file() and file.suffix != ".py":  # changed files replace the links, their targets stay
                 (folder / file.name).symlink_to(file)
         write_code(folder)
         write_chat_template(folder)
         write_generation_config(folder)
     converter = work / SOURCES / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py"
     command = [work / "venv" / "bin" / "python", converter, folder, "--outtype", "f32", "--outfile", gguf]
-    # With the toolkit's libraries. The code in the folder is run; transformers' copy of it is not to stay in its cache.
+    # With the toolkit's libraries. The folder's code is run: HF_HOME keeps it out of the user's cache.
     cache = {"HF_HOME": str(exports / "cache"), "HF_HUB_OFFLINE": "1"}
     run(command, PYTHONPATH=str(Path(torch.__file__).parents[1]), **cache)
     return gguf
 
 
 def run(command: Sequence[object], **environment: str) -> None:
-    """Run a command from the repository's root; its output is shown if it fails."""
-    words, whole = [str(word) for word in command], {**os.environ, **environment}
-    result = subprocess.run(words, cwd=ROOT, env=whole, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    """Run a command in the repository's root, with additions to the environment; show its output if it fails."""
+    words, variables = [str(word) for word in command], {**os.environ, **environment}
+    result = subprocess.run(words, cwd=ROOT, env=variables, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     if result.returncode != 0:
         raise RuntimeError(f"{' '.join(words)} failed:\n{result.stdout[-2000:]}")
 
 
 def compare(model: Path, work: Path, exports: Path) -> list[dict[str, Any]]:
-    """A row per layout; ``exports`` is an empty folder."""
+    """Return a row of figures per layout; ``exports`` is an empty folder to work in."""
     tokenizer = QWenTokenizer.from_pretrained(model)
     ours = QWenLMHeadModel.from_pretrained(model, dtype=torch.float32).eval()
     source, texts = load_texts()
     text_ids = list(map(tokenizer.encode_plain, texts))
     prompts = [ids[: ours.config.seq_length - GREEDY_TOKENS] for ids in prompt_ids(model, ours.config.vocab_size)]
-    asked = {"texts": texts, "prompts": prompts, "greedy_tokens": GREEDY_TOKENS}
+    requests = {"texts": texts, "prompts": prompts, "greedy_tokens": GREEDY_TOKENS}
     rows: list[dict[str, Any]] = []
     for layout in ("qwen2", "qwen"):
         gguf, answers = make_gguf(model, layout, work, exports), Path(tempfile.mkdtemp(dir=exports))
-        (answers / "asked.json").write_text(json.dumps(asked))
+        (answers / "requests.json").write_text(json.dumps(requests))
         run([work / "venv" / "bin" / "python", "-I", "-c", RUNNER, gguf, answers])
-        told = load_json(answers / "told.json")
-        others = [text for text, ids, theirs in zip(texts, text_ids, told["texts"], strict=True) if ids != theirs]
-        by_nfc = sum(unicodedata.normalize("NFC", text) != text for text in others)
-        counts = {"texts": len(texts), "of": source, "other_ids": len(others), "of_these_changed_by_nfc": by_nfc}
-        rows.append({"layout": layout, **counts, **compare_logits(ours, prompts, answers, told["greedy"])})
+        results = load_json(answers / "results.json")
+        different = [text for text, ids, theirs in zip(texts, text_ids, results["texts"], strict=True) if ids != theirs]
+        by_nfc = sum(unicodedata.normalize("NFC", text) != text for text in different)
+        counts = {"texts": len(texts), "of": source, "other_ids": len(different), "of_these_changed_by_nfc": by_nfc}
+        rows.append({"layout": layout, **counts, **compare_logits(ours, prompts, answers, results["greedy"])})
     return rows
 
 
 @torch.no_grad()
 def compare_logits(ours: Any, prompts: list[list[int]], answers: Path, greedy: list[list[int]]) -> dict[str, Any]:
-    """Figures of a row: ``answers`` holds llama.cpp's logits per prompt, ``greedy`` the ids it went on with."""
+    """Return figures of a row.
+
+    Args:
+        answers: folder of llama.cpp's logits per prompt.
+        greedy: ids that llama.cpp generated per prompt.
+    """
     settings: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": GREEDY_TOKENS}
-    ours.generation_config.eos_token_id = None  # as in the runner, nothing ends the text
+    ours.generation_config.eos_token_id = None  # no id ends the text, as in RUNNER
     differences, sizes, equal, alike = [], [], [], 0
     for number, (prompt, theirs) in enumerate(zip(prompts, greedy, strict=True)):
         ids = torch.tensor([prompt])
@@ -180,7 +185,7 @@ def compare_logits(ours: Any, prompts: list[list[int]], answers: Path, greedy: l
 
 
 def load_texts() -> tuple[str, list[str]]:
-    """Where the texts are from, and the texts. Lone surrogates have no UTF-8, which is what llama.cpp reads."""
+    """Return the source of the texts, and the texts; without lone surrogates, which UTF-8 cannot encode."""
     file = Path(os.environ.get("QWEN_SHARED") or ROOT.parent / "shared") / "golden" / "tokenizer.json"
     if not file.is_file():
         return "export/verify/prompts.py", [text for question_and_answer in PROMPTS for text in question_and_answer]

@@ -1,13 +1,13 @@
-"""Memory and time of merging, beside peft's and beside copying the folder.
+"""Memory and time of merging, compared with peft and with copying the folder.
 
     python -m benchmarks.merge [--quick] [--output benchmarks/results/merge.json]
 
-Makes a random checkpoint of Qwen2.5-0.5B's shape (bfloat16, tied embeddings) as one file and as shards, an adapter of
-rank 16 on all linear layers and one that also trains embedding and head in full, and merges them: with merge_lora.py
-(--no_verify, but for the last row), and with peft's merge_and_unload between transformers' from_pretrained and
-save_pretrained. Everything is on disk (fsync) before the clock stops. Each run is a process of its own that waits, with
-everything imported, for its start: memory is the peak of RssAnon, watched from outside, above what it was at that
-moment. Runs are interleaved, figures are medians.
+Writes a random checkpoint of Qwen2.5-0.5B's shape (bfloat16, tied embeddings) as one file and as shards, an adapter of
+rank 16 on all linear layers, and one that also trains embedding and head in full. Merges them with merge_lora.py
+(--no_verify, except in the last row) and with peft's merge_and_unload between transformers' from_pretrained and
+save_pretrained. The clock stops when everything is on disk (fsync). Each run is a process of its own that imports
+everything and then waits for its start. Memory is the peak of RssAnon above its value at the start, sampled from
+outside. Runs are interleaved; figures are medians.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ for file in Path(output).iterdir():
     with file.open("rb") as stream:
         os.fsync(stream.fileno())
 """
+# Row -> (code, base, adapter).
 CASES = {
     "copying the folder": (COPY, "one", "linear"),
     "merge_lora.py, one file": (OURS, "one", "linear"),
@@ -89,10 +90,10 @@ CASES = {
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.merge", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one run of each")
+    parser.add_argument("--quick", action="store_true", help="run each case once instead of 5 times")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
-    found: dict[str, list[tuple[float, float]]] = {name: [] for name in CASES}
+    runs: dict[str, list[tuple[float, float]]] = {name: [] for name in CASES}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         make_inputs(folder)
@@ -100,11 +101,11 @@ def main(argv: Sequence[str]) -> None:
             for name, (code, base, adapter) in CASES.items():
                 shutil.rmtree(folder / "output", ignore_errors=True)
                 os.sync()
-                found[name].append(measure(code, folder / base, folder / adapter, folder / "output"))
-    peft = statistics.median(seconds for _, seconds in found["peft"])
+                runs[name].append(measure(code, folder / base, folder / adapter, folder / "output"))
+    peft = statistics.median(seconds for _, seconds in runs["peft"])
     rows = []
-    for name, runs in found.items():
-        memory, seconds = (statistics.median(values) for values in zip(*runs, strict=True))
+    for name, figures in runs.items():
+        memory, seconds = (statistics.median(values) for values in zip(*figures, strict=True))
         rows.append(
             {"what": name, "memory_mib": round(memory), "seconds": round(seconds, 2),
              "times_faster_than_peft": round(peft / seconds, 2)}
@@ -113,13 +114,13 @@ def main(argv: Sequence[str]) -> None:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
     limits = {"memory_mib": 128, "memory_mib_with_embeddings": round(128 + 1.3 * EMBEDDING_MIB), "times_faster": 3}
     command = "python -m benchmarks.merge" + (" --quick" if args.quick else "")
-    told = {"command": command, "machine": machine(), "limits": limits, "rows": rows}
+    report = {"command": command, "machine": machine(), "limits": limits, "rows": rows}
     args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(told, indent=1) + "\n")
+    args.output.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def make_inputs(folder: Path) -> None:
-    """The base as ``one`` file and in ``shards``; the adapters ``linear`` and ``embeddings``."""
+    """Write the base as ``one`` file and as ``shards``, and the adapters ``linear`` and ``embeddings``."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -133,8 +134,8 @@ def make_inputs(folder: Path) -> None:
         torch.nn.init.normal_(parameter, std=0.02)
     model.save_pretrained(folder / "one", max_shard_size="5GB")
     model.save_pretrained(folder / "shards", max_shard_size="100MB")
-    everything = {"embeddings": ["embed_tokens", "lm_head"], "linear": None}
-    for name, modules in everything.items():
+    trained_modules = {"embeddings": ["embed_tokens", "lm_head"], "linear": None}
+    for name, modules in trained_modules.items():
         config = LoraConfig(r=RANK, target_modules="all-linear", modules_to_save=modules, task_type="CAUSAL_LM")
         adapted = get_peft_model(model, config)
         for parameter_name, parameter in adapted.named_parameters():
@@ -145,20 +146,20 @@ def make_inputs(folder: Path) -> None:
 
 
 def measure(code: str, base: Path, adapter: Path, output: Path) -> tuple[float, float]:
-    """MiB of anonymous memory above that of the imports, and seconds."""
+    """Return the peak of anonymous memory above that of the imports (MiB), and the seconds."""
     environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "passive"}
-    with tempfile.TemporaryFile("w+") as said:
+    with tempfile.TemporaryFile("w+") as stderr:
         command = [sys.executable, "-c", code, str(base), str(adapter), str(output)]
         process = subprocess.Popen(
-            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, env=environment, text=True
+            command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, env=environment, text=True
         )
         assert process.stdin is not None and process.stdout is not None
-        while process.stdout.readline() not in ("ready\n", ""):  # libraries may have something to say first
+        while process.stdout.readline() not in ("ready\n", ""):  # libraries may print first
             pass
         time.sleep(0.2)
         floor = peak = anonymous_memory(process.pid)
         started = time.perf_counter()
-        with contextlib.suppress(BrokenPipeError):  # what failed says so below
+        with contextlib.suppress(BrokenPipeError):  # the process failed: its exit status is checked below
             process.stdin.write("\n")
             process.stdin.flush()
         while process.poll() is None:
@@ -166,8 +167,8 @@ def measure(code: str, base: Path, adapter: Path, output: Path) -> tuple[float, 
             time.sleep(0.002)
         seconds = time.perf_counter() - started
         if process.returncode != 0:
-            said.seek(0)
-            raise RuntimeError(f"{code} failed:\n{said.read()[-2000:]}")
+            stderr.seek(0)
+            raise RuntimeError(f"{code} failed:\n{stderr.read()[-2000:]}")
     return peak - floor, seconds
 
 
