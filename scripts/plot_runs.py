@@ -1,4 +1,4 @@
-"""Losses of several runs in one picture: ``python -m scripts.plot_runs RUN... [--output FILE.png]``.
+"""Plot the losses of several runs: ``python -m scripts.plot_runs RUN... [--output FILE.png]``.
 
 A run is the output folder of ``finetune.py``, or a ``training_log.jsonl``.
 """
@@ -17,23 +17,24 @@ from training.run_folder.curves import Row, load_rows, plot_losses
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(
-        prog="python -m scripts.plot_runs", description="Losses of several runs in one picture.", allow_abbrev=False
+        prog="python -m scripts.plot_runs", description="Plot the losses of several runs.", allow_abbrev=False
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help=f"output folder of a run, or its {TRAINING_LOG}")
-    parser.add_argument("--output", default="runs.png", metavar="FILE", help="the picture (default runs.png)")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    parser.add_argument("--output", default="runs.png", metavar="FILE", help="image to write (default: runs.png)")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
 def load_run(run: Path) -> list[Row]:
-    """The rows of a run's log.
+    """Load the rows of a run's log.
 
     Raises:
-        ConfigError, DataError: no log, or a broken one.
+        ConfigError: no log, or a log without losses.
+        DataError: a broken log.
     """
     path = run / TRAINING_LOG if run.is_dir() else run
     if not path.is_file():
-        what = f"there is no {TRAINING_LOG} in it" if run.is_dir() else "there is no such run"
+        what = f"the folder contains no {TRAINING_LOG}" if run.is_dir() else "no such file or folder"
         raise ConfigError(f"{run}: {what}", "Give the output folder of finetune.py")
     rows = load_rows(path)
     if not any("loss" in row or "eval_loss" in row for row in rows):
@@ -42,7 +43,7 @@ def load_run(run: Path) -> list[Row]:
 
 
 def names_of(runs: Sequence[Path]) -> list[str]:
-    """What the legend calls each run: its folder, with as much of the path before it as tells the runs apart."""
+    """Return the runs' names for the legend: the folder's name, with parent folders as far as needed to be unique."""
     folders = [(run if run.is_dir() else run.parent).resolve() for run in runs]
     for depth in range(1, max(len(folder.parts) for folder in folders) + 1):
         names = ["/".join(folder.parts[-depth:]) for folder in folders]
@@ -58,7 +59,7 @@ def main(argv: Sequence[str]) -> None:
     curves = dict(zip(names_of(runs), [load_run(run) for run in runs], strict=True))
     try:
         plot_losses(curves, output)
-    except (OSError, ValueError) as error:  # a folder that is not there, an ending that is no picture
+    except (OSError, ValueError) as error:  # a missing folder, an ending that is not an image format
         raise ConfigError(
             f"--output {output}: {one_line(error)}", "Give a .png file in a folder that exists"
         ) from error

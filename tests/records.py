@@ -1,4 +1,4 @@
-"""Records of every format for tests, and ways to read them."""
+"""Records of every format for tests."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ARGUMENTS = {"b": None, "a": [[1, [2.50]], {}], "f": 1e-07, "one": 1.0, "big": 1
 
 
 def parse(record: object, name: str | None = None) -> Conversation:
-    """Read a record as ``name`` says, or as what it is recognised as."""
+    """Parse a record in the format ``name``, by default in the recognised one."""
     return (FORMATS[name] if name else recognise(record, WHERE)).parse(record, WHERE)
 
 
@@ -71,7 +71,7 @@ JSON = st.recursive(
 
 
 def refused(record: object, name: str, message: str) -> None:
-    """Read as ``name``, a record is refused with a line that starts so, and says as what it was read."""
+    """Check that the format ``name`` refuses a record with a one-line message that starts with this text."""
     with pytest.raises(DataError, match="^" + re.escape(f"{WHERE}: {message}")) as error:
         FORMATS[name].parse(record, WHERE)
     text = str(error.value)

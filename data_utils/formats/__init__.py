@@ -1,18 +1,26 @@
-"""The formats of data files: which one a record has, and record -> ``Conversation``; two of them also back.
+"""The formats of data files: recognise the format of a record and parse it to a ``Conversation``; two can also write.
 
-A file's format is decided by its first record, and every record must fit it. A field that is ``null`` counts as absent
-(tables know no other way of leaving one out).
+The first record of a file decides its format, and all records must have it. A field that is ``null`` counts as absent,
+because tables cannot leave a field out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from chat.turns import Tool, Turn
-from data_utils.formats import pairs, turns
-from data_utils.schema import PREFERENCE_REFUSALS, RECORD_REFUSALS, Conversation, InvalidRecord, refuse, shown
+from data_utils.formats import pairs, turns, writing
+from data_utils.schema import (
+    UNSUPPORTED_IN_RECORDS,
+    UNSUPPORTED_PREFERENCES,
+    Conversation,
+    InvalidRecord,
+    ParsedRecord,
+    Record,
+    check_unsupported,
+    short_repr,
+)
 from errors import DataError
 
 if TYPE_CHECKING:
@@ -20,56 +28,54 @@ if TYPE_CHECKING:
 
 _SHOWN_RECORD = 300
 
-Record = dict[str, Any]
-
 
 @dataclass(frozen=True)
 class Format:
-    """One way of writing conversations.
+    """A format of records.
 
     Attributes:
-        name: as ``--data_format`` takes it.
-        looks_for: what a record of it has, in one phrase.
-        example: what to write, for messages.
-        matches: whether a record has the fields of this format; cheap.
-        read: the turns and tools of a record; raises ``InvalidRecord``.
-        fields: names of a record's fields that ``read`` looks at.
-        write: a record of a conversation and of other fields that it is to have; ``None`` where it is never written.
+        name: its value for ``--data_format``.
+        description: the fields of its records, in one phrase.
+        example: a record, for messages.
+        matches: return whether a record has the fields of this format; cheap.
+        read: parse a record to turns and tools; raises ``InvalidRecord``.
+        fields: return the names of a record's fields that ``read`` uses.
+        write: build a record from a conversation and other fields; ``None`` if the format cannot be written.
     """
 
     name: str
-    looks_for: str
+    description: str
     example: str
     matches: Callable[[Record], bool]
-    read: Callable[[Record], tuple[list[Turn], tuple[Tool, ...]]]
+    read: Callable[[Record], ParsedRecord]
     fields: Callable[[Record], Iterable[str]]
     write: Callable[[Conversation, Record], Record] | None = None
 
     def fits(self, record: object) -> bool:
-        """Whether a record has this format, judged by its fields and its first turn."""
+        """Return whether a record has this format, judged by its fields and its first turn."""
         return isinstance(record, dict) and self.matches(record)
 
     def parse(self, record: object, where: Location | str) -> Conversation:
-        """Check a record and read it.
+        """Check and parse a record.
 
         Args:
             record: a decoded JSON value.
-            where: its place, for messages and reports.
+            where: its location, for messages and reports.
 
         Raises:
-            DataError: anything that is not of this format, or asks for what is not supported.
+            DataError: the record does not have this format, or has unsupported fields.
         """
         try:
             if not isinstance(record, dict):
-                raise InvalidRecord(f"a record must be an object, not {shown(record)}", self.example)
-            refuse(record, RECORD_REFUSALS, "the record")
-            read_turns, tools = self.read(record)
-        except InvalidRecord as unfit:
-            raise DataError(str(where), f"{unfit.what} (read as {self.name})", unfit.fix) from None
-        return Conversation(tuple(read_turns), where, tools)
+                raise InvalidRecord(f"a record must be an object, not {short_repr(record)}", self.example)
+            check_unsupported(record, UNSUPPORTED_IN_RECORDS, "the record")
+            parsed_turns, tools = self.read(record)
+        except InvalidRecord as error:
+            raise DataError(str(where), f"{error.what} (read as {self.name})", error.fix) from None
+        return Conversation(tuple(parsed_turns), where, tools)
 
 
-# In the order in which they are tried: a record with a list of turns may also have a "prompt".
+# In the order in which they are tried: a record with a list of turns may have a "prompt" as well.
 FORMATS: dict[str, Format] = {
     format_.name: format_
     for format_ in (
@@ -80,7 +86,7 @@ FORMATS: dict[str, Format] = {
             lambda record: turns.looks_like(record, turns.CONVERSATIONS),
             turns.parse_conversations,
             turns.record_fields,
-            turns.write_conversations,
+            writing.write_conversations,
         ),
         Format(
             "messages",
@@ -89,7 +95,7 @@ FORMATS: dict[str, Format] = {
             lambda record: turns.looks_like(record, turns.MESSAGES),
             turns.parse_messages,
             turns.record_fields,
-            turns.write_messages,
+            writing.write_messages,
         ),
         Format(
             "alpaca",
@@ -112,20 +118,22 @@ FORMATS: dict[str, Format] = {
 
 
 def recognise(record: object, where: Location | str) -> Format:
-    """The format of a record: the first of ``FORMATS`` that it fits.
+    """Return the first of ``FORMATS`` that a record has.
 
     Raises:
-        DataError: none; shows the record and what was looked for.
+        DataError: none of them; shows the record and describes the formats.
     """
     for format_ in FORMATS.values():
         if format_.fits(record):
             return format_
     if isinstance(record, dict):
         try:
-            refuse(record, PREFERENCE_REFUSALS, "the record")
-        except InvalidRecord as unfit:
-            raise DataError(str(where), unfit.what, unfit.fix) from None
-    looked_for = "; ".join(f"{format_.name}: {format_.looks_for}" for format_ in FORMATS.values())
+            check_unsupported(record, UNSUPPORTED_PREFERENCES, "the record")
+        except InvalidRecord as error:
+            raise DataError(str(where), error.what, error.fix) from None
+    looked_for = "; ".join(f"{format_.name}: {format_.description}" for format_ in FORMATS.values())
     raise DataError(
-        str(where), f"the record has no known format: {shown(record, _SHOWN_RECORD)}", f"Looked for {looked_for}"
+        str(where),
+        f"the record has no known format: {short_repr(record, _SHOWN_RECORD)}",
+        f"Looked for {looked_for}",
     )

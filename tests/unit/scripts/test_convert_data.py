@@ -1,4 +1,4 @@
-"""python -m scripts.convert_data: nothing is lost that the target can hold, and what it cannot hold is said."""
+"""python -m scripts.convert_data: keeps everything that the target can store, and logs what it cannot."""
 
 from __future__ import annotations
 
@@ -20,13 +20,6 @@ from tests.commands import limited_file_size, names_in, read_json, run_here, run
 from tests.records import ANSWER, ARGUMENTS, ASK, EVERY_FORMAT, HELLO, HI, TOOL, called, openai_call, result, two_calls
 
 TARGETS = ["messages", "conversations"]
-CORPORA = [
-    "alpaca_en_demo.json",
-    "alpaca_zh_demo.json",
-    "identity.json",
-    "fastchat_dummy_conversation.json",
-    "glaive_toolcall_en_demo.json",
-]
 
 
 def write_records(path: Path, *records: object) -> Path:
@@ -35,14 +28,14 @@ def write_records(path: Path, *records: object) -> Path:
 
 
 def load(path: Path) -> list[Conversation]:
-    """The conversations of a file, all in the format of the first; where they stand is left out."""
+    """Return the conversations of a file, all in the format of the first, without locations."""
     records = [record for _, record in read_records(path)]
     format_ = recognise(records[0], path.name)
     return [format_.parse(record, "") for record in records]
 
 
 def with_text(conversations: list[Conversation]) -> list[Conversation]:
-    """With the arguments of calls as their text: whether they are text or a value is the format's affair."""
+    """Encode the arguments of calls as text, because formats differ in whether they are text or a value."""
     return [
         Conversation(
             tuple(
@@ -71,43 +64,52 @@ def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records]
 
 
-# ----------------------------------------------------------------------------------------------------- nothing is lost
+# -------------------------------------------------------------------------------------------------------------- kept
+
+
+def has_calls(conversations: list[Conversation]) -> bool:
+    return any(turn.calls for conversation in conversations for turn in conversation.turns)
+
+
+def real_files(shared: Path) -> list[Path]:
+    paths = sorted((shared / "corpora").glob("*.json"))
+    assert paths
+    return paths
 
 
 @pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", CORPORA)
-def test_real_files_there_and_back(
-    tmp_path: Path, shared: Path, caplog: pytest.LogCaptureFixture, name: str, target: str
-) -> None:
-    source = shared / "corpora" / name
-    there, back, again = tmp_path / "there.jsonl.gz", tmp_path / "back.json", tmp_path / "again.jsonl"
+def test_round_trip_of_real_files(tmp_path: Path, shared: Path, caplog: pytest.LogCaptureFixture, target: str) -> None:
+    converted_path, back, again = tmp_path / "converted.jsonl.gz", tmp_path / "back.json", tmp_path / "again.jsonl"
     other = next(other for other in TARGETS if other != target)
-    convert(source, there, "--to", target)
-    convert(there, back, "--to", other)
-    convert(back, again, "--to", target)
-    assert there.read_bytes()[:2] == b"\x1f\x8b"
-    original, converted = load(source), load(there)
-    assert with_text(original) == with_text(converted) == with_text(load(back))
-    assert converted == load(again)
-    assert gzip.decompress(there.read_bytes()) == again.read_bytes()
-    # Numbered ids of calls are the one thing that `messages` have and `conversations` do not.
-    known = {"ids of calls are not kept"} if "glaive" in name else set()
-    assert {message.partition(":")[0] for message in warnings(caplog)} <= known
+    for source in real_files(shared):
+        caplog.clear()
+        convert(source, converted_path, "--to", target, "--overwrite")
+        convert(converted_path, back, "--to", other, "--overwrite")
+        convert(back, again, "--to", target, "--overwrite")
+        assert converted_path.read_bytes()[:2] == b"\x1f\x8b"
+        original, converted = load(source), load(converted_path)
+        assert with_text(original) == with_text(converted) == with_text(load(back)), source.name
+        assert converted == load(again), source.name
+        assert gzip.decompress(converted_path.read_bytes()) == again.read_bytes(), source.name
+        # `conversations` has no ids of calls, which is the only difference to `messages`.
+        expected = {"ids of calls are not kept"} if has_calls(original) else set()
+        assert {message.partition(":")[0] for message in warnings(caplog)} <= expected, source.name
 
 
-def test_a_real_file_of_calls_is_the_same_in_its_own_format(tmp_path: Path, shared: Path) -> None:
-    source = shared / "corpora" / "glaive_toolcall_en_demo.json"
-    convert(source, tmp_path / "there.json", "--to", "messages")
-    convert(tmp_path / "there.json", tmp_path / "back.json", "--to", "conversations")
-    original = load(source)
-    assert len(original) == 300 and sum(bool(turn.calls) for chat in original for turn in chat.turns) > 200
-    assert load(tmp_path / "back.json") == original
+def test_round_trip_of_real_files_with_calls_is_exact(tmp_path: Path, shared: Path) -> None:
+    originals = {path: load(path) for path in real_files(shared)}
+    with_calls = [path for path, conversations in originals.items() if has_calls(conversations)]
+    assert with_calls
+    for source in with_calls:
+        convert(source, tmp_path / "there.json", "--to", "messages", "--overwrite")
+        convert(tmp_path / "there.json", tmp_path / "back.json", "--to", "conversations", "--overwrite")
+        assert load(tmp_path / "back.json") == originals[source], source.name
 
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("ending", [".json", ".jsonl", ".json.gz", ".JSONL.GZ"])
 @pytest.mark.parametrize("name", EVERY_FORMAT)
-def test_every_format_to_every_file(tmp_path: Path, name: str, ending: str, target: str) -> None:
+def test_every_format_to_every_ending(tmp_path: Path, name: str, ending: str, target: str) -> None:
     records = [{"id": number, **EVERY_FORMAT[name], "tag": None} for number in range(3)]
     source, output = write_records(tmp_path / "in.jsonl", *records), tmp_path / f"out{ending}"
     convert(source, output, "--to", target)
@@ -118,7 +120,7 @@ def test_every_format_to_every_file(tmp_path: Path, name: str, ending: str, targ
     assert names_in(tmp_path) == ["in.jsonl", output.name]
 
 
-def test_messages_are_what_it_writes_by_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_messages_are_the_default_target(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_records(tmp_path / "in.jsonl", EVERY_FORMAT["alpaca"])
     convert(source, tmp_path / "out.json")
     assert capsys.readouterr().out == f"1 conversation as messages: {tmp_path}/out.json\n"
@@ -141,7 +143,7 @@ FULL: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_all_that_a_record_can_hold(tmp_path: Path, caplog: pytest.LogCaptureFixture, target: str) -> None:
+def test_everything_in_a_record_is_kept(tmp_path: Path, caplog: pytest.LogCaptureFixture, target: str) -> None:
     convert(write_records(tmp_path / "in.jsonl", FULL), tmp_path / "out.jsonl", "--to", target)
     convert(tmp_path / "out.jsonl", tmp_path / "back.jsonl", "--to", "conversations")
     [conversation] = load(tmp_path / "back.jsonl")
@@ -170,7 +172,7 @@ def test_lone_surrogates_are_written_as_escapes(tmp_path: Path) -> None:
     assert r"\ud800" in (tmp_path / "out.jsonl").read_text("ascii")
 
 
-def test_a_folder_of_several_formats(tmp_path: Path) -> None:
+def test_folder_of_several_formats(tmp_path: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for name, record in EVERY_FORMAT.items():
@@ -183,7 +185,7 @@ def test_a_folder_of_several_formats(tmp_path: Path) -> None:
     assert all(record["messages"] == [ASK, ANSWER] for record in records)
 
 
-def test_a_table(tmp_path: Path) -> None:
+def test_parquet_table(tmp_path: Path) -> None:
     rows = [
         {"messages": [{**ASK, "weight": None}, {**ANSWER, "weight": 0.5}], "score": float("nan"), "raw": b"x"},
         {"messages": [ASK, ANSWER], "score": 1.0, "raw": None},
@@ -196,7 +198,7 @@ def test_a_table(tmp_path: Path) -> None:
     ]
 
 
-# ------------------------------------------------------------------------------------------------- what cannot be kept
+# ------------------------------------------------------------------------------------------------------------- changes
 
 
 @pytest.mark.parametrize(
@@ -218,13 +220,13 @@ def test_a_table(tmp_path: Path) -> None:
         (
             {"conversations": [called({"name": "f", "arguments": '{"a": 1}'})]},
             "conversations",
-            ["arguments that are a JSON string are read as the text of arguments"],
+            ["arguments that are a JSON string are read as encoded arguments"],
         ),
         ({"conversations": [called({"name": "f", "arguments": "a"})]}, "conversations", []),
         (
             {"conversations": [called({"name": "f", "arguments": "a"})]},
             "messages",
-            ["arguments that are a JSON string are read as the text of arguments"],
+            ["arguments that are a JSON string are read as encoded arguments"],
         ),
         (
             {"messages": [{**ASK, "name": "Ann", "content": [{"type": "text", "text": "Hi", "cache": 1}]}, ANSWER]},
@@ -236,15 +238,15 @@ def test_a_table(tmp_path: Path) -> None:
             "conversations",
             [
                 "ids of calls are not kept",
-                "text beside calls of functions is a turn of its own now",
                 "the field 'tool_calls.index' of turns is not kept",
+                "the text of a turn with calls becomes a separate turn",
             ],
         ),
-        (two_calls(result("B", "2"), result("A", "1")), "messages", ["ids of calls are numbered anew"]),
+        (two_calls(result("B", "2"), result("A", "1")), "messages", ["ids of calls are replaced by numbers"]),
         ({"messages": [{**ANSWER, "function_call": {"name": "f", "arguments": "{}"}}]}, "messages", []),
     ],
 )
-def test_what_cannot_be_kept_is_said(
+def test_changes_are_logged(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, record: dict[str, Any], target: str, kinds: list[str]
 ) -> None:
     source = write_records(tmp_path / "in.jsonl", record)
@@ -252,7 +254,7 @@ def test_what_cannot_be_kept_is_said(
     assert sorted(warnings(caplog)) == [f"{kind}: 1 record, {source}:1" for kind in kinds]
 
 
-def test_text_beside_calls_is_a_turn_of_its_own(tmp_path: Path) -> None:
+def test_text_of_a_turn_with_calls_becomes_a_separate_turn(tmp_path: Path) -> None:
     record = {"messages": [ASK, {**ANSWER, "tool_calls": [openai_call("f", "{}")], "train": True}]}
     convert(write_records(tmp_path / "in.jsonl", record), tmp_path / "out.jsonl", "--to", "conversations")
     assert load(tmp_path / "out.jsonl")[0].turns == (
@@ -262,7 +264,7 @@ def test_text_beside_calls_is_a_turn_of_its_own(tmp_path: Path) -> None:
     )
 
 
-def test_losses_are_counted_with_their_first_places(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_changes_are_counted_with_their_first_locations(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     records = [{**EVERY_FORMAT["pairs"], "messages": number} for number in range(7)]
     source = write_records(tmp_path / "in.jsonl", EVERY_FORMAT["pairs"], *records)
     convert(source, tmp_path / "out.jsonl")
@@ -273,12 +275,12 @@ def test_losses_are_counted_with_their_first_places(tmp_path: Path, caplog: pyte
 # ------------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_nothing_is_written_where_a_record_is_faulty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_nothing_is_written_if_a_record_is_invalid(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     source = write_records(tmp_path / "in.jsonl", EVERY_FORMAT["pairs"], {"prompt": 1, "response": ""})
     output = tmp_path / "out.jsonl"
     assert refusal(capsys, source, output) == (
         f'{source}:2: "prompt" must be a string, not 1 (read as pairs). '
-        'Write the text as a string; a list of turns belongs into "messages"'
+        'Write the text as a string; a list of turns belongs in "messages"'
     )
     with source.open("a") as file:
         file.write('{"prompt": \n' + json.dumps(EVERY_FORMAT["alpaca"]) + "\n")
@@ -289,11 +291,11 @@ def test_nothing_is_written_where_a_record_is_faulty(tmp_path: Path, capsys: pyt
     assert names_in(tmp_path) == ["in.jsonl"]
 
 
-def test_the_first_twenty_faults_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_first_20_faults_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     write_records(folder / "a.jsonl", EVERY_FORMAT["pairs"], *range(15))
-    for number in range(10):  # none of which has a format
+    for number in range(10):  # without a known format
         write_records(folder / f"b{number}.jsonl", {"text": "a"}, {"text": "b"})
     first, *others = refusal(capsys, folder, tmp_path / "out.jsonl").splitlines()
     assert first == "11 files: the first 20 faults, nothing is written:" and len(others) == 20
@@ -302,7 +304,7 @@ def test_the_first_twenty_faults_are_shown(tmp_path: Path, capsys: pytest.Captur
     assert others[16].startswith(f"  17. {folder}/b1.jsonl:1: ")
 
 
-def test_the_format_may_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_format_can_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     record = {**EVERY_FORMAT["pairs"], "instruction": "Add.", "output": "3"}
     source = write_records(tmp_path / "in.jsonl", record)
     convert(source, tmp_path / "auto.jsonl")
@@ -314,7 +316,7 @@ def test_the_format_may_be_given(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert message.startswith(f'{source}:1: the record has no "messages", its fields are [')
 
 
-def test_outputs_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refused_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     source = write_records(folder / "in.jsonl", EVERY_FORMAT["pairs"])
@@ -332,17 +334,17 @@ def test_outputs_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     )
     assert (
         message(tmp_path / "no" / "x.json")
-        == f"OUT {tmp_path}/no/x.json: there is no folder {tmp_path}/no. Make it first"
+        == f"OUT {tmp_path}/no/x.json: there is no folder {tmp_path}/no. Create it first"
     )
     assert message(there) == f"OUT {there} exists. Give another name, or --overwrite to replace it"
-    assert message(source, "--overwrite") == f"OUT {source} is part of what is read. Give another name"
-    assert message(source, "--overwrite", source=folder) == f"OUT {source} is part of what is read. Give another name"
+    assert message(source, "--overwrite") == f"OUT {source} is part of the input. Give another name"
+    assert message(source, "--overwrite", source=folder) == f"OUT {source} is part of the input. Give another name"
     assert message(tmp_path / "link.jsonl", "--overwrite").endswith(
-        "/link.jsonl is part of what is read. Give another name"
+        "/link.jsonl is part of the input. Give another name"
     )
-    assert "/same.jsonl is part of what is read" in message(tmp_path / "same.jsonl", "--overwrite")
+    assert "/same.jsonl is part of the input" in message(tmp_path / "same.jsonl", "--overwrite")
     assert message(folder / "x.jsonl", source=folder) == (
-        f"OUT {folder}/x.jsonl lies in the folder that is read. Give a name outside of it"
+        f"OUT {folder}/x.jsonl is in the folder IN. Give a path outside of it"
     )
     (tmp_path / "folder.json").mkdir()
     assert message(tmp_path / "folder.json") == f"OUT {tmp_path}/folder.json is a folder. Name a file in it"
@@ -356,7 +358,7 @@ def test_outputs_that_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[
     ) == ["in.jsonl"]
 
 
-def test_overwriting_replaces_the_file_when_the_new_one_is_whole(
+def test_overwriting_replaces_the_file_only_by_a_complete_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source = write_records(tmp_path / "in.jsonl", *[EVERY_FORMAT["pairs"]] * 1000)
@@ -369,7 +371,7 @@ def test_overwriting_replaces_the_file_when_the_new_one_is_whole(
     assert len(load(output)) == 1000 and names_in(tmp_path) == ["in.jsonl", "out.jsonl"]
 
 
-def test_as_a_command(tmp_path: Path) -> None:
+def test_command(tmp_path: Path) -> None:
     source = write_records(tmp_path / "in.jsonl", EVERY_FORMAT["alpaca"], {**EVERY_FORMAT["alpaca"], "messages": "x"})
     result = run_well("-m", "scripts.convert_data", source, tmp_path / "out.jsonl.gz", "--to", "conversations")
     assert result.stdout == f"2 conversations as conversations: {tmp_path}/out.jsonl.gz\n"

@@ -1,4 +1,4 @@
-"""python -m scripts.plot_runs: losses of several runs in one picture."""
+"""python -m scripts.plot_runs: the losses of several runs in one plot."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def write_run(folder: Path, losses: list[float], eval_losses: dict[int, float] |
 
 @pytest.fixture
 def axes(monkeypatch: pytest.MonkeyPatch) -> list[Axes]:
-    """What is drawn, kept when it is saved."""
+    """The axes of every figure that is saved."""
     drawn: list[Axes] = []
     save = Figure.savefig
 
@@ -39,7 +39,7 @@ def axes(monkeypatch: pytest.MonkeyPatch) -> list[Axes]:
     return drawn
 
 
-def test_training_is_solid_and_evaluation_dashed_in_the_colour_of_the_run(tmp_path: Path, axes: list[Axes]) -> None:
+def test_training_is_solid_and_evaluation_dashed_in_one_colour_per_run(tmp_path: Path, axes: list[Axes]) -> None:
     a = write_run(tmp_path / "a", [3.0, 2.0, 1.0], {2: 2.5, 3: 1.5})
     b = write_run(tmp_path / "b", [4.0, 3.5])
     main([str(a), str(b / "training_log.jsonl"), "--output", str(tmp_path / "both.png")])
@@ -53,20 +53,20 @@ def test_training_is_solid_and_evaluation_dashed_in_the_colour_of_the_run(tmp_pa
     assert (tmp_path / "both.png").read_bytes().startswith(PNG)
 
 
-def test_folders_of_one_name_keep_as_much_of_their_paths_as_tells_them_apart(tmp_path: Path, axes: list[Axes]) -> None:
+def test_equal_folder_names_are_extended_until_unique(tmp_path: Path, axes: list[Axes]) -> None:
     runs = [write_run(tmp_path / name / "out", [1.0]) for name in ("small", "large")]
     main([*map(str, runs), "--output", str(tmp_path / "both.png")])
     assert [line.get_label() for line in axes[0].lines] == ["small/out, training", "large/out, training"]
 
 
-def test_as_a_command(tmp_path: Path) -> None:
+def test_command(tmp_path: Path) -> None:
     write_run(tmp_path / "a", [3.0, 2.0])
     picture = tmp_path / "a.png"
     result = run_well("-m", "scripts.plot_runs", tmp_path / "a", "--output", picture)
     assert result.stdout == f"1 run: {picture}\n" and picture.read_bytes().startswith(PNG)
 
 
-def test_a_line_that_is_being_written_is_left_out(tmp_path: Path) -> None:
+def test_incomplete_last_line_of_a_log_is_ignored(tmp_path: Path) -> None:
     path = write_run(tmp_path / "a", [3.0, 2.0]) / "training_log.jsonl"
     path.write_text(path.read_text() + '{"step": 3, "lo')
     assert [row["step"] for row in load_rows(path)] == [1, 2]
@@ -79,7 +79,7 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
     return captured.err.removeprefix("scripts.plot_runs: error: ").rstrip("\n")
 
 
-def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_refusals_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     good = write_run(tmp_path / "good", [1.0])
     empty = write_run(tmp_path / "empty", [])
     broken = write_run(tmp_path / "broken", [1.0])
@@ -91,9 +91,11 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(tmp_path: Path, capsys: pyt
     def message(*runs: Path, output: Path = picture) -> str:
         return refused(capsys, *runs, "--output", output)
 
-    assert message(tmp_path / "none") == f"{tmp_path}/none: there is no such run. Give the output folder of finetune.py"
+    assert (
+        message(tmp_path / "none") == f"{tmp_path}/none: no such file or folder. Give the output folder of finetune.py"
+    )
     assert message(good, other) == (
-        f"{other}: there is no training_log.jsonl in it. Give the output folder of finetune.py"
+        f"{other}: the folder contains no training_log.jsonl. Give the output folder of finetune.py"
     )
     assert message(good, broken) == (
         f"{broken}/training_log.jsonl:2: no line of a training log. Give a run's training_log.jsonl"

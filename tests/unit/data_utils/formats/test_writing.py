@@ -1,4 +1,4 @@
-"""Conversations written as records: read again they are the same."""
+"""Conversations written as records, and parsed again."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def conversations(draw: st.DrawFn) -> Conversation:
 
 
 def as_text(conversation: Conversation) -> Conversation:
-    """With all arguments as their text, which is how ``messages`` writes them."""
+    """Encode all arguments as JSON text, as ``messages`` does."""
     turns = tuple(
         turn._replace(calls=tuple(call._replace(arguments=call.arguments_text) for call in turn.calls))
         for turn in conversation.turns
@@ -54,7 +54,7 @@ def as_text(conversation: Conversation) -> Conversation:
 
 
 def split(conversation: Conversation) -> Conversation:
-    """With text beside calls as a turn before them, which is how ``conversations`` writes it."""
+    """Move the text of a turn with calls to a turn before it, as ``conversations`` does."""
     turns: list[Turn] = []
     for turn in conversation.turns:
         if turn.calls and turn.content:
@@ -74,11 +74,11 @@ def rewritten(conversation: Conversation, name: str) -> Conversation:
 
 @settings(max_examples=300, deadline=None)
 @given(conversations())
-def test_written_and_read_again_it_is_the_same(conversation: Conversation) -> None:
+def test_writing_and_parsing_gives_the_same_conversation(conversation: Conversation) -> None:
     in_messages, in_conversations = rewritten(conversation, "messages"), rewritten(conversation, "conversations")
     assert in_messages == as_text(conversation)
     assert as_text(in_conversations) == as_text(split(conversation))
-    # There and back, which needs the two to agree on what is text.
+    # The round trip requires that both formats agree on which arguments are text.
     assert rewritten(rewritten(in_messages, "conversations"), "messages") == split(in_messages)
     assert rewritten(rewritten(in_conversations, "messages"), "conversations") == in_conversations
 
@@ -103,7 +103,7 @@ def test_written_and_read_again_it_is_the_same(conversation: Conversation) -> No
         ({"a": None}, {"a": None}),
     ],
 )
-def test_arguments_as_conversations_write_them(arguments: object, written: object) -> None:
+def test_arguments_in_conversations(arguments: object, written: object) -> None:
     write = FORMATS["conversations"].write
     assert write is not None
     record = write(Conversation((Turn("assistant", "", (ToolCall("f", arguments),)),), WHERE), {})
@@ -111,7 +111,7 @@ def test_arguments_as_conversations_write_them(arguments: object, written: objec
     assert parse(record).turns[0].calls == (ToolCall("f", written),)
 
 
-def test_how_records_are_written() -> None:
+def test_written_records() -> None:
     conversation = Conversation(
         (
             Turn("system", "Be brief."),

@@ -1,4 +1,4 @@
-"""Weights of turns, tools, calls and their results, as each format writes them."""
+"""Weights of turns, tools, calls and their results in each format."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_weights(fields: dict[str, Any], weight: float | None) -> None:
     [
         ({"train": 1}, '"train" of turn 2 must be true or false, not 1'),
         ({"loss": "no"}, "\"loss\" of turn 2 must be true or false, not 'no'"),
-        ({"train": True, "loss": False}, '"train" and "loss" of turn 2 mean the same and differ'),
+        ({"train": True, "loss": False}, '"train" and "loss" of turn 2 have the same meaning but differ'),
         ({"weight": -1}, '"weight" of turn 2 must be 0, or a number from 1e-06 to 1e+06, not -1'),
         ({"weight": 1e-9}, '"weight" of turn 2 must be 0, or a number from 1e-06 to 1e+06, not 1e-09'),
         ({"weight": True}, '"weight" of turn 2 must be 0, or a number from 1e-06 to 1e+06, not True'),
@@ -67,11 +67,11 @@ def test_weights(fields: dict[str, Any], weight: float | None) -> None:
         ({"weight": float("nan")}, '"weight" of turn 2 must be 0, or a number from 1e-06 to 1e+06, not nan'),
         ({"weight": float("inf")}, '"weight" of turn 2 must be 0, or a number from 1e-06 to 1e+06, not inf'),
         ({"weight": 10**400}, f'"weight" of turn 2 must be 0, or a number from 1e-06 to 1e+06, not 1{"0" * 56}...'),
-        ({"weight": 0, "train": True}, 'turn 2 is to be trained, and its "weight" of 0 says otherwise'),
-        ({"weight": 0.5, "loss": False}, 'turn 2 is not to be trained, and its "weight" of 0.5 says otherwise'),
+        ({"weight": 0, "train": True}, 'turn 2 is marked as trained, but its "weight" is 0'),
+        ({"weight": 0.5, "loss": False}, 'turn 2 is marked as not trained, but its "weight" is 0.5'),
     ],
 )
-def test_weights_that_make_no_sense(fields: dict[str, Any], message: str) -> None:
+def test_invalid_weights(fields: dict[str, Any], message: str) -> None:
     refused({"conversations": [HI, {**HELLO, **fields}]}, "conversations", message)
     refused({"messages": [ASK, {**ANSWER, **fields}]}, "messages", message)
 
@@ -88,7 +88,7 @@ def test_weights_that_make_no_sense(fields: dict[str, Any], message: str) -> Non
         {"name_for_model": "weather", "name_for_human": "Weather", "description_for_model": "…", "parameters": []},
     ],
 )
-def test_tools_stay_as_they_are(field: str, tool: dict[str, Any]) -> None:
+def test_tools_are_kept_unchanged(field: str, tool: dict[str, Any]) -> None:
     for record in (
         {"conversations": [HI, HELLO]},
         {"messages": [ASK, ANSWER]},
@@ -113,9 +113,9 @@ def test_no_tools(nothing: object) -> None:
         ({"tools": {}}, '"tools" must be a list of tools, or one as JSON text, not {}'),
         ({"tools": 3}, '"tools" must be a list of tools, or one as JSON text, not 3'),
         ({"functions": '{"name": "f"}'}, '"functions" must be a list of tools, or one as JSON text, not {\'name'),
-        ({"tools": "[{]"}, '"tools" is no JSON: Expecting property name enclosed in double quotes at character 3 of'),
+        ({"tools": "[{]"}, '"tools" is not JSON: Expecting property name enclosed in double quotes at character 3 of'),
         ({"tools": '[{"name": "f", "name": "g"}]'}, "\"tools\" has the key 'name' twice in one object"),
-        ({"tools": '[{"name": NaN}]'}, '"tools" holds NaN, which is no JSON'),
+        ({"tools": '[{"name": NaN}]'}, '"tools" contains NaN, which is not JSON'),
         ({"tools": ["f"]}, "tool 1 in \"tools\" must be an object, not 'f'"),
         ({"tools": [None]}, 'tool 1 in "tools" must be an object, not None'),
         ({"tools": [TOOL, {"type": "function"}]}, "tool 2 in \"tools\" has no name: {'type': 'function'}"),
@@ -131,10 +131,10 @@ def test_no_tools(nothing: object) -> None:
             '"description" of tool 1 in "tools" must be a string, not [1]',
         ),
         ({"tools": [TOOL], "functions": [TOOL]}, 'the record has "tools" and "functions"'),
-        ({"tools": [{"name": "f", "x": float("inf")}]}, '"tools" holds inf, which is no JSON'),
+        ({"tools": [{"name": "f", "x": float("inf")}]}, '"tools" contains inf, which is not JSON'),
     ],
 )
-def test_tools_that_are_none(fields: dict[str, Any], message: str) -> None:
+def test_invalid_tools(fields: dict[str, Any], message: str) -> None:
     refused({"conversations": [HI, HELLO], **fields}, "conversations", message)
     refused({"messages": [ASK, ANSWER], **fields}, "messages", message)
     refused({"instruction": "Hi", "output": "Hello!", **fields}, "alpaca", message)
@@ -182,7 +182,7 @@ def test_no_arguments() -> None:
 
 
 def test_calls_of_messages() -> None:
-    text = '{"city":  "Ulm"}'  # two spaces, which stay
+    text = '{"city":  "Ulm"}'  # two spaces, which are kept
     turns = parse(
         {
             "messages": [
@@ -222,7 +222,7 @@ def test_calls_of_messages() -> None:
         two_calls(result("A"), result("B"), ids=("1", "1")),
     ],
 )
-def test_results_stand_in_the_order_of_the_calls(record: dict[str, Any]) -> None:
+def test_results_are_ordered_like_their_calls(record: dict[str, Any]) -> None:
     assert parse(record).turns[2:4] == (Turn("tool", "A"), Turn("tool", "B"))
 
 
@@ -231,12 +231,12 @@ def test_results_stand_in_the_order_of_the_calls(record: dict[str, Any]) -> None
     [
         (
             two_calls(result("A", "1"), result("B", "3")),
-            "\"tool_call_id\" '3' of turn 4 is no call of turn 2, which has ['1', '2']",
+            "\"tool_call_id\" '3' of turn 4 is not an id of the calls of turn 2, ['1', '2']",
         ),
         (two_calls(result("A", "1"), result("B", "1")), "the results of turn 2 have the id '1' twice"),
         (two_calls(result("A", "1"), result("B")), "the results of turn 2 have no ids, or only some have one"),
-        (two_calls(result("A", 1), result("B", 2)), "the results of turn 2 have an id that is no string: 1"),
-        (two_calls(result("A", ["1"]), result("B")), "the results of turn 2 have an id that is no string: ['1']"),
+        (two_calls(result("A", 1), result("B", 2)), "the results of turn 2 have an id that is not a string: 1"),
+        (two_calls(result("A", ["1"]), result("B")), "the results of turn 2 have an id that is not a string: ['1']"),
         (
             two_calls(result("A", "1"), result("B", "2"), ids=(None, None)),
             "the calls of turn 2 have no ids, or only some have one",
@@ -251,18 +251,18 @@ def test_results_stand_in_the_order_of_the_calls(record: dict[str, Any]) -> None
             two_calls(result("A"), result("B"), result("C")),
             "turn 2 calls 2 functions, and 3 results follow it",
         ),
-        ({"messages": [ASK, result("A")]}, "turn 2 is the result of a call, but no call stands before it"),
-        ({"messages": [result("A")]}, "turn 1 is the result of a call, but no call stands before it"),
+        ({"messages": [ASK, result("A")]}, "turn 2 is the result of a call, but no call precedes it"),
+        ({"messages": [result("A")]}, "turn 1 is the result of a call, but no call precedes it"),
     ],
 )
-def test_results_that_answer_no_call(record: dict[str, Any], message: str) -> None:
+def test_results_that_match_no_call(record: dict[str, Any], message: str) -> None:
     refused(record, "messages", message)
 
 
 def test_results_in_conversations() -> None:
     call, observed = called({"name": "f"}), {"from": "observation", "value": "x"}
     assert len(parse({"conversations": [HI, call]}).turns) == 2
-    refused({"conversations": [HI, observed]}, "conversations", "turn 2 is the result of a call, but no call stands")
+    refused({"conversations": [HI, observed]}, "conversations", "turn 2 is the result of a call, but no call precedes")
     refused({"conversations": [HI, call, HELLO]}, "conversations", "turn 2 calls 1 function, and no results follow it")
     refused({"conversations": [call, call, observed]}, "conversations", "turn 1 calls 1 function, and no results")
     refused({"conversations": [call, observed, observed]}, "conversations", "turn 1 calls 1 function, and 2 results")
@@ -271,10 +271,10 @@ def test_results_in_conversations() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("x", "the call in turn 1 is no JSON: Expecting value at character 1 of 'x'"),
-        ("", "the call in turn 1 is no JSON: Expecting value at character 1 of ''"),
-        ("{'name': 'f'}", "the call in turn 1 is no JSON: Expecting property name"),
-        ('{"name": "f"} x', "the call in turn 1 is no JSON: Extra data at character 15 of"),
+        ("x", "the call in turn 1 is not JSON: Expecting value at character 1 of 'x'"),
+        ("", "the call in turn 1 is not JSON: Expecting value at character 1 of ''"),
+        ("{'name': 'f'}", "the call in turn 1 is not JSON: Expecting property name"),
+        ('{"name": "f"} x', "the call in turn 1 is not JSON: Extra data at character 15 of"),
         ("[]", "turn 1 calls nothing: '[]'"),
         ("3", "a call in turn 1 must be an object, not 3"),
         ("null", "a call in turn 1 must be an object, not None"),
@@ -285,17 +285,17 @@ def test_results_in_conversations() -> None:
         ('{"function": "f", "arguments": {}}', "a call in turn 1 must be an object, not 'f'"),
         ('{"name": "f", "parameters": {"a": 1}}', "a call in turn 1 has no \"arguments\", but ['parameters']"),
         ('{"name": "f", "arguments": {"a": 1, "a": 2}}', "the call in turn 1 has the key 'a' twice in one object"),
-        ('{"name": "f", "arguments": 1e999}', "the call in turn 1 holds a number that is too large: '1e999'"),
-        ('{"name": "f", "arguments": -Infinity}', "the call in turn 1 holds -Infinity, which is no JSON"),
-        ('{"name": "f", "arguments": ' + "9" * 5000 + "}", "the call in turn 1 is no JSON that can be read: Exceeds"),
-        ("[" * 100_000, "the call in turn 1 is no JSON that can be read: maximum recursion depth exceeded"),
+        ('{"name": "f", "arguments": 1e999}', "the call in turn 1 contains a number that is too large: '1e999'"),
+        ('{"name": "f", "arguments": -Infinity}', "the call in turn 1 contains -Infinity, which is not JSON"),
+        ('{"name": "f", "arguments": ' + "9" * 5000 + "}", "the call in turn 1 cannot be read as JSON: Exceeds"),
+        ("[" * 100_000, "the call in turn 1 cannot be read as JSON: maximum recursion depth exceeded"),
         (
             '{"name": "f", "arguments": ' + "[" * 300 + "]" * 300 + "}",
             "the call in turn 1 is nested more than 200 levels deep",
         ),
     ],
 )
-def test_a_function_call_that_is_none(text: str, message: str) -> None:
+def test_invalid_function_call(text: str, message: str) -> None:
     refused({"conversations": [{"from": "function_call", "value": text}]}, "conversations", message)
 
 
@@ -314,10 +314,10 @@ def test_a_function_call_that_is_none(text: str, message: str) -> None:
         ({"role": "user", "tool_calls": [{"name": "f"}]}, "turn 1 is from 'user' and calls a function"),
         (
             {"tool_calls": [{"name": "f", "arguments": [float("nan")]}]},
-            '"arguments" in turn 1 holds nan, which is no JSON',
+            '"arguments" in turn 1 contains nan, which is not JSON',
         ),
         ({"tool_calls": [{"name": "f", "args": "{}"}]}, "a call in turn 1 has no \"arguments\", but ['args']"),
     ],
 )
-def test_tool_calls_that_are_none(fields: dict[str, Any], message: str) -> None:
+def test_invalid_tool_calls(fields: dict[str, Any], message: str) -> None:
     refused({"messages": [{**ANSWER, **fields}]}, "messages", message)
