@@ -57,6 +57,17 @@ class DataOptions:
     seed: int = 42
 
 
+def report_settings(encoder: Encoder, **run: Any) -> ReportSettings:
+    """Return the settings that a report shows: the encoder's, and those of the run as keywords."""
+    return ReportSettings(
+        family=encoder.family.name,
+        label_mask=encoder.options.label_mask,
+        truncation=encoder.options.truncation,
+        model_max_length=encoder.options.max_length,
+        **run,
+    )
+
+
 @dataclass
 class _CheckedSource:
     """Result of the checking pass over a source: its files with their formats, and the number of records."""
@@ -96,12 +107,7 @@ class DataReader:
         self._faults: list[DataError] = []
         self._placeholders: set[str] = set()
         self._skipped = 0
-        settings = settings or ReportSettings(
-            family=encoder.family.name,
-            label_mask=encoder.options.label_mask,
-            truncation=encoder.options.truncation,
-            model_max_length=encoder.options.max_length,
-        )
+        settings = settings or report_settings(encoder)
         set_names = [*sources, *(["eval"] if self.options.eval_share else [])]
         index = DuplicateIndex()  # shared, to find samples that are both trained and evaluated
         self.reports = {name: DataReport(name, settings, max_samples, duplicate_index=index) for name in set_names}

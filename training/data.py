@@ -1,4 +1,4 @@
-"""The data of a run, from its arguments: examples to train on, or only the account of them."""
+"""The data of a run: its examples, or only the reports on them."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from transformers import TrainingArguments
 from checkpoints.files import save_json, save_text
 from checkpoints.names import DATA_REPORT, DATA_REPORT_PAGE
 from data_utils.collate import Collator
-from data_utils.dataset import DataOptions, DataReader, load_examples
+from data_utils.dataset import DataOptions, DataReader, load_examples, report_settings
 from data_utils.encode import EncodeOptions, Encoder
 from data_utils.examples import ExampleSet
-from data_utils.report.data_report import DataReport, ReportSettings
+from data_utils.report.data_report import DataReport
 from data_utils.report.page import render_html
 from data_utils.report.terminal import render_report
 from data_utils.report.terminal_text import wants_color
@@ -49,17 +49,20 @@ def load_shared_data(
 def load_data(
     args: RunArguments, training_arguments: TrainingArguments, checkpoint: Checkpoint
 ) -> dict[str, ExampleSet]:
-    """The ``train`` set, and the ``eval`` set where there is one.
+    """Return the ``train`` set and, if there is evaluation data, the ``eval`` set.
 
     Raises:
         DataError: a file or a record that cannot be used.
     """
     if args.data.lazy_preprocess:
-        logger.info("--lazy_preprocess: conversations are tokenised once, before the first step, so faults show early")
+        logger.info(
+            "--lazy_preprocess has no effect: conversations are checked and tokenised before the first step"
+        )
     sets = load_examples(build_reader(args, training_arguments, checkpoint))
     if "eval" in sets and training_arguments.eval_strategy == "no" and not training_arguments.eval_on_start:
         logger.warning(
-            "%d conversations are held out, and nothing evaluates on them. Give --eval_strategy", len(sets["eval"])
+            "%d conversations are held out for evaluation, but the run never evaluates. Give --eval_strategy",
+            len(sets["eval"]),
         )
     return sets
 
@@ -107,12 +110,10 @@ def build_reader(
         eval_share=data.eval_split,
         seed=flags.seed if flags.data_seed is None else flags.data_seed,
     )
-    settings = ReportSettings(
+    encoder = Encoder(checkpoint.tokenizer, checkpoint.family, encode_options)
+    settings = report_settings(
+        encoder,
         model=checkpoint.name,
-        family=checkpoint.family.name,
-        label_mask=data.label_mask,
-        truncation=data.truncation,
-        model_max_length=data.model_max_length,
         batch_size=flags.per_device_train_batch_size,
         accumulation=flags.gradient_accumulation_steps,
         world_size=count_processes(),
@@ -120,10 +121,10 @@ def build_reader(
         max_steps=flags.max_steps,
         batching="grouped" if flags.train_sampling_strategy == "group_by_length" else "dynamic",
     )
-    given = {"train": (data.data_path, "--data_path"), "eval": (data.eval_data_path, "--eval_data_path")}
+    paths = {"train": ("--data_path", data.data_path), "eval": ("--eval_data_path", data.eval_data_path)}
     return DataReader(
-        {set_: [parse_source(name, flag) for name in names] for set_, (names, flag) in given.items() if names},
-        Encoder(checkpoint.tokenizer, checkpoint.family, encode_options),
+        {name: [parse_source(path, flag) for path in given] for name, (flag, given) in paths.items() if given},
+        encoder,
         data_options,
         settings,
         max_samples=max_samples,
@@ -132,14 +133,14 @@ def build_reader(
 
 
 def build_collator(checkpoint: Checkpoint) -> Collator:
-    """Pads with end-of-text; the attention mask comes from lengths, so the choice has no effect."""
+    """Return a collator that pads with end-of-text. Padding is masked by length, so the id has no effect."""
     return Collator(checkpoint.end_ids[-1])
 
 
 def show_reports(reports: Mapping[str, DataReport]) -> int:
-    """Print the account of each set, and return 1 where something in it would make the run worthless, else 0."""
+    """Print the reports; return 1 if a report contains a problem that would make the run worthless, else 0."""
     if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal of another encoding shows what it can
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
     width = shutil.get_terminal_size((100, 24)).columns
     for report in reports.values():
         print(render_report(report, color=wants_color(sys.stdout), width=width))
@@ -147,13 +148,13 @@ def show_reports(reports: Mapping[str, DataReport]) -> int:
 
 
 def save_reports(reports: Mapping[str, DataReport], folder: Path) -> None:
-    """Write ``data_receipt.json`` and, with the samples, ``data_receipt.html``."""
+    """Write ``data_receipt.json`` and ``data_receipt.html``, which also shows samples."""
     folder.mkdir(parents=True, exist_ok=True)
     write_reports(reports, folder / DATA_REPORT, folder / DATA_REPORT_PAGE)
 
 
 def write_reports(reports: Mapping[str, DataReport], json_file: Path | None, html_file: Path | None) -> None:
-    """Write the accounts as figures, as a page, or both."""
+    """Write the reports as JSON, as an HTML page, or both."""
     if json_file is not None:
         save_json({name: report.as_dict() for name, report in reports.items()}, json_file)
     if html_file is not None:
