@@ -55,9 +55,7 @@ def load_data(
         DataError: a file or a record that cannot be used.
     """
     if args.data.lazy_preprocess:
-        logger.info(
-            "--lazy_preprocess has no effect: conversations are checked and tokenised before the first step"
-        )
+        logger.info("--lazy_preprocess has no effect: conversations are checked and tokenised before the first step")
     sets = load_examples(build_reader(args, training_arguments, checkpoint))
     if "eval" in sets and training_arguments.eval_strategy == "no" and not training_arguments.eval_on_start:
         logger.warning(

@@ -52,7 +52,7 @@ def _check_deepspeed(args: RunArguments, engine: Engine) -> Iterator[ConfigError
             "Remove scheduler from the file: --lr_scheduler_type and --warmup_steps do the same",
         )
     if args.options.pure_bf16:
-        yield ConfigError("--pure_bf16 and --deepspeed are two precisions", "Give --bf16 instead of --pure_bf16")
+        yield ConfigError("--deepspeed does not support --pure_bf16", "Give --bf16 instead of --pure_bf16")
 
 
 def _contradictions(args: RunArguments, config: dict[str, Any]) -> Iterator[tuple[str, Any, str, Any]]:

@@ -68,8 +68,8 @@ USER = {"from": "user", "value": "Hi"}
 
 
 CASES = {
-    "wrong flag": Case("command line: --lora_rank is no known flag, the nearest is ", {"--lora_rank": "8"}),
-    "wrong value": Case("command line: --lora_r many: a whole number is wanted. ", {"--lora_r": "many"}),
+    "wrong flag": Case("command line: unknown flag --lora_rank (did you mean ", {"--lora_rank": "8"}),
+    "wrong value": Case("command line: --lora_r many: expected a whole number. ", {"--lora_r": "many"}),
     "no data file": Case("--data_path {x}/none.json: there is no such file. ", {"--data_path": "{x}/none.json"}),
     "broken json": Case(
         "{x}/train.json:2:95: not valid JSON: ",

@@ -25,7 +25,7 @@ def _flag(default: Any, help: str) -> Any:
 @dataclass(frozen=True)
 class ModelArguments:
     model_name_or_path: str = _flag("Qwen/Qwen-7B", "checkpoint folder, or model id on a hub")
-    model_hub: Literal["hf", "modelscope"] = _flag("hf", "hub of a model id: Hugging Face or ModelScope")
+    model_hub: Literal["hf", "modelscope"] = _flag("hf", "hub for model ids: Hugging Face or ModelScope")
     cache_dir: str | None = _flag(None, "cache folder for downloaded models")
     attn_implementation: str | None = _flag(None, "eager, sdpa or flash_attention_2 (by default transformers chooses)")
     loss: Literal["lean", "full_logits"] = _flag(
@@ -38,7 +38,7 @@ class DataArguments:
     data_path: list[str] | None = _flag(
         None,
         "training conversations: .json, .jsonl (also .gz) or .parquet files, or folders of them; FILE#N draws N "
-        "records, FILE@xF repeats each record F times",
+        "records, FILE@xF uses each record F times",
     )
     eval_data_path: list[str] | None = _flag(None, "evaluation conversations, in the same forms")
     eval_split: float = _flag(0.0, "fraction of --data_path to hold out for evaluation, such as 0.05")
@@ -49,7 +49,9 @@ class DataArguments:
         "mixed", "mixed: shuffle all files together; sequential: in each epoch, train one file after the other"
     )
     fill: list[str] | None = _flag(None, "NAME=TEXT pairs; TEXT replaces {{NAME}} in all messages")
-    on_bad_record: Literal["error", "skip"] = _flag("error", "refuse data with invalid records, or skip these records")
+    on_bad_record: Literal["error", "skip"] = _flag(
+        "error", "error: refuse data with invalid records; skip: leave these records out"
+    )
     lazy_preprocess: bool = _flag(False, "no effect; accepted for old command lines")
     system_message: str | None = _flag(
         None, "system message for conversations that have none (default: that of the model's chat format)"
@@ -59,11 +61,11 @@ class DataArguments:
         "tokens to train; assistant: every answer and its end token; last: only the last answer; qwen: as the "
         'original script, also the turn markers; all: every token; "train" and "weight" of a turn take precedence',
     )
-    model_max_length: int = _flag(8192, "maximum tokens of a sample (at most what the model supports)")
+    model_max_length: int = _flag(8192, "maximum tokens of a sample; the default is lowered to the model's limit")
     truncation: Literal["turns", "turns_left", "cut", "drop", "error"] = _flag(
         "turns",
         "samples longer than --model_max_length; turns: drop the last turns; turns_left: drop the oldest turns; "
-        "cut: cut off, as the original script; drop: skip the sample; error: refuse the data",
+        "cut: cut off the rest, as the original script; drop: skip the sample; error: refuse the data",
     )
 
 

@@ -1,4 +1,4 @@
-"""The command line of ``finetune.py``: its words, and the help. What the words mean is the business of ``args.py``."""
+"""The command line of ``finetune.py`` as raw values by flag, and its help. ``parsing.py`` converts the values."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from commands import CommandParser
-from training.config.flags import Flag, nearest
+from training.config.flags import Flag, did_you_mean, nearest
 
 MOST_USED = (
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
@@ -23,12 +23,14 @@ _METAVARS = {"dict": "JSON", "list": "NAME", "str": "TEXT", "float": "X", "int":
 def parse_command_line(
     argv: Sequence[str], ours: dict[str, dict[str, Flag]], trainer: dict[str, Flag], old: dict[str, Flag]
 ) -> dict[str, Any]:
-    """The flags that were given, each with its text, list of texts or (a flag alone) what that means.
+    """Return the given flags, each with its string, its list of strings or, without an argument, its bare value.
+
+    Prints the help and exits for ``--help`` and ``--help_all``.
 
     Args:
         ours: this project's flags, by the title of their group.
         trainer: transformers' flags.
-        old: names of flags that it dropped.
+        old: old names of flags.
 
     Raises:
         ConfigError: an unknown flag, or a flag without its value.
@@ -39,17 +41,17 @@ def parse_command_line(
     if show_all or "--help" in words or "-h" in words:
         parser.print_help()
         sys.exit(0)
-    given, unknown = parser.parse_known_args(words)
+    values, unknown = parser.parse_known_args(words)
     if unknown:
         names = {name for flags in (*ours.values(), trainer, old) for name in flags} | {"config", "help_all"}
         name = unknown[0].partition("=")[0]
         near = nearest(name.lstrip("-"), names) if name.startswith("-") else None
-        parser.error(f"{name} is no known flag" + (f", the nearest is --{near}" if near else ""))
-    return vars(given)
+        parser.error(f"unknown flag {name}{did_you_mean(near and f'--{near}')}")
+    return vars(values)
 
 
 def _with_underscores(word: str) -> str:
-    """``--learning-rate=1e-4`` as ``--learning_rate=1e-4``."""
+    """Return ``--learning_rate=1e-4`` for ``--learning-rate=1e-4``."""
     if not word.startswith("--"):
         return word
     name, equals, value = word[2:].partition("=")
@@ -63,16 +65,16 @@ def _build_parser(
         prog="python finetune.py",
         usage="python finetune.py [FILE] [--flag value ...]",
         description="Fine-tune a Qwen model on conversations. FILE is a YAML or JSON file of flags.",
-        epilog=None if show_all else "--help_all also shows all other flags of transformers' TrainingArguments.",
+        epilog=None if show_all else "--help_all lists all flags of transformers' TrainingArguments as well.",
         add_help=False,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=118),
     )
     group = parser.add_argument_group("help and config")
-    group.add_argument("-h", "--help", action="store_true", help="this text")
-    group.add_argument("--help_all", action="store_true", help="the same with every flag")
-    group.add_argument("--config", metavar="FILE", help="YAML or JSON file of flags; flags of the command line win")
+    group.add_argument("-h", "--help", action="store_true", help="show the most used flags and exit")
+    group.add_argument("--help_all", action="store_true", help="show all flags and exit")
+    group.add_argument("--config", metavar="FILE", help="YAML or JSON file of flags; the command line overrides it")
     for title, flags in ours.items():
         _add_group(parser, title, flags.values())
     _add_group(parser, "training (most used)", [trainer[name] for name in MOST_USED if name in trainer])
@@ -106,7 +108,7 @@ def _metavar(flag: Flag) -> str:
 
 
 def _help(flag: Flag) -> str:
-    """One sentence and the default; where transformers says more, its documentation does."""
+    """Return the flag's help on one line, with its default."""
     text = " ".join(flag.help.replace("%%", "%").split()) or "(see transformers' TrainingArguments)"
     default = "" if flag.default in (None, "", []) else f" (default: {flag.default})"
     return (text + default).replace("%", "%%")

@@ -1,4 +1,4 @@
-"""A YAML or JSON file of flags, with the line of each."""
+"""YAML and JSON files of flags. The line of each flag is kept for error messages."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ SUFFIXES = (".yaml", ".yml", ".json")
 
 
 class Setting(NamedTuple):
-    """A flag's value as it was written, and where: ``file:line``, or nothing for the command line."""
+    """The value of a flag, and where it was given: ``file:line``, or empty for the command line."""
 
     value: Any
     where: str = ""
 
 
 def load_config_file(path: str) -> dict[str, Setting]:
-    """Read the flags of a file, by name.
+    """Read a file of flags.
 
     Raises:
-        ConfigError: no such file, not a mapping of names to values, or a name that is given twice.
+        ConfigError: the file cannot be read, is not a mapping of flags to values, or contains a flag twice.
     """
     file = Path(path)
     if file.suffix not in SUFFIXES:
-        raise ConfigError(f"--config {path}: not a {', '.join(SUFFIXES)} file", "Give the file one of these endings")
+        raise ConfigError(f"--config {path}: not a {', '.join(SUFFIXES)} file", "Rename the file")
     try:
         text = file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -39,20 +39,20 @@ def load_config_file(path: str) -> dict[str, Setting]:
     for name, value, line in entries:
         name = name.removeprefix("--").replace("-", "_")
         if name in settings:
-            raise ConfigError(f"{path}:{line}: {name} is given a second time", "Keep one of the two")
+            raise ConfigError(f"{path}:{line}: {name} is given twice", "Remove one of them")
         settings[name] = Setting(value, f"{path}:{line}")
     return settings
 
 
 def _read_json(path: str, text: str) -> list[tuple[str, Any, int]]:
     try:
-        whole = json.loads(text)
+        content = json.loads(text)
     except ValueError as error:
-        place = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
-        raise ConfigError(f"{place}: not JSON ({one_line(error)})", "Write one object of flags and values") from error
-    if not isinstance(whole, dict):
+        where = f"{path}:{error.lineno}" if isinstance(error, json.JSONDecodeError) else path
+        raise ConfigError(f"{where}: not JSON ({one_line(error)})", "Write one object of flags and values") from error
+    if not isinstance(content, dict):
         raise ConfigError(f"{path}:1: not an object", 'Write {"flag": value, ...}')
-    # The text is sound: walk over its members again, for their places.
+    # The text is valid JSON. Decode its members again, one by one, to find their lines.
     decoder, entries, position = json.JSONDecoder(), [], text.index("{") + 1
     while (position := _skip(text, position, ",")) < len(text) and text[position] != "}":
         line = text.count("\n", 0, position) + 1
@@ -62,8 +62,8 @@ def _read_json(path: str, text: str) -> list[tuple[str, Any, int]]:
     return entries
 
 
-def _skip(text: str, position: int, mark: str) -> int:
-    while text[position] in f" \t\r\n{mark}":
+def _skip(text: str, position: int, separator: str) -> int:
+    while text[position] in f" \t\r\n{separator}":
         position += 1
     return position
 
@@ -72,7 +72,7 @@ def _read_yaml(path: str, text: str) -> list[tuple[str, Any, int]]:
     import yaml  # type: ignore[import-untyped]
 
     class Loader(yaml.SafeLoader):
-        """YAML 1.2's scalars: ``no`` is a text, as in ``eval_strategy: no``, and ``3e-4`` a number."""
+        """A loader of YAML 1.2 scalars: ``no`` is a string, as in ``eval_strategy: no``, and ``3e-4`` a number."""
 
         yaml_implicit_resolvers = {
             letter: [pair for pair in pairs if not pair[0].endswith((":bool", ":float", ":int", ":timestamp"))]
@@ -97,7 +97,7 @@ def _read_yaml(path: str, text: str) -> list[tuple[str, Any, int]]:
         ]
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        place = f"{path}:{mark.line + 1}" if mark else path
-        raise ConfigError(f"{place}: not YAML ({getattr(error, 'problem', None) or one_line(error)})") from error
+        where = f"{path}:{mark.line + 1}" if mark else path
+        raise ConfigError(f"{where}: not YAML ({getattr(error, 'problem', None) or one_line(error)})") from error
     finally:
         loader.dispose()

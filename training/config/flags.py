@@ -1,8 +1,4 @@
-"""Flags as data, and those of transformers' TrainingArguments read from its source.
-
-Importing transformers' trainer takes seconds, reading its source twenty milliseconds: so ``--help`` and a wrong flag
-are answered at once. A value is converted the same way wherever it comes from: command line, YAML or JSON.
-"""
+"""Flags as data, and the conversion of their values: the same for a command line, YAML and JSON."""
 
 from __future__ import annotations
 
@@ -16,13 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 _TRUE, _FALSE = ("true", "yes", "t", "y", "1"), ("false", "no", "f", "n", "0")
-_WANTED = {
+# Kinds of values, and their names in messages.
+_KINDS = {
     "bool": "true or false",
     "int": "a whole number",
     "float": "a number",
-    "list": "a list of texts",
+    "list": "a list of strings",
     "dict": "a JSON object",
-    "str": "a text",
+    "str": "a string",
 }
 
 
@@ -31,11 +28,11 @@ class Flag:
     """One flag.
 
     Attributes:
-        kinds: what a value may be, of ``bool int float str list dict``.
-        default: the value where none is given; for the help and the record of a run.
-        choices: the texts it may be, where they are known.
-        optional: whether it may be ``None``.
-        bare: the value of the flag without one; ``None`` where it needs one.
+        kinds: the kinds of its values: ``bool``, ``int``, ``float``, ``str``, ``list``, ``dict``.
+        default: for the help and for the record of a run.
+        choices: its values, if it is limited to certain strings.
+        optional: accepts ``None``.
+        bare: the value of the flag without an argument; ``None`` if it requires one.
     """
 
     name: str
@@ -47,17 +44,17 @@ class Flag:
     bare: Any = None
 
     @property
-    def wanted(self) -> str:
-        """What a value has to be, in words."""
+    def expected(self) -> str:
+        """The accepted values, for messages."""
         if self.choices:
             return f"one of {', '.join(self.choices)}"
-        return " or ".join(words for kind, words in _WANTED.items() if kind in self.kinds)
+        return " or ".join(title for kind, title in _KINDS.items() if kind in self.kinds)
 
     def convert(self, value: Any) -> Any:
-        """A value as the run uses it, from a text, a list of texts or what a file holds.
+        """Convert a string, a list of strings, or a value from a file.
 
         Raises:
-            ValueError: it does not fit; the message says what would.
+            ValueError: not an accepted value; the message names those that are.
         """
         if self.optional and "str" not in self.kinds and isinstance(value, str) and value.lower() == "none":
             value = None
@@ -68,12 +65,12 @@ class Flag:
         if isinstance(value, list):
             return self._convert_list(value)
         if "str" in self.kinds and value == self.default:
-            return value  # where "no" could be read as false
+            return value  # before "no" is read as false
         for kind in ("bool", "int", "float", "dict", "str"):
             if kind in self.kinds:
                 converted = _convert(kind, value)
                 if converted is not None:
-                    return self._choose(converted)
+                    return self._check_choice(converted)
         if "list" in self.kinds and isinstance(value, str):
             return [value]
         raise ValueError(self._complaint(value))
@@ -83,26 +80,26 @@ class Flag:
             raise ValueError(self._complaint(values))
         return values[0] if len(values) == 1 and "str" in self.kinds else list(values)
 
-    def _choose(self, value: Any) -> Any:
+    def _check_choice(self, value: Any) -> Any:
         if self.choices and isinstance(value, str) and value not in self.choices:
             raise ValueError(self._complaint(value))
         return value
 
     def _complaint(self, value: Any) -> str:
         near = nearest(value, self.choices) if isinstance(value, str) else None
-        hint = f"; the nearest is {near}" if near else ""
-        return f"no such value{hint}" if hint and len(self.choices) > 12 else f"{self.wanted} is wanted{hint}"
+        hint = did_you_mean(near)
+        return f"unknown value{hint}" if hint and len(self.choices) > 12 else f"expected {self.expected}{hint}"
 
 
 def _convert(kind: str, value: Any) -> Any:
-    """The value as this kind, or ``None`` where it is none."""
+    """Return the value as this kind, or ``None`` if it is not of the kind."""
     if kind == "bool":
         text = str(value).lower() if isinstance(value, str | bool) else ""
         return True if text in _TRUE else False if text in _FALSE else None
     if kind == "dict":
         return value if isinstance(value, dict) else _parse_object(value)
     if kind == "str":
-        # A file's true is the text "true" (--resume_from_checkpoint); its numbers want quotation marks.
+        # true in a file is the string "true" (for --resume_from_checkpoint); numbers must be quoted.
         return value if isinstance(value, str) else str(value) if isinstance(value, bool) else None
     if isinstance(value, bool) or not isinstance(value, str | int | float):
         return None
@@ -126,11 +123,24 @@ def _parse_object(value: Any) -> dict[str, Any] | None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that looks most like this one."""
+    """Return the most similar known name; ``None`` if none is similar."""
     return next(iter(difflib.get_close_matches(name, known, n=1)), None)
 
 
+def did_you_mean(near: str | None) -> str:
+    """Return a hint for the end of a message, with a leading space; empty without a similar name."""
+    return f" (did you mean {near}?)" if near else ""
+
+
 # -------------------------------------------------------------------------------------------------- from annotations
+
+
+def flags_of(group: Any) -> dict[str, Flag]:
+    """Return the flags of a dataclass: its fields, with ``help`` in their metadata."""
+    return {
+        field.name: flag_of(field.name, str(field.type), field.default, field.metadata["help"])
+        for field in dataclasses.fields(group)
+    }
 
 
 def flag_of(
@@ -140,28 +150,33 @@ def flag_of(
     help: str = "",
     enums: dict[str, tuple[str, ...]] | None = None,
 ) -> Flag:
-    """A flag from a field's annotation, as text or parsed."""
+    """Build a flag from a field's annotation.
+
+    Args:
+        annotation: as text, or parsed.
+        enums: values of the enum classes that annotations may name.
+    """
     kinds, choices = set(), list[str]()
     tree = ast.parse(annotation, mode="eval").body if isinstance(annotation, str) else annotation
-    for part in _union(tree):
-        base = part.value if isinstance(part, ast.Subscript) else part
+    for member in _union_members(tree):
+        base = member.value if isinstance(member, ast.Subscript) else member
         kind = "none" if isinstance(base, ast.Constant) else ast.unparse(base)
-        if kind == "Literal" and isinstance(part, ast.Subscript):
-            choices += [value for value in _literals(part.slice) if isinstance(value, str)]
+        if kind == "Literal" and isinstance(member, ast.Subscript):
+            choices += [value for value in _literals(member.slice) if isinstance(value, str)]
             kind = "str"
         elif kind in (enums or {}):
             choices += (enums or {})[kind]
             kind = "str"
         kinds.add(kind)
-    known = frozenset(kinds & _WANTED.keys())
+    known = frozenset(kinds & _KINDS.keys())
     return Flag(name, known, default, help, tuple(choices), "none" in kinds, True if "bool" in known else None)
 
 
-def _union(node: ast.expr) -> Iterator[ast.expr]:
-    """The members of ``A | B | None``."""
+def _union_members(node: ast.expr) -> Iterator[ast.expr]:
+    """Yield A, B and None of ``A | B | None``."""
     if isinstance(node, ast.BinOp):
-        yield from _union(node.left)
-        yield from _union(node.right)
+        yield from _union_members(node.left)
+        yield from _union_members(node.right)
     else:
         yield node
 
@@ -169,11 +184,3 @@ def _union(node: ast.expr) -> Iterator[ast.expr]:
 def _literals(node: ast.expr) -> list[Any]:
     value = ast.literal_eval(node)
     return list(value) if isinstance(value, tuple) else [value]
-
-
-def flags_of(declaration: Any) -> dict[str, Flag]:
-    """The flags that a dataclass of ours declares: its fields, with ``help`` in their metadata."""
-    return {
-        field.name: flag_of(field.name, str(field.type), field.default, field.metadata["help"])
-        for field in dataclasses.fields(declaration)
-    }

@@ -1,4 +1,4 @@
-"""The command line of ``finetune.py``, with a YAML or JSON file of flags, as ``RunArguments``."""
+"""``RunArguments`` from a command line and a YAML or JSON file of flags."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from training.config.args import (
 )
 from training.config.command_line import parse_command_line
 from training.config.config_file import SUFFIXES, Setting, load_config_file
-from training.config.flags import Flag, flags_of, nearest
+from training.config.flags import Flag, did_you_mean, flags_of, nearest
 from training.config.old_flags import old_flags, translate_old_flags
 from training.config.trainer_flags import trainer_flags
 
 
 def parse_args(argv: Sequence[str]) -> RunArguments:
-    """Parse a command line, and the file given with ``--config`` or as the only argument. Its flags are overridden.
+    """Parse a command line, and the file given with ``--config`` or as the only argument, which it overrides.
 
     Raises:
-        ConfigError: an unknown flag, or an invalid value; names the flag and, for a file, the line.
+        ConfigError: an unknown flag or an invalid value; the message names the flag and, for a file, the line.
     """
     ours = {title: flags_of(group) for title, group in GROUPS.items()}
     known = {name: flag for flags in ours.values() for name, flag in flags.items()}
@@ -55,15 +55,16 @@ def parse_args(argv: Sequence[str]) -> RunArguments:
 def _convert(name: str, setting: Setting, flags: dict[str, Flag]) -> Setting:
     flag, where = flags.get(name), setting.where
     if flag is None:
-        near = nearest(name, flags)
-        fix = f"Did you mean {near}?" if near else "python finetune.py --help_all lists the flags"
-        raise ConfigError(f"{where}: {name} is no known flag", fix)
+        hint = did_you_mean(nearest(name, flags))
+        raise ConfigError(f"{where}: unknown flag {name}{hint}", "python finetune.py --help_all lists the flags")
     try:
         return Setting(flag.convert(setting.value), where)
     except ValueError as error:
         shown = setting.value if isinstance(setting.value, str) else json.dumps(setting.value, default=str)
-        place = f"{where}: {name}: {shown}" if where else f"command line: --{name} {shown}"
-        raise ConfigError(f"{place}: {error}", "" if where else "python finetune.py --help lists the flags") from error
+        if where:
+            raise ConfigError(f"{where}: {name}: {shown}: {error}") from error
+        fix = "python finetune.py --help lists the flags"
+        raise ConfigError(f"command line: --{name} {shown}: {error}", fix) from error
 
 
 def _build(values: dict[str, Any]) -> RunArguments:
@@ -91,7 +92,7 @@ def _build(values: dict[str, Any]) -> RunArguments:
 
 
 def _limit_length(data: DataArguments, model: ModelArguments) -> DataArguments:
-    """Reduce the default of ``--model_max_length`` to what the model supports, if its config.json is on this disk."""
+    """Lower the default of ``--model_max_length`` to the model's limit, if its config.json is on this disk."""
     config = load_model_config(find_local_folder(model.model_name_or_path, model.cache_dir, model.model_hub))
     positions = most_positions(config) or data.model_max_length
     return dataclasses.replace(data, model_max_length=min(data.model_max_length, positions))

@@ -1,4 +1,4 @@
-"""Arguments that cannot work together or with the disk: refused before anything is loaded, in one line with the fix."""
+"""Conflicts between arguments, checkpoint and disk: refused before anything is loaded, with the fix."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ EVALUATES = ("--eval_data_path", DATA, "--eval_strategy", "steps")
 
 
 def check(tmp_path: Path, *flags: object, output: Path | None = None) -> None:
-    """Check a command line that is good but for ``flags``."""
-    good = ["--model_name_or_path", TINY, "--data_path", DATA, "--output_dir", output or tmp_path / "new"]
-    check_args(parse_args([str(flag) for flag in (*good, *flags)]))
+    """Check a valid command line with ``flags`` added."""
+    valid = ["--model_name_or_path", TINY, "--data_path", DATA, "--output_dir", output or tmp_path / "new"]
+    check_args(parse_args([str(flag) for flag in (*valid, *flags)]))
 
 
 def refuses(message: str, tmp_path: Path, *flags: object, output: Path | None = None) -> None:
@@ -35,7 +35,7 @@ def refuses(message: str, tmp_path: Path, *flags: object, output: Path | None = 
         check(tmp_path, *flags, output=output)
 
 
-def test_a_good_command_line_passes_and_nothing_is_written(tmp_path: Path) -> None:
+def test_valid_command_line_passes_and_nothing_is_written(tmp_path: Path) -> None:
     check(tmp_path)
     check(tmp_path, "--use_lora", "--bf16", "--trainable_embeddings", "chatml_tokens")
     check(tmp_path, "--trainable_embeddings", "full")
@@ -47,14 +47,14 @@ def test_a_good_command_line_passes_and_nothing_is_written(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_no_data(tmp_path: Path) -> None:
+def test_missing_data_path_is_refused(tmp_path: Path) -> None:
     with pytest.raises(
-        ConfigError, match=r"^--data_path is missing\. Give a file of conversations or a folder of them$"
+        ConfigError, match=r"^--data_path is missing\. Give a file of conversations, or a folder of such files$"
     ):
         check_args(parse_args(["--model_name_or_path", str(TINY), "--output_dir", str(tmp_path / "new")]))
 
 
-def test_data_files_that_are_not_there(tmp_path: Path) -> None:
+def test_missing_data_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "nowhere.json"
     for flag in ("--data_path", "--eval_data_path"):
         refuses(f"{flag} {path}: there is no such file. {NAME_DATA}", tmp_path, flag, path)
@@ -65,30 +65,30 @@ def test_data_files_that_are_not_there(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--eval_split", 1], "--eval_split 1 is not possible. Give a share between 0 and 1"),
+        (["--eval_split", 1], "--eval_split 1 is out of range. Give a fraction from 0 to below 1"),
         (["--eval_split", 0.1, "--eval_data_path", DATA],
-         "--eval_split 0.1 and --eval_data_path both say what to evaluate on. Give one of them"),
+         "--eval_split 0.1 and --eval_data_path both select evaluation data. Give one of them"),
         (["--fill", "name"], '--fill name is not name=text. Write --fill name="the text"'),
         (["--fill", "a=1", "a=2"], "--fill gives a twice. Give each name once"),
         (["--data_path", f"{DATA}#0"], f"--data_path {DATA}#0 takes nothing. Leave it out, or give more than 0"),
         (["--data_mixing", "sequential", "--train_sampling_strategy", "group_by_length"],
-         "--data_mixing sequential and --train_sampling_strategy group_by_length are two orders. "
-         "Leave one of them out"),
+         "--data_mixing sequential and --train_sampling_strategy group_by_length are different orders. "
+         "Give one of them"),
     ],
 )  # fmt: skip
-def test_data_flags_that_make_no_sense(flags: list[object], message: str, tmp_path: Path) -> None:
+def test_invalid_data_flags_are_refused(flags: list[object], message: str, tmp_path: Path) -> None:
     refuses(message, tmp_path, *flags)
 
 
-def test_a_part_of_the_data_is_something_to_evaluate_on(tmp_path: Path) -> None:
+def test_eval_split_provides_evaluation_data(tmp_path: Path) -> None:
     check(tmp_path, "--eval_split", 0.1, "--eval_strategy", "epoch", "--load_best_model_at_end", "--save_strategy",
           "epoch")  # fmt: skip
 
 
-def test_smoothing_needs_the_lean_loss(tmp_path: Path) -> None:
+def test_label_smoothing_needs_the_lean_loss(tmp_path: Path) -> None:
     smoothing = ["--label_smoothing_factor", "0.1"]
     refuses(
-        "--label_smoothing_factor 0.1 needs --loss lean. Leave one of them out",
+        "--label_smoothing_factor 0.1 needs --loss lean. Remove --label_smoothing_factor or --loss",
         tmp_path,
         *smoothing,
         "--loss",
@@ -97,9 +97,9 @@ def test_smoothing_needs_the_lean_loss(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_fp16_without_a_gpu(tmp_path: Path) -> None:
+def test_fp16_needs_a_gpu(tmp_path: Path) -> None:
     for flags in ([], ["--use_lora"], ["--use_cpu"]):
-        refuses("--fp16 needs a GPU, and there is none. Leave it out, or use --bf16", tmp_path, "--fp16", *flags)
+        refuses("--fp16 needs a GPU, and none is available. Remove it, or use --bf16", tmp_path, "--fp16", *flags)
 
 
 @pytest.mark.parametrize("value", [0, -5])
@@ -110,17 +110,22 @@ def test_fp16_without_a_gpu(tmp_path: Path) -> None:
         "--gradient_accumulation_steps", "--lora_r", "--save_total_limit",
     ],
 )  # fmt: skip
-def test_counts_that_are_none(tmp_path: Path, flag: str, value: int) -> None:
-    refuses(f"{flag} {value} is not possible. Give 1 or more", tmp_path, "--use_lora", flag, value)
+def test_counts_below_1_are_refused(tmp_path: Path, flag: str, value: int) -> None:
+    refuses(f"{flag} {value} is out of range. Give 1 or more", tmp_path, "--use_lora", flag, value)
 
 
-def test_numbers_that_make_no_sense(tmp_path: Path) -> None:
-    message = "--lora_dropout 1.5 is not possible. Give 0 or more and less than 1"
+def test_numbers_out_of_range_are_refused(tmp_path: Path) -> None:
+    message = "--lora_dropout 1.5 is out of range. Give 0 or more and less than 1"
     refuses(message, tmp_path, "--use_lora", "--lora_dropout", 1.5)
-    refuses("--adam_beta2 1.0 is not possible. Give 0 or more and less than 1", tmp_path, "--adam_beta2", 1)
-    refuses("--learning_rate -1.0 is not possible. Give 0 or more", tmp_path, "--learning_rate", -1)
-    refuses("--logging_steps 0 is not possible. Give 1 or more, or a share of all", tmp_path, "--logging_steps", 0)
-    refuses("--save_steps 1.5 is no whole number of steps. Give one", tmp_path, "--save_steps", 1.5)
+    refuses("--adam_beta2 1.0 is out of range. Give 0 or more and less than 1", tmp_path, "--adam_beta2", 1)
+    refuses("--learning_rate -1.0 is out of range. Give 0 or more", tmp_path, "--learning_rate", -1)
+    refuses(
+        "--logging_steps 0 is out of range. Give a number of steps, or a fraction of all steps",
+        tmp_path,
+        "--logging_steps",
+        0,
+    )
+    refuses("--save_steps 1.5 is not a whole number of steps. Give a whole number", tmp_path, "--save_steps", 1.5)
     message = "--dataloader_prefetch_factor needs --dataloader_num_workers. Give 1 or more workers"
     refuses(message, tmp_path, "--dataloader_prefetch_factor", 2)
     message = (
@@ -133,59 +138,62 @@ def test_numbers_that_make_no_sense(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("strategy", ["steps", "epoch"])
-def test_evaluation_without_data(tmp_path: Path, strategy: str) -> None:
-    message = f"--eval_strategy {strategy} has nothing to evaluate on. Give --eval_data_path or --eval_split too"
+def test_evaluation_needs_data(tmp_path: Path, strategy: str) -> None:
+    message = f"--eval_strategy {strategy} has no data to evaluate on. Give --eval_data_path or --eval_split too"
     refuses(message, tmp_path, "--eval_strategy", strategy)
 
 
-def test_flags_of_lora_without_lora(tmp_path: Path) -> None:
+def test_lora_flags_need_use_lora(tmp_path: Path) -> None:
     for flags in (
         "--lora_weight_path old", "--lora_r 8", "--lora_alpha 8", "--lora_dropout 0.5", "--lora_bias all",
         "--lora_target_modules c_attn w1", "--trainable_embeddings none", "--trainable_embeddings chatml_tokens",
     ):  # fmt: skip
-        message = f"{flags} needs --use_lora: without it all parameters train. Add --use_lora, or leave it out"
+        message = (
+            f"{flags} needs --use_lora: without it all parameters are trained. "
+            f"Add --use_lora, or remove {flags.split()[0]}"
+        )
         refuses(message, tmp_path, *flags.split())
 
 
-def test_an_adapter_that_is_continued_has_its_own_settings(tmp_path: Path) -> None:
+def test_flags_must_not_contradict_a_continued_adapter(tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
-    message = f"--lora_weight_path {adapter}: there is no adapter. Give a folder with an adapter_config.json"
+    message = f"--lora_weight_path {adapter} contains no adapter. Give a folder with an adapter_config.json"
     refuses(message, tmp_path, "--use_lora", "--lora_weight_path", adapter)
     adapter.mkdir()
     config = {"r": 8, "lora_alpha": 16, "target_modules": ["w1", "c_attn"], "bias": "none"}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     flags = ("--use_lora", "--lora_weight_path", adapter)
     check(tmp_path, *flags, "--lora_r", 8, "--lora_target_modules", "c_attn", "w1")
-    message = (
-        "--lora_r 4: the adapter of --lora_weight_path was made with 8. Leave --lora_r out, or start a new adapter"
-    )
+    message = "--lora_r 4: the adapter of --lora_weight_path has 8. Remove --lora_r, or train a new adapter"
     refuses(message, tmp_path, *flags, "--lora_r", 4)
 
 
-def test_two_precisions(tmp_path: Path) -> None:
+def test_precisions_exclude_each_other(tmp_path: Path) -> None:
     refuses("--fp16 and --bf16 are two precisions. Give one of them", tmp_path, "--fp16", "--bf16")
     refuses("--fp16 and --pure_bf16 are two precisions. Give one of them", tmp_path, "--fp16", "--pure_bf16")
 
 
-def test_layers_that_the_model_does_not_have(tmp_path: Path) -> None:
-    """Those there are come from the header of the weights, or from the index where there are several files."""
-    message = "--lora_target_modules q_proj: the model has no such layers. It has c_attn, c_proj, lm_head, w1, w2, wte"
+def test_unknown_target_modules_are_refused(tmp_path: Path) -> None:
+    """The known ones are read from the header of the weights, or from the index of several files."""
+    message = (
+        "--lora_target_modules q_proj: the model has no such layers. Choose from c_attn, c_proj, lm_head, w1, w2, wte"
+    )
     flags = ("--use_lora", "--lora_target_modules", "c_attn", "mlp.c_proj", "q_proj")
     refuses(message, tmp_path, *flags)
     check(tmp_path, *flags[:-1])
     later = write_later_checkpoint(tmp_path / "later", "qwen2")
     names = {f"model.layers.0.mlp.{name}.weight": "a" for name in ("up_proj", "down_proj")}
     (later / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
-    message = "--lora_target_modules c_attn mlp.c_proj: the model has no such layers. It has down_proj, up_proj"
+    message = "--lora_target_modules c_attn mlp.c_proj: the model has no such layers. Choose from down_proj, up_proj"
     refuses(message, tmp_path, "--model_name_or_path", later, *flags[:-1])
 
 
-def test_samples_longer_than_the_model(tmp_path: Path) -> None:
-    message = f"--model_max_length 2049 is more than the 2048 positions of {TINY}. Give 2048 or less"
+def test_model_max_length_beyond_the_positions_is_refused(tmp_path: Path) -> None:
+    message = f"--model_max_length 2049 exceeds the 2048 positions of {TINY}. Give 2048 or less"
     refuses(message, tmp_path, "--model_max_length", 2049)
     check(tmp_path, "--model_max_length", 2048)  # beyond seq_length, 64: dynamic NTK
     later = write_later_checkpoint(tmp_path / "later", "qwen3")
-    message = f"--model_max_length 513 is more than the 512 positions of {later}. Give 512 or less"
+    message = f"--model_max_length 513 exceeds the 512 positions of {later}. Give 512 or less"
     refuses(message, tmp_path, "--model_name_or_path", later, "--model_max_length", 513)
 
 
@@ -195,15 +203,15 @@ def test_samples_longer_than_the_model(tmp_path: Path) -> None:
         ("--load_best_model_at_end", "--load_best_model_at_end needs evaluations. "
          "Give --eval_strategy, and --eval_data_path or --eval_split"),
         ("{evaluates} --load_best_model_at_end --save_strategy epoch", "--load_best_model_at_end: --save_strategy "
-         "epoch and --eval_strategy steps differ. Give the same to both"),
+         "epoch and --eval_strategy steps differ. Give the same strategy to both"),
         ("{evaluates} --load_best_model_at_end --save_steps 5 --eval_steps 2", "--load_best_model_at_end: "
-         "--save_steps 5 is no multiple of --eval_steps 2. Save after every evaluation, or after every second, "
+         "--save_steps 5 is not a multiple of --eval_steps 2. Save after every evaluation, or after every second, "
          "third..."),
         ("{evaluates} --load_best_model_at_end --save_steps 5 --eval_steps 0.1", "--load_best_model_at_end: "
-         "--save_steps 5 is no multiple of --eval_steps 0.1. Save after every evaluation, or after every second, "
+         "--save_steps 5 is not a multiple of --eval_steps 0.1. Save after every evaluation, or after every second, "
          "third..."),
         ("{evaluates} --load_best_model_at_end --save_steps 5 --logging_steps 2", "--load_best_model_at_end: "
-         "--save_steps 5 is no multiple of --eval_steps 2. Save after every evaluation, or after every second, "
+         "--save_steps 5 is not a multiple of --eval_steps 2. Save after every evaluation, or after every second, "
          "third..."),
         ("{evaluates} --early_stopping_patience 2", "--early_stopping_patience 2 needs --load_best_model_at_end. "
          "Add it. Give --eval_strategy, and --eval_data_path or --eval_split"),
@@ -211,32 +219,32 @@ def test_samples_longer_than_the_model(tmp_path: Path) -> None:
          "--save_strategy best needs evaluations. Give --eval_strategy, and --eval_data_path or --eval_split"),
         ("--lr_scheduler_type reduce_lr_on_plateau", "--lr_scheduler_type reduce_lr_on_plateau needs evaluations. "
          "Give --eval_strategy, and --eval_data_path or --eval_split"),
-        ("{evaluates} --metric_for_best_model bleu", "--metric_for_best_model bleu: there is no such metric. "
+        ("{evaluates} --metric_for_best_model bleu", "--metric_for_best_model bleu is unknown. "
          "Give loss or token_accuracy"),
-        ("--eval_on_start", "--eval_on_start has nothing to evaluate on. Give --eval_data_path or --eval_split too"),
+        ("--eval_on_start", "--eval_on_start has no data to evaluate on. Give --eval_data_path or --eval_split too"),
     ],
 )  # fmt: skip
-def test_what_depends_on_evaluations(tmp_path: Path, flags: str, message: str) -> None:
+def test_flags_that_depend_on_evaluations(tmp_path: Path, flags: str, message: str) -> None:
     words = flags.replace("{evaluates}", " ".join(map(str, EVALUATES))).split()
     refuses(message, tmp_path, *words)
 
 
-def test_all_faults_are_reported_at_once_and_nothing_is_changed(tmp_path: Path) -> None:
+def test_all_faults_are_reported_at_once(tmp_path: Path) -> None:
     flags = ("--data_path", "none.json", "--bf16", "--fp16", "--lora_r", 8, "--load_best_model_at_end")
     (tmp_path / "out").write_text("")
     refuses(
         "6 faults in the arguments:\n"
         f"  1. --data_path none.json: there is no such file. {NAME_DATA}\n"
         "  2. --fp16 and --bf16 are two precisions. Give one of them\n"
-        "  3. --lora_r 8 needs --use_lora: without it all parameters train. Add --use_lora, or leave it out\n"
+        "  3. --lora_r 8 needs --use_lora: without it all parameters are trained. Add --use_lora, or remove --lora_r\n"
         "  4. --load_best_model_at_end needs evaluations. Give --eval_strategy, and --eval_data_path or --eval_split\n"
-        "  5. --report_to wandbb: no such service; the nearest is wandb. Known are " + ", ".join(REPORTERS) + "\n"
+        "  5. --report_to wandbb: unknown service (did you mean wandb?). Known are " + ", ".join(REPORTERS) + "\n"
         f"  6. --output_dir {tmp_path / 'out'} is a file. Give a folder",
         tmp_path, *flags, "--report_to", "wandbb", output=tmp_path / "out",
     )  # fmt: skip
 
 
-def test_checking_changes_nothing(tmp_path: Path) -> None:
+def test_checks_do_not_change_the_arguments(tmp_path: Path) -> None:
     args = parse_args(
         ["--model_name_or_path", str(TINY), "--data_path", str(DATA), "--output_dir", str(tmp_path / "x")]
     )
@@ -245,7 +253,7 @@ def test_checking_changes_nothing(tmp_path: Path) -> None:
     assert args.to_dict() == before
 
 
-def test_several_gpus_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_gpus_in_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
     message = (
         r"^2 GPUs are visible to one process\. Set CUDA_VISIBLE_DEVICES=0, or launch with "
@@ -255,7 +263,7 @@ def test_several_gpus_in_one_process(tmp_path: Path, monkeypatch: pytest.MonkeyP
         build_training_arguments(parse_args(["--output_dir", str(tmp_path)]))
 
 
-def test_a_checkpoint_to_resume(tmp_path: Path) -> None:
+def test_resumed_checkpoint_is_the_named_or_the_newest(tmp_path: Path) -> None:
     for step in (2, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
         (tmp_path / f"checkpoint-{step}" / "trainer_state.json").write_text("{}")
@@ -267,13 +275,13 @@ def test_a_checkpoint_to_resume(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("value", ["/nowhere", "True", "true"])
-def test_a_checkpoint_that_is_not_there(tmp_path: Path, value: str) -> None:
+def test_missing_checkpoint_is_refused(tmp_path: Path, value: str) -> None:
     message = f"--resume_from_checkpoint {value}: there is no checkpoint. Give a checkpoint-* folder of the run"
     for output in (tmp_path / "new", tmp_path):
         refuses(message, tmp_path, "--resume_from_checkpoint", value, output=output)
 
 
-def test_a_reporter_that_is_not_installed(tmp_path: Path) -> None:
-    message = "--report_to wandb: it is not installed. pip install wandb, or leave it out"
+def test_reporter_that_is_not_installed_is_refused(tmp_path: Path) -> None:
+    message = "--report_to wandb: not installed. pip install wandb, or remove the flag"
     refuses(message, tmp_path, "--report_to", "wandb")
     check(tmp_path, "--report_to", "none")

@@ -1,4 +1,4 @@
-"""Flags about quantised weights, against each other, against what the checkpoint is and what is installed."""
+"""Quantisation flags: conflicts with each other, with the checkpoint and with the installed libraries."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ Q_LORA = ("--use_lora", "--q_lora")
 
 
 def complaint(tmp_path: Path, *flags: str, model: Path = TINY) -> str:
-    """What is said of a command line that is good but for ``flags``; empty where nothing is."""
-    given = ("--model_name_or_path", str(model), "--data_path", str(SMALL / "train.json"), "--output_dir")
+    """Return the fault of a valid command line with ``flags`` added; empty if there is none."""
+    valid = ("--model_name_or_path", str(model), "--data_path", str(SMALL / "train.json"), "--output_dir")
     try:
-        check_args(parse_args([*given, str(tmp_path / "new"), *flags]))
+        check_args(parse_args([*valid, str(tmp_path / "new"), *flags]))
     except ConfigError as error:
         return str(error)
     return ""
@@ -33,7 +33,7 @@ def complaint(tmp_path: Path, *flags: str, model: Path = TINY) -> str:
 
 @pytest.fixture(autouse=True)
 def with_bitsandbytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whether it is installed is no part of these tests, but where they say so."""
+    """Pretend that bitsandbytes is installed."""
     find = importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *rest: object() if name == "bitsandbytes" else find(name, *rest)
@@ -45,52 +45,54 @@ def quantised(tmp_path: Path) -> Path:
     return copy_checkpoint(tmp_path / "int4", quantization_config=GPTQ)
 
 
-def test_what_is_asked_of_an_unquantised_model(tmp_path: Path) -> None:
+def test_flags_with_an_unquantised_checkpoint(tmp_path: Path) -> None:
     for flags in ((), ("--quant_type", "fp4"), ("--load_in_8bit",), ("--bf16",)):
         assert complaint(tmp_path, *Q_LORA, *flags) == ""
-    without = "needs --use_lora: without it all parameters train. Add --use_lora, or leave it out"
-    assert complaint(tmp_path, "--q_lora") == f"--q_lora {without}"
+    without = "needs --use_lora: without it all parameters are trained. Add --use_lora, or remove"
+    assert complaint(tmp_path, "--q_lora") == f"--q_lora {without} --q_lora"
     assert complaint(tmp_path, "--q_lora", "--quant_type", "nf4").splitlines()[1:] == [
-        f"  1. --q_lora {without}",
-        f"  2. --quant_type nf4 {without}",
+        f"  1. --q_lora {without} --q_lora",
+        f"  2. --quant_type nf4 {without} --quant_type",
     ]
-    needs = "needs --q_lora. Add --q_lora, or leave it out"
-    assert complaint(tmp_path, "--use_lora", "--quant_type", "fp4") == f"--quant_type fp4 {needs}"
-    assert complaint(tmp_path, "--use_lora", "--load_in_8bit") == f"--load_in_8bit {needs}"
-    both = "--quant_type nf4 and --load_in_8bit are two ways to quantise. Give one of them"
+    needs = "needs --q_lora. Add --q_lora, or remove"
+    assert complaint(tmp_path, "--use_lora", "--quant_type", "fp4") == f"--quant_type fp4 {needs} --quant_type fp4"
+    assert complaint(tmp_path, "--use_lora", "--load_in_8bit") == f"--load_in_8bit {needs} --load_in_8bit"
+    both = "--quant_type nf4 and --load_in_8bit are two types of quantisation. Give one of them"
     assert complaint(tmp_path, *Q_LORA, "--quant_type", "nf4", "--load_in_8bit") == both
     pure = "--q_lora trains in float32, --pure_bf16 in bfloat16. Give --bf16 instead of --pure_bf16"
     assert complaint(tmp_path, *Q_LORA, "--pure_bf16") == pure
 
 
-def test_what_is_asked_of_a_quantised_model(tmp_path: Path, quantised: Path) -> None:
+def test_flags_with_a_quantised_checkpoint(tmp_path: Path, quantised: Path) -> None:
     assert complaint(tmp_path, *Q_LORA, model=quantised) == ""
-    is_quantised = f"--model_name_or_path {quantised}: its weights are quantised (GPTQ, 4 bits, groups of 128)"
+    is_quantised = f"--model_name_or_path {quantised} is quantised"
+    gptq = "(GPTQ, 4 bits, groups of 128)"
     assert complaint(tmp_path, model=quantised) == (
-        f"{is_quantised} and cannot be trained themselves. Add --use_lora --q_lora, or give the unquantised model"
+        f"{is_quantised} {gptq}: its weights cannot be trained. "
+        "Train an adapter with --use_lora --q_lora, or give an unquantised checkpoint"
     )
     assert complaint(tmp_path, "--use_lora", model=quantised) == (
-        f"{is_quantised}: LoRA on them is Q-LoRA. Add --q_lora, or give the unquantised model"
+        f"{is_quantised} {gptq}: LoRA needs --q_lora. Add --q_lora, or give an unquantised checkpoint"
     )
     for flags in (("--quant_type", "nf4"), ("--load_in_8bit",)):
         shown = " ".join(flags)
         assert complaint(tmp_path, *Q_LORA, *flags, model=quantised) == (
-            f"{is_quantised} already: {shown} cannot be had. Leave {shown} out"
+            f"{is_quantised} already {gptq}: {shown} does not apply. Remove {shown}"
         )
 
 
-def test_a_look_at_the_data_needs_no_mode(tmp_path: Path, quantised: Path) -> None:
+def test_dry_run_accepts_a_quantised_checkpoint(tmp_path: Path, quantised: Path) -> None:
     assert complaint(tmp_path, "--dry_run", model=quantised) == ""
 
 
-def test_weights_that_cannot_be_read(tmp_path: Path) -> None:
+def test_unsupported_quantisation_is_refused(tmp_path: Path) -> None:
     model = copy_checkpoint(tmp_path / "hqq", quantization_config={"quant_method": "hqq"})
     assert complaint(tmp_path, *Q_LORA, model=model).startswith(
         f"{model / 'config.json'}: weights quantised by hqq cannot be read. Use the unquantised model"
     )
 
 
-def test_a_missing_library(tmp_path: Path, quantised: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_bitsandbytes_is_refused(tmp_path: Path, quantised: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)
@@ -100,20 +102,20 @@ def test_a_missing_library(tmp_path: Path, quantised: Path, monkeypatch: pytest.
     assert complaint(tmp_path, *Q_LORA, "--load_in_8bit") == f"--q_lora (8-bit by bitsandbytes) {missing}"
     saved = copy_checkpoint(tmp_path / "nf4", quantization_config=NF4)
     assert complaint(tmp_path, *Q_LORA, model=saved) == f"--model_name_or_path (NF4 by bitsandbytes) {missing}"
-    assert complaint(tmp_path, *Q_LORA, model=quantised) == ""  # its weights are read without
+    assert complaint(tmp_path, *Q_LORA, model=quantised) == ""  # GPTQ weights are read without it
 
 
 @pytest.mark.parametrize("name", ["paged_adamw_32bit", "adamw_8bit", "adamw_bnb_8bit", "lion_8bit", "rmsprop_bnb"])
-def test_optimizers_of_bitsandbytes(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bitsandbytes_optimizers_need_a_gpu(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    needs_gpu = f"--optim {name} needs a GPU, and there is none. Leave it out"
+    needs_gpu = f"--optim {name} needs a GPU, and none is available. Choose another optimizer"
     assert complaint(tmp_path, "--optim", name) == needs_gpu
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert complaint(tmp_path, "--optim", name) == ""
     assert complaint(tmp_path, "--optim", name, "--use_cpu") == needs_gpu
 
 
-def test_torchs_own_optimizers_need_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_optimizers_need_neither_bitsandbytes_nor_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real: Any = importlib.util.find_spec
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *rest: None if name == "bitsandbytes" else real(name, *rest)

@@ -1,4 +1,4 @@
-"""The command line of finetune.py: the original's flags, transformers' flags, and what is refused."""
+"""Parsing the command line and config files of finetune.py."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from training.run_folder.start import resumed_checkpoint
 from training.training_arguments import build_training_arguments, remove_accelerate_variables
 
 
-def test_the_originals_flags_and_their_defaults() -> None:
+def test_defaults_of_the_original_scripts_flags() -> None:
     args = parse_args([])
     assert args.model.model_name_or_path == "Qwen/Qwen-7B"
     assert (args.data.data_path, args.data.eval_data_path, args.data.lazy_preprocess) == (None, None, False)
@@ -29,7 +29,7 @@ def test_the_originals_flags_and_their_defaults() -> None:
     assert build_training_arguments(args).optim == "adamw_torch_fused"
 
 
-def test_our_flags_and_their_defaults() -> None:
+def test_defaults_of_own_flags() -> None:
     args = parse_args([])
     assert (args.lora.trainable_embeddings, args.data.label_mask, args.data.system_message) == (
         "auto",
@@ -39,7 +39,7 @@ def test_our_flags_and_their_defaults() -> None:
     assert (args.options.pure_bf16, args.model.attn_implementation) == (False, None)
 
 
-def test_every_flag_is_read() -> None:
+def test_given_values_are_parsed() -> None:
     flags = (
         "--model_name_or_path my/model --data_path train.json --eval_data_path eval.json --lazy_preprocess "
         "--use_lora --lora_r 8 --lora_alpha 32 --lora_dropout 0.1 --lora_target_modules c_attn w1 "
@@ -67,12 +67,12 @@ def test_every_flag_is_read() -> None:
 
 
 @pytest.mark.parametrize("form", ["--use_lora", "--use_lora True", "--use_lora true", "--use_lora=True"])
-def test_forms_of_a_switch_that_is_on(form: str) -> None:
+def test_forms_of_true(form: str) -> None:
     assert parse_args(form.split()).lora.use_lora is True
 
 
 @pytest.mark.parametrize("form", ["--use_lora False", "--use_lora=false", ""])
-def test_forms_of_a_switch_that_is_off(form: str) -> None:
+def test_forms_of_false(form: str) -> None:
     assert parse_args(form.split()).lora.use_lora is False
 
 
@@ -86,43 +86,43 @@ def test_bf16_works_without_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("command_line", "message"),
     [
-        ("--use_lorra", "--use_lorra is no known flag, the nearest is --use_lora."),
-        ("--use_lor", "--use_lor is no known flag, the nearest is --use_lora."),  # not guessed from its start
-        ("--bf 16", "--bf is no known flag, the nearest is --bf16."),
-        ("--evaluation_stratgy no", "--evaluation_stratgy is no known flag, the nearest is --evaluation_strategy."),
-        ("--xyzzy", "--xyzzy is no known flag."),
-        ("stray", "stray is no known flag."),
-        ("--lora_r many", "--lora_r many: a whole number is wanted."),
-        ("--learning_rate fast", "--learning_rate fast: a number is wanted."),
-        ("--lora_bias some", "--lora_bias some: one of none, all, lora_only is wanted."),
-        ("--label_mask user", "--label_mask user: one of assistant, qwen, last, all is wanted."),
-        ("--use_lora perhaps", "--use_lora perhaps: true or false is wanted."),
+        ("--use_lorra", "unknown flag --use_lorra (did you mean --use_lora?)."),
+        ("--use_lor", "unknown flag --use_lor (did you mean --use_lora?)."),  # abbreviations are not expanded
+        ("--bf 16", "unknown flag --bf (did you mean --bf16?)."),
+        ("--evaluation_stratgy no", "unknown flag --evaluation_stratgy (did you mean --evaluation_strategy?)."),
+        ("--xyzzy", "unknown flag --xyzzy."),
+        ("stray", "unknown flag stray."),
+        ("--lora_r many", "--lora_r many: expected a whole number."),
+        ("--learning_rate fast", "--learning_rate fast: expected a number."),
+        ("--lora_bias some", "--lora_bias some: expected one of none, all, lora_only."),
+        ("--label_mask user", "--label_mask user: expected one of assistant, qwen, last, all."),
+        ("--use_lora perhaps", "--use_lora perhaps: expected true or false."),
         ("--data_path", "argument --data_path: expected at least one argument."),
-        ("--optim adamw_torhc", "--optim adamw_torhc: no such value; the nearest is adamw_torch."),
-        ("--eval_strategy epcoh", "--eval_strategy epcoh: one of no, steps, epoch is wanted; the nearest is epoch."),
+        ("--optim adamw_torhc", "--optim adamw_torhc: unknown value (did you mean adamw_torch?)."),
+        ("--eval_strategy epcoh", "--eval_strategy epcoh: expected one of no, steps, epoch (did you mean epoch?)."),
         ("--log_level loud",
-         "--log_level loud: one of debug, detail, info, warning, error, critical, passive is wanted."),
+         "--log_level loud: expected one of debug, detail, info, warning, error, critical, passive."),
     ],
 )  # fmt: skip
-def test_what_is_refused_is_named_in_one_line(command_line: str, message: str) -> None:
+def test_refusal_is_one_line_with_flag_value_and_fix(command_line: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_args(command_line.split())
     assert str(caught.value) == f"command line: {message} python finetune.py --help lists the flags"
 
 
-def test_other_forms_of_flags() -> None:
-    """As transformers' own parser takes them: dashes, and --no_ for what is on by default."""
+def test_dashes_and_no_prefix_are_accepted() -> None:
+    """As in transformers' own parser: dashes for underscores, and --no_ for flags that default to true."""
     words = ["--learning-rate=1e-4", "--no_remove_unused_columns", "--report-to", "none"]
     training = build_training_arguments(parse_args(words))
     assert (training.learning_rate, training.remove_unused_columns, training.report_to) == (1e-4, False, [])
 
 
-def test_what_transformers_refuses_together_is_one_line() -> None:
+def test_refusal_by_transformers_is_one_line() -> None:
     with pytest.raises(ConfigError, match=r"^command line: .*torch_empty_cache_steps"):
         build_training_arguments(parse_args(["--torch_empty_cache_steps", "0"]))
 
 
-def test_debug_is_ours_and_transformers() -> None:
+def test_debug_is_a_switch_or_a_value_of_transformers() -> None:
     for words, debug, theirs in (
         ([], False, []), (["--debug"], True, []), (["--debug", "False"], False, []),
         (["--debug", "underflow_overflow"], False, ["underflow_overflow"]),
@@ -131,13 +131,13 @@ def test_debug_is_ours_and_transformers() -> None:
         assert (args.debug, [option.value for option in build_training_arguments(args).debug]) == (debug, theirs)
 
 
-def test_a_sample_is_by_default_not_longer_than_the_model_can_take(tmp_path: Path) -> None:
+def test_default_of_model_max_length_is_lowered_to_the_models_limit(tmp_path: Path) -> None:
     assert parse_args(["--model_name_or_path", str(TINY)]).data.model_max_length == 2048
     assert parse_args(["--model_name_or_path", str(TINY), "--model_max_length", "9"]).data.model_max_length == 9
     assert parse_args(["--model_name_or_path", str(tmp_path / "nowhere")]).data.model_max_length == 8192
 
 
-def test_the_environment_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accelerate_variables_have_no_effect(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in (("ACCELERATE_MIXED_PRECISION", "bf16"), ("ACCELERATE_USE_CPU", "true")):
         monkeypatch.setenv(name, value)
     remove_accelerate_variables()
@@ -167,7 +167,7 @@ def test_the_environment_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> Non
          {"use_reentrant": False}),
     ],
 )  # fmt: skip
-def test_an_old_name_means_what_it_meant(old: str, flag: str, value: object) -> None:
+def test_old_name_sets_the_current_flag(old: str, flag: str, value: object) -> None:
     args = parse_args(old.split())
     assert args.trainer_value(flag) == value
     assert getattr(build_training_arguments(args), flag) == value
@@ -175,13 +175,13 @@ def test_an_old_name_means_what_it_meant(old: str, flag: str, value: object) -> 
 
 
 @pytest.mark.parametrize(("ratio", "steps"), [("0", 0), ("0.01", 2), ("0.5", 76), ("1", 151), ("1.0", 151)])
-def test_warmup_ratio_is_a_share_of_all_steps_also_where_it_is_one(ratio: str, steps: int) -> None:
+def test_warmup_ratio_is_a_fraction_of_all_steps(ratio: str, steps: int) -> None:
     assert build_training_arguments(parse_args(["--warmup_ratio", ratio])).get_warmup_steps(151) == steps
 
 
 @pytest.mark.parametrize("ratio", ["1.5", "-0.1"])
-def test_a_warmup_ratio_that_is_no_share(ratio: str) -> None:
-    with pytest.raises(ConfigError, match=f"^--warmup_ratio {ratio}: a share from 0 to 1 is wanted$"):
+def test_warmup_ratio_outside_0_to_1_is_refused(ratio: str) -> None:
+    with pytest.raises(ConfigError, match=f"^--warmup_ratio {ratio}: expected a number from 0 to 1$"):
         parse_args(["--warmup_ratio", ratio])
 
 
@@ -193,7 +193,7 @@ def test_a_warmup_ratio_that_is_no_share(ratio: str) -> None:
         "--include_tokens_per_second", "--ray_scope last",
     ],
 )  # fmt: skip
-def test_an_old_flag_that_had_no_effect_is_accepted_and_said(words: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_old_flag_without_effect_is_ignored_and_logged(words: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", logger="training"):
         assert parse_args(words.split()).to_dict() == parse_args([]).to_dict()
     assert [record.getMessage().split(":")[0] for record in caplog.records] == [f"{words.split()[0]} has no effect"]
@@ -202,21 +202,23 @@ def test_an_old_flag_that_had_no_effect_is_accepted_and_said(words: str, caplog:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("--save_safetensors False", "--save_safetensors False is not possible: weights are only saved as safetensors, "
-         "because a pickle can run code when it is read. Leave it out"),
-        ("--half_precision_backend apex", "--half_precision_backend apex is not possible: mixed precision is torch's "
-         "own autocast. Leave it out"),
-        ("--sharded_ddp simple", "--sharded_ddp simple is not possible: transformers no longer works with fairscale. "
-         "Leave it out"),
-        ("--evaluation_strategy no --eval_strategy no", "--evaluation_strategy and --eval_strategy are the same thing. "
-         "Give one of the two"),
-        ("--warmup_steps 10 --warmup_ratio 0.1", "--warmup_ratio and --warmup_steps are the same thing. "
-         "Give one of the two"),
+        ("--save_safetensors False", "--save_safetensors False is not supported: weights are saved as safetensors "
+         "only, because reading a pickle can run code. Remove --save_safetensors"),
+        ("--half_precision_backend apex", "--half_precision_backend apex is not supported: mixed precision always "
+         "uses torch's autocast. Remove --half_precision_backend"),
+        ("--sharded_ddp simple", "--sharded_ddp simple is not supported: transformers no longer supports fairscale. "
+         "Remove --sharded_ddp"),
+        ("--fsdp_min_num_params 1000", "--fsdp_min_num_params 1000 is not supported: FSDP2 (--fsdp) shards each block "
+         "of the model by itself. Remove --fsdp_min_num_params"),
+        ("--evaluation_strategy no --eval_strategy no", "--evaluation_strategy and --eval_strategy are the same flag. "
+         "Give one of them"),
+        ("--warmup_steps 10 --warmup_ratio 0.1", "--warmup_ratio and --warmup_steps are the same flag. "
+         "Give one of them"),
         ("--activation_checkpointing --gradient_checkpointing", "--activation_checkpointing and "
-         "--gradient_checkpointing are the same thing. Give one of the two"),
+         "--gradient_checkpointing are the same flag. Give one of them"),
     ],
 )  # fmt: skip
-def test_old_flags_that_are_refused(words: str, message: str) -> None:
+def test_old_flag_that_asks_for_a_removed_feature_is_refused(words: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_args(words.split())
     assert str(caught.value) == message
@@ -228,7 +230,7 @@ def test_old_flags_that_are_refused(words: str, message: str) -> None:
 YAML = """\
 # a comment
 use_lora: true
-eval_strategy: no      # a text, not false
+eval_strategy: no      # a string, not false
 learning_rate: 3e-4
 lora_target_modules: [c_attn, w1]
 lr_scheduler_kwargs:
@@ -247,7 +249,7 @@ JSON = """{
 
 
 @pytest.mark.parametrize(("name", "text"), [("run.yaml", YAML), ("run.yml", YAML), ("run.json", JSON)])
-def test_a_file_of_flags(tmp_path: Path, name: str, text: str) -> None:
+def test_file_equals_the_same_command_line(tmp_path: Path, name: str, text: str) -> None:
     file = tmp_path / name
     file.write_text(text, encoding="utf-8")
     flags = [
@@ -258,30 +260,34 @@ def test_a_file_of_flags(tmp_path: Path, name: str, text: str) -> None:
     expected = parse_args(flags).to_dict()
     assert parse_args([str(file)]).to_dict() == expected
     assert parse_args(["--config", str(file)]).to_dict() == expected
-    # The command line wins, by whichever name.
+    # The command line overrides the file, also by another name of the flag.
     changed = parse_args(
         ["--learning_rate", "1e-3", "--config", str(file), "--warmup_steps", "3", "--use_lora", "False"]
     )
     assert changed.to_dict() == expected | {"learning_rate": 1e-3, "warmup_steps": 3.0, "use_lora": False}
 
 
+UNKNOWN = "{file}:2: unknown flag use_lorra (did you mean use_lora?). python finetune.py --help_all lists the flags"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("a.yaml", "seed: 1\nuse_lorra: true\n", "{file}:2: use_lorra is no known flag. Did you mean use_lora?"),
-        ("a.json", '{"seed": 1,\n "use_lorra": true}', "{file}:2: use_lorra is no known flag. Did you mean use_lora?"),
-        ("a.yaml", "seed: 1\n\nlora_r: many\n", "{file}:3: lora_r: many: a whole number is wanted"),
-        ("a.json", '{"seed": 1,\n\n"lora_r": 8.5}', "{file}:3: lora_r: 8.5: a whole number is wanted"),
-        ("a.json", '{"bf16": 1}', "{file}:1: bf16: 1: true or false is wanted"),
-        ("a.yaml", "lora_r:\n", "{file}:1: lora_r: null: a whole number is wanted"),
-        ("a.yaml", "run_name: 2024\n", "{file}:1: run_name: 2024: a text is wanted"),
-        ("a.yaml", "lora_target_modules: [1, 2]\n", "{file}:1: lora_target_modules: [1, 2]: a list of texts is wanted"),
-        ("a.yaml", "seed: 1\nseed: 2\n", "{file}:2: seed is given a second time. Keep one of the two"),
-        ("a.json", '{"seed": 1,\n"seed": 2}', "{file}:2: seed is given a second time. Keep one of the two"),
+        ("a.yaml", "seed: 1\nuse_lorra: true\n", UNKNOWN),
+        ("a.json", '{"seed": 1,\n "use_lorra": true}', UNKNOWN),
+        ("a.yaml", "seed: 1\n\nlora_r: many\n", "{file}:3: lora_r: many: expected a whole number"),
+        ("a.json", '{"seed": 1,\n\n"lora_r": 8.5}', "{file}:3: lora_r: 8.5: expected a whole number"),
+        ("a.json", '{"bf16": 1}', "{file}:1: bf16: 1: expected true or false"),
+        ("a.yaml", "lora_r:\n", "{file}:1: lora_r: null: expected a whole number"),
+        ("a.yaml", "run_name: 2024\n", "{file}:1: run_name: 2024: expected a string"),
+        ("a.yaml", "lora_target_modules: [1, 2]\n",
+         "{file}:1: lora_target_modules: [1, 2]: expected a list of strings"),
+        ("a.yaml", "seed: 1\nseed: 2\n", "{file}:2: seed is given twice. Remove one of them"),
+        ("a.json", '{"seed": 1,\n"seed": 2}', "{file}:2: seed is given twice. Remove one of them"),
         ("a.yaml", "evaluation_strategy: 'no'\neval_strategy: 'no'\n",
-         "{file}:1: --evaluation_strategy and --eval_strategy are the same thing. Give one of the two"),
-        ("a.yaml", "seed: 1\nsave_safetensors: false\n", "{file}:2: --save_safetensors False is not possible: weights "
-         "are only saved as safetensors, because a pickle can run code when it is read. Leave it out"),
+         "{file}:1: --evaluation_strategy and --eval_strategy are the same flag. Give one of them"),
+        ("a.yaml", "seed: 1\nsave_safetensors: false\n", "{file}:2: --save_safetensors False is not supported: "
+         "weights are saved as safetensors only, because reading a pickle can run code. Remove --save_safetensors"),
         ("a.yaml", "- seed\n", "{file}:1: not a mapping. Write flag: value, one per line"),
         ("a.json", "[1]", '{file}:1: not an object. Write {"flag": value, ...}'),
         ("a.yaml", "seed: [1\nx: 2\n", "{file}:2: not YAML (expected ',' or ']', but got ':')"),
@@ -290,10 +296,10 @@ def test_a_file_of_flags(tmp_path: Path, name: str, text: str) -> None:
          "constructor for the tag 'tag:yaml.org,2002:python/object/apply:os.getcwd')"),
         ("a.json", '{"seed": 1,\n"bf16" true}', "{file}:2: not JSON (Expecting ':' delimiter: line 2 column 8 "
          "(char 19)). Write one object of flags and values"),
-        ("a.txt", "", "--config {file}: not a .yaml, .yml, .json file. Give the file one of these endings"),
+        ("a.txt", "", "--config {file}: not a .yaml, .yml, .json file. Rename the file"),
     ],
 )  # fmt: skip
-def test_a_file_that_is_refused(tmp_path: Path, name: str, text: str, message: str) -> None:
+def test_invalid_file_is_refused_with_its_line(tmp_path: Path, name: str, text: str, message: str) -> None:
     file = tmp_path / name
     file.write_text(text)
     with pytest.raises(ConfigError) as caught:
@@ -301,7 +307,7 @@ def test_a_file_that_is_refused(tmp_path: Path, name: str, text: str, message: s
     assert str(caught.value) == message.replace("{file}", str(file))
 
 
-def test_a_file_that_is_not_there() -> None:
+def test_missing_file_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"^--config nowhere\.yaml: no such file or directory\. Check the path$"):
         parse_args(["nowhere.yaml"])
 
@@ -309,7 +315,7 @@ def test_a_file_that_is_not_there() -> None:
 # --------------------------------------------------------------------------------------------------------------- record
 
 
-def test_nothing_changes_the_arguments_after_parsing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_does_not_change_its_arguments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = []
 
     def keep(argv: list[str]) -> object:
@@ -330,7 +336,7 @@ def test_nothing_changes_the_arguments_after_parsing(tmp_path: Path, monkeypatch
     assert json.loads((tmp_path / "out" / "run_args.json").read_text()) == before
 
 
-def test_all_flags_are_in_the_record() -> None:
+def test_record_contains_all_flags() -> None:
     recorded = parse_args(["--use_lora", "--learning_rate", "1e-3"]).to_dict()
     expected = {
         "model_name_or_path": "Qwen/Qwen-7B", "attn_implementation": None, "data_path": None, "eval_data_path": None,
@@ -351,7 +357,7 @@ def test_all_flags_are_in_the_record() -> None:
         "--lr_scheduler_kwargs {} --report_to tensorboard wandb --optim_target_modules a b --eval_steps 0.1",
     ],
 )
-def test_the_record_starts_the_same_run_again(tmp_path: Path, flags: str) -> None:
+def test_record_parses_to_the_same_arguments(tmp_path: Path, flags: str) -> None:
     recorded = parse_args([*flags.split(), "--hub_token", "secret", "--resume_from_checkpoint", "x"]).to_dict()
     assert "secret" not in json.dumps(recorded)
     (tmp_path / "run_args.json").write_text(json.dumps(recorded))

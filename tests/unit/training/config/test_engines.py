@@ -1,4 +1,4 @@
-"""Which engine a command line asks for, and what is refused of it before anything is loaded."""
+"""The engine that a command line selects, and the conflicts that are refused before anything is loaded."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ def parse(*flags: object) -> RunArguments:
 
 
 def faults(*flags: object) -> list[str]:
-    """What is refused, but for a DeepSpeed that is not installed here: the config is judged all the same."""
-    found = [str(fault) for fault in check_engine(parse(*flags))]
-    return [fault for fault in found if "DeepSpeed is not installed" not in fault]
+    """Return the conflicts, without the one that DeepSpeed is not installed: its config is checked anyway."""
+    messages = [str(fault) for fault in check_engine(parse(*flags))]
+    return [fault for fault in messages if "DeepSpeed is not installed" not in fault]
 
 
 def write_config(folder: Path, **values: Any) -> Path:
@@ -56,7 +56,7 @@ def write_config(folder: Path, **values: Any) -> Path:
         (("--fsdp", "--fsdp_config", CONFIGS / "fsdp_config.json"), "fsdp2", "FSDP2"),
     ],
 )
-def test_what_a_command_line_asks_for(flags: tuple[object, ...], name: str, title: str) -> None:
+def test_engine_of_a_command_line(flags: tuple[object, ...], name: str, title: str) -> None:
     engine = find_engine(parse(*flags).trainer)
     assert (engine.name, engine.title) == (name, title)
     assert engine.shards_parameters == (name in ("zero3", "fsdp2"))
@@ -65,7 +65,7 @@ def test_what_a_command_line_asks_for(flags: tuple[object, ...], name: str, titl
         assert faults(*flags, *mode) == []
 
 
-def test_one_process_is_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_process_has_no_engine_and_no_fsdp(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE")
     assert find_engine(parse().trainer).name == "none"
     [fault] = faults("--fsdp")
@@ -82,7 +82,7 @@ def test_one_process_is_no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
         ('{"zero_optimization": 3}', "zero_optimization.stage is None"),
     ],
 )
-def test_a_config_that_cannot_be_used(tmp_path: Path, content: str | None, what: str) -> None:
+def test_unusable_config_is_refused(tmp_path: Path, content: str | None, what: str) -> None:
     path = tmp_path / "ds.json"
     if content is not None:
         path.write_text(content, encoding="utf-8")
@@ -92,7 +92,7 @@ def test_a_config_that_cannot_be_used(tmp_path: Path, content: str | None, what:
         find_engine(parse("--deepspeed", path).trainer)
 
 
-def test_a_config_that_fights_the_arguments_names_every_key(tmp_path: Path) -> None:
+def test_every_key_that_contradicts_a_flag_is_named(tmp_path: Path) -> None:
     path = write_config(
         tmp_path,
         train_micro_batch_size_per_gpu=4,
@@ -136,15 +136,15 @@ def test_a_config_that_fights_the_arguments_names_every_key(tmp_path: Path) -> N
             ("--deepspeed", CONFIGS / "ds_config_zero3.json", "--use_lora", "--q_lora"),
             "--q_lora: quantised weights cannot be sharded by DeepSpeed ZeRO-3",
         ),
-        (("--deepspeed", CONFIGS / "ds_config_zero2.json", "--pure_bf16"), "are two precisions"),
+        (("--deepspeed", CONFIGS / "ds_config_zero2.json", "--pure_bf16"), "--deepspeed does not support --pure_bf16"),
     ],
 )
-def test_what_an_engine_cannot_do(flags: tuple[object, ...], message: str) -> None:
+def test_unsupported_combination_is_refused(flags: tuple[object, ...], message: str) -> None:
     [fault] = faults(*flags)
     assert message in fault
 
 
-def test_trained_rows_that_embedding_and_head_share(tmp_path: Path) -> None:
+def test_fsdp_refuses_trained_rows_of_a_tied_embedding(tmp_path: Path) -> None:
     model = write_later_checkpoint(tmp_path, "qwen2", tied=True)
     flags = ("--model_name_or_path", model, "--use_lora", "--trainable_embeddings", "chatml_tokens")
     [fault] = faults("--fsdp", *flags)
@@ -152,7 +152,7 @@ def test_trained_rows_that_embedding_and_head_share(tmp_path: Path) -> None:
     assert faults("--deepspeed", CONFIGS / "ds_config_zero3.json", *flags) == []
 
 
-def test_deepspeed_that_is_not_installed_is_named_with_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_deepspeed_is_refused_with_the_command_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     [fault] = (str(each) for each in check_engine(parse("--deepspeed", CONFIGS / "ds_config_zero2.json")))
     assert "DeepSpeed is not installed. pip install -r requirements_distributed.txt" in fault

@@ -1,4 +1,4 @@
-"""Flags as data: read from transformers' source as transformers itself declares them, and values of every kind."""
+"""Flags as data: reading them from transformers' source, and converting values."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ from training.config.flags import Flag, flag_of, nearest
 from training.config.trainer_flags import transformers_flags
 
 
-def test_what_is_read_is_what_transformers_declares() -> None:
-    """By name, order, default and help: in whichever version these tests run."""
+def test_flags_read_from_source_equal_the_declared_fields() -> None:
+    """Name, order, default and help, in the installed version."""
     declared = [item for item in dataclasses.fields(TrainingArguments) if item.init]
     flags = transformers_flags()
-    # A class of accelerate's, which no text can express.
+    # An object of accelerate that cannot be written as text.
     assert [item.name for item in declared if item.name != "parallelism_config"] == list(flags)
     for item in declared:
         flag = flags.get(item.name)
         if flag is None:
             continue
-        made = item.default_factory() if callable(item.default_factory) else item.default
-        assert flag.default == (made.value if isinstance(made, Enum) else made), item.name
+        default = item.default_factory() if callable(item.default_factory) else item.default
+        assert flag.default == (default.value if isinstance(default, Enum) else default), item.name
         assert flag.help == item.metadata.get("help", ""), item.name
         assert flag.kinds, item.name
 
@@ -42,11 +42,11 @@ def test_what_is_read_is_what_transformers_declares() -> None:
         ("logging_strategy", IntervalStrategy), ("save_strategy", SaveStrategy),
     ],
 )  # fmt: skip
-def test_choices_are_those_of_the_enums(name: str, enum: type[Enum]) -> None:
+def test_choices_equal_the_enums_values(name: str, enum: type[Enum]) -> None:
     assert transformers_flags()[name].choices == tuple(member.value for member in enum)
 
 
-def test_kinds_of_transformers_flags() -> None:
+def test_kinds_follow_the_annotations() -> None:
     flags = transformers_flags()
     kinds = {
         "max_steps": {"int"}, "learning_rate": {"float"}, "bf16": {"bool"}, "run_name": {"str"},
@@ -59,7 +59,7 @@ def test_kinds_of_transformers_flags() -> None:
     }  # fmt: skip
 
 
-def test_torch_and_transformers_are_not_imported() -> None:
+def test_parsing_and_checking_import_neither_torch_nor_transformers() -> None:
     code = (
         "import sys; from training.config.parsing import parse_args; from training.checks import check_args; "
         "args = parse_args(['--use_lora', '--bf16', '--model_name_or_path', 'none', '--max_steps', '1']); "
@@ -89,7 +89,7 @@ OBJECT = flag_of("options", "dict[str, Any] | str | None")
         (OBJECT, "config.json", "config.json"),
     ],
 )  # fmt: skip
-def test_values_that_fit(flag: Flag, value: Any, expected: Any) -> None:
+def test_valid_values_are_converted(flag: Flag, value: Any, expected: Any) -> None:
     converted = flag.convert(value)
     assert converted == expected and type(converted) is type(expected)
 
@@ -97,24 +97,24 @@ def test_values_that_fit(flag: Flag, value: Any, expected: Any) -> None:
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
-        (BOOL, "perhaps", "true or false is wanted"), (BOOL, 1, "true or false is wanted"),
-        (BOOL, None, "true or false is wanted"), (INT, "many", "a whole number is wanted"),
-        (INT, "1.5", "a whole number is wanted"), (INT, 2.0, "a whole number is wanted"),
-        (INT, True, "a whole number is wanted"), (INT, [1], "a whole number is wanted"),
-        (FLOAT, "fast", "a number is wanted"), (FLOAT, math.nan, "a number is wanted"),
-        (FLOAT, "inf", "a number is wanted"), (STR, 5, "a text is wanted"), (STR, ["a"], "a text is wanted"),
-        (CHOICE, "user", "one of assistant, qwen is wanted"),
-        (CHOICE, "asistant", "one of assistant, qwen is wanted; the nearest is assistant"),
-        (NAMES, [1], "a list of texts is wanted"), (NAMES, 7, "a list of texts is wanted"),
+        (BOOL, "perhaps", "expected true or false"), (BOOL, 1, "expected true or false"),
+        (BOOL, None, "expected true or false"), (INT, "many", "expected a whole number"),
+        (INT, "1.5", "expected a whole number"), (INT, 2.0, "expected a whole number"),
+        (INT, True, "expected a whole number"), (INT, [1], "expected a whole number"),
+        (FLOAT, "fast", "expected a number"), (FLOAT, math.nan, "expected a number"),
+        (FLOAT, "inf", "expected a number"), (STR, 5, "expected a string"), (STR, ["a"], "expected a string"),
+        (CHOICE, "user", "expected one of assistant, qwen"),
+        (CHOICE, "asistant", "expected one of assistant, qwen (did you mean assistant?)"),
+        (NAMES, [1], "expected a list of strings"), (NAMES, 7, "expected a list of strings"),
         (OBJECT, '{"a": ', "not JSON (Expecting value: line 1 column 7 (char 6))"),
     ],
 )  # fmt: skip
-def test_values_that_do_not_fit(flag: Flag, value: Any, message: str) -> None:
+def test_invalid_values_are_refused(flag: Flag, value: Any, message: str) -> None:
     with pytest.raises(ValueError) as caught:
         flag.convert(value)
     assert str(caught.value) == message
 
 
-def test_nearest() -> None:
+def test_nearest_name() -> None:
     assert nearest("xyzzy", transformers_flags()) is None
     assert nearest("lerning_rate", transformers_flags()) == "learning_rate"
