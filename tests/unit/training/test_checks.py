@@ -119,12 +119,8 @@ def test_numbers_out_of_range_are_refused(tmp_path: Path) -> None:
     refuses(message, tmp_path, "--use_lora", "--lora_dropout", 1.5)
     refuses("--adam_beta2 1.0 is out of range. Give 0 or more and less than 1", tmp_path, "--adam_beta2", 1)
     refuses("--learning_rate -1.0 is out of range. Give 0 or more", tmp_path, "--learning_rate", -1)
-    refuses(
-        "--logging_steps 0 is out of range. Give a number of steps, or a fraction of all steps",
-        tmp_path,
-        "--logging_steps",
-        0,
-    )
+    message = "--logging_steps 0 is out of range. Give a number of steps, or a fraction of all steps"
+    refuses(message, tmp_path, "--logging_steps", 0)
     refuses("--save_steps 1.5 is not a whole number of steps. Give a whole number", tmp_path, "--save_steps", 1.5)
     message = "--dataloader_prefetch_factor needs --dataloader_num_workers. Give 1 or more workers"
     refuses(message, tmp_path, "--dataloader_prefetch_factor", 2)

@@ -390,9 +390,7 @@ def test_sequential_mixing_trains_one_source_after_the_other(data: Path, tmp_pat
     assert first != second
 
 
-def test_data_that_nothing_evaluates_on_is_pointed_out(
-    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_unused_evaluation_data_is_warned_about(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     message = "2 conversations are held out for evaluation, but the run never evaluates. Give --eval_strategy"
     build_trainer(data, tmp_path, "--eval_split", 0.25)
     assert message in caplog.messages
