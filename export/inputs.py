@@ -17,7 +17,7 @@ from checkpoints.fold import WeightedAdapter
 from checkpoints.model_config import Quantization, declared_dtype, find_quantization
 from checkpoints.source import TensorSource
 from errors import ConfigError
-from loading.hubs import cached_folder
+from loading.config_files import find_cached_folder
 
 
 @dataclass(frozen=True)
@@ -84,7 +84,7 @@ def find_base(base: Path | None, adapter: Path, adapter_config: dict[str, Any]) 
         for folder in (Path(name), adapter / name, adapter.resolve().parent / name):
             if (folder / "config.json").is_file():
                 return folder
-        if name.count("/") == 1 and (cached := cached_folder(name)):
+        if name.count("/") == 1 and (cached := find_cached_folder(name)):
             return cached
     what = f"the adapter {adapter} names the base {name!r}, which is not a model folder on this machine"
     raise ConfigError(what, "Give the base's folder with --base DIR")

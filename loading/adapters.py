@@ -1,4 +1,4 @@
-"""LoRA adapters: which layers get one, and whether embeddings train beside it."""
+"""LoRA adapters: attaching a new one, continuing a saved one, and deciding whether the embeddings train."""
 
 from __future__ import annotations
 
@@ -28,19 +28,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EmbeddingsPolicy:
-    """What trains of embedding and head (``full``, ``chatml_tokens``, ``none``), and why."""
+    """Which rows of embedding and head train (``full``, ``chatml_tokens``, ``none``), and why."""
 
     mode: str
     reason: str
 
 
 def embeddings_policy(requested: str, checkpoint: Checkpoint, lora_weight_path: str = "") -> EmbeddingsPolicy:
-    """Resolve ``--trainable_embeddings``.
+    """Resolve ``--trainable_embeddings``; a continued adapter keeps its own setting.
 
-    An adapter that is continued has decided already.
-
-    A base model of Qwen v1 never saw ``<|im_start|>`` and ``<|im_end|>``: without training their rows it cannot learn
-    where an answer ends. Whether a checkpoint is one is what its generation_config says, not what its folder is called.
+    Base models of Qwen v1 were not trained on ``<|im_start|>`` and ``<|im_end|>``: unless their rows train, the model
+    cannot learn where an answer ends. generation_config.json tells base from chat models; folder names do not count.
     """
     if lora_weight_path:
         config = _load_adapter_config(lora_weight_path, "--lora_weight_path")
@@ -50,18 +48,20 @@ def embeddings_policy(requested: str, checkpoint: Checkpoint, lora_weight_path: 
                 f"--trainable_embeddings {requested}: the adapter of --lora_weight_path was made with {mode}",
                 "Leave --trainable_embeddings out, or start a new adapter",
             )
-        return EmbeddingsPolicy(mode, f"--lora_weight_path {lora_weight_path}: as that adapter was made")
+        return EmbeddingsPolicy(mode, f"--lora_weight_path {lora_weight_path}: as in that adapter")
     if requested != "auto":
         return EmbeddingsPolicy(requested, f"--trainable_embeddings {requested}")
     architecture = architecture_of(checkpoint.model_type)
     if architecture.base_knows_chatml and checkpoint.chat_format is None:
-        return EmbeddingsPolicy("none", f"auto: {architecture.display_name} checkpoints know the ChatML tokens")
+        return EmbeddingsPolicy(
+            "none", f"auto: {architecture.display_name} checkpoints are trained on the ChatML tokens"
+        )
     if checkpoint.chat_format == "chatml":
-        return EmbeddingsPolicy("none", "auto: generation_config.json says chat_format chatml, a chat model")
+        return EmbeddingsPolicy("none", "auto: chat_format in generation_config.json is chatml: a chat model")
     return EmbeddingsPolicy(
         "full",
-        f"auto: generation_config.json says chat_format {checkpoint.chat_format!r}, a base model that does not know "
-        "the ChatML tokens yet",
+        f"auto: chat_format in generation_config.json is {checkpoint.chat_format!r}: a base model, not trained on the "
+        "ChatML tokens",
     )
 
 
@@ -96,7 +96,7 @@ def attach_lora(
             in bfloat16's eight bits.
 
     Raises:
-        ConfigError: target modules that the model does not have.
+        ConfigError: target modules that the model lacks.
     """
     config = _build_config(model, checkpoint, settings, policy)
     with _without_gptqmodel(), sharded_token_rows():
@@ -129,13 +129,13 @@ def _prepare_for_training(adapted: PeftModel, in_float32: bool) -> PeftModel:
 def load_adapter(
     model: PreTrainedModel, folder: str, flag: str, is_trainable: bool = False, in_float32: bool = True
 ) -> PeftModel:
-    """Put a saved adapter on its base.
+    """Attach a saved adapter to its base.
 
     Args:
-        flag: the one that named the folder, for messages.
+        flag: the flag that named the folder, for messages.
 
     Raises:
-        ConfigError: no adapter, one of another model, or one whose file lacks a LoRA matrix.
+        ConfigError: no adapter, an adapter of another model, or one that lacks a LoRA matrix.
     """
     _load_adapter_config(folder, flag)
     try:
@@ -148,16 +148,16 @@ def load_adapter(
         raise
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ConfigError(
-            f"{flag} {folder}: {_complaint(error)}", "Give the folder of an adapter of this model"
+            f"{flag} {folder}: {_describe(error)}", "Give the folder of an adapter of this model"
         ) from error
-    # Where the file lacks a tensor peft goes on with a fresh one.
+    # peft initialises tensors that the file lacks.
     missing = sorted(get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - saved)
     if lora := [name for name in missing if ".lora_" in name]:
         raise ConfigError(f"{flag} {folder}: its file lacks {lora[0]}", "Copy the adapter again, or train a new one")
     if missing:
         logger.warning(
-            "%s %s lacks %s, which it was trained with: the base's takes its place, and the answers will not be those "
-            "of the trained model. The original script saved adapters of base models this way.",
+            "%s %s lacks %s, which were trained with it: those of the base are used, and the answers differ from the "
+            "trained model's. The original script saved adapters of base models this way.",
             flag,
             folder,
             " and ".join(missing),
@@ -167,28 +167,28 @@ def load_adapter(
 
 @contextmanager
 def _without_gptqmodel() -> Iterator[None]:
-    """Keep peft from importing gptqmodel, where it is installed, to ask of each layer whether it is one of its own.
+    """Keep peft from importing gptqmodel to compare its classes with each layer.
 
-    None is, and the import takes seconds, prints a banner, sets environment variables and patches other libraries.
+    No layer has them, and the import takes seconds, prints a banner, sets environment variables and patches libraries.
     """
     modules: list[Any] = [gptq, awq]
-    asked = [module.is_gptqmodel_available for module in modules]
+    originals = [module.is_gptqmodel_available for module in modules]
     for module in modules:
         module.is_gptqmodel_available = lambda: False
     try:
         yield
     finally:
-        for module, function in zip(modules, asked, strict=True):
+        for module, function in zip(modules, originals, strict=True):
             module.is_gptqmodel_available = function
 
 
-def _complaint(error: Exception) -> str:
-    """What peft says, of wrong shapes only the first."""
+def _describe(error: Exception) -> str:
+    """Return peft's message in one line; of several wrong shapes only the first."""
     shapes = re.search(r"size mismatch for (\S+): .*?Size\(\[(.*?)\]\).*?Size\(\[(.*?)\]\)", str(error))
     if shapes is None:
         return one_line(error).rstrip(".")
-    name, saved, wanted = shapes.groups()
-    return f"its {name.replace('.default', '')} has the shape ({saved}), the model asks for ({wanted})"
+    name, saved, expected = shapes.groups()
+    return f"its {name.replace('.default', '')} has the shape ({saved}), the model needs ({expected})"
 
 
 def _load_adapter_config(folder: str, flag: str) -> LoraConfig:
@@ -199,7 +199,7 @@ def _load_adapter_config(folder: str, flag: str) -> LoraConfig:
             f"{flag} {folder}: there is no adapter ({one_line(error)})", "Give a folder with an adapter_config.json"
         ) from error
     if not isinstance(config, LoraConfig):
-        raise ConfigError(f"{flag} {folder}: its adapter is of the type {config.peft_type}", "Give a LoRA adapter")
+        raise ConfigError(f"{flag} {folder}: its adapter has the type {config.peft_type}", "Give a LoRA adapter")
     return config
 
 
@@ -212,7 +212,7 @@ def _build_config(
     tied = bool(model.config.tie_word_embeddings)
     embeddings: dict[str, Any] = {}
     if policy.mode == "full":
-        # Tied embedding and head stay one tensor only if peft is told.
+        # Only with ensure_weight_tying do tied embedding and head stay one tensor.
         embeddings = {"modules_to_save": list(architecture.embedding_modules), "ensure_weight_tying": tied}
     elif policy.mode == "chatml_tokens":
         ids = sorted(control_ids_of(checkpoint.tokenizer).values())

@@ -1,4 +1,4 @@
-"""Tokenizer and model of a checkpoint, in the precision that a mode of training wants."""
+"""Loading a checkpoint: first everything but its weights, then the model in a given precision."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from chat.chatml import END_OF_TEXT, IM_END
 from chat.families import Family
 from chat.stops import end_ids_of
-from checkpoints.model_config import Quantization, find_quantization
+from checkpoints.model_config import DTYPE_NAMES, Quantization, find_quantization
 from checkpoints.shards import CheckpointReader, open_checkpoint
 from checkpoints.source import is_finite
 from errors import ConfigError, one_line
@@ -31,14 +31,14 @@ logger = logging.getLogger(__name__)
 
 @dataclass
 class Checkpoint:
-    """What is known of a checkpoint before its weights are read.
+    """A checkpoint without its weights.
 
     Attributes:
-        name: as the user gave it, a folder or a hub id.
-        folder: where its files lie.
+        name: folder or hub id, as given by the user.
+        folder: folder of its files.
         dtype: precision of its weights, in which a run's results are saved.
-        chat_format: ``chatml`` or ``raw``, as Qwen v1's files say; ``None`` where they do not.
-        quantization: how its weights are quantised; ``None`` where they are not.
+        chat_format: Qwen v1's ``chatml`` or ``raw``; ``None`` if its files contain neither.
+        quantization: how its weights are quantised; ``None`` if they are not.
     """
 
     name: str
@@ -57,21 +57,21 @@ class Checkpoint:
 
     @property
     def end_ids(self) -> list[int]:
-        """Ids that end an answer: ``<|im_end|>`` and end-of-text."""
+        """Ids of ``<|im_end|>`` and end-of-text, which end an answer."""
         return end_ids_of(self.tokenizer)
 
 
 def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = "hf") -> Checkpoint:
-    """Read everything of a checkpoint but its weights, of which only the headers are looked at.
+    """Read a checkpoint without its weights, of which only the headers are checked.
 
     Args:
-        name_or_path: a folder, or an id of a model on the hub.
-        cache_dir: where the hub's library keeps models; by default its own place.
+        name_or_path: a folder, or the hub id of a model.
+        cache_dir: cache folder of the hub's library; ``None``: its default.
         hub: ``hf`` or ``modelscope``.
 
     Raises:
-        ConfigError: no such checkpoint, an unknown model_type, a tokenizer that does not belong to the model, or
-            weights that are missing or cut off.
+        ConfigError: no such checkpoint, an unsupported model_type, a tokenizer of another model, or missing or
+            truncated weights.
     """
     register_qwen()
     folder = find_folder(name_or_path, cache_dir, hub)
@@ -104,17 +104,17 @@ def load_model(
     attn_implementation: str | None = None,
     quantize: Quantization | None = None,
 ) -> Any:
-    """The model of a checkpoint, in evaluation mode; on the CPU, or on the GPU that bitsandbytes quantises it on.
+    """Load the model in evaluation mode; on the CPU, or on the GPU if bitsandbytes quantises it there.
 
     Args:
-        dtype: what it computes in. An unquantised model is held in it, too. Of a quantised one the rest (embedding,
-            norms, head) is never held wider than it is stored.
-        quantize: quantise a model that is not quantised while it is loaded.
+        dtype: precision that it computes in, and that its weights have in memory. The unquantised weights of a
+            quantised model (embedding, norms, head) keep their stored precision if that is narrower.
+        quantize: quantise the model while loading it.
 
     Raises:
-        ConfigError: weights that are missing, broken, incomplete, not finite or of another shape than the config says.
+        ConfigError: weights that are missing, damaged, not finite or of other shapes than in the config.
     """
-    where = f"--model_name_or_path {checkpoint.folder}"
+    place = f"--model_name_or_path {checkpoint.folder}"
     arguments, storage_dtype = {"config": checkpoint.config}, dtype
     if checkpoint.quantization or quantize:
         storage_dtype = checkpoint.dtype if dtype == torch.float32 else dtype
@@ -128,18 +128,18 @@ def load_model(
             **arguments,
         )
     except ConfigError as error:
-        raise ConfigError(f"{where}: {error}") from error
+        raise ConfigError(f"{place}: {error}") from error
     except (OSError, ImportError, RuntimeError, ValueError, SafetensorError) as error:
         if attn_implementation is not None and attn_implementation in str(error):
             raise ConfigError(f"--attn_implementation {attn_implementation}: {one_line(error)}") from error
         raise ConfigError(
-            f"{where}: {one_line(error)}", "Copy the weights again from the original checkpoint"
+            f"{place}: {one_line(error)}", "Copy the weights again from the original checkpoint"
         ) from error
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
-        # transformers fills them with random numbers.
+        # transformers initialised them randomly.
         raise ConfigError(
-            f"{where}: {len(missing)} tensors of the model are not among its weights, the first is {missing[0]}",
+            f"{place}: {len(missing)} tensors are missing from its weights, the first is {missing[0]}",
             "Copy config.json and all weight files again from the original checkpoint",
         )
     _check_finite(model, checkpoint)
@@ -152,9 +152,9 @@ def load_model(
 
 @torch.no_grad()
 def _check_finite(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
-    """A NaN in one weight makes every loss NaN, hours later and without a name."""
+    """Raise unless all weights are finite: one NaN would make every loss NaN, without naming the weight."""
     for name, parameter in (*model.named_parameters(), *model.named_buffers()):
-        if not is_finite(getattr(parameter, "ds_tensor", parameter)):  # ZeRO-3: this process's share
+        if not is_finite(getattr(parameter, "ds_tensor", parameter)):  # ZeRO-3: this rank's shard
             files = open_checkpoint(checkpoint.folder).files
             file = next((file for file in files if name in CheckpointReader([file])), checkpoint.folder)
             raise ConfigError(
@@ -177,14 +177,14 @@ def _load_config(folder: Path) -> Any:
 
 
 def _find_quantization(folder: Path, reader: CheckpointReader) -> Quantization | None:
-    """What the configs say, which must be what the weights are."""
+    """Return the quantisation in the configs; raise unless the weights have it."""
     quantization = find_quantization(folder)
     packed = next((name for name in reader.names() if name.endswith(".qweight")), None)
     copy_again = "Copy config.json and all weight files again from the original checkpoint"
     if quantization is not None and quantization.is_packed and packed is None:
-        raise ConfigError(f"{folder}: its config says {quantization}, and none of its weights are", copy_again)
+        raise ConfigError(f"{folder}: its config names {quantization}, but no weight is quantised", copy_again)
     if packed is not None and (quantization is None or not quantization.is_packed):
-        raise ConfigError(f"{folder}: {packed} is quantised, and no config says how", copy_again)
+        raise ConfigError(f"{folder}: {packed} is quantised, but no config describes how", copy_again)
     return quantization
 
 
@@ -211,13 +211,13 @@ def _load_tokenizer(folder: Path) -> Any:
 
 
 def _chat_format(config: Any, generation_config: GenerationConfig) -> str | None:
-    # Qwen v1 in Qwen2's layout keeps it in config.json: later families' generation settings know no such key.
-    kept = getattr(config, "qwen_config", None) or {}
-    return getattr(generation_config, "chat_format", None) or kept.get("chat_format")
+    # Qwen v1 in Qwen2's layout keeps it in config.json: it is not a key of later families' generation configs.
+    qwen_config = getattr(config, "qwen_config", None) or {}
+    return getattr(generation_config, "chat_format", None) or qwen_config.get("chat_format")
 
 
 def _check_tokenizer(folder: Path, config: Any, tokenizer: Any, generation_config: GenerationConfig) -> None:
-    """A rank file that lost lines still loads, with every special token at a wrong id."""
+    """Raise if the tokenizer does not fit: a rank file without its last lines loads, with wrong special ids."""
     ends = end_ids_of(tokenizer)
     if not ends:
         raise ConfigError(
@@ -232,14 +232,13 @@ def _check_tokenizer(folder: Path, config: Any, tokenizer: Any, generation_confi
     if config.model_type == "qwen" and pad is not None and pad != end and pad >= 256:
         raise ConfigError(
             f"{folder}: end-of-text is id {end} in qwen.tiktoken and {pad} in generation_config.json",
-            "The rank file has lost lines or belongs to another model: copy it from the original checkpoint",
+            "The rank file is incomplete or belongs to another model: copy it from the original checkpoint",
         )
 
 
 def _saved_dtype(reader: CheckpointReader, config: Any) -> torch.dtype:
-    """What the config says; where it says nothing, what the first matrix is stored in."""
-    flagged = [dtype for name, dtype in _DTYPE_FLAGS.items() if getattr(config, name, False)]
-    dtype = config.dtype or next(iter(flagged), None)
+    """Return the dtype in the config, else that of the first stored matrix."""
+    dtype = config.dtype or next((name for flag, name in DTYPE_NAMES.items() if getattr(config, flag, False)), None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."))
     if dtype is None:
@@ -249,12 +248,9 @@ def _saved_dtype(reader: CheckpointReader, config: Any) -> torch.dtype:
     return dtype
 
 
-_DTYPE_FLAGS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
 def set_saved_dtype(config: Any, dtype: torch.dtype) -> None:
-    """Say in a config, also in the flags of Qwen v1's, which precision the weights beside it have."""
+    """Set the dtype of the saved weights in a config, and in the flags of Qwen v1."""
     config.dtype = dtype
     if config.model_type == "qwen":
-        for name, flag_dtype in _DTYPE_FLAGS.items():
-            setattr(config, name, flag_dtype == dtype)
+        for flag, name in DTYPE_NAMES.items():
+            setattr(config, flag, getattr(torch, name) == dtype)

@@ -1,4 +1,4 @@
-"""A model as it is used: base, or base and adapter."""
+"""Loading a model for inference: a base, or a base with its adapter."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ logger = logging.getLogger(__name__)
 
 
 def load_for_inference(checkpoint: Checkpoint, adapter: str | None = None) -> Any:
-    """The model in the precision it was saved in, on the GPU where there is one, with its adapter if it has one.
+    """Load a model in its saved precision, on the GPU if there is one, with an adapter if one is given.
 
-    A base that was quantised to train the adapter on is quantised the same way again: that is the model which learnt.
-    A quantised model computes in float32 on a CPU.
+    If the adapter was trained on a base quantised while loading, the base is quantised the same way. Quantised models
+    compute in float32 on a CPU.
 
     Raises:
-        ConfigError: weights or adapter cannot be read, or a library that they need is not installed.
+        ConfigError: weights or adapter cannot be read, or a required library is not installed.
     """
     on_gpu = torch.cuda.is_available()
     quantize = _quantization_of(checkpoint, adapter)
@@ -34,9 +34,9 @@ def load_for_inference(checkpoint: Checkpoint, adapter: str | None = None) -> An
 
 
 def _quantization_of(checkpoint: Checkpoint, adapter: str | None) -> Quantization | None:
-    """How the base has to be quantised for an adapter; ``None`` where its weights are as they were in training."""
-    trained = None if adapter is None else load_base_quantization(Path(adapter))
-    if trained is None or trained.is_packed or checkpoint.quantization is not None:
+    """Return how to quantise the base while loading it; ``None``: its weights are already those of training."""
+    quantization = None if adapter is None else load_base_quantization(Path(adapter))
+    if quantization is None or quantization.is_packed or checkpoint.quantization is not None:
         return None
-    logger.info("--adapter %s was trained on %s: the base is quantised the same way", adapter, trained)
-    return trained
+    logger.info("--adapter %s was trained on %s: the base is quantised the same way", adapter, quantization)
+    return quantization

@@ -1,8 +1,8 @@
-"""Quantised models to train adapters on and to ask: how they are loaded, and what their layers compute.
+"""Quantised models for training adapters and for inference: how they are loaded, and what their layers compute.
 
-GPTQ and AWQ weights stay as they are on disk. They are made floating-point where they are multiplied, in the forward
-pass and once more in the backward pass, so that no such copy outlives its product; every device takes this way.
-bitsandbytes' own layers do the same for NF4, FP4 and 8 bits.
+GPTQ and AWQ weights stay packed in memory. They are dequantised for each product, in the forward pass and again in the
+backward pass, so that no floating-point copy outlives its product; this is the same on every device. bitsandbytes' own
+layers do the same for NF4, FP4 and 8 bits.
 
 Shapes: I inputs, O outputs.
 """
@@ -33,9 +33,9 @@ _METHOD = "packed_integers"
 
 
 class QuantizedLinear(nn.Linear):
-    """A linear layer over packed integers, frozen; only its input (and its bias, where asked) gets a gradient.
+    """A frozen linear layer over packed integers; gradients flow to its input, and to its bias if that trains.
 
-    A linear layer to peft and everyone else who looks at types and shapes; ``weight`` is computed when it is read.
+    It is an ``nn.Linear`` so that peft recognises it; ``weight`` is computed each time it is read.
 
     Args:
         parts: shape and dtype of each stored tensor, by the last part of its name.
@@ -48,7 +48,7 @@ class QuantizedLinear(nn.Linear):
         parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
         quantization: Quantization,
     ) -> None:
-        super(nn.Linear, self).__init__()  # nn.Linear's own would make a weight
+        super(nn.Linear, self).__init__()  # nn.Linear's own would allocate a weight
         self.in_features, self.out_features, self.quantization = in_features, out_features, quantization
         for name in PARTS:
             if name in parts:
@@ -61,25 +61,25 @@ class QuantizedLinear(nn.Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """[O, I] in float32, a copy."""
+        """The dequantised weight [O, I] in float32."""
         return self.dequantize(torch.float32)
 
     def dequantize(self, dtype: torch.dtype) -> Tensor:
-        """The weight [O, I]; what a layer was padded with to whole words and groups is left out."""
+        """Return the weight [O, I], without the padding to whole words and groups."""
         parts = {name: part for name, part in self._buffers.items() if part is not None}
-        if self._is_in_order is None:  # asked once: on a GPU the answer is waited for
+        if self._is_in_order is None:  # computed once: on a GPU it synchronises
             self._is_in_order = "g_idx" not in parts or is_in_order(parts["g_idx"], self.quantization)
         if self._is_in_order:
             parts.pop("g_idx", None)
         return unpack_weight(parts, self.quantization, dtype)[: self.out_features, : self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., I] -> [..., O], in the precision of autocast, or of ``x`` without it."""
+        """[..., I] -> [..., O], in the dtype of autocast, or else of ``x``."""
         return _multiply(self, x)
 
 
-class Frozen(Protocol):
-    """A linear layer whose weight is computed when it is multiplied."""
+class PackedLinear(Protocol):
+    """A linear layer whose weight is computed for each product."""
 
     out_features: int
 
@@ -89,18 +89,18 @@ class Frozen(Protocol):
     def dequantize(self, dtype: torch.dtype) -> Tensor: ...
 
 
-def _multiply(layer: Frozen, x: Tensor) -> Tensor:
+def _multiply(layer: PackedLinear, x: Tensor) -> Tensor:
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-    product: Tensor = _FrozenProduct.apply(x.to(dtype), layer)
+    product = _FrozenProduct.apply(x.to(dtype), layer)
     return product if layer.bias is None else product + layer.bias[: layer.out_features].to(dtype)
 
 
 class _FrozenProduct(torch.autograd.Function):
-    """``x @ weight.T`` that keeps neither ``x`` nor the weight."""
+    """``x @ weight.T`` that saves neither ``x`` nor the weight for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, layer: Frozen) -> Tensor:
+    def forward(ctx: Any, x: Tensor, layer: PackedLinear) -> Tensor:
         ctx.layer = layer
         return F.linear(x, layer.dequantize(x.dtype))
 
@@ -110,35 +110,35 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 class CastingLinear(nn.Linear):
-    """A linear layer that computes in the precision of its input, whatever it is stored in."""
+    """A linear layer that casts its weight to the dtype of its input."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
 
 
-class StoredEmbedding(nn.Embedding):
-    """An embedding whose rows come out in float32, whatever it is stored in."""
+class Float32Embedding(nn.Embedding):
+    """An embedding that returns float32 whatever the dtype of its weight."""
 
     def forward(self, ids: Tensor) -> Tensor:
         return super().forward(ids).float()
 
 
 def compute_in_float32(model: nn.Module) -> None:
-    """Let a model that is stored in 16 bits compute in float32, without a wider copy of its weights.
+    """Let a model with 16-bit weights compute in float32, without a float32 copy of its weights.
 
-    Norms multiply float32 states by their weight and stay there, quantised layers follow their input.
+    Norms keep float32 states in float32, and quantised layers follow the dtype of their input.
     """
     for module in model.modules():
         if type(module) is nn.Linear:
             module.__class__ = CastingLinear
         elif type(module) is nn.Embedding:
-            module.__class__ = StoredEmbedding
+            module.__class__ = Float32Embedding
 
 
 @register_quantization_config(_METHOD)
 class PackedConfig(QuantizationConfigMixin):
-    """What ``PackedQuantizer`` is told: how a checkpoint is quantised, and names, shapes and dtypes of its tensors."""
+    """Input of ``PackedQuantizer``: how a checkpoint is quantised; names, shapes and dtypes of its tensors."""
 
     def __init__(self, quantization: Quantization, reader: CheckpointReader) -> None:
         self.quant_method = _METHOD  # type: ignore[assignment]
@@ -153,7 +153,7 @@ class PackedConfig(QuantizationConfigMixin):
 
 @register_quantizer(_METHOD)
 class PackedQuantizer(HfQuantizer):
-    """Puts ``QuantizedLinear`` where the checkpoint has packed weights, while transformers loads it."""
+    """Replaces linear layers by ``QuantizedLinear`` before transformers loads a checkpoint with packed weights."""
 
     quantization_config: PackedConfig
 
@@ -162,21 +162,21 @@ class PackedQuantizer(HfQuantizer):
             try:
                 linear = model.get_submodule(name)
             except AttributeError:
-                raise ConfigError(f"{name} is quantised, and the model has no such layer") from None
+                raise ConfigError(f"{name} is quantised, but the model has no such layer") from None
             if not isinstance(linear, nn.Linear):
-                raise ConfigError(f"{name} is quantised, and no linear layer")
+                raise ConfigError(f"{name} is quantised, but is not a linear layer")
             quantization = self.quantization_config.quantization
             _check_shapes(name, linear, parts, quantization)
             model.set_submodule(name, QuantizedLinear(linear.in_features, linear.out_features, parts, quantization))
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> PreTrainedModel:
-        del model.config.quantization_config  # it goes into files and logs, and only this class can read it
+        del model.config.quantization_config  # it would be saved and logged, but only this class can read it
         return model
 
     @property
     def is_trainable(self) -> bool:
-        """Whether adapters can be trained on it."""
+        """Whether transformers' Trainer accepts adapters on the model."""
         return True
 
     def is_serializable(self) -> bool:
@@ -189,7 +189,7 @@ def _check_shapes(
     parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
     quantization: Quantization,
 ) -> None:
-    """Raise unless a layer's tensors are all there and large enough; more than enough is padding."""
+    """Raise unless a layer has all its tensors and they are large enough; they may be larger, by padding."""
     missing = [part for part in PARTS[:3] if part not in parts]
     if missing:
         raise ConfigError(f"{name}.{missing[0]} is missing", "Copy the weights again from the original checkpoint")
@@ -210,21 +210,21 @@ def _check_shapes(
 def loading_arguments(
     folder: Path, config: Any, saved: Quantization | None, quantize: Quantization | None, dtype: torch.dtype
 ) -> dict[str, Any]:
-    """What transformers' ``from_pretrained`` has to be told beside the folder to load a quantised model.
+    """Build the arguments of ``from_pretrained`` that load a quantised model.
 
     Args:
-        saved: how the weights in the folder are quantised.
-        quantize: how they are to be quantised while they are loaded (by bitsandbytes), where they are not yet.
-        dtype: the precision that bitsandbytes' layers compute in.
+        saved: how the weights in the folder are quantised; ``None`` if they are not.
+        quantize: how bitsandbytes quantises them while loading, if they are not quantised yet.
+        dtype: precision that bitsandbytes' layers compute in.
 
     Raises:
-        ConfigError: bitsandbytes is wanted and not installed.
+        ConfigError: bitsandbytes is required and not installed.
     """
     quantization = saved or quantize
     assert quantization is not None, "nothing is quantised"
     arguments: dict[str, Any] = {"config": copy.deepcopy(config)}
     if quantization.is_packed:
-        # transformers would bring layers of its own for what the config says.
+        # With it transformers would use layers of its own.
         if hasattr(arguments["config"], "quantization_config"):
             del arguments["config"].quantization_config
         reader = open_checkpoint(folder)
@@ -233,10 +233,10 @@ def loading_arguments(
             arguments["state_dict"] = {name: reader.read(name) for name in reader.names()}
         return arguments
     check_bitsandbytes(str(quantization))
-    # To quantise is to move to the device, and the Trainer leaves these models where they are.
+    # bitsandbytes quantises on moving to the device, and the Trainer does not move quantised models.
     arguments["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     if saved is not None:
-        # AutoConfig leaves it a dictionary.
+        # AutoConfig keeps it as a dictionary.
         arguments["config"].quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
     elif quantization.method == "int8":
         arguments["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
@@ -251,33 +251,32 @@ def loading_arguments(
 
 
 def patch_bitsandbytes_linear(model: nn.Module, dtype: torch.dtype) -> None:
-    """Have bitsandbytes' 4-bit layers compute with one and the same weight, in training and in evaluation.
+    """Make bitsandbytes' 4-bit layers compute with the same weight in training and in evaluation.
 
-    They dequantise to the precision that the weights once had, or, without gradients, not at all; here it is ``dtype``.
-    On a CPU (bitsandbytes 0.50) they also read rows of other than whole blocks wrongly, and where it has bfloat16
-    instructions repack their weights in the first evaluation: with coarser scales, and for a product that has no
-    gradient, also when training goes on. There they take the way of ``QuantizedLinear``.
+    By default they dequantise to the dtype that the weights had before, or, without gradients, not at all; this sets it
+    to ``dtype``. On a CPU, bitsandbytes 0.50 also misreads rows that are not whole blocks, and with bfloat16
+    instructions it repacks the weights in the first evaluation: with coarser scales, and for a product without a
+    gradient, even if training continues. On a CPU the layers therefore compute as ``QuantizedLinear`` does.
     """
     for module in model.modules():
         if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
             state.dtype = dtype
             if isinstance(module.weight, Tensor) and module.weight.device.type == "cpu":
-                module.__class__ = _linear_4bit_of_cpus()
+                module.__class__ = _cpu_linear_4bit()
 
 
 @cache
-def _linear_4bit_of_cpus() -> type[nn.Module]:
+def _cpu_linear_4bit() -> type[nn.Module]:
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn.modules import Linear4bit
 
     class CpuLinear4bit(Linear4bit):
         def dequantize(self, dtype: torch.dtype) -> Tensor:
-            """The weight [O, I], read as one long row."""
+            """Return the weight [O, I], dequantised as one long row."""
             packed: Any = self.weight
             state = copy.copy(packed.quant_state)
             shape, state.shape, state.dtype = state.shape, torch.Size((1, math.prod(state.shape))), dtype
-            weight: Tensor = dequantize_4bit(packed.data, state)
-            return weight.view(shape)
+            return dequantize_4bit(packed.data, state).view(shape)
 
         forward = _multiply
 
@@ -285,17 +284,17 @@ def _linear_4bit_of_cpus() -> type[nn.Module]:
 
 
 def count_elements(parameter: nn.Parameter) -> int:
-    """Elements of a parameter, also of one of which ZeRO-3 left this process a share."""
+    """Count the elements of a parameter, before sharding by ZeRO-3."""
     return int(getattr(parameter, "ds_numel", parameter.numel()))
 
 
 def count_weights(model: nn.Module) -> int:
-    """Weights of a model, of quantised layers as many as they stand for."""
+    """Count the weights of a model; quantised layers count the weights that they encode."""
     packed = (module for module in model.modules() if isinstance(module, QuantizedLinear))
-    plain = sum(
+    others = sum(
         count_elements(parameter)
         if (state := getattr(parameter, "quant_state", None)) is None
         else math.prod(state.shape)
         for parameter in model.parameters()
     )
-    return plain + sum(module.in_features * module.out_features for module in packed)
+    return others + sum(module.in_features * module.out_features for module in packed)

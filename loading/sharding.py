@@ -1,4 +1,4 @@
-"""Whole tensors of a model of which every process holds a share."""
+"""Gathering the tensors of a sharded model: ZeRO-3 or FSDP, where every rank holds a shard of each parameter."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 
-def whole(value: Any) -> Any:
-    """A number or tensor as it is on one process, also where FSDP gives a share of it. Called by all processes."""
+def gather(value: Any) -> Any:
+    """Return a number or tensor unsharded, if FSDP sharded it. Called on all ranks."""
     return value.full_tensor() if isinstance(value, DTensor) else value
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a process holds only its share of the parameters (ZeRO-3, FSDP)."""
+    """Whether a rank holds only a shard of the parameters."""
     return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 
 @contextmanager
 def gathered_parameter(parameter: Any) -> Iterator[Tensor]:
-    """A parameter as it is on one process, for as long as the block lasts. Called by all processes."""
+    """Gather a parameter for the duration of the block. Called on all ranks."""
     if isinstance(parameter, DTensor):
         yield parameter.full_tensor()
     elif hasattr(parameter, "ds_id"):
@@ -37,25 +37,25 @@ def gathered_parameter(parameter: Any) -> Iterator[Tensor]:
 
 @torch.no_grad()
 def gather_weights(model: nn.Module, only_trained: bool, keep: bool) -> dict[str, Tensor]:
-    """The parameters and buffers of a model in the memory of the host, one gathered at a time. Called by all processes.
+    """Gather the parameters and buffers of a model into CPU memory, one at a time. Called on all ranks.
 
     Args:
-        model: without the wrappers of an engine; its names are those of an unsharded model.
-        only_trained: leave out what is frozen, and buffers.
-        keep: whether this process wants them; the others only take part.
+        model: without the wrappers of an engine, so that names are those of the unsharded model.
+        only_trained: leave out frozen parameters and buffers.
+        keep: whether this rank returns the tensors; the others only take part in gathering.
 
     Returns:
-        Names as in ``model.state_dict()``, of tied parameters both; empty where they are not kept.
+        Tensors by their names in ``model.state_dict()``, tied parameters under both; empty without ``keep``.
     """
     gathered: dict[str, Tensor] = {}
-    kept: dict[int, Tensor] = {}  # a tied parameter stays one tensor
+    by_parameter: dict[int, Tensor] = {}  # a tied parameter stays one tensor
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if only_trained and not parameter.requires_grad:
             continue
-        if id(parameter) not in kept:
+        if id(parameter) not in by_parameter:
             with gathered_parameter(parameter) as tensor:
-                kept[id(parameter)] = tensor.detach().to("cpu", copy=True) if keep else tensor.new_empty(0)
-        gathered[name] = kept[id(parameter)]
+                by_parameter[id(parameter)] = tensor.detach().to("cpu", copy=True) if keep else tensor.new_empty(0)
+        gathered[name] = by_parameter[id(parameter)]
     if not only_trained:
         state = model.state_dict()
         gathered |= {name: tensor.cpu() for name, tensor in model.named_buffers() if name in state}

@@ -1,8 +1,8 @@
-"""Rows of an embedding or a head that train apart, without a copy of it.
+"""Trained rows of a frozen embedding or head, without a copy of the matrix.
 
 peft's trainable tokens write the trained rows into a copy of the whole matrix at every forward pass and give it a dense
-gradient: twice the vocabulary times the hidden size, for two rows. Its files are what others read, so the layer stays
-peft's; only the way it looks rows up is ours.
+gradient: twice the vocabulary times the hidden size, for two rows. This subclass of peft's layer changes only the
+forward pass; its parameters and files stay peft's, which other tools read.
 """
 
 from __future__ import annotations
@@ -20,31 +20,30 @@ from loading.sharding import gathered_parameter
 
 
 class LeanTrainableTokens(TrainableTokensLayer):
-    """peft's layer; what comes of the frozen matrix is taken, and what comes of the trained rows put in its places."""
+    """peft's layer, with outputs of the frozen matrix replaced by those of the trained rows."""
 
     def forward_adapters(self, x: Tensor, active_adapters: Any, *args: Any, **kwargs: Any) -> Tensor:
-        """Embeddings [B, T, C] of ids [B, T], or logits [B, T, V] of states [B, T, C].
+        """Compute embeddings [B, T, C] of ids [B, T], or logits [B, T, V] of states [B, T, C].
 
-        Anything but one trained adapter is left to peft.
+        Without exactly one active adapter, peft's own method is called.
         """
-        plain = self.disable_adapters or self.merged or len(active_adapters) != 1
+        is_other = self.disable_adapters or self.merged or len(active_adapters) != 1
         base = self.get_base_layer()
-        if plain or not isinstance(base, (nn.Embedding, nn.Linear)):
-            result: Tensor = super().forward_adapters(x, active_adapters, *args, **kwargs)
-            return result
-        embedded = base(x)
+        if is_other or not isinstance(base, (nn.Embedding, nn.Linear)):
+            return super().forward_adapters(x, active_adapters, *args, **kwargs)
+        output = base(x)
         (name,) = active_adapters
         ids = torch.tensor(self.token_indices[name], device=x.device)
         if isinstance(base, nn.Linear):
             logits = F.linear(x, self.trainable_tokens_delta[name].to(x.dtype))
-            return embedded.index_copy(-1, ids, logits.to(embedded.dtype))
+            return output.index_copy(-1, ids, logits.to(output.dtype))
         matches = x[..., None] == ids
-        rows = F.embedding(matches.long().argmax(-1), self.trainable_tokens_delta[name].to(embedded.dtype))
-        return torch.where(matches.any(-1, keepdim=True), rows, embedded)
+        rows = F.embedding(matches.long().argmax(-1), self.trainable_tokens_delta[name].to(output.dtype))
+        return torch.where(matches.any(-1, keepdim=True), rows, output)
 
 
 def use_lean_trainable_tokens(model: nn.Module) -> None:
-    """Let every layer of trained rows in a model look them up the lean way."""
+    """Replace all of peft's trainable-tokens layers in a model by lean ones."""
     for module in model.modules():
         if type(module) is TrainableTokensLayer:
             module.__class__ = LeanTrainableTokens
@@ -52,14 +51,14 @@ def use_lean_trainable_tokens(model: nn.Module) -> None:
 
 @contextmanager
 def sharded_token_rows() -> Iterator[None]:
-    """Let peft take the rows it starts from out of a matrix that ZeRO-3 shares out; its own way works on CUDA only."""
+    """Let peft read the initial rows from a matrix sharded by ZeRO-3; its own code does so on CUDA only."""
     layer_class: Any = TrainableTokensLayer
-    theirs = layer_class._collect_token_weights
+    original = layer_class._collect_token_weights
     layer_class._collect_token_weights = _collect_rows
     try:
         yield
     finally:
-        layer_class._collect_token_weights = theirs
+        layer_class._collect_token_weights = original
 
 
 def _collect_rows(layer: nn.Module, weight: Tensor, rows: list[int], width: int) -> Tensor:

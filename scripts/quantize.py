@@ -111,9 +111,9 @@ def main(argv: Sequence[str]) -> None:
 
 def choose_length(args: argparse.Namespace, folder: Path) -> int:
     """Return the maximum sequence length, at most the number of positions of the model."""
-    from loading.config_files import load_model_config, most_positions
+    from loading.config_files import load_model_config, max_positions
 
-    positions = most_positions(load_model_config(folder))
+    positions = max_positions(load_model_config(folder))
     length: int = args.model_max_length or min(MODEL_MAX_LENGTH, positions or MODEL_MAX_LENGTH)
     if positions is not None and length > positions:
         raise ConfigError(

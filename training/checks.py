@@ -13,7 +13,7 @@ from checkpoints.model_config import check_bitsandbytes, find_quantization
 from checkpoints.names import ADAPTER_CONFIG
 from data_utils.sources import parse_fill, parse_source
 from errors import ConfigError, numbered
-from loading.config_files import find_local_folder, load_model_config, module_names, most_positions
+from loading.config_files import find_local_folder, load_model_config, max_positions, module_names
 from processes import has_gpu, is_first
 from training.config.args import LoraArguments, RunArguments, parse_profile_steps
 from training.config.flags import did_you_mean, nearest
@@ -229,7 +229,7 @@ def _check_optimizer(args: RunArguments) -> Faults:
 
 def _check_model(args: RunArguments) -> Faults:
     name, length, folder = args.model.model_name_or_path, args.data.model_max_length, _model_folder(args)
-    positions = most_positions(load_model_config(folder))
+    positions = max_positions(load_model_config(folder))
     if positions is not None and length > positions:
         yield ConfigError(
             f"--model_max_length {length} exceeds the {positions} positions of {name}", f"Give {positions} or less"

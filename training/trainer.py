@@ -22,7 +22,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 
 from errors import RunError
 from loading.checkpoint import Checkpoint
-from loading.sharding import gather_weights, is_sharded, whole
+from loading.sharding import gather, gather_weights, is_sharded
 from training.callbacks import LogLines, ProgressBar
 from training.distributed.heartbeat import RankStatus
 from training.distributed.world import World
@@ -211,7 +211,7 @@ class QwenTrainer(Trainer):
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
         """Read the step; called once between the last backward pass of an optimizer step and its update."""
-        return self._read_step(whole(super()._get_grad_norm(model, grad_norm=grad_norm)))
+        return self._read_step(gather(super()._get_grad_norm(model, grad_norm=grad_norm)))
 
     def _read_step(self, norm: Tensor | float | None) -> float | None:
         """Read loss, counts and gradient norm of the step over all ranks, before it changes a parameter.

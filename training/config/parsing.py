@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from errors import ConfigError
-from loading.config_files import find_local_folder, load_model_config, most_positions
+from loading.config_files import find_local_folder, load_model_config, max_positions
 from training.config.args import (
     GROUPS,
     DataArguments,
@@ -94,5 +94,5 @@ def _build(values: dict[str, Any]) -> RunArguments:
 def _limit_length(data: DataArguments, model: ModelArguments) -> DataArguments:
     """Lower the default of ``--model_max_length`` to the model's limit, if its config.json is on this disk."""
     config = load_model_config(find_local_folder(model.model_name_or_path, model.cache_dir, model.model_hub))
-    positions = most_positions(config) or data.model_max_length
+    positions = max_positions(config) or data.model_max_length
     return dataclasses.replace(data, model_max_length=min(data.model_max_length, positions))

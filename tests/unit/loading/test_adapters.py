@@ -1,4 +1,4 @@
-"""LoRA adapters: what trains beside them and why, which layers get one, and going on with an old one."""
+"""LoRA adapters: which embeddings train with them and why, which layers have one, and continuing a saved one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loading.checkpoint import Checkpoint, load_checkpoint, load_model
 from tests.commands import Recorder, finetune_here, read_json
 from tests.models import TINY, copy_checkpoint, copy_tied, write_conversations, write_later_checkpoint
 
-# The linear layers of a block of each family.
+# Linear layers of a block.
 QWEN_LAYERS = ["attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj"]
 LATER_LAYERS = [
     *(f"self_attn.{name}" for name in ("q_proj", "k_proj", "v_proj", "o_proj")),
@@ -35,7 +35,7 @@ def trained_names(model: torch.nn.Module) -> set[str]:
 
 
 def lora_names(layers: list[str], blocks: str) -> set[str]:
-    """Both matrices of each of the layers in both blocks."""
+    """Names of both LoRA matrices of the layers in both blocks."""
     return {
         f"{blocks}.{block}.{layer}.lora_{matrix}.default.weight"
         for block in (0, 1) for layer in layers for matrix in "AB"
@@ -50,29 +50,29 @@ def finetune(model: Path, output: Path, *flags: object) -> Recorder:
     )  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------- the embeddings' policy
+# --------------------------------------------------------------------------------------------------- embeddings policy
 
 
 @pytest.mark.parametrize(
     ("name", "chat_format", "mode", "reason"),
     [
-        ("base", "chatml", "none", "auto: generation_config.json says chat_format chatml, a chat model"),
+        ("base", "chatml", "none", "auto: chat_format in generation_config.json is chatml: a chat model"),
         (
             "chat", "raw", "full",
-            "auto: generation_config.json says chat_format 'raw', a base model that does not know the ChatML tokens "
-            "yet",
+            "auto: chat_format in generation_config.json is 'raw': a base model, not trained on the ChatML "
+            "tokens",
         ),
     ],
 )  # fmt: skip
-def test_qwen_v1s_embeddings_train_where_the_checkpoint_is_no_chat_model(
+def test_qwen_v1_embeddings_train_unless_it_is_a_chat_model(
     tmp_path: Path, name: str, chat_format: str, mode: str, reason: str
 ) -> None:
-    """The names of the folders say the opposite."""
+    """The folder names suggest the opposite."""
     checkpoint = load_checkpoint(str(copy_checkpoint(tmp_path / name, chat_format=chat_format)))
     assert embeddings_policy("auto", checkpoint) == EmbeddingsPolicy(mode, reason)
 
 
-def test_a_checkpoint_that_says_nothing_is_a_base_model(tmp_path: Path) -> None:
+def test_checkpoint_without_chat_format_is_a_base_model(tmp_path: Path) -> None:
     folder = copy_checkpoint(tmp_path / "chat")
     (folder / "generation_config.json").unlink()
     policy = embeddings_policy("auto", load_checkpoint(str(folder)))
@@ -81,20 +81,22 @@ def test_a_checkpoint_that_says_nothing_is_a_base_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
-def test_later_families_know_chatml(tmp_path: Path, model_type: str) -> None:
+def test_later_families_are_trained_on_chatml(tmp_path: Path, model_type: str) -> None:
     write_later_checkpoint(tmp_path / "model", model_type)
     policy = embeddings_policy("auto", load_checkpoint(str(tmp_path / "model")))
-    assert policy == EmbeddingsPolicy("none", f"auto: {model_type.capitalize()} checkpoints know the ChatML tokens")
+    assert policy == EmbeddingsPolicy(
+        "none", f"auto: {model_type.capitalize()} checkpoints are trained on the ChatML tokens"
+    )
 
 
 @pytest.mark.parametrize("mode", ["full", "chatml_tokens", "none"])
 @pytest.mark.parametrize("chat_format", ["raw", "chatml"])
-def test_what_the_user_asks_for_counts(tmp_path: Path, mode: str, chat_format: str) -> None:
+def test_explicit_flag_overrides_auto(tmp_path: Path, mode: str, chat_format: str) -> None:
     checkpoint = load_checkpoint(str(copy_checkpoint(tmp_path / "model", chat_format=chat_format)))
     assert embeddings_policy(mode, checkpoint) == EmbeddingsPolicy(mode, f"--trainable_embeddings {mode}")
 
 
-# ------------------------------------------------------------------------------------------------ what trains, by name
+# ------------------------------------------------------------------------------------------------- trained parameters
 
 QWEN_EMBEDDINGS = {
     "none": set(),
@@ -107,19 +109,19 @@ QWEN_EMBEDDINGS = {
 
 
 @pytest.mark.parametrize("mode", ["none", "full", "chatml_tokens"])
-def test_what_trains_of_qwen_v1(mode: str) -> None:
+def test_trained_parameters_of_qwen_v1(mode: str) -> None:
     model = build(load_checkpoint(str(TINY)), mode)
     assert trained_names(model) == lora_names(QWEN_LAYERS, "transformer.h") | QWEN_EMBEDDINGS[mode]
 
 
-def test_what_auto_trains_of_qwen_v1(tmp_path: Path) -> None:
+def test_trained_parameters_of_qwen_v1_with_auto(tmp_path: Path) -> None:
     for chat_format, mode in (("chatml", "none"), ("raw", "full")):
         model = build(load_checkpoint(str(copy_checkpoint(tmp_path / mode, chat_format=chat_format))))
         assert trained_names(model) == lora_names(QWEN_LAYERS, "transformer.h") | QWEN_EMBEDDINGS[mode]
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
-def test_what_trains_of_later_families(tmp_path: Path, model_type: str) -> None:
+def test_trained_parameters_of_later_families(tmp_path: Path, model_type: str) -> None:
     write_later_checkpoint(tmp_path / "model", model_type)
     checkpoint = load_checkpoint(str(tmp_path / "model"))
     layers = lora_names(LATER_LAYERS, "model.layers")
@@ -128,7 +130,7 @@ def test_what_trains_of_later_families(tmp_path: Path, model_type: str) -> None:
     assert trained_names(build(checkpoint, "full")) == layers | full
 
 
-def test_only_the_rows_of_the_two_chatml_tokens_train(tmp_path: Path) -> None:
+def test_chatml_tokens_trains_only_their_two_rows(tmp_path: Path) -> None:
     run = finetune(TINY, tmp_path / "out", "--trainable_embeddings", "chatml_tokens")
     merged = run.model.merge_and_unload()
     stored = load_file(TINY / "model.safetensors")
@@ -152,8 +154,8 @@ def test_tied_embeddings_stay_tied(tmp_path: Path, mode: str) -> None:
 
 
 @pytest.mark.parametrize("bias", ["all", "lora_only"])
-def test_biases_that_train(bias: str) -> None:
-    """Of Qwen v1's linear layers only c_attn has one."""
+def test_trained_biases(bias: str) -> None:
+    """Of Qwen v1's linear layers only c_attn has a bias."""
     model = build(load_checkpoint(str(TINY)), bias=bias)
     biases = {name for name in trained_names(model) if name.endswith(".bias")}
     assert biases == {f"transformer.h.{block}.attn.c_attn.base_layer.bias" for block in (0, 1)}
@@ -168,7 +170,7 @@ def test_chosen_layers_rank_alpha_and_dropout() -> None:
     assert (layer.scaling["default"], layer.lora_dropout["default"].p) == (2.0, 0.25)
 
 
-def test_layers_that_are_not_there(tmp_path: Path) -> None:
+def test_unknown_target_modules(tmp_path: Path) -> None:
     for model_type, targets, missing, layers in (
         ("qwen", "c_attn q_proj up_proj", "q_proj up_proj", "c_attn c_proj lm_head w1 w2"),
         ("qwen2", "c_attn", "c_attn", "down_proj gate_proj k_proj lm_head o_proj q_proj up_proj v_proj"),
@@ -179,11 +181,11 @@ def test_layers_that_are_not_there(tmp_path: Path) -> None:
             build(load_checkpoint(str(folder)), target_modules=targets.split())
 
 
-# ------------------------------------------------------------------------------------------ going on with an adapter
+# ---------------------------------------------------------------------------------------------- continuing an adapter
 
 
 @pytest.mark.parametrize("mode", ["none", "full", "chatml_tokens"])
-def test_an_adapter_is_continued_from_what_was_saved(tmp_path: Path, mode: str) -> None:
+def test_continued_adapter_starts_from_the_saved_weights(tmp_path: Path, mode: str) -> None:
     first = finetune(TINY, tmp_path / "first", "--trainable_embeddings", mode, "--lora_r", 4)
     names = trained_names(first.model)
     saved = {name: p.detach().clone() for name, p in first.model.named_parameters()}
@@ -198,13 +200,13 @@ def test_an_adapter_is_continued_from_what_was_saved(tmp_path: Path, mode: str) 
     second = finetune(
         TINY, tmp_path / "second", "--trainable_embeddings", mode, "--lora_weight_path", tmp_path / "first"
     )
-    assert second.losses()[0] < first.losses()[0] - 0.1  # it starts where the first run ended
-    moved = {
+    assert second.losses()[0] < first.losses()[0] - 0.1  # it starts from the end of the first run
+    changed = {
         name.removeprefix("base_model.model.")
         for name, p in second.model.named_parameters()
         if not torch.equal(p, saved[name])
     }
-    assert moved == names
+    assert changed == names
     assert read_json(tmp_path / "second" / "adapter_config.json")["r"] == 4
     before, after = (load_file(tmp_path / run / "adapter_model.safetensors") for run in ("first", "second"))
     assert before.keys() == after.keys()
@@ -218,8 +220,8 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-def test_a_continued_adapters_own_embeddings_are_what_the_record_tells(tmp_path: Path, adapter: Path) -> None:
-    """The adapter decides what trains: the run must not claim another thing."""
+def test_summary_records_the_embeddings_of_a_continued_adapter(tmp_path: Path, adapter: Path) -> None:
+    """The adapter decides what trains, not the flag's default."""
     base = copy_checkpoint(tmp_path / "base", chat_format="raw")  # auto would be: full
     run = finetune(base, tmp_path / "out", "--lora_weight_path", adapter)
     assert trained_names(run.model) == lora_names(QWEN_LAYERS, "transformer.h")
@@ -227,7 +229,7 @@ def test_a_continued_adapters_own_embeddings_are_what_the_record_tells(tmp_path:
 
 
 def copy_adapter(adapter: Path, folder: Path, weights: bytes | None) -> Path:
-    """The adapter's config, with other weights or without any."""
+    """Copy an adapter's config, with these weights or without any."""
     folder.mkdir()
     (folder / "adapter_config.json").write_bytes((adapter / "adapter_config.json").read_bytes())
     if weights is not None:
@@ -235,7 +237,7 @@ def copy_adapter(adapter: Path, folder: Path, weights: bytes | None) -> Path:
     return folder
 
 
-def test_an_adapter_that_cannot_be_continued(tmp_path: Path, adapter: Path) -> None:
+def test_unusable_adapters_are_refused(tmp_path: Path, adapter: Path) -> None:
     checkpoint = load_checkpoint(str(TINY))
     write_later_checkpoint(tmp_path / "other", "qwen2")
     (tmp_path / "empty").mkdir()
@@ -252,7 +254,7 @@ def test_an_adapter_that_cannot_be_continued(tmp_path: Path, adapter: Path) -> N
         assert "\n" not in str(caught.value)
 
 
-def test_an_adapter_that_lacks_a_tensor_is_not_continued_with_a_random_one(tmp_path: Path, adapter: Path) -> None:
+def test_adapter_that_lacks_a_matrix_is_refused(tmp_path: Path, adapter: Path) -> None:
     tensors = load_file(adapter / "adapter_model.safetensors")
     del tensors["base_model.model.transformer.h.0.mlp.w1.lora_A.weight"]
     folder = copy_adapter(adapter, tmp_path / "lacking", None)

@@ -1,4 +1,4 @@
-"""What is read of a checkpoint, in which precision its weights are held, and which folders are refused."""
+"""What is read from a checkpoint, and which folders are refused."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ def refuses(folder: Path | str, *expected: str) -> None:
     assert "\n" not in message
 
 
-# ------------------------------------------------------------------------------------------------------- what is read
+# ------------------------------------------------------------------------------------------------------------ loading
 
 
-def test_a_checkpoint_of_qwen_v1() -> None:
+def test_qwen_v1_checkpoint() -> None:
     checkpoint = load_checkpoint(str(TINY))
     assert (checkpoint.name, checkpoint.folder, checkpoint.model_type) == (str(TINY), TINY, "qwen")
     assert (checkpoint.chat_format, checkpoint.dtype) == ("chatml", torch.float32)
@@ -51,7 +51,7 @@ def test_a_checkpoint_of_qwen_v1() -> None:
 
 
 @pytest.mark.parametrize(("model_type", "template"), [("qwen2", "qwen2_5"), ("qwen3", "qwen3")])
-def test_checkpoints_of_later_families(tmp_path: Path, shared: Path, model_type: str, template: str) -> None:
+def test_later_families(tmp_path: Path, shared: Path, model_type: str, template: str) -> None:
     text = (shared / "families" / "templates" / f"{template}.jinja").read_text()
     write_later_checkpoint(tmp_path / "model", model_type, text)
     checkpoint = load_checkpoint(str(tmp_path / "model"))
@@ -72,20 +72,18 @@ def test_checkpoints_of_later_families(tmp_path: Path, shared: Path, model_type:
         ({"torch_dtype": None, "fp32": True}, torch.float32),
     ],
 )
-def test_the_precision_of_a_checkpoint_is_what_its_config_says(
-    tmp_path: Path, config: dict[str, object], dtype: torch.dtype
-) -> None:
+def test_saved_dtype_comes_from_the_config(tmp_path: Path, config: dict[str, object], dtype: torch.dtype) -> None:
     assert load_checkpoint(str(copy_checkpoint(tmp_path / "model", **config))).dtype == dtype
 
 
-def test_the_precision_is_read_off_the_weights_where_the_config_is_silent(tmp_path: Path) -> None:
+def test_saved_dtype_comes_from_the_weights_if_the_config_has_none(tmp_path: Path) -> None:
     copy_in_bfloat16(tmp_path / "model")
     change_json(tmp_path / "model" / "config.json", torch_dtype=None, bf16=False)
     assert load_checkpoint(str(tmp_path / "model")).dtype == torch.bfloat16
 
 
-def test_a_config_of_august_2023(tmp_path: Path) -> None:
-    """Its keys have other names; weights and tokenizer are the same."""
+def test_config_of_august_2023(tmp_path: Path) -> None:
+    """Its keys have other names than the later ones."""
     copy_checkpoint(tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     old_names = {
@@ -100,7 +98,7 @@ def test_a_config_of_august_2023(tmp_path: Path) -> None:
         assert torch.equal(old(IDS).logits, new(IDS).logits)
 
 
-def test_model_type_decides_and_not_the_folders_name(tmp_path: Path) -> None:
+def test_model_type_decides_and_not_the_folder_name(tmp_path: Path) -> None:
     for name, chat_format in (("my-chat", "raw"), ("my-base", "chatml"), ("Qwen2.5-7B-Instruct", "chatml")):
         checkpoint = load_checkpoint(str(copy_checkpoint(tmp_path / name, chat_format=chat_format)))
         assert (checkpoint.model_type, checkpoint.chat_format) == ("qwen", chat_format)
@@ -108,7 +106,7 @@ def test_model_type_decides_and_not_the_folders_name(tmp_path: Path) -> None:
     assert load_checkpoint(str(tmp_path / "Qwen-7B-Chat")).model_type == "qwen2"
 
 
-def test_remote_code_in_the_folder_is_never_run(tmp_path: Path) -> None:
+def test_remote_code_is_never_run(tmp_path: Path) -> None:
     folder = copy_checkpoint(tmp_path / "model")
     assert "auto_map" in json.loads((folder / "config.json").read_text())
     for name in ("configuration_qwen", "modeling_qwen", "tokenization_qwen"):
@@ -118,14 +116,14 @@ def test_remote_code_in_the_folder_is_never_run(tmp_path: Path) -> None:
     assert not (tmp_path / "ran").exists()
 
 
-def test_a_checkpoint_without_a_generation_config(tmp_path: Path) -> None:
+def test_checkpoint_without_a_generation_config(tmp_path: Path) -> None:
     folder = copy_checkpoint(tmp_path / "model")
     (folder / "generation_config.json").unlink()
     checkpoint = load_checkpoint(str(folder))
     assert (checkpoint.chat_format, checkpoint.end_ids) == (None, [702, 700])
 
 
-def test_inference_takes_the_saved_precision(tmp_path: Path) -> None:
+def test_inference_uses_the_saved_dtype(tmp_path: Path) -> None:
     for folder, dtype in ((TINY, torch.float32), (copy_in_bfloat16(tmp_path / "model"), torch.bfloat16)):
         model = load_for_inference(load_checkpoint(str(folder)))
         assert {p.dtype for p in model.parameters()} == {dtype}
@@ -135,7 +133,7 @@ def test_inference_takes_the_saved_precision(tmp_path: Path) -> None:
 # ----------------------------------------------------------------------------------------------------------- refusals
 
 
-def test_names_that_are_no_checkpoint(tmp_path: Path) -> None:
+def test_names_that_are_not_a_checkpoint(tmp_path: Path) -> None:
     refuses(
         tmp_path / "nowhere", f"--model_name_or_path {tmp_path / 'nowhere'}: there is no such folder. Check the path"
     )
@@ -148,14 +146,14 @@ def test_names_that_are_no_checkpoint(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ['{"model_type": "qwen",', "[1, 2]", ""])
-def test_a_broken_config(tmp_path: Path, text: str) -> None:
+def test_broken_config(tmp_path: Path, text: str) -> None:
     copy_checkpoint(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text(text)
     refuses(tmp_path / "model", f"{tmp_path / 'model' / 'config.json'}: not a JSON object")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", None])
-def test_an_unknown_model_type(tmp_path: Path, model_type: str | None) -> None:
+def test_unknown_model_type(tmp_path: Path, model_type: str | None) -> None:
     folder = copy_checkpoint(tmp_path / "model", model_type=model_type)
     refuses(
         folder, f"{folder / 'config.json'}: model_type {model_type!r} is not supported",
@@ -163,30 +161,30 @@ def test_an_unknown_model_type(tmp_path: Path, model_type: str | None) -> None:
     )  # fmt: skip
 
 
-def test_a_config_that_contradicts_itself(tmp_path: Path) -> None:
+def test_contradictory_config(tmp_path: Path) -> None:
     refuses(copy_checkpoint(tmp_path / "a", bf16=True), "config.json: bf16 and fp32 are both true")
     refuses(copy_checkpoint(tmp_path / "b", kv_channels=7), "kv_channels 7 x num_attention_heads 4", "hidden_size 32")
 
 
-def test_a_config_that_says_other_than_the_weights_are(tmp_path: Path) -> None:
+def test_config_and_weights_disagree_about_quantisation(tmp_path: Path) -> None:
     quantised = {"quant_method": "gptq", "bits": 4, "group_size": 32}
     folder = copy_checkpoint(tmp_path / "model", quantization_config=quantised)
-    refuses(folder, f"{folder}: its config says GPTQ, 4 bits, groups of 32, and none of its weights are")
+    refuses(folder, f"{folder}: its config names GPTQ, 4 bits, groups of 32, but no weight is quantised")
     folder = copy_checkpoint(tmp_path / "packed")
     tensors = load_file(folder / "model.safetensors")
     tensors["transformer.h.0.mlp.w1.qweight"] = torch.zeros(4, 64, dtype=torch.int32)
     save_file(tensors, folder / "model.safetensors")
-    refuses(folder, f"{folder}: transformer.h.0.mlp.w1.qweight is quantised, and no config says how")
+    refuses(folder, f"{folder}: transformer.h.0.mlp.w1.qweight is quantised, but no config describes how")
 
 
-def test_a_broken_generation_config(tmp_path: Path) -> None:
-    """It says whether a model knows ChatML: a chat model must not pass as a base model."""
+def test_broken_generation_config(tmp_path: Path) -> None:
+    """It contains the chat format: without it a chat model would be taken for a base model."""
     folder = copy_checkpoint(tmp_path / "model")
     (folder / "generation_config.json").write_text('{"chat_format": "chatml"')
     refuses(folder, str(folder / "generation_config.json"))
 
 
-def test_tokenizers_that_cannot_be_read(tmp_path: Path) -> None:
+def test_broken_tokenizers(tmp_path: Path) -> None:
     folder = copy_checkpoint(tmp_path / "a")
     (folder / "qwen.tiktoken").unlink()
     refuses(folder, f"{folder}: qwen.tiktoken is missing")
@@ -201,8 +199,8 @@ def test_tokenizers_that_cannot_be_read(tmp_path: Path) -> None:
     refuses(folder, f"{folder / 'qwen.tiktoken'}:301: rank 299 occurs a second time")
 
 
-def test_a_rank_file_that_lost_its_end(tmp_path: Path) -> None:
-    """It loads, and every special token has a wrong id: what the model's own configuration says gives it away."""
+def test_truncated_rank_file(tmp_path: Path) -> None:
+    """It loads, with wrong ids of all special tokens; they contradict generation_config.json."""
     folder = copy_checkpoint(tmp_path / "model")
     lines = (folder / "qwen.tiktoken").read_text().splitlines()
     assert len(lines) == 700
@@ -213,7 +211,7 @@ def test_a_rank_file_that_lost_its_end(tmp_path: Path) -> None:
     )  # fmt: skip
 
 
-def test_more_ids_than_rows(tmp_path: Path) -> None:
+def test_tokenizer_with_more_ids_than_the_model_has_rows(tmp_path: Path) -> None:
     folder = copy_checkpoint(tmp_path / "model", vocab_size=896)
     refuses(folder, f"{folder}: the tokenizer has 908 ids, the model 896 rows")
 
@@ -228,8 +226,7 @@ def refuses_weights(
     assert "\n" not in str(caught.value)
 
 
-def test_weights_that_are_missing_or_damaged(tmp_path: Path) -> None:
-    """Noticed with the tokenizer, before the data is read."""
+def test_missing_or_damaged_weights_are_refused_before_loading(tmp_path: Path) -> None:
     folder = copy_checkpoint(tmp_path / "none")
     (folder / "model.safetensors").unlink()
     refuses(folder, f"--model_name_or_path: {folder} holds no weights (model.safetensors or pytorch_model.bin")
@@ -243,7 +240,7 @@ def test_weights_that_are_missing_or_damaged(tmp_path: Path) -> None:
         refuses(folder, f"--model_name_or_path: {folder / 'model.safetensors'} is damaged or incomplete (")
 
 
-def test_a_shard_that_is_missing_truncated_or_of_another_model(tmp_path: Path) -> None:
+def test_faulty_shards(tmp_path: Path) -> None:
     def sharded(name: str) -> tuple[Path, list[Path]]:
         folder = copy_checkpoint(tmp_path / name)
         tensors = load_file(folder / "model.safetensors")
@@ -270,7 +267,7 @@ def test_a_shard_that_is_missing_truncated_or_of_another_model(tmp_path: Path) -
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_weight_that_is_no_number(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+def test_weight_that_is_not_finite(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
     folder = copy_checkpoint(tmp_path / "model", torch_dtype=str(dtype).removeprefix("torch."), fp32=None)
     name = "transformer.h.1.ln_2.weight"
     tensors = {key: tensor.to(dtype) for key, tensor in load_file(folder / "model.safetensors").items()}
@@ -283,7 +280,7 @@ def test_a_weight_that_is_no_number(tmp_path: Path, value: float, dtype: torch.d
     refuses_weights(folder, f"{name} holds NaN or infinity in bfloat16", torch.bfloat16)
 
 
-def test_a_weight_that_is_too_large_for_the_precision_asked_for(tmp_path: Path) -> None:
+def test_weight_too_large_for_the_dtype(tmp_path: Path) -> None:
     folder = copy_checkpoint(tmp_path / "model")
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"][0, 0] = 1e30
@@ -294,8 +291,8 @@ def test_a_weight_that_is_too_large_for_the_precision_asked_for(tmp_path: Path) 
         load_model(checkpoint, torch.float16)
 
 
-def test_weights_that_do_not_belong_to_the_config(tmp_path: Path) -> None:
-    """transformers would give the missing ones random values."""
+def test_weights_that_do_not_fit_the_config(tmp_path: Path) -> None:
+    """transformers would initialise missing ones randomly."""
     folder = copy_checkpoint(tmp_path / "lost")
     tensors = load_file(folder / "model.safetensors")
     del tensors["transformer.h.1.attn.c_attn.weight"]
@@ -305,7 +302,7 @@ def test_weights_that_do_not_belong_to_the_config(tmp_path: Path) -> None:
     refuses_weights(copy_checkpoint(tmp_path / "narrower", intermediate_size=64), "--model_name_or_path")
 
 
-def test_an_attention_implementation_that_is_not_there() -> None:
+def test_unavailable_attention_implementation() -> None:
     for name in ("magic", "flash_attention_2"):
         refuses_weights(TINY, "--", attn_implementation=name)
     checkpoint = load_checkpoint(str(TINY))
@@ -315,17 +312,17 @@ def test_an_attention_implementation_that_is_not_there() -> None:
     assert torch.allclose(first, second, atol=1e-5)
 
 
-def test_a_length_that_evaluation_needs(tmp_path: Path) -> None:
+def test_missing_seq_length(tmp_path: Path) -> None:
     refuses_weights(copy_checkpoint(tmp_path / "model", seq_length=None), "seq_length is missing")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "an/adapter"])
-def test_an_adapter_that_is_not_there(name: str) -> None:
+def test_missing_adapter(name: str) -> None:
     with pytest.raises(ConfigError, match=rf"^--adapter {name}: there is no adapter .*with an adapter_config\.json$"):
         load_for_inference(load_checkpoint(str(TINY)), name)
 
 
-def test_an_adapter_of_another_model(tmp_path: Path, golden_small: Path) -> None:
+def test_adapter_of_another_model(tmp_path: Path, golden_small: Path) -> None:
     write_later_checkpoint(tmp_path / "model", "qwen2")
     with pytest.raises(ConfigError, match=r"^--adapter .*lora_chat_adapter: "):
         load_for_inference(

@@ -1,4 +1,4 @@
-"""A hub id is looked for in the local cache before the network, and what is missing says how to get it."""
+"""A hub id is looked up in the local cache before the network; errors say how to get the model."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 def cache(folder: Path, name: str) -> Path:
-    """A model as the hub's library keeps it; returns its snapshot."""
+    """Write a model as the hub's library caches it; return its snapshot folder."""
     model = folder / f"models--{name.replace('/', '--')}"
     snapshot = model / "snapshots" / COMMIT
     shutil.copytree(TINY, snapshot)
@@ -30,7 +30,7 @@ def cache(folder: Path, name: str) -> Path:
     return snapshot
 
 
-def test_a_model_in_the_cache_needs_no_network(tmp_path: Path) -> None:
+def test_cached_model_needs_no_network(tmp_path: Path) -> None:
     snapshot = cache(tmp_path, "Qwen/Tiny")
     assert snapshot_download("Qwen/Tiny", cache_dir=tmp_path, local_files_only=True) == str(snapshot)
     assert find_folder("Qwen/Tiny", str(tmp_path)) == snapshot
@@ -38,7 +38,7 @@ def test_a_model_in_the_cache_needs_no_network(tmp_path: Path) -> None:
     assert (checkpoint.name, checkpoint.folder) == ("Qwen/Tiny", snapshot)
 
 
-def test_an_adapters_base_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_base_of_an_adapter_is_found_in_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An adapter that was trained on a hub id names that id."""
     snapshot = cache(tmp_path, "Qwen/Tiny")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -56,55 +56,57 @@ def refuses(name: str, cache_dir: Path, message: str, hub: str = "hf") -> None:
     assert str(caught.value) == f"--model_name_or_path {name}: {message}"
 
 
-def test_a_model_that_is_not_there(tmp_path: Path) -> None:
+def test_unknown_model(tmp_path: Path) -> None:
     refuses(
         "Qwen/Tiny", tmp_path, "no such folder, not in the local cache, and the hub cannot be reached. "
-        "Check the name, or fetch it where there is a network: hf download Qwen/Tiny",
+        "Check the name, or download it on a machine with network access: hf download Qwen/Tiny",
     )  # fmt: skip
 
 
-def test_a_model_whose_download_broke_off(tmp_path: Path) -> None:
+def test_incomplete_download(tmp_path: Path) -> None:
     snapshot = cache(tmp_path, "Qwen/Tiny")
     (snapshot / "model.safetensors").unlink()
     refuses(
-        "Qwen/Tiny", tmp_path, f"in the local cache it is incomplete ({snapshot} holds no weights (model.safetensors "
+        "Qwen/Tiny", tmp_path, f"incomplete in the local cache ({snapshot} holds no weights (model.safetensors "
         "or pytorch_model.bin, one file or shards with an index)), and the hub cannot be reached. "
-        "Check the name, or fetch it where there is a network: hf download Qwen/Tiny",
+        "Check the name, or download it on a machine with network access: hf download Qwen/Tiny",
     )  # fmt: skip
 
 
-def test_a_name_that_cannot_be_one(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^--model_name_or_path not a/hub:id: no such folder, .* can have this name"):
+def test_invalid_name(tmp_path: Path) -> None:
+    with pytest.raises(
+        ConfigError, match=r"^--model_name_or_path not a/hub:id: no such folder, .* this is not a valid model name"
+    ):
         find_folder("not a/hub:id", str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("error", "reason"),
     [
-        (RepositoryNotFoundError, "the hub has no model of this name, or shows it to its owner only"),
-        (GatedRepoError, "the hub wants its terms to be accepted and a token (hf auth login)"),
-        (ConnectionResetError, "the hub did not give it (reset)"),
+        (RepositoryNotFoundError, "the hub has no model of this name, or it is private"),
+        (GatedRepoError, "the hub requires accepting its terms and a token (hf auth login)"),
+        (ConnectionResetError, "the download failed (reset)"),
     ],
 )
-def test_what_the_hub_says(
+def test_reasons_of_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception], reason: str
 ) -> None:
-    """The hub cannot be asked here, so its library's errors are raised in its place."""
+    """The network is not used: the errors of the library are raised directly."""
 
     def fails(*args: object, **kwargs: object) -> str:
-        made = error.__new__(error)
-        made.args = ("reset",)
-        raise made
+        instance = error.__new__(error)
+        instance.args = ("reset",)
+        raise instance
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", fails)
     refuses(
         "Qwen/Tiny", tmp_path, f"no such folder, not in the local cache, and {reason}. "
-        "Check the name, or fetch it where there is a network: hf download Qwen/Tiny",
+        "Check the name, or download it on a machine with network access: hf download Qwen/Tiny",
     )  # fmt: skip
 
 
-def test_without_a_network_the_answer_comes_soon(tmp_path: Path) -> None:
-    """Not told to be offline: an address where nobody answers stands for a machine without a network."""
+def test_unreachable_hub_is_reported_within_a_minute(tmp_path: Path) -> None:
+    """Not in offline mode: an unused local port simulates a machine without a network."""
     code = (
         "import os; os.environ |= {'HF_HUB_OFFLINE': '0', 'HF_ENDPOINT': 'http://127.0.0.1:9'}\n"
         "from errors import ConfigError\nfrom loading.hubs import find_folder\n"
@@ -135,7 +137,7 @@ def snapshot_download(model_id, cache_dir=None, local_files_only=False, **kwargs
 
 @pytest.fixture
 def modelscope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stands for the library, with the arguments of its function that are used; the hub cannot be reached here."""
+    """A fake of the library with the arguments that are used."""
     package = tmp_path / "site"
     package.mkdir()
     (package / "modelscope.py").write_text(MODELSCOPE.replace("SOURCE", repr(str(TINY))))
@@ -143,7 +145,7 @@ def modelscope(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delitem(__import__("sys").modules, "modelscope", raising=False)
 
 
-def test_a_model_from_modelscope(tmp_path: Path, modelscope: None, capsys: pytest.CaptureFixture[str]) -> None:
+def test_model_from_modelscope(tmp_path: Path, modelscope: None, capsys: pytest.CaptureFixture[str]) -> None:
     for downloads in ("downloaded\n", ""):
         folder = find_folder("qwen/Tiny", str(tmp_path / "cache"), "modelscope")
         assert folder == tmp_path / "cache" / "qwen" / "Tiny"
@@ -152,14 +154,15 @@ def test_a_model_from_modelscope(tmp_path: Path, modelscope: None, capsys: pytes
     assert find_folder(str(TINY), None, "modelscope") == TINY
 
 
-def test_a_model_that_modelscope_does_not_have(tmp_path: Path, modelscope: None) -> None:
+def test_unknown_model_on_modelscope(tmp_path: Path, modelscope: None) -> None:
     refuses(
-        "qwen/none", tmp_path, "not in modelscope's local cache, and not fetched (Not Found for url: qwen/none). "
-        "Check the name, or fetch it where there is a network: modelscope download --model qwen/none", "modelscope",
+        "qwen/none", tmp_path, "not in modelscope's local cache, and the download failed (Not Found for url: "
+        "qwen/none). Check the name, or download it on a machine with network access: modelscope download --model "
+        "qwen/none", "modelscope",
     )  # fmt: skip
 
 
-def test_modelscope_that_is_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_modelscope_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "modelscope", None)
     with pytest.raises(
         ConfigError, match=r"^--model_hub modelscope: its library is not installed\. pip install modelscope$"

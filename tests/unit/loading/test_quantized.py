@@ -1,4 +1,4 @@
-"""Layers over packed integers, and models that compute wider than they are stored."""
+"""Layers over packed integers, and models that compute in float32 with 16-bit weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ AWQ = Quantization("awq", 4, GROUP)
 
 
 def make_layer(inputs: int = INPUTS, outputs: int = OUTPUTS, with_bias: bool = True) -> QuantizedLinear:
-    """Any bits are an AWQ layer; ``inputs`` and ``outputs`` below the stored ones make the rest padding."""
+    """Build a layer of random bits; stored rows and columns beyond ``inputs`` and ``outputs`` are padding."""
     generator = torch.Generator().manual_seed(0)
     words = {"dtype": torch.int32, "generator": generator}
     parts: dict[str, Tensor] = {
@@ -38,7 +38,7 @@ def make_layer(inputs: int = INPUTS, outputs: int = OUTPUTS, with_bias: bool = T
     return layer.requires_grad_(False)
 
 
-def plain(layer: QuantizedLinear) -> nn.Linear:
+def dequantized(layer: QuantizedLinear) -> nn.Linear:
     linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
     linear.weight.data = layer.weight
     if layer.bias is not None:
@@ -50,7 +50,7 @@ def plain(layer: QuantizedLinear) -> nn.Linear:
 @pytest.mark.parametrize("with_bias", [True, False])
 def test_output_and_gradient_are_those_of_a_linear_layer(inputs: int, outputs: int, with_bias: bool) -> None:
     layer = make_layer(inputs, outputs, with_bias)
-    linear = plain(layer)
+    linear = dequantized(layer)
     assert linear.weight.shape == (outputs, inputs)
     x, y = (torch.randn(3, 7, inputs, generator=torch.Generator().manual_seed(1)).requires_grad_() for _ in range(2))
     weights = torch.randn(3, 7, outputs)
@@ -60,16 +60,16 @@ def test_output_and_gradient_are_those_of_a_linear_layer(inputs: int, outputs: i
     torch.testing.assert_close(x.grad, y.grad)
 
 
-def test_nothing_of_the_weights_size_is_kept_for_the_backward_pass() -> None:
-    layer, kept = make_layer(), []
+def test_backward_pass_saves_no_tensor() -> None:
+    layer, saved = make_layer(), []
     x = torch.randn(2, INPUTS, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(
-        lambda tensor: kept.append(tensor.numel()) or tensor, lambda tensor: tensor
+        lambda tensor: saved.append(tensor.numel()) or tensor, lambda tensor: tensor
     ):
         layer(x).sum()
-        assert sum(kept) == 0
+        assert sum(saved) == 0
         F.linear(x, layer.weight).sum()
-    assert sum(kept) == INPUTS * OUTPUTS
+    assert sum(saved) == INPUTS * OUTPUTS
 
 
 def test_autocast_and_narrow_inputs() -> None:
@@ -78,10 +78,10 @@ def test_autocast_and_narrow_inputs() -> None:
         assert layer(x).dtype == torch.bfloat16
     assert layer(x).dtype == torch.float32
     assert layer(x.bfloat16()).dtype == torch.bfloat16
-    torch.testing.assert_close(layer(x.bfloat16()).float(), plain(layer)(x), rtol=0.05, atol=0.05)
+    torch.testing.assert_close(layer(x.bfloat16()).float(), dequantized(layer)(x), rtol=0.05, atol=0.05)
 
 
-def test_peft_takes_it_for_a_linear_layer_and_leaves_it_as_it_is() -> None:
+def test_peft_adapts_it_like_a_linear_layer_without_changing_it() -> None:
     model = nn.ModuleDict({"layer": make_layer()})
     before = copy.deepcopy(model.state_dict())
     adapted = get_peft_model(model, LoraConfig(r=4, target_modules=["layer"], init_lora_weights=False))  # type: ignore[arg-type]
@@ -99,12 +99,12 @@ def test_peft_takes_it_for_a_linear_layer_and_leaves_it_as_it_is() -> None:
     )
 
 
-def test_weights_are_counted_as_many_as_they_stand_for() -> None:
+def test_count_of_packed_weights() -> None:
     model = nn.ModuleDict({"packed": make_layer(), "plain": nn.Linear(3, 5)})
     assert count_weights(model) == INPUTS * OUTPUTS + OUTPUTS + 3 * 5 + 5
 
 
-def test_stored_in_16_bits_and_computed_in_32() -> None:
+def test_16_bit_weights_compute_in_float32() -> None:
     stored = nn.ModuleDict({"embed": nn.Embedding(10, 4), "head": nn.Linear(4, 10)}).half()
     wide = copy.deepcopy(stored).float()
     compute_in_float32(stored)
@@ -115,7 +115,7 @@ def test_stored_in_16_bits_and_computed_in_32() -> None:
     assert {parameter.dtype for parameter in stored.parameters()} == {torch.float16}
 
 
-def test_bitsandbytes_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bitsandbytes_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError) as error:
         check_bitsandbytes("NF4")

@@ -1,4 +1,4 @@
-"""Rows that train apart are looked up without a copy of the embedding, and it makes no difference to what is learnt."""
+"""Trained rows without a copy of the matrix give the same results as peft's own layer."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def build(lean: bool) -> PeftModel:
 
 
 @pytest.mark.parametrize("loss_only", [False, True])
-def test_the_lean_look_up_is_pefts(loss_only: bool) -> None:
+def test_lean_layer_equals_pefts(loss_only: bool) -> None:
     plain, lean = build(False), build(True)
     expected = plain(input_ids=IDS, labels=IDS)
     actual = lean(input_ids=IDS, labels=IDS, loss_only=loss_only)
@@ -49,7 +49,7 @@ def test_the_lean_look_up_is_pefts(loss_only: bool) -> None:
     assert compared == 2
 
 
-def test_without_its_adapter_the_model_is_the_base() -> None:
+def test_disabled_adapter_leaves_the_base() -> None:
     base = QWenLMHeadModel.from_pretrained(SMALL / "tiny-qwen-small", dtype=torch.float32).eval()
     model = build(True).eval()
     with torch.no_grad(), model.disable_adapter():

@@ -97,7 +97,7 @@ def test_summary_of_a_run(output: Path, data: Path, held_out: Path) -> None:
         "first_loss": losses[0], "last_loss": losses[-1], "last_eval_loss": eval_losses[-1],
         "last_token_accuracy": logged_losses(output, "token_accuracy")[-1],
         "trainable_embeddings": {
-            "mode": "none", "reason": "auto: generation_config.json says chat_format chatml, a chat model"
+            "mode": "none", "reason": "auto: chat_format in generation_config.json is chatml: a chat model"
         },
     }  # fmt: skip
     assert {key: summary[key] for key in expected} == expected
@@ -209,8 +209,8 @@ def test_start_up_block(tmp_path: Path, data: Path, capfd: pytest.CaptureFixture
     assert block == {
         "model": f"{base} (qwen, saved in float32)",
         "mode": "LoRA, bf16 on cpu",
-        "embeddings": "full (auto: generation_config.json says chat_format 'raw', a base model that does not know the "
-        "ChatML tokens yet)",
+        "embeddings": "full (auto: chat_format in generation_config.json is 'raw': a base model, not trained on the "
+        "ChatML tokens)",
         "trained": "122,880 of 205,152 parameters (59.90%)",
         "data": f"10 of 10 conversations, {figures['tokens']:,} tokens",
         "targets": f"{figures['trained_tokens']:,} tokens ({figures['trained_tokens'] / figures['tokens']:.1%})",
