@@ -112,7 +112,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         help="compare the result with base and adapters on a dozen prompts, block by block (default)",
     )
     parser.add_argument("--no_verify", dest="verify", action="store_false", help="skip the comparison")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
