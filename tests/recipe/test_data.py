@@ -1,4 +1,4 @@
-"""Data as users have it: previewed, refused where a run would be worthless, and trained."""
+"""Data previewed and trained by whole commands, and refused if a run would be worthless."""
 
 from __future__ import annotations
 
@@ -16,14 +16,6 @@ from tests.commands import finetune_here, logged_losses, names_in, read_json, ru
 from tests.golden import REPO
 from tests.models import TINY
 
-# Records, those that are kept at 2,048 tokens of the small vocabulary, and the format.
-CORPORA = {
-    "alpaca_en_demo": (999, 999, "alpaca"),
-    "alpaca_zh_demo": (1000, 1000, "alpaca"),
-    "fastchat_dummy_conversation": (500, 500, "conversations"),
-    "glaive_toolcall_en_demo": (300, 293, "conversations"),
-    "identity": (91, 91, "alpaca"),
-}
 ANSWERED = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]}
 
 
@@ -41,27 +33,34 @@ def answered(answer: str, **turn: Any) -> dict[str, Any]:
     return {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer, **turn}]}
 
 
-@pytest.mark.parametrize("name", CORPORA)
-def test_a_corpus_is_previewed_and_trained_unchanged(name: str, shared: Path, tmp_path: Path) -> None:
-    data, (records, kept, format_) = shared / "corpora" / f"{name}.json", CORPORA[name]
-    flags = ("--data_path", data, "--per_device_train_batch_size", 2, "--max_steps", 3, "--logging_steps", 1)
-    assert preview(*flags, "--json", tmp_path / "preview.json", "--html", tmp_path / "preview.html") == 0
-    told = read_json(tmp_path / "preview.json")["train"]
-    assert (told["read"], told["kept"], told["skipped"], told["format"]) == (records, kept, records - kept, format_)
-    assert set(told["trained_by_role"]) == {"assistant"}
-    assert 0 < told["trained_tokens"] < told["tokens"]
+def test_corpora_are_previewed_and_trained_unchanged(shared: Path, tmp_path: Path) -> None:
+    paths = sorted((shared / "corpora").glob("*.json"))
+    assert paths
+    for path in paths:
+        output = tmp_path / path.stem
+        flags = ("--data_path", path, "--per_device_train_batch_size", 2, "--max_steps", 3, "--logging_steps", 1)
+        assert preview(*flags, "--json", tmp_path / "preview.json", "--html", tmp_path / "preview.html") == 0
+        report = read_json(tmp_path / "preview.json")["train"]
+        records = json.loads(path.read_text(encoding="utf-8"))
+        format_ = "alpaca" if "instruction" in records[0] else "conversations"
+        assert (report["read"], report["format"]) == (len(records), format_), path.name
+        # Only conversations beyond 2,048 tokens of the small vocabulary are skipped.
+        assert report["kept"] + report["skipped"] == report["read"] and report["kept"] > 0.95 * report["read"]
+        assert all("--model_max_length 2048" in reason for reason in report["skipped_by_reason"]), path.name
+        assert set(report["trained_by_role"]) == {"assistant"}, path.name
+        assert 0 < report["trained_tokens"] < report["tokens"], path.name
 
-    finetune_here(
-        "--model_name_or_path", TINY, *flags, "--output_dir", tmp_path / "out", "--save_strategy", "no",
-        "--learning_rate", 1e-3,
-    )  # fmt: skip
-    losses = logged_losses(tmp_path / "out")
-    assert len(losses) == 3
-    assert all(0 < loss < 10 for loss in losses)
-    assert read_json(tmp_path / "out" / "data_receipt.json") == {"train": told}
+        finetune_here(
+            "--model_name_or_path", TINY, *flags, "--output_dir", output, "--save_strategy", "no",
+            "--learning_rate", 1e-3,
+        )  # fmt: skip
+        losses = logged_losses(output)
+        assert len(losses) == 3
+        assert all(0 < loss < 10 for loss in losses), path.name
+        assert read_json(output / "data_receipt.json") == {"train": report}, path.name
 
 
-def test_a_preview_shows_samples_and_figures(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_preview_shows_samples_and_counts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write(tmp_path / "a.jsonl", ANSWERED, answered("Yo \x1b[31m<|im_end|>"), answered("Hey"), ANSWERED)
     assert preview("--data_path", f"{data}@x2", "--eval_split", 0.25, "--samples", 2) == 0
     shown = capsys.readouterr().out
@@ -79,7 +78,7 @@ def test_a_preview_shows_samples_and_figures(tmp_path: Path, capsys: pytest.Capt
         ([answered("Yes " * 99)] * 2, ["--model_max_length", 30], "none of 2 conversations can be used"),
     ],
 )
-def test_what_would_make_a_run_worthless_is_exit_code_1(
+def test_worthless_run_is_exit_code_1(
     records: list[object], flags: list[object], problem: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = write(tmp_path / "a.jsonl", *records)
@@ -87,7 +86,7 @@ def test_what_would_make_a_run_worthless_is_exit_code_1(
     assert problem in capsys.readouterr().out
 
 
-def test_data_that_cannot_be_read_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreadable_data_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write(tmp_path / "a.jsonl", ANSWERED, {"messages": 3})
     assert preview("--data_path", data) == 2
     assert f"preview_data: error: {data}:2: " in capsys.readouterr().err
@@ -97,9 +96,7 @@ def test_data_that_cannot_be_read_is_exit_code_2(tmp_path: Path, capsys: pytest.
     assert preview("--data_path", data, "--html", tmp_path / "none" / "a.html") == 2
 
 
-def test_a_dry_run_of_finetune_shows_the_same_and_writes_nothing(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_dry_run_equals_the_preview_and_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write(tmp_path / "a.jsonl", ANSWERED, answered("Hey"))
     assert preview("--data_path", data) == 0
     shown = capsys.readouterr().out
@@ -111,8 +108,8 @@ def test_a_dry_run_of_finetune_shows_the_same_and_writes_nothing(
     assert run_here(finetune.main, "finetune.py", arguments) == 1
 
 
-def test_flags_of_the_data_reach_the_run(tmp_path: Path) -> None:
-    """Every data flag at once, and the run's own record starts the same run again."""
+def test_data_flags_are_applied_and_recorded(tmp_path: Path) -> None:
+    """Use every data flag at once, then repeat the run from its recorded arguments."""
     one = write(tmp_path / "a.jsonl", *(answered(f"I am {{{{name}}}}, {number}") for number in range(20)), {"bad": 1})
     two = tmp_path / "b.json"
     two.write_text(json.dumps([{"prompt": f"{number}?", "response": "Yes."} for number in range(8)]))
@@ -123,11 +120,11 @@ def test_flags_of_the_data_reach_the_run(tmp_path: Path) -> None:
         "--save_strategy", "no", "--logging_steps", 1, "--output_dir", tmp_path / "out",
     )  # fmt: skip
     report = read_json(tmp_path / "out" / "data_receipt.json")
-    train, held = report["train"], report["eval"]
+    train, evaluation = report["train"], report["eval"]
     counts = [(source["in_file"], source["read"], source["kept"]) for source in train["sources"]]
-    assert counts == [(21, 9, 8), (8, 12, 12)]  # of 10 and of 8, two are held out each; the bad record is skipped
+    assert counts == [(21, 9, 8), (8, 12, 12)]  # two of 10 and two of 8 are held out; the bad record is skipped
     assert train["sources"][0]["skipped_by_reason"] == {"bad record": 1}
-    assert [source["kept"] for source in held["sources"]] == [2, 2]
+    assert [source["kept"] for source in evaluation["sources"]] == [2, 2]
     assert train["settings"]["label_mask"] == "last" and train["settings"]["truncation"] == "turns_left"
     assert not train["unfilled"]
     assert len(logged_losses(tmp_path / "out", "eval_loss")) == 1
@@ -137,16 +134,15 @@ def test_flags_of_the_data_reach_the_run(tmp_path: Path) -> None:
     assert read_json(tmp_path / "again" / "data_receipt.json") == report
 
 
-def test_the_examples_of_the_readme_are_read_as_they_are_called() -> None:
-    text = (REPO / "README.md").read_text(encoding="utf-8")
-    section = text.partition("## Your data")[2].partition("\n## ")[0]
-    decoder = json.JSONDecoder()
-    formats = []
-    for block in re.findall(r"```json\n(.*?)```", section, re.DOTALL):
-        while block := block.strip():
-            record, end = decoder.raw_decode(block)
-            format_ = recognise(record, "README.md")
-            formats.append(format_.name)
-            assert format_.parse(record, "README.md").turns[-1].role == "assistant"
-            block = block[end:]
-    assert formats == ["conversations", "messages", "alpaca", "pairs"]
+def test_documented_records_are_recognised_and_parsed() -> None:
+    examples: dict[str, list[str]] = {}
+    for name in ("README.md", "docs/data.md"):
+        for block in re.findall(r"```json\n(.*?)```", (REPO / name).read_text(encoding="utf-8"), re.DOTALL):
+            while block := block.strip():
+                record, end = json.JSONDecoder().raw_decode(block)
+                format_ = recognise(record, name)
+                examples.setdefault(name, []).append(format_.name)
+                assert format_.parse(record, name).turns[-1].role == "assistant"
+                block = block[end:]
+    assert examples["docs/data.md"] == ["conversations", "messages", "alpaca", "pairs"]
+    assert len(examples["README.md"]) == 1
