@@ -276,7 +276,7 @@ def test_mistakes_of_the_other_commands(tmp_path: Path) -> None:
         f"merge_lora.py: error: --adapter {tmp_path / 'none'} holds no adapter_config.json. ": [
             "merge_lora.py", "--adapter", tmp_path / "none", "--output", tmp_path / "out"
         ],
-        f"merge_lora.py: error: the adapter {adapter} names the base 'tiny-qwen-small', which is no model folder ": [
+        f"merge_lora.py: error: the adapter {adapter} names the base 'tiny-qwen-small', which is not a model folder ": [
             "merge_lora.py", "--adapter", adapter, "--output", tmp_path / "out"
         ],
         f"merge_lora.py: error: {cut}: {first_matrix} has shape (2, 16), base and adapter_config.json ask for ": [
