@@ -1,14 +1,14 @@
-"""Runs that are killed again and again, and what comes of them beside one that nobody disturbs.
+"""Kill runs again and again, and compare the result with an uninterrupted run.
 
     python -m benchmarks.kill_resume [--short] [--modes one ddp zero2 zero3] [--seed 7] [--output FILE]
 
-A run of 60 steps trains a tiny Qwen v1 with a LoRA adapter from two sources, with dropout and accumulation, and
-evaluates and saves every other step. Its twin gets SIGKILL at moments drawn from a seed: while it loads, in a step, in
-an evaluation, in the middle of saving. The same command starts it again each time (--resume_from_checkpoint auto). In
-the end the weights, every line of the log and the checkpoints of both have to be the same to the last bit.
+A run of 60 steps trains a LoRA adapter for a tiny Qwen v1 on two sources, with dropout and accumulation, and evaluates
+and saves every other step. A second run gets SIGKILL at moments drawn from a seed: while it loads, in a step, in an
+evaluation, in the middle of saving. The same command starts it again each time (--resume_from_checkpoint auto). At the
+end the weights, every row of the log and the checkpoints of both runs must be bit-identical.
 
-Where a run is, is seen from outside: by the lines of its log and the hidden folder that a checkpoint is written to. A
-kill in training comes after at least one checkpoint more than the one before it left; one while the run loads comes in
+The phase of a run is observed from outside: by its log, and by the hidden folder where a checkpoint is staged. A kill
+during training comes after at least one checkpoint more than the kill before it left; kills while the run loads come in
 between, at any time. With several processes one of them is killed, or all with their launcher.
 """
 
@@ -33,6 +33,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from checkpoints.names import ADAPTER_SAFETENSORS, TRAINING_LOG
+from training.run_folder.names import STAGING
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "kill_resume.json"
 MODEL = ROOT / "tests" / "references" / "qwen_v1_small" / "tiny-qwen-small"
@@ -44,14 +47,14 @@ MODES: dict[str, tuple[int, list[str]]] = {
     "zero2": (2, ["--deepspeed", str(ROOT / "finetune" / "ds_config_zero2.json")]),
     "zero3": (2, ["--deepspeed", str(ROOT / "finetune" / "ds_config_zero3.json")]),
 }
-KILLS = {"one": 30}  # the others
-OTHER_KILLS, SHORT_KILLS = 10, 4
+KILLS = {"one": 30}
+KILLS_OF_OTHER_MODES, SHORT_KILLS = 10, 4
 TIMEOUT = 180.0
 
 
 @dataclass
 class Kill:
-    """What happened: which phase was aimed at and which was hit, whom, and the last step and checkpoint it left."""
+    """A kill: phase that was aimed at and phase that was hit, rank or all, last step and checkpoint that remain."""
 
     phase: str
     hit: str
@@ -68,27 +71,27 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(argv)
     modes = ["one"] if args.short else args.modes
-    is_good = True
+    all_identical = True
     for mode in modes:
-        kills = SHORT_KILLS if args.short else KILLS.get(mode, OTHER_KILLS)
+        kills = SHORT_KILLS if args.short else KILLS.get(mode, KILLS_OF_OTHER_MODES)
         with tempfile.TemporaryDirectory() as folder:
             row = compare(Path(folder), mode, kills, args.seed)
         print(describe(row), flush=True)
         save_row({"command": command_of(args, mode), **row}, args.output)
-        is_good &= row["identical"]
-    if not is_good:
+        all_identical &= row["identical"]
+    if not all_identical:
         sys.exit(1)
 
 
 def command_of(args: argparse.Namespace, mode: str) -> str:
-    """What makes the row of a mode again."""
+    """Return the command that measures the row of a mode."""
     return f"python -m benchmarks.kill_resume {'--short' if args.short else f'--modes {mode}'} --seed {args.seed}"
 
 
 def save_row(row: dict[str, Any], path: Path) -> None:
-    """Write the row of a mode; those of the others, which may have been measured before, stay."""
-    kept = json.loads(path.read_text())["rows"] if path.exists() else []
-    rows = [*(each for each in kept if each["mode"] != row["mode"]), row]
+    """Write the row of a mode; rows of other modes, which may have been measured before, stay."""
+    earlier = json.loads(path.read_text())["rows"] if path.exists() else []
+    rows = [*(other for other in earlier if other["mode"] != row["mode"]), row]
     path.parent.mkdir(parents=True, exist_ok=True)
     result = {"machine": f"{platform.machine()}, {os.cpu_count()} CPUs", "rows": rows}
     path.write_text(json.dumps(result, indent=1) + "\n")
@@ -106,23 +109,23 @@ def describe(row: dict[str, Any]) -> str:
 
 
 def compare(folder: Path, mode: str, kills: int, seed: int) -> dict[str, Any]:
-    """Train undisturbed, train with kills, and compare."""
+    """Train without and with kills, and compare."""
     write_data(folder)
     started, draw = time.monotonic(), random.Random(f"{seed} {mode}")
-    undisturbed = Run(folder, "undisturbed", mode)
-    seconds_to_load = undisturbed.finish()
+    uninterrupted = Run(folder, "uninterrupted", mode)
+    seconds_to_load = uninterrupted.finish()
     run = Run(folder, "killed", mode)
     done = []
     phases = [PHASES[number % len(PHASES)] for number in range(kills)]
     draw.shuffle(phases)
     for number, phase in enumerate(phases):
-        left = sum(phase != "loading" for phase in phases[number:])
-        done.append(run.kill(phase, draw, left, seconds_to_load))
+        remaining = sum(phase != "loading" for phase in phases[number:])
+        done.append(run.kill(phase, draw, remaining, seconds_to_load))
         print(f"  {number + 1}: {done[-1]}", file=sys.stderr, flush=True)
     run.finish()
     differing = [
-        name for name, look in (("weights", weights_of), ("log", log_of), ("checkpoint", checkpoint_of))
-        if look(run.output) != look(undisturbed.output)
+        name for name, read in (("weights", weights_of), ("log", log_of), ("checkpoint", checkpoints_of))
+        if read(run.output) != read(uninterrupted.output)
     ]  # fmt: skip
     return {
         "mode": mode,
@@ -144,14 +147,14 @@ def write_data(folder: Path) -> None:
     for name, size in (("a", 60), ("b", 24), ("eval", 24)):
         records = []
         for _ in range(size):
-            asked, told = (" ".join(draw.choices(words, k=draw.randint(2, 30))) for _ in range(2))
-            turns = [{"from": "user", "value": asked}, {"from": "assistant", "value": told}]
+            question, answer = (" ".join(draw.choices(words, k=draw.randint(2, 30))) for _ in range(2))
+            turns = [{"from": "user", "value": question}, {"from": "assistant", "value": answer}]
             records.append({"conversations": turns})
         (folder / f"{name}.json").write_text(json.dumps(records))
 
 
 class Run:
-    """A command that is started until it has ended well."""
+    """A command that is started again until it succeeds."""
 
     def __init__(self, folder: Path, name: str, mode: str) -> None:
         self.output, self.errors = folder / name, folder / f"{name}.txt"
@@ -181,7 +184,7 @@ class Run:
             return subprocess.Popen(words, cwd=ROOT, env=environment, stderr=errors, start_new_session=True)
 
     def finish(self) -> float:
-        """Let it come to its end; returns for how many seconds it loaded."""
+        """Run it to its end; return how many seconds it loaded."""
         process, started = self.start(), time.monotonic()
         try:
             while not self.is_loaded() and process.poll() is None:
@@ -190,20 +193,20 @@ class Run:
             code = process.wait(TIMEOUT)
         finally:
             end(process)
-        self.note_start()
+        self.count_start()
         if code:
             raise SystemExit(f"exit code {code}\n{self.errors.read_text()}")
         return seconds
 
-    def note_start(self) -> None:
+    def count_start(self) -> None:
         self.resumed += "Resuming from" in self.errors.read_text()
 
-    def kill(self, phase: str, draw: random.Random, left: int, seconds_to_load: float) -> Kill:
-        """Start it, and end it in a phase.
+    def kill(self, phase: str, draw: random.Random, remaining: int, seconds_to_load: float) -> Kill:
+        """Start the run, and kill it in a phase.
 
         Args:
-            seconds_to_load: how long it takes to the first step.
-            left: how many kills while it trains are still to come, this one included.
+            remaining: number of kills during training that are still to come, this one included.
+            seconds_to_load: time to the first step.
         """
         before = self.newest_checkpoint()
         process = self.start()
@@ -216,16 +219,18 @@ class Run:
             while time.monotonic() < deadline and not self.is_loaded():
                 time.sleep(0.01)
         else:
-            is_there: Callable[[], bool] = {
+            is_in_phase: Callable[[], bool] = {
                 "step": self.is_in_step, "evaluation": self.is_evaluating, "saving": self.is_saving,
             }[phase]  # fmt: skip
-            spare = max(0, (STEPS - before) // EVERY - 1 - left)  # checkpoints that the kills to come do not need
-            target = before + EVERY * (1 + draw.randint(0, min(spare, 2 * spare // left)))
+            spare = max(0, (STEPS - before) // EVERY - 1 - remaining)  # checkpoints that later kills do not need
+            target = before + EVERY * (1 + draw.randint(0, min(spare, 2 * spare // remaining)))
             deadline = time.monotonic() + TIMEOUT
-            while not (self.newest_checkpoint() >= target and is_there()):
+            while not (self.newest_checkpoint() >= target and is_in_phase()):
                 if process.poll() is not None or time.monotonic() > deadline:
                     end(process)
-                    raise SystemExit(f"it ended before it was killed: {process.poll()}\n{self.errors.read_text()}")
+                    raise SystemExit(
+                        f"the run ended before it was killed: exit code {process.poll()}\n{self.errors.read_text()}"
+                    )
                 time.sleep(0.0005)
             time.sleep(0.02 * delay)
         if whom == "all":
@@ -236,10 +241,10 @@ class Run:
                 process.wait(TIMEOUT)
             finally:
                 end(process)
-        self.note_start()
-        return Kill(phase, self.seen_phase(), whom, self.newest_step(), self.newest_checkpoint())
+        self.count_start()
+        return Kill(phase, self.observed_phase(), whom, self.newest_step(), self.newest_checkpoint())
 
-    # Where it is
+    # ------------------------------------------------------------------------------------------ observed from outside
 
     def newest_checkpoint(self) -> int:
         steps = [int(path.name.partition("-")[2]) for path in self.output.glob("checkpoint-*")]
@@ -247,7 +252,7 @@ class Run:
 
     def rows(self) -> list[dict[str, Any]]:
         with contextlib.suppress(FileNotFoundError):
-            lines = (self.output / "training_log.jsonl").read_text().splitlines()
+            lines = (self.output / TRAINING_LOG).read_text().splitlines()
             with contextlib.suppress(ValueError):
                 return [json.loads(line) for line in lines]
         return []
@@ -255,8 +260,8 @@ class Run:
     def newest_step(self) -> int:
         return max((row["step"] for row in self.rows()), default=0)
 
-    def seen_phase(self) -> str:
-        """Where the dead process was."""
+    def observed_phase(self) -> str:
+        """Return the phase in which the run was killed."""
         if not self.is_loaded():
             return "loading"
         return "saving" if self.is_saving() else "evaluation" if self.is_evaluating() else "step"
@@ -265,7 +270,7 @@ class Run:
         return "Fine-tuning" in self.errors.read_text()
 
     def is_in_step(self) -> bool:
-        """The last line is of a step behind which nothing is due."""
+        """Return whether the last logged step is one after which neither evaluation nor saving is due."""
         rows = self.rows()
         return bool(rows) and rows[-1]["step"] % EVERY != 0
 
@@ -274,21 +279,21 @@ class Run:
         return bool(rows) and rows[-1]["step"] % EVERY == 0 and "loss" in rows[-1]
 
     def is_saving(self) -> bool:
-        return any((self.output / ".saving").glob("checkpoint-*"))
+        return any((self.output / STAGING).glob("checkpoint-*"))
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """Kill a process and those that it started."""
-    started = [] if process.poll() is not None else children_of(process.pid)
+    """Kill a process and its children."""
+    children = [] if process.poll() is not None else children_of(process.pid)
     process.kill()
-    for child in started:
+    for child in children:
         with contextlib.suppress(ProcessLookupError):
             os.kill(child, signal.SIGKILL)
     process.wait()
 
 
 def kill_rank(launcher: int, rank: int) -> None:
-    """Kill the process of a rank, found by its environment."""
+    """Kill the process of a rank, which its environment shows."""
     for child in children_of(launcher):
         if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
             os.kill(child, signal.SIGKILL)
@@ -305,22 +310,22 @@ def children_of(parent: int) -> list[int]:
     return children
 
 
-# ----------------------------------------------------------------------------------------------------- what is compared
+# -------------------------------------------------------------------------------------------------- compared files
 
 
 def weights_of(output: Path) -> str:
-    return hashlib.sha256((output / "adapter_model.safetensors").read_bytes()).hexdigest()
+    return hashlib.sha256((output / ADAPTER_SAFETENSORS).read_bytes()).hexdigest()
 
 
 def log_of(output: Path) -> list[dict[str, Any]]:
-    """What of the log does not tell of the clock."""
-    rows = [json.loads(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
+    """Return the rows of the log without times and memory."""
+    rows = [json.loads(line) for line in (output / TRAINING_LOG).read_text().splitlines()]
     timed = ("elapsed", "tokens_per_second", "peak_memory_gib", "eta_seconds")
     return [{name: value for name, value in row.items() if name not in timed} for row in rows]
 
 
-def checkpoint_of(output: Path) -> list[str]:
-    """Names of the checkpoints that are kept, with the weights of each."""
+def checkpoints_of(output: Path) -> list[str]:
+    """Return name and weights of each remaining checkpoint."""
     return [f"{folder.name} {weights_of(folder)}" for folder in sorted(output.glob("checkpoint-*"))]
 
 

@@ -1,4 +1,4 @@
-"""Qwen2.5 and Qwen3 checkpoints through the same commands: tuned, merged and asked, on their own templates' text."""
+"""Qwen2.5 and Qwen3 checkpoints through the same commands, with their own chat templates: train, merge, ask."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ IDS = torch.tensor([[701, 39, 72, 702, 198, 5, 6, 7, 701, 702, 300, 400]])
 
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> dict[str, Path]:
-    """A tiny random checkpoint of each family with its official chat template."""
+    """Write a tiny random checkpoint of each family with its official chat template."""
     folder = tmp_path_factory.mktemp("bases")
     return {
         model_type: write_later_checkpoint(
@@ -37,7 +37,7 @@ def bases(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> dict[str, P
 
 @pytest.fixture(scope="module")
 def outputs(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path]) -> dict[str, Path]:
-    """Both families tuned by LoRA and in full until they know the conversations by heart."""
+    """Train both families by LoRA and in full until they repeat the conversations."""
     folder = tmp_path_factory.mktemp("outputs")
     data = write_conversations(folder / "train.json")
     modes = {
@@ -62,11 +62,11 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path]) ->
 
 @pytest.mark.parametrize("mode", ["lora", "full"])
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_the_loss_falls(outputs: dict[str, Path], model_type: str, mode: str) -> None:
+def test_loss_falls(outputs: dict[str, Path], model_type: str, mode: str) -> None:
     output = outputs[f"{model_type}-{mode}"]
     losses = logged_losses(output)
     assert losses[0] > 6
-    # LoRA leaves the small random head as it is, whose logits cannot tell 768 rows apart as surely.
+    # LoRA does not train the small random head, whose logits separate 768 tokens less clearly.
     assert losses[-1] < (4.0 if mode == "lora" else 0.5)
     summary = read_json(output / "run_summary.json")
     assert (summary["model_type"], summary["mode"]) == (model_type, mode)
@@ -75,7 +75,9 @@ def test_the_loss_falls(outputs: dict[str, Path], model_type: str, mode: str) ->
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_adapters_merge(outputs: dict[str, Path], bases: dict[str, Path], tmp_path: Path, model_type: str) -> None:
+def test_merged_adapter_equals_base_with_adapter(
+    outputs: dict[str, Path], bases: dict[str, Path], tmp_path: Path, model_type: str
+) -> None:
     adapter = outputs[f"{model_type}-lora"]
     run_well("merge_lora.py", "--adapter", adapter, "--output", tmp_path / "merged")
     tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(bases[model_type]), adapter)
@@ -84,10 +86,10 @@ def test_adapters_merge(outputs: dict[str, Path], bases: dict[str, Path], tmp_pa
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(input_ids=IDS).logits
     assert (merged - expected).abs().max() <= 1e-4
     result = run_well("-m", "scripts.ask", "--model_name_or_path", tmp_path / "merged", QUESTION)
-    assert spoken(result.stdout) == ANSWER
+    assert without_empty_thought(result.stdout) == ANSWER
 
 
-def test_adapters_and_full_weights_answer(
+def test_adapters_and_full_weights_answer_as_trained(
     outputs: dict[str, Path], bases: dict[str, Path], capfd: pytest.CaptureFixture[str]
 ) -> None:
     for arguments in (
@@ -97,16 +99,16 @@ def test_adapters_and_full_weights_answer(
         [outputs["qwen3-full"]],
     ):
         assert run_here(ask.main, "scripts.ask", ["--model_name_or_path", *arguments, QUESTION]) == 0
-        assert spoken(capfd.readouterr().out) == ANSWER
+        assert without_empty_thought(capfd.readouterr().out) == ANSWER
 
 
-def spoken(text: str) -> str:
-    """An answer without the empty thought that Qwen3 writes before it."""
+def without_empty_thought(text: str) -> str:
+    """Return an answer without the empty thought that Qwen3 writes before it."""
     return text.removeprefix("<think>\n\n</think>\n\n").removesuffix("\n")
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_what_is_trained_is_the_checkpoints_own_template(
+def test_training_text_is_that_of_the_checkpoint_s_chat_template(
     bases: dict[str, Path], tmp_path: Path, model_type: str
 ) -> None:
     checkpoint = load_checkpoint(str(bases[model_type]))
@@ -118,7 +120,7 @@ def test_what_is_trained_is_the_checkpoints_own_template(
         assert tokenizer.decode(example["input_ids"]) == tokenizer.apply_chat_template(messages, tokenize=False)
         trained = [id_ for id_, label in zip(example["input_ids"], example["labels"], strict=True) if label != -100]
         assert tokenizer.decode(trained).count("<|im_end|>\n") == sum(role == "assistant" for role, _ in turns) - (
-            turns[0][0] == "assistant"  # no prompt of these templates asks for an answer that opens the conversation
+            turns[0][0] == "assistant"  # these templates have no prompt for an answer that opens the conversation
         )
 
 
@@ -133,7 +135,7 @@ STEPS = [
 ]
 
 
-def test_tools_and_thinking_are_trained_as_the_template_writes_them(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_tools_and_thinking_follow_the_chat_template(bases: dict[str, Path], tmp_path: Path) -> None:
     checkpoint = load_checkpoint(str(bases["qwen3"]))
     data = tmp_path / "steps.jsonl"
     data.write_text(json.dumps({"messages": STEPS, "tools": TOOLS}) + "\n")
@@ -147,7 +149,7 @@ def test_tools_and_thinking_are_trained_as_the_template_writes_them(bases: dict[
     assert tokenizer.decode(trained) == f"{thought}{call}<|im_end|>\n{thought}Warm.<|im_end|>\n"
 
 
-def test_thinking_is_refused_where_the_template_has_no_place_for_it(
+def test_thinking_is_refused_if_the_chat_template_cannot_render_it(
     bases: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     data = tmp_path / "steps.jsonl"

@@ -1,4 +1,4 @@
-"""A run that ends before its time leaves whole checkpoints, says how it goes on, and does."""
+"""Interrupted runs leave complete checkpoints, report how they resume, and resume."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ def message(stderr: str) -> str:
 
 
 @pytest.mark.parametrize(
-    ("limit", "place", "reason"),
+    ("limit", "folder", "reason"),
     [
         (100_000, "checkpoint-4", "File too large"),
         (400_000, "", "torch.save could not write all of a file"),
     ],
     ids=["weights", "optimizer"],
 )
-def test_a_disk_that_fills_up_while_a_checkpoint_is_saved(
-    tmp_path: Path, capfd: pytest.CaptureFixture[str], limit: int, place: str, reason: str
+def test_a_full_disk_during_a_checkpoint_leaves_the_earlier_files(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], limit: int, folder: str, reason: str
 ) -> None:
     output = tmp_path / "out"
     finetune_here(*arguments(tmp_path, 2))
@@ -74,10 +74,11 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_saved(
     with limited_file_size(limit):
         assert run_here(finetune.main, "finetune.py", arguments(tmp_path, 6, *resume)) == 1
     assert message(capfd.readouterr().err) == (
-        f"finetune.py: error: cannot save to {output / place} ({reason}). Free some space there; what was saved before "
-        f"is unchanged. The same command with --resume_from_checkpoint {output / 'checkpoint-2'} resumes from there"
+        f"finetune.py: error: cannot save to {output / folder} ({reason}). Free some space there; what was saved "
+        "before is unchanged. The same command with "
+        f"--resume_from_checkpoint {output / 'checkpoint-2'} resumes from there"
     )
-    # The log goes on with the steps that were done, report and arguments tell of the run at hand, which is not done.
+    # The records of the resumed run, which has not finished, have replaced those of the first.
     changed = ("training_log.jsonl", "data_receipt.json", "data_receipt.html", "run_args.json", "run_summary.json")
     assert "run_summary.json" not in names_in(output)
     assert {name: content for name, content in contents(output).items() if name not in changed} == {
@@ -88,7 +89,7 @@ def test_a_disk_that_fills_up_while_a_checkpoint_is_saved(
     assert len(logged_losses(output)) == 6
 
 
-def test_a_disk_that_is_full_at_the_end(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_at_the_end_saves_no_weights(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     with limited_file_size(100_000):
         code = run_here(finetune.main, "finetune.py", arguments(tmp_path, 2, "--save_strategy", "no"))
     output = tmp_path / "out"
@@ -108,33 +109,33 @@ def test_a_disk_that_is_full_at_the_end(tmp_path: Path, capfd: pytest.CaptureFix
 @pytest.mark.parametrize(
     ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
 )
-def test_a_run_that_is_asked_to_stop_saves_first(tmp_path: Path, number: signal.Signals, code: int, word: str) -> None:
-    """It saves at the step at hand, whenever the next checkpoint were due; SIGUSR1 only saves."""
+def test_a_stopped_run_saves_a_checkpoint_first(tmp_path: Path, number: signal.Signals, code: int, word: str) -> None:
+    """It saves after the current step, long before the next checkpoint is due; SIGUSR1 only saves."""
     output = tmp_path / "out"
     flags = ["--save_steps", 1000, "--resume_from_checkpoint", "auto"]
     with running(tmp_path, ["finetune.py"], arguments(tmp_path, 100_000, *flags)) as process:
         wait_for(process, tmp_path, lambda: len(logged(output)) > 3)
         process.send_signal(signal.SIGUSR1)
         wait_for(process, tmp_path, lambda: len(saved(output)) == 1)
-        asked = saved(output)[0]
-        wait_for(process, tmp_path, lambda: logged(output)[-1] > asked)
+        requested = saved(output)[0]
+        wait_for(process, tmp_path, lambda: logged(output)[-1] > requested)
         process.send_signal(number)
         assert process.wait(60) == code
-    assert saved(output)[:-1] == [asked]
+    assert saved(output)[:-1] == [requested]
     newest = output / f"checkpoint-{saved(output)[-1]}"
-    assert logged(output)[-1] == saved(output)[-1]  # not a step is lost
+    assert logged(output)[-1] == saved(output)[-1]  # no step is lost
     assert all(names_in(output / f"checkpoint-{step}") == CHECKPOINT for step in saved(output))
     assert not {*MODEL, ".saving"} & set(names_in(output))
-    said = (tmp_path / "stderr").read_text()
-    assert message(said) == f"finetune.py: {word}. The same command resumes from {newest}"
-    assert f"{number.name}: finishing the current step and saving a checkpoint, then ending" in said
+    stderr = (tmp_path / "stderr").read_text()
+    assert message(stderr) == f"finetune.py: {word}. The same command resumes from {newest}"
+    assert f"{number.name}: finishing the current step and saving a checkpoint, then ending" in stderr
     resume = arguments(tmp_path, saved(output)[-1] + 2, *flags)
     assert run_here(finetune.main, "finetune.py", resume) == 0
     assert logged(output) == list(range(1, saved(output)[-1] + 1))
 
 
 def logged(output: Path) -> list[int]:
-    """The steps in the log, without a line that is being written."""
+    """Return the steps in the log, without a row that is being written."""
     log = output / "training_log.jsonl"
     return [row["step"] for row in load_rows(log)] if log.is_file() else []
 
@@ -145,7 +146,7 @@ def saved(output: Path) -> list[int]:
 
 @contextmanager
 def running(folder: Path, launcher: Sequence[object], words: Sequence[object]) -> Iterator[subprocess.Popen[str]]:
-    """A command in the background, whose stderr goes to a file in the folder."""
+    """Run a command in the background, with stderr in a file of the folder."""
     with (folder / "stderr").open("w") as stderr:
         process = subprocess.Popen(
             [sys.executable, *map(str, [*launcher, *words])],
@@ -158,14 +159,14 @@ def running(folder: Path, launcher: Sequence[object], words: Sequence[object]) -
         process.wait()
 
 
-def wait_for(process: subprocess.Popen[str], folder: Path, is_so: Callable[[], bool]) -> None:
+def wait_for(process: subprocess.Popen[str], folder: Path, condition: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
-    while not is_so():
+    while not condition():
         assert process.poll() is None and time.monotonic() < deadline, (folder / "stderr").read_text()
         time.sleep(0.01)
 
 
-# Ends the process at once in the middle of the second checkpoint, as a lost machine does.
+# Kills the process in the middle of the second checkpoint, like the loss of its machine.
 KILLED = """
 import os, signal, sys
 import finetune
@@ -180,7 +181,7 @@ finetune.main(sys.argv[1:])
 """
 
 
-def test_a_process_that_is_killed_while_it_saves(tmp_path: Path) -> None:
+def test_a_process_killed_while_it_saves_leaves_the_earlier_checkpoint(tmp_path: Path) -> None:
     result = run("-c", KILLED, *arguments(tmp_path, 6))
     assert result.returncode == -9, result.stderr
     output = tmp_path / "out"
@@ -195,8 +196,8 @@ def test_a_process_that_is_killed_while_it_saves(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------------ the checkpoints
 
 
-def test_limits_and_the_best_checkpoint(tmp_path: Path) -> None:
-    """Written elsewhere first, they still are what transformers makes of them."""
+def test_save_total_limit_keeps_the_best_checkpoint(tmp_path: Path) -> None:
+    """Staging does not change transformers' bookkeeping of checkpoints."""
     best = ["--eval_data_path", tmp_path / "train.json", "--eval_strategy", "steps", "--eval_steps", 2,
             "--load_best_model_at_end", "--learning_rate", "0.003", "--save_total_limit", 2]  # fmt: skip
     finetune_here(*arguments(tmp_path, 8, *best))
@@ -215,8 +216,8 @@ def test_limits_and_the_best_checkpoint(tmp_path: Path) -> None:
     ).read_bytes()
 
 
-def test_two_processes_save_after_the_same_step(tmp_path: Path) -> None:
-    """Only the second one gets the signal. What they saved is found damaged later, and the one before is taken."""
+def test_two_ranks_save_after_the_same_step(tmp_path: Path) -> None:
+    """Only rank 1 gets the signal. Their last checkpoint is damaged afterwards; they resume from the one before."""
     output = tmp_path / "out"
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port"]
     flags = ["--save_steps", 4, "--resume_from_checkpoint", "auto"]
@@ -226,12 +227,14 @@ def test_two_processes_save_after_the_same_step(tmp_path: Path) -> None:
         [second] = [pid for pid in children_of(process.pid) if rank_of(pid) == 1]
         os.kill(second, signal.SIGTERM)
         assert process.wait(60) != 0
-    ours = sorted({*CHECKPOINT, "rng_state_0.pth", "rng_state_1.pth"} - {"rng_state.pth"})
+    expected = sorted({*CHECKPOINT, "rng_state_0.pth", "rng_state_1.pth"} - {"rng_state.pth"})
     first, *_, last = saved(output)
     assert (first, last) == (4, logged(output)[-1])
-    assert names_in(output / f"checkpoint-{last}") == ours
-    said = (tmp_path / "stderr").read_text()
-    assert said.count(f"finetune.py: terminated. The same command resumes from {output / f'checkpoint-{last}'}\n") == 1
+    assert names_in(output / f"checkpoint-{last}") == expected
+    stderr = (tmp_path / "stderr").read_text()
+    assert (
+        stderr.count(f"finetune.py: terminated. The same command resumes from {output / f'checkpoint-{last}'}\n") == 1
+    )
 
     state = output / f"checkpoint-{last}" / "rng_state_1.pth"
     state.write_bytes(state.read_bytes()[:-1])
@@ -240,13 +243,13 @@ def test_two_processes_save_after_the_same_step(tmp_path: Path) -> None:
     result = run_well(*torchrun, free_port(), "finetune.py", *words)
     assert f"checkpoint-{last} is incomplete or damaged and is skipped: rng_state_1.pth has" in result.stderr
     assert result.stderr.count(f"Resuming from {output / f'checkpoint-{before}'}") == 1
-    assert saved(output)[-1] == before + 1  # the damaged one, of a later step, is gone
+    assert saved(output)[-1] == before + 1  # the damaged one, of a later step, was removed
     assert logged(output) == list(range(1, before + 2))
     assert ".saving" not in names_in(output)
 
 
 def children_of(parent: int) -> list[int]:
-    """Processes that a process started."""
+    """Return the child processes of a process."""
     listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(parent)], capture_output=True, text=True, check=True)
     return [int(word) for word in listed.stdout.split()]
 

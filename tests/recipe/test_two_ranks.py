@@ -1,4 +1,4 @@
-"""Two processes learn what one does."""
+"""Two ranks train like one process with the same global batch."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from tests.models import CONVERSATIONS, TINY, write_conversations
 
 
 @pytest.mark.parametrize("mode", ["full", "weighted"])
-def test_two_ranks_of_two_equal_one_rank_of_four(tmp_path: Path, mode: str) -> None:
-    """Ragged conversations, so that the ranks' shares differ in targets; as many as fill the last step.
+def test_two_ranks_with_batch_two_equal_one_with_batch_four(tmp_path: Path, mode: str) -> None:
+    """The conversations differ in length, so the ranks differ in targets; they fill the last step.
 
-    Of those to evaluate on, the second rank gets one less: none counts twice. ``weighted`` gives answers weights of
-    their own, so that the ranks' sums of weights differ as well.
+    Rank 1 gets one evaluation example less: none counts twice. In ``weighted`` each answer has a weight of its own, so
+    the ranks' sums of weights differ as well.
     """
     data = write_conversations(tmp_path / "train.json")
     held_out = write_conversations(tmp_path / "eval.json", CONVERSATIONS[:3])
@@ -39,7 +39,7 @@ def test_two_ranks_of_two_equal_one_rank_of_four(tmp_path: Path, mode: str) -> N
     finetune_here(*arguments("one", 4))
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port()]
     result = run_well(*torchrun, "finetune.py", *arguments("two", 2))
-    assert result.stderr.count("INFO Fine-tuning") == 1  # the first process speaks for all
+    assert result.stderr.count("INFO Fine-tuning") == 1  # rank 0 logs for all
 
     one, two = tmp_path / "one", tmp_path / "two"
     assert len(logged_losses(one)) == 4
