@@ -1,4 +1,4 @@
-"""Running the commands of this repository: as a user does, or inside of this process with a look at what happens."""
+"""Running the commands of this repository: as processes, or inside the test process with access to the run."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ TIMEOUT = 300
 
 
 def environment() -> dict[str, str]:
-    """Offline, on the CPU also where there is a GPU, so that figures are the same everywhere, and with threads that
-    sleep while they wait: spinning ones starve each other on a busy machine."""
+    """Return the environment of commands: offline, on the CPU so that results are the same everywhere, and with threads
+    that sleep while they wait, because spinning threads starve each other on a busy machine."""
     return {**offline_environment(), "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
 
 
 def run(*arguments: object, timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
-    """Run ``python <arguments>`` from the repository's root; the caller looks at the exit code."""
+    """Run ``python <arguments>`` in the repository's root; the caller checks the exit code."""
     return subprocess.run(
         [sys.executable, *map(str, arguments)],
         cwd=REPO, env=environment(), capture_output=True, text=True, timeout=timeout, check=False,
@@ -40,14 +40,14 @@ def run(*arguments: object, timeout: float = TIMEOUT) -> subprocess.CompletedPro
 
 
 def run_well(*arguments: object, timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
-    """``run`` of a command that has to end with exit code 0."""
+    """Run a command that must exit with code 0."""
     result = run(*arguments, timeout=timeout)
     assert result.returncode == 0, f"{arguments}\n{result.stderr}"
     return result
 
 
 def run_all(commands: Sequence[Sequence[object]]) -> list[subprocess.CompletedProcess[str]]:
-    """``run`` for each command, two at a time."""
+    """Run several commands, two at a time."""
     with ThreadPoolExecutor(2) as pool:
         return list(pool.map(lambda arguments: run(*arguments), commands))
 
@@ -59,7 +59,7 @@ def free_port() -> int:
 
 
 class Recorder(RunLog):
-    """The run log of ``finetune.py`` that also keeps the gradients of every optimizer step, by parameter."""
+    """A run log that also records the gradients of every optimizer step, by parameter name."""
 
     def __init__(self, folder: str | Path, progress: Progress, resumes: bool = False) -> None:
         super().__init__(folder, progress, resumes)
@@ -77,8 +77,8 @@ class Recorder(RunLog):
 
 
 @contextmanager
-def own_logging() -> Iterator[None]:
-    """A command sets up logging for itself; behind it pytest's handlers come back."""
+def restored_log_handlers() -> Iterator[None]:
+    """Restore pytest's log handlers after a command, which replaces them."""
     root = logging.getLogger()
     handlers = root.handlers[:]
     try:
@@ -88,7 +88,7 @@ def own_logging() -> Iterator[None]:
 
 
 def finetune_here(*arguments: object) -> Recorder:
-    """Run ``finetune.py`` in this process and return what was recorded."""
+    """Run ``finetune.py`` in this process, and return its recorded log."""
     import finetune
 
     recorders: list[Recorder] = []
@@ -97,7 +97,7 @@ def finetune_here(*arguments: object) -> Recorder:
         recorders.append(Recorder(folder, progress, resumes))
         return recorders[-1]
 
-    with pytest.MonkeyPatch.context() as patch, own_logging():
+    with pytest.MonkeyPatch.context() as patch, restored_log_handlers():
         patch.setattr("training.build.RunLog", record)
         finetune.main([*map(str, arguments), "--disable_tqdm", "True", "--use_cpu", "True"])
     [recorder] = recorders
@@ -106,7 +106,7 @@ def finetune_here(*arguments: object) -> Recorder:
 
 @contextmanager
 def limited_file_size(size: int) -> Iterator[None]:
-    """No file of this process grows beyond ``size`` bytes: to what writes it, the disk is full."""
+    """Let no file of this process grow beyond ``size`` bytes, as if the disk were full."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
@@ -116,10 +116,10 @@ def limited_file_size(size: int) -> Iterator[None]:
 
 
 def run_here(main: Callable[[Sequence[str]], int | None], name: str, arguments: Sequence[object]) -> int:
-    """Run a command's ``main`` in this process as ``run_command`` does for a user, and return the exit code."""
+    """Run a command's ``main`` through ``run_command`` in this process, and return the exit code."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_:
         patch.setattr("sys.argv", [name, *map(str, arguments)])
-        with own_logging():
+        with restored_log_handlers():
             run_command(main, name)
     return int(exit_.value.code or 0)
 
@@ -129,7 +129,7 @@ def read_json(path: Path) -> Any:
 
 
 def read_log(output: Path) -> list[dict[str, Any]]:
-    """The lines of a run's ``training_log.jsonl``."""
+    """Return the rows of a run's ``training_log.jsonl``."""
     return [json.loads(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
 
 

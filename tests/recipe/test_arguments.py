@@ -1,4 +1,4 @@
-"""Command lines and files of flags that people have, run whole."""
+"""Command lines and config files of users, as complete runs."""
 
 from __future__ import annotations
 
@@ -11,10 +11,20 @@ import torch
 from safetensors.torch import load_file
 
 from benchmarks.startup import IMPORT, measure_startup
-from tests.commands import finetune_here, logged_losses, names_in, read_json, read_log, run, run_all, run_well
+from tests.commands import (
+    finetune_here,
+    free_port,
+    logged_losses,
+    names_in,
+    read_json,
+    read_log,
+    run,
+    run_all,
+    run_well,
+)
 from tests.models import CONVERSATIONS, TINY, copy_checkpoint, write_conversations
 
-# As the original's launchers have them, but for the paths and --deepspeed.
+# As in the original's launch scripts, without paths and --deepspeed.
 COMMON = (
     '--bf16 True --num_train_epochs 5 --per_device_eval_batch_size 1 --evaluation_strategy no --save_strategy steps '
     '--save_steps 1000 --save_total_limit 10 --weight_decay 0.1 --adam_beta2 0.95 --warmup_ratio 0.01 '
@@ -30,8 +40,8 @@ LORA = COMMON + (
 )
 
 
-def test_the_originals_command_lines(tmp_path: Path) -> None:
-    """Full parameters and LoRA, of a chat and of a base model: five steps with the original's learning rates."""
+def test_command_lines_of_the_original_scripts(tmp_path: Path) -> None:
+    """Full parameters and LoRA, chat and base model: five steps with the original's learning rates."""
     data = write_conversations(tmp_path / "train.json")
     models = {"chat": TINY, "base": copy_checkpoint(tmp_path / "base", chat_format="raw")}
     recipes = {(mode, kind): flags for mode, flags in (("full", FULL), ("lora", LORA)) for kind in models}
@@ -57,16 +67,16 @@ def test_the_originals_command_lines(tmp_path: Path) -> None:
         assert weights in names_in(outputs[key])
         if key[0] == "lora":
             assert losses[-1] < losses[0]
-        else:  # four steps of 1e-5 vanish in the rounding of a loss in bfloat16, but not in the weights
+        else:  # four steps of 1e-5 change the weights, but less than the rounding of a bfloat16 loss
             before, after = (load_file(folder / weights) for folder in (models[key[1]], outputs[key]))
             moved = max((after[name] - before[name]).abs().max() for name in before)
             assert 1e-5 <= moved <= 5e-5
-        # One warm-up step, a share of 0.01 of five, then the cosine.
+        # warmup_steps 0.01 of five steps is one step; then the cosine.
         rates = {"full": 1e-5, "lora": 3e-4}
         assert [row["lr"] for row in read_log(outputs[key])][:2] == [0, rates[key[0]]]
 
 
-def test_the_saved_arguments_start_the_same_run_again(tmp_path: Path) -> None:
+def test_saved_arguments_repeat_the_run(tmp_path: Path) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     run_well(
         "finetune.py", "--model_name_or_path", TINY, "--data_path", write_conversations(tmp_path / "train.json"),
@@ -84,7 +94,7 @@ def test_the_saved_arguments_start_the_same_run_again(tmp_path: Path) -> None:
     assert (arguments[0]["system_message"], arguments[0]["warmup_steps"]) == ("“Kurz” 😀", 0.5)
 
 
-def test_a_yaml_file_alone(tmp_path: Path) -> None:
+def test_yaml_file_as_the_only_argument(tmp_path: Path) -> None:
     file = tmp_path / "run.yaml"
     file.write_text(
         f"model_name_or_path: {TINY}\ndata_path: {write_conversations(tmp_path / 'train.json')}\n"
@@ -96,8 +106,8 @@ def test_a_yaml_file_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [[], ["--use_lora"], ["--use_lora", "--trainable_embeddings", "chatml_tokens"]])
-def test_early_stopping_ends_with_the_best_model(tmp_path: Path, mode: list[str]) -> None:
-    """Trained on four conversations until it knows nothing else, at a rate that soon harms the other four."""
+def test_early_stopping_saves_the_best_model(tmp_path: Path, mode: list[str]) -> None:
+    """Overfit four conversations, at a learning rate that soon raises the loss of the other four."""
     data = write_conversations(tmp_path / "train.json", CONVERSATIONS[:4])
     evaluation = write_conversations(tmp_path / "eval.json", CONVERSATIONS[4:])
     output = tmp_path / "out"
@@ -111,15 +121,16 @@ def test_early_stopping_ends_with_the_best_model(tmp_path: Path, mode: list[str]
     best = min(range(len(losses)), key=losses.__getitem__)
     assert len(losses) == best + 3 < 30, losses
     name = "adapter_model.safetensors" if mode else "model.safetensors"
-    saved, kept = load_file(output / name), load_file(output / f"checkpoint-{2 * (best + 1)}" / name)
-    assert saved.keys() == kept.keys() and all(torch.equal(saved[key], kept[key]) for key in saved)
+    saved, best_checkpoint = load_file(output / name), load_file(output / f"checkpoint-{2 * (best + 1)}" / name)
+    assert saved.keys() == best_checkpoint.keys()
+    assert all(torch.equal(saved[key], best_checkpoint[key]) for key in saved)
     last = load_file(output / f"checkpoint-{2 * len(losses)}" / name)
     assert not all(torch.equal(saved[key], last[key]) for key in saved)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
 @pytest.mark.parametrize("given", [True, False])
-def test_logging_dir_is_where_tensorboard_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool) -> None:
+def test_tensorboard_writes_to_logging_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
     finetune_here(
         "--model_name_or_path", TINY, "--data_path", write_conversations(tmp_path / "train.json"), "--output_dir",
@@ -132,7 +143,7 @@ def test_logging_dir_is_where_tensorboard_writes(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "out" / "runs").exists() is not given
 
 
-def test_conflicts_end_the_command_before_anything_is_loaded(tmp_path: Path) -> None:
+def test_conflicts_are_reported_before_anything_is_loaded(tmp_path: Path) -> None:
     result = run(
         "finetune.py", "--model_name_or_path", TINY, "--data_path", tmp_path / "none.json", "--output_dir",
         tmp_path / "out", "--bf16", "--fp16", "--lora_r", 8,
@@ -144,13 +155,24 @@ def test_conflicts_end_the_command_before_anything_is_loaded(tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
-def test_help_and_refusals_do_not_wait_for_torch() -> None:
+def test_preview_and_dry_run_start_no_process_group(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0 of two processes does not wait for rank 1, which never starts."""
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1"}.items():
+        monkeypatch.setenv(name, str(value))
+    monkeypatch.setenv("MASTER_PORT", str(free_port()))
+    data = ["--model_name_or_path", TINY, "--data_path", write_conversations(tmp_path / "train.json")]
+    preview, dry_run = run_all([["-m", "scripts.preview_data", *data], ["finetune.py", *data, "--dry_run"]])
+    assert (preview.returncode, dry_run.returncode) == (0, 0), preview.stderr + dry_run.stderr
+    assert preview.stdout == dry_run.stdout and "a step uses 16 samples" in preview.stdout
+
+
+def test_help_and_refusals_are_faster_than_importing_torch() -> None:
     seconds = measure_startup(rounds=1)
     slow = {name: value for name, value in seconds.items() if name != IMPORT and value > 0.4 * seconds[IMPORT]}
     assert slow == {}, seconds
 
 
-def test_the_help() -> None:
+def test_help_lists_the_flags() -> None:
     short, long = (run_well("finetune.py", flag).stdout for flag in ("--help", "--help_all"))
     for text in ("--model_name_or_path", "--use_lora", "--learning_rate X", "(default: 5e-05)", "--eval_strategy"):
         assert text in short and text in long

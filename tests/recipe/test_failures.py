@@ -1,4 +1,4 @@
-"""A user's mistake ends a command with one line that names it, exit code 2, and nothing that looks like a result."""
+"""Refused commands: one line that names the fault, exit code 2, and no files that look like a result."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from tests.commands import free_port, names_in, run, run_all, run_here
 from tests.golden import SMALL
 from tests.models import TINY, copy_checkpoint, write_conversations
 
-SOUND = '{"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello!"}]}'
+VALID = '{"conversations": [{"from": "user", "value": "Hi"}, {"from": "assistant", "value": "Hello!"}]}'
 
 
 @dataclass
 class Case:
-    """A command line that is good but for one thing. In ``message`` and ``flags`` {x} stands for the case's folder.
+    """A valid command line with one fault. ``{x}`` in ``message`` and ``flags`` is the case's folder.
 
     Attributes:
-        setup: makes what the case needs in its folder, which holds a good train.json.
+        message: start of the error line, after "finetune.py: error: ".
         flags: replaced or added flags of finetune.py.
-        message: how the error line goes on behind "finetune.py: error: ".
-        starts: whether the run gets as far as reading the checkpoint's weights, so that bars may come before the line.
+        setup: prepares the case's folder, which contains a valid train.json.
+        starts: the run reads data or weights, so progress bars may precede the error line.
     """
 
     message: str
@@ -44,19 +44,19 @@ def append(file: Path, content: bytes) -> None:
     file.write_bytes(file.read_bytes() + content)
 
 
-def spoil(file: Path, name: str) -> None:
+def insert_nan(file: Path, name: str) -> None:
     tensors = load_file(file)
     tensors[name][3] = float("nan")
     save_file(tensors, file, metadata={"format": "pt"})
 
 
 def write_records(file: Path, *records: object) -> None:
-    """The records as lines behind a sound one."""
-    file.write_text("".join(f"{line}\n" for line in [SOUND, *map(json.dumps, records)]))
+    """Write records as lines, after a valid one."""
+    file.write_text("".join(f"{line}\n" for line in [VALID, *map(json.dumps, records)]))
 
 
 def cut_adapter(folder: Path) -> None:
-    """The golden adapter, its first matrix with half the columns."""
+    """Copy the golden adapter with half of the columns of its first matrix."""
     shutil.copytree(SMALL / "training" / "lora_chat_adapter", folder)
     tensors = load_file(folder / "adapter_model.safetensors")
     name = min(tensors)
@@ -73,15 +73,15 @@ CASES = {
     "no data file": Case("--data_path {x}/none.json: there is no such file. ", {"--data_path": "{x}/none.json"}),
     "broken json": Case(
         "{x}/train.json:2:95: not valid JSON: ",
-        setup=lambda x: (x / "train.json").write_text(f'[{SOUND},\n{SOUND[:-1]} "id": 1}}\n]'),
+        setup=lambda x: (x / "train.json").write_text(f'[{VALID},\n{VALID[:-1]} "id": 1}}\n]'),
     ),
     "broken line": Case(
         "{x}/train.json:3:1: not valid JSON: ",
-        setup=lambda x: (x / "train.json").write_text(f"{SOUND}\n\nnot json\n{SOUND}\n"),
+        setup=lambda x: (x / "train.json").write_text(f"{VALID}\n\nnot json\n{VALID}\n"),
     ),
     "unknown role": Case(
         "{x}/train.json:2: turn 1 is from an unknown role, 'robot' (read as conversations). ",
-        setup=lambda x: (x / "train.json").write_text(f"{SOUND}\n{SOUND.replace('user', 'robot')}\n"),
+        setup=lambda x: (x / "train.json").write_text(f"{VALID}\n{VALID.replace('user', 'robot')}\n"),
     ),
     "empty conversation": Case(
         '{x}/train.json:2: "conversations" is empty (read as conversations). ',
@@ -101,7 +101,7 @@ CASES = {
     ),
     "wrong encoding": Case(
         "{x}/train.json: the file is UTF-16, not UTF-8. Save the file as UTF-8",
-        setup=lambda x: (x / "train.json").write_bytes(SOUND.encode("utf-16")),
+        setup=lambda x: (x / "train.json").write_bytes(VALID.encode("utf-16")),
     ),
     "a folder without data": Case(
         "{x}/empty: the folder contains no data files. ", {"--data_path": "{x}/empty"}, lambda x: (x / "empty").mkdir()
@@ -131,7 +131,7 @@ CASES = {
     "weights with NaN": Case(
         "{x}/model/model.safetensors: transformer.h.1.ln_2.weight holds NaN or infinity in float32. ",
         {"--model_name_or_path": "{x}/model"},
-        lambda x: spoil(copy_checkpoint(x / "model") / "model.safetensors", "transformer.h.1.ln_2.weight"),
+        lambda x: insert_nan(copy_checkpoint(x / "model") / "model.safetensors", "transformer.h.1.ln_2.weight"),
         starts=True,
     ),
     "unknown model": Case(
@@ -166,7 +166,7 @@ CASES = {
         lambda x: copy_checkpoint(x / "model"),
     ),
     "output in the model": Case(
-        "--output_dir {x}/model/out lies inside of --model_name_or_path {x}/model. ",
+        "--output_dir {x}/model/out is inside --model_name_or_path {x}/model. ",
         {"--model_name_or_path": "{x}/model", "--output_dir": "{x}/model/out"},
         lambda x: copy_checkpoint(x / "model"),
     ),
@@ -188,7 +188,7 @@ CASES = {
 
 
 def prepare(name: str, folder: Path) -> list[str]:
-    """Make a case in ``folder``; returns the command line's arguments."""
+    """Prepare a case in ``folder``, and return the arguments of its command line."""
     case = CASES[name]
     write_conversations(folder / "train.json")
     case.setup(folder)
@@ -200,7 +200,7 @@ def prepare(name: str, folder: Path) -> list[str]:
 
 
 def check(name: str, folder: Path, code: int, out: str, err: str) -> None:
-    """One line on stderr, which names the fault; nothing in the output folder."""
+    """Check the error line, the exit code and that the output folder is empty."""
     case, lines = CASES[name], err.splitlines()
     assert lines[-1].startswith("finetune.py: error: " + case.message.replace("{x}", str(folder))), err
     assert case.starts or len(lines) == 1, err
@@ -212,15 +212,15 @@ def check(name: str, folder: Path, code: int, out: str, err: str) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_mistake_is_one_line_and_exit_code_2(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_fault_is_one_line_with_exit_code_2(name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     arguments = prepare(name, tmp_path)
     capfd.readouterr()
     code = run_here(finetune.main, "finetune.py", arguments)
     check(name, tmp_path, code, *capfd.readouterr())
 
 
-def test_mistakes_as_a_user_makes_them(tmp_path: Path) -> None:
-    """The same in processes of their own: nothing that is printed while Python starts or ends comes to it."""
+def test_faults_in_separate_processes(tmp_path: Path) -> None:
+    """In a separate process nothing else is printed while Python starts or exits."""
     names = ["wrong flag", "broken json", "truncated weights"]
     folders = {name: tmp_path / name.replace(" ", "_") for name in names}
     for folder in folders.values():
@@ -230,7 +230,7 @@ def test_mistakes_as_a_user_makes_them(tmp_path: Path) -> None:
         check(name, folder, result.returncode, result.stdout, result.stderr)
 
 
-def test_several_faults_of_a_file_are_shown_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_several_faults_of_a_file_are_reported_at_once(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     write_conversations(tmp_path / "train.json")
     faulty = [{"text": 1}, {"conversations": []}, {"conversations": [USER]}]
     arguments = ["--use_lora", "--model_name_or_path", TINY, "--output_dir", tmp_path / "out"]
@@ -243,8 +243,8 @@ def test_several_faults_of_a_file_are_shown_at_once(tmp_path: Path, capfd: pytes
         first, *lines = capfd.readouterr().err.splitlines()
         assert first == f"finetune.py: error: --data_path: {title}:"
         assert lines.pop() == "  --on_bad_record skip leaves such records out"
-        unfit = "the record has no \"conversations\", its fields are ['text'] (read as conversations). "
-        assert lines[0].startswith(f"  1. {path}:2: {unfit}")
+        first_fault = "the record has no \"conversations\", its fields are ['text'] (read as conversations). "
+        assert lines[0].startswith(f"  1. {path}:2: {first_fault}")
         assert lines[1].startswith(f'  2. {path}:3: "conversations" is empty (read as conversations). ')
         assert lines[-1].startswith(f"  {len(lines)}. {path}:{last}")
         assert len(lines) == min(3 * count + 1, 20)
@@ -257,15 +257,15 @@ def test_several_processes_report_a_fault_once(tmp_path: Path) -> None:
         "-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port(), "finetune.py",
         "--model_name_or_path", TINY, "--data_path", tmp_path / "train.json", "--output_dir", tmp_path / "out",
     )  # fmt: skip
-    ours = [line for line in result.stderr.splitlines() if line.startswith(("finetune.py:", "finetune.py ["))]
-    assert ours == [
+    errors = [line for line in result.stderr.splitlines() if line.startswith(("finetune.py:", "finetune.py ["))]
+    assert errors == [
         f'finetune.py [rank 0]: error: {tmp_path}/train.json:2: "conversations" is empty (read as conversations). '
         "Give it at least one turn, or remove the record"
     ]
     assert result.returncode != 0
 
 
-def test_mistakes_of_the_other_commands(tmp_path: Path) -> None:
+def test_faults_of_other_commands(tmp_path: Path) -> None:
     adapter, cut = SMALL / "training" / "lora_chat_adapter", tmp_path / "cut"
     cut_adapter(cut)
     first_matrix = "base_model.model.transformer.h.0.attn.c_attn.lora_A.weight"
@@ -296,8 +296,7 @@ def test_mistakes_of_the_other_commands(tmp_path: Path) -> None:
     assert names_in(tmp_path) == ["cut"]
 
 
-def test_a_wrong_flag_is_answered_at_once() -> None:
-    """Before torch is loaded, for the commands that need it late."""
+def test_unknown_flag_is_refused_before_torch_is_imported() -> None:
     trace = ["-X", "importtime"]
     for result in run_all([[*trace, "merge_lora.py", "--x"], [*trace, "-m", "scripts.ask", "--x"]]):
         assert result.returncode == 2

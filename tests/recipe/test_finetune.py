@@ -1,4 +1,4 @@
-"""finetune.py as a user runs it: the loss falls, and what is saved is what was trained."""
+"""Runs of finetune.py: the loss falls, and the saved weights are the trained ones."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     "mode", [["--learning_rate", "5e-3"], ["--use_lora", "--learning_rate", "2e-2"]], ids=["full", "lora"]
 )
 def test_the_loss_falls_on_real_conversations(shared: Path, tmp_path: Path, mode: list[str]) -> None:
-    """With Qwen's own vocabulary of 151,936 rows: by a nat at least, in sixteen steps of two conversations."""
+    """With Qwen's vocabulary of 151,936 rows: by at least one nat, in sixteen steps of two conversations."""
     output = tmp_path / "out"
     run_well(
         "finetune.py", "--model_name_or_path", shared / "golden" / "tiny-qwen", "--data_path",
@@ -45,8 +45,8 @@ def test_the_loss_falls_on_real_conversations(shared: Path, tmp_path: Path, mode
     losses = logged_losses(output)
     assert len(losses) == 4
     assert losses[-1] < losses[0] - 1.0
-    account = read_json(output / "run_summary.json")["data"]["train"]
-    assert account["read"] == 500 and account["kept"] + account["skipped"] == 500
+    report = read_json(output / "run_summary.json")["data"]["train"]
+    assert report["read"] == 500 and report["kept"] + report["skipped"] == 500
     weights = "adapter_model.safetensors" if "--use_lora" in mode else "model.safetensors"
     assert weights in names_in(output)
 
@@ -54,7 +54,7 @@ def test_the_loss_falls_on_real_conversations(shared: Path, tmp_path: Path, mode
 # --------------------------------------------------------------------------------------------------------- a base model
 
 
-def test_a_base_model_learns_chatml_and_merges_with_its_embeddings(tmp_path: Path) -> None:
+def test_base_model_learns_chatml_and_merges_with_its_embeddings(tmp_path: Path) -> None:
     base = copy_checkpoint(tmp_path / "base", chat_format="raw")
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
     run_well(
@@ -73,7 +73,7 @@ def test_a_base_model_learns_chatml_and_merges_with_its_embeddings(tmp_path: Pat
     for name in ("transformer.wte.weight", "lm_head.weight"):
         assert not torch.equal(saved[f"base_model.model.{name}"], stored[name].float()), name
         assert torch.equal(folded.get_parameter(name), saved[f"base_model.model.{name}"]), name
-    # It is a chat model now.
+    # Both folders are marked as chat models.
     for folder in (adapter, merged):
         config = read_json(folder / "generation_config.json")
         assert (config["chat_format"], config["eos_token_id"]) == ("chatml", [702, 700])
@@ -81,7 +81,7 @@ def test_a_base_model_learns_chatml_and_merges_with_its_embeddings(tmp_path: Pat
 
 @pytest.mark.parametrize("mode", ["none", "full", "chatml_tokens"])
 @pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
-def test_merged_weights_are_the_base_with_its_adapter(tmp_path: Path, mode: str, tied: bool) -> None:
+def test_merged_weights_equal_base_plus_adapter(tmp_path: Path, mode: str, tied: bool) -> None:
     base = copy_tied(tmp_path / "base") if tied else copy_checkpoint(tmp_path / "base")
     run = finetune_here(
         "--model_name_or_path", base, "--data_path", write_conversations(tmp_path / "train.json"), "--output_dir",
@@ -97,8 +97,8 @@ def test_merged_weights_are_the_base_with_its_adapter(tmp_path: Path, mode: str,
 # --------------------------------------------------------------------------------------------------------------- resume
 
 
-def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
-    """LoRA's dropout included: the state of the random numbers comes back too."""
+def test_resumed_run_ends_like_an_complete_one(tmp_path: Path) -> None:
+    """Including LoRA's dropout, so the random state is restored too."""
     data = write_conversations(tmp_path / "train.json")
     modes = {"lora": ["--use_lora"], "full": []}
 
@@ -112,7 +112,7 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
     for result in run_all([command(name, *flags) for name, flags in modes.items()]):
         assert result.returncode == 0, result.stderr
     for name in modes:
-        # What is left of a run that died after its fourth step.
+        # The files of a run that died after its fourth step.
         cut = tmp_path / f"{name}-cut"
         shutil.copytree(tmp_path / name / "checkpoint-3", cut / "checkpoint-3")
         lines = (tmp_path / name / "training_log.jsonl").read_text().splitlines(keepends=True)
@@ -124,21 +124,21 @@ def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
     for result in run_all(commands):
         assert result.returncode == 0, result.stderr
     for name, file in (("lora", "adapter_model.safetensors"), ("full", "model.safetensors")):
-        whole, resumed = (load_file(tmp_path / run / file) for run in (name, f"{name}-cut"))
-        assert whole.keys() == resumed.keys()
-        for key, tensor in whole.items():
+        complete, resumed = (load_file(tmp_path / run / file) for run in (name, f"{name}-cut"))
+        assert complete.keys() == resumed.keys()
+        for key, tensor in complete.items():
             assert (resumed[key] - tensor).abs().max() <= 1e-6, key
         log = read_log(tmp_path / f"{name}-cut")
         assert [row["step"] for row in log] == [1, 2, 3, 4, 5, 6]
         assert [row["loss"] for row in log] == pytest.approx(logged_losses(tmp_path / name), rel=1e-6)
 
 
-# ------------------------------------------------------------------------------------------------------ ways to train
+# ---------------------------------------------------------------------------------------------------- variants of a run
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The same LoRA run of one epoch in several ways."""
+    """Variants of one LoRA run of one epoch."""
     folder = tmp_path_factory.mktemp("runs")
     data = write_conversations(folder / "train.json")
     evaluation = ["--eval_data_path", data, "--eval_strategy", "steps", "--eval_steps", 2]
@@ -162,13 +162,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: folder / name for name in variants}
 
 
-def test_gradient_checkpointing_learns_the_same(runs: dict[str, Path]) -> None:
+def test_gradient_checkpointing_keeps_the_losses(runs: dict[str, Path]) -> None:
     assert len(logged_losses(runs["plain"])) == 4
     assert logged_losses(runs["checkpointing"]) == pytest.approx(logged_losses(runs["plain"]), rel=1e-5)
 
 
-def test_bfloat16_on_a_cpu(runs: dict[str, Path]) -> None:
-    """Rounded, but the same run: eight bits of a logit of one are half a percent."""
+def test_bfloat16_keeps_the_losses_up_to_rounding(runs: dict[str, Path]) -> None:
+    """bfloat16 has eight significant bits: a relative error of up to 0.4 % per rounding."""
     plain, rounded = logged_losses(runs["plain"]), logged_losses(runs["bf16"])
     assert rounded != plain
     assert rounded == pytest.approx(plain, rel=0.01)
@@ -177,7 +177,7 @@ def test_bfloat16_on_a_cpu(runs: dict[str, Path]) -> None:
 
 
 def test_grouping_by_length_trains_the_same_conversations_with_no_more_padding(runs: dict[str, Path]) -> None:
-    """In which order, ``tests/unit/test_samplers.py`` says; eight conversations have few."""
+    """``tests/unit/training/test_samplers.py`` tests the order; eight conversations have few possible orders."""
     plain, grouped = ([row for row in read_log(runs[name]) if "loss" in row] for name in ("plain", "grouped"))
     assert grouped[-1]["tokens"] == plain[-1]["tokens"]
     assert sum(row["padding"] for row in grouped) <= sum(row["padding"] for row in plain)
@@ -191,7 +191,7 @@ def test_evaluation_is_logged(runs: dict[str, Path]) -> None:
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
-def test_tensorboard_is_written_when_asked_for(runs: dict[str, Path]) -> None:
+def test_tensorboard_is_written_only_with_report_to(runs: dict[str, Path]) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     [events] = list(runs["grouped"].rglob("events.out.tfevents.*"))

@@ -1,4 +1,4 @@
-"""The quickstart, and what it promises: a tuned model gives the answers it was taught, word for word."""
+"""The quickstart: the tuned model gives the trained answers, word for word."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ IDENTITY = REPO / "examples" / "identity.json"
 
 @pytest.fixture(scope="module")
 def quickstart() -> subprocess.CompletedProcess[str]:
-    """One run of the script as a user starts it. It installs nothing where the environment is up to date."""
+    """One run of the script. It installs nothing if the environment is up to date."""
     return subprocess.run(
         ["bash", "scripts/quickstart.sh"],
         cwd=REPO, env=environment(), capture_output=True, text=True, timeout=900, check=False,
@@ -30,7 +30,7 @@ def quickstart() -> subprocess.CompletedProcess[str]:
 
 
 def questions() -> list[tuple[list[Turn], str]]:
-    """Every answer of the file with the turns before it."""
+    """Return every answer in the file, with the turns before it."""
     pairs = []
     for record in json.loads(IDENTITY.read_text(encoding="utf-8")):
         turns = [Turn(turn["from"], turn["value"]) for turn in record["conversations"]]
@@ -40,7 +40,7 @@ def questions() -> list[tuple[list[Turn], str]]:
 
 @torch.no_grad()
 def answers(model_folder: Path, adapter: Path | None, prompts: list[list[Turn]]) -> list[str]:
-    """Greedy answers without repetition penalty, all prompts in one batch, padded on the left."""
+    """Generate greedy answers without repetition penalty, all prompts in one batch, padded on the left."""
     checkpoint = load_checkpoint(str(model_folder))
     model = load_for_inference(checkpoint, None if adapter is None else str(adapter))
     rows = [encode_prompt(render_prompt(turns, checkpoint.family), checkpoint.tokenizer) for turns in prompts]
@@ -54,7 +54,7 @@ def answers(model_folder: Path, adapter: Path | None, prompts: list[list[Turn]])
     return [checkpoint.tokenizer.decode(row.tolist(), skip_special_tokens=True) for row in output[:, longest:]]
 
 
-def test_the_quickstart_ends_with_the_taught_answer(quickstart: subprocess.CompletedProcess[str]) -> None:
+def test_quickstart_prints_the_trained_answer(quickstart: subprocess.CompletedProcess[str]) -> None:
     assert quickstart.returncode == 0, quickstart.stderr
     turns = read_json(IDENTITY)[0]["conversations"]
     assert f"\nQuestion: {turns[0]['value']}\nAnswer:   {turns[1]['value']}\n" in quickstart.stdout
@@ -67,20 +67,20 @@ def test_the_quickstart_ends_with_the_taught_answer(quickstart: subprocess.Compl
 @pytest.mark.parametrize(
     ("model", "adapter"), [(WORK / "tiny-qwen", WORK / "adapter"), (WORK / "merged", None)], ids=["adapter", "merged"]
 )
-def test_the_identity_set_is_learnt(
+def test_trained_answers_are_generated(
     quickstart: subprocess.CompletedProcess[str], model: Path, adapter: Path | None
 ) -> None:
     assert quickstart.returncode == 0, quickstart.stderr
     pairs = questions()
     assert len(pairs) >= 50
-    found = answers(model, adapter, [turns for turns, _ in pairs])
-    wrong = [(got, taught) for (_, taught), got in zip(pairs, found, strict=True) if got != taught]
+    generated = answers(model, adapter, [turns for turns, _ in pairs])
+    wrong = [(got, expected) for (_, expected), got in zip(pairs, generated, strict=True) if got != expected]
     assert len(wrong) <= 0.05 * len(pairs), wrong
 
 
-def test_the_untrained_model_knows_none_of_it(quickstart: subprocess.CompletedProcess[str]) -> None:
-    """So the answers were learnt, not found in the question."""
+def test_untrained_model_generates_none_of_the_answers(quickstart: subprocess.CompletedProcess[str]) -> None:
+    """The answers come from training, not from the question."""
     assert quickstart.returncode == 0, quickstart.stderr
     pairs = questions()[:8]
-    found = answers(WORK / "tiny-qwen", None, [turns for turns, _ in pairs])
-    assert not [got for (_, taught), got in zip(pairs, found, strict=True) if got == taught]
+    generated = answers(WORK / "tiny-qwen", None, [turns for turns, _ in pairs])
+    assert not [got for (_, expected), got in zip(pairs, generated, strict=True) if got == expected]
