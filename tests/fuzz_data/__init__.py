@@ -1,6 +1,6 @@
-"""Damages valid data files and checks what is read of them:  python -m tests.fuzz_data --count 2000 --seed 0
+"""Mutates valid data files and checks how they are read:  python -m tests.fuzz_data --count 2000 --seed 0
 
-What a damaged file has to give is found by a second, plain way of reading it: Python's own ``json`` and ``gzip`` on
-the whole file at once. So the samples, the skipped records and the place of each fault are all known. Each kind of
-damage says besides what it must come to (``Must``). ``--only K`` repeats mutation K of a seed.
+An oracle, a second and simpler reader (Python's ``json`` and ``gzip`` on the whole file at once), gives the expected
+samples, skipped records and locations of faults; ``Expect`` gives the expected outcome of each mutation. ``--only K``
+repeats mutation K of a seed.
 """

@@ -2,7 +2,7 @@
 
 import sys
 
-from tests.fuzz_data.running import main
+from tests.fuzz_data.runner import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -1,4 +1,4 @@
-"""A short run of the fuzzer, and that it finds what it is there for: data that is lost or changed, and bad refusals."""
+"""A short run of the fuzzer, and a test that it finds lost or changed data and bad refusals."""
 
 from __future__ import annotations
 
@@ -20,92 +20,92 @@ from data_utils.files import Location, read_records
 from data_utils.formats import Format
 from data_utils.report.source_report import SourceReport
 from errors import DataError
-from tests.fuzz_data import examining, running
-from tests.fuzz_data.damages import KINDS
-from tests.fuzz_data.drafts import FORMATS, TEXTS, Case, Must
-from tests.fuzz_data.examining import Result, examine
-from tests.fuzz_data.plain import encoder, expected, row_units
-from tests.fuzz_data.running import OUTCOMES, main, make_case, run, run_apart
+from tests.fuzz_data import examine as examine_module
+from tests.fuzz_data import runner
+from tests.fuzz_data.examine import Result, examine
+from tests.fuzz_data.oracle import encoder, expected, row_records
+from tests.fuzz_data.runner import MUTATIONS, OUTCOMES, main, make_case, run, run_apart
+from tests.fuzz_data.valid_files import FORMATS, TEXTS, Case, Expect
 
-SEED, COUNT = 20, 8 * len(KINDS)
+SEED, COUNT = 20, 8 * len(MUTATIONS)
 
 
-def test_no_mutation_crashes_or_loses_anything(tmp_path: Path) -> None:
+def test_mutations_have_no_findings(tmp_path: Path) -> None:
     results = list(run(SEED, range(COUNT), tmp_path))
-    assert {result.kind for result in results} == set(KINDS)
+    assert {result.mutation for result in results} == set(MUTATIONS)
     assert {outcome for result in results for outcome in result.outcomes} == set(OUTCOMES)
-    found = [f"--seed {SEED} --only {each.number} ({each.kind}): {text}" for each in results for text in each.findings]
-    assert found == []
+    with_findings = [(result.number, result.mutation, result.findings) for result in results if result.findings]
+    assert with_findings == [], f"--seed {SEED} --only NUMBER"
 
 
 @pytest.mark.parametrize("text", ["a", "word ", " ", "\n", "北", "1", "🙂", "e\u0301"])
-def test_a_text_of_five_megabytes(text: str, tmp_path: Path) -> None:
-    examining.first_peak.cache_clear()
-    encoder.cache_clear()  # which keeps texts
+def test_text_of_five_megabytes(text: str, tmp_path: Path) -> None:
+    examine_module.first_peak.cache_clear()
+    encoder.cache_clear()  # its tokenizer caches texts
     record = {"prompt": text * (5_000_000 // len(text.encode())), "response": "Answer"}
     assert findings(tmp_path, lines(*GOOD[:2], json.dumps(record), *GOOD[3:])) == []
 
 
-def test_a_number_makes_the_same_file_again() -> None:
-    once, again = ([make_case(3, number) for number in range(4 * len(KINDS))] for _ in range(2))
+def test_cases_are_reproducible() -> None:
+    once, again = ([make_case(3, number) for number in range(4 * len(MUTATIONS))] for _ in range(2))
     assert once == again
     assert make_case(3, 0).data != make_case(4, 0).data
 
 
-def test_valid_files_of_every_format_and_kind(tmp_path: Path) -> None:
-    """They are read without a fault, and each of their samples says something else."""
+def test_valid_files_of_every_format_and_ending(tmp_path: Path) -> None:
+    """They are read without faults, and all their samples are different."""
     names = set()
-    for number in range(0, 100 * len(KINDS), len(KINDS)):
+    for number in range(0, 100 * len(MUTATIONS), len(MUTATIONS)):
         case = make_case(5, number)
-        assert (case.kind, case.must) == ("unchanged", Must.SAME)
+        assert (case.mutation, case.expect) == ("unchanged", Expect.SAME)
         result = examine(case, tmp_path / case.name)
         assert result.outcomes == ("same", "same") and not result.findings, case.name
-        samples = [str(sample) for _, sample in expected(row_units(case.original))]
+        samples = [str(sample) for _, sample in expected(row_records(case.original))]
         assert len(set(samples)) == len(samples) >= 5
         names.add(case.name)
     assert names == {f"{format_}{suffix}" for format_ in FORMATS for suffix in TEXTS}
 
 
-# -------------------------------------------------------------------------------------------------- what it has to find
+# ----------------------------------------------------------------------------------------------------------- findings
 
 
 RECORDS = [{"prompt": f"Question {number}?", "response": f"Answer {number}"} for number in range(5)]
 GOOD = [json.dumps(record) for record in RECORDS]
 
 
-def lines(*texts: str, must: Must = Must.READ) -> Case:
-    return Case("test", "a.jsonl", "\n".join(texts).encode(), must, RECORDS)
+def lines(*texts: str, expect: Expect = Expect.ORACLE) -> Case:
+    return Case("test", "a.jsonl", "\n".join(texts).encode(), expect, RECORDS)
 
 
 def findings(folder: Path, case: Case) -> list[str]:
     return examine(case, folder / case.name).findings
 
 
-WITH_FAULT = lines(*GOOD[:3], "{}", *GOOD[3:], must=Must.FAULTY)
+WITH_FAULT = lines(*GOOD[:3], "{}", *GOOD[3:], expect=Expect.FAULT)
 
 
-def test_nothing_is_found_where_nothing_is_wrong(tmp_path: Path) -> None:
-    assert findings(tmp_path, lines(*GOOD, must=Must.SAME)) == []
+def test_no_finding_without_an_error(tmp_path: Path) -> None:
+    assert findings(tmp_path, lines(*GOOD, expect=Expect.SAME)) == []
     assert findings(tmp_path, WITH_FAULT) == []
 
 
-def places(*numbers: int) -> str:
+def lines_at(*numbers: int) -> str:
     return str([(number, None) for number in numbers])
 
 
 @pytest.mark.parametrize(
     ("change", "found"),
     [
-        (lambda items: items.pop(2), f"gives {places(1, 2, 5, 6)} without {places(4)}"),
-        (lambda items: items.pop(3), f"gives {places(1, 2, 3, 5, 6)} without []"),
-        (lambda items: items.insert(2, items[1]), f"gives {places(1, 2, 2, 3, 5, 6)} without {places(4)}"),
-        (lambda items: items.reverse(), f"gives {places(6, 5, 3, 2, 1)} without {places(4)}"),
-        (lambda items: items[1][1].update(response="x"), f"gives other samples at {places(2)}"),
-        (lambda items: items.insert(1, (items.pop(1)[0], items[0][1])), f"gives other samples at {places(2)}"),
+        (lambda items: items.pop(2), f"gives {lines_at(1, 2, 5, 6)} without {lines_at(4)}"),
+        (lambda items: items.pop(3), f"gives {lines_at(1, 2, 3, 5, 6)} without []"),
+        (lambda items: items.insert(2, items[1]), f"gives {lines_at(1, 2, 2, 3, 5, 6)} without {lines_at(4)}"),
+        (lambda items: items.reverse(), f"gives {lines_at(6, 5, 3, 2, 1)} without {lines_at(4)}"),
+        (lambda items: items[1][1].update(response="x"), f"gives other samples at {lines_at(2)}"),
+        (lambda items: items.insert(1, (items.pop(1)[0], items[0][1])), f"gives other samples at {lines_at(2)}"),
     ],
     ids=["dropped", "fault dropped", "doubled", "reversed", "changed", "misplaced"],
 )
-def test_it_finds_records_that_are_not_those_of_the_file(
+def test_wrong_records_are_found(
     change: Callable[[list[Any]], object], found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def read(*arguments: Any) -> Iterator[tuple[Location, object]]:
@@ -114,7 +114,7 @@ def test_it_finds_records_that_are_not_those_of_the_file(
         yield from items
 
     monkeypatch.setattr(dataset, "read_records", read)
-    [finding] = [each for each in findings(tmp_path, WITH_FAULT) if each.startswith("skipping gives")]
+    [finding] = [text for text in findings(tmp_path, WITH_FAULT) if text.startswith("skipping gives")]
     assert finding.startswith(f"skipping {found}")
 
 
@@ -130,7 +130,7 @@ def always(error: BaseException) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize("error", [KeyError(1), RecursionError("deep"), MemoryError("all"), Panic("overflow")])
-def test_it_finds_other_errors(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unexpected_exceptions_are_found(error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Encoder, "encode_conversation", always(error))
     text = f"{type(error).__name__}: {error}"
     assert findings(tmp_path, lines(*GOOD)) == [f"refusing: {text}", f"skipping: {text}"]
@@ -139,18 +139,18 @@ def test_it_finds_other_errors(error: BaseException, tmp_path: Path, monkeypatch
 @pytest.mark.parametrize(
     ("error", "found"),
     [
-        (DataError("--data_path", "a fault"), "refusing: a message that names no place: '--data_path: a fault'"),
-        (DataError("a.jsonl:4", "a fault"), "refusing: a message that names no place: 'a.jsonl:4: a fault'"),
+        (DataError("--data_path", "a fault"), "refusing: message without a location: '--data_path: a fault'"),
+        (DataError("a.jsonl:4", "a fault"), "refusing: message without a location: 'a.jsonl:4: a fault'"),
     ],
 )
-def test_it_finds_messages_without_a_place(
+def test_messages_without_a_location_are_found(
     error: DataError, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(DataReader, "_raise_faults", always(error))
     assert findings(tmp_path, WITH_FAULT)[0] == found
 
 
-def test_it_finds_messages_that_steer_the_terminal_or_take_several_lines(
+def test_messages_with_control_characters_or_line_breaks_are_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def parse(self: Format, record: object, where: Location) -> Any:
@@ -158,57 +158,57 @@ def test_it_finds_messages_that_steer_the_terminal_or_take_several_lines(
 
     monkeypatch.setattr(Format, "parse", parse)
     found = "\n".join(findings(tmp_path, lines(GOOD[0])))
-    assert "refusing: a message that cannot be shown: " in found
-    assert "refusing: a message that names no place: " in found
-    assert "skipping: logs 'Skipped: " in found
+    assert "refusing: message with control characters: " in found
+    assert "refusing: message without a location: " in found
+    assert "skipping: log line with control characters: 'Skipped: " in found
 
 
-def test_it_finds_places_that_are_not_those_of_the_faults(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_locations_of_faults_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     parse = Format.parse
 
     def parse_elsewhere(self: Format, record: object, where: Any) -> Any:
         return parse(self, record, where and where._replace(line=1))
 
     monkeypatch.setattr(Format, "parse", parse_elsewhere)
-    assert f"refusing gives faults at {places(1)}, not faults at {places(4)}" in findings(tmp_path, WITH_FAULT)
+    assert f"refusing gives faults at {lines_at(1)}, not faults at {lines_at(4)}" in findings(tmp_path, WITH_FAULT)
 
 
-def test_it_finds_more_faults_than_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    case = lines(*["{}"] * 30, GOOD[0], must=Must.FAULTY)
+def test_too_many_faults_in_a_message_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = lines(*["{}"] * 30, GOOD[0], expect=Expect.FAULT)
     assert findings(tmp_path, case) == []
     monkeypatch.setattr(dataset, "_MAX_LISTED_FAULTS", 25)
     assert findings(tmp_path, case)[0] == "refusing: 25 faults are shown"
 
 
-def test_it_finds_records_that_are_not_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_that_are_not_counted_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(SourceReport, "skip", lambda *arguments: None)
     counts = "6 in the file, 5 read, 5 kept, 0 skipped"
-    assert findings(tmp_path, WITH_FAULT) == [f"skipping: an account that does not add up: {counts}"]
+    assert findings(tmp_path, WITH_FAULT) == [f"skipping: report that does not add up: {counts}"]
 
 
-def test_it_finds_warnings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_warnings_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Encoder, "check_conversation", lambda *arguments: warnings.warn("it is old", stacklevel=1))
-    assert findings(tmp_path, lines(*GOOD))[0] == "refusing: warns: it is old"
+    assert findings(tmp_path, lines(*GOOD))[0] == "refusing: warning: it is old"
 
 
-def test_it_finds_labels_that_are_not_the_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_labels_that_differ_from_the_ids_are_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Shifted(ExampleSet):
         def __getitem__(self, index: int) -> Example:
             example = super().__getitem__(index)
             return {**example, "labels": [*example["labels"][1:], -100]}
 
-    monkeypatch.setattr(examining, "ExampleSet", Shifted)
-    assert findings(tmp_path, lines(GOOD[0]))[0].startswith("refusing: labels that are not the ids: [-100, ")
+    monkeypatch.setattr(examine_module, "ExampleSet", Shifted)
+    assert findings(tmp_path, lines(GOOD[0]))[0].startswith("refusing: labels differ from the ids: [-100, ")
 
 
-def test_it_finds_what_takes_long(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(examining, "MOST_SECONDS", 0)
+def test_slow_reading_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(examine_module, "MAX_SECONDS", 0)
     assert findings(tmp_path, lines(*GOOD)) == ["takes 0.0 s"]
 
 
-def test_it_finds_what_takes_much_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    examining.first_peak()
-    monkeypatch.setattr(examining, "_peak", iter([0, 2 << 40, 2 << 40, 2 << 40]).__next__)
+def test_high_memory_use_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    examine_module.first_peak()
+    monkeypatch.setattr(examine_module, "_peak", iter([0, 2 << 40, 2 << 40, 2 << 40]).__next__)
     [found] = findings(tmp_path, lines(*GOOD))
     assert found.startswith("takes ") and found.endswith(" MiB")
 
@@ -216,12 +216,12 @@ def test_it_finds_what_takes_much_memory(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("case", "found"),
     [
-        (lines(*GOOD, must=Must.FAULTY), "has a fault that nothing refuses"),
-        (lines(*GOOD[1:], must=Must.SAME), "is harmless, but the records no longer give the same samples"),
-        (lines(*GOOD, must=Must.REFUSED), "is read, though a fault hides the rest: "),
+        (lines(*GOOD, expect=Expect.FAULT), "has a fault that is not refused"),
+        (lines(*GOOD[1:], expect=Expect.SAME), "must not change the samples, but does"),
+        (lines(*GOOD, expect=Expect.REFUSED), "is read, but must be refused: "),
     ],
 )
-def test_it_finds_what_does_not_come_to_what_it_must(case: Case, found: str, tmp_path: Path) -> None:
+def test_unexpected_outcomes_are_found(case: Case, found: str, tmp_path: Path) -> None:
     [finding] = findings(tmp_path, case)
     assert finding.startswith(found)
 
@@ -233,9 +233,7 @@ def test_it_finds_what_does_not_come_to_what_it_must(case: Case, found: str, tmp
 @pytest.mark.parametrize(
     ("end", "found"), [(lambda: os._exit(7), "ends the process with 7"), (lambda: os.kill(os.getpid(), 9), "with -9")]
 )
-def test_a_process_that_dies_is_a_finding(
-    end: Callable[[], object], found: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_process_that_dies_is_a_finding(end: Callable[[], object], found: str, monkeypatch: pytest.MonkeyPatch) -> None:
     real = examine
 
     def dying(case: Case, path: Path, number: int) -> Result:
@@ -243,7 +241,7 @@ def test_a_process_that_dies_is_a_finding(
             end()
         return real(case, path, number)
 
-    monkeypatch.setattr(running, "examine", dying)
+    monkeypatch.setattr(runner, "examine", dying)
     results = list(run_apart(1, range(4)))
     assert [(result.number, bool(result.findings)) for result in results] == [
         (0, False),
@@ -251,15 +249,15 @@ def test_a_process_that_dies_is_a_finding(
         (2, True),
         (3, False),
     ]
-    assert results[2].findings[0].endswith(found) and results[2].kind == make_case(1, 2).kind
+    assert results[2].findings[0].endswith(found) and results[2].mutation == make_case(1, 2).mutation
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert main(["--count", "3", "--seed", "1"]) == 0
     head, names, *rows, total = capsys.readouterr().out.splitlines()
-    assert "bad records refused" in head and names.startswith("kind") and len(rows) == 3
+    assert "bad records refused" in head and names.startswith("mutation") and len(rows) == 3
     assert rows[0].split()[:2] == ["unchanged", "1"] and total.split()[:2] == ["all", "3"]
-    monkeypatch.setattr(examining, "read", lambda path, skip_bad: examining.Reading(wrong=["bites"]))
+    monkeypatch.setattr(examine_module, "read", lambda path, skip_bad: examine_module.Reading(errors=["bites"]))
     keep = tmp_path / "kept"
     assert main(["--only", "1", "--seed", "1", "--keep", str(keep)]) == 1
     assert capsys.readouterr().out.startswith("--seed 1 --only 1 (byte_order_mark): refusing: bites\n")

@@ -1,4 +1,4 @@
-"""What a file gives when it is read in the plainest way."""
+"""A second, simple reader of data files: Python's ``json`` and ``gzip`` on the whole file at once."""
 
 from __future__ import annotations
 
@@ -19,50 +19,50 @@ from data_utils.formats import Format, recognise
 from errors import DataError
 from qwen_model.tokenization_qwen import QWenTokenizer
 from tests.encoding import check_and_encode, weights_of
-from tests.fuzz_data.drafts import Record
+from tests.fuzz_data.valid_files import Record
 
 TOKENIZER = Path(__file__).parents[1] / "references" / "qwen_v1_small" / "tiny-qwen-small"
 
 
 At = tuple[int | None, int | None]
-"""A place in a file: its line, its record."""
+"""A location in a file: line, record."""
 
 BAD = "bad"
 
 
-class Unit(NamedTuple):
-    """A record of a file; its value is ``BAD`` itself where it cannot be read."""
+class RawRecord(NamedTuple):
+    """A record of a file; the value is ``BAD`` if it cannot be read."""
 
     at: At
     value: Any
 
 
 class Sample(NamedTuple):
-    """What is trained on: ids, and the weight of each as it reaches a batch."""
+    """A training sample: ids, and their weights as in a batch."""
 
     ids: tuple[int, ...]
     weights: tuple[float, ...]
 
 
-class _Twice(Exception):
+class _RepeatedKey(Exception):
     pass
 
 
-def _once(pairs: list[tuple[str, Any]]) -> Record:
+def _unique(pairs: list[tuple[str, Any]]) -> Record:
     if len(dict(pairs)) < len(pairs):
-        raise _Twice
+        raise _RepeatedKey
     return dict(pairs)
 
 
-def _value_of(text: bytes) -> Any:
+def _parse(text: bytes) -> Any:
     try:
-        return json.loads(text.decode(), object_pairs_hook=_once)
-    except (ValueError, RecursionError, _Twice):
+        return json.loads(text.decode(), object_pairs_hook=_unique)
+    except (ValueError, RecursionError, _RepeatedKey):
         return BAD
 
 
-def plain_units(data: bytes) -> tuple[list[Unit], bool]:
-    """The records of a text file, and whether a fault hides what stands behind them."""
+def oracle_records(data: bytes) -> tuple[list[RawRecord], bool]:
+    """Return the records of a text file, and whether nothing after them can be read."""
     if data.startswith(b"\x1f\x8b"):
         try:
             data = gzip.decompress(data)
@@ -70,36 +70,36 @@ def plain_units(data: bytes) -> tuple[list[Unit], bool]:
             return [], True
     data = data.removeprefix(b"\xef\xbb\xbf")
     if data.lstrip(b" \t\r\n").startswith(b"["):
-        return _list_units(data.decode("utf-8", "surrogateescape"))
+        return _list_records(data.decode("utf-8", "surrogateescape"))
     lines = [(number, line.strip(b" \t\r\n")) for number, line in enumerate(data.split(b"\n"), 1)]
-    units = [Unit((number, None), _value_of(line)) for number, line in lines if line]
-    return units, not units
+    records = [RawRecord((number, None), _parse(line)) for number, line in lines if line]
+    return records, not records
 
 
-def _list_units(text: str) -> tuple[list[Unit], bool]:
-    decoder, blank = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+def _list_records(text: str) -> tuple[list[RawRecord], bool]:
+    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
 
-    def next_letter(position: int) -> tuple[str, int]:
-        position += len(blank.match(text, position)[0])  # type: ignore[index]
+    def next_character(position: int) -> tuple[str, int]:
+        position += len(space.match(text, position)[0])  # type: ignore[index]
         return text[position : position + 1], position
 
-    units: list[Unit] = []
-    letter, position = ",", text.index("[")
-    while letter == ",":
-        _, position = next_letter(position + 1)
+    records: list[RawRecord] = []
+    character, position = ",", text.index("[")
+    while character == ",":
+        _, position = next_character(position + 1)
         try:
             _, end = decoder.raw_decode(text, position)
             source = text[position:end].encode("utf-8", "surrogateescape")
             source.decode()
         except (ValueError, RecursionError):
-            return units, True
-        units.append(Unit((text.count("\n", 0, position) + 1, len(units) + 1), _value_of(source)))
-        letter, position = next_letter(end)
-    return units, letter != "]" or next_letter(position + 1)[0] != ""
+            return records, True
+        records.append(RawRecord((text.count("\n", 0, position) + 1, len(records) + 1), _parse(source)))
+        character, position = next_character(end)
+    return records, character != "]" or next_character(position + 1)[0] != ""
 
 
-def row_units(rows: Iterable[Record]) -> list[Unit]:
-    return [Unit((None, number), _without_nulls(row)) for number, row in enumerate(rows, 1)]
+def row_records(rows: Iterable[Record]) -> list[RawRecord]:
+    return [RawRecord((None, number), _without_nulls(row)) for number, row in enumerate(rows, 1)]
 
 
 def _without_nulls(value: Any) -> Any:
@@ -108,10 +108,13 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def expected(units: Sequence[Unit]) -> list[tuple[At, Sample | str]]:
-    """What becomes of each record: its sample, ``BAD``, or why there is nothing to learn in it."""
-    format_ = next((found for found in (_format_of(unit.value) for unit in units) if found), None)
-    return [(unit.at, BAD if unit.value is BAD or format_ is None else _sample(unit.value, format_)) for unit in units]
+def expected(records: Sequence[RawRecord]) -> list[tuple[At, Sample | str]]:
+    """Return the result of each record: its sample, ``BAD``, or why it has no trained tokens."""
+    format_ = next((format_ for format_ in (_format_of(record.value) for record in records) if format_), None)
+    return [
+        (record.at, BAD if record.value is BAD or format_ is None else _sample(record.value, format_))
+        for record in records
+    ]
 
 
 def _format_of(value: Any) -> Format | None:
@@ -127,7 +130,7 @@ def _sample(value: Any, format_: Format) -> Sample | str:
     except DataError:
         return BAD
     if not encoded.trained_tokens:
-        return "nothing to learn"
+        return "no trained tokens"
     return Sample(tuple(encoded.input_ids), tuple(array("f", weights_of(encoded))))
 
 
