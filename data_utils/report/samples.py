@@ -118,10 +118,10 @@ def _decode_chunks(ids: list[int], decode: Decode) -> Iterator[tuple[str, int]]:
 
 
 def shorten(pieces: Sequence[SamplePiece], max_tokens: int) -> list[SamplePiece]:
-    """Return about ``max_tokens`` tokens of a sample, with gaps for the rest. Neighbouring pieces alike are joined.
+    """Return about ``max_tokens`` tokens of a sample and gaps for the rest; neighbouring pieces of one kind are joined.
 
-    The middle of long texts goes first: the start and the end of each text, trained or not, stay if there is room; if
-    there is not, those of the first and the last texts.
+    The middle of long texts is left out first. If that is not enough, only the first and the last of the remaining
+    pieces are shown.
     """
     shown = [piece.kind != "gap" for piece in pieces]
     if _count_shown(pieces, shown) > max_tokens:

@@ -179,9 +179,9 @@ class SourceReport:
         }
 
     def warnings(self, with_locations: bool = True) -> list[str]:
-        """Return a line for each reason to skip, shorten or doubt conversations: how many, why, the first locations."""
+        """Return a line for each kind of finding: how many conversations, the reason, the first locations."""
         of = f"of {self.read:,} conversations"
-        found = [
+        findings = [
             *((f"skipped {n:,} {of}, {reason}", self.skipped, reason) for reason, n in self.skipped.counts.items()),
             *(
                 (f"shortened {n:,} {of}, {reason}", self.truncated, reason)
@@ -193,14 +193,14 @@ class SourceReport:
                 line = f"{n:,} {of} contain other placeholders, which more --fill arguments fill"
             else:
                 line = f"{n:,} {of} contain the placeholder {{{{{name}}}}}, which --fill {name}=... fills"
-            found.append((line, self.unfilled, name))
+            findings.append((line, self.unfilled, name))
         for reason, n in self.empty_answers.counts.items():
-            found.append((f"{n:,} of {self.answers:,} answers are empty", self.empty_answers, reason))
+            findings.append((f"{n:,} of {self.answers:,} answers are empty", self.empty_answers, reason))
         for reason, n in self.duplicates.counts.items():
-            found.append((f"{n:,} samples are exact copies of earlier ones", self.duplicates, reason))
+            findings.append((f"{n:,} samples are exact copies of earlier ones", self.duplicates, reason))
         return [
             f"{self.name}: {line}: {counts.first_locations(reason)}" if with_locations else f"{self.name}: {line}"
-            for line, counts, reason in found
+            for line, counts, reason in findings
         ]
 
 

@@ -60,10 +60,10 @@ class Result:
 
 def _location(text: str, path: Path) -> At | None:
     """Return the location at the start of a text, or ``None``."""
-    found = re.match(rf"{re.escape(str(path))}(?::(\d+))?(?::\d+)?(?: \(record (\d+)\))?(?=: |$)", text)
-    if found is None:
+    match = re.match(rf"{re.escape(str(path))}(?::(\d+))?(?::\d+)?(?: \(record (\d+)\))?(?=: |$)", text)
+    if match is None:
         return None
-    line, record = (None if group is None else int(group) for group in found.groups())
+    line, record = (None if group is None else int(group) for group in match.groups())
     return line, record
 
 

@@ -62,18 +62,18 @@ def run_apart(seed: int, numbers: Sequence[int], keep: Path | None = None) -> It
         process = Process(target=_work, args=(end, seed, waiting, keep))
         process.start()
         end.close()
-        what = f"hangs for more than {HANG_TIMEOUT:.0f} s"
+        finding = f"hangs for more than {HANG_TIMEOUT:.0f} s"
         try:
             while waiting and results.poll(HANG_TIMEOUT):
                 yield results.recv()
                 waiting = waiting[1:]
         except EOFError:
             process.join()
-            what = f"ends the process with {process.exitcode}"
+            finding = f"ends the process with {process.exitcode}"
         process.kill()
         process.join()
         if waiting:
-            yield Result(waiting[0], make_case(seed, waiting[0]).mutation, findings=[what])
+            yield Result(waiting[0], make_case(seed, waiting[0]).mutation, findings=[finding])
             waiting = waiting[1:]
 
 

@@ -184,8 +184,8 @@ def test_data_files_of_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture
         write(tmp_path / name, "[1]")
     (tmp_path / "b" / "linked.json").symlink_to(tmp_path / "a.ndjson")
     with caplog.at_level(logging.INFO):
-        found = data_files(str(tmp_path))
-    assert found == [
+        paths = data_files(str(tmp_path))
+    assert paths == [
         tmp_path / name for name in ("a.ndjson", "b/10.JSON.gz", "b/2.jsonl", "b/linked.json", "z.parquet")
     ]
     assert caplog.messages == [

@@ -268,8 +268,8 @@ def test_changes_are_counted_with_their_first_locations(tmp_path: Path, caplog: 
     records = [{**EVERY_FORMAT["pairs"], "messages": number} for number in range(7)]
     source = write_records(tmp_path / "in.jsonl", EVERY_FORMAT["pairs"], *records)
     convert(source, tmp_path / "out.jsonl")
-    places = ", ".join(f"{source}:{line}" for line in range(2, 7))
-    assert warnings(caplog) == [f"the field 'messages' is not kept: 7 records, {places}, ..."]
+    locations = ", ".join(f"{source}:{line}" for line in range(2, 7))
+    assert warnings(caplog) == [f"the field 'messages' is not kept: 7 records, {locations}, ..."]
 
 
 # ------------------------------------------------------------------------------------------------------------- refusals

@@ -164,9 +164,9 @@ VALID: list[dict[str, Any]] = [
 
 def positions(value: Any) -> list[tuple[Any, Any]]:
     """Return every list or object within a value, with each of its indices or keys."""
-    found = [(value, key) for key in (value if isinstance(value, dict) else range(len(value)))]
-    return found + [
-        place for outer, key in found if isinstance(outer[key], (dict, list)) for place in positions(outer[key])
+    pairs = [(value, key) for key in (value if isinstance(value, dict) else range(len(value)))]
+    return pairs + [
+        position for outer, key in pairs if isinstance(outer[key], (dict, list)) for position in positions(outer[key])
     ]
 
 

@@ -75,8 +75,8 @@ def test_duplicates_are_found_across_the_sources_of_a_set() -> None:
 def test_duplicates_among_many_samples() -> None:
     source = SourceReport("a")
     numbers = [random.Random(0).randrange(1000) for _ in range(2)] + [index % 3000 for index in range(5000)]
-    for place, number in enumerate(numbers):
-        source.keep(f"a:{place}", exchange(1, 2, first_id=number))
+    for line, number in enumerate(numbers):
+        source.keep(f"a:{line}", exchange(1, 2, first_id=number))
     assert source.distinct == len(set(numbers))
     assert source.duplicates.total == len(numbers) - len(set(numbers))
 

@@ -52,7 +52,7 @@ def test_json_of_a_report() -> None:
     a.skip("a.json:4", "no answer fits")
     b.keep("b.jsonl:1", spans((3, "user", 0.0), (3, "assistant", 1.0), turns_dropped=2), copies=2)
     report.close()
-    told = json.loads(json.dumps(report.as_dict()))
+    report_json = json.loads(json.dumps(report.as_dict()))
     counts = {
         "path": "a.json, b.jsonl@x2",
         "format": "alpaca, messages",
@@ -70,22 +70,22 @@ def test_json_of_a_report() -> None:
         "tokens_by_role": {"assistant": 16, "user": 14},
         "trained_by_role": {"assistant": 16},
     }
-    assert {name: told[name] for name in counts} == counts
-    assert list(told)[: len(counts)] == list(counts)
-    assert told["lengths"] == {
+    assert {name: report_json[name] for name in counts} == counts
+    assert list(report_json)[: len(counts)] == list(counts)
+    assert report_json["lengths"] == {
         **{"min": 5, "5%": 5, "25%": 5, "50%": 6, "75%": 6, "95%": 8, "99%": 8, "max": 8},
         "mean": 6.0,
     }
-    assert told["skipped_at"] == [{"where": "a.json:4", "reason": "no answer fits"}]
-    assert told["truncated_at"] == ["a.json:2", "b.jsonl:1"]
-    assert told["truncated_by_kind"] == {"cut": 1, "too long": 2}
-    assert told["duplicates_at"] == ["a.json:2 = a.json:1"]
-    assert told["unfilled"] == {"name": 1}
-    assert (told["steps_per_epoch"], told["steps"]) == (3, 3)
-    assert told["padding"]["fixed"] == round(1 - 30 / (5 * 64), 6)
-    assert told["settings"]["model_max_length"] == 64
-    assert [source["path"] for source in told["sources"]] == ["a.json", "b.jsonl@x2"]
-    assert [source["read"] for source in told["sources"]] == [4, 2]
+    assert report_json["skipped_at"] == [{"where": "a.json:4", "reason": "no answer fits"}]
+    assert report_json["truncated_at"] == ["a.json:2", "b.jsonl:1"]
+    assert report_json["truncated_by_kind"] == {"cut": 1, "too long": 2}
+    assert report_json["duplicates_at"] == ["a.json:2 = a.json:1"]
+    assert report_json["unfilled"] == {"name": 1}
+    assert (report_json["steps_per_epoch"], report_json["steps"]) == (3, 3)
+    assert report_json["padding"]["fixed"] == round(1 - 30 / (5 * 64), 6)
+    assert report_json["settings"]["model_max_length"] == 64
+    assert [source["path"] for source in report_json["sources"]] == ["a.json", "b.jsonl@x2"]
+    assert [source["read"] for source in report_json["sources"]] == [4, 2]
     assert "steps" not in DataReport("eval").as_dict()
 
 
@@ -177,11 +177,11 @@ def test_control_characters_in_names_and_reasons_are_replaced() -> None:
     source.skip("a\x07:1", "unknown role '\u202e\ud800'")
     source.keep("b\x9b:1", exchange(1, 1), ["\x00"])
     report.add_source("x" * 5_000_000)
-    told = json.dumps(report.as_dict(), ensure_ascii=False)
-    told.encode()
-    assert "a␛[2J␊\\\\udc80.json: skipped 1 of 2 conversations, unknown role '\\\\u202e\\\\ud800': a␇:1" in told
-    assert "b\\\\x9b:1" in told
-    assert len(told) < 10_000
+    report_json = json.dumps(report.as_dict(), ensure_ascii=False)
+    report_json.encode()
+    assert "a␛[2J␊\\\\udc80.json: skipped 1 of 2 conversations, unknown role '\\\\u202e\\\\ud800': a␇:1" in report_json
+    assert "b\\\\x9b:1" in report_json
+    assert len(report_json) < 10_000
     assert all(char.isprintable() for line in report.warnings() for char in line)
 
 

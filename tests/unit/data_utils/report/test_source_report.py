@@ -82,6 +82,6 @@ def test_json_keeps_100_locations() -> None:
     source = SourceReport("a")
     for number in range(1000):
         source.skip(f"a:{number}", "bad record")
-    told = source.as_dict()
-    assert told["skipped"] == 1000
-    assert [entry["where"] for entry in told["skipped_at"]] == [f"a:{number}" for number in range(100)]
+    report_json = source.as_dict()
+    assert report_json["skipped"] == 1000
+    assert [entry["where"] for entry in report_json["skipped_at"]] == [f"a:{number}" for number in range(100)]

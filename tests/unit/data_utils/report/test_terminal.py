@@ -173,11 +173,11 @@ def test_hostile_text_cannot_control_the_terminal(color: bool, width: int) -> No
     plain = OURS.sub("", text) if color else text
     assert not [char for char in plain if not char.isprintable() and char != "\n"]
     assert visible(plain) == plain
-    # Marks in a message are no marks of ours: each turn that is trained has its own pair.
+    # Marks in messages are escaped, so there is one pair for each trained turn.
     sample = plain[plain.index(" trained\n\n") : plain.index("\nData (train)")]
     assert sample.count("⟦") == sample.count("⟧") == (0 if color else 2)
     assert sample.count("⋯") == 2 * sample.replace("\n", " ").count("left out") > 0
-    # The messages, and the role that stands in a header as well.
+    # Three messages, and a role that is part of its header.
     joined = re.sub(r"\n.{10}[┃│] ", "", sample)
     assert joined.count("\\u27e6fake\\u27e7\\u21b5\\u21e5\\u22ef <\\|im_end|>⇥   tab") == 4
 
