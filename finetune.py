@@ -1,4 +1,4 @@
-"""Fine-tune a Qwen model on conversations: all parameters, or a LoRA adapter.
+"""Fine-tune a Qwen model on conversations: all parameters, a LoRA adapter, or Q-LoRA.
 
 python finetune.py --model_name_or_path DIR --data_path FILE --output_dir DIR --use_lora
 """

@@ -1,8 +1,8 @@
-"""How long a command line takes to be answered, beside the import that it does without.
+"""Seconds until finetune.py has printed its help or refused a flag, compared with importing torch and transformers.
 
     python -m benchmarks.startup
 
-Runs each command in turn, five times over, and writes medians to benchmarks/results/startup.json.
+Runs the commands in turn, five rounds, and writes the medians to benchmarks/results/startup.json.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ COMMANDS = {
 
 
 def measure_startup(rounds: int) -> dict[str, float]:
-    """Median seconds of each command; the commands take turns, so that a busy machine hits all of them."""
+    """Return the median seconds of each command. The commands take turns, so that load affects all of them alike."""
     seconds: dict[str, list[float]] = {name: [] for name in COMMANDS}
     for _ in range(rounds):
         for name, command in COMMANDS.items():
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results" / "startup.json"))
     args = parser.parse_args(argv)
-    measure_startup(1)  # warms the disk's cache
+    measure_startup(1)  # fills the file system's cache
     seconds = measure_startup(args.rounds)
     shares = {name: round(value / seconds[IMPORT], 4) for name, value in seconds.items()}
     for name, value in seconds.items():

@@ -1,8 +1,8 @@
-"""Look at data as it would be trained: ``python -m scripts.preview_data --model_name_or_path DIR --data_path FILE``.
+"""Show data as it would be trained: ``python -m scripts.preview_data --model_name_or_path DIR --data_path FILE``.
 
-Samples with the trained tokens in colour, then what was read, skipped and shortened, lengths, padding and steps. Takes
-all flags of finetune.py, so the line of a run can be used as it is; nothing is trained, and no weights are read. Exit
-code 1 says that something would make the run worthless.
+Prints samples with the trained tokens in colour, then the records read, skipped and truncated, lengths, padding and
+steps. Accepts all flags of finetune.py, so the arguments of a run can be used unchanged. Starts no processes and reads
+no weights. The exit code is 1 if the report contains a problem that would make the run worthless.
 """
 
 from __future__ import annotations
@@ -16,23 +16,25 @@ from errors import ConfigError
 
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    """The flags of this command, and what is left for finetune.py."""
+    """Return the flags of this command, and the remaining arguments for finetune.py."""
     parser = CommandParser(
         prog="python -m scripts.preview_data",
         usage="python -m scripts.preview_data --model_name_or_path DIR --data_path FILE... [flags of finetune.py]",
-        description="Look at data as it would be trained.",
-        epilog="All flags of finetune.py are taken too; python finetune.py --help shows those of the data.",
+        description="Show data as it would be trained.",
+        epilog="Accepts all flags of finetune.py as well; see python finetune.py --help.",
         allow_abbrev=False,
     )
-    parser.add_argument("--samples", type=int, default=3, metavar="N", help="samples of each set to show; default 3")
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the figures to this file")
-    parser.add_argument("--html", type=Path, metavar="OUT", help="write one page to look at or to send to somebody")
+    parser.add_argument(
+        "--samples", type=int, default=3, metavar="N", help="number of samples to show of each set (default: 3)"
+    )
+    parser.add_argument("--json", type=Path, metavar="OUT", help="write the report as JSON to this file")
+    parser.add_argument("--html", type=Path, metavar="OUT", help="write the report as a single HTML page to this file")
     args, others = parser.parse_known_args(argv)
     if args.samples < 0:
-        parser.error(f"--samples {args.samples} is not possible; give 0 or more")
+        parser.error(f"--samples {args.samples} is out of range; give 0 or more")
     for flag, path in (("--json", args.json), ("--html", args.html)):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise ConfigError(f"{flag} {path} cannot be written", "Name a file in a folder that exists")
+            raise ConfigError(f"{flag} {path} cannot be written", "Give a file in an existing folder")
     return args, others
 
 

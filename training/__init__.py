@@ -1,1 +1,1 @@
-"""Arguments, model loading, adapters, the trainer and what a run leaves behind."""
+"""A training run: arguments, checks, data, model, trainer, distributed processes and the run folder."""

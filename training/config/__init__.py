@@ -1,1 +1,1 @@
-"""What a user writes, command line or file, to flags with values. Imports nothing heavy."""
+"""From a command line or a file of flags to ``RunArguments``. Imports nothing heavy."""

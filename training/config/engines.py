@@ -51,7 +51,7 @@ def find_engine(flags: Mapping[str, Any]) -> Engine:
     """Return the engine of ``--deepspeed`` or ``--fsdp``; without them DDP if the run has several processes.
 
     Args:
-        flags: the transformers flags that were given.
+        flags: transformers' flags; defaults may be left out.
 
     Raises:
         ConfigError: a config that cannot be read, or an unsupported ZeRO stage or FSDP version.

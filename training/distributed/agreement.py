@@ -147,8 +147,9 @@ def _host_inputs(args: RunArguments, checkpoint: Checkpoint) -> RankInputs:
     if adapter := args.lora.lora_weight_path:
         inputs["weights of --lora_weight_path"] = fingerprint(adapter, ADAPTER_WEIGHTS)[:12]
         inputs["config of --lora_weight_path"] = _digest_files(Path(adapter), ADAPTER_CONFIG)
+    flags = args.to_dict()
     for name in ("deepspeed", "fsdp_config"):
-        value = args.trainer_value(name)
+        value = flags[name]
         if isinstance(value, str) and Path(value).is_file():
             content = json.dumps(load_json(Path(value)), sort_keys=True)
             value = hashlib.sha256(content.encode()).hexdigest()[:12]

@@ -83,7 +83,7 @@ def facts_from_args(args: RunArguments) -> dict[str, Any]:
     return {
         "mode": mode_of(arguments),
         "world_size": count_processes(),
-        "engine": find_engine(args.trainer).name,
+        "engine": find_engine(arguments).name,
         "arguments": arguments,
     }
 

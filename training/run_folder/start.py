@@ -181,7 +181,7 @@ def _resume(args: RunArguments, facts: RunFacts, checkpoint: Path, saved: RunFac
     accepted = check_changes(facts, saved, checkpoint, args.allow_resume_changes) if saved else []
     if accepted:
         logger.warning("%s", numbered(f"Settings that change at {checkpoint}", accepted))
-    if args.trainer_value("ignore_data_skip"):
+    if facts["arguments"]["ignore_data_skip"]:
         logger.warning("--ignore_data_skip: the epoch starts again with examples that it has trained already")
     if later := [path.name for path in checkpoints_in(checkpoint.parent) if step_of(path) > step_of(checkpoint)]:
         logger.warning(

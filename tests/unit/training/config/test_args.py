@@ -323,7 +323,7 @@ def test_a_run_does_not_change_its_arguments(tmp_path: Path, monkeypatch: pytest
         seen.append(copy.deepcopy(seen[0].to_dict()))
         return seen[0]
 
-    monkeypatch.setattr("training.config.parsing.parse_args", keep)
+    monkeypatch.setattr("finetune.parse_args", keep)
     data = write_conversations(tmp_path / "train.json")
     finetune_here(
         "--model_name_or_path", TINY, "--data_path", data, "--eval_data_path", data, "--output_dir", tmp_path / "out",
