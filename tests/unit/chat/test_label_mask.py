@@ -8,7 +8,8 @@ from typing import get_args
 import pytest
 
 from chat import label_mask
-from chat.families import IM_END, IM_START, QWEN_V1
+from chat.chatml import IM_END, IM_START
+from chat.families import QWEN_V1
 from chat.label_mask import LabelMask, frame_weights, labels_from_weights, turn_weights
 from chat.render import render
 from chat.turns import Turn
