@@ -25,7 +25,7 @@ _SAME_KEYPRESS = 1.0  # seconds
 
 
 class StopRequest(IntEnum):
-    """What a run is asked to do. Of several requests the greatest counts."""
+    """A request to a run. Of several requests the greatest counts."""
 
     NOTHING = 0
     SAVE = 1

@@ -1,6 +1,6 @@
-"""transformers' Trainer for causal language models: loss per token, one device read per step, whole checkpoints.
+"""transformers' Trainer for causal language models: loss per token, one device read per step, complete checkpoints.
 
-Every hook of transformers that is overridden is in this file, and is listed in ``tests/unit/test_library_contract.py``.
+Every method of the Trainer that is overridden is in this file and is listed in ``tests/unit/test_library_contract.py``.
 """
 
 from __future__ import annotations
@@ -395,7 +395,7 @@ class QwenTrainer(Trainer):
         return str(self._staging or super()._get_output_dir(trial))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save transformers' ``checkpoint-N``, whole or not at all: staged in a hidden folder, then renamed."""
+        """Save transformers' ``checkpoint-N`` in one step: staged in a hidden folder, renamed when it is complete."""
         output, writes = Path(str(self.args.output_dir)), self.args.should_save
         final = output / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         with saving_errors(output), staged_checkpoint(final, writes) as staged:

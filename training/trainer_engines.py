@@ -1,4 +1,4 @@
-"""What transformers' Trainer leaves open under DDP and FSDP: options of the Accelerator, FSDP on CPUs."""
+"""Corrections to how transformers' Trainer sets up DDP and FSDP: options of the Accelerator, FSDP on CPUs."""
 
 from __future__ import annotations
 

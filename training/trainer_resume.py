@@ -1,4 +1,4 @@
-"""What transformers' Trainer leaves open when it resumes, so that a resumed run ends as an uninterrupted one."""
+"""Corrections to how transformers' Trainer resumes, so that a resumed run ends like an uninterrupted one."""
 
 from __future__ import annotations
 

@@ -91,10 +91,11 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path, base: Path
         shutil.copytree(uninterrupted, output)
         die_after(output, step)
         resumed = finetune_here(*command)
-        found = weights(output)
-        assert found.keys() == expected.keys()
+        resumed_weights = weights(output)
+        assert resumed_weights.keys() == expected.keys()
         for name, tensor in expected.items():
-            assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), (step, name)
+            assert resumed_weights[name].dtype == tensor.dtype, (step, name)
+            assert torch.equal(resumed_weights[name], tensor), (step, name)
         assert log(output) == rows, step
         assert names_in(output) == names_in(uninterrupted)
         assert len(resumed.gradients) == rows[-1]["step"] - step  # no step more, none less
@@ -114,13 +115,13 @@ def test_a_run_killed_in_every_phase_ends_identical(tmp_path: Path) -> None:
 
 
 def test_evaluations_do_not_change_the_random_numbers_of_training(tmp_path: Path, base: Path) -> None:
-    found = []
+    results = []
     for name, flags in (("without", []), ("with", [*EVALUATE, "--eval_on_start", "True"])):
         (tmp_path / name).mkdir()
         finetune_here(*arguments(tmp_path / name, base, *LORA, *flags))
-        found.append(weights(tmp_path / name / "out"))
-    for name, tensor in found[0].items():
-        assert torch.equal(found[1][name], tensor), name
+        results.append(weights(tmp_path / name / "out"))
+    for name, tensor in results[0].items():
+        assert torch.equal(results[1][name], tensor), name
 
 
 def test_a_changed_learning_rate_takes_effect(tmp_path: Path) -> None:

@@ -52,10 +52,10 @@ def test_two_ranks_with_batch_two_equal_one_with_batch_four(tmp_path: Path, mode
     assert [row["tokens"] for row in read_log(two)] == [row["tokens"] for row in read_log(one)]
     assert names_in(two) == names_in(one)
     file = "model.safetensors" if mode == "full" else "adapter_model.safetensors"
-    expected, found = load_file(one / file), load_file(two / file)
-    assert found.keys() == expected.keys()
+    expected, trained = load_file(one / file), load_file(two / file)
+    assert trained.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert (found[name] - tensor).abs().max() <= 1e-5, name
+        assert (trained[name] - tensor).abs().max() <= 1e-5, name
     summaries = [read_json(folder / "run_summary.json") for folder in (one, two)]
     assert summaries[0]["trained_tokens"] == summaries[1]["trained_tokens"]
     assert summaries[0]["steps"] == summaries[1]["steps"] == 4

@@ -2,7 +2,7 @@
 
 Each is listed once, with its parameters and the file that uses it, and is compared with the installed version. These
 tests run on both ends of the version ranges, so a release that changes a member fails here, and names the file to look
-at. Private members that are not listed are found in the sources.
+at. Tests also search the sources for private members that are not listed.
 
 Only libraries of requirements_unit.txt are listed; DeepSpeed's ``ds_id`` and ``ds_numel`` (loading/) are covered by
 tests/recipe/test_engines.py.
@@ -188,16 +188,16 @@ def find(path: str) -> Any:
         LookupError: there is no such member.
     """
     module, _, names = path.partition(":")
-    found: Any = importlib.import_module(module)
+    member: Any = importlib.import_module(module)
     for name in names.split("."):
-        owner = found
+        owner = member
         try:
-            found = inspect.getattr_static(owner, name) if inspect.isclass(owner) else getattr(owner, name)
+            member = inspect.getattr_static(owner, name) if inspect.isclass(owner) else getattr(owner, name)
         except AttributeError:
             if inspect.isclass(owner) and any(sets_on_self(base, name) for base in owner.__mro__):
                 return None
             raise LookupError(f"{path}: {owner.__name__} has no {name}") from None
-    return found
+    return member
 
 
 def sets_on_self(owner: type, name: str) -> bool:
@@ -215,10 +215,10 @@ def source_of(owner: type) -> str:
 
 @pytest.mark.parametrize("member", MEMBERS, ids=lambda member: member.path)
 def test_member_has_its_parameters_in_installed_version(member: Member) -> None:
-    found = find(member.path)
+    installed = find(member.path)
     if member.parameters is not None:
-        installed = " ".join(inspect.signature(found).parameters)
-        assert installed == member.parameters, f"{member.path} changed; it is used in {member.used_in}"
+        parameters = " ".join(inspect.signature(installed).parameters)
+        assert parameters == member.parameters, f"{member.path} changed; it is used in {member.used_in}"
 
 
 def test_every_listed_member_is_used_in_its_file() -> None:

@@ -1,6 +1,6 @@
 """Which settings may differ between a checkpoint and the command that resumes it. Imports no torch.
 
-A run's facts are a dict of JSON values, kept in the manifest of its checkpoints:
+A run's facts are a dict of JSON values, saved in the manifest of its checkpoints:
 
     mode         full, lora or q-lora
     embeddings   which embedding rows train beside an adapter: full, chatml_tokens or none

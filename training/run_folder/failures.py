@@ -1,4 +1,4 @@
-"""Errors of a run, completed with what its folder contains: what was kept, and how the run resumes."""
+"""Errors of a run, completed by the state of its folder: what was saved, and how the run resumes."""
 
 from __future__ import annotations
 

@@ -35,8 +35,9 @@ class DamagedError(Exception):
 
 def checkpoints_in(output: Path) -> list[Path]:
     """Return the folders ``checkpoint-N`` of a run, latest step first; their content is not checked."""
-    found = [path for path in (output.iterdir() if output.is_dir() else ()) if CHECKPOINT.fullmatch(path.name)]
-    return sorted((path for path in found if path.is_dir()), key=step_of, reverse=True)
+    entries = output.iterdir() if output.is_dir() else ()
+    checkpoints = [path for path in entries if CHECKPOINT.fullmatch(path.name) and path.is_dir()]
+    return sorted(checkpoints, key=step_of, reverse=True)
 
 
 def newest_checkpoint(output: Path) -> Path | None:

@@ -31,7 +31,7 @@ from training.run_folder.staging import staged_files
 logger = logging.getLogger(__name__)
 
 MAX_SHARD_SIZE = 5 * 10**9
-_FAULTY_DISK = "Nothing was kept: save to another disk"
+_FAULTY_DISK = "Nothing was saved: use another disk"
 
 
 def save_model(

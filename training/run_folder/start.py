@@ -1,4 +1,4 @@
-"""How a run starts: from the base model, or from a checkpoint; or not at all, because it has finished already.
+"""The start of a run: from the base model, or from a checkpoint; or none, because the run has finished already.
 
 ``--resume_from_checkpoint`` names a checkpoint, asks for the newest intact one (``True``), or decides by the output
 folder (``auto``): resume if there is a checkpoint, start otherwise. Rank 0 reads the disk and broadcasts the decision.
@@ -43,7 +43,7 @@ _LENGTHS = ("num_train_epochs", "max_steps")
 
 @dataclass(frozen=True)
 class Start:
-    """How a run starts.
+    """The start of a run.
 
     Attributes:
         checkpoint: the folder that it resumes from.

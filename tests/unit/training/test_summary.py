@@ -113,10 +113,10 @@ def test_summary_of_a_run(output: Path, data: Path, held_out: Path) -> None:
 def test_summary_contains_the_figures_of_the_data(output: Path, data: Path, held_out: Path) -> None:
     figures = read_json(output / "run_summary.json")["data"]
     assert figures.keys() == {"train", "eval"}
-    train, held = figures["train"], figures["eval"]
-    assert (train["path"], held["path"]) == (str(data), str(held_out))
+    train, evaluation = figures["train"], figures["eval"]
+    assert (train["path"], evaluation["path"]) == (str(data), str(held_out))
     assert [train[key] for key in ("read", "kept", "skipped", "truncated")] == [10, 9, 1, 1]
-    assert [held[key] for key in ("read", "kept", "skipped", "truncated")] == [3, 3, 0, 0]
+    assert [evaluation[key] for key in ("read", "kept", "skipped", "truncated")] == [3, 3, 0, 0]
     reason = f"no answer fits within --model_max_length {MAX_LENGTH}"
     assert train["skipped_at"] == [{"where": f"{data}:1 (record 9)", "reason": reason}]
     assert train["truncated_at"] == [f"{data}:1 (record 10)"]
@@ -169,20 +169,20 @@ def train(tmp_path: Path, data: Path, *flags: object) -> Recorder:
 def test_log_of_a_resumed_run_continues(tmp_path: Path, data: Path) -> None:
     """Steps after the checkpoint are repeated and their old rows removed; time and tokens keep growing."""
     train(tmp_path, data)
-    whole = read_log(tmp_path / "out")
+    uninterrupted = read_log(tmp_path / "out")
     padding = read_json(tmp_path / "out" / "run_summary.json")["padding"]
     train(tmp_path, data, "--resume_from_checkpoint", tmp_path / "out" / "checkpoint-2")
     resumed = read_log(tmp_path / "out")
     assert [row["step"] for row in resumed] == [1, 2, 3, 4]
-    assert resumed[:2] == whole[:2]
-    assert [row["loss"] for row in resumed] == pytest.approx([row["loss"] for row in whole], rel=1e-6)
-    assert [row["tokens"] for row in resumed] == [row["tokens"] for row in whole]
+    assert resumed[:2] == uninterrupted[:2]
+    assert [row["loss"] for row in resumed] == pytest.approx([row["loss"] for row in uninterrupted], rel=1e-6)
+    assert [row["tokens"] for row in resumed] == [row["tokens"] for row in uninterrupted]
     elapsed = [row["elapsed"] for row in resumed]
     assert elapsed == sorted(elapsed)
     summary = read_json(tmp_path / "out" / "run_summary.json")
     assert summary["padding"] == padding
-    assert summary["trained_tokens"] == whole[-1]["tokens"]
-    assert (summary["steps"], summary["first_loss"]) == (4, whole[0]["loss"])
+    assert summary["trained_tokens"] == uninterrupted[-1]["tokens"]
+    assert (summary["steps"], summary["first_loss"]) == (4, uninterrupted[0]["loss"])
 
 
 def test_a_partial_last_row_does_not_stop_a_resumed_run(tmp_path: Path, data: Path) -> None:

@@ -47,13 +47,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def build_trainer(data: Path, output: Path, *flags: object, model: Path = TINY) -> QwenTrainer:
     """Return a trainer as ``finetune.py`` builds it, with SGD, a constant learning rate and examples in order."""
-    given = [
+    argv = [
         "--model_name_or_path", model, "--data_path", data, "--output_dir", output, "--use_cpu", "True",
         "--disable_tqdm", "True", "--optim", "sgd", "--learning_rate", 1e-9, "--lr_scheduler_type", "constant",
         "--logging_steps", 1, "--save_strategy", "no", "--train_sampling_strategy", "sequential",
         "--model_max_length", 64, *flags,
     ]  # fmt: skip
-    args = parse_args([str(each) for each in given])
+    args = parse_args([str(each) for each in argv])
     checkpoint = load_checkpoint(str(model))
     training_arguments = build_training_arguments(args)
     sets = load_data(args, training_arguments, checkpoint)

@@ -19,8 +19,8 @@ DATA = {"train": "d1", "eval": "d2"}
 
 
 def arguments(output: Path, *flags: object) -> RunArguments:
-    given = ["--model_name_or_path", TINY, "--data_path", "train.json", "--output_dir", output, *flags]
-    return parse_args([str(word) for word in given])
+    argv = ["--model_name_or_path", TINY, "--data_path", "train.json", "--output_dir", output, *flags]
+    return parse_args([str(word) for word in argv])
 
 
 def facts_of(args: RunArguments, **known: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What the errors of a run say about its folder."""
+"""Errors of a run report what was saved and how it resumes."""
 
 from __future__ import annotations
 

@@ -17,8 +17,8 @@ from training.run_folder.prepare import check_output, prepare_output
 
 
 def arguments(output: Path, *flags: object, model: Path = TINY) -> RunArguments:
-    given = ["--model_name_or_path", model, "--data_path", output.parent / "train.json", "--output_dir", output, *flags]
-    return parse_args([str(word) for word in given])
+    argv = ["--model_name_or_path", model, "--data_path", output.parent / "train.json", "--output_dir", output, *flags]
+    return parse_args([str(word) for word in argv])
 
 
 def refuses(args: RunArguments, message: str) -> None:

@@ -192,8 +192,8 @@ def test_files_of_full_weights(tmp_path: Path) -> None:
     assert config["use_cache"] is True
     assert "auto_map" not in config
     assert "auto_map" not in read_json(tmp_path / "out" / "tokenizer_config.json")
-    kept = set(base) - {"auto_map", "torch_dtype", "transformers_version", "tokenizer_class", "onnx_safe"}
-    assert {key: config.get(key) for key in kept} == {key: base[key] for key in kept}
+    unchanged = set(base) - {"auto_map", "torch_dtype", "transformers_version", "tokenizer_class", "onnx_safe"}
+    assert {key: config.get(key) for key in unchanged} == {key: base[key] for key in unchanged}
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (TINY, tmp_path / "out")]
     assert tokenizers[0]("Hi 你好<|im_end|>").input_ids == tokenizers[1]("Hi 你好<|im_end|>").input_ids
 
@@ -333,7 +333,7 @@ def test_a_file_that_differs_from_memory_is_noticed(
 
     # Adapters and shards are written by one function.
     monkeypatch.setattr("checkpoints.writing._write_shard", faulty)
-    with pytest.raises(RunError, match=rf"^{re.escape(saved_name)} {message}\. Nothing was kept"):
+    with pytest.raises(RunError, match=rf"^{re.escape(saved_name)} {message}\. Nothing was saved"):
         save_model(model, checkpoint, tmp_path)
     assert names_in(tmp_path) == []
 

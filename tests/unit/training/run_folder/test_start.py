@@ -1,4 +1,4 @@
-"""How a run starts: from the base model, from a checkpoint, or not at all."""
+"""The start of a run: from the base model, from a checkpoint, or none."""
 
 from __future__ import annotations
 
