@@ -1,11 +1,12 @@
-"""Memory and time of the loss: lean against full logits.
+"""Memory and time of the loss: our lean loss, torch's linear_cross_entropy, and full logits.
 
     python -m benchmarks.loss [--quick] [--output benchmarks/results/loss.json]
 
-Each case runs in a process of its own that is watched from outside: the parent reads its RssAnon (memory that belongs
-to it alone) every few milliseconds. "Extra" is the peak while the loss and its gradients are computed, less what
-weights and hidden states took before. Times are medians of interleaved runs on two threads; ratios say more than
-seconds.
+All three compute the loss of the same trained positions; torch's runs with its default options ("torch") and with
+chunks of our size ("torch_chunks"). Each case runs in a process of its own, whose parent reads its RssAnon (memory that
+it shares with no other process) every few milliseconds. "Extra" is the peak while loss and gradients are computed,
+minus weights and hidden states. Times are medians of interleaved runs on two threads; their ratios are more reliable
+than the seconds.
 """
 
 from __future__ import annotations
@@ -23,13 +24,14 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY, HIDDEN, TRAINED_SHARE, THREADS = 151_936, 896, 0.4, 2
+LOSSES = ("lean", "torch", "torch_chunks", "full")
 MIB = 2**20
 RESULTS = Path(__file__).parent / "results" / "loss.json"
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.loss", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one run each, and no more than 4,096 tokens")
+    parser.add_argument("--quick", action="store_true", help="run each case once, with at most 4,096 tokens")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--case", nargs="+", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -47,16 +49,16 @@ def main(argv: Sequence[str]) -> None:
 
 
 def compare(repeats: int) -> list[dict[str, Any]]:
-    """Lean and full, frozen and trained, in turn."""
-    cases = [(loss, head) for head in ("frozen", "trained") for loss in ("lean", "full")]
-    found: dict[tuple[str, str], list[tuple[float, float]]] = {case: [] for case in cases}
+    """Measure all losses with a frozen and a trained head, interleaved."""
+    cases = [(loss, head) for head in ("frozen", "trained") for loss in LOSSES]
+    measured: dict[tuple[str, str], list[tuple[float, float]]] = {case: [] for case in cases}
     for _ in range(repeats):
         for loss, head in cases:
-            found[loss, head].append(measure("loss", loss, head, "1024"))
+            measured[loss, head].append(measure("loss", loss, head, "1024"))
     rows = []
     for loss, head in cases:
-        memory, seconds = (statistics.median(values) for values in zip(*found[loss, head], strict=True))
-        full = statistics.median(seconds for _, seconds in found["full", head])
+        memory, seconds = (statistics.median(values) for values in zip(*measured[loss, head], strict=True))
+        full = statistics.median(seconds for _, seconds in measured["full", head])
         rows.append(
             {"what": "loss", "head": head, "loss": loss, "tokens": 1024, "extra_mib": round(memory),
              "seconds": round(seconds, 3), "time_ratio_to_full": round(seconds / full, 2)}
@@ -65,7 +67,7 @@ def compare(repeats: int) -> list[dict[str, Any]]:
 
 
 def grow(lengths: list[int]) -> list[dict[str, Any]]:
-    """The lean loss with a frozen head as the text grows; what goes beyond two copies of the hidden states."""
+    """Measure the lean loss with a frozen head for growing lengths, and what it needs beyond two hidden states."""
     rows = []
     for length in lengths:
         memory, seconds = measure("loss", "lean", "frozen", str(length))
@@ -78,21 +80,21 @@ def grow(lengths: list[int]) -> list[dict[str, Any]]:
 
 
 def whole_steps(repeats: int) -> list[dict[str, Any]]:
-    """A whole training step of LoRA, with and without trained rows of the two ChatML tokens."""
-    found: dict[str, list[float]] = {"none": [], "chatml_tokens": []}
+    """Measure a training step of LoRA, with and without trained rows of the two ChatML tokens."""
+    measured: dict[str, list[float]] = {"none": [], "chatml_tokens": []}
     for _ in range(repeats):
-        for mode in found:
-            found[mode].append(measure("step", mode)[0])
-    base = statistics.median(found["none"])
+        for mode in measured:
+            measured[mode].append(measure("step", mode)[0])
+    base = statistics.median(measured["none"])
     return [
         {"what": "step", "trainable_embeddings": mode, "peak_mib": round(statistics.median(values)),
          "ratio": round(statistics.median(values) / base, 3)}
-        for mode, values in found.items()
+        for mode, values in measured.items()
     ]  # fmt: skip
 
 
 def measure(*case: str) -> tuple[float, float]:
-    """Run a case in a process of its own: peak RssAnon in MiB (above its start for a loss), and seconds."""
+    """Run a case in a process of its own; return peak RssAnon in MiB (for a loss above its start) and seconds."""
     command = [sys.executable, "-m", "benchmarks.loss", "--case", *case]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None
@@ -116,7 +118,7 @@ def measure(*case: str) -> tuple[float, float]:
 
 
 def anonymous_memory(pid: int) -> float:
-    """RssAnon of a process in MiB; 0 once it has ended."""
+    """Return the RssAnon of a process in MiB; 0 if it has ended."""
     try:
         lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     except OSError:
@@ -125,7 +127,7 @@ def anonymous_memory(pid: int) -> float:
 
 
 def run_case(kind: str, *arguments: str) -> None:
-    """The child: get ready, wait for the word, work, say how long it took."""
+    """Child process: prepare, wait for the parent, run the case, print its duration."""
     import torch
 
     torch.set_num_threads(THREADS)
@@ -142,9 +144,11 @@ def run_case(kind: str, *arguments: str) -> None:
 def loss_case(loss: str, head: str, tokens: str) -> Any:
     import torch
 
-    from qwen_model.lean_loss import lean_causal_lm_loss
+    from qwen_model.lean_loss import LOGITS_CHUNK_BYTES, lean_causal_lm_loss
     from qwen_model.loss import causal_lm_loss
 
+    if loss not in LOSSES:
+        raise ValueError(f"unknown loss {loss}")
     linear = torch.nn.Linear(HIDDEN, VOCABULARY, bias=False)
     linear.weight.requires_grad_(head == "trained")
     hidden = torch.randn(1, int(tokens), HIDDEN, requires_grad=True)
@@ -154,12 +158,33 @@ def loss_case(loss: str, head: str, tokens: str) -> Any:
     (warm @ warm).sum()  # threads and libraries start before the measurement
 
     def work() -> None:
-        value = (
-            lean_causal_lm_loss(hidden, linear, labels)[0] if loss == "lean" else causal_lm_loss(linear(hidden), labels)
-        )
+        if loss == "lean":
+            value = lean_causal_lm_loss(hidden, linear, labels)[0]
+        elif loss == "full":
+            value = causal_lm_loss(linear(hidden), labels)
+        else:
+            value = torch_loss(hidden, linear, labels, LOGITS_CHUNK_BYTES if loss == "torch_chunks" else None)
         value.backward()
 
     return work
+
+
+def torch_loss(hidden: Any, linear: Any, labels: Any, chunk_bytes: int | None) -> Any:
+    """The loss by torch's chunked function, given only the trained positions as in the lean loss.
+
+    Args:
+        chunk_bytes: size of the float32 logits of a chunk; ``None``: torch decides.
+    """
+    import torch
+    from torch.nn.functional import linear_cross_entropy
+
+    targets = labels[:, 1:].flatten()
+    positions = (targets != -100).nonzero()[:, 0]
+    options = torch.nn.LinearCrossEntropyOptions(
+        batch_chunk_size=None if chunk_bytes is None else chunk_bytes // (4 * VOCABULARY)
+    )
+    inputs = hidden[:, :-1].flatten(0, 1)[positions]
+    return linear_cross_entropy(inputs, linear.weight, targets[positions], options=options)
 
 
 def step_case(mode: str) -> Any:

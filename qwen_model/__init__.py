@@ -1,1 +1,1 @@
-"""Qwen v1 on current transformers, and the one ChatML renderer of the project."""
+"""The model: Qwen v1 for current transformers, and the classes and facts of all supported architectures."""

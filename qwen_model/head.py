@@ -1,7 +1,7 @@
-"""A language-model head taken apart, whatever peft has wrapped around it.
+"""The tensors of a language-model head, also inside peft's wrappers.
 
-The lean loss multiplies with the head's tensors itself, so it must know them: the weight, rows of it that are trained
-apart, a low-rank adapter. Wrappers are recognised by what they hold; peft need not be installed.
+The lean loss multiplies with the head's tensors itself: the weight, its trained rows, a low-rank adapter. Wrappers are
+recognised by their attributes, so that peft need not be installed.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 @dataclass
 class Head:
-    """logits = x W' + bias + adapter_input(x) adapter_output, where W' is W with the rows ``row_ids`` replaced.
+    """logits = x W'^T + bias + adapter_input(x) adapter_output^T, where W' is W with the rows ``row_ids`` replaced.
 
     Attributes:
         weight: W, [V, C].
         bias: [V].
         row_ids, row_values: [K] and [K, C].
-        adapter: the module of a low-rank adapter, which gives [N, R] for [N, C].
+        adapter: first matrix of a low-rank adapter, a module [N, C] -> [N, R].
         adapter_output: [V, R], scaled.
     """
 
@@ -34,36 +34,36 @@ class Head:
     adapter_output: Tensor | None = None
 
     def adapter_input(self, hidden: Tensor) -> Tensor | None:
-        """What goes into ``adapter_output``, [N, R]."""
+        """The input [N, R] of ``adapter_output``."""
         return None if self.adapter is None else self.adapter(hidden)
 
 
 def head_of(module: nn.Module) -> Head:
-    """The tensors of a head.
+    """Return the tensors of a head.
 
     Raises:
-        TypeError: a wrapper that is not known here.
+        TypeError: an unsupported wrapper.
     """
     if isinstance(module, nn.Linear) and not hasattr(module, "base_layer"):
         return Head(module.weight, module.bias)
     wrapper: Any = module
     if hasattr(wrapper, "token_adapter"):  # peft's trainable tokens
         return _with_rows(wrapper.token_adapter)
-    if hasattr(wrapper, "modules_to_save"):  # peft's copy that trains in the original's place
-        return head_of(_chosen(wrapper))
+    if hasattr(wrapper, "modules_to_save"):  # peft's trained copy of the original
+        return head_of(_active_copy(wrapper))
     if hasattr(wrapper, "lora_A"):
         return _with_lora(wrapper)
-    raise TypeError(f"the lean loss does not know a head of the type {type(module).__name__}; use --loss full_logits")
+    raise TypeError(f"the lean loss does not support a head of type {type(module).__name__}; use --loss full_logits")
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:
-    """The modules whose parameters ``head_of`` takes, the outermost first."""
+    """Return the modules whose parameters ``head_of`` reads, the outermost first."""
     parts = [module]
     wrapper: Any = module
     if hasattr(wrapper, "token_adapter"):
         parts += [wrapper.token_adapter, *parts_of(wrapper.token_adapter.get_base_layer())]
     elif hasattr(wrapper, "modules_to_save"):
-        parts += parts_of(_chosen(wrapper))
+        parts += parts_of(_active_copy(wrapper))
     elif hasattr(wrapper, "lora_A"):
         names = _active(wrapper, wrapper.lora_A)
         parts += [*(wrapper.lora_B[name] for name in names), *parts_of(wrapper.get_base_layer())]
@@ -71,15 +71,15 @@ def parts_of(module: nn.Module) -> list[nn.Module]:
 
 
 def call_within(modules: Sequence[nn.Module], function: Callable[..., Any], *inputs: Any) -> Any:
-    """Call a function in the place of modules' ``forward``, of each within that of the one before.
+    """Call a function in place of the modules' ``forward``, nested: each module's call is inside the previous one's.
 
-    What shards parameters (ZeRO-3, FSDP) makes them whole in hooks around a module's call, and knows by what goes in
-    and comes out when their gradients are due. Using a parameter outside of such a call goes past all that.
+    ZeRO-3 and FSDP gather parameters in hooks around a module's call, and find out from its inputs and outputs when to
+    reduce the gradients. Parameters used outside of the call would stay sharded.
     """
     if not modules:
         return function(*inputs)
     module, *rest = modules
-    own = vars(module).get("forward")  # set by what wraps a single module
+    own = vars(module).get("forward")  # an instance attribute, set by a wrapper
     module.forward = lambda *args: call_within(rest, function, *args)
     try:
         return module(*inputs)
@@ -89,12 +89,11 @@ def call_within(modules: Sequence[nn.Module], function: Callable[..., Any], *inp
             module.forward = own
 
 
-def _chosen(wrapper: Any) -> nn.Module:
-    """The module that peft's wrapper of a trained copy stands for."""
+def _active_copy(wrapper: Any) -> nn.Module:
+    """Return the module that peft's ``ModulesToSaveWrapper`` calls: the active copy, else the original."""
     disabled = getattr(wrapper, "disable_adapters", False)
     names = [name for name in wrapper.active_adapters if name in wrapper.modules_to_save]
-    chosen: nn.Module = wrapper.original_module if disabled or not names else wrapper.modules_to_save[names[0]]
-    return chosen
+    return wrapper.original_module if disabled or not names else wrapper.modules_to_save[names[0]]
 
 
 def _active(layer: Any, parts: Any) -> list[str]:
@@ -115,7 +114,7 @@ def _with_lora(layer: Any) -> Head:
     head = head_of(layer.get_base_layer())
     names = _active(layer, layer.lora_A)
     if len(names) > 1 or any(layer.use_dora.get(name, False) for name in names):
-        raise TypeError("the lean loss knows one plain LoRA adapter on the head; use --loss full_logits")
+        raise TypeError("the lean loss supports one plain LoRA adapter on the head; use --loss full_logits")
     if names:
         name = names[0]
         down, dropout = layer.lora_A[name], layer.lora_dropout[name]

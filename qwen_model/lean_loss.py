@@ -1,12 +1,11 @@
-"""The training loss of a causal language model, with and without logits.
+"""The training loss of a causal language model from hidden states, without the logits of all positions.
 
-With the vocabulary of Qwen the logits of a batch take more memory than the model's activations: 4.6 GiB per float32
-copy at 8,192 tokens. ``lean_causal_lm_loss`` never holds them. It goes over the supervised positions in chunks, and
-since the gradient of cross entropy is known as soon as a chunk's logits are, it is computed in the same pass; what is
-kept for the backward pass has the size of the hidden states.
+With Qwen's vocabulary the logits of a batch need more memory than the model's activations: 4.6 GiB per float32 copy at
+8,192 tokens. The lean loss computes the logits of the trained positions in chunks, and the gradients of each chunk in
+the same pass; the tensors saved for the backward pass have the size of the hidden states.
 
-Shapes: B batch, T tokens, N supervised positions, C hidden size, V vocabulary rows, R rank of an adapter on the head,
-K rows of the head that are trained apart.
+Shapes: B batch, T tokens, N trained positions, C hidden size, V vocabulary rows, R rank of an adapter on the head,
+K trained rows of a frozen head.
 """
 
 from __future__ import annotations
@@ -23,14 +22,14 @@ from chat.label_mask import IGNORE_INDEX
 from qwen_model.head import Head, call_within, head_of, parts_of
 
 LOGITS_CHUNK_BYTES = 32 * 2**20
-"""Float32 logits that exist at a time."""
+"""Size of the float32 logits of one chunk."""
 
-_BLOCK = 16384  # rows of the head per step of its gradient in half precision
+_BLOCK = 16384  # rows of the head per product of its gradient in half precision
 
 
 @dataclass
 class CausalLMLossOutput(CausalLMOutputWithPast):
-    """transformers' output, with ``num_correct``: targets whose most likely token is right (an int64 scalar)."""
+    """transformers' output with ``num_correct``, the number of targets predicted as most likely token (int64)."""
 
     num_correct: Tensor | None = None
 
@@ -44,49 +43,48 @@ def lean_causal_lm_loss(
     label_smoothing: float = 0.0,
     num_targets: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``causal_lm_loss`` from hidden states, without logits of all positions.
+    """Compute ``causal_lm_loss`` from hidden states.
 
     Args:
         hidden_states: [B, T, C], the head's input.
-        lm_head: a linear layer, also with an adapter of peft's on it.
+        lm_head: a linear layer, possibly with peft's wrappers (see ``head.head_of``).
         labels: [B, T], an id or -100; the first of a row is never a target.
-        num_items_in_batch: what the summed loss is divided by; ``None``: the weights of this batch's targets.
+        num_items_in_batch: divisor of the summed loss; ``None``: the sum of the weights of this batch's targets.
         loss_weights: [B, T], weight of each label's cross entropy; ``None``: 1.
         label_smoothing: share of the target that is spread over the vocabulary (Szegedy et al. 2016, section 7).
-        num_targets: how many targets ``labels`` holds, where the caller knows it on the host: finding out makes a GPU's
-            queue run empty.
+        num_targets: number of targets in ``labels``, if the caller knows it: counting them synchronises a GPU.
 
     Returns:
-        The loss (float32, once differentiable) and the number of targets whose most likely token is right (int64).
+        The loss (float32, once differentiable) and the number of targets predicted as most likely token (int64).
     """
-    # Labels one to the left, so that a position and its target have the same place.
+    # Labels shifted to the left, so that a position and its target have the same index.
     shifted = F.pad(labels.to(hidden_states.device)[:, 1:], (0, 1), value=IGNORE_INDEX).flatten()
     is_target = shifted != IGNORE_INDEX
     if num_targets is None:
-        places = is_target.nonzero()[:, 0]
+        positions = is_target.nonzero()[:, 0]
     else:
-        places = torch.nonzero_static(is_target, size=num_targets)[:, 0]
-    hidden = hidden_states.flatten(0, 1)[places]
-    targets = shifted[places]
+        positions = torch.nonzero_static(is_target, size=num_targets)[:, 0]
+    hidden = hidden_states.flatten(0, 1)[positions]
+    targets = shifted[positions]
     weights = torch.ones(targets.shape, device=hidden.device)
     if loss_weights is not None:
-        weights = F.pad(loss_weights.to(hidden.device)[:, 1:], (0, 1)).flatten()[places].float()
+        weights = F.pad(loss_weights.to(hidden.device)[:, 1:], (0, 1)).flatten()[positions].float()
     count: Tensor | int = weights.sum() if num_items_in_batch is None else num_items_in_batch
     weights = weights / torch.as_tensor(count, device=hidden.device).clamp(min=torch.finfo(torch.float32).tiny)
 
-    def loss_of(hidden: Tensor) -> Any:
+    def compute(hidden: Tensor) -> Any:
         head = head_of(lm_head)
         return _LeanCrossEntropy.apply(
             hidden, head.weight, head.bias, head.row_values, head.adapter_input(hidden), head.adapter_output,
             head.row_ids, targets, weights, label_smoothing,
         )  # fmt: skip
 
-    loss, correct = call_within(parts_of(lm_head), loss_of, hidden)
+    loss, correct = call_within(parts_of(lm_head), compute, hidden)
     return loss, correct
 
 
 class _LeanCrossEntropy(torch.autograd.Function):
-    """Weighted sum of cross entropies over N positions; gradients come out of the forward pass."""
+    """Weighted sum of the cross entropies of N positions; the forward pass computes the gradients."""
 
     @staticmethod
     def forward(
@@ -116,9 +114,9 @@ class _LeanCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> Any:
         if ctx.gradients is None:
-            raise RuntimeError("the loss is differentiated a second time; its gradients are gone after the first")
+            raise RuntimeError("the lean loss cannot be differentiated a second time: its gradients are released")
         gradients, ctx.gradients = ctx.gradients, None
-        # In place: the head's gradient may be the largest tensor of the step.
+        # In place, because the head's gradient may be the largest tensor of the step.
         return (
             *(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients),
             None,
@@ -129,14 +127,14 @@ class _LeanCrossEntropy(torch.autograd.Function):
 
 
 class _Chunks:
-    """The work of one forward pass: buffers that all chunks share, and the gradients they add up.
+    """One forward pass over all chunks, which share a buffer of logits and add to the same gradients.
 
     Args:
-        head: plain tensors, in whatever precision they are held.
+        head: its tensors, of any floating-point dtype.
         hidden: [N, C].
         adapter_input: [N, R], or ``None``.
         dtype: precision of the matrix products; everything else is float32.
-        wants: which of hidden, weight, bias, row_values, adapter_input, adapter_output need a gradient.
+        needs_grad: which of hidden, weight, bias, row_values, adapter_input, adapter_output need a gradient.
     """
 
     def __init__(
@@ -145,7 +143,7 @@ class _Chunks:
         hidden: Tensor,
         adapter_input: Tensor | None,
         dtype: torch.dtype,
-        wants: tuple[bool, ...],
+        needs_grad: tuple[bool, ...],
         label_smoothing: float,
     ) -> None:
         self.head, self.dtype, self.label_smoothing = head, dtype, label_smoothing
@@ -155,13 +153,13 @@ class _Chunks:
         self.adapter_output = None if head.adapter_output is None else head.adapter_output.to(dtype)
         inputs = (hidden, head.weight, head.bias, head.row_values, adapter_input, head.adapter_output)
         self.gradients = [
-            torch.zeros_like(tensor, dtype=torch.float32) if wanted and tensor is not None else None
-            for tensor, wanted in zip(inputs, wants, strict=True)
+            torch.zeros_like(tensor, dtype=torch.float32) if needed and tensor is not None else None
+            for tensor, needed in zip(inputs, needs_grad, strict=True)
         ]
         self.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
         vocabulary = head.weight.shape[0]
         self.rows = max(1, min(hidden.shape[0], LOGITS_CHUNK_BYTES // (4 * vocabulary)))
-        self.buffer = _buffer(self.rows * vocabulary, hidden.device).view(self.rows, vocabulary)
+        self.buffer = torch.empty(self.rows, vocabulary, device=hidden.device)
 
     def run(self, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         loss = torch.zeros((), device=targets.device)
@@ -188,7 +186,7 @@ class _Chunks:
         total = exponentials.sum(1, keepdim=True)
         losses = total.log() + largest - (1 - epsilon) * of_target - epsilon * mean
         if any(gradient is not None for gradient in self.gradients):
-            # softmax minus the (smoothed) target, times the weight
+            # Gradient of the logits: softmax minus (smoothed) target, times the weight.
             gradient = exponentials.mul_(weights / total)
             if epsilon:
                 gradient.sub_(weights * (epsilon / vocabulary))
@@ -212,7 +210,7 @@ class _Chunks:
         return logits
 
     def _backward(self, gradient: Tensor, span: slice) -> None:
-        """Add what the gradient of a chunk's logits [n, V] contributes to each input's."""
+        """Backpropagate the gradient of a chunk's logits [n, V] into the gradients of all inputs."""
         to_hidden, to_weight, to_bias, to_rows, to_adapter_input, to_adapter_output = self.gradients
         hidden = self.hidden[span].to(self.dtype)
         if to_bias is not None:
@@ -240,14 +238,3 @@ class _Chunks:
                 to_adapter_input[span] = narrow @ self.adapter_output
             if to_adapter_output is not None:
                 to_adapter_output += narrow.T @ self.adapter_input[span].to(self.dtype)
-
-
-_BUFFERS: dict[torch.device, Tensor] = {}
-
-
-def _buffer(size: int, device: torch.device) -> Tensor:
-    """A float32 buffer that outlives the step: on a CPU a third of a step's time went into mapping fresh pages."""
-    buffer = _BUFFERS.get(device)
-    if buffer is None or buffer.numel() < size:
-        buffer = _BUFFERS[device] = torch.empty(size, device=device)
-    return buffer[:size]

@@ -1,4 +1,4 @@
-"""Make transformers' Auto classes open Qwen v1 folders with the classes of this package."""
+"""Registration of Qwen v1 with transformers' Auto classes."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from qwen_model.tokenization_qwen import QWenTokenizer
 
 
 def register_qwen() -> None:
-    """Register ``model_type`` "qwen"; calling it again changes nothing.
+    """Register the classes of this package for ``model_type`` "qwen"; repeated calls have no effect.
 
-    After it ``from_pretrained(folder)`` needs no ``trust_remote_code``; code that lies in the folder is never run.
+    ``from_pretrained(folder)`` then needs no ``trust_remote_code``, and code in the folder is never run.
     """
     AutoConfig.register("qwen", QWenConfig, exist_ok=True)
     AutoTokenizer.register(QWenConfig, slow_tokenizer_class=QWenTokenizer, exist_ok=True)
