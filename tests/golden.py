@@ -1,7 +1,8 @@
-"""Reading the recorded behaviour of the original Qwen v1 code ("golden" sets) and comparing with it.
+"""Recorded behaviour of the original Qwen v1 code ("golden" sets), and comparison with it.
 
-Two sets share one layout: a small one with a vocabulary of its own, committed in ``references/qwen_v1_small``, and a
-large one with the real vocabulary, which lies beside the repository. The README.md of each set says how it was made.
+Two sets share one layout: a small one with its own vocabulary, committed in ``references/qwen_v1_small``, and a large
+one with the real vocabulary outside the repository (``QWEN_SHARED``). Each set's README.md describes how it was made.
+Tests take the recorded cases and their number from the files, because other recordings may replace the large set.
 A stride is part of a tensor's name: ``logits_s13`` is ``logits[:, :, ::13]``, ``weight.s7`` is ``weight[::7]``.
 """
 
@@ -18,6 +19,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors import safe_open
 
@@ -25,14 +27,14 @@ REPO = Path(__file__).resolve().parents[1]
 SMALL = REPO / "tests" / "references" / "qwen_v1_small"
 IGNORE = -100
 
-# An fp32 forward of other code than the original's differs from it by up to 1e-5; a wrong formula by far more.
+# A correct fp32 forward in other code than the original's differs by up to 1e-5, a wrong formula by far more.
 LOGITS_ATOL = 1e-4
 LOSS_ATOL = 1e-4
 GRADIENT_RTOL = 1e-4
 
 
 class GoldenTensors:
-    """One safetensors file of a golden set, read tensor by tensor."""
+    """A safetensors file of a golden set, read tensor by tensor."""
 
     def __init__(self, path: Path) -> None:
         with safe_open(str(path), framework="pt") as file:
@@ -50,32 +52,40 @@ class GoldenTensors:
             return file.get_tensor(name)
 
     def ids(self, name: str) -> torch.Tensor:
-        """Token ids, masks and labels are stored as int32; models index with int64."""
+        """Return token ids, a mask or labels as int64, which models need; they are stored as int32."""
         return self[name].long()
 
-    def strided(self, stem: str, separator: str = "_s") -> tuple[str, int]:
-        """The only tensor called ``<stem><separator>N``: its name and N. KeyError if there is none."""
-        pattern = re.compile(re.escape(stem + separator) + r"(\d+)")
-        matches = [(name, int(found[1])) for name in self._names if (found := pattern.fullmatch(name))]
+    def strided(self, stem: str) -> tuple[str, int]:
+        """Return the name of the tensor ``<stem>_sN`` and N.
+
+        Raises:
+            KeyError: there is no such tensor, or several.
+        """
+        pattern = re.compile(re.escape(stem) + r"_s(\d+)")
+        matches = [(name, int(match[1])) for name in self._names if (match := pattern.fullmatch(name))]
         if len(matches) != 1:
-            raise KeyError(f"{self.path}: {len(matches)} tensors are called {stem}{separator}N")
+            raise KeyError(f"{self.path}: {len(matches)} tensors are called {stem}_sN")
         return matches[0]
+
+    def cases(self, pattern: str) -> list[str]:
+        """Return the distinct texts of the group in ``pattern``, a regular expression for whole tensor names."""
+        return sorted({match[1] for name in self._names if (match := re.fullmatch(pattern, name))})
 
 
 @dataclass(frozen=True)
 class Golden:
-    """A golden set: its name, its folder and what lies in it."""
+    """A golden set."""
 
     name: str
     path: Path
 
     @property
     def tiny(self) -> Path:
-        """The checkpoint that most figures were made with."""
+        """Folder of the checkpoint that most figures were made with."""
         return self.path / {"small": "tiny-qwen-small", "large": "tiny-qwen"}[self.name]
 
     def load_json(self, name: str) -> Any:
-        """The content of a JSON file of the set; strings may hold lone surrogates."""
+        """Return the content of a JSON file; strings may contain lone surrogates."""
         return json.loads((self.path / name).read_text(encoding="utf-8"))
 
     @cached_property
@@ -87,8 +97,27 @@ class Golden:
         return GoldenTensors(self.path / "logits.safetensors")
 
     def tensors_of(self, name: str) -> GoldenTensors:
-        """Another tensor file of the set, such as ``training/full.safetensors``."""
+        """Open another tensor file of the set, such as ``training/full.safetensors``."""
         return GoldenTensors(self.path / name)
+
+    def cases(self, pattern: str) -> list[str]:
+        """Return the recorded cases, from the tensor names that match ``pattern``; its group is the case.
+
+        Skips the test if the large set has none. The small one has cases of every kind.
+        """
+        cases = self.tensors.cases(pattern)
+        assert cases or self.name == "large", f"{self.tensors.path}: no tensor matches {pattern}"
+        return cases or pytest.skip(f"{self.tensors.path} records no case of {pattern}")
+
+    @cached_property
+    def training_runs(self) -> dict[str, dict[str, Any]]:
+        """The recorded training runs by name."""
+        files = {
+            path.stem: self.load_json(f"training/{path.name}") for path in sorted(self.path.glob("training/*.json"))
+        }
+        runs = {name: content for name, content in files.items() if "lrs_used" in content}
+        assert runs, f"{self.path}: no training runs"
+        return runs
 
     @property
     def config(self) -> dict[str, Any]:
@@ -96,14 +125,14 @@ class Golden:
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, atol: float, what: str = "") -> None:
-    """Same shape and nowhere more than ``atol`` apart."""
+    """Assert equal shapes and no difference above ``atol``."""
     assert actual.shape == expected.shape, f"{what}: shape {tuple(actual.shape)}, expected {tuple(expected.shape)}"
     difference = (actual.detach().float() - expected.float()).abs().max().item()
     assert difference <= atol, f"{what}: differs by {difference:.3g}, allowed {atol:.3g}"
 
 
 def assert_logits(logits: torch.Tensor, tensors: GoldenTensors, case: str, where: torch.Tensor | None = None) -> None:
-    """Compare ``logits`` [B, T, V] with all that the set records of ``case``; ``where`` [B, T] picks positions."""
+    """Compare ``logits`` [B, T, V] with all recorded figures of ``case``, at the positions in ``where`` [B, T]."""
     logits = logits.detach().float()
     where = torch.ones(logits.shape[:2], dtype=torch.bool) if where is None else where.bool()
     name, stride = tensors.strided(f"{case}.logits")
@@ -118,14 +147,14 @@ def assert_logits(logits: torch.Tensor, tensors: GoldenTensors, case: str, where
 
 
 def relative_difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    """Norm of the difference over the norm of what is expected (the norm itself where that is zero)."""
+    """Return the norm of the difference over the norm of ``expected`` (the former alone if the latter is zero)."""
     norm = expected.float().norm().item()
     difference = (actual.detach().float() - expected.float()).norm().item()
     return difference / norm if norm > 0 else difference
 
 
 def offline_environment() -> dict[str, str]:
-    """An environment for a subprocess: two threads, no network through Hugging Face's clients."""
+    """Return the environment of a subprocess: two threads, no network access for Hugging Face's clients."""
     return {
         **os.environ,
         "HF_HUB_OFFLINE": "1",
@@ -136,7 +165,7 @@ def offline_environment() -> dict[str, str]:
 
 
 def run_python(arguments: Sequence[str], timeout: float = 300) -> subprocess.CompletedProcess[str]:
-    """Run ``python <arguments>`` from the repository's root, offline; the caller looks at the exit code."""
+    """Run ``python <arguments>`` in the repository's root, offline, without checking the exit code."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=REPO,

@@ -18,10 +18,6 @@ from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.tokenization_qwen import QWenTokenizer
 from tests.golden import LOGITS_ATOL, Golden, assert_close
 
-# The large set records no D4.
-PROMPTS = [
-    (name, case) for name in ("small", "large") for case in ("D1", "D2", "D3", "D4") if (name, case) != ("large", "D4")
-]
 # Below this distance between the two best logits, rounding may choose the other.
 MARGIN = 1e-3
 
@@ -41,48 +37,60 @@ def assert_same_choices(actual: list[int], expected: list[int], margins: list[fl
             return
 
 
-@pytest.mark.parametrize(("any_golden", "case"), PROMPTS, indirect=["any_golden"])
-def test_greedy_with_a_cache(tiny_model: QWenLMHeadModel, any_golden: Golden, case: str) -> None:
-    prompt = any_golden.tensors.ids(f"{case}.prompt")
-    margins = any_golden.tensors[f"{case}.greedy_top2_margin"].tolist()
-    assert_same_choices(greedy(tiny_model, prompt), any_golden.tensors[f"{case}.greedy"].tolist(), margins)
+PROMPTS = r"(D\d+)\.prompt"
 
 
-@pytest.mark.parametrize(("any_golden", "case"), PROMPTS, indirect=["any_golden"])
-def test_greedy_without_a_cache(tiny_model: QWenLMHeadModel, any_golden: Golden, case: str) -> None:
+def prompts_within_seq_length(golden: Golden) -> dict[str, torch.Tensor]:
+    """Return the ids of the recorded prompts whose greedy continuation stays within seq_length, the shortest first."""
+    prompts = {case: golden.tensors.ids(f"{case}.prompt") for case in golden.cases(PROMPTS)}
+    short = {case: ids for case, ids in prompts.items() if ids.shape[1] + 20 <= golden.config["seq_length"]}
+    return dict(sorted(short.items(), key=lambda item: item[1].shape[1]))
+
+
+def test_greedy_with_a_cache(tiny_model: QWenLMHeadModel, any_golden: Golden) -> None:
+    for case in any_golden.cases(PROMPTS):
+        prompt = any_golden.tensors.ids(f"{case}.prompt")
+        margins = any_golden.tensors[f"{case}.greedy_top2_margin"].tolist()
+        assert_same_choices(greedy(tiny_model, prompt), any_golden.tensors[f"{case}.greedy"].tolist(), margins)
+
+
+def test_greedy_without_a_cache(tiny_model: QWenLMHeadModel, any_golden: Golden) -> None:
     """Beyond seq_length this differs: without a cache dynamic NTK follows the length at each token."""
     tensors = any_golden.tensors
-    prompt = any_golden.tensors.ids(f"{case}.prompt")
-    expected = tensors[f"{case}.greedy_nocache"].tolist()
-    actual = greedy(tiny_model, prompt, use_cache=False)
-    if f"{case}.greedy_nocache_top2_margin" in tensors:
-        assert_same_choices(actual, expected, tensors[f"{case}.greedy_nocache_top2_margin"].tolist())
-    else:
-        assert actual == expected
-    crosses = prompt.shape[1] <= tiny_model.config.seq_length < prompt.shape[1] + 20
-    assert (expected != tensors[f"{case}.greedy"].tolist()) == crosses
+    for case in any_golden.cases(PROMPTS):
+        prompt = tensors.ids(f"{case}.prompt")
+        expected = tensors[f"{case}.greedy_nocache"].tolist()
+        actual = greedy(tiny_model, prompt, use_cache=False)
+        if f"{case}.greedy_nocache_top2_margin" in tensors:
+            assert_same_choices(actual, expected, tensors[f"{case}.greedy_nocache_top2_margin"].tolist())
+        else:
+            assert actual == expected, case
+        crosses = prompt.shape[1] <= tiny_model.config.seq_length < prompt.shape[1] + 20
+        assert (expected != tensors[f"{case}.greedy"].tolist()) == crosses, case
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("any_golden", "case"), PROMPTS, indirect=["any_golden"])
-def test_incremental_logits(tiny_model: QWenLMHeadModel, any_golden: Golden, case: str) -> None:
+def test_incremental_logits(tiny_model: QWenLMHeadModel, any_golden: Golden) -> None:
     """Teacher forced: the logits after the prompt and each recorded token, one at a time on a cache."""
     tensors = any_golden.tensors
-    prompt = any_golden.tensors.ids(f"{case}.prompt")
-    name, stride = tensors.strided(f"{case}.incremental_logits")
-    output = tiny_model(input_ids=prompt, use_cache=True)
-    steps = [output.logits[:, -1, ::stride]]
-    for token in tensors[f"{case}.greedy"].tolist()[:-1]:
-        output = tiny_model(input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values)
-        steps.append(output.logits[:, -1, ::stride])
-    assert_close(torch.stack(steps, dim=1), tensors[name], LOGITS_ATOL, name)
+    for case in any_golden.cases(PROMPTS):
+        name, stride = tensors.strided(f"{case}.incremental_logits")
+        output = tiny_model(input_ids=tensors.ids(f"{case}.prompt"), use_cache=True)
+        steps = [output.logits[:, -1, ::stride]]
+        for token in tensors[f"{case}.greedy"].tolist()[:-1]:
+            output = tiny_model(input_ids=torch.tensor([[token]]), past_key_values=output.past_key_values)
+            steps.append(output.logits[:, -1, ::stride])
+        assert_close(torch.stack(steps, dim=1), tensors[name], LOGITS_ATOL, name)
 
 
 def test_greedy_of_other_architectures(any_golden: Golden) -> None:
     tensors = any_golden.tensors
-    for variant in sorted({name.split(".")[1] for name in tensors if name.startswith("G.")}):
+    described = any_golden.load_json("logits.json")["tensors"]
+    for variant in any_golden.cases(r"G\.([^.]+)\.greedy"):
         model = QWenLMHeadModel.from_pretrained(any_golden.path / variant, dtype=torch.float32).eval()
-        prompt = tensors.ids(f"G.{variant}.input_ids")[:1, : {"small": 6, "large": 10}[any_golden.name]]
+        # "prompt = input_ids[0, :6]"; 10 without such a note
+        length = re.search(r"input_ids\[0, :(\d+)\]", described[f"G.{variant}.greedy"].get("note", ""))
+        prompt = tensors.ids(f"G.{variant}.input_ids")[:1, : int(length[1]) if length else 10]
         actual = greedy(model, prompt, eos_token_id=None, pad_token_id=0)
         assert actual == tensors[f"G.{variant}.greedy"].tolist(), variant
 
@@ -91,13 +99,14 @@ def test_batch_with_left_padding_generates_what_each_prompt_does(
     tiny_model: QWenLMHeadModel, any_golden: Golden
 ) -> None:
     tensors = any_golden.tensors
-    rows = [tensors.ids("D1.prompt")[0], tensors.ids("D2.prompt")[0]]
+    prompts = prompts_within_seq_length(any_golden)
+    rows = [ids[0] for ids in prompts.values()]
     width = max(len(row) for row in rows)
     ids = torch.stack([torch.nn.functional.pad(row, (width - len(row), 0)) for row in rows])
     mask = torch.stack([torch.nn.functional.pad(torch.ones_like(row), (width - len(row), 0)) for row in rows])
     assert 0 in mask
     output = tiny_model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, repetition_penalty=1.0)
-    for row, case in zip(output[:, width:].tolist(), ("D1", "D2"), strict=True):
+    for row, case in zip(output[:, width:].tolist(), prompts, strict=True):
         assert_same_choices(row, tensors[f"{case}.greedy"].tolist(), tensors[f"{case}.greedy_top2_margin"].tolist())
 
 
@@ -105,12 +114,12 @@ def test_a_single_left_padded_prompt_generates_what_it_does_alone(
     tiny_model: QWenLMHeadModel, any_golden: Golden
 ) -> None:
     """The original dropped the mask of a batch of one."""
-    prompt = any_golden.tensors.ids("D2.prompt")
+    case, prompt = next(iter(prompts_within_seq_length(any_golden).items()))
     ids = torch.nn.functional.pad(prompt, (5, 0))
     mask = torch.nn.functional.pad(torch.ones_like(prompt), (5, 0))
     output = tiny_model.generate(ids, attention_mask=mask, max_new_tokens=20, do_sample=False, repetition_penalty=1.0)
-    margins = any_golden.tensors["D2.greedy_top2_margin"].tolist()
-    assert_same_choices(output[0, ids.shape[1] :].tolist(), any_golden.tensors["D2.greedy"].tolist(), margins)
+    margins = any_golden.tensors[f"{case}.greedy_top2_margin"].tolist()
+    assert_same_choices(output[0, ids.shape[1] :].tolist(), any_golden.tensors[f"{case}.greedy"].tolist(), margins)
 
 
 def test_stop_words(tiny_model: QWenLMHeadModel, any_golden: Golden) -> None:
@@ -140,11 +149,12 @@ def test_end_and_stop_words_together(tiny_model: QWenLMHeadModel, any_golden: Go
     """With a list of end tokens any of them ends the text, and after a stop word the last of them is forced."""
     prompt = any_golden.tensors.ids("D1.prompt")
     chosen = any_golden.tensors["D1.greedy"].tolist()
-    assert chosen.index(chosen[4]) == 4
+    first, later = [index for index in range(4, len(chosen)) if chosen.index(chosen[index]) == index][:2]
     end = any_golden.load_json("tokenizer.json")["attributes"]["eod_id"]
-    assert greedy(tiny_model, prompt, eos_token_id=[chosen[4], end]) == chosen[:5]
-    stopped = greedy(tiny_model, prompt, eos_token_id=[chosen[10], end], stop_words_ids=[[chosen[3], chosen[4]]])
-    assert stopped == [*chosen[:5], end]
+    assert greedy(tiny_model, prompt, eos_token_id=[chosen[first], end]) == chosen[: first + 1]
+    word = chosen[first - 1 : first + 1]
+    stopped = greedy(tiny_model, prompt, eos_token_id=[chosen[later], end], stop_words_ids=[word])
+    assert stopped == [*chosen[: first + 1], end]
 
 
 def test_beam_search(tiny_model: QWenLMHeadModel, any_golden: Golden) -> None:
