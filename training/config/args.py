@@ -18,7 +18,7 @@ from errors import ConfigError
 
 
 def _flag(default: Any, help: str) -> Any:
-    """A field with its default and its line of ``--help``."""
+    """Return a field with its default and its line of ``--help``."""
     return field(default=default, metadata={"help": help})
 
 
@@ -168,7 +168,7 @@ class RunArguments(InvocationOptions):
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.trainer_value("output_dir") or "trainer_output").expanduser()
+        return Path(self.trainer_value("output_dir") or "trainer_output")
 
     @property
     def resume(self) -> str | None:
@@ -207,7 +207,7 @@ def parse_profile_steps(value: str) -> tuple[int, int]:
     first, last = (int(number) for number in match.groups()) if match else (0, 0)
     if not 1 <= first <= last:
         raise ConfigError(
-            f"--profile_steps {value} is no range of optimizer steps",
+            f"--profile_steps {value} is not a range of optimizer steps",
             "Give FIRST:LAST, both included and counted from 1, such as 5:8",
         )
     return first, last

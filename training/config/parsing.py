@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from errors import ConfigError
@@ -76,6 +77,8 @@ def _build(values: dict[str, Any]) -> RunArguments:
     model, data = ModelArguments(**groups[ModelArguments]), DataArguments(**groups[DataArguments])
     if "model_max_length" not in groups[DataArguments]:
         data = _limit_length(data, model)
+    if values.get("output_dir"):
+        values["output_dir"] = str(Path(values["output_dir"]).expanduser())
     debug = values.get("debug")
     if isinstance(debug, bool):
         del values["debug"]

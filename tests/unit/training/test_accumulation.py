@@ -1,4 +1,4 @@
-"""One optimizer step learns the same however its conversations are cut into micro-batches."""
+"""An optimizer step is the same however its conversations are split into micro-batches."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from tests.golden import relative_difference
 from tests.models import CONVERSATIONS, TINY, write_conversations, write_later_checkpoint
 
 TOLERANCE = 1e-6
-# The second step starts from weights that differ by the first one's rounding.
+# After the first step the weights differ by its rounding.
 SECOND_TOLERANCE = 1e-5
 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Sixteen ragged conversations: rows differ in length and in targets."""
+    """Sixteen conversations of different lengths and numbers of targets."""
     longer = [[(role, f"{text} {text}") for role, text in turns] for turns in CONVERSATIONS]
     return write_conversations(tmp_path_factory.mktemp("data") / "train.json", [*CONVERSATIONS, *longer])
 
@@ -37,7 +37,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def train(model: Path, data: Path, output: Path, batch: int, accumulation: int, *flags: str) -> Recorder:
-    """Plain SGD without clipping: the second step's gradients show that the first step's update was the same too."""
+    """Train with SGD without clipping, so that the second step's gradients also compare the first step's updates."""
     adapter = ["--lora_dropout", 0, "--lora_r", 4, "--lora_alpha", 4] if "--use_lora" in flags else []
     return finetune_here(
         "--model_name_or_path", model, "--data_path", data, "--output_dir", output, "--max_steps", 2,
@@ -54,12 +54,12 @@ def encode(model: Path, data: Path, label_mask: str) -> list[Example]:
 
 
 def targets(example: Example) -> list[int]:
-    """Labels that are predicted: those of the second token on."""
+    """Return the predicted labels: those after the first token."""
     return [label for label in example["labels"][1:] if label != -100]
 
 
 def losses_of(model: Path, examples: list[Example]) -> Iterator[float]:
-    """The sum of each example's cross entropies at the start of training, one example at a time, without padding."""
+    """Yield each example's summed cross entropy before training, computed one at a time, without padding."""
     network = load_model(load_checkpoint(str(model)), torch.float32)
     for example in examples:
         with torch.no_grad():
@@ -68,7 +68,7 @@ def losses_of(model: Path, examples: list[Example]) -> Iterator[float]:
 
 
 def weigh_answers(path: Path) -> Path:
-    """Give each answer of a file a weight of its own; some are not trained at all."""
+    """Give the answers in a file different weights; weight 0 is not trained."""
     records = json.loads(path.read_text(encoding="utf-8"))
     answers = [turn for record in records for turn in record["conversations"] if turn["from"] == "assistant"]
     for turn, weight in zip(answers, cycle([0.5, 3, 1, 0.25, 0]), strict=False):
@@ -87,26 +87,28 @@ def weigh_answers(path: Path) -> Path:
         ("qwen2", "--label_mask qwen"),
     ],
 )
-def test_micro_batches_do_not_change_what_is_learnt(
+def test_micro_batches_do_not_change_the_gradients(
     models: dict[str, Path], data: Path, tmp_path: Path, name: str, flags: str
 ) -> None:
-    whole = train(models[name], data, tmp_path / "8x1", 8, 1, *flags.split())
-    parts = train(models[name], data, tmp_path / "1x8", 1, 8, *flags.split())
-    assert parts.losses() == pytest.approx(whole.losses(), rel=TOLERANCE)
-    assert [row["tokens"] for row in parts.rows] == [row["tokens"] for row in whole.rows]
-    assert whole.gradients[0].keys() == {key for key, p in whole.model.named_parameters() if p.requires_grad}
-    for tolerance, ours, theirs in zip((TOLERANCE, SECOND_TOLERANCE), parts.gradients, whole.gradients, strict=True):
+    one_batch = train(models[name], data, tmp_path / "8x1", 8, 1, *flags.split())
+    micro_batches = train(models[name], data, tmp_path / "1x8", 1, 8, *flags.split())
+    assert micro_batches.losses() == pytest.approx(one_batch.losses(), rel=TOLERANCE)
+    assert [row["tokens"] for row in micro_batches.rows] == [row["tokens"] for row in one_batch.rows]
+    assert one_batch.gradients[0].keys() == {key for key, p in one_batch.model.named_parameters() if p.requires_grad}
+    for tolerance, ours, theirs in zip(
+        (TOLERANCE, SECOND_TOLERANCE), micro_batches.gradients, one_batch.gradients, strict=True
+    ):
         assert ours.keys() == theirs.keys()
         for key, gradient in ours.items():
             assert relative_difference(gradient, theirs[key]) < tolerance, key
-    # The comparison means something: in the second step every gradient is there, and none is that of the first.
-    first, second = whole.gradients
+    # The comparison is meaningful: in the second step no gradient is zero or equal to the first step's.
+    first, second = one_batch.gradients
     assert all(gradient.norm() > 0 and not torch.equal(gradient, first[key]) for key, gradient in second.items())
 
 
 @pytest.mark.parametrize("loss", ["lean", "full_logits"])
 @pytest.mark.parametrize("name", ["qwen", "qwen2"])
-def test_a_weighted_steps_loss_is_the_weighted_mean_over_all_its_targets(
+def test_weighted_loss_is_the_weighted_mean_over_the_targets(
     models: dict[str, Path], tmp_path: Path, name: str, loss: str
 ) -> None:
     data = weigh_answers(write_conversations(tmp_path / "train.json"))
@@ -121,21 +123,19 @@ def test_a_weighted_steps_loss_is_the_weighted_mean_over_all_its_targets(
     weights = [weight for example in examples for weight in example["loss_weights"][1:]]
     assert set(weights) == {0, 0.25, 0.5, 1, 3}
 
-    whole = train(models[name], data, tmp_path / "8x1", 8, 1, "--loss", loss)
-    parts = train(models[name], data, tmp_path / "1x8", 1, 8, "--loss", loss)
-    assert whole.losses()[0] == pytest.approx(total / sum(weights), rel=TOLERANCE)
-    assert parts.losses() == pytest.approx(whole.losses(), rel=TOLERANCE)
-    assert whole.rows[0]["tokens"] == sum(len(targets(example)) for example in examples)
-    for key, gradient in whole.gradients[0].items():
-        assert relative_difference(parts.gradients[0][key], gradient) < TOLERANCE, key
+    one_batch = train(models[name], data, tmp_path / "8x1", 8, 1, "--loss", loss)
+    micro_batches = train(models[name], data, tmp_path / "1x8", 1, 8, "--loss", loss)
+    assert one_batch.losses()[0] == pytest.approx(total / sum(weights), rel=TOLERANCE)
+    assert micro_batches.losses() == pytest.approx(one_batch.losses(), rel=TOLERANCE)
+    assert one_batch.rows[0]["tokens"] == sum(len(targets(example)) for example in examples)
+    for key, gradient in one_batch.gradients[0].items():
+        assert relative_difference(micro_batches.gradients[0][key], gradient) < TOLERANCE, key
 
 
 @pytest.mark.parametrize("label_mask", ["assistant", "qwen"])
 @pytest.mark.parametrize("name", ["qwen", "qwen2"])
-def test_a_steps_loss_is_the_mean_over_its_targets(
-    models: dict[str, Path], tmp_path: Path, name: str, label_mask: str
-) -> None:
-    """Eight conversations are one step, so their order does not matter."""
+def test_loss_is_the_mean_over_the_targets(models: dict[str, Path], tmp_path: Path, name: str, label_mask: str) -> None:
+    """All eight conversations are in one step, so their order does not matter."""
     data = write_conversations(tmp_path / "train.json")
     examples = encode(models[name], data, label_mask)
     # The original's labels start with <|im_start|>, which nothing predicts.
@@ -146,8 +146,8 @@ def test_a_steps_loss_is_the_mean_over_its_targets(
     assert [row["tokens"] for row in run.rows] == [count, 2 * count]
 
 
-def test_a_last_step_with_fewer_conversations_counts_its_own_targets(tmp_path: Path) -> None:
-    """Eight conversations in steps of three: the last one has two."""
+def test_smaller_last_step_is_averaged_over_its_own_targets(tmp_path: Path) -> None:
+    """Eight conversations in steps of three: the last step has two."""
     data = write_conversations(tmp_path / "train.json")
     examples = encode(TINY, data, "assistant")
     runs = [

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import TrainingArguments
 
 from errors import ConfigError
 from tests.golden import SMALL
@@ -17,7 +16,6 @@ from tests.models import TINY, write_later_checkpoint
 from training.checks import REPORTERS, check_args
 from training.config.parsing import parse_args
 from training.run_folder.start import resumed_checkpoint
-from training.training_arguments import build_training_arguments
 
 DATA = SMALL / "train.json"
 NAME_DATA = "Give a file of conversations or a folder of them; #N draws N records, @xF takes each F times"
@@ -125,7 +123,7 @@ def test_numbers_out_of_range_are_refused(tmp_path: Path) -> None:
     message = "--dataloader_prefetch_factor needs --dataloader_num_workers. Give 1 or more workers"
     refuses(message, tmp_path, "--dataloader_prefetch_factor", 2)
     message = (
-        "--profile_steps 8:5 is no range of optimizer steps. "
+        "--profile_steps 8:5 is not a range of optimizer steps. "
         "Give FIRST:LAST, both included and counted from 1, such as 5:8"
     )
     refuses(message, tmp_path, "--profile_steps", "8:5")
@@ -247,16 +245,6 @@ def test_checks_do_not_change_the_arguments(tmp_path: Path) -> None:
     before = copy.deepcopy(args.to_dict())
     check_args(args)
     assert args.to_dict() == before
-
-
-def test_several_gpus_in_one_process_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TrainingArguments, "n_gpu", 2)
-    message = (
-        r"^2 GPUs are visible to one process\. Set CUDA_VISIBLE_DEVICES=0, or launch with "
-        r"torchrun --nproc_per_node 2 finetune\.py \.\.\.$"
-    )
-    with pytest.raises(ConfigError, match=message):
-        build_training_arguments(parse_args(["--output_dir", str(tmp_path)]))
 
 
 def test_resumed_checkpoint_is_the_named_or_the_newest(tmp_path: Path) -> None:

@@ -62,6 +62,6 @@ def test_other_values_are_refused(value: str) -> None:
     with pytest.raises(ConfigError) as refused:
         parse_profile_steps(value)
     assert str(refused.value) == (
-        f"--profile_steps {value} is no range of optimizer steps. "
+        f"--profile_steps {value} is not a range of optimizer steps. "
         "Give FIRST:LAST, both included and counted from 1, such as 5:8"
     )
