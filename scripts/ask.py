@@ -15,18 +15,18 @@ from commands import CommandParser, quiet_libraries, run_command
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(prog="python -m scripts.ask", description="Ask a model one question.", allow_abbrev=False)
-    parser.add_argument("question")
+    parser.add_argument("question", help="the user's message")
     parser.add_argument("--model_name_or_path", required=True, help="checkpoint folder, or a hub id")
-    parser.add_argument("--adapter", help="LoRA adapter to put on it")
-    parser.add_argument("--system_message", help="by default that of the model's family")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="default 512")
+    parser.add_argument("--adapter", help="LoRA adapter to use with it")
+    parser.add_argument("--system_message", help="system message (default: that of the model's chat format)")
+    parser.add_argument("--max_new_tokens", type=int, default=512, help="length limit of the answer (default: 512)")
     parser.add_argument(
-        "--do_sample", action="store_true", help="sample as generation_config.json says; by default greedy"
+        "--do_sample", action="store_true", help="sample with the settings of generation_config.json (default: greedy)"
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1:
-        parser.error(f"--max_new_tokens {args.max_new_tokens} is not possible; give 1 or more")
+        parser.error(f"--max_new_tokens {args.max_new_tokens} is too small; give 1 or more")
     return args
 
 

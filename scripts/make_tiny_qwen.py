@@ -1,10 +1,10 @@
-"""Write a small random Qwen v1 checkpoint, for trying everything out without downloading weights.
+"""Write a small random Qwen v1 checkpoint, to try the toolkit without downloading weights.
 
     python -m scripts.make_tiny_qwen --output build/tiny-qwen
 
-The folder holds every file that a real one holds, under the same names and keys: the rank file of a byte-level BPE that
-is trained on the conversations of ``examples/`` (or a real one, with ``--vocab_from``), and seeded random weights. The
-same arguments give the same bytes.
+The folder contains the files and keys of a published one: the rank file of a byte-level BPE trained on the
+conversations in examples/ (or a copy, with --vocab_from), and random weights from a seed. Equal arguments give equal
+bytes.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from qwen_model.tokenization_qwen import SPECIAL_TOKENS, SPLIT_PATTERN, load_ran
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NUM_RANKS = 2560
-# Not the 0.02 of the real models: at this width the logits of a frozen random head would hardly differ, and LoRA, which
-# leaves the head as it is, could not teach an answer.
+# Larger than the 0.02 of the published models: at this width the logits of a frozen random head would hardly differ,
+# and LoRA, which does not train the head, could not learn an answer.
 INITIALIZER_RANGE = 0.2
 
 
@@ -59,11 +59,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be empty or not exist")
-    parser.add_argument("--vocab_from", type=Path, help="folder whose qwen.tiktoken is copied (default: trains one)")
+    parser.add_argument("--vocab_from", type=Path, help="folder whose qwen.tiktoken is copied (default: train one)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
     parser.add_argument("--hidden_size", type=int, default=128, help="default: %(default)s")
     parser.add_argument(
-        "--intermediate_size", type=int, default=512, help="twice the MLP's width (default: %(default)s)"
+        "--intermediate_size", type=int, default=512, help="twice the width of the MLP (default: %(default)s)"
     )
     parser.add_argument("--num_hidden_layers", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--num_attention_heads", type=int, default=4, help="default: %(default)s")
@@ -71,7 +71,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"):
         if getattr(args, name) < 1:
-            raise ConfigError(f"--{name} {getattr(args, name)}: not a size", "Give a positive number")
+            raise ConfigError(f"--{name} {getattr(args, name)}: not a positive size", "Give a positive number")
     if args.hidden_size % (2 * args.num_attention_heads):
         raise ConfigError(
             f"--hidden_size {args.hidden_size} does not give {args.num_attention_heads} heads of an even size",
@@ -83,21 +83,21 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def save_ranks(path: Path, vocab_from: Path | None) -> int:
-    """Write the rank file to ``path``, a trained one or a copy, and return the number of its ranks."""
+    """Write a trained or copied rank file to ``path`` and return its number of ranks."""
     if vocab_from is None:
         tokens = rank_tokens(train_bpe(example_texts()))
         path.write_bytes(b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(tokens)))
         return len(tokens)
     source = vocab_from / "qwen.tiktoken"
     if not source.is_file():
-        raise ConfigError(f"--vocab_from {vocab_from}: there is no qwen.tiktoken in it", "Give a Qwen v1 folder")
+        raise ConfigError(f"--vocab_from {vocab_from}: the folder has no qwen.tiktoken", "Give a Qwen v1 folder")
     num_ranks = len(load_ranks(source))
     shutil.copyfile(source, path)
     return num_ranks
 
 
 def example_texts() -> Iterator[str]:
-    """The pieces of text that training on ``examples/`` encodes, with the role names and the default system message."""
+    """Yield the texts that training on ``examples/`` tokenises, including headers and the default system message."""
     for path in sorted(EXAMPLES.glob("*.json*")):
         for where, record in read_records(path):
             for message in render(recognise(record, where).parse(record, where).turns, QWEN_V1):
@@ -122,9 +122,9 @@ def train_bpe(texts: Iterable[str]) -> Tokenizer:
 
 
 def rank_tokens(bpe: Tokenizer) -> list[bytes]:
-    """The tokens as bytes in the order of their ranks: the 256 single bytes, then what the merges make.
+    """Return the tokens as bytes in the order of their ranks: 256 single bytes, then the merged tokens.
 
-    The trainer sorts the single bytes by the characters that stand for them, which is their order in the real file.
+    The trainer sorts the single bytes by the characters that represent them, as in the published rank files.
     """
     byte_of = {char: byte for byte, char in bytes_to_unicode().items()}
     ids = bpe.get_vocab(with_added_tokens=False)
@@ -132,7 +132,7 @@ def rank_tokens(bpe: Tokenizer) -> list[bytes]:
 
 
 def build_config(args: argparse.Namespace, num_ranks: int) -> dict[str, Any]:
-    """config.json under the keys of December 2023."""
+    """Build config.json with the keys of December 2023."""
     num_ids = num_ranks + len(SPECIAL_TOKENS)
     return {
         "architectures": ["QWenLMHeadModel"],
@@ -169,7 +169,7 @@ def build_config(args: argparse.Namespace, num_ranks: int) -> dict[str, Any]:
 
 
 def build_generation_config(num_ranks: int) -> dict[str, Any]:
-    """generation_config.json as the chat models have it; eos and pad are ``<|endoftext|>``, the first special token."""
+    """Build generation_config.json of a chat model; eos and pad are ``<|endoftext|>``, the first special token."""
     return {
         "chat_format": "chatml",
         "eos_token_id": num_ranks,
@@ -189,7 +189,7 @@ def build_tokenizer_config(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def build_weights(config: dict[str, Any], seed: int) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a checkpoint in fp32: normal matrices, norms of ones, biases of zeros."""
+    """Yield the tensors in float32: normally distributed matrices, norms of ones, biases of zeros."""
     generator = torch.Generator().manual_seed(seed)
     hidden, width = config["hidden_size"], config["intermediate_size"] // 2
 

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of every family and small data files, written where a test wants them."""
+"""Writers of tiny checkpoints of every family and of small data files."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.golden import SMALL
 
 TINY = SMALL / "tiny-qwen-small"
 
-# Different lengths, more than one answer, both languages: rows of a batch differ in padding and in targets.
+# Different lengths and numbers of answers, two languages: rows of a batch differ in padding and targets.
 CONVERSATIONS: list[list[tuple[str, str]]] = [
     [("user", "Hi"), ("assistant", "Hello!")],
     [("user", "你好，你是谁？"), ("assistant", "我是一个小模型，很高兴认识你。")],
@@ -47,7 +47,7 @@ PLAIN_TOKENS["qwen3"] = (*PLAIN_TOKENS["qwen2"], "<tool_response>", "</tool_resp
 
 
 def write_conversations(path: Path, conversations: Sequence[Sequence[tuple[str, str]]] = CONVERSATIONS) -> Path:
-    """A data file of conversations, each a list of (from, value)."""
+    """Write a data file of conversations, each a list of (from, value)."""
     records = [{"conversations": [{"from": f, "value": v} for f, v in turns]} for turns in conversations]
     path.write_text(json.dumps(records, ensure_ascii=False), encoding="utf-8")
     return path
@@ -60,7 +60,7 @@ def change_json(path: Path, **values: Any) -> None:
 
 
 def copy_checkpoint(folder: Path, source: Path = TINY, chat_format: str = "chatml", **config: Any) -> Path:
-    """A copy of a Qwen v1 checkpoint, as the chat model it is or as a base model (``chat_format`` raw)."""
+    """Copy a Qwen v1 chat checkpoint, by default as a chat model, with ``chat_format`` raw as a base model."""
     folder.mkdir(parents=True)
     for file in source.iterdir():
         shutil.copyfile(file, folder / file.name)
@@ -70,7 +70,7 @@ def copy_checkpoint(folder: Path, source: Path = TINY, chat_format: str = "chatm
 
 
 def copy_tied(folder: Path, chat_format: str = "chatml") -> Path:
-    """The tiny Qwen v1 checkpoint with one matrix for embedding and head."""
+    """Copy the tiny Qwen v1 checkpoint with tied embedding and head."""
     copy_checkpoint(folder, chat_format=chat_format, tie_word_embeddings=True)
     tensors = load_file(folder / "model.safetensors")
     del tensors["lm_head.weight"]
@@ -79,7 +79,7 @@ def copy_tied(folder: Path, chat_format: str = "chatml") -> Path:
 
 
 def copy_in_bfloat16(folder: Path, chat_format: str = "chatml") -> Path:
-    """The tiny Qwen v1 checkpoint saved in bfloat16."""
+    """Copy the tiny Qwen v1 checkpoint in bfloat16."""
     copy_checkpoint(folder, chat_format=chat_format, bf16=True, fp32=False, torch_dtype="bfloat16")
     tensors = {name: tensor.bfloat16() for name, tensor in load_file(folder / "model.safetensors").items()}
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
@@ -96,7 +96,7 @@ def _fast_tokenizer(rank_file: Path) -> str:
 def write_later_checkpoint(
     folder: Path, model_type: str, template: str | None = None, tied: bool = False, dtype: torch.dtype = torch.float32
 ) -> Path:
-    """A tiny random checkpoint of Qwen2 or Qwen3, with a fast tokenizer of 700 ranks and a chat template."""
+    """Write a tiny random checkpoint of Qwen2 or Qwen3, with a fast tokenizer of 700 ranks and a chat template."""
     fast = Tokenizer.from_str(_fast_tokenizer(TINY / "qwen.tiktoken"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast)
     for special, tokens in ((True, SPECIAL_TOKENS), (False, PLAIN_TOKENS[model_type])):
@@ -105,7 +105,7 @@ def write_later_checkpoint(
         )
     tokenizer.pad_token, tokenizer.eos_token, tokenizer.chat_template = "<|endoftext|>", "<|im_end|>", template
     tokenizer.save_pretrained(folder)
-    change_json(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")  # as the published ones say
+    change_json(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")  # as in the published ones
     sizes: dict[str, Any] = {
         "vocab_size": 768, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.1,

@@ -1,7 +1,7 @@
-"""Tiny GPTQ and AWQ checkpoints, their tensors written after the formats' descriptions and by no library.
+"""Tiny GPTQ and AWQ checkpoints, written from the descriptions of the formats without their libraries.
 
-Every writer rounds the weights of the blocks to the nearest value of their group, leaves the rest in float16 as the
-published checkpoints do, and returns the weights [O, I] that the packed integers stand for, exact in float32.
+Every writer rounds the weights of the blocks to the nearest value of their group, leaves the others in float16 as the
+published checkpoints do, and returns the weights [O, I] that the packed integers encode, exact in float32.
 
 I inputs, O outputs, G groups of inputs, P values in a word of 32 bits.
 """
@@ -25,7 +25,7 @@ _BLOCK_WEIGHT = re.compile(r"(transformer\.h|model\.layers)\.\d+\..+\.weight")
 _AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 
 
-class _Rounded(NamedTuple):
+class _IntegerMatrix(NamedTuple):
     """A matrix as ``scales[groups[i], o] * (values[i, o] - zeros[groups[i], o])``."""
 
     values: Tensor  # [I, O]
@@ -34,7 +34,7 @@ class _Rounded(NamedTuple):
     groups: Tensor  # [I]
 
     def weight(self) -> Tensor:
-        """[O, I] in float32, where these products are exact."""
+        """[O, I] in float32, in which these products are exact."""
         return ((self.values - self.zeros[self.groups]) * self.scales.float()[self.groups]).T.contiguous()
 
 
@@ -50,21 +50,21 @@ def write_gptq(
     zero_biases: bool = True,
     file_name: str = "model",
 ) -> dict[str, Tensor]:
-    """A float checkpoint in GPTQ's layout, and the weights that it now stands for.
+    """Write a float checkpoint in GPTQ's layout; return the weights that it encodes.
 
     Args:
         group_size: inputs that share a scale; -1: all of them.
-        desc_act: groups of inputs that do not lie side by side.
-        sym: every zero point is the middle; otherwise each group has its own.
-        zeros: the first format stores them less one.
-        config: ``2023`` as in Qwen-7B-Chat-Int4, ``unnamed`` the same before it named its method, ``new`` as gptqmodel
-            writes it, ``quantize_config.json`` the time when nothing stood in config.json.
-        zero_biases: auto-gptq's habit of a bias for every layer, of zeros where the model has none.
-        file_name: of the weights, without suffix.
+        desc_act: the inputs of a group are not adjacent.
+        sym: every zero point is the middle of the range; otherwise each group has its own.
+        zeros: ``v1``, the first format, stores zero points minus one.
+        config: ``2023`` as in Qwen-7B-Chat-Int4, ``unnamed`` the same without quant_method, ``new`` as gptqmodel writes
+            it, ``quantize_config.json`` a separate file as before config.json contained it.
+        zero_biases: as auto-gptq, write a bias for every layer, of zeros if the model has none.
+        file_name: name of the weights without suffix.
     """
-    assert zeros == "v1" or config == "new", "only newer configs can say that the zero points are stored as they are"
+    assert zeros == "v1" or config == "new", "only newer configs can name the second format of zero points"
 
-    def pack(weight: Tensor) -> tuple[_Rounded, dict[str, Tensor]]:
+    def pack(weight: Tensor) -> tuple[_IntegerMatrix, dict[str, Tensor]]:
         rounded = _round(weight, bits, _groups(weight, group_size, desc_act), sym)
         in_order = range(32 // bits)
         return rounded, {
@@ -97,15 +97,15 @@ def write_awq(
     version: str = "gemm",
     config: Literal["2023", "quant_config.json"] = "2023",
 ) -> dict[str, Tensor]:
-    """A float checkpoint in AutoAWQ's GEMM layout, and the weights that it now stands for.
+    """Write a float checkpoint in AutoAWQ's GEMM layout; return the weights that it encodes.
 
     Args:
-        version: what the config says of the layout; the tensors are GEMM's whatever it is.
-        config: ``2023`` as in TheBloke's checkpoints, ``quant_config.json`` AutoAWQ's own file from before.
+        version: name of the layout in the config; the tensors always have the GEMM layout.
+        config: ``2023`` as in TheBloke's checkpoints, ``quant_config.json`` the earlier file of AutoAWQ.
     """
     assert bits == 4, "AWQ packs 4 bits"
 
-    def pack(weight: Tensor) -> tuple[_Rounded, dict[str, Tensor]]:
+    def pack(weight: Tensor) -> tuple[_IntegerMatrix, dict[str, Tensor]]:
         rounded = _round(weight, bits, _groups(weight, group_size), sym=False)
         return rounded, {
             "qweight": _pack(rounded.values, bits, _AWQ_ORDER),
@@ -115,8 +115,8 @@ def write_awq(
 
     weights = _write(source, target, pack)
     if config == "2023":
-        given = {"quant_method": "awq", "zero_point": True, "group_size": group_size, "bits": bits, "version": version}
-        change_json(target / "config.json", quantization_config={**given, "modules_to_not_convert": None})
+        values = {"quant_method": "awq", "zero_point": True, "group_size": group_size, "bits": bits, "version": version}
+        change_json(target / "config.json", quantization_config={**values, "modules_to_not_convert": None})
     else:
         numbers = {"q_group_size": group_size, "w_bit": bits}
         _write_json(target / "quant_config.json", zero_point=True, version=version.upper(), **numbers)
@@ -124,11 +124,11 @@ def write_awq(
 
 
 def write_dequantized(source: Path, target: Path, weights: dict[str, Tensor]) -> Path:
-    """The float32 checkpoint that a quantised one stands for: its weights, and the rest as rounded to float16.
+    """Write the dequantised checkpoint in float32: the encoded weights, and the others rounded to float16.
 
     Args:
         source: the float checkpoint that was quantised.
-        weights: what the writer of the quantised one returned.
+        weights: result of the function that wrote the quantised one.
     """
     rest = {name: tensor.half().float() for name, tensor in _read(source).items() if name not in weights}
     _copy_files(source, target, torch.float32)
@@ -137,7 +137,7 @@ def write_dequantized(source: Path, target: Path, weights: dict[str, Tensor]) ->
 
 
 def write_wide(folder: Path) -> Path:
-    """A Qwen v1 checkpoint, random, whose layers are wide enough for groups of 128 inputs."""
+    """Write a random Qwen v1 checkpoint whose layers are wide enough for groups of 128 inputs."""
     sizes = "--hidden_size 128 --intermediate_size 512 --num_hidden_layers 1 --num_attention_heads 4"
     make_tiny_qwen(["--output", str(folder), *sizes.split()])
     return folder
@@ -146,7 +146,7 @@ def write_wide(folder: Path) -> Path:
 def _write(
     source: Path,
     target: Path,
-    pack: Callable[[Tensor], tuple[_Rounded, dict[str, Tensor]]],
+    pack: Callable[[Tensor], tuple[_IntegerMatrix, dict[str, Tensor]]],
     zero_biases: bool = False,
     file_name: str = "model",
 ) -> dict[str, Tensor]:
@@ -167,7 +167,7 @@ def _write(
 
 
 def _read(folder: Path) -> dict[str, Tensor]:
-    # Biases last, so that those of the model replace the zeros of their layers.
+    # Biases last, so that those of the model replace the zero biases.
     tensors = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
     return dict(sorted(tensors.items(), key=lambda item: item[0].endswith(".bias")))
 
@@ -190,7 +190,7 @@ def _write_json(path: Path, **values: Any) -> None:
 
 
 def _groups(weight: Tensor, group_size: int, desc_act: bool = False) -> Tensor:
-    """[I]: the group of each input. Under act-order the inputs of the largest weights are grouped first."""
+    """Return the group of each input, [I]. With ``desc_act`` the inputs with the largest weights are grouped first."""
     inputs = weight.shape[1]
     groups = torch.arange(inputs) // (inputs if group_size == -1 else group_size)
     if desc_act:
@@ -198,8 +198,8 @@ def _groups(weight: Tensor, group_size: int, desc_act: bool = False) -> Tensor:
     return groups
 
 
-def _round(weight: Tensor, bits: int, groups: Tensor, sym: bool) -> _Rounded:
-    """A weight [O, I] to the nearest values that its groups have."""
+def _round(weight: Tensor, bits: int, groups: Tensor, sym: bool) -> _IntegerMatrix:
+    """Round a weight [O, I] to the nearest values of its groups."""
     top, middle = 2**bits - 1, 2 ** (bits - 1)
     members = [weight[:, groups == group] for group in range(int(groups.max()) + 1)]
     high = torch.stack([member.amax(1) for member in members]).clamp(min=1e-4)
@@ -209,14 +209,14 @@ def _round(weight: Tensor, bits: int, groups: Tensor, sym: bool) -> _Rounded:
         zeros = torch.full_like(scales, middle, dtype=torch.int64)
     else:
         scales = ((high - low) / top).half()
-        # Stored less one, a zero point of 0 would have no value of its own.
+        # Stored minus one, a zero point of 0 could not be represented.
         zeros = (-low / scales.float()).round().long().clamp(1, top)
     values = ((weight.T / scales.float()[groups]).round().long() + zeros[groups]).clamp(0, top)
-    return _Rounded(values, zeros, scales, groups)
+    return _IntegerMatrix(values, zeros, scales, groups)
 
 
 def _pack(values: Tensor, bits: int, order: Sequence[int]) -> Tensor:
-    """[N, M] -> int32 [N, M / P]: of the columns of a word, ``order[k]`` stands at its bits from ``bits * k`` on."""
+    """Pack [N, M] into int32 [N, M / P]: column ``order[k]`` of a word is at its bits from ``bits * k``."""
     per_word = 32 // bits
     word = sum((values[:, column::per_word] << (bits * place) for place, column in enumerate(order)), torch.tensor(0))
     return torch.where(word < 2**31, word, word - 2**32).int().contiguous()

@@ -1,4 +1,4 @@
-"""Adapters over quantised weights of every kind: they learn, nothing else changes, and what was trained comes back."""
+"""Adapters on quantised weights of every kind: they train, nothing else changes, and they reload and merge."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from loading.adapters import load_adapter
 from loading.checkpoint import load_checkpoint, load_model
 from loading.inference import load_for_inference
 from loading.quantized import QuantizedLinear
+from qwen_model.block_runner import architecture_of_model, blocks_of
 from scripts import ask, make_tiny_qwen
 from tests.commands import Recorder, finetune_here, logged_losses, read_json, run, run_here
 from tests.models import TINY, copy_checkpoint, write_conversations, write_later_checkpoint
@@ -29,7 +30,7 @@ from tests.quantized import write_awq, write_gptq
 
 CORPUS = "corpora/fastchat_dummy_conversation.json"
 NF4, INT8 = ["--q_lora"], ["--q_lora", "--load_in_8bit"]
-# What makes a checkpoint of a float one, and the flags beside --use_lora.
+# Function that quantises a checkpoint on disk, and the flags besides --use_lora.
 KINDS: dict[str, tuple[Callable[[Path, Path], object] | None, list[str]]] = {
     "nf4": (None, NF4),
     "fp4": (None, [*NF4, "--quant_type", "fp4"]),
@@ -45,22 +46,22 @@ LATER = {"qwen2": ("nf4", "gptq-int4"), "qwen3": ("nf4", "awq")}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Qwen v1 in each form, also with groups of 128, and Qwen2 and Qwen3 in two."""
+    """Qwen v1 of every kind, also with groups of 128, and Qwen2 and Qwen3 of two kinds."""
     folder = tmp_path_factory.mktemp("models")
     plain = {"qwen": folder / "qwen"}
     make_tiny_qwen.main(["--output", str(plain["qwen"])])
     for model_type in LATER:
         plain[model_type] = write_later_checkpoint(folder / model_type, model_type, dtype=torch.bfloat16)
     write_gptq(plain["qwen"], folder / "wide-gptq", bits=4, group_size=128)
-    found = {"wide-gptq-int4": folder / "wide-gptq"}
+    folders = {"wide-gptq-int4": folder / "wide-gptq"}
     for model_type, source in plain.items():
         for kind in LATER.get(model_type, KINDS):
             write = KINDS[kind][0]
             target = folder / f"{model_type}-{kind}"
             if write is not None:
                 write(source, target)
-            found[f"{model_type}-{kind}"] = source if write is None else target
-    return found
+            folders[f"{model_type}-{kind}"] = source if write is None else target
+    return folders
 
 
 NAMES = [f"qwen-{kind}" for kind in KINDS] + ["wide-gptq-int4"]
@@ -72,7 +73,7 @@ def kind_of(name: str) -> str:
 
 
 def load(name: str, folder: Path) -> Any:
-    """A model in the form that its name says, computing in float32."""
+    """Load a model, quantised as its name says, computing in float32."""
     return load_model(load_checkpoint(str(folder)), torch.float32, quantize=ON_LOAD.get(kind_of(name)))
 
 
@@ -80,7 +81,7 @@ def load(name: str, folder: Path) -> Any:
 def runs(
     models: dict[str, Path], shared: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[str], tuple[Path, Recorder]]:
-    """Runs on real conversations, each made when it is first asked for: output folder and recorder."""
+    """A function that trains on real conversations once per name: output folder and recorder."""
     folder, done = tmp_path_factory.mktemp("runs"), {}
 
     def get(name: str) -> tuple[Path, Recorder]:
@@ -99,22 +100,22 @@ def runs(
     return get
 
 
-def frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Stored tensors of a model, by the base's names, without what an adapter adds."""
+def frozen_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of the base by their names there, without those of the adapter."""
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
         if "lora_" not in name and "modules_to_save" not in name:
-            plain = name.removeprefix("base_model.model.")
-            yield plain.replace(".base_layer", "").replace(".original_module", ""), tensor
+            base_name = name.removeprefix("base_model.model.")
+            yield base_name.replace(".base_layer", "").replace(".original_module", ""), tensor
 
 
-def dequantised(layer: nn.Module) -> Tensor:
+def dequantised_weight(layer: nn.Module) -> Tensor:
     """The weight [O, I] of a quantised layer in float32."""
     if isinstance(layer, QuantizedLinear):
         return layer.weight
     if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
         eight: Any = layer.weight
         return eight.data.float() * (eight.SCB / 127)[:, None]
-    # Block by block: its kernel for CPUs reads rows of other than whole blocks wrongly.
+    # Block by block: bitsandbytes' CPU kernel misreads rows that are not whole blocks.
     weight: Any = layer.weight
     state, packed = weight.quant_state, weight.data.flatten()
     scales = bitsandbytes.functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
@@ -123,31 +124,31 @@ def dequantised(layer: nn.Module) -> Tensor:
 
 
 def dense(model: Any) -> Any:
-    """A copy of a quantised model with plain layers of the weights that the quantised ones stand for."""
-    plain, replaced = copy.deepcopy(model), 0
+    """Return a copy of a quantised model with dequantised linear layers."""
+    copied, replaced = copy.deepcopy(model), 0
     for name, layer in model.named_modules():
         if isinstance(layer, (QuantizedLinear, bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt)):
             linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-            linear.weight.data = dequantised(layer)
+            linear.weight.data = dequantised_weight(layer)
             if layer.bias is not None:
                 linear.bias.data = layer.bias.float()
-            plain.set_submodule(name, linear)
+            copied.set_submodule(name, linear)
             replaced += 1
-    assert replaced == model.config.num_hidden_layers * (5 if model.config.model_type == "qwen" else 7)
-    return plain
+    assert replaced == len(blocks_of(model)) * len(architecture_of_model(model).linear_layers)
+    return copied
 
 
 IDS = torch.tensor([[5, 39, 72, 198, 5, 6, 7, 300, 400, 12, 13, 14]])
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_it_learns_and_leaves_the_quantised_weights_as_they_were(
+def test_training_lowers_the_loss_and_keeps_the_quantised_weights(
     name: str, models: dict[str, Path], runs: Callable[[str], tuple[Path, Recorder]]
 ) -> None:
     output, recorder = runs(name)
     losses = logged_losses(output)
     assert losses[-1] < losses[0] - (2.0 if name.startswith("qwen-") else 0.3)
-    before, after = dict(frozen(load(name, models[name]))), dict(frozen(recorder.model))
+    before, after = dict(frozen_tensors(load(name, models[name]))), dict(frozen_tensors(recorder.model))
     assert before.keys() == after.keys()
     for tensor_name, tensor in before.items():
         assert tensor.dtype == after[tensor_name].dtype and torch.equal(tensor, after[tensor_name]), tensor_name
@@ -156,7 +157,7 @@ def test_it_learns_and_leaves_the_quantised_weights_as_they_were(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_an_adapter_reopens_and_answers_the_same(
+def test_reloaded_adapter_gives_the_trained_logits(
     name: str, models: dict[str, Path], runs: Callable[[str], tuple[Path, Recorder]]
 ) -> None:
     output, recorder = runs(name)
@@ -171,14 +172,14 @@ def test_an_adapter_reopens_and_answers_the_same(
 
 
 @pytest.mark.parametrize("name", [name for name in NAMES if "int8" not in name or "gptq" in name])
-def test_logits_are_those_of_the_dequantised_model(name: str, models: dict[str, Path]) -> None:
+def test_logits_equal_those_of_the_dequantised_model(name: str, models: dict[str, Path]) -> None:
     model = load(name, models[name])
     with torch.no_grad():
         quantised, expected = model(input_ids=IDS).logits, dense(model)(input_ids=IDS).logits
     assert (quantised - expected).norm() <= 1e-3 * expected.norm()
 
 
-def test_nothing_that_is_stored_is_held_wider(models: dict[str, Path]) -> None:
+def test_weights_keep_their_stored_dtype_in_memory(models: dict[str, Path]) -> None:
     for name, dtypes in (
         ("qwen-gptq-int4", {torch.float16}),
         ("qwen2-nf4", {torch.bfloat16, torch.uint8}),
@@ -189,7 +190,7 @@ def test_nothing_that_is_stored_is_held_wider(models: dict[str, Path]) -> None:
         assert model(input_ids=IDS).logits.dtype == torch.float32
 
 
-def test_in_bfloat16(models: dict[str, Path], tmp_path: Path) -> None:
+def test_bfloat16_training(models: dict[str, Path], tmp_path: Path) -> None:
     data = write_conversations(tmp_path / "train.json")
     losses = []
     for precision in ([], ["--bf16"]):
@@ -203,7 +204,7 @@ def test_in_bfloat16(models: dict[str, Path], tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["nf4", "gptq-int4"])
-def test_lean_and_full_logits_and_checkpointed_activations_are_the_same(
+def test_full_logits_and_gradient_checkpointing_give_the_same_gradients(
     kind: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
     data, runs = write_conversations(tmp_path / "train.json"), []
@@ -222,8 +223,8 @@ def test_lean_and_full_logits_and_checkpointed_activations_are_the_same(
 
 
 @pytest.mark.parametrize("kind", ["nf4", "gptq-int4"])
-def test_evaluating_and_resuming_change_nothing(kind: str, models: dict[str, Path], tmp_path: Path) -> None:
-    """bitsandbytes repacks weights when it evaluates on some processors, and would go on without gradients."""
+def test_evaluation_and_resuming_do_not_change_the_losses(kind: str, models: dict[str, Path], tmp_path: Path) -> None:
+    """On some processors, bitsandbytes repacks weights in evaluation and then computes without gradients."""
     data = write_conversations(tmp_path / "train.json")
 
     def train(name: str, *flags: object) -> list[float]:
@@ -238,11 +239,11 @@ def test_evaluating_and_resuming_change_nothing(kind: str, models: dict[str, Pat
     evaluated = train("evaluated", "--eval_data_path", data, "--eval_strategy", "steps", "--eval_steps", 1)
     assert evaluated == plain
     resumed = train("resumed", "--resume_from_checkpoint", tmp_path / "plain" / "checkpoint-3")
-    # A checkpoint holds the adapter in the base's precision.
+    # A checkpoint contains the adapter in the base's precision.
     assert resumed == pytest.approx(plain[3:], rel=1e-6 if kind == "nf4" else 1e-3)
 
 
-def test_a_base_model_learns_the_turn_marks(models: dict[str, Path], tmp_path: Path) -> None:
+def test_base_model_trains_its_embeddings(models: dict[str, Path], tmp_path: Path) -> None:
     base = copy_checkpoint(tmp_path / "base", models["qwen-gptq-int4"], chat_format="raw")
     recorder = finetune_here(
         "--model_name_or_path", base, "--data_path", write_conversations(tmp_path / "train.json"), "--output_dir",
@@ -257,7 +258,7 @@ def test_a_base_model_learns_the_turn_marks(models: dict[str, Path], tmp_path: P
 
 
 def test_published_layouts_load(golden_small: Path, tmp_path: Path) -> None:
-    """August 2023's files: no quant_method, a config of its own, weights under another name, a bias on every layer."""
+    """August 2023: no quant_method, a separate config, weights under another name, a bias for every layer."""
     source, expected = golden_small / "tiny-qwen-small", None
     for number, options in enumerate(
         (
@@ -277,7 +278,9 @@ def test_published_layouts_load(golden_small: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "title"), [("qwen3-nf4", "NF4 by bitsandbytes"), ("qwen3-awq", "AWQ, 4 bits, groups of 32")]
 )
-def test_asking(name: str, title: str, models: dict[str, Path], runs: Callable[[str], tuple[Path, Recorder]]) -> None:
+def test_asking_a_quantised_model(
+    name: str, title: str, models: dict[str, Path], runs: Callable[[str], tuple[Path, Recorder]]
+) -> None:
     output, _ = runs(name)
     assert read_json(output / "run_summary.json")["quantization"] == title
     question = ["--model_name_or_path", models[name], "--adapter", output, "--max_new_tokens", 4, "Hi"]
@@ -287,8 +290,8 @@ def test_asking(name: str, title: str, models: dict[str, Path], runs: Callable[[
 # ---------------------------------------------------------------------------------------------------------------- merge
 
 
-def saved(name: str, models: dict[str, Path], folder: Path) -> Path:
-    """The model quantised on disk, also where it is quantised while it is loaded."""
+def quantised_folder(name: str, models: dict[str, Path], folder: Path) -> Path:
+    """Return a folder with the quantised model; write one if it is quantised while loading."""
     if kind_of(name) not in ON_LOAD:
         return models[name]
     load(name, models[name]).save_pretrained(folder)
@@ -299,12 +302,12 @@ def saved(name: str, models: dict[str, Path], folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_merged_onto_the_quantised_base(
+def test_merging_into_the_quantised_base(
     name: str, models: dict[str, Path], runs: Callable[[str], tuple[Path, Recorder]], tmp_path: Path
 ) -> None:
-    """The merged model is a plain one, and is the dequantised base with its adapter."""
+    """The merged model is not quantised, and equals the dequantised base with its adapter."""
     output, _ = runs(name)
-    base = saved(name, models, tmp_path / "base")
+    base = quantised_folder(name, models, tmp_path / "base")
     merge = ["--adapter", output, "--base", base, "--output", tmp_path / "merged", "--dtype", "fp32"]
     if kind_of(name) in ON_LOAD:  # it was trained on the unquantised files
         merge.append("--any_base")
@@ -321,7 +324,7 @@ def test_merged_onto_the_quantised_base(
 
 
 def test_peft_does_not_import_gptqmodel(models: dict[str, Path], tmp_path: Path) -> None:
-    """Which is installed here, and would print a banner and patch other libraries in every run."""
+    """gptqmodel is installed here; importing it prints a banner and patches other libraries."""
     assert importlib.util.find_spec("gptqmodel") is not None
     result = run(
         "-c", "import sys, finetune; finetune.main(sys.argv[1:]); print('gptqmodel' in sys.modules)",
@@ -331,11 +334,11 @@ def test_peft_does_not_import_gptqmodel(models: dict[str, Path], tmp_path: Path)
     assert (result.returncode, result.stdout) == (0, "False\n"), result.stderr
 
 
-def test_without_bitsandbytes(tmp_path: Path) -> None:
-    """What is not installed is said before the model is read, with the command that helps."""
+def test_bitsandbytes_not_installed(tmp_path: Path) -> None:
+    """Missing libraries are reported before the model is read, with the command that installs them."""
     hidden = "import sys; sys.modules['bitsandbytes'] = None; import importlib.util as u; find = u.find_spec; "
     hidden += "u.find_spec = lambda name, *rest: None if name == 'bitsandbytes' else find(name, *rest); "
-    command = hidden + "import finetune; from errors import run_command; run_command(finetune.main, 'finetune.py')"
+    command = hidden + "import finetune; from commands import run_command; run_command(finetune.main, 'finetune.py')"
     result = run(
         "-c", command, "--model_name_or_path", TINY, "--data_path", write_conversations(tmp_path / "train.json"),
         "--output_dir", tmp_path / "out", "--use_lora", "--q_lora",

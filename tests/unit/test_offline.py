@@ -1,4 +1,4 @@
-"""Nothing needs the network: not with a folder on disk, and not even when Hugging Face's offline switches are off."""
+"""No command uses the network for a folder on disk, even without Hugging Face's offline variables."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tests.golden import REPO, SMALL, offline_environment
 
-# Runs before the code under test. Libraries swallow connection errors and go on, so attempts are counted as well.
+# Runs before the code under test. Libraries may catch connection errors, so attempts are recorded.
 NO_NETWORK = """
 import atexit, os, socket
 
@@ -48,7 +48,7 @@ AutoModelForCausalLM.from_pretrained(target)
 print("DONE", tuple(logits.shape))
 """
 
-TUNE_MERGE_ASK = """
+FINETUNE_MERGE_ASK = """
 import sys
 import finetune, merge_lora
 from scripts import ask
@@ -65,8 +65,8 @@ print("DONE")
 
 def run_without_network(code: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     environment = offline_environment()
-    for switch in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
-        del environment[switch]
+    for variable in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        del environment[variable]
     return subprocess.run(
         [sys.executable, "-c", NO_NETWORK + code, *arguments],
         cwd=REPO,
@@ -85,15 +85,15 @@ def test_loading_and_saving_need_no_network(tmp_path: Path) -> None:
     assert (tmp_path / "model.safetensors").is_file() and (tmp_path / "qwen.tiktoken").is_file()
 
 
-def test_the_main_job_needs_no_network(tmp_path: Path) -> None:
+def test_training_merging_and_asking_need_no_network(tmp_path: Path) -> None:
     source, data = str(SMALL / "tiny-qwen-small"), str(REPO / "examples" / "identity.json")
-    result = run_without_network(TUNE_MERGE_ASK, source, data, str(tmp_path))
+    result = run_without_network(FINETUNE_MERGE_ASK, source, data, str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
     assert result.stdout.splitlines()[-1] == "DONE"
     assert (tmp_path / "merged" / "model.safetensors").is_file()
 
 
-def test_an_attempt_would_be_seen() -> None:
-    swallowed = "import socket\ntry:\n    socket.create_connection(('localhost', 9))\nexcept OSError:\n    pass\n"
-    result = run_without_network(swallowed)
+def test_caught_connection_errors_are_detected() -> None:
+    code = "import socket\ntry:\n    socket.create_connection(('localhost', 9))\nexcept OSError:\n    pass\n"
+    result = run_without_network(code)
     assert result.returncode == 77 and "NETWORK" in result.stdout

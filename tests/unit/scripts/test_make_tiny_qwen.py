@@ -1,4 +1,4 @@
-"""The embedded default: a folder like a real one, with ranks that tiktoken takes, the same bytes every time."""
+"""The tiny checkpoint has the files of a published one, ranks that tiktoken accepts, and reproducible bytes."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def read_json(path: Path) -> dict:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def test_folder_has_the_files_and_keys_of_a_real_one(tiny: Path, golden_small: Path) -> None:
+def test_files_and_keys_of_a_published_folder(tiny: Path, golden_small: Path) -> None:
     assert sorted(path.name for path in tiny.iterdir()) == FILES
     real = golden_small / "tiny-qwen-small"
     for name in ("config.json", "generation_config.json", "tokenizer_config.json"):
         assert set(read_json(tiny / name)) == set(read_json(real / name)) - {"auto_map"}
 
 
-def test_ids_follow_the_ranks(tiny: Path) -> None:
+def test_special_ids_follow_the_ranks(tiny: Path) -> None:
     lines = (tiny / "qwen.tiktoken").read_bytes().splitlines()
     assert [int(line.split()[1]) for line in lines] == list(range(2560))
     tokenizer = QWenTokenizer.from_pretrained(tiny)
@@ -49,12 +49,12 @@ def test_ids_follow_the_ranks(tiny: Path) -> None:
     assert generation["chat_format"] == "chatml"
 
 
-def test_single_bytes_come_first_in_the_order_of_the_real_file(tiny: Path, golden_small: Path) -> None:
+def test_first_ranks_are_the_single_bytes_in_the_published_order(tiny: Path, golden_small: Path) -> None:
     real = (golden_small / "tiny-qwen-small" / "qwen.tiktoken").read_bytes().splitlines()
     assert (tiny / "qwen.tiktoken").read_bytes().splitlines()[:256] == real[:256]
 
 
-def test_tiktoken_gives_the_ids_of_the_library_that_trained_the_ranks(tiny: Path) -> None:
+def test_tiktoken_and_the_training_library_give_equal_ids(tiny: Path) -> None:
     tokenizer = QWenTokenizer.from_pretrained(tiny)
     bpe = make_tiny_qwen.train_bpe(make_tiny_qwen.example_texts())
     texts = sorted(set(make_tiny_qwen.example_texts()))
@@ -71,7 +71,7 @@ def test_role_names_are_one_token_each(tiny: Path) -> None:
     assert [len(tokenizer.encode_plain(role)) for role in ("system", "user", "assistant")] == [1, 1, 1]
 
 
-def test_weights_are_those_of_the_model_class(tiny: Path) -> None:
+def test_weights_fit_the_model_class(tiny: Path) -> None:
     register_qwen()
     model, loading = AutoModelForCausalLM.from_pretrained(tiny, output_loading_info=True)
     assert not loading["missing_keys"] and not loading["unexpected_keys"] and not loading["mismatched_keys"]
@@ -87,11 +87,11 @@ def test_weights_are_those_of_the_model_class(tiny: Path) -> None:
     ids = AutoTokenizer.from_pretrained(tiny)("Who are you?", return_tensors="pt")
     with torch.no_grad():
         logits = model(**ids).logits
-    # Far from uniform: a frozen head of this scale can single out any token, which LoRA needs to teach an answer.
+    # Far from uniform: with a frozen head of this scale LoRA can learn to predict any token.
     assert logits.std().item() > 0.5
 
 
-def test_same_seed_same_bytes(tiny: Path, tmp_path: Path) -> None:
+def test_equal_seeds_give_equal_bytes(tiny: Path, tmp_path: Path) -> None:
     make_tiny_qwen.main(["--output", str(tmp_path / "again"), "--seed", "0"])
     make_tiny_qwen.main(["--output", str(tmp_path / "other"), "--seed", "1"])
     again, other = ([(tmp_path / run / name).read_bytes() for name in FILES] for run in ("again", "other"))
@@ -100,7 +100,7 @@ def test_same_seed_same_bytes(tiny: Path, tmp_path: Path) -> None:
     assert [name for name, a, b in zip(FILES, first, other, strict=True) if a != b] == ["model.safetensors"]
 
 
-def test_sizes_and_a_given_vocabulary(tmp_path: Path, golden_small: Path) -> None:
+def test_sizes_and_copied_vocabulary(tmp_path: Path, golden_small: Path) -> None:
     source = golden_small / "tiny-qwen-small"
     sizes = [
         "--hidden_size",
@@ -127,7 +127,7 @@ def test_sizes_and_a_given_vocabulary(tmp_path: Path, golden_small: Path) -> Non
     ("arguments", "message"),
     [
         (["--output", "taken"], "--output taken is not empty"),
-        (["--output", "new", "--vocab_from", "taken"], "--vocab_from taken: there is no qwen.tiktoken in it"),
+        (["--output", "new", "--vocab_from", "taken"], "--vocab_from taken: the folder has no qwen.tiktoken"),
         (["--output", "new", "--vocab_from", "broken"], "qwen.tiktoken:1: "),
         (
             ["--output", "new", "--hidden_size", "100", "--num_attention_heads", "8"],
@@ -135,10 +135,10 @@ def test_sizes_and_a_given_vocabulary(tmp_path: Path, golden_small: Path) -> Non
         ),
         (["--output", "new", "--intermediate_size", "7"], "--intermediate_size 7 is odd"),
         (["--output", "new", "--vocab", "taken"], "unrecognized arguments: --vocab taken"),
-        (["--output", "new", "--num_hidden_layers", "0"], "--num_hidden_layers 0: not a size"),
+        (["--output", "new", "--num_hidden_layers", "0"], "--num_hidden_layers 0: not a positive size"),
     ],
 )
-def test_what_cannot_work_is_said_and_leaves_nothing(
+def test_faulty_arguments_are_refused_before_writing(
     arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
