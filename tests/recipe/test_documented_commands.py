@@ -139,9 +139,10 @@ def prepare(folder: Path, document: str, readme: Path | None) -> None:
     if "Int4" in text:
         write_gptq(TINY, folder / "int4")
     made_here = set(re.findall(r"(?:-o|--output|--output_dir|output_dir:) +(\S+)", text))
-    for name in ("output/adapter", "output/merged"):
-        if readme is not None and name not in made_here:
-            shutil.copytree(readme / name, folder / name)
+    results = {"adapter": "adapter", "polite": "adapter", "terse": "adapter", "merged": "merged"}
+    for name, result in results.items():
+        if readme is not None and f"output/{name}" in text and f"output/{name}" not in made_here:
+            shutil.copytree(readme / "output" / result, folder / "output" / name)
 
 
 def placed(text: str, folder: Path) -> str:
