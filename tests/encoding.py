@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from copy import copy
 from dataclasses import replace
 from typing import Any
 
@@ -50,7 +49,8 @@ class OriginalEncoder(Encoder):
     """
 
     def __init__(self, tokenizer: QWenTokenizer, drops_opening: bool = True, **options: Any) -> None:
-        reading_controls: Any = copy(tokenizer)
+        reading_controls: Any = object.__new__(QWenTokenizer)
+        reading_controls.__dict__.update(tokenizer.__dict__)  # copy() would build the vocabulary again
         reading_controls.encode_plain = lambda text: tokenizer.encode(text, allowed_special="all")
         defaults = {"label_mask": "qwen", "truncation": "cut", "needs_answer": False}
         super().__init__(reading_controls, QWEN_V1, EncodeOptions(**{**defaults, **options}))
