@@ -1,4 +1,4 @@
-"""Where the original was wrong or could not do it: padding on the left, caches, packed rows, loading."""
+"""Behaviour that the original had wrong or lacked: left padding, caches, packed rows, loading."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tests.golden import IGNORE, LOGITS_ATOL, LOSS_ATOL, Golden, assert_close
 
 @pytest.fixture(scope="module", params=["eager", "sdpa"])
 def model(any_golden: Golden, request: pytest.FixtureRequest) -> QWenLMHeadModel:
-    """The main checkpoint with a part of its head: logits do not depend on one another, and 960 of them are enough."""
+    """The main checkpoint with 960 rows of its head: logits are independent of one another."""
     loaded = QWenLMHeadModel.from_pretrained(
         any_golden.tiny, dtype=torch.float32, attn_implementation=request.param
     ).eval()
@@ -27,7 +27,7 @@ def random_ids(model: QWenLMHeadModel, length: int, seed: int = 0) -> torch.Tens
 
 
 def padded(rows: list[torch.Tensor], length: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows [1, t] as one batch [B, length] with its mask, padded with token 0."""
+    """Pad rows [1, t] with token 0 to one batch [B, length] with its mask."""
     ids = torch.zeros(len(rows), length, dtype=torch.long)
     mask = torch.zeros(len(rows), length, dtype=torch.long)
     for index, row in enumerate(rows):
@@ -39,16 +39,16 @@ def padded(rows: list[torch.Tensor], length: int, side: str) -> tuple[torch.Tens
 
 @torch.no_grad()
 @pytest.mark.parametrize("side", ["left", "right"])
-def test_padding_gives_what_no_padding_gives(model: QWenLMHeadModel, side: str) -> None:
-    """Also where only the padding reaches beyond ``seq_length``, and for rows on both sides of it."""
+def test_padded_logits_equal_unpadded_ones(model: QWenLMHeadModel, side: str) -> None:
+    """Also if only the padding exceeds ``seq_length``, and for rows below and above it."""
     seq_length = model.config.seq_length
     lengths = [3, seq_length // 2, seq_length - 1, seq_length, seq_length + 1, seq_length + 20]
     rows = [random_ids(model, length, seed) for seed, length in enumerate(lengths)]
     ids, mask = padded(rows, seq_length + 20, side)
     logits = model(input_ids=ids, attention_mask=mask).logits
     for index, row in enumerate(rows):
-        alone = model(input_ids=row).logits[0]
-        assert_close(logits[index, mask[index].bool()], alone, LOGITS_ATOL, f"{side}, {row.shape[1]} tokens")
+        unpadded = model(input_ids=row).logits[0]
+        assert_close(logits[index, mask[index].bool()], unpadded, LOGITS_ATOL, f"{side}, {row.shape[1]} tokens")
 
 
 @torch.no_grad()
@@ -66,7 +66,7 @@ def test_cached_equals_uncached_within_seq_length(model: QWenLMHeadModel) -> Non
 
 @torch.no_grad()
 def test_cached_equals_uncached_for_a_left_padded_batch(model: QWenLMHeadModel) -> None:
-    """The rows of a batch keep their own positions while decoding, with only a mask given."""
+    """The mask alone gives each row of a batch its own positions while decoding."""
     rows = [random_ids(model, length, seed) for seed, length in enumerate([7, 20])]
     ids, mask = padded(rows, 20, "left")
     output = model(input_ids=ids[:, :15], attention_mask=mask[:, :15], use_cache=True)
@@ -77,8 +77,8 @@ def test_cached_equals_uncached_for_a_left_padded_batch(model: QWenLMHeadModel) 
 
 
 @torch.no_grad()
-def test_a_cache_keeps_the_alpha_of_its_prompt(model: QWenLMHeadModel) -> None:
-    """Cached keys are rotated with it: a prompt beyond seq_length continues as if nothing had been cut."""
+def test_cache_keeps_the_ntk_factor_of_its_prompt(model: QWenLMHeadModel) -> None:
+    """Cached keys are rotated with it, so that a prompt beyond seq_length can be split."""
     seq_length = model.config.seq_length
     ids = random_ids(model, seq_length + 12)
     full = model(input_ids=ids).logits
@@ -88,7 +88,7 @@ def test_a_cache_keeps_the_alpha_of_its_prompt(model: QWenLMHeadModel) -> None:
 
 
 def packed(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One row of several conversations: ids, positions that start again, and an additive mask [1, 1, T, T]."""
+    """Pack conversations into one row: ids, restarting positions, and an additive mask [1, 1, T, T]."""
     lengths = [row.shape[1] for row in rows]
     owners = torch.repeat_interleave(torch.arange(len(rows)), torch.tensor(lengths))
     visible = (owners[:, None] == owners[None]).tril()
@@ -99,8 +99,8 @@ def packed(rows: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor, torch.
 
 @torch.no_grad()
 @pytest.mark.parametrize("with_mask", [False, True])
-def test_packed_rows_are_the_separate_ones(any_golden: Golden, model: QWenLMHeadModel, with_mask: bool) -> None:
-    """In training mode; together they are longer than seq_length. The original ignored position_ids."""
+def test_packed_logits_equal_separate_ones(any_golden: Golden, model: QWenLMHeadModel, with_mask: bool) -> None:
+    """In training mode; the packed row exceeds seq_length. The original ignored position_ids."""
     seq_length = model.config.seq_length
     rows = [random_ids(model, length, seed) for seed, length in enumerate([5, seq_length - 2, 1, 17])]
     ids, position_ids, mask = packed(rows)
@@ -117,12 +117,12 @@ def test_packed_rows_are_the_separate_ones(any_golden: Golden, model: QWenLMHead
 
 
 @torch.no_grad()
-def test_position_ids_are_honoured(model: QWenLMHeadModel) -> None:
+def test_position_ids_are_used(model: QWenLMHeadModel) -> None:
     ids = random_ids(model, 12)
     plain = model(input_ids=ids).logits
     positions = torch.arange(12)[None]
-    assert_close(model(input_ids=ids, position_ids=positions).logits, plain, 1e-6, "the positions by default")
-    # Rotary positions are relative: a shift of all changes nothing, a stretch does.
+    assert_close(model(input_ids=ids, position_ids=positions).logits, plain, 1e-6, "default positions")
+    # Rotary positions are relative: shifting all of them changes nothing, scaling them does.
     assert_close(model(input_ids=ids, position_ids=positions + 9).logits, plain, LOGITS_ATOL, "shifted")
     assert (model(input_ids=ids, position_ids=positions * 2).logits - plain).abs().max() > 0.01
 
@@ -135,7 +135,7 @@ def test_logits_to_keep(model: QWenLMHeadModel) -> None:
 
 
 def test_loss_is_divided_by_num_items_in_batch(any_golden: Golden, tiny_model: QWenLMHeadModel) -> None:
-    """Trainer counts the targets of a whole optimizer step; the mean over a batch is the case of its own count."""
+    """Trainer counts the targets of a whole optimizer step; with the batch's own count the loss is the mean."""
     model, tensors = tiny_model, any_golden.tensors
     labels = tensors.ids("B.labels")
     inputs = {"input_ids": tensors.ids("B.input_ids"), "attention_mask": tensors.ids("B.attention_mask")}
@@ -147,24 +147,24 @@ def test_loss_is_divided_by_num_items_in_batch(any_golden: Golden, tiny_model: Q
     assert halved.item() == pytest.approx(mean.item() / 2, rel=1e-6)
 
 
-def test_rows_without_a_target_weigh_nothing(any_golden: Golden, tiny_model: QWenLMHeadModel) -> None:
-    """The original's loss of a batch without labels is NaN, and so are then all weights."""
+def test_rows_without_a_target_do_not_count(any_golden: Golden, tiny_model: QWenLMHeadModel) -> None:
+    """The original's loss of a batch without targets is NaN, which makes all weights NaN."""
     assert any_golden.notes["loss when every label is -100"] == "nan"
     model, tensors = tiny_model, any_golden.tensors
     ids, labels = tensors.ids("B.input_ids"), tensors.ids("B.labels")
-    nothing = torch.full_like(labels, IGNORE)
-    loss = model(input_ids=ids, labels=nothing).loss
+    no_targets = torch.full_like(labels, IGNORE)
+    loss = model(input_ids=ids, labels=no_targets).loss
     assert loss.item() == 0.0
     loss.backward()
     assert all(torch.equal(p.grad, torch.zeros_like(p)) for p in model.parameters() if p.grad is not None)
     model.zero_grad()
-    with_empty_row = model(input_ids=ids, labels=torch.cat([labels[:1], nothing[1:]])).loss
+    with_empty_row = model(input_ids=ids, labels=torch.cat([labels[:1], no_targets[1:]])).loss
     assert_close(with_empty_row, model(input_ids=ids[:1], labels=labels[:1]).loss, LOSS_ATOL, "an empty row")
 
 
 @torch.no_grad()
-def test_nothing_is_left_uninitialised_after_loading(any_golden: Golden) -> None:
-    """Buffers that are not in the file come back as whatever lay in memory: fill it with NaN, load, compare."""
+def test_loading_leaves_nothing_uninitialised(any_golden: Golden) -> None:
+    """from_pretrained can leave buffers outside the file uninitialised: fill freed memory with NaN, load, compare."""
     ids = any_golden.tensors.ids("C.input_ids")
     logits = []
     for _ in range(2):
@@ -177,8 +177,8 @@ def test_nothing_is_left_uninitialised_after_loading(any_golden: Golden) -> None
     assert torch.equal(logits[0], logits[1])
 
 
-def test_a_new_model_is_initialised(any_golden: Golden) -> None:
-    """Built from its config alone: gains of one, biases of zero, small random matrices, the same from the same seed."""
+def test_initialisation_of_a_new_model(any_golden: Golden) -> None:
+    """Norms are one, biases zero, matrices small and random; equal seeds give equal weights."""
     config = QWenLMHeadModel.from_pretrained(any_golden.tiny).config
     config.vocab_size = 50
     states = []
@@ -196,10 +196,8 @@ def test_a_new_model_is_initialised(any_golden: Golden) -> None:
 
 
 @pytest.mark.parametrize("space", [" ", "\t", "\u00a0"])
-def test_a_flood_of_spaces_is_an_error_and_not_the_end_of_the_process(
-    space: str, tiny_tokenizer: QWenTokenizer
-) -> None:
-    """What tiktoken does with a million of them is no exception that anybody catches."""
+def test_too_many_spaces_are_refused(space: str, tiny_tokenizer: QWenTokenizer) -> None:
+    """A million of them crash the process inside tiktoken."""
     for encode in (tiny_tokenizer.encode_plain, tiny_tokenizer):
         with pytest.raises(ValueError, match="900,000 or more spaces in a row, which cannot be tokenised"):
             encode(f"a{space * 900_000}b")

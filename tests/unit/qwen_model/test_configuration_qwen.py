@@ -1,4 +1,4 @@
-"""QWenConfig: names old and new, defaults, what it refuses."""
+"""QWenConfig: old and new names of its keys, defaults, refused values."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OLD_NAMES = {
     "attn_pdrop": "attn_dropout_prob",
 }
 
-# What a config.json of August 2023 says besides, and what means nothing today.
+# Other keys of August 2023, which are ignored.
 OLD_EXTRAS = {
     "activation": "swiglu",
     "apply_residual_connection_post_layernorm": False,
@@ -39,12 +39,12 @@ OLD_EXTRAS = {
 
 
 def old_style(config: dict[str, Any]) -> dict[str, Any]:
-    """The config of a folder as it would have been written in August 2023."""
+    """Return a config with the keys of August 2023."""
     new_to_old = {new: old for old, new in OLD_NAMES.items()}
     return {new_to_old.get(key, key): value for key, value in config.items()} | OLD_EXTRAS
 
 
-def test_names_of_august_2023() -> None:
+def test_keys_of_august_2023() -> None:
     old = {
         "n_embd": 4096,
         "n_layer": 30,
@@ -67,7 +67,7 @@ def test_names_of_august_2023() -> None:
 
 
 @pytest.mark.parametrize("padded_first", [True, False])
-def test_old_folders_that_say_both_sizes_have_weights_of_the_padded_one(padded_first: bool) -> None:
+def test_padded_vocab_size_overrides_vocab_size(padded_first: bool) -> None:
     sizes = {"padded_vocab_size": 151936, "vocab_size": 151851}
     if not padded_first:
         sizes = dict(reversed(sizes.items()))
@@ -75,7 +75,7 @@ def test_old_folders_that_say_both_sizes_have_weights_of_the_padded_one(padded_f
 
 
 @torch.no_grad()
-def test_old_folder_loads_and_gives_the_same_logits(any_golden: Golden, tmp_path: Path) -> None:
+def test_old_folder_gives_the_recorded_logits(any_golden: Golden, tmp_path: Path) -> None:
     old = old_style(any_golden.config)
     assert not set(OLD_NAMES.values()) & set(old)
     (tmp_path / "config.json").write_text(json.dumps(old))
@@ -84,7 +84,7 @@ def test_old_folder_loads_and_gives_the_same_logits(any_golden: Golden, tmp_path
     assert_logits(model(input_ids=any_golden.tensors.ids("A.input_ids")).logits, any_golden.tensors, "A.eval")
 
 
-def test_defaults_are_those_of_the_published_class() -> None:
+def test_defaults_equal_those_of_the_published_class() -> None:
     expected = {
         "vocab_size": 151936,
         "hidden_size": 4096,
@@ -131,23 +131,23 @@ def test_saving_keeps_every_key(any_golden: Golden, tmp_path: Path) -> None:
 
 
 @torch.no_grad()
-def test_saving_a_model_keeps_its_names_and_logits(any_golden: Golden, tmp_path: Path) -> None:
+def test_saving_a_model_keeps_parameter_names_and_logits(any_golden: Golden, tmp_path: Path) -> None:
     shapes = any_golden.load_json("checkpoints.json")["parameter_shapes"]
     present = {name: expected for name, expected in shapes.items() if (any_golden.path / name).is_dir()}
     assert present
     for name, expected in present.items():
         model = QWenLMHeadModel.from_pretrained(any_golden.path / name, dtype=torch.float32).eval()
-        found = {key: list(parameter.shape) for key, parameter in model.named_parameters()}
-        assert found == {key: shape for key, shape in expected.items() if key in found}
+        actual = {key: list(parameter.shape) for key, parameter in model.named_parameters()}
+        assert actual == {key: shape for key, shape in expected.items() if key in actual}
         # With tied embeddings the head has no parameter of its own.
-        assert set(expected) - set(found) <= ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
+        assert set(expected) - set(actual) <= ({"lm_head.weight"} if model.config.tie_word_embeddings else set())
         model.save_pretrained(tmp_path / name)
         ids = torch.arange(12)[None]
         reloaded = QWenLMHeadModel.from_pretrained(tmp_path / name, dtype=torch.float32).eval()
         assert torch.equal(reloaded(input_ids=ids).logits, model(input_ids=ids).logits), name
 
 
-def test_heads_that_do_not_fill_the_hidden_size_are_refused(any_golden: Golden) -> None:
+def test_head_sizes_that_do_not_add_up_to_the_hidden_size_are_refused(any_golden: Golden) -> None:
     """The original failed in the first forward."""
     limits = any_golden.load_json("checkpoints.json")["config_limits"]
     cases = [key for key in limits if key.startswith("kv_channels=")]
@@ -159,7 +159,7 @@ def test_heads_that_do_not_fill_the_hidden_size_are_refused(any_golden: Golden) 
 
 
 @pytest.mark.parametrize("needed_by", ["use_dynamic_ntk", "use_logn_attn"])
-def test_missing_seq_length_is_refused_where_it_is_needed(golden_small: Path, needed_by: str) -> None:
+def test_missing_seq_length_is_refused_if_it_is_needed(golden_small: Path, needed_by: str) -> None:
     config = json.loads((golden_small / "tiny-qwen-small" / "config.json").read_text())
     del config["seq_length"]
     config |= {"use_dynamic_ntk": False, "use_logn_attn": False}
@@ -169,7 +169,7 @@ def test_missing_seq_length_is_refused_where_it_is_needed(golden_small: Path, ne
 
 
 @pytest.mark.parametrize("flags", [("bf16", "fp32"), ("bf16", "fp16"), ("fp16", "fp32"), ("bf16", "fp16", "fp32")])
-def test_more_than_one_precision_is_refused(flags: tuple[str, ...]) -> None:
+def test_several_precision_flags_are_refused(flags: tuple[str, ...]) -> None:
     with pytest.raises(ValueError) as caught:
         QWenConfig(**dict.fromkeys(flags, True))
     assert all(flag in str(caught.value) for flag in flags)
@@ -177,12 +177,12 @@ def test_more_than_one_precision_is_refused(flags: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("flag", ["bf16", "fp16", "fp32"])
-def test_one_precision_is_kept(flag: str) -> None:
+def test_one_precision_flag_is_kept(flag: str) -> None:
     config = QWenConfig(**{flag: True})
     assert [name for name in ("bf16", "fp16", "fp32") if config.to_dict()[name]] == [flag]
 
 
-def test_a_broken_config_of_a_folder_names_the_key(any_golden: Golden, tmp_path: Path) -> None:
+def test_error_in_config_json_names_the_key(any_golden: Golden, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(any_golden.config | {"kv_channels": 7}))
     with pytest.raises(ValueError, match="kv_channels 7"):
         QWenConfig.from_pretrained(tmp_path)

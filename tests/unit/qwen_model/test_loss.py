@@ -1,4 +1,4 @@
-"""The lean loss is the loss of full logits: value, gradients and accuracy, for every kind of head."""
+"""The lean loss equals the loss of full logits: value, gradients and accuracy, for every kind of head."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ LABELS = torch.tensor(
 
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Chunks of three positions, so that a test has several and a last one that is not full."""
+    """Use chunks of three positions, so that there are several and the last one is shorter."""
     monkeypatch.setattr(lean_loss, "LOGITS_CHUNK_BYTES", 3 * 4 * 960)
 
 
@@ -75,21 +75,21 @@ def compare(model: nn.Module, rtol: float = 1e-5, **inputs: Any) -> None:
 
 @pytest.mark.parametrize("head", HEADS)
 @pytest.mark.parametrize("count", [None, 37, torch.tensor(37)])
-def test_the_lean_loss_is_the_full_one(head: str, count: Any) -> None:
+def test_lean_loss_equals_full_loss(head: str, count: Any) -> None:
     compare(HEADS[head](), num_items_in_batch=count)
 
 
-def test_the_number_of_targets_may_be_known() -> None:
+def test_known_number_of_targets() -> None:
     compare(build(), num_targets=int((LABELS[:, 1:] != -100).sum()))
 
 
-def test_a_frozen_head_gets_no_gradient() -> None:
+def test_frozen_head_has_no_gradient() -> None:
     model = HEADS["frozen"]()
     model(input_ids=IDS, labels=LABELS, loss_only=True).loss.backward()
     assert model.get_output_embeddings().weight.grad is None
 
 
-def test_trained_rows_have_gradients_of_their_own_size() -> None:
+def test_gradients_of_trained_rows_have_only_their_size() -> None:
     model = HEADS["rows"]()
     model(input_ids=IDS, labels=LABELS, loss_only=True).loss.backward()
     deltas = {name: grad for name, grad in gradients(model).items() if "trainable_tokens_delta" in name}
@@ -127,7 +127,7 @@ def reference(hidden: torch.Tensor, weight: torch.Tensor, weights: torch.Tensor,
 
 
 @pytest.mark.parametrize("epsilon", [0.0, 0.1])
-def test_weights_of_tokens_and_label_smoothing(epsilon: float) -> None:
+def test_loss_weights_and_label_smoothing(epsilon: float) -> None:
     torch.manual_seed(0)
     hidden, head = torch.randn(2, 10, 32), nn.Linear(32, 960, bias=False)
     weights = torch.rand(2, 10) * (LABELS != -100)
@@ -141,7 +141,7 @@ def test_weights_of_tokens_and_label_smoothing(epsilon: float) -> None:
         assert relative_difference(actual, wanted) <= 1e-5
 
 
-def test_a_head_with_a_bias() -> None:
+def test_head_with_bias() -> None:
     torch.manual_seed(0)
     hidden, head = torch.randn(2, 10, 32), nn.Linear(32, 960)
     loss, _ = lean_causal_lm_loss(hidden, head, LABELS)
@@ -153,7 +153,7 @@ def test_a_head_with_a_bias() -> None:
         assert relative_difference(actual, wanted) <= 1e-5
 
 
-def test_no_target_is_loss_zero_and_no_gradient() -> None:
+def test_batch_without_targets_has_loss_and_gradient_zero() -> None:
     hidden, head = torch.randn(1, 4, 32, requires_grad=True), nn.Linear(32, 960, bias=False)
     loss, correct = lean_causal_lm_loss(hidden, head, torch.full((1, 4), -100))
     loss.backward()
@@ -161,7 +161,7 @@ def test_no_target_is_loss_zero_and_no_gradient() -> None:
     assert not hidden.grad.any()
 
 
-def test_a_second_backward_pass_is_refused() -> None:
+def test_second_backward_pass_is_refused() -> None:
     hidden, head = torch.randn(2, 10, 32, requires_grad=True), nn.Linear(32, 960, bias=False)
     loss, _ = lean_causal_lm_loss(hidden, head, LABELS)
     loss.backward(retain_graph=True)
@@ -171,18 +171,18 @@ def test_a_second_backward_pass_is_refused() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("trained", [False, True])
-def test_half_precision_is_as_near_to_the_truth_as_full_logits(dtype: torch.dtype, trained: bool) -> None:
-    """Over 20 seeds, under autocast as the trainer has it: at most 1.1 times the distance of the plain loss."""
-    ours, plain = {"loss": 0.0, "hidden": 0.0, "weight": 0.0}, {"loss": 0.0, "hidden": 0.0, "weight": 0.0}
+def test_half_precision_is_as_accurate_as_full_logits(dtype: torch.dtype, trained: bool) -> None:
+    """Over 20 seeds, under autocast as in the trainer: at most 1.1 times the error of the full loss."""
+    lean_errors, full_errors = {"loss": 0.0, "hidden": 0.0, "weight": 0.0}, {"loss": 0.0, "hidden": 0.0, "weight": 0.0}
     for seed in range(20):
         torch.manual_seed(seed)
         start, weight = torch.randn(2, 10, 32), torch.randn(960, 32) * 0.2
-        truth = _with_gradients(start, weight, trained, None, lean=False)
-        for distances, lean in ((ours, True), (plain, False)):
+        exact = _with_gradients(start, weight, trained, None, lean=False)
+        for errors, lean in ((lean_errors, True), (full_errors, False)):
             for name, value in _with_gradients(start, weight, trained, dtype, lean).items():
-                distances[name] += relative_difference(value, truth[name])
-    for name, distance in ours.items():
-        assert distance <= 1.1 * plain[name] + 1e-6, name
+                errors[name] += relative_difference(value, exact[name])
+    for name, error in lean_errors.items():
+        assert error <= 1.1 * full_errors[name] + 1e-6, name
 
 
 def _with_gradients(
@@ -193,5 +193,5 @@ def _with_gradients(
     with torch.autocast("cpu", dtype=dtype or torch.bfloat16, enabled=dtype is not None):
         loss = lean_causal_lm_loss(hidden, head, LABELS)[0] if lean else causal_lm_loss(head(hidden), LABELS)
     loss.backward()
-    found = {"loss": loss.detach(), "hidden": hidden.grad}
-    return found | ({"weight": head.weight.grad} if trained else {})
+    results = {"loss": loss.detach(), "hidden": hidden.grad}
+    return results | ({"weight": head.weight.grad} if trained else {})

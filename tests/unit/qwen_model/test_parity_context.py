@@ -1,4 +1,4 @@
-"""Prompts, stop words and the decoding of answers against the original's."""
+"""Prompts, stop words and decoding of answers against the original's."""
 
 from __future__ import annotations
 
@@ -113,8 +113,8 @@ def test_stop_words_logits_processor(any_golden: Golden) -> None:
         assert scores.tolist() == expected.tolist(), case["stop_words_ids"]
 
 
-def test_library_filters_logits_as_the_original_did(any_golden: Golden) -> None:
-    """generate() takes top_k and top_p from the library; the original had a function of its own."""
+def test_top_k_and_top_p_of_the_library_equal_the_originals(any_golden: Golden) -> None:
+    """generate() uses the library's top_k and top_p; the original had its own function."""
     recorded = any_golden.load_json("make_context.json")["top_k_logits"]
     logits = torch.tensor(recorded.pop("logits"))
     assert recorded

@@ -18,19 +18,19 @@ from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.tokenization_qwen import QWenTokenizer
 from tests.golden import LOGITS_ATOL, Golden, assert_close
 
-# Below this distance between the two best logits, rounding may choose the other.
+# If the two largest logits are closer than this, rounding may change the choice.
 MARGIN = 1e-3
 
 
 def greedy(model: QWenLMHeadModel, prompt: torch.Tensor, **kwargs: Any) -> list[int]:
-    """Ids after the prompt, as the goldens were made: 20 tokens, no penalty, over the checkpoint's own settings."""
+    """Generate as recorded: 20 tokens, no penalty, otherwise the checkpoint's settings; return the new ids."""
     arguments = {"max_new_tokens": 20, "do_sample": False, "repetition_penalty": 1.0, **kwargs}
     output = model.generate(prompt, attention_mask=torch.ones_like(prompt), **arguments)
     return output[0, prompt.shape[1] :].tolist()
 
 
 def assert_same_choices(actual: list[int], expected: list[int], margins: list[float]) -> None:
-    """Equal, up to the first choice that was too close to call."""
+    """Check that ids are equal up to the first choice with too small a margin."""
     for index, (ours, theirs) in enumerate(zip(actual, expected, strict=True)):
         if ours != theirs:
             assert margins[index] <= MARGIN, f"token {index} is {ours}, not {theirs}: margin {margins[index]:.4f}"
@@ -55,7 +55,7 @@ def test_greedy_with_a_cache(tiny_model: QWenLMHeadModel, any_golden: Golden) ->
 
 
 def test_greedy_without_a_cache(tiny_model: QWenLMHeadModel, any_golden: Golden) -> None:
-    """Beyond seq_length this differs: without a cache dynamic NTK follows the length at each token."""
+    """Beyond seq_length results differ: without a cache, the NTK factor changes with each token."""
     tensors = any_golden.tensors
     for case in any_golden.cases(PROMPTS):
         prompt = tensors.ids(f"{case}.prompt")
@@ -71,7 +71,7 @@ def test_greedy_without_a_cache(tiny_model: QWenLMHeadModel, any_golden: Golden)
 
 @torch.no_grad()
 def test_incremental_logits(tiny_model: QWenLMHeadModel, any_golden: Golden) -> None:
-    """Teacher forced: the logits after the prompt and each recorded token, one at a time on a cache."""
+    """Teacher forcing: logits after the prompt and after each recorded token, one at a time with a cache."""
     tensors = any_golden.tensors
     for case in any_golden.cases(PROMPTS):
         name, stride = tensors.strided(f"{case}.incremental_logits")
@@ -95,9 +95,7 @@ def test_greedy_of_other_architectures(any_golden: Golden) -> None:
         assert actual == tensors[f"G.{variant}.greedy"].tolist(), variant
 
 
-def test_batch_with_left_padding_generates_what_each_prompt_does(
-    tiny_model: QWenLMHeadModel, any_golden: Golden
-) -> None:
+def test_left_padded_batch_generates_as_each_prompt_alone(tiny_model: QWenLMHeadModel, any_golden: Golden) -> None:
     tensors = any_golden.tensors
     prompts = prompts_within_seq_length(any_golden)
     rows = [ids[0] for ids in prompts.values()]
@@ -110,9 +108,7 @@ def test_batch_with_left_padding_generates_what_each_prompt_does(
         assert_same_choices(row, tensors[f"{case}.greedy"].tolist(), tensors[f"{case}.greedy_top2_margin"].tolist())
 
 
-def test_a_single_left_padded_prompt_generates_what_it_does_alone(
-    tiny_model: QWenLMHeadModel, any_golden: Golden
-) -> None:
+def test_single_left_padded_prompt_generates_as_unpadded(tiny_model: QWenLMHeadModel, any_golden: Golden) -> None:
     """The original dropped the mask of a batch of one."""
     case, prompt = next(iter(prompts_within_seq_length(any_golden).items()))
     ids = torch.nn.functional.pad(prompt, (5, 0))
@@ -123,7 +119,7 @@ def test_a_single_left_padded_prompt_generates_what_it_does_alone(
 
 
 def test_stop_words(tiny_model: QWenLMHeadModel, any_golden: Golden) -> None:
-    """After a stop word, which may be longer than one token, the end token is forced."""
+    """After a stop word of one or more tokens the end token is forced."""
     chosen = any_golden.tensors["D1.greedy"].tolist()
     recorded = {key: ids for key, ids in any_golden.notes.items() if key.startswith("D1 stop_words_ids=")}
     assert recorded
@@ -145,8 +141,8 @@ def test_repetition_penalty(tiny_model: QWenLMHeadModel, any_golden: Golden) -> 
     assert greedy(tiny_model, prompt, repetition_penalty=1.1) == expected
 
 
-def test_end_and_stop_words_together(tiny_model: QWenLMHeadModel, any_golden: Golden) -> None:
-    """With a list of end tokens any of them ends the text, and after a stop word the last of them is forced."""
+def test_end_tokens_with_stop_words(tiny_model: QWenLMHeadModel, any_golden: Golden) -> None:
+    """Any token of a list of end tokens ends the text; after a stop word the last of them is forced."""
     prompt = any_golden.tensors.ids("D1.prompt")
     chosen = any_golden.tensors["D1.greedy"].tolist()
     first, later = [index for index in range(4, len(chosen)) if chosen.index(chosen[index]) == index][:2]
@@ -162,7 +158,7 @@ def test_beam_search(tiny_model: QWenLMHeadModel, any_golden: Golden) -> None:
     assert greedy(tiny_model, prompt, num_beams=3) == any_golden.notes["D1 beam search 3"]
 
 
-def test_settings_come_from_the_checkpoint(golden_small: Path) -> None:
+def test_generation_settings_of_the_checkpoint(golden_small: Path) -> None:
     folder = golden_small / "tiny-qwen-small"
     model = QWenLMHeadModel.from_pretrained(folder, dtype=torch.float32).eval()
     written = json.loads((folder / "generation_config.json").read_text())
@@ -180,8 +176,8 @@ def test_settings_come_from_the_checkpoint(golden_small: Path) -> None:
 CHAT = {"do_sample": False, "max_new_tokens": 20, "repetition_penalty": 1.0}
 
 
-def last_token_more(original: str, ours: str) -> bool:
-    """The original's chat() dropped the last token when none of them was a stop token."""
+def has_one_more_token(original: str, ours: str) -> bool:
+    """Whether ours extends the original's answer, which lost its last token without a stop token."""
     return ours.startswith(original) and len(ours) > len(original)
 
 
@@ -190,43 +186,41 @@ def test_chat(tiny_model: QWenLMHeadModel, tiny_tokenizer: QWenTokenizer, any_go
     first, second = recorded["first"], recorded["second"]
 
     response, history = tiny_model.chat(tiny_tokenizer, first["query"], first["history"], **CHAT)
-    assert last_token_more(first["response"], response)
+    assert has_one_more_token(first["response"], response)
     assert history == [(first["query"], response)]
 
-    # Answer to the recorded history, which the original built from its shortened answer.
+    # The recorded history contains the original's shortened answer.
     before = [tuple(turn) for turn in second["history"]]
     response, history = tiny_model.chat(tiny_tokenizer, second["query"], before, system=second["system"], **CHAT)
-    assert last_token_more(second["response"], response)
+    assert has_one_more_token(second["response"], response)
     assert history == [*before, (second["query"], response)]
-    assert before == [tuple(turn) for turn in second["history"]], "the caller's history is not changed"
+    assert before == [tuple(turn) for turn in second["history"]], "the caller's history is unchanged"
 
 
-def test_chat_with_a_query_that_normalisation_shortens(
-    tiny_model: QWenLMHeadModel, tiny_tokenizer: QWenTokenizer
-) -> None:
-    """The original cut as many characters off the answer as the query had lost."""
+def test_chat_query_shortened_by_normalisation(tiny_model: QWenLMHeadModel, tiny_tokenizer: QWenTokenizer) -> None:
+    """The original cut that many characters off the answer."""
     query = "a café in Göteborg"
     decomposed = unicodedata.normalize("NFD", query)
     assert len(decomposed) == len(query) + 2
     answer, _ = tiny_model.chat(tiny_tokenizer, query, None, **CHAT)
-    same, history = tiny_model.chat(tiny_tokenizer, decomposed, None, **CHAT)
-    assert same == answer != ""
+    answer_to_decomposed, history = tiny_model.chat(tiny_tokenizer, decomposed, None, **CHAT)
+    assert answer_to_decomposed == answer != ""
     assert history == [(decomposed, answer)]
 
 
-def test_chat_ends_at_stop_words_of_the_caller(
+def test_chat_ends_at_given_stop_words(
     tiny_model: QWenLMHeadModel, tiny_tokenizer: QWenTokenizer, any_golden: Golden
 ) -> None:
     query = any_golden.notes["chat greedy"]["first"]["query"]
-    whole, _ = tiny_model.chat(tiny_tokenizer, query, None, **CHAT)
+    full, _ = tiny_model.chat(tiny_tokenizer, query, None, **CHAT)
     _, context = make_context(tiny_tokenizer, query, None, system="You are a helpful assistant.")
     third = greedy(tiny_model, torch.tensor([context]))[2]
     short, _ = tiny_model.chat(tiny_tokenizer, query, None, stop_words_ids=[[third]], **CHAT)
-    assert whole.startswith(short) and len(short) < len(whole)
+    assert full.startswith(short) and len(short) < len(full)
     assert short.endswith(tiny_tokenizer.decode([third]).strip())
 
 
-def test_chat_of_a_base_model_is_refused(tiny_model: QWenLMHeadModel, tiny_tokenizer: QWenTokenizer) -> None:
+def test_chat_with_a_base_model_is_refused(tiny_model: QWenLMHeadModel, tiny_tokenizer: QWenTokenizer) -> None:
     settings = deepcopy(tiny_model.generation_config)
     settings.chat_format = "raw"
     with pytest.raises(ValueError, match="'raw'"):
@@ -235,24 +229,26 @@ def test_chat_of_a_base_model_is_refused(tiny_model: QWenLMHeadModel, tiny_token
         next(tiny_model.chat_stream(tiny_tokenizer, "hi", None, generation_config=settings))
 
 
-def test_faults_within_chat_stream_reach_the_caller(tiny_model: QWenLMHeadModel, tiny_tokenizer: QWenTokenizer) -> None:
+def test_errors_in_the_thread_of_chat_stream_are_raised(
+    tiny_model: QWenLMHeadModel, tiny_tokenizer: QWenTokenizer
+) -> None:
     with pytest.raises(ValueError, match="stop_words_ids"):
         list(tiny_model.chat_stream(tiny_tokenizer, "hi", None, stop_words_ids=[[-1]], **CHAT))
 
 
-def test_chat_stream_grows_to_what_chat_returns(
+def test_chat_stream_ends_with_the_answer_of_chat(
     tiny_model: QWenLMHeadModel, tiny_tokenizer: QWenTokenizer, any_golden: Golden
 ) -> None:
     query = any_golden.notes["chat greedy"]["first"]["query"]
     texts = list(tiny_model.chat_stream(tiny_tokenizer, query, None, **CHAT))
     assert len(texts) > 10
     for shorter, longer in itertools.pairwise(texts):
-        # An incomplete character at the end is shown once it is complete.
+        # An incomplete character at the end appears once it is complete.
         assert longer.startswith(shorter.rstrip("\ufffd"))
     response, _ = tiny_model.chat(tiny_tokenizer, query, None, **CHAT)
-    # As the original's, the stream leaves out control tokens and incomplete characters, which chat() shows.
-    shown = re.sub(r"<\|\w+\|>|\ufffd", "", response)
-    assert texts[-1].strip() == shown
+    # As in the original, the stream omits control tokens and incomplete characters, which chat() contains.
+    expected = re.sub(r"<\|\w+\|>|\ufffd", "", response)
+    assert texts[-1].strip() == expected
     recorded = any_golden.notes.get("chat_stream top_k=1 (partial strings)")
     if recorded:
         assert texts == recorded

@@ -1,4 +1,4 @@
-"""Gradients against the original's, tensor by tensor, and with gradient checkpointing."""
+"""Gradients against the original's, tensor by tensor; gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.golden import GRADIENT_RTOL, Golden, relative_difference
 
 
 def gradients(model: QWenLMHeadModel, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Gradient of the mean loss for every parameter."""
+    """Compute the gradient of the mean loss for every parameter."""
     model.zero_grad()
     model(**inputs).loss.backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
@@ -23,15 +23,15 @@ def gradients(model: QWenLMHeadModel, inputs: dict[str, torch.Tensor]) -> dict[s
 def recorded_gradients(
     golden: Golden, prefix: str, input_ids: torch.Tensor, computed: dict[str, torch.Tensor]
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-    """Name, what we computed and what is recorded, for each tensor of the set; big ones are recorded in part."""
-    form = re.compile(re.escape(prefix) + r"(?P<name>.+?)(?:\.s(?P<stride>\d+)|(?P<rows>\.rows_of_input0))?")
+    """Yield name, computed and recorded gradient of each tensor of the set; of large tensors only recorded rows."""
+    pattern = re.compile(re.escape(prefix) + r"(?P<name>.+?)(?:\.s(?P<stride>\d+)|(?P<rows>\.rows_of_input0))?")
     for key in golden.tensors:
-        if not (found := form.fullmatch(key)):
+        if not (match := pattern.fullmatch(key)):
             continue
-        gradient = computed[found["name"]]
-        if found["stride"]:
-            gradient = gradient[:: int(found["stride"])]
-        elif found["rows"]:
+        gradient = computed[match["name"]]
+        if match["stride"]:
+            gradient = gradient[:: int(match["stride"])]
+        elif match["rows"]:
             gradient = gradient[input_ids[0]]
         yield key, gradient, golden.tensors[key]
 
@@ -62,7 +62,7 @@ def test_set_b_gradients(any_golden: Golden, computed_b: dict[str, torch.Tensor]
 
 
 def test_set_b_gradient_norms(any_golden: Golden, computed_b: dict[str, torch.Tensor]) -> None:
-    """The norms cover what the recorded rows leave out."""
+    """The norms cover the rows that are not recorded."""
     expected = any_golden.notes["B.grad_norms"]
     norms = {name: gradient.norm().item() for name, gradient in computed_b.items()}
     assert norms == pytest.approx(expected, rel=GRADIENT_RTOL)
@@ -88,15 +88,15 @@ def test_tied_embeddings_have_one_gradient(golden_small: Path) -> None:
     assert "lm_head.weight" not in dict(model.named_parameters())
 
 
-@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # the new names are younger than the oldest library
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # the oldest library lacks the new names
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing_changes_nothing(any_golden: Golden, use_reentrant: bool) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(any_golden: Golden, use_reentrant: bool) -> None:
     inputs = set_b(any_golden)
     model = QWenLMHeadModel.from_pretrained(any_golden.tiny, dtype=torch.float32).train()
     plain = gradients(model, inputs)
     model.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
     assert model.is_gradient_checkpointing
-    # As for LoRA, where no parameter before the first block asks for a gradient.
+    # As with LoRA, where no parameter before the first block needs a gradient.
     model.enable_input_require_grads()
     checkpointed = gradients(model, inputs)
     for name, gradient in plain.items():

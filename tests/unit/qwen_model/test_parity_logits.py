@@ -14,7 +14,7 @@ from tests.golden import LOGITS_ATOL, LOSS_ATOL, Golden, assert_close, assert_lo
 
 
 def load(folder: Path, attention: str, **overrides: object) -> QWenLMHeadModel:
-    """The checkpoint in fp32 and evaluation mode, with some config keys changed."""
+    """Load a checkpoint in float32 and evaluation mode, with some config keys changed."""
     return QWenLMHeadModel.from_pretrained(
         folder, dtype=torch.float32, attn_implementation=attention, **overrides
     ).eval()
@@ -53,7 +53,7 @@ def test_set_a_logits_hidden_states_and_cache(model: QWenLMHeadModel, any_golden
 
 
 @torch.no_grad()
-def test_embeddings_in_place_of_ids_give_the_same_logits(model: QWenLMHeadModel, any_golden: Golden) -> None:
+def test_inputs_embeds_give_the_logits_of_input_ids(model: QWenLMHeadModel, any_golden: Golden) -> None:
     embeddings = model.get_input_embeddings()(any_golden.tensors.ids("A.input_ids"))
     assert_logits(model(inputs_embeds=embeddings).logits, any_golden.tensors, "A.eval")
 
@@ -124,7 +124,7 @@ def test_set_c_beyond_seq_length(any_golden: Golden, attention: str) -> None:
 
 
 @torch.no_grad()
-def test_set_c2_each_row_has_its_own_alpha(any_golden: Golden, attention: str) -> None:
+def test_set_c2_each_row_has_its_own_ntk_factor(any_golden: Golden, attention: str) -> None:
     tensors = any_golden.tensors
     for variant in any_golden.cases(r"C2\.(ntk\d_logn\d)\.eval\.logits_s\d+"):
         model = load(any_golden.tiny, attention, **variant_overrides(variant))
@@ -135,7 +135,7 @@ def test_set_c2_each_row_has_its_own_alpha(any_golden: Golden, attention: str) -
 
 
 @torch.no_grad()
-def test_set_c2_without_a_mask_rows_share_their_alpha(any_golden: Golden, attention: str) -> None:
+def test_set_c2_without_a_mask_rows_share_the_ntk_factor(any_golden: Golden, attention: str) -> None:
     tensors = any_golden.tensors
     for case in any_golden.cases(r"C2\.(.*nomask)\.logits_s\d+"):
         model = load(any_golden.tiny, attention, **variant_overrides(case))
@@ -143,7 +143,7 @@ def test_set_c2_without_a_mask_rows_share_their_alpha(any_golden: Golden, attent
 
 
 @torch.no_grad()
-def test_set_c6_large_alpha(any_golden: Golden, attention: str) -> None:
+def test_set_c6_large_ntk_factor(any_golden: Golden, attention: str) -> None:
     for variant in any_golden.cases(r"C6\.(ntk\d_logn\d)\.eval\.logits_s\d+"):
         model = load(any_golden.tiny, attention, **variant_overrides(variant))
         ids = any_golden.tensors.ids("C6.input_ids")
@@ -168,8 +168,8 @@ def test_set_g_other_architectures(any_golden: Golden, attention: str) -> None:
 
 
 @torch.no_grad()
-def test_several_tokens_on_a_cache_are_causal(model: QWenLMHeadModel, any_golden: Golden) -> None:
-    """The original let them all see each other; ours gives what one forward over everything gives."""
+def test_several_tokens_after_a_cache_attend_causally(model: QWenLMHeadModel, any_golden: Golden) -> None:
+    """In the original they attended to each other in both directions; here a split forward equals a whole one."""
     tensors = any_golden.tensors
     for case in any_golden.cases(r"(D\d+\.chunk\d+_then\d+)\.logits_s\d+"):
         name, stride = tensors.strided(f"{case}.logits")
@@ -179,14 +179,14 @@ def test_several_tokens_on_a_cache_are_causal(model: QWenLMHeadModel, any_golden
         chunk = model(input_ids=ids[:, cached:], past_key_values=past, use_cache=True).logits
         assert_close(chunk, model(input_ids=ids).logits[:, cached:], LOGITS_ATOL, "chunk against the full forward")
         difference = (chunk[:, :, ::stride] - tensors[name]).abs().amax(dim=(0, 2))
-        # In the original only the last token saw the same tokens, and only in the first layer.
+        # In the original only the last token attended to the same tokens, and only in the first layer.
         assert difference.min() > 0.1
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("any_golden", ["large"], indirect=True)
-def test_bfloat16_stays_near_the_original(any_golden: Golden) -> None:
-    """In half precision only the order of magnitude of the rounding can be compared."""
+def test_bfloat16_is_close_to_the_original(any_golden: Golden) -> None:
+    """In half precision results agree only up to rounding."""
     tensors = any_golden.tensors
     any_golden.cases(r"(F\.B\.bf16)\.loss")
     model = QWenLMHeadModel.from_pretrained(any_golden.tiny, dtype=torch.bfloat16).eval()
@@ -197,11 +197,11 @@ def test_bfloat16_stays_near_the_original(any_golden: Golden) -> None:
     real = mask.bool()
     assert_close(output.logits[:, :, ::stride][real], tensors[name][real], 0.2, name)
     assert_close(output.loss, tensors["F.B.bf16.loss"], 0.02, "F.B.bf16.loss")
-    # A loss in bf16 would have steps of 0.06 here.
+    # In bfloat16 the resolution of the loss would be 0.06 here.
     assert output.loss.dtype == torch.float32
 
 
-def test_alpha_of_every_length(any_golden: Golden) -> None:
+def test_ntk_factor_of_every_length(any_golden: Golden) -> None:
     seq_length = any_golden.config["seq_length"]
     table = any_golden.notes[f"alpha(len) with seq_length {seq_length}"]
     lengths = torch.tensor([int(length) for length in table])
@@ -224,7 +224,7 @@ def test_rotary_tables(any_golden: Golden) -> None:
         position_ids = 37 * torch.arange(len(expected_cos))[None]
         shape = (config["kv_channels"], config["rotary_emb_base"])
         cos, sin = rotary_tables(position_ids, *shape, torch.tensor([int(alpha)]))
-        # Angles reach 600 rad, where neighbouring float32 numbers are 6e-5 apart.
+        # Angles reach 600 rad, where float32 has a resolution of 6e-5.
         assert_close(cos[0], expected_cos, 1e-4, "cos")
         assert_close(sin[0], expected_sin, 1e-4, "sin")
         if alpha == "1":

@@ -26,7 +26,7 @@ def recorded(any_golden: Golden) -> dict[str, Any]:
 
 @pytest.fixture
 def tokenizer(any_golden: Golden) -> QWenTokenizer:
-    """A tokenizer of its own, which a test may change."""
+    """A new tokenizer, which the test may change."""
     return QWenTokenizer.from_pretrained(any_golden.tiny)
 
 
@@ -35,13 +35,13 @@ def ids_of(tokenizer: QWenTokenizer, text: str, **kwargs: Any) -> list[int]:
 
 
 def test_ids_with_special_tokens_allowed(tiny_tokenizer: QWenTokenizer, recorded: dict[str, Any]) -> None:
-    """The original's default; ours only on request."""
+    """The default of the original, but not of ours."""
     for case in recorded["strings"]:
         assert ids_of(tiny_tokenizer, case["text"], allowed_special="all") == case["ids"], case["text"]
         assert tiny_tokenizer.encode(case["text"], allowed_special="all") == case["ids"], case["text"]
 
 
-def test_text_is_plain_unless_asked_otherwise(tiny_tokenizer: QWenTokenizer, recorded: dict[str, Any]) -> None:
+def test_special_tokens_in_text_are_plain_by_default(tiny_tokenizer: QWenTokenizer, recorded: dict[str, Any]) -> None:
     first_control = len(tiny_tokenizer.mergeable_ranks)
     for case in recorded["strings"]:
         assert ids_of(tiny_tokenizer, case["text"]) == case["ids_plain"], case["text"]
@@ -90,7 +90,7 @@ def test_tokens_of_every_string(tiny_tokenizer: QWenTokenizer, recorded: dict[st
 
 
 def test_decode_cases(tiny_tokenizer: QWenTokenizer, recorded: dict[str, Any]) -> None:
-    """Incomplete characters, single ids, control tokens; ids without a token are an error that names them."""
+    """Incomplete characters, single ids, control tokens; ids without a token raise."""
     for case in recorded["decode"]:
         if isinstance(case["out"], str):
             assert tiny_tokenizer.decode(case["ids"], **case["kwargs"]) == case["out"], case
@@ -110,7 +110,7 @@ def test_attributes(tiny_tokenizer: QWenTokenizer, recorded: dict[str, Any]) -> 
     assert tiny_tokenizer.model_max_length == expected["before_pad_set"]["model_max_length"]
     for name in ("padding_side", "truncation_side"):
         assert getattr(tiny_tokenizer, name) == expected["before_pad_set"][name], name
-    # Wanted: the original set neither, and padding failed out of the box; Qwen v1 has no token types.
+    # Intended difference: the original set neither, so that padding failed; Qwen v1 has no token types.
     assert tiny_tokenizer.pad_token == tiny_tokenizer.eos_token == "<|endoftext|>"
     assert tiny_tokenizer.pad_token_id == tiny_tokenizer.eos_token_id == expected["eod_id"]
     assert tiny_tokenizer.bos_token is None
@@ -122,7 +122,7 @@ CALL = re.compile(r"(?:padding_side=(?P<side>left|right) )?tok\((?P<arguments>.*
 
 
 def test_recorded_calls_of_the_tokenizer(tokenizer: QWenTokenizer, recorded: dict[str, Any]) -> None:
-    """An intended difference: no token_type_ids, which the model never used."""
+    """Intended difference: no token_type_ids, which the model never used."""
     compared = 0
     for key, expected in recorded["calls"].items():
         match = CALL.fullmatch(key)
@@ -154,7 +154,7 @@ def test_conversions(tiny_tokenizer: QWenTokenizer, recorded: dict[str, Any]) ->
     assert word == b"user"
     known = ids(word)
     assert known == tiny_tokenizer.encode("user")[0]
-    # Ordinary tokens are bytes: their text is no name of a token, and neither are unknown bytes.
+    # Ordinary tokens are bytes: a string or unknown bytes convert to None.
     assert ids("user") is None
     assert ids([word, "<|endoftext|>", b"zzzzqq"]) == [known, tiny_tokenizer.eod_id, None]
     with pytest.raises(ValueError):
@@ -164,7 +164,7 @@ def test_conversions(tiny_tokenizer: QWenTokenizer, recorded: dict[str, Any]) ->
 
 
 def test_new_tokens_are_refused(tokenizer: QWenTokenizer, recorded: dict[str, Any]) -> None:
-    """The ids after the ranks are fixed; ``<|extra_0|>`` and its like are what users have for new tokens."""
+    """The ids after the ranks are fixed; ``<|extra_0|>`` and the following are available to users."""
     assert recorded["calls"]["add_tokens"]["error"] == "ValueError"
     with pytest.raises(ValueError):
         tokenizer.add_tokens(["new"])
@@ -176,7 +176,7 @@ def test_new_tokens_are_refused(tokenizer: QWenTokenizer, recorded: dict[str, An
 
 
 def test_pickling(tiny_tokenizer: QWenTokenizer, recorded: dict[str, Any]) -> None:
-    """Data loaders send tokenizers to their workers."""
+    """Data loaders pickle tokenizers for their workers."""
     copy = pickle.loads(pickle.dumps(tiny_tokenizer))
     for case in recorded["strings"]:
         assert copy.encode(case["text"]) == case["ids_plain"], case["text"]
@@ -188,7 +188,7 @@ def test_saving_and_loading(
     tiny_tokenizer.save_pretrained(tmp_path)
     assert (tmp_path / "qwen.tiktoken").read_bytes() == (any_golden.tiny / "qwen.tiktoken").read_bytes()
     assert (tmp_path / "tokenizer_config.json").is_file()
-    assert not list(tmp_path.glob("*.py")), "no code beside the weights"
+    assert not list(tmp_path.glob("*.py")), "no code is saved"
     register_qwen()
     for reloaded in (QWenTokenizer.from_pretrained(tmp_path), AutoTokenizer.from_pretrained(tmp_path)):
         assert type(reloaded) is QWenTokenizer
@@ -241,14 +241,14 @@ def test_extra_vocabulary_follows_the_special_tokens(golden_small: Path, tmp_pat
     [("YQ== 908\nnot base64! 909\n", 2), ("YQ==\n", 1), ("enp6eg== 908\nenp6eg== 909\n", 2), ("a== b 908\n", 1)],
     ids=["broken base64", "no rank", "a token twice", "three fields"],
 )
-def test_broken_rank_file_is_named_with_its_line(golden_small: Path, tmp_path: Path, content: str, line: int) -> None:
+def test_error_in_rank_file_names_the_line(golden_small: Path, tmp_path: Path, content: str, line: int) -> None:
     extra = tmp_path / "extra.tiktoken"
     extra.write_text(content)
     with pytest.raises(ValueError, match=rf"extra\.tiktoken:{line}\b"):
         QWenTokenizer.from_pretrained(golden_small / "tiny-qwen-small", extra_vocab_file=str(extra))
 
 
-def test_extra_ranks_that_are_taken_are_refused(golden_small: Path, tmp_path: Path) -> None:
+def test_extra_ranks_already_used_are_refused(golden_small: Path, tmp_path: Path) -> None:
     folder = golden_small / "tiny-qwen-small"
     for tokens, message in [({b" zebra": 5}, "908"), ({b" zebra": 909}, "908"), ({b"user": 908}, "user")]:
         extra = write_extra(tmp_path / "extra.tiktoken", tokens)
@@ -256,7 +256,7 @@ def test_extra_ranks_that_are_taken_are_refused(golden_small: Path, tmp_path: Pa
             QWenTokenizer.from_pretrained(folder, extra_vocab_file=str(extra))
 
 
-def test_missing_rank_file_is_named(tmp_path: Path) -> None:
+def test_missing_rank_file(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text('{"tokenizer_class": "QWenTokenizer"}')
     with pytest.raises(ValueError, match=r"qwen\.tiktoken"):
         QWenTokenizer.from_pretrained(tmp_path)

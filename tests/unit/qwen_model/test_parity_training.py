@@ -1,6 +1,6 @@
-"""Training as the original's script did it: loss by loss, over the whole of its recorded runs.
+"""Losses and weights of the original script's recorded training runs.
 
-The loop is torch's own, so that it is the model, its gradients and the encoding of the data that are compared.
+The training loop is written here with torch alone, so that the model, its gradients and the encoding are compared.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from qwen_model.tokenization_qwen import QWenTokenizer
 from tests.encoding import OriginalEncoder
 from tests.golden import LOSS_ATOL, Golden, assert_close
 
-# The order of a sum alone moves weights by some 1e-4 in a dozen AdamW steps, and logits with them.
+# The order of summation alone changes weights by about 1e-4 in a dozen AdamW steps.
 WEIGHTS_ATOL = 1e-3
 TRAINED_LOGITS_ATOL = 5e-3
 
@@ -32,7 +32,7 @@ Batch = dict[str, torch.Tensor]
 
 
 def encode_file(golden: Golden, name: str, tokenizer: QWenTokenizer, max_length: int) -> list[Example]:
-    """The conversations of a data file with the original's options."""
+    """Encode the conversations of a data file as the original did."""
     encoder = OriginalEncoder(tokenizer, max_length=max_length)
     records = read_records(golden.path / name)
     encoded = [encoder.encode_conversation(FORMATS["conversations"].parse(record, where)) for where, record in records]
@@ -40,7 +40,7 @@ def encode_file(golden: Golden, name: str, tokenizer: QWenTokenizer, max_length:
 
 
 def build_optimizer(model: nn.Module, arguments: dict[str, Any]) -> torch.optim.AdamW:
-    """Decay on everything but biases: the original's RMSNorm gains are decayed."""
+    """Build AdamW with weight decay on everything but biases; the original also decays RMSNorm weights."""
     trainable = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
     groups = [
         {
@@ -55,7 +55,7 @@ def build_optimizer(model: nn.Module, arguments: dict[str, Any]) -> torch.optim.
 
 @dataclass
 class Run:
-    """What training gave."""
+    """Measurements of a training run."""
 
     losses: list[float]
     micro_losses: list[float]
@@ -74,7 +74,7 @@ def evaluate(model: nn.Module, batches: list[Batch]) -> float:
 def train(
     model: nn.Module, recorded: dict[str, Any], samples: list[Example], held_out: list[Example], collate: Collator
 ) -> Run:
-    """The recorded run once more: its batches, its learning rates, its clipping."""
+    """Repeat a recorded run with its batches, learning rates and gradient clipping."""
     arguments = recorded["training_args"]
     optimizer = build_optimizer(model, arguments)
     trainable = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -105,7 +105,7 @@ def train(
 
 
 def build_model(golden: Golden, name: str, recorded: dict[str, Any]) -> nn.Module:
-    """The model at the start of the run; LoRA's random matrices are the recorded ones."""
+    """Build the model at the start of the run, with the recorded LoRA matrices."""
     model: nn.Module = QWenLMHeadModel.from_pretrained(golden.tiny, dtype=torch.float32)
     if not name.startswith("lora"):
         return model
@@ -119,7 +119,7 @@ def build_model(golden: Golden, name: str, recorded: dict[str, Any]) -> nn.Modul
     return model
 
 
-@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # peft asks the model by an old name
+@pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # peft uses an old name
 def test_training_runs_have_the_recorded_losses_and_weights(any_golden: Golden, tiny_tokenizer: QWenTokenizer) -> None:
     for name, recorded in any_golden.training_runs.items():
         check_run(any_golden, tiny_tokenizer, name, recorded)
@@ -142,20 +142,20 @@ def check_run(any_golden: Golden, tiny_tokenizer: QWenTokenizer, name: str, reco
     assert len(run.eval_losses) == len(recorded["eval_losses"])
     for ours, theirs in zip(run.eval_losses, recorded["eval_losses"], strict=True):
         assert ours == pytest.approx(theirs, abs=LOSS_ATOL)
-    assert sum(run.losses[-3:]) < sum(run.losses[:3]), "the loss fell"
+    assert sum(run.losses[-3:]) < sum(run.losses[:3]), "the loss must fall"
     check_trained(model.eval(), any_golden, name)
 
 
 @torch.no_grad()
 def check_trained(model: nn.Module, golden: Golden, name: str) -> None:
-    """The weights at the end, and what the trained model answers."""
+    """Compare the final weights, and the logits of the trained model."""
     final = golden.tensors_of(f"training/{name}.safetensors")
     parameters = dict(model.named_parameters())
     compared = set()
     for key in final:
-        if found := re.fullmatch(r"final\.(.+?)(?:\.s(\d+))?", key):
-            assert_close(parameters[found[1]][:: int(found[2] or 1)], final[key], WEIGHTS_ATOL, key)
-            compared.add(found[1])
+        if match := re.fullmatch(r"final\.(.+?)(?:\.s(\d+))?", key):
+            assert_close(parameters[match[1]][:: int(match[2] or 1)], final[key], WEIGHTS_ATOL, key)
+            compared.add(match[1])
     assert compared == {key for key, parameter in parameters.items() if parameter.requires_grad}
     for case in ("A", "B"):
         stem, stride = final.strided(f"logits.{case}.logits")

@@ -1,4 +1,4 @@
-"""register_qwen(): transformers' Auto classes open Qwen v1 folders with our classes and never run a folder's code."""
+"""After register_qwen() transformers' Auto classes use ours for Qwen v1 and never run a folder's code."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ def registered() -> None:
 
 @pytest.fixture
 def marker(tmp_path: Path) -> Path:
-    """A file that appears when code of the folder runs."""
+    """A file that the folder's code would create."""
     return tmp_path / "the-code-ran"
 
 
 @pytest.fixture
 def hostile_folder(tmp_path: Path, marker: Path) -> Path:
-    """A checkpoint as published: auto_map in its configs and code beside its weights, which would leave a trace."""
+    """A checkpoint as published, with auto_map in its configs and code that would create the marker."""
     folder = tmp_path / "checkpoint"
     shutil.copytree(SMALL / "tiny-qwen-small", folder)
     assert "auto_map" in (folder / "config.json").read_text()
@@ -57,13 +57,13 @@ def test_code_of_a_folder_never_runs(hostile_folder: Path, marker: Path, argumen
     tensors = Tensors(SMALL / "logits.safetensors")
     assert_logits(model.eval()(input_ids=tensors.ids("A.input_ids")).logits, tensors, "A.eval")
     assert not marker.exists()
-    # Negative control: this is what running it would look like.
+    # Negative control: running the code creates the marker.
     exec((hostile_folder / "modeling_qwen.py").read_text())
     assert marker.exists()
 
 
-def test_registered_models_go_before_trusted_code(hostile_folder: Path, marker: Path) -> None:
-    """For a caller who says so himself. (transformers' AutoTokenizer would obey him and run the folder's.)"""
+def test_registered_classes_take_precedence_over_trusted_code(hostile_folder: Path, marker: Path) -> None:
+    """Even with trust_remote_code. (transformers' AutoTokenizer would run the folder's code.)"""
     trusting = {"trust_remote_code": True}
     assert type(AutoConfig.from_pretrained(hostile_folder, **trusting)) is QWenConfig
     assert type(AutoModelForCausalLM.from_pretrained(hostile_folder, **trusting)) is QWenLMHeadModel
@@ -71,7 +71,7 @@ def test_registered_models_go_before_trusted_code(hostile_folder: Path, marker: 
 
 
 def test_folders_without_auto_map_or_tokenizer_class(tmp_path: Path) -> None:
-    """model_type alone decides."""
+    """model_type is sufficient."""
     for name in ("config.json", "model.safetensors", "qwen.tiktoken"):
         shutil.copy(SMALL / "tiny-qwen-small" / name, tmp_path)
     assert type(AutoTokenizer.from_pretrained(tmp_path)) is QWenTokenizer
@@ -88,7 +88,7 @@ def test_saved_folders_load_without_code(tmp_path: Path) -> None:
     assert type(AutoModelForCausalLM.from_pretrained(tmp_path)) is QWenLMHeadModel
 
 
-def test_registering_again_changes_nothing() -> None:
+def test_repeated_registration_has_no_effect() -> None:
     register_qwen()
     register_qwen()
     assert type(AutoConfig.for_model("qwen")) is QWenConfig
