@@ -30,7 +30,7 @@ _REPLACED = (
     ),
     Flag(
         "resume_from_checkpoint", frozenset({"str"}), None, optional=True, bare="True",
-        help="checkpoint-* folder to resume from; True: the newest complete checkpoint in --output_dir; auto: "
+        help="checkpoint-* folder to resume from; True: the newest intact checkpoint in --output_dir; auto: "
         "the same, or start a new run if there is none",
     ),
     Flag(
