@@ -28,6 +28,8 @@ from typing import Any
 from safetensors.torch import load_file
 from torch import Tensor
 
+from checkpoints.names import ADAPTER_SAFETENSORS, TRAINING_LOG
+
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "engines.json"
 MODEL = ROOT / "tests" / "references" / "qwen_v1_small" / "tiny-qwen-small"
@@ -73,12 +75,12 @@ class Result:
 
     def logged(self, name: str) -> list[float]:
         """The values of a key in the run's log."""
-        rows = map(json.loads, (self.folder / "training_log.jsonl").read_text().splitlines())
+        rows = map(json.loads, (self.folder / TRAINING_LOG).read_text().splitlines())
         return [row[name] for row in rows if name in row]
 
     def weights(self) -> dict[str, Tensor]:
         """What was trained and saved."""
-        adapter = self.folder / "adapter_model.safetensors"
+        adapter = self.folder / ADAPTER_SAFETENSORS
         return load_file(adapter if adapter.exists() else self.folder / "model.safetensors")
 
     def files(self) -> list[str]:

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.loss import anonymous_memory
+from checkpoints.names import RUN_SUMMARY, TRAINING_LOG
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "qlora.json"
@@ -158,9 +159,9 @@ def finetune(folder: Path, model: str, flags: list[str]) -> tuple[float, float]:
     precision = ["--bf16"] if gpu() else []
     command = [sys.executable, "finetune.py", *map(str, paths), *common, *precision, *flags]
     peak = watch(command)
-    log = [json.loads(line) for line in (output / "training_log.jsonl").read_text().splitlines()]
+    log = [json.loads(line) for line in (output / TRAINING_LOG).read_text().splitlines()]
     times = [row["elapsed"] for row in log if "loss" in row]
-    summary = json.loads((output / "run_summary.json").read_text())
+    summary = json.loads((output / RUN_SUMMARY).read_text())
     memory = summary["peak_memory"]["gpu_gib"] * 1024 if gpu() else peak
     return memory, statistics.median(after - before for before, after in itertools.pairwise(times[1:]))
 
