@@ -242,7 +242,7 @@ _KNOWN_LINES = {
     "accelerate.accelerator": "Gradient accumulation steps mismatch",  # the Trainer accumulates by itself
 }
 
-# They warn on import, and once per layer, of what does not concern this machine.
+# They warn on import, and once per layer, about other machines.
 _NOISY_LOGGERS = ("torchao", "torch.utils._pytree", "bitsandbytes")
 
 

@@ -1,4 +1,4 @@
-"""How a command ends: exit code and error message."""
+"""How a command ends, with exit code and error message, and what it logs."""
 
 from __future__ import annotations
 
@@ -264,3 +264,26 @@ def test_one_of_several_processes_exits_without_interpreter_teardown(tmp_path: P
     processes = [start(tmp_path, "\n        ".join(lines), WORLD_SIZE=size) for size in ("1", "2")]
     assert [process.communicate(timeout=60)[0] for process in processes] == ["started\ncleaned up\nclosed\n"] * 2
     assert [process.returncode for process in processes] == [-signal.SIGABRT, 3]
+
+
+LOG = """
+import logging, os
+os.environ["RANK"] = os.environ["RANK_OF_TEST"]
+from commands import set_up_logging
+set_up_logging()
+for name in ("finetune", "loading.checkpoint", "quantize.gptq", "scripts.ask", "some_library"):
+    logging.getLogger(name).info("%s, info", name)
+    logging.getLogger(name).warning("%s, warning", name)
+"""
+
+
+@pytest.mark.parametrize(("rank", "shown"), [("0", "info warning"), ("1", "warning")])
+def test_every_package_logs_on_rank_0_and_only_warnings_on_others(rank: str, shown: str) -> None:
+    environment = {**os.environ, "RANK_OF_TEST": rank, "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", LOG]
+    result = subprocess.run(command, cwd=REPO, env=environment, capture_output=True, text=True, check=True)
+    prefix = "" if rank == "0" else "[rank 1] "
+    names = ("finetune", "loading.checkpoint", "quantize.gptq", "scripts.ask")
+    expected = [f"{level.upper()} {prefix}{name}, {level}" for name in names for level in shown.split()]
+    lines = [line.partition(" ")[2] for line in result.stderr.splitlines()]
+    assert lines == [*expected, f"WARNING {prefix}some_library, warning"]
