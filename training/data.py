@@ -119,9 +119,9 @@ def build_reader(
         max_steps=flags.max_steps,
         batching="grouped" if flags.train_sampling_strategy == "group_by_length" else "dynamic",
     )
-    paths = {"train": ("--data_path", data.data_path), "eval": ("--eval_data_path", data.eval_data_path)}
+    flags_of_sets = {"train": ("--data_path", data.data_path), "eval": ("--eval_data_path", data.eval_data_path)}
     return DataReader(
-        {name: [parse_source(path, flag) for path in given] for name, (flag, given) in paths.items() if given},
+        {name: [parse_source(path, flag) for path in paths] for name, (flag, paths) in flags_of_sets.items() if paths},
         encoder,
         data_options,
         settings,

@@ -129,18 +129,18 @@ def test_early_stopping_saves_the_best_model(tmp_path: Path, mode: list[str]) ->
 
 
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="tensorboard is not installed")
-@pytest.mark.parametrize("given", [True, False])
-def test_tensorboard_writes_to_logging_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool) -> None:
+@pytest.mark.parametrize("has_flag", [True, False])
+def test_tensorboard_writes_to_logging_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has_flag: bool) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "elsewhere"))
     finetune_here(
         "--model_name_or_path", TINY, "--data_path", write_conversations(tmp_path / "train.json"), "--output_dir",
         tmp_path / "out", "--max_steps", 1, "--save_strategy", "no", "--report_to", "tensorboard",
-        *(["--logging_dir", tmp_path / "board"] if given else []),
+        *(["--logging_dir", tmp_path / "board"] if has_flag else []),
     )  # fmt: skip
-    folder = tmp_path / "board" if given else tmp_path / "out" / "runs"
+    folder = tmp_path / "board" if has_flag else tmp_path / "out" / "runs"
     assert [path for path in folder.rglob("events.out.tfevents.*") if path.stat().st_size > 0]
     assert not (tmp_path / "elsewhere").exists()
-    assert (tmp_path / "out" / "runs").exists() is not given
+    assert (tmp_path / "out" / "runs").exists() is not has_flag
 
 
 def test_conflicts_are_reported_before_anything_is_loaded(tmp_path: Path) -> None:

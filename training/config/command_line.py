@@ -80,7 +80,7 @@ def _build_parser(
     _add_group(parser, "training (most used)", [trainer[name] for name in MOST_USED if name in trainer])
     others = [flag for name, flag in trainer.items() if name not in MOST_USED]
     _add_group(parser, "training (all others)", others, show_all)
-    _add_group(parser, "old names", old.values(), show_all)
+    _add_group(parser, "old flags", old.values(), show_all)
     return parser
 
 

@@ -109,12 +109,12 @@ def old_flags(known: dict[str, Flag]) -> dict[str, Flag]:
         if name in known:
             continue
         if isinstance(old, Retired):
-            flags[name] = flag_of(name, old.annotation, help=f"old: {old.reason}")
+            flags[name] = flag_of(name, old.annotation, help=f"retired: {old.reason}")
         else:
             new = known[old.new]
             flag = flag_of(name, old.annotation) if old.annotation else new
             flags[name] = Flag(
-                name, flag.kinds, None, f"old name of --{old.new}", flag.choices, flag.optional, flag.bare
+                name, flag.kinds, None, f"replaced by --{old.new}", flag.choices, flag.optional, flag.bare
             )  # fmt: skip
     return flags
 
