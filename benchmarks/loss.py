@@ -39,9 +39,11 @@ def main(argv: Sequence[str]) -> None:
         return run_case(*args.case)
     repeats = 1 if args.quick else 5
     lengths = [1024, 4096] if args.quick else [1024, 2048, 4096, 8192, 16384, 32768]
-    rows = compare(repeats) + grow(lengths) + whole_steps(repeats)
-    for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
+    rows = []
+    for measure_rows in (lambda: compare(repeats), lambda: grow(lengths), lambda: whole_steps(repeats)):
+        for row in measure_rows():
+            print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+            rows.append(row)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     command = "python -m benchmarks.loss" + (" --quick" if args.quick else "")
     record = {"command": command, "machine": machine(), "settings": settings(), "rows": rows}
@@ -67,7 +69,7 @@ def compare(repeats: int) -> list[dict[str, Any]]:
 
 
 def grow(lengths: list[int]) -> list[dict[str, Any]]:
-    """Measure the lean loss with a frozen head for growing lengths, and what it needs beyond two hidden states."""
+    """Measure the lean loss with a frozen head for growing lengths, and its memory minus two hidden states."""
     rows = []
     for length in lengths:
         memory, seconds = measure("loss", "lean", "frozen", str(length))
@@ -191,6 +193,7 @@ def step_case(mode: str) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
 
+    from loading.adapters import without_gptqmodel
     from loading.token_rows import use_lean_trainable_tokens
     from qwen_model.configuration_qwen import QWenConfig
     from qwen_model.lean_models import LeanQWenLMHeadModel
@@ -204,7 +207,8 @@ def step_case(mode: str) -> Any:
         r=8, target_modules=["c_attn", "c_proj", "w1", "w2"], task_type="CAUSAL_LM",
         trainable_token_indices=rows if mode == "chatml_tokens" else None,
     )  # fmt: skip
-    model = get_peft_model(LeanQWenLMHeadModel(config), adapter).train()
+    with without_gptqmodel():
+        model = get_peft_model(LeanQWenLMHeadModel(config), adapter).train()
     use_lean_trainable_tokens(model)
     ids = torch.randint(0, 151_000, (1, 1024))
     ids[:, ::50] = 151644

@@ -17,10 +17,7 @@ from checkpoints.packed_weights import PARTS, dequantize_4bit, dequantize_8bit, 
 from checkpoints.shards import CheckpointReader, open_checkpoint
 from checkpoints.source import TensorSource
 from errors import ConfigError
-from qwen_model.architectures import block_shapes
-
-# Layers whose bias belongs to the model. auto-gptq added a bias of zeros to every layer that it quantised.
-_BIASED = ("c_attn", "q_proj", "k_proj", "v_proj")
+from qwen_model.architectures import BIASED_LAYERS, block_shapes
 
 
 @dataclass(frozen=True)
@@ -67,8 +64,9 @@ class DequantizedReader(TensorSource):
         self._names = dict.fromkeys([*plain, *self._layers])
 
     def _is_added_bias(self, name: str) -> bool:
+        """Whether auto-gptq added this bias of zeros, as it did to every layer that it quantised."""
         layer, _, part = name.rpartition(".")
-        if part != "bias" or f"{layer}.weight" not in self._layers or layer.rpartition(".")[2] in _BIASED:
+        if part != "bias" or f"{layer}.weight" not in self._layers or layer.rpartition(".")[2] in BIASED_LAYERS:
             return False
         return not self._packed.read(name).any()
 

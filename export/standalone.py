@@ -36,7 +36,7 @@ _SOURCES = {
 def write_code(folder: Path) -> list[Path]:
     """Write the code of Qwen v1 into a checkpoint folder and name its classes in ``auto_map`` of the configs.
 
-    The tokenizer of that code recognises control tokens in texts, because servers pass whole prompts.
+    The tokenizer of that code recognises control tokens in texts, because servers pass the rendered prompt as one text.
 
     Args:
         folder: contains ``config.json`` of Qwen v1; ``tokenizer_config.json`` is created if it is missing.

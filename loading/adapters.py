@@ -99,7 +99,7 @@ def attach_lora(
         ConfigError: target modules that the model lacks.
     """
     config = _build_config(model, checkpoint, settings, policy)
-    with _without_gptqmodel(), sharded_token_rows():
+    with without_gptqmodel(), sharded_token_rows():
         adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
     return _prepare_for_training(adapted, in_float32)
 
@@ -139,7 +139,7 @@ def load_adapter(
     """
     _load_adapter_config(folder, flag)
     try:
-        with _without_gptqmodel():
+        with without_gptqmodel():
             adapted = PeftModel.from_pretrained(
                 model, folder, is_trainable=is_trainable, autocast_adapter_dtype=in_float32
             )
@@ -166,7 +166,7 @@ def load_adapter(
 
 
 @contextmanager
-def _without_gptqmodel() -> Iterator[None]:
+def without_gptqmodel() -> Iterator[None]:
     """Keep peft from importing gptqmodel to compare its classes with each layer.
 
     No layer has them, and the import takes seconds, prints a banner, sets environment variables and patches libraries.

@@ -44,6 +44,7 @@ class Architecture:
         embedding, blocks, norm: modules of the model: token embedding, list of blocks, final norm.
         block_returns_tuple: whether a block returns a tuple that begins with the states.
         linear_groups: all linear layers of a block, in the order of their computation.
+        biased_layers: those of them that have a bias.
         shapes: config.json -> [O, I] of these layers by their names within a block.
         brings_chat_template: whether checkpoints bring a chat template; Qwen v1 has one fixed format instead.
         base_knows_chatml: whether base checkpoints were trained with the ChatML tokens.
@@ -59,6 +60,7 @@ class Architecture:
     norm: str
     block_returns_tuple: bool = False
     linear_groups: tuple[LinearGroup, ...]
+    biased_layers: tuple[str, ...]
     shapes: Callable[[Mapping[str, Any]], Shapes]
     brings_chat_template: bool = True
     base_knows_chatml: bool = True
@@ -121,6 +123,7 @@ _QWEN = Architecture(
         LinearGroup(("mlp.w1", "mlp.w2"), "ln_2"),
         LinearGroup(("mlp.c_proj",), "mlp.w1"),
     ),
+    biased_layers=("attn.c_attn",),
     shapes=_qwen_shapes,
     brings_chat_template=False,
     base_knows_chatml=False,
@@ -140,6 +143,7 @@ _QWEN2 = Architecture(
         LinearGroup(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
         LinearGroup(("mlp.down_proj",), "mlp.up_proj"),
     ),
+    biased_layers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     shapes=_qwen2_shapes,
     base_system="You are a helpful assistant.",
 )
@@ -149,6 +153,7 @@ _QWEN3 = replace(
     display_name="Qwen3",
     saved_class="Qwen3ForCausalLM",
     model_class="LeanQwen3ForCausalLM",
+    biased_layers=(),
     base_system=None,
 )
 
@@ -156,6 +161,10 @@ ARCHITECTURES = {row.model_type: row for row in (_QWEN, _QWEN2, _QWEN3)}
 
 EMBEDDING_WEIGHTS = tuple(dict.fromkeys(row.embedding_weight for row in ARCHITECTURES.values()))
 """Names that the embedding's tensor can have on disk; other decoders than Qwen's use the second one as well."""
+
+
+BIASED_LAYERS = frozenset(name.rpartition(".")[2] for row in ARCHITECTURES.values() for name in row.biased_layers)
+"""Last parts of the names of all layers that have a bias in some architecture."""
 
 
 def architecture_of(model_type: object, file: object = "config.json") -> Architecture:

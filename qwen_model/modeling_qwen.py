@@ -317,7 +317,7 @@ class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, GenerationMixin):
         Args:
             labels: [B, T], an id or -100; not shifted.
             logits_to_keep: number of last positions whose logits are computed (0: all), or indices of positions.
-            num_items_in_batch: what the summed loss is divided by; ``None``: the number of targets of this batch.
+            num_items_in_batch: divisor of the summed loss; ``None``: the number of targets of this batch.
             Others as in ``QWenModel.forward``.
 
         Returns:

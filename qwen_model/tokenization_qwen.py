@@ -3,7 +3,7 @@
 Unlike the original, it reads the text of special tokens in a string as plain text; ``allowed_special="all"`` restores
 the original's behaviour, for comparison and for prompts written by hand. Control tokens are recognised in the output of
 a chat template, and in every text if this class is the remote code of a folder with ``split_special_tokens: false``:
-servers pass whole prompts.
+servers pass the rendered prompt as one text.
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class QWenTokenizer(PreTrainedTokenizer):
             )
         # Published folders name their remote code here; this class needs none and saves none.
         kwargs.pop("auto_map", None)
-        # A folder's false counts only if this class is its remote code: servers pass whole prompts.
+        # A folder's false applies only if this class is its remote code: servers pass the rendered prompt as one text.
         split_special_tokens = self._auto_class is None or kwargs.get("split_special_tokens", True)
         self.vocab_file = vocab_file
         self.extra_vocab_file = extra_vocab_file

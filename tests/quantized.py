@@ -218,5 +218,5 @@ def _round(weight: Tensor, bits: int, groups: Tensor, sym: bool) -> _IntegerMatr
 def _pack(values: Tensor, bits: int, order: Sequence[int]) -> Tensor:
     """Pack [N, M] into int32 [N, M / P]: column ``order[k]`` of a word is at its bits from ``bits * k``."""
     per_word = 32 // bits
-    word = sum((values[:, column::per_word] << (bits * place) for place, column in enumerate(order)), torch.tensor(0))
+    word = sum((values[:, column::per_word] << (bits * index) for index, column in enumerate(order)), torch.tensor(0))
     return torch.where(word < 2**31, word, word - 2**32).int().contiguous()

@@ -124,7 +124,7 @@ def test_results_equal_those_of_the_toolkit(any_golden: Golden, folder: Path, tm
     assert result["chat"] == model.chat(tokenizer, QUESTION, None, **greedy)[0]
     assert result["stream"] == list(model.chat_stream(tokenizer, QUESTION, None, **greedy))[-1]
     control = tokenizer.encode("<|im_start|>é 天<|im_end|>", allowed_special="all")
-    assert result["ids"] == [control, control], "servers pass whole prompts"
+    assert result["ids"] == [control, control], "servers pass the rendered prompt as one text"
     assert result["decoded"] == "<|im_start|>é 天<|im_end|>"
     assert result["auto_map"] == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"], "vLLM reads these keys"
 

@@ -92,6 +92,12 @@ def test_quantised_groups_cover_the_linear_layers_of_a_block(architecture: Archi
         assert sorted(architecture.linear_layers) == sorted(linear_layers(block))
 
 
+def test_biased_layers(architecture: Architecture, model: Any) -> None:
+    for block in blocks_of(model):
+        biased = {name for name, layer in linear_layers(block).items() if layer.bias is not None}
+        assert biased == set(architecture.biased_layers)
+
+
 def test_shapes_from_the_config(architecture: Architecture, model: Any) -> None:
     shapes = block_shapes(model.config.to_dict())
     for block in blocks_of(model):
