@@ -1,4 +1,4 @@
-"""How a command starts and ends: argument parser, log lines, exit codes, one line per failure.
+"""Start and end of a command: argument parser, log lines, exit codes, one line per failure.
 
 Every command reports a failure in one line (or a numbered list) that names the flag or ``file:line``, the value and the
 fix. Exit codes: 2 refused, 1 failed, 130 and 143 interrupted. Imports nothing heavy, so that a wrong flag is refused

@@ -1,1 +1,1 @@
-"""Measurements, run as ``python -m benchmarks.NAME``; what they found lies in ``results/``."""
+"""Measurements, run as ``python -m benchmarks.NAME``; ``results/`` contains their figures."""

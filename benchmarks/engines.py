@@ -61,7 +61,7 @@ SGD = [
 
 @dataclass
 class Result:
-    """What a command left: its exit code, the lines it printed, the folder it wrote."""
+    """Result of a command: exit code, printed lines, output folder."""
 
     code: int
     stderr: str
@@ -79,7 +79,7 @@ class Result:
         return [row[name] for row in rows if name in row]
 
     def weights(self) -> dict[str, Tensor]:
-        """What was trained and saved."""
+        """Saved parameters that were trained."""
         adapter = self.folder / ADAPTER_SAFETENSORS
         return load_file(adapter if adapter.exists() else self.folder / "model.safetensors")
 
@@ -175,7 +175,7 @@ def compare(runs: Runs, mode: str, engine: str, alone: Result, alone_gradients: 
 
 
 def merges(adapter: Path) -> bool:
-    """Whether merge_lora.py folds an adapter into the model."""
+    """Return whether merge_lora.py folds an adapter into the model."""
     merged = adapter.with_name(f"{adapter.name}-merged")
     words = [sys.executable, "merge_lora.py", "--adapter", str(adapter), "--output", str(merged)]
     code = subprocess.run(words, cwd=ROOT, capture_output=True, check=False).returncode

@@ -1,4 +1,4 @@
-"""How the answers of a conversation are written, and which of them have an inference prompt.
+"""Text of the answers of a conversation, and which of them have an inference prompt.
 
 Reasoning models write an answer differently depending on whether it ends the conversation and whether a later question
 exists. So the inference prompt for an answer is not always what precedes it in the rendered conversation. An answer

@@ -1,4 +1,4 @@
-"""What differs between the families of Qwen chat models, as data.
+"""Differences between the chat formats of the Qwen families, as data.
 
 Every family writes conversations as ChatML. They differ in the default system message, in which texts are tokenised
 together, in the text before an answer, in what happens to thinking, and in how tools are written. ``chat.detect``
@@ -20,7 +20,7 @@ THINK_END = "</think>"
 
 @dataclass(frozen=True)
 class Family:
-    """How one family writes a conversation.
+    """The chat format of one family.
 
     Attributes:
         name: for messages and the run's summary.
@@ -54,7 +54,7 @@ class Family:
 
     @property
     def has_thinking(self) -> bool:
-        """Whether thinking is treated differently from other text."""
+        """Return whether thinking is treated differently from other text."""
         return self.thinking != "none"
 
 

@@ -48,7 +48,7 @@ class Message(NamedTuple):
 
 
 class ToolForm(Protocol):
-    """How a family writes tools, calls and results."""
+    """The text of tools, calls and results in one family."""
 
     def check(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> None:
         """Check that a conversation can be written in this form.

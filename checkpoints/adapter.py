@@ -59,7 +59,7 @@ _PLAIN_INITS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"
 
 @dataclass
 class Edit:
-    """How an adapter changes one parameter of the base.
+    """The change that an adapter makes to one parameter of the base.
 
     ``roles`` maps a role to the name of the adapter's tensor. In the order in which they are applied: ``replacement``
     replaces the parameter; ``lora_A`` and ``lora_B`` (for an embedding ``embedding_A`` and ``embedding_B``) add their

@@ -64,7 +64,7 @@ class DequantizedReader(TensorSource):
         self._names = dict.fromkeys([*plain, *self._layers])
 
     def _is_added_bias(self, name: str) -> bool:
-        """Whether auto-gptq added this bias of zeros, as it did to every layer that it quantised."""
+        """Return whether auto-gptq added this bias of zeros, as it did to every layer that it quantised."""
         layer, _, part = name.rpartition(".")
         if part != "bias" or f"{layer}.weight" not in self._layers or layer.rpartition(".")[2] in BIASED_LAYERS:
             return False

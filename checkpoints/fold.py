@@ -239,7 +239,7 @@ def _warn_of_missing(adapter: Adapter, parameters: list[str], tied: bool) -> Non
 
 
 def _unties(adapter: Adapter, embedding: str) -> bool:
-    """Whether the embedding and the head of a tied base differ after the adapter is merged.
+    """Return whether the embedding and the head of a tied base differ after the adapter is merged.
 
     Trained rows of the embedding apply to the head too, unless the head was trained itself. Any other change applies to
     the module it was saved for: with ``ensure_weight_tying`` peft saves it for both, without it the head is unchanged.
@@ -251,7 +251,7 @@ def _unties(adapter: Adapter, embedding: str) -> bool:
 
 
 def _same_change(adapter: Adapter, embedding: Edit, head: Edit) -> bool:
-    """Whether an edit of an embedding [V, H] and an edit of a linear layer of that shape are the same change."""
+    """Return whether an edit of an embedding [V, H] and an edit of a linear layer of that shape are the same change."""
     swapped = {"lora_A": "embedding_B", "lora_B": "embedding_A"}
     if {swapped.get(role, role) for role in head.roles} != embedding.roles.keys() or "magnitude" in head.roles:
         return False

@@ -1,4 +1,4 @@
-"""What the config files of a checkpoint declare: the dtype of its floats and how its weights are quantised.
+"""Dtype and quantisation of a checkpoint, as its config files declare them.
 
 Needs no torch.
 """
@@ -47,7 +47,7 @@ _USE_ANOTHER = "Use the unquantised model, or one quantised as GPTQ, AWQ (GEMM) 
 
 @dataclass(frozen=True)
 class Quantization:
-    """How the weights of a checkpoint are quantised.
+    """The quantisation of a checkpoint's weights.
 
     Attributes:
         group_size: inputs that share a scale; -1: all inputs; 0 with bitsandbytes, which stores it beside the weights.

@@ -122,7 +122,7 @@ def weight_shape(qweight: Sequence[int], quantization: Quantization) -> tuple[in
 
 
 def is_in_order(groups: Tensor, quantization: Quantization) -> bool:
-    """Whether each group of a ``g_idx`` consists of consecutive inputs, in order, so that it can be ignored."""
+    """Return whether each group of a ``g_idx`` consists of consecutive inputs, in order, so that it can be ignored."""
     consecutive = torch.arange(len(groups), device=groups.device) // quantization.inputs_per_group(max(1, len(groups)))
     return torch.equal(groups.to(consecutive.dtype), consecutive)
 

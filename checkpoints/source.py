@@ -115,7 +115,7 @@ def main_dtype(source: TensorSource) -> torch.dtype:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether no value is NaN or infinite; allocates no mask, unlike ``isfinite().all()``."""
+    """Return whether no value is NaN or infinite; allocates no mask, unlike ``isfinite().all()``."""
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     if tensor.dtype.itemsize == 1:  # aminmax does not support 8-bit floats

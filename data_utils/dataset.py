@@ -40,7 +40,7 @@ BAD_RECORD = "bad record"
 
 @dataclass(frozen=True)
 class DataOptions:
-    """How sources are read.
+    """Options for reading sources.
 
     Attributes:
         data_format: a name in ``FORMATS``, or ``auto`` to recognise it file by file.

@@ -47,7 +47,7 @@ class Example(UnweightedExample, total=False):
 
 @dataclass(frozen=True)
 class EncodeOptions:
-    """How conversations are encoded.
+    """Options for encoding conversations.
 
     Attributes:
         max_length: maximum number of tokens of a sample.

@@ -1,1 +1,1 @@
-"""What makes a folder open elsewhere: other layouts, its own code, a model card, the proof that it answers alike."""
+"""Export of checkpoints: other layouts, the model's code, a model card, and verification of a merge."""

@@ -88,7 +88,7 @@ def _fingerprints(base: Base) -> set[str]:
 
 
 def _trained_on_quantized_files(adapter: Adapter) -> bool:
-    """Whether the base's files were quantised already, rather than its weights while loading."""
+    """Return whether the base's files were quantised already, rather than its weights while loading."""
     recorded = _summary(adapter).get("base_is_quantized")
     if recorded is not None:
         return bool(recorded)

@@ -176,7 +176,7 @@ class PackedQuantizer(HfQuantizer):
 
     @property
     def is_trainable(self) -> bool:
-        """Whether transformers' Trainer accepts adapters on the model."""
+        """Return whether transformers' Trainer accepts adapters on the model."""
         return True
 
     def is_serializable(self) -> bool:

@@ -17,7 +17,7 @@ def gather(value: Any) -> Any:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a rank holds only a shard of the parameters."""
+    """Return whether a rank holds only a shard of the parameters."""
     return any(isinstance(parameter, DTensor) or hasattr(parameter, "ds_id") for parameter in model.parameters())
 
 

@@ -1,4 +1,4 @@
-"""What differs between the supported values of ``model_type``: one row each.
+"""Table of architectures: one row per supported ``model_type``.
 
 A new ``model_type`` is a row here and, if no class of transformers or ours serves it, a class in ``lean_models.py``.
 ``tests/unit/qwen_model/test_architectures.py`` compares every row with the real class. Only the standard library is

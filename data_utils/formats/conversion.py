@@ -1,4 +1,4 @@
-"""What changes when a record is converted to another format, so that it can be reported."""
+"""Changes to a record when it is converted to another format, for the report."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from data_utils.schema import (
 
 
 class TurnStyle(NamedTuple):
-    """How a format writes a list of turns.
+    """Field and role names of a format that lists turns.
 
     Attributes:
         lists: names that the list may have; the format's own name first.

@@ -26,7 +26,7 @@ _AFTER_PATH = re.compile(r"(:\d+)?( \(record \d+\))?( = .*)?$")
 
 @dataclass
 class ReasonCounts:
-    """How often something happened, by reason, and the first 100 locations of each reason.
+    """Number of occurrences per reason, with the first 100 locations of each.
 
     The first 50 reasons are counted separately, later ones together. Reasons and locations are single lines without
     control characters.

@@ -97,7 +97,7 @@ def listed(command: Command, table: dict[str, str]) -> str | None:
 
 
 def is_form(command: Command) -> bool:
-    """Whether the command contains a placeholder, so that it cannot run as it is."""
+    """Return whether the command contains a placeholder, so that it cannot run as it is."""
     return re.search(r"\.\.\.|\b(NAME|RUN|DIR|FILE|BASE|MODEL|DATA|IN|OUT)\b", command.text) is not None
 
 

@@ -28,7 +28,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 @cache
 def alone(runs: Runs, mode: str) -> Result:
-    """What one process makes of a mode."""
+    """Result of a mode in one process."""
     return runs.train(f"{mode}-alone", MODES[mode], None)
 
 

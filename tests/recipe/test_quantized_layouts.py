@@ -29,7 +29,7 @@ IDS = torch.randint(0, 700, (2, 24), generator=torch.Generator().manual_seed(0))
 
 @dataclass
 class Layout:
-    """How a checkpoint in a layout is written.
+    """Writer of a checkpoint in one layout.
 
     Attributes:
         source: name of the unquantised checkpoint.

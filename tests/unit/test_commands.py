@@ -1,4 +1,4 @@
-"""How a command ends, with exit code and error message, and what it logs."""
+"""End of a command: exit code, error message, log lines."""
 
 from __future__ import annotations
 

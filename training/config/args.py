@@ -180,7 +180,7 @@ class RunArguments(InvocationOptions):
 
     @property
     def resumes_automatically(self) -> bool:
-        """Whether the run resumes if its output folder contains a checkpoint, and starts otherwise."""
+        """Return whether the run resumes if its output folder contains a checkpoint, and starts otherwise."""
         return self.resume == "auto"
 
     def to_dict(self) -> dict[str, Any]:

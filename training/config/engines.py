@@ -18,7 +18,7 @@ from processes import count_processes
 
 @dataclass(frozen=True)
 class Engine:
-    """How the processes of a run share its model.
+    """Parallelism of a run: its engine, and the engine's config.
 
     Attributes:
         name: ``none`` (one process), ``ddp``, ``zero0`` to ``zero3``, or ``fsdp2``.
@@ -34,7 +34,7 @@ class Engine:
 
     @property
     def shards_parameters(self) -> bool:
-        """Whether a process holds only its shard of every parameter."""
+        """Return whether a process holds only its shard of every parameter."""
         return self.name in ("zero3", "fsdp2")
 
     @property

@@ -32,7 +32,7 @@ _JOIN_TIMEOUT = 5.0  # seconds to wait for a thread at the end
 
 @dataclass
 class RankStatus:
-    """What a rank publishes about itself.
+    """Status that a rank publishes.
 
     Attributes:
         heartbeats: count while the process runs, whatever it does.

@@ -1,4 +1,4 @@
-"""How the processes of a run find their ranks and connect, whichever launcher started them.
+"""Ranks and process group of a run, for every supported launcher.
 
 torch, accelerate, transformers and DeepSpeed each detect launchers in their own way, some by starting MPI. Here it is
 decided once: either all of torchrun's variables are set (``processes.py``) or none is. This module reads the variables

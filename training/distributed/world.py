@@ -50,7 +50,7 @@ class World:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which writes files and logs."""
+        """Return whether this is rank 0, which writes files and logs."""
         return self.rank == 0
 
     @property

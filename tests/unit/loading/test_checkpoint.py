@@ -1,4 +1,4 @@
-"""What is read from a checkpoint, and which folders are refused."""
+"""Loading of checkpoints, and the folders that are refused."""
 
 from __future__ import annotations
 

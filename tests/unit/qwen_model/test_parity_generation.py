@@ -177,7 +177,7 @@ CHAT = {"do_sample": False, "max_new_tokens": 20, "repetition_penalty": 1.0}
 
 
 def has_one_more_token(original: str, ours: str) -> bool:
-    """Whether ours extends the original's answer, which lost its last token without a stop token."""
+    """Return whether ours extends the original's answer, which lost its last token without a stop token."""
     return ours.startswith(original) and len(ours) > len(original)
 
 
