@@ -13,6 +13,8 @@ import pytest
 
 from tests.commands import free_port
 from tests.golden import REPO, SMALL, offline_environment
+from training.checks import check_args
+from training.config.parsing import parse_args
 
 LORA = "finetune_lora_single_gpu.sh"
 FULL = "finetune_single_gpu.sh"
@@ -116,69 +118,81 @@ def test_errors_of_finetune_are_shown_unchanged(arguments: list[str], message: s
     assert [path.name for path in tmp_path.iterdir()] == [data.name]
 
 
+COMMON = {
+    "weight_decay": 0.1,
+    "adam_beta2": 0.95,
+    "warmup_steps": 0.01,
+    "lr_scheduler_type": "cosine",
+    "save_steps": 1000,
+    "save_total_limit": 10,
+    "logging_steps": 1,
+    "report_to": "none",
+    "lazy_preprocess": True,
+    "gradient_checkpointing": True,
+    # Without a GPU no precision is added.
+    "bf16": False,
+    "fp16": False,
+}
+FULL_MODE = {
+    "use_lora": False, "learning_rate": 1e-5, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 16,
+}  # fmt: skip
+LORA_MODE = {
+    "use_lora": True, "learning_rate": 3e-4, "per_device_train_batch_size": 2, "gradient_accumulation_steps": 8,
+}  # fmt: skip
+OVERRIDES = {"num_train_epochs": 1, "model_max_length": 64, "system_message": "Two words"}
+OVERRIDING_ARGUMENTS = ["--num_train_epochs", "1", "--model_max_length", "64", "--system_message", "Two words"]
+
+
 @pytest.mark.parametrize(
-    ("name", "defaults", "weights"),
-    [
-        (
-            LORA,
-            {
-                "use_lora": True,
-                "learning_rate": 3e-4,
-                "per_device_train_batch_size": 2,
-                "gradient_accumulation_steps": 8,
-            },
-            "adapter_model.safetensors",
-        ),
-        (
-            FULL,
-            {
-                "use_lora": False,
-                "learning_rate": 1e-5,
-                "per_device_train_batch_size": 1,
-                "gradient_accumulation_steps": 16,
-            },
-            "model.safetensors",
-        ),
-        (QLORA, {"use_lora": True, "q_lora": True, "learning_rate": 3e-4}, "adapter_model.safetensors"),
-        (FULL_DS, {"use_lora": False, "gradient_accumulation_steps": 16}, "model.safetensors"),
-        (LORA_DS, {"use_lora": True, "gradient_accumulation_steps": 8}, "adapter_model.safetensors"),
-        (QLORA_DS, {"use_lora": True, "q_lora": True, "deepspeed": None}, "adapter_model.safetensors"),
-        (FSDP, {"use_lora": False, "learning_rate": 1e-5, "deepspeed": None}, "model.safetensors"),
-    ],
+    ("name", "mode", "weights"),
+    [(LORA, LORA_MODE, "adapter_model.safetensors"), (FULL_DS, FULL_MODE, "model.safetensors")],
 )
-def test_run_from_any_folder(name: str, defaults: dict[str, object], weights: str, data: Path, tmp_path: Path) -> None:
+def test_run_from_any_folder(name: str, mode: dict[str, object], weights: str, data: Path, tmp_path: Path) -> None:
     """Paths are relative to the current folder, names may contain spaces, arguments after ``--`` override defaults.
 
-    The launchers for several GPUs run two processes here.
+    The launcher for several GPUs runs two processes here.
     """
     output = "my output"
-    overrides = ["--num_train_epochs", "1", "--model_max_length", "64", "--system_message", "Two words"]
-    command = [name, "-m", str(SMALL / "tiny-qwen-small"), "-d", data.name, "-o", output, "--", *overrides]
+    command = [name, "-m", str(SMALL / "tiny-qwen-small"), "-d", data.name, "-o", output, "--", *OVERRIDING_ARGUMENTS]
     result = launch(*command, cwd=tmp_path, NPROC="2")
     assert result.returncode == 0, result.stderr
     assert (tmp_path / output / weights).is_file()
     arguments = json.loads((tmp_path / output / "run_args.json").read_text(encoding="utf-8"))
-    expected = {
-        "num_train_epochs": 1,
-        "model_max_length": 64,
-        "system_message": "Two words",
-        "weight_decay": 0.1,
-        "adam_beta2": 0.95,
-        "warmup_steps": 0.01,
-        "lr_scheduler_type": "cosine",
-        "save_steps": 1000,
-        "save_total_limit": 10,
-        "logging_steps": 1,
-        "report_to": "none",
-        "lazy_preprocess": True,
-        "gradient_checkpointing": True,
-        # Without a GPU no precision is added.
-        "bf16": False,
-        "fp16": False,
-        **defaults,
-    }
+    expected = COMMON | OVERRIDES | mode
     assert {key: arguments[key] for key in expected} == expected
     assert f" of {32 if name in MANY else 16} conversations (" in result.stderr  # batch size x accumulation x processes
+
+
+@pytest.mark.parametrize(
+    ("name", "mode"),
+    [
+        (LORA, LORA_MODE | {"q_lora": False, "deepspeed": None}),
+        (FULL, FULL_MODE | {"deepspeed": None}),
+        (QLORA, LORA_MODE | {"q_lora": True}),
+        (FULL_DS, FULL_MODE | {"deepspeed": "ds_config_zero3.json"}),
+        (LORA_DS, LORA_MODE | {"deepspeed": "ds_config_zero2.json", "q_lora": False}),
+        (QLORA_DS, LORA_MODE | {"q_lora": True, "deepspeed": None}),
+        (FSDP, FULL_MODE | {"deepspeed": None, "fsdp_config": "fsdp_config.json"}),
+    ],
+)
+def test_finetune_accepts_the_arguments_of_each_mode(
+    name: str, mode: dict[str, object], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    show = """if [ "$1" = -c ]; then echo "0 2 "; else printf '%s\\n' "$@"; fi"""
+    options = ["-m", str(SMALL / "tiny-qwen-small"), "-d", str(data), "-o", str(tmp_path / "output")]
+    result = launch_with_stub(show, *options, "--", *OVERRIDING_ARGUMENTS, tmp_path=tmp_path, name=name, NPROC="2")
+    assert result.returncode == 0, result.stderr
+    command = result.stdout.splitlines()
+    argv = command[command.index(str(tmp_path / "repo" / "finetune.py")) + 1 :]
+    if name in MANY:
+        monkeypatch.setenv("WORLD_SIZE", "2")
+    args = parse_args(argv)
+    check_args(args)
+    arguments = json.loads(json.dumps(args.to_dict()))
+    for flag in ("deepspeed", "fsdp_config"):
+        arguments[flag] = arguments[flag] and Path(arguments[flag]).name
+    expected = COMMON | OVERRIDES | mode
+    assert {key: arguments[key] for key in expected} == expected
 
 
 def launch_with_stub(
@@ -191,7 +205,7 @@ def launch_with_stub(
     python.write_text(f"#!/bin/sh\n{stub}\n", encoding="utf-8")
     python.chmod(0o755)
     return subprocess.run(
-        [shutil.which("dash") or "sh", str(tmp_path / "repo" / "finetune" / name), "-m", "M", "-d", "D", *arguments],
+        [shutil.which("dash") or "sh", str(tmp_path / "repo" / "finetune" / name), *arguments],
         env={"PATH": f"{python.parent}:/usr/bin:/bin", **variables},
         capture_output=True,
         text=True,
@@ -199,6 +213,7 @@ def launch_with_stub(
     )
 
 
+M_AND_D = ["-m", "M", "-d", "D"]
 # Answers the launcher's query (-c) like a host with 4 GPUs and bf16, and prints the command it is asked to run.
 SHOW = """echo "gpu $CUDA_VISIBLE_DEVICES, threads $OMP_NUM_THREADS, gloo $GLOO_SOCKET_IFNAME"; printf '%s\\n' "$@";"""
 GPU_STUB = f"""if [ "$1" = -c ]; then echo "4 16 --bf16 True"; else {SHOW} fi"""
@@ -207,7 +222,7 @@ HERE_STUB = f"""if [ "$1" = -c ]; then exec "{sys.executable}" "$@"; else {SHOW}
 
 
 def test_precision_of_the_gpu_is_added(tmp_path: Path) -> None:
-    result = launch_with_stub(GPU_STUB, "--", "--seed", "7", tmp_path=tmp_path)
+    result = launch_with_stub(GPU_STUB, *M_AND_D, "--", "--seed", "7", tmp_path=tmp_path)
     lines = result.stdout.splitlines()
     assert lines[:2] == ["gpu 0, threads , gloo ", str(tmp_path / "repo" / "finetune.py")]
     assert lines[2:8] == ["--model_name_or_path", "M", "--data_path", "D", "--output_dir", "output_qwen"]
@@ -215,7 +230,7 @@ def test_precision_of_the_gpu_is_added(tmp_path: Path) -> None:
 
 
 def test_precision_given_by_the_user_is_kept(tmp_path: Path) -> None:
-    result = launch_with_stub(GPU_STUB, "--", "--fp16", "True", tmp_path=tmp_path)
+    result = launch_with_stub(GPU_STUB, *M_AND_D, "--", "--fp16", "True", tmp_path=tmp_path)
     assert result.stdout.splitlines()[-2:] == ["--fp16", "True"]
     assert "--bf16" not in result.stdout
 
@@ -238,7 +253,7 @@ def torchrun_options(lines: list[str]) -> dict[str, str]:
     ],
 )
 def test_one_process_per_gpu(variables: dict[str, str], processes: str, threads: str, tmp_path: Path) -> None:
-    result = launch_with_stub(GPU_STUB, "--", "--seed", "7", tmp_path=tmp_path, name=LORA_DS, **variables)
+    result = launch_with_stub(GPU_STUB, *M_AND_D, "--", "--seed", "7", tmp_path=tmp_path, name=LORA_DS, **variables)
     lines = result.stdout.splitlines()
     assert lines[0] == f"gpu , threads {threads}, gloo "  # CUDA_VISIBLE_DEVICES is not set
     options = torchrun_options(lines)
@@ -253,7 +268,13 @@ def test_hosts_meet_at_the_address_of_host_0(tmp_path: Path) -> None:
     variables = {"NNODES": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "MAX_RESTARTS": "3"}
     for rank in ("0", "1"):
         result = launch_with_stub(
-            HERE_STUB, tmp_path=tmp_path / rank, name=FULL_DS, CUDA_VISIBLE_DEVICES="", NODE_RANK=rank, **variables
+            HERE_STUB,
+            *M_AND_D,
+            tmp_path=tmp_path / rank,
+            name=FULL_DS,
+            CUDA_VISIBLE_DEVICES="",
+            NODE_RANK=rank,
+            **variables,
         )
         lines = result.stdout.splitlines()
         if sys.platform == "linux":
@@ -300,7 +321,7 @@ def test_wrong_variable_is_one_line(variables: dict[str, str], message: str, tmp
 
 
 def test_more_processes_than_gpus_are_refused(tmp_path: Path) -> None:
-    result = launch_with_stub(GPU_STUB, tmp_path=tmp_path, name=FSDP, GPUS_PER_NODE="8")
+    result = launch_with_stub(GPU_STUB, *M_AND_D, tmp_path=tmp_path, name=FSDP, GPUS_PER_NODE="8")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == f"{FSDP}: error: GPUS_PER_NODE=8: this host has 4 visible GPUs\n"
 
@@ -317,7 +338,7 @@ def test_port_in_use_is_reported(tmp_path: Path) -> None:
 
 
 def test_python_without_torch_is_reported(tmp_path: Path) -> None:
-    result = launch_with_stub("exit 1", tmp_path=tmp_path)
+    result = launch_with_stub("exit 1", *M_AND_D, tmp_path=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == (
         f"{LORA}: error: python3 cannot import torch. Make an environment: sh {tmp_path}/repo/scripts/setup_env.sh\n"
