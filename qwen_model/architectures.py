@@ -1,8 +1,8 @@
 """Table of architectures: one row per supported ``model_type``.
 
-A new ``model_type`` is a row here and, if no class of transformers or ours serves it, a class in ``lean_models.py``.
-``tests/unit/qwen_model/test_architectures.py`` compares every row with the real class. Only the standard library is
-imported, because ``checkpoints`` and the checks of the command line read this file, too.
+To support a new ``model_type``, add a row here and its class in ``lean_models.py``;
+``tests/unit/qwen_model/test_architectures.py`` compares every row with the real class. This file imports only the
+standard library, because ``checkpoints`` reads it without transformers.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Shapes = dict[str, tuple[int, int]]
 
 
 class LinearGroup(NamedTuple):
-    """Linear layers of a block that are given the same input, and hence are quantised together.
+    """Linear layers of a block with the same input, which are quantised together.
 
     Attributes:
         layers: their names within the block.
@@ -35,7 +35,7 @@ class LinearGroup(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
-    """The facts about one ``model_type``.
+    """Facts about one ``model_type``.
 
     Attributes:
         display_name: its name in messages.
