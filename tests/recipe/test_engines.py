@@ -1,4 +1,4 @@
-"""A third of what ``python -m benchmarks.engines`` runs: two processes under an engine train as one process does."""
+"""Part of ``python -m benchmarks.engines``: two processes with an engine train as a single process does."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ import torch
 from benchmarks.engines import ENGINES, MODES, Result, Runs, compare, largest_difference
 
 LOSS, GRADIENTS = 1e-5, 1e-6
-# DDP is the business of ``test_two_ranks.py``. Gradients of the first step are compared where the engine's way with
-# them differs, not for every mode again.
+# ``test_two_ranks.py`` tests DDP. Gradients of the first step are compared once for each way of sharding them.
 CASES = [
     ("full", "zero3", True),
     ("full", "fsdp2", True),
@@ -38,7 +37,7 @@ def gradients_alone(runs: Runs, mode: str) -> Result:
 
 
 @pytest.mark.parametrize(("mode", "engine", "with_gradients"), CASES)
-def test_two_processes_train_as_one(runs: Runs, mode: str, engine: str, with_gradients: bool) -> None:
+def test_two_processes_train_as_one_does(runs: Runs, mode: str, engine: str, with_gradients: bool) -> None:
     gradients = gradients_alone(runs, mode) if with_gradients else None
     figures = compare(runs, mode, engine, alone(runs, mode), gradients)
     losses = alone(runs, mode).logged("loss")
@@ -49,14 +48,14 @@ def test_two_processes_train_as_one(runs: Runs, mode: str, engine: str, with_gra
 
 
 @pytest.mark.parametrize("config", ["ds_config_zero2_offload.json", "ds_config_zero3_offload.json"])
-def test_an_optimizer_in_the_hosts_memory_does_the_same(runs: Runs, config: str) -> None:
+def test_offloaded_optimizer_gives_the_same_losses(runs: Runs, config: str) -> None:
     offloaded = runs.train(config, MODES["full"], ["--deepspeed", f"finetune/{config}"])
     assert offloaded.code == 0, offloaded.stderr
     assert largest_difference(offloaded.logged("loss"), alone(runs, "full").logged("loss")) <= LOSS
 
 
-def test_a_run_that_is_resumed_under_fsdp_ends_with_the_same_bits(runs: Runs) -> None:
-    """DDP and ZeRO are the business of ``benchmarks.kill_resume``."""
+def test_resumed_fsdp_run_ends_with_the_same_bits(runs: Runs) -> None:
+    """``benchmarks.kill_resume`` tests DDP and ZeRO."""
     flags = ["--max_steps", 6, "--save_strategy", "steps", "--save_steps", 3, "--learning_rate", 1e-3]
     whole = runs.run("whole", MODES["lora_embeddings"], ENGINES["fsdp2"], *flags)
     assert whole.code == 0, whole.stderr
@@ -70,8 +69,8 @@ def test_a_run_that_is_resumed_under_fsdp_ends_with_the_same_bits(runs: Runs) ->
     assert all(torch.equal(weights[name], tensor) for name, tensor in whole.weights().items())
 
 
-def test_what_cannot_be_sharded_is_refused_before_it_is_loaded(runs: Runs) -> None:
+def test_quantised_model_under_fsdp_is_refused_before_loading(runs: Runs) -> None:
     result = runs.train("refused", MODES["q_lora_nf4"], ["--fsdp"])
-    assert result.code == 1 and "exitcode  : 2" in result.stderr  # the launcher's code, and the processes'
+    assert result.code == 1 and "exitcode  : 2" in result.stderr  # the launcher's exit code, and that of its processes
     assert result.message.startswith("--q_lora: quantised weights cannot be sharded by FSDP2. ")
     assert not result.folder.exists()

@@ -1,4 +1,4 @@
-"""Rules for the sources, checked without running them: import direction and circles, launcher variables, remote code."""
+"""Rules for sources, checked without running them: import direction, circles, launcher variables, foreign code."""
 
 from __future__ import annotations
 
@@ -267,7 +267,6 @@ def test_launcher_variable_is_found(source: str) -> None:
 
 
 def test_circle_is_found_with_its_path() -> None:
-    """The path starts and ends with the same module."""
     imports = {"a": {"b", "d"}, "b": {"c"}, "c": {"d", "b"}, "d": set()}
     assert find_circle(imports) == ["b", "c", "b"]
     assert find_circle(imports | {"c": {"d"}}) == []
