@@ -55,7 +55,7 @@ def test_single_process_variables_are_complete() -> None:
     set_single_process()
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", int(os.environ["MASTER_PORT"])))
-    assert {name: value for name, value in os.environ.items() if name != "MASTER_PORT"} == {
+    assert {name: os.environ[name] for name in TORCHRUN if name != "MASTER_PORT"} == {
         "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1",
     }  # fmt: skip
 
