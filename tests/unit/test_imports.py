@@ -1,4 +1,4 @@
-"""Rules for sources, checked without running them: import direction, circles, launcher variables, foreign code."""
+"""Rules for sources, checked without running them: import direction, circles, launcher variables, remote code, size."""
 
 from __future__ import annotations
 
