@@ -1,1 +1,1 @@
-"""Several processes, perhaps on several hosts: how they find each other, talk, and share a model."""
+"""The ranks of a run: launchers, process group, messages between ranks, hang detection, data shared by a host."""
