@@ -75,7 +75,7 @@ def notify_on_failure(label: str, notify: Callable[[str], object]) -> None:
 
     Args:
         label: how error messages call this process.
-        notify: gets an empty message if every rank has raised the same error.
+        notify: called with an empty message if every rank has raised the same error.
     """
     _command.label, _command.notify = label, notify
 

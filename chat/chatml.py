@@ -1,4 +1,4 @@
-"""Control tokens of ChatML, and Qwen v1's defaults. Imports nothing: it travels inside exported model folders."""
+"""Control tokens of ChatML, and Qwen v1's defaults. Imports nothing: it is copied into exported model folders."""
 
 IM_START = "<|im_start|>"
 IM_END = "<|im_end|>"

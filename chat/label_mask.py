@@ -1,4 +1,4 @@
-r"""Which tokens of a conversation are trained: the only place that decides it, and that converts weights to labels.
+r"""Selection of the trained tokens of a conversation: the only file that decides it and converts weights to labels.
 
 ``--label_mask`` decides for turns without a weight of their own. Below, ``S`` is ``<|im_start|>``, ``E`` is
 ``<|im_end|>\n``, and ``.`` is not trained::
@@ -34,6 +34,7 @@ def turn_weights(turns: Sequence[Turn], label_mask: LabelMask, promptable: Set[i
     Args:
         promptable: indices of the answers that have an inference prompt.
     """
+    # Only answers can be promptable: a mask that trains other turns must add them to ``trained``, as "all" does.
     answers = [index for index, turn in enumerate(turns) if turn.role == "assistant"]
     trained: Set[int]
     if label_mask == "all":

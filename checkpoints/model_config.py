@@ -109,7 +109,10 @@ def load_base_quantization(folder: Path) -> Quantization | None:
 def check_bitsandbytes(needed_by: str) -> None:
     """Raise ``ConfigError`` unless bitsandbytes is installed; does not import it."""
     if importlib.util.find_spec("bitsandbytes") is None:
-        raise ConfigError(f"{needed_by} needs bitsandbytes, which is not installed", "pip install bitsandbytes")
+        raise ConfigError(
+            f"{needed_by} needs bitsandbytes, which is not installed",
+            "pip install -r requirements_qlora.txt -c constraints.txt",
+        )
 
 
 def _parse(config: dict[str, Any], file: Path, method: str) -> Quantization:

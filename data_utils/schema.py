@@ -1,4 +1,4 @@
-"""The conversation that a record of any format is parsed to, and the checks that all formats share."""
+"""Conversations as parsed from records of any format, and the checks that all formats share."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ class Conversation:
 
 
 class InvalidRecord(Exception):
-    """Why a record is refused, and the fix. ``Format.parse`` adds the location."""
+    """A record that is refused: the reason and the fix. ``Format.parse`` adds the location."""
 
     def __init__(self, what: str, fix: str = "") -> None:
         super().__init__(what)

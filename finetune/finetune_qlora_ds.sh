@@ -3,7 +3,7 @@
 #   sh finetune/finetune_qlora_ds.sh -m /path/to/Qwen-7B-Chat-Int4 -d /path/to/conversations.json
 summary="Trains a LoRA adapter over quantised weights on all GPUs of one or several hosts. Each GPU holds the whole model
 (plain data parallelism: gradients and optimizer state of an adapter are too small to shard). GPTQ and AWQ models are
-used as they are; others are quantised to NF4 while loading (needs: pip install bitsandbytes)."
+used as they are; others are quantised to NF4 while loading (needs: pip install -r requirements_qlora.txt -c constraints.txt)."
 processes=many
 engine=
 arguments="

@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EmbeddingsPolicy:
-    """Which rows of embedding and head train (``full``, ``chatml_tokens``, ``none``), and why."""
+    """Trained rows of embedding and head (``full``, ``chatml_tokens``, ``none``), with the reason."""
 
     mode: str
     reason: str
@@ -38,7 +38,7 @@ def embeddings_policy(requested: str, checkpoint: Checkpoint, lora_weight_path: 
     """Resolve ``--trainable_embeddings``; a continued adapter keeps its own setting.
 
     Base models of Qwen v1 were not trained on ``<|im_start|>`` and ``<|im_end|>``: unless their rows train, the model
-    cannot learn where an answer ends. generation_config.json tells base from chat models; folder names do not count.
+    cannot learn where an answer ends. generation_config.json contains the kind of model; folder names do not count.
     """
     if lora_weight_path:
         config = _load_adapter_config(lora_weight_path, "--lora_weight_path")

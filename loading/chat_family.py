@@ -1,4 +1,4 @@
-"""Which chat format a checkpoint has: ``model_type`` and chat template decide, no name does."""
+"""Detection of a checkpoint's chat format by its ``model_type`` and chat template; names of folders do not count."""
 
 from __future__ import annotations
 

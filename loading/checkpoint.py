@@ -173,7 +173,11 @@ def _load_config(folder: Path) -> Any:
             f"{file}: not a JSON object ({error})", "Copy it again from the original checkpoint"
         ) from error
     architecture_of(model_type, file)
-    return AutoConfig.from_pretrained(str(folder))
+    try:
+        return AutoConfig.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError) as error:
+        fix = "Copy it again from the original checkpoint, or install a transformers that supports the model"
+        raise ConfigError(f"{file}: {one_line(error)}", fix) from error
 
 
 def _find_quantization(folder: Path, reader: CheckpointReader) -> Quantization | None:

@@ -1,6 +1,7 @@
 """Table of architectures: one row per supported ``model_type``.
 
-To support a new ``model_type``, add a row here and its class in ``lean_models.py``;
+A new ``model_type`` is one row, which names its class in ``lean_models.py``: reuse one, or add one of two lines. If
+transformers does not know the type, register its config in ``register.py``, too.
 ``tests/unit/qwen_model/test_architectures.py`` compares every row with the real class. This file imports only the
 standard library, because ``checkpoints`` reads it without transformers.
 """

@@ -212,4 +212,4 @@ def build_weights(config: dict[str, Any], seed: int) -> Iterator[tuple[str, Tens
 
 
 if __name__ == "__main__":
-    run_command(main, "make_tiny_qwen")
+    run_command(main, "scripts.make_tiny_qwen")

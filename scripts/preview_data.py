@@ -55,4 +55,4 @@ def main(argv: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_command(main, "preview_data")
+    run_command(main, "scripts.preview_data")

@@ -14,7 +14,7 @@ from training.config.engines import Engine, find_engine, is_set, show_config
 
 # DeepSpeed's schedules: the transformers name of the same schedule.
 _SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
-_INSTALL = "pip install -r requirements_distributed.txt -c constraints.txt, or start with torchrun and without it"
+_INSTALL = "pip install -r requirements_distributed.txt -c constraints.txt, or remove --deepspeed"
 
 
 def check_engine(args: RunArguments) -> Iterator[ConfigError]:

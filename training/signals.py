@@ -2,7 +2,7 @@
 
 SIGTERM and SIGINT (Ctrl-C): the run finishes the current optimizer step, saves a checkpoint and ends. SIGUSR1: it saves
 a checkpoint and continues. A signal handler only records the request; the trainer gathers the requests of all ranks
-once per optimizer step, so that all of them save after the same step, whichever got the signal.
+once per optimizer step, so that all of them save after the same step, whichever rank received the signal.
 """
 
 from __future__ import annotations

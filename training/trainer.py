@@ -276,7 +276,7 @@ class QwenTrainer(Trainer):
         if loss > limit:
             logger.warning(
                 "The first loss is %.2f, above ln(vocabulary) + 1 = %.2f: worse than guessing among %s tokens. "
-                "The data or the tokenizer does not fit the model",
+                "Check that data and tokenizer belong to --model_name_or_path",
                 loss, limit, f"{vocabulary:,}",
             )  # fmt: skip
 

@@ -346,5 +346,5 @@ def test_bitsandbytes_not_installed(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr == (
         "finetune.py: error: --q_lora (NF4 by bitsandbytes) needs bitsandbytes, which is not installed. "
-        "pip install bitsandbytes\n"
+        "pip install -r requirements_qlora.txt -c constraints.txt\n"
     )

@@ -63,8 +63,9 @@ def _build_parser(
 ) -> CommandParser:
     parser = CommandParser(
         prog="python finetune.py",
-        usage="python finetune.py [FILE] [--flag value ...]",
-        description="Fine-tune a Qwen model on conversations. FILE is a YAML or JSON file of flags.",
+        usage="python finetune.py [--flag value ...]\n       python finetune.py FILE",
+        description="Fine-tune a Qwen model on conversations. FILE is a YAML or JSON file of flags; --config FILE "
+        "accepts further flags, which override it.",
         epilog=None if show_all else "--help_all lists all flags of transformers' TrainingArguments as well.",
         add_help=False,
         allow_abbrev=False,

@@ -1,4 +1,4 @@
-"""Which settings may differ between a checkpoint and the command that resumes it. Imports no torch.
+"""Settings that may differ between a checkpoint and the command that resumes it. Imports no torch.
 
 A run's facts are a dict of JSON values, saved in the manifest of its checkpoints:
 

@@ -1,4 +1,4 @@
-"""Which files are data, and the same records from each kind of file."""
+"""Files that are read as data, and equal records from each kind of file."""
 
 from __future__ import annotations
 

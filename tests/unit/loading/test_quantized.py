@@ -119,4 +119,7 @@ def test_bitsandbytes_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError) as error:
         check_bitsandbytes("NF4")
-    assert str(error.value) == "NF4 needs bitsandbytes, which is not installed. pip install bitsandbytes"
+    assert (
+        str(error.value)
+        == "NF4 needs bitsandbytes, which is not installed. pip install -r requirements_qlora.txt -c constraints.txt"
+    )

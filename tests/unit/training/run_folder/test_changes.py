@@ -1,4 +1,4 @@
-"""Which settings may differ between a checkpoint and the command that resumes it."""
+"""Settings that may differ between a checkpoint and the command that resumes it."""
 
 from __future__ import annotations
 

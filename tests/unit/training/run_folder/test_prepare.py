@@ -1,4 +1,4 @@
-"""Which output folders a run accepts, and what it removes from them."""
+"""Output folders that a run accepts, and the files it removes from them."""
 
 from __future__ import annotations
 
