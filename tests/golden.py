@@ -25,6 +25,7 @@ from safetensors import safe_open
 
 REPO = Path(__file__).resolve().parents[1]
 SMALL = REPO / "tests" / "references" / "qwen_v1_small"
+LARGE = Path(os.environ.get("QWEN_SHARED") or REPO.parent / "shared").resolve() / "golden"
 IGNORE = -100
 
 # A correct fp32 forward in other code than the original's differs by up to 1e-5, a wrong formula by far more.
@@ -101,13 +102,10 @@ class Golden:
         return GoldenTensors(self.path / name)
 
     def cases(self, pattern: str) -> list[str]:
-        """Return the recorded cases, from the tensor names that match ``pattern``; its group is the case.
-
-        Skips the test if the large set has none. The small one has cases of every kind.
-        """
+        """Return the recorded cases, at least one: the group of ``pattern`` in the tensor names that match it."""
         cases = self.tensors.cases(pattern)
-        assert cases or self.name == "large", f"{self.tensors.path}: no tensor matches {pattern}"
-        return cases or pytest.skip(f"{self.tensors.path} records no case of {pattern}")
+        assert cases, f"{self.tensors.path}: no tensor matches {pattern}"
+        return cases
 
     @cached_property
     def training_runs(self) -> dict[str, dict[str, Any]]:
@@ -122,6 +120,17 @@ class Golden:
     @property
     def config(self) -> dict[str, Any]:
         return json.loads((self.tiny / "config.json").read_text(encoding="utf-8"))
+
+
+def sets_with(pattern: str) -> pytest.MarkDecorator:
+    """Parametrize ``any_golden`` with the sets that record a case of ``pattern``, as in ``Golden.cases``.
+
+    A set whose folder is missing stays a parameter: the fixture reports it.
+    """
+    files = {"small": SMALL / "logits.safetensors", "large": LARGE / "logits.safetensors"}
+    names = [name for name, file in files.items() if not file.is_file() or GoldenTensors(file).cases(pattern)]
+    assert names, f"no golden set records a case of {pattern}"
+    return pytest.mark.parametrize("any_golden", names, indirect=True)
 
 
 def assert_close(actual: torch.Tensor, expected: torch.Tensor, atol: float, what: str = "") -> None:

@@ -132,5 +132,4 @@ def test_control_tokens_in_messages_stay_text(any_golden: Golden, tiny_tokenizer
         if any(token in text for token in tiny_tokenizer.special_tokens for text in texts):
             expected.append(case["tag"])
     assert differing == expected
-    if not expected:
-        pytest.skip("no recorded text contains a special token")
+    assert expected or any_golden.name == "large"

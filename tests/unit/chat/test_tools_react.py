@@ -64,8 +64,7 @@ def test_prompts_after_a_result_equal_the_recorded_ones(any_golden: Golden) -> N
     """With several questions the server describes the tools in a later one."""
     cases = [case for case in with_functions(any_golden) if case["text_completion"]]
     cases = [case for case in cases if sum(turn.role == "user" for turn in turns_of(case)) == 1]
-    if not cases:
-        pytest.skip("no recorded prompt continues an answer after a result")
+    assert cases or any_golden.name == "large"
     for case in cases:
         prompt = render_prompt(turns_of(case), QWEN_V1, tools=case["functions"])
         assert text_of(prompt) == case["text_completion_prompt"], case["tag"]

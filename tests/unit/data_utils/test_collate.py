@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import pytest
 import torch
 
 from data_utils.collate import Collator
@@ -70,5 +69,4 @@ def test_attention_mask_differs_from_the_original_only_for_end_of_text_in_texts(
             texts = [case["system_message"] or "", *(turn["value"] for turn in case["conversations"])]
             assert any("<|endoftext|>" in text for text in texts), case["tag"]
             masked_by_original += 1
-    if not masked_by_original:
-        pytest.skip("no recorded text contains <|endoftext|>")
+    assert masked_by_original or any_golden.name == "large"

@@ -16,7 +16,7 @@ import torch
 from qwen_model.generation import make_context
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.tokenization_qwen import QWenTokenizer
-from tests.golden import LOGITS_ATOL, Golden, assert_close
+from tests.golden import LOGITS_ATOL, Golden, assert_close, sets_with
 
 # If the two largest logits are closer than this, rounding may change the choice.
 MARGIN = 1e-3
@@ -47,6 +47,7 @@ def prompts_within_seq_length(golden: Golden) -> dict[str, torch.Tensor]:
     return dict(sorted(short.items(), key=lambda item: item[1].shape[1]))
 
 
+@sets_with(PROMPTS)
 def test_greedy_with_a_cache(tiny_model: QWenLMHeadModel, any_golden: Golden) -> None:
     for case in any_golden.cases(PROMPTS):
         prompt = any_golden.tensors.ids(f"{case}.prompt")
@@ -54,6 +55,7 @@ def test_greedy_with_a_cache(tiny_model: QWenLMHeadModel, any_golden: Golden) ->
         assert_same_choices(greedy(tiny_model, prompt), any_golden.tensors[f"{case}.greedy"].tolist(), margins)
 
 
+@sets_with(PROMPTS)
 def test_greedy_without_a_cache(tiny_model: QWenLMHeadModel, any_golden: Golden) -> None:
     """Beyond seq_length results differ: without a cache, the NTK factor changes with each token."""
     tensors = any_golden.tensors
@@ -69,6 +71,7 @@ def test_greedy_without_a_cache(tiny_model: QWenLMHeadModel, any_golden: Golden)
         assert (expected != tensors[f"{case}.greedy"].tolist()) == crosses, case
 
 
+@sets_with(PROMPTS)
 @torch.no_grad()
 def test_incremental_logits(tiny_model: QWenLMHeadModel, any_golden: Golden) -> None:
     """Teacher forcing: logits after the prompt and after each recorded token, one at a time with a cache."""
@@ -83,6 +86,7 @@ def test_incremental_logits(tiny_model: QWenLMHeadModel, any_golden: Golden) -> 
         assert_close(torch.stack(steps, dim=1), tensors[name], LOGITS_ATOL, name)
 
 
+@sets_with(r"G\.([^.]+)\.greedy")
 def test_greedy_of_other_architectures(any_golden: Golden) -> None:
     tensors = any_golden.tensors
     described = any_golden.load_json("logits.json")["tensors"]

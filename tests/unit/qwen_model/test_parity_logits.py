@@ -10,7 +10,7 @@ import torch
 
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.rope import logn_scale, ntk_alpha, rotary_tables
-from tests.golden import LOGITS_ATOL, LOSS_ATOL, Golden, assert_close, assert_logits
+from tests.golden import LOGITS_ATOL, LOSS_ATOL, Golden, assert_close, assert_logits, sets_with
 
 
 def load(folder: Path, attention: str, **overrides: object) -> QWenLMHeadModel:
@@ -105,6 +105,7 @@ def test_set_b_training_loss(model: QWenLMHeadModel, any_golden: Golden) -> None
     assert_close(loss, tensors["B.train.loss"], LOSS_ATOL, "B.train.loss")
 
 
+@sets_with(r"C\.(ntk\d_logn\d)\.eval\.loss")
 @torch.no_grad()
 def test_set_c_beyond_seq_length(any_golden: Golden, attention: str) -> None:
     tensors = any_golden.tensors
@@ -123,6 +124,7 @@ def test_set_c_beyond_seq_length(any_golden: Golden, attention: str) -> None:
         assert_close(output.loss, tensors[f"C.{variant}.train.loss"], LOSS_ATOL, f"C.{variant}.train.loss")
 
 
+@sets_with(r"C2\.(ntk\d_logn\d)\.eval\.logits_s\d+")
 @torch.no_grad()
 def test_set_c2_each_row_has_its_own_ntk_factor(any_golden: Golden, attention: str) -> None:
     tensors = any_golden.tensors
@@ -134,6 +136,7 @@ def test_set_c2_each_row_has_its_own_ntk_factor(any_golden: Golden, attention: s
         assert_logits(model(input_ids=ids, attention_mask=mask).logits, tensors, f"C2.{variant}.eval", where=mask)
 
 
+@sets_with(r"C2\.(.*nomask)\.logits_s\d+")
 @torch.no_grad()
 def test_set_c2_without_a_mask_rows_share_the_ntk_factor(any_golden: Golden, attention: str) -> None:
     tensors = any_golden.tensors
@@ -142,6 +145,7 @@ def test_set_c2_without_a_mask_rows_share_the_ntk_factor(any_golden: Golden, att
         assert_logits(model(input_ids=tensors.ids("C2.input_ids")).logits, tensors, f"C2.{case}")
 
 
+@sets_with(r"C6\.(ntk\d_logn\d)\.eval\.logits_s\d+")
 @torch.no_grad()
 def test_set_c6_large_ntk_factor(any_golden: Golden, attention: str) -> None:
     for variant in any_golden.cases(r"C6\.(ntk\d_logn\d)\.eval\.logits_s\d+"):
@@ -152,6 +156,7 @@ def test_set_c6_large_ntk_factor(any_golden: Golden, attention: str) -> None:
         assert_logits(model(input_ids=ids).logits, any_golden.tensors, f"C6.{variant}.eval")
 
 
+@sets_with(r"G\.([^.]+)\.logits")
 @torch.no_grad()
 def test_set_g_other_architectures(any_golden: Golden, attention: str) -> None:
     tensors = any_golden.tensors
@@ -167,6 +172,7 @@ def test_set_g_other_architectures(any_golden: Golden, attention: str) -> None:
         assert_logits(model(input_ids=long_ids).logits, tensors, f"G.{variant}.long")
 
 
+@sets_with(r"(D\d+\.chunk\d+_then\d+)\.logits_s\d+")
 @torch.no_grad()
 def test_several_tokens_after_a_cache_attend_causally(model: QWenLMHeadModel, any_golden: Golden) -> None:
     """In the original they attended to each other in both directions; here a split forward equals a whole one."""
@@ -183,8 +189,8 @@ def test_several_tokens_after_a_cache_attend_causally(model: QWenLMHeadModel, an
         assert difference.min() > 0.1
 
 
+@sets_with(r"(F\.B\.bf16)\.loss")
 @torch.no_grad()
-@pytest.mark.parametrize("any_golden", ["large"], indirect=True)
 def test_bfloat16_is_close_to_the_original(any_golden: Golden) -> None:
     """In half precision results agree only up to rounding."""
     tensors = any_golden.tensors
@@ -216,6 +222,7 @@ def test_logn_of_every_position(any_golden: Golden) -> None:
     assert_close(scale, expected, 1e-6, name)
 
 
+@sets_with(r"rope\.alpha(\d+)\.cos")
 def test_rotary_tables(any_golden: Golden) -> None:
     config = any_golden.config
     for alpha in any_golden.cases(r"rope\.alpha(\d+)\.cos"):

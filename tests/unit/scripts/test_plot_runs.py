@@ -98,7 +98,7 @@ def test_refusals_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         f"{other}: the folder contains no training_log.jsonl. Give the output folder of finetune.py"
     )
     assert message(good, broken) == (
-        f"{broken}/training_log.jsonl:2: no line of a training log. Give a run's training_log.jsonl"
+        f"{broken}/training_log.jsonl:2: not a line of a training log. Give a run's training_log.jsonl"
     )
     assert message(empty) == (
         f"{empty}/training_log.jsonl: no loss was logged. Give a run with at least one logged step"

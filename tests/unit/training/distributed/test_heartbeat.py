@@ -131,5 +131,5 @@ def test_single_process_needs_no_threads() -> None:
 
 @pytest.mark.parametrize("seconds", ["-1", "4.9"])
 def test_impossible_timeout_is_refused(seconds: str) -> None:
-    with pytest.raises(ValueError, match=re.escape(f"--heartbeat_timeout {float(seconds):g} is not possible. Give 5 ")):
+    with pytest.raises(ValueError, match=re.escape(f"--heartbeat_timeout {float(seconds):g} is out of range. Give 5 ")):
         check_args(parse_args(["--heartbeat_timeout", seconds, "--data_path", "x.json"]))
