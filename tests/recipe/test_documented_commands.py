@@ -155,6 +155,23 @@ def test_documents_contain_commands() -> None:
     assert len(TO_RUN) >= 12
 
 
+def heading_anchors(document: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a document."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
+def test_links_lead_to_files_and_headings(document: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        if link.startswith(("http:", "https:")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (document.parent / file).resolve() if file else document
+        assert target.exists(), f"{document.name}: {link}"
+        assert not anchor or anchor in heading_anchors(target), f"{document.name}: {link}"
+
+
 @pytest.mark.parametrize("key", ELSEWHERE)
 def test_commands_tested_elsewhere_are_tested_there(key: str) -> None:
     program = key.removesuffix("=").split("/")[-1].split()[-1]
