@@ -89,7 +89,7 @@ def test_worthless_run_is_exit_code_1(
 def test_unreadable_data_is_exit_code_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = write(tmp_path / "a.jsonl", ANSWERED, {"messages": 3})
     assert preview("--data_path", data) == 2
-    assert f"scripts.preview_data: error: {data}:2: " in capsys.readouterr().err
+    assert f"preview_data: error: {data}:2: " in capsys.readouterr().err
     assert preview("--data_path", data, "--on_bad_record", "skip") == 0
     assert preview("--data_path", tmp_path / "none.json") == 2
     assert preview("--data_path", data, "--samples", -1) == 2

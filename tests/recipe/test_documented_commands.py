@@ -146,8 +146,9 @@ def prepare(folder: Path, document: str, readme: Path | None) -> None:
 
 
 def placed(text: str, folder: Path) -> str:
-    """A text with the paths of models replaced by those of tiny ones."""
-    return text.replace("/path/to/Qwen-7B-Chat-Int4", str(folder / "int4")).replace("/path/to/Qwen-7B-Chat", str(TINY))
+    """Return a text with models replaced by tiny ones, whose layers have 32 inputs."""
+    text = text.replace("/path/to/Qwen-7B-Chat-Int4", str(folder / "int4")).replace("/path/to/Qwen-7B-Chat", str(TINY))
+    return text.replace("--group_size 128", "--group_size 32")
 
 
 def test_documents_contain_commands() -> None:
