@@ -226,16 +226,19 @@ def init_process_group(args: RunArguments) -> None:
     """
     import torch.distributed as dist
 
-    deepspeed = bool(args.trainer_value("deepspeed"))
-    if deepspeed and processes.count_processes() == 1:
+    uses_deepspeed = bool(args.trainer_value("deepspeed"))
+    if uses_deepspeed and processes.count_processes() == 1:
         processes.set_single_process()
     with connection_errors():
         if processes.count_processes() > 1 and not dist.is_initialized():
             backend = "gloo" if args.trainer_value("use_cpu") or not processes.has_gpu() else "cpu:gloo,cuda:nccl"
             dist.init_process_group(backend, timeout=timedelta(seconds=args.trainer_value("ddp_timeout")))
-        if deepspeed:
+        if uses_deepspeed:
+            import deepspeed.ops
             from deepspeed.comm import init_distributed
 
+            # On a CPU DeepSpeed compiles an operation that only its inference uses: minutes, and a failure without g++.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
             init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
