@@ -15,8 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.files import load_json
+from checkpoints.adapter_config import load_adapter_config
+from checkpoints.input_folders import check_files
 from checkpoints.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from checkpoints.patterns import check_patterns, module_pattern
 from checkpoints.shards import CheckpointReader, open_checkpoint
 from errors import ConfigError
 
@@ -40,21 +42,6 @@ _ROLES = tuple(
     )
 )
 _PARTNERS = {"lora_A": "lora_B", "lora_B": "lora_A", "embedding_A": "embedding_B", "embedding_B": "embedding_A"}
-
-# Options that are used here, and options that do not affect how the saved tensors are merged. Any other option that is
-# set is refused: an option that is not understood must not be merged.
-_USED_OPTIONS = {
-    "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "bias", "lora_bias",
-    "modules_to_save", "trainable_token_indices", "init_lora_weights", "base_model_name_or_path",
-}  # fmt: skip
-_NEUTRAL_OPTIONS = {
-    "task_type", "auto_mapping", "peft_version", "revision", "inference_mode", "target_modules", "exclude_modules",
-    "lora_dropout", "fan_in_fan_out", "layers_to_transform", "layers_pattern", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config", "megatron_core", "qalora_group_size", "runtime_config", "ensure_weight_tying",
-}  # fmt: skip
-# Initialisations that leave the base unchanged. The others (pissa, olora, corda, loftq, lora_ga) move a part of it into
-# the adapter, which then fits only the changed base.
-_PLAIN_INITS = {"true", "false", "none", "gaussian", "eva", "orthogonal", "mica"}
 
 
 @dataclass
@@ -95,14 +82,13 @@ def read_adapter(folder: str | Path) -> Adapter:
             without its counterpart.
     """
     folder = Path(folder)
-    if not (folder / ADAPTER_CONFIG).is_file():
-        raise ConfigError(f"--adapter {folder} holds no {ADAPTER_CONFIG}", "Give the folder of a saved adapter")
-    config = load_json(folder / ADAPTER_CONFIG)
-    _check_options(config, folder / ADAPTER_CONFIG)
+    config = load_adapter_config(folder, "--adapter")
+    check_files(folder)
     tensors = open_checkpoint(folder, ADAPTER_WEIGHTS)
     edits: dict[str, Edit] = {}
-    for name in tensors.names():
-        module, role, parameter = _parse_name(name, folder)
+    parsed = {name: _parse_name(name, folder) for name in tensors.names()}
+    check_patterns(config, {module for module, _, _ in parsed.values()}, str(folder / ADAPTER_CONFIG))
+    for name, (module, role, parameter) in parsed.items():
         edit = edits.setdefault(parameter, Edit())
         if role in edit.roles:
             what = f"{folder}: {name} and {edit.roles[role]} have the same role"
@@ -118,21 +104,6 @@ def read_adapter(folder: str | Path) -> Adapter:
     return Adapter(folder, config, tensors, edits)
 
 
-def _check_options(config: Mapping[str, Any], path: Path) -> None:
-    if config.get("peft_type") != "LORA":
-        raise ConfigError(f"{path}: peft_type {config.get('peft_type')} cannot be merged", "Only LORA adapters can")
-    init = str(config.get("init_lora_weights", True)).lower()
-    if init not in _PLAIN_INITS:
-        raise ConfigError(
-            f"{path}: init_lora_weights {init} trains on a changed copy of the base, which is not available",
-            "Convert the adapter with peft's save_pretrained(path_initial_model_for_weight_conversion=...) first",
-        )
-    for option, value in config.items():
-        if value and option not in _USED_OPTIONS | _NEUTRAL_OPTIONS:
-            fix = "Merge it with the peft version that saved it"
-            raise ConfigError(f"{path}: the option {option} ({value}) is not supported", fix)
-
-
 def _parse_name(name: str, folder: Path) -> tuple[str, str, str]:
     """Name of an adapter's tensor -> (module, role, name of the base's parameter)."""
     for pattern, role, parameter in _ROLES:
@@ -146,7 +117,7 @@ def _rank_and_scale(module: str, config: Mapping[str, Any]) -> tuple[int, float]
 
     def by_pattern(option: str, default: int) -> Any:
         patterns = config.get(option) or {}
-        key = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), module)
+        key = next((key for key in patterns if re.match(module_pattern(key), module)), module)
         return patterns.get(key, default)
 
     rank = by_pattern("rank_pattern", config.get("r", 8))

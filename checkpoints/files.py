@@ -1,36 +1,167 @@
-"""Single files: JSON and text, written in one step; needs no torch."""
+"""Single files of a checkpoint's, adapter's or run's folder: read with limits, written in one step; needs no torch."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, NoReturn
 
+from checkpoints.json_schemas import MIB, Schema, schema_of
 from errors import ConfigError
 
+_COPY_AGAIN = "Copy the file again"
+_MOST_LEVELS = 100
+"""Nested lists and objects: no file has as many, and Python and libraries fail at about 1,000."""
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
-def load_json(path: Path) -> dict[str, Any]:
-    """Read a JSON object.
+
+def open_regular(path: Path) -> BinaryIO:
+    """Open a file to read; a link to a file is followed.
 
     Raises:
-        ConfigError: the file is missing or is not a JSON object.
+        ConfigError: it is missing, or is a folder, a pipe, a device or a link that leads nowhere or in a circle.
     """
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", "Check the folder's name") from error
+        if not stat.S_ISREG(path.stat().st_mode):  # before it is opened: opening a pipe waits, a device may act
+            raise ConfigError(f"{path} is {_kind_of(path)}, not a file", "Put the file itself there")
+        return path.open("rb")
+    except (OSError, ValueError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"cannot read {path}: {describe_os_error(error)}", "Check the folder's name") from error
+
+
+def check_regular(path: Path) -> None:
+    """Raise ``ConfigError`` unless :func:`open_regular` can open a file."""
+    open_regular(path).close()
+
+
+def describe_os_error(error: Exception) -> str:
+    """Return why the operating system, or Python before it (a name with NUL), refused a path."""
+    return getattr(error, "strerror", None) or str(error)
+
+
+def _kind_of(path: Path) -> str:
+    mode = path.stat().st_mode
+    kinds = {"a folder": stat.S_ISDIR, "a named pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
+    return next((kind for kind, applies in kinds.items() if applies(mode)), "a device")
+
+
+def is_file(path: Path) -> bool:
+    """Return whether a file is there; false for a name that no file can have.
+
+    Raises:
+        ConfigError: something else than a file is there, such as a pipe or a link in a circle.
+    """
+    try:
+        path.lstat()
+    except (OSError, ValueError):
+        return False
+    check_regular(path)
+    return True
+
+
+def read_text(path: Path, most_bytes: int) -> str:
+    """Read a UTF-8 text file.
+
+    Raises:
+        ConfigError: see :func:`open_regular`; or it is too large, or not UTF-8.
+    """
+    with open_regular(path) as file:
+        try:
+            content = file.read(most_bytes + 1)
+        except OSError as error:
+            raise ConfigError(f"cannot read {path}: {error.strerror}", _COPY_AGAIN) from error
+    if len(content) > most_bytes:
+        raise ConfigError(f"{path} is larger than {most_bytes:,} bytes, the limit for this file", _COPY_AGAIN)
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not UTF-8 (byte {error.start:,})", _COPY_AGAIN) from error
+
+
+def load_json(path: Path, schema: Schema | None = None) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Args:
+        schema: its keys with their types and ranges; by default the one for the file's name, if it has one.
+
+    Raises:
+        ConfigError: the file is missing, is no regular file, too large, not UTF-8, no JSON object, nested too deeply,
+            or a key does not follow the schema.
+    """
+    schema = schema or schema_of(path.name)
+    text = read_text(path, schema.most_bytes)
+
+    limits: dict[str, Any] = {} if schema.has_nan else {"parse_constant": _refuse_constant, "parse_float": _finite}
+    try:
+        value = json.loads(text, object_pairs_hook=_without_repeated_keys, **limits)
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested more than {_MOST_LEVELS} levels deep", _COPY_AGAIN) from error
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}", "Copy the file again") from error
+        raise ConfigError(f"{path} is not JSON: {error}", _COPY_AGAIN) from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a {type(value).__name__}, not a JSON object", "Copy the file again")
+        raise ConfigError(f"{path} holds a {type(value).__name__}, not a JSON object", _COPY_AGAIN)
+    _check_values(value, path, has_surrogates=_SURROGATE.search(text) is not None)
+    if fault := schema.rule.find_fault(value, ""):
+        raise ConfigError(f"{path}: {fault}", "Copy it again from the original checkpoint")
     return value
 
 
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"it contains {name}")
+
+
+def _finite(digits: str) -> float:
+    value = float(digits)
+    if value in (float("inf"), float("-inf")):
+        raise ValueError(f"it contains {digits[:40]}, which is too large")
+    return value
+
+
+def _without_repeated_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Build an object; a key that has two values means something else to each reader."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        for key, each in pairs:
+            if value[key] != each:
+                raise ValueError(f"the key {json.dumps(key)} has two values")
+    return value
+
+
+def _check_values(value: dict[str, Any], path: Path, has_surrogates: bool) -> None:
+    """Check how deeply values are nested, and that texts are Unicode: half of a surrogate pair cannot be written."""
+    level: list[Any] = [value]
+    for _ in range(_MOST_LEVELS):
+        values = [
+            each for parent in level for each in (parent.values() if isinstance(parent, dict) else parent)
+        ]
+        if has_surrogates:
+            keys = [key for parent in level if isinstance(parent, dict) for key in parent]
+            for text in (*keys, *values):
+                if isinstance(text, str) and not _is_unicode(text):
+                    raise ConfigError(f"{path} contains half of a surrogate pair in {json.dumps(text)[:60]}", _COPY_AGAIN)
+        level = [each for each in values if isinstance(each, (dict, list))]
+        if not level:
+            return
+    raise ConfigError(f"{path} is nested more than {_MOST_LEVELS} levels deep", _COPY_AGAIN)
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def load_json_or_empty(path: Path) -> dict[str, Any]:
-    """Read a JSON object; return ``{}`` if the file is missing or is not a JSON object."""
+    """Read a JSON object; return ``{}`` if :func:`load_json` refuses it."""
     try:
         return load_json(path)
     except ConfigError:

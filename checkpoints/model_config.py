@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from checkpoints.files import load_json_or_empty
+from checkpoints.files import is_file, load_json
 from checkpoints.names import BASE_QUANTIZATION
 from errors import ConfigError
 
@@ -80,17 +80,17 @@ def find_quantization(folder: Path) -> Quantization | None:
     """Return how a checkpoint is quantised, from ``config.json`` or the older files of auto-gptq and AutoAWQ.
 
     The older files are ``quantize_config.json`` and ``quant_config.json``. ``None`` if the weights are not quantised or
-    config.json cannot be read (loading the checkpoint reports that).
+    there is no config.json.
 
     Raises:
-        ConfigError: an unsupported method, format or number of bits.
+        ConfigError: a file that cannot be read, or an unsupported method, format or number of bits.
     """
     file = folder / "config.json"
-    config = load_json_or_empty(file)
+    config = _load(file)
     if isinstance(quantization := config.get("quantization_config"), dict):
         return _parse(quantization, file, str(quantization.get("quant_method", "")))
     for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
-        if config and (quantization := load_json_or_empty(folder / name)):
+        if config and (quantization := _load(folder / name)):
             return _parse(quantization, folder / name, str(quantization.get("quant_method", method)))
     return None
 
@@ -102,8 +102,12 @@ def load_base_quantization(folder: Path) -> Quantization | None:
         ConfigError: an unsupported method.
     """
     file = folder / BASE_QUANTIZATION
-    config = load_json_or_empty(file)
+    config = _load(file)
     return _parse(config, file, str(config.get("quant_method", ""))) if config else None
+
+
+def _load(file: Path) -> dict[str, Any]:
+    return load_json(file) if is_file(file) else {}
 
 
 def check_bitsandbytes(needed_by: str) -> None:

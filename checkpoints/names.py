@@ -14,6 +14,9 @@ ADAPTER_SAFETENSORS = "adapter_model.safetensors"
 ADAPTER_WEIGHTS = (ADAPTER_SAFETENSORS, "adapter_model.bin")
 """Weights of an adapter in order of preference."""
 
+TEMPLATES_FOLDER = "additional_chat_templates"
+"""A folder with the named chat templates of a tokenizer, ``NAME.jinja``, beside its default one."""
+
 BASE_QUANTIZATION = "base_quantization.json"
 """The quantization_config of a model that was quantised while it was loaded, beside its adapter."""
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import pickle
 import zipfile
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoints.files import load_json
+from checkpoints.files import check_regular, is_file, load_json
 from checkpoints.model_config import find_quantization
 from checkpoints.names import WEIGHTS
 from checkpoints.source import TensorSource
@@ -31,6 +32,7 @@ class _SafetensorsFile:
     """One safetensors file: its header is read, its data stay on disk."""
 
     def __init__(self, path: Path) -> None:
+        check_regular(path)
         try:
             self._file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -52,12 +54,17 @@ class _PickleFile:
     """One memory-mapped ``.bin`` file; a pickle of anything but tensors and plain containers is refused."""
 
     def __init__(self, path: Path) -> None:
+        check_regular(path)
         try:
             # Files written before torch 1.6 are not zip archives and cannot be memory-mapped.
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # a damaged pickle fails in any way
             raise _broken(path, error) from error
-        if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        if not isinstance(state, Mapping) or not all(
+            isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+        ):
             raise ConfigError(f"{path} does not contain named tensors", "Use the folder of a saved model")
         self._state = dict(state)
         self.names = list(self._state)
@@ -73,6 +80,9 @@ class _PickleFile:
 
 
 def _broken(path: Path, error: Exception) -> ConfigError:
+    if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
+        what = f"{path} contains other Python objects than tensors, which are not loaded"
+        return ConfigError(what, "Save the weights as safetensors, or use a folder that you trust")
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ConfigError(f"{path} is damaged or incomplete ({reason})", "Copy or download this file again")
 
@@ -135,17 +145,17 @@ def _names_from_quantization(folder: Path) -> tuple[str, ...]:
 def _find_weights(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], dict[str, str] | None]:
     """Return the weight files of a folder and, if they are shards, the index's map of tensor name -> file name."""
     for name in names:
-        if (folder / name).is_file():
+        if is_file(folder / name):
             return [folder / name], None
         index = folder / f"{name}.index.json"
-        if index.is_file():
+        if is_file(index):
             weight_map = load_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise ConfigError(f"{index} has no weight_map", "Copy or download this file again")
             return _check_shards(folder, index, weight_map), weight_map
     if names == WEIGHTS and (others := _names_from_quantization(folder)):
         return _find_weights(folder, others)
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise ConfigError(f"{folder} is not a folder", "Point to the folder of a saved model")
     what = f"{folder} holds no weights ({' or '.join(names)}, one file or shards with an index)"
     raise ConfigError(what, "Point to the folder of a saved model")
@@ -163,7 +173,7 @@ def _check_shards(folder: Path, index: Path, weight_map: Mapping[str, object]) -
             raise ConfigError(what, "Use the checkpoint only if you trust its source, and download the index again")
     shards = [folder / shard for shard in sorted({str(shard) for shard in weight_map.values()})]
     for shard in shards:
-        if not shard.is_file():
+        if not is_file(shard):
             raise ConfigError(f"{shard} is missing, but {index.name} lists it", "Download it again")
     return shards
 

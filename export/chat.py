@@ -9,7 +9,7 @@ from pathlib import Path
 from chat.chatml import DEFAULT_SYSTEM, END_OF_TEXT, IM_END, IM_START
 from chat.stops import end_ids_of, stopping_generation_config
 from checkpoints.files import load_json, save_json, save_text
-from errors import ConfigError, one_line
+from loading.opening import library_errors
 from qwen_model.architectures import ARCHITECTURES
 from qwen_model.tokenization_qwen import QWenTokenizer
 
@@ -61,13 +61,8 @@ def write_generation_config(folder: Path) -> None:
             "generation_config.json is unchanged: there is no tokenizer, so the ids that end an answer are unknown"
         )
         return
-    try:
+    with library_errors(f"the tokenizer in {folder} cannot be read", "Copy its files from the base again"):
         end_ids = _end_ids(folder)
-    except ConfigError:
-        raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        what = f"the tokenizer in {folder} cannot be read ({one_line(error)})"
-        raise ConfigError(what, "Copy its files from the base again") from error
     if not end_ids:
         logger.warning("generation_config.json is unchanged: the tokenizer has no <|im_end|>, so no ChatML")
         return

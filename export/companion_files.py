@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from checkpoints.files import load_json, save_json
+from checkpoints.names import TEMPLATES_FOLDER
 from export.chat import write_chat_template, write_generation_config
 from export.layouts.qwen2_names import layout_of_config
 from export.merging import MergePlan
@@ -86,6 +87,11 @@ def copy_tokenizer(sources: Sequence[Path], folder: Path) -> None:
     """Copy the tokenizer's files, each from the first of ``sources`` that has it."""
     for name in TOKENIZER_FILES:
         copy_first(name, sources, folder)
+    owner = next((source for source in sources if (source / "tokenizer_config.json").is_file()), None)
+    if owner is not None and (owner / TEMPLATES_FOLDER).is_dir():
+        (folder / TEMPLATES_FOLDER).mkdir(exist_ok=True)
+        for template in (owner / TEMPLATES_FOLDER).glob("*.jinja"):
+            shutil.copyfile(template, folder / TEMPLATES_FOLDER / template.name)
     config_file = folder / "tokenizer_config.json"
     if not config_file.is_file():
         return

@@ -14,6 +14,7 @@ from checkpoints.adapter import read_adapter
 from checkpoints.dequantized_reader import open_dequantized
 from checkpoints.files import load_json, save_json
 from checkpoints.folders import check_space, staged_folder
+from checkpoints.input_folders import check_model_files
 from checkpoints.model_config import with_dtype
 from checkpoints.shards import fingerprint, open_checkpoint
 from checkpoints.source import InDtype, TensorSource
@@ -28,6 +29,7 @@ from export.layouts.qwen2_names import LAYOUTS, Layout, layout_of_names
 from export.model_card import copy_licenses
 from export.progress import progress_bar
 from export.standalone import write_code
+from loading.opening import library_errors
 from qwen_model.register import register_qwen
 
 
@@ -77,6 +79,7 @@ def convert_checkpoint(options: Conversion) -> str:
     Raises:
         ConfigError: a checkpoint that cannot be read, or that the layout cannot express.
     """
+    check_model_files(options.source)
     config = load_json(options.source / "config.json")
     if (model_type := config.get("model_type")) not in LAYOUTS:
         what = f"{options.source / 'config.json'}: model_type {model_type!r} has no other layout"
@@ -149,5 +152,6 @@ def _save_adapter_generation_config(options: Conversion, folder: Path, layout: L
     file = options.source / "generation_config.json"
     if file.is_file() and (folder / "tokenizer_config.json").is_file():
         register_qwen()
-        end_ids = end_ids_of(AutoTokenizer.from_pretrained(str(folder)))
+        with library_errors(f"{options.source}: its tokenizer", "Copy its files again"):
+            end_ids = end_ids_of(AutoTokenizer.from_pretrained(str(folder)))
         save_json(stopping_generation_config(load_json(file), end_ids, layout), folder / file.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 
 from checkpoints.adapter import read_adapter
 from checkpoints.dequantized_reader import open_dequantized
-from checkpoints.files import load_json
+from checkpoints.files import is_file, load_json
 from checkpoints.fold import WeightedAdapter
+from checkpoints.input_folders import check_model_files
 from checkpoints.model_config import Quantization, declared_dtype, find_quantization
 from checkpoints.source import TensorSource
 from errors import ConfigError
@@ -50,7 +52,7 @@ def load_adapters(values: Sequence[str]) -> list[WeightedAdapter]:
     """
     adapters = []
     for value in values:
-        folder, _, weight = (value, "", "1") if Path(value).is_dir() else value.rpartition("=")
+        folder, _, weight = (value, "", "1") if os.path.isdir(value) else value.rpartition("=")
         if not folder:
             folder, weight = weight, "1"
         try:
@@ -76,13 +78,13 @@ def find_base(base: Path | None, adapter: Path, adapter_config: dict[str, Any]) 
         ConfigError: no such folder.
     """
     if base is not None:
-        if not (base / "config.json").is_file():
+        if not is_file(base / "config.json"):
             raise ConfigError(f"--base {base} has no config.json", "Give the folder of the model that was tuned")
         return base
     name = adapter_config.get("base_model_name_or_path")
     if name:
         for folder in (Path(name), adapter / name, adapter.resolve().parent / name):
-            if (folder / "config.json").is_file():
+            if is_file(folder / "config.json"):
                 return folder
         if name.count("/") == 1 and (cached := find_cached_folder(name)):
             return cached
@@ -96,6 +98,7 @@ def open_base(folder: Path) -> Base:
     Raises:
         ConfigError: weights that are missing, damaged, or quantised in a way that cannot be read.
     """
+    check_model_files(folder)
     config = load_json(folder / "config.json")
     if not isinstance(config.get("model_type"), str):
         what = f"{folder / 'config.json'} has no model_type"

@@ -4,22 +4,26 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora import awq, gptq
-from safetensors import SafetensorError
 from transformers import PreTrainedModel
 
 from chat.render import control_ids_of
-from checkpoints.names import ADAPTER_WEIGHTS
+from checkpoints.adapter_config import load_adapter_config
+from checkpoints.input_folders import check_files
+from checkpoints.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from checkpoints.patterns import check_patterns
 from checkpoints.shards import open_checkpoint
 from errors import ConfigError, one_line
 from loading.checkpoint import Checkpoint
+from loading.opening import library_errors
 from loading.token_rows import sharded_token_rows, use_lean_trainable_tokens
 from qwen_model.architectures import architecture_of
 
@@ -41,8 +45,10 @@ def embeddings_policy(requested: str, checkpoint: Checkpoint, lora_weight_path: 
     cannot learn where an answer ends. generation_config.json contains the kind of model; folder names do not count.
     """
     if lora_weight_path:
-        config = _load_adapter_config(lora_weight_path, "--lora_weight_path")
-        mode = "full" if config.modules_to_save else "chatml_tokens" if config.trainable_token_indices else "none"
+        config = load_adapter_config(Path(lora_weight_path), "--lora_weight_path")
+        mode = "full" if config.get("modules_to_save") else "none"
+        if mode == "none" and config.get("trainable_token_indices"):
+            mode = "chatml_tokens"
         if requested not in ("auto", mode):
             raise ConfigError(
                 f"--trainable_embeddings {requested}: the adapter of --lora_weight_path was made with {mode}",
@@ -137,19 +143,21 @@ def load_adapter(
     Raises:
         ConfigError: no adapter, an adapter of another model, or one that lacks a LoRA matrix.
     """
-    _load_adapter_config(folder, flag)
-    try:
+    options = load_adapter_config(Path(folder), flag)
+    check_files(Path(folder))
+    names = [name for name, _ in model.named_modules()]
+    check_patterns(options, names, f"{flag} {Path(folder) / ADAPTER_CONFIG}")
+    saved = {name.replace(".default", "") for name in open_checkpoint(folder, ADAPTER_WEIGHTS).names()}
+    with library_errors(f"{flag} {folder}", "Give the folder of an adapter of this model", _describe):
+        # The config is given, so that peft does not read the file, whose keys it would take as they are.
         with without_gptqmodel():
             adapted = PeftModel.from_pretrained(
-                model, folder, is_trainable=is_trainable, autocast_adapter_dtype=in_float32
+                model,
+                folder,
+                is_trainable=is_trainable,
+                config=_peft_config(options, folder, flag),
+                autocast_adapter_dtype=in_float32,
             )
-        saved = {name.replace(".default", "") for name in open_checkpoint(folder, ADAPTER_WEIGHTS).names()}
-    except ConfigError:
-        raise
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        raise ConfigError(
-            f"{flag} {folder}: {_describe(error)}", "Give the folder of an adapter of this model"
-        ) from error
     # peft initialises tensors that the file lacks.
     missing = sorted(get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - saved)
     if lora := [name for name in missing if ".lora_" in name]:
@@ -191,16 +199,16 @@ def _describe(error: Exception) -> str:
     return f"its {name.replace('.default', '')} has the shape ({saved}), the model needs ({expected})"
 
 
-def _load_adapter_config(folder: str, flag: str) -> LoraConfig:
-    try:
-        config = PeftConfig.from_pretrained(folder)
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"{flag} {folder}: there is no adapter ({one_line(error)})", "Give a folder with an adapter_config.json"
-        ) from error
-    if not isinstance(config, LoraConfig):
-        raise ConfigError(f"{flag} {folder}: its adapter has the type {config.peft_type}", "Give a LoRA adapter")
-    return config
+def _peft_config(options: Mapping[str, Any], folder: str, flag: str) -> LoraConfig:
+    """Build peft's config of a saved adapter."""
+    known = {item.name for item in fields(LoraConfig)}
+    if unknown := [name for name, value in options.items() if value and name not in known]:
+        what = f"{flag} {folder}: its option {unknown[0]} is unknown to the installed peft"
+        raise ConfigError(what, "Install the peft version of constraints.txt")
+    values = {name: value for name, value in options.items() if name in known and name != "peft_type"}
+    if values.get("init_lora_weights") == "eva":  # the start of its training: here the values are read from the file
+        values["init_lora_weights"] = True
+    return LoraConfig(**values)
 
 
 def _build_config(

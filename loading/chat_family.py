@@ -6,6 +6,7 @@ from typing import Any
 
 from chat.detect import family_of
 from chat.families import QWEN_V1, Family
+from errors import ConfigError
 from qwen_model.architectures import architecture_of
 
 
@@ -16,4 +17,8 @@ def chat_family(model_type: str, tokenizer: Any) -> Family:
         ConfigError: an unsupported ``model_type``, or a chat template that renders like no known format.
     """
     architecture = architecture_of(model_type)
+    templates = getattr(tokenizer, "chat_template", None)
+    if isinstance(templates, dict) and "default" not in templates:
+        what = f"the checkpoint has the chat templates {', '.join(sorted(templates))}, and none named default"
+        raise ConfigError(what, "Add chat_template.jinja, the one for conversations without tools")
     return family_of(tokenizer, architecture.base_system) if architecture.brings_chat_template else QWEN_V1

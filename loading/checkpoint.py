@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
 
 from chat.chatml import END_OF_TEXT, IM_END
 from chat.families import Family
 from chat.stops import end_ids_of
+from checkpoints.files import is_file, load_json
+from checkpoints.input_folders import check_model_files
 from checkpoints.model_config import DTYPE_NAMES, Quantization, find_quantization
 from checkpoints.shards import CheckpointReader, open_checkpoint
 from checkpoints.source import is_finite
 from errors import ConfigError, one_line
 from loading.chat_family import chat_family
 from loading.hubs import find_folder
+from loading.opening import library_errors
 from loading.quantized import compute_in_float32, loading_arguments, patch_bitsandbytes_linear
 from qwen_model.architectures import architecture_of
 from qwen_model.lean_models import model_class_of
@@ -75,6 +76,7 @@ def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = 
     """
     register_qwen()
     folder = find_folder(name_or_path, cache_dir, hub)
+    check_model_files(folder)
     config = _load_config(folder)
     try:
         reader = open_checkpoint(folder)
@@ -82,7 +84,8 @@ def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = 
         raise ConfigError(f"--model_name_or_path: {error}") from error
     quantization = _find_quantization(folder, reader)
     tokenizer = _load_tokenizer(folder)
-    family = chat_family(config.model_type, tokenizer)
+    with library_errors(f"{folder}: its chat template", "Restore the official chat template of the checkpoint"):
+        family = chat_family(config.model_type, tokenizer)
     generation_config = _load_generation_config(folder)
     _check_tokenizer(folder, config, tokenizer, generation_config)
     return Checkpoint(
@@ -120,21 +123,19 @@ def load_model(
         storage_dtype = checkpoint.dtype if dtype == torch.float32 else dtype
         arguments = loading_arguments(checkpoint.folder, checkpoint.config, checkpoint.quantization, quantize, dtype)
     try:
-        loaded: Any = model_class_of(checkpoint.model_type).from_pretrained(
-            None if "state_dict" in arguments else str(checkpoint.folder),
-            dtype=storage_dtype,
-            attn_implementation=attn_implementation,
-            output_loading_info=True,
-            **arguments,
-        )
+        with library_errors(place, "Copy the weights again from the original checkpoint"):
+            loaded: Any = model_class_of(checkpoint.model_type).from_pretrained(
+                None if "state_dict" in arguments else str(checkpoint.folder),
+                dtype=storage_dtype,
+                attn_implementation=attn_implementation,
+                output_loading_info=True,
+                **arguments,
+            )
     except ConfigError as error:
-        raise ConfigError(f"{place}: {error}") from error
-    except (OSError, ImportError, RuntimeError, ValueError, SafetensorError) as error:
-        if attn_implementation is not None and attn_implementation in str(error):
-            raise ConfigError(f"--attn_implementation {attn_implementation}: {one_line(error)}") from error
-        raise ConfigError(
-            f"{place}: {one_line(error)}", "Copy the weights again from the original checkpoint"
-        ) from error
+        if attn_implementation is not None and attn_implementation in str(error.__cause__):
+            what = f"--attn_implementation {attn_implementation}: {one_line(error.__cause__ or error)}"
+            raise ConfigError(what) from error
+        raise
     model, info = loaded
     if missing := sorted(info["missing_keys"]):
         # transformers initialised them randomly.
@@ -166,18 +167,10 @@ def _check_finite(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 
 def _load_config(folder: Path) -> Any:
     file = folder / "config.json"
-    try:
-        model_type = json.loads(file.read_text(encoding="utf-8")).get("model_type")
-    except (ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"{file}: not a JSON object ({error})", "Copy it again from the original checkpoint"
-        ) from error
-    architecture_of(model_type, file)
-    try:
+    architecture_of(load_json(file).get("model_type"), file)
+    fix = "Copy it again from the original checkpoint, or install a transformers that supports the model"
+    with library_errors(str(file), fix):
         return AutoConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError) as error:
-        fix = "Copy it again from the original checkpoint, or install a transformers that supports the model"
-        raise ConfigError(f"{file}: {one_line(error)}", fix) from error
 
 
 def _find_quantization(folder: Path, reader: CheckpointReader) -> Quantization | None:
@@ -194,24 +187,16 @@ def _find_quantization(folder: Path, reader: CheckpointReader) -> Quantization |
 
 def _load_generation_config(folder: Path) -> GenerationConfig:
     file = folder / "generation_config.json"
-    if not file.exists():
+    if not is_file(file):
         return GenerationConfig()
-    try:
+    with library_errors(str(file), "Copy it again from the original checkpoint"):
         return GenerationConfig.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(f"{file}: {one_line(error)}", "Copy it again from the original checkpoint") from error
 
 
 def _load_tokenizer(folder: Path) -> Any:
-    try:
+    place = f"--model_name_or_path {folder}: its tokenizer cannot be read"
+    with library_errors(place, "Copy the tokenizer's files from the original checkpoint into the folder"):
         return AutoTokenizer.from_pretrained(str(folder))
-    except ConfigError:
-        raise
-    except (OSError, ValueError, TypeError) as error:
-        raise ConfigError(
-            f"--model_name_or_path {folder}: its tokenizer cannot be read ({one_line(error)})",
-            "Copy the tokenizer's files from the original checkpoint into the folder",
-        ) from error
 
 
 def _chat_format(config: Any, generation_config: GenerationConfig) -> str | None:

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints.files import load_json_or_empty
+from checkpoints.files import load_json_or_empty, open_regular
+
+
+# Kinds of scaled rotary embeddings whose `factor` multiplies the trained length; for others, the config's
+# max_position_embeddings is the extended length.
+_EXTENDING_ROPES = ("linear", "dynamic", "yarn")
 
 
 def find_cached_folder(hub_id: str, cache_dir: str | None = None) -> Path | None:
@@ -17,7 +24,7 @@ def find_cached_folder(hub_id: str, cache_dir: str | None = None) -> Path | None
 
     try:
         config = try_to_load_from_cache(hub_id, "config.json", cache_dir=cache_dir)
-    except HFValidationError:  # not a valid hub id
+    except (HFValidationError, OSError, ValueError):  # not a valid hub id, or too long for a file's name
         return None
     return Path(config).parent if isinstance(config, str) else None
 
@@ -25,7 +32,7 @@ def find_cached_folder(hub_id: str, cache_dir: str | None = None) -> Path | None
 def find_local_folder(name_or_path: str, cache_dir: str | None = None, hub: str = "hf") -> Path:
     """Return the folder of a checkpoint as far as it is known without the network, else ``name_or_path`` itself."""
     path = Path(name_or_path)
-    if hub != "hf" or path.exists() or name_or_path.count("/") != 1:
+    if hub != "hf" or os.path.lexists(path) or name_or_path.count("/") != 1:
         return path
     return find_cached_folder(name_or_path, cache_dir) or path
 
@@ -35,12 +42,21 @@ def load_model_config(folder: Path) -> dict[str, Any]:
     return load_json_or_empty(folder / "config.json")
 
 
-def max_positions(config: dict[str, Any]) -> int | None:
-    """Return the longest sequence that a model supports; not Qwen v1's ``seq_length``, which dynamic NTK extends."""
-    for name in ("max_position_embeddings", "n_positions"):
-        if isinstance(config.get(name), int) and config[name] > 0:
-            return int(config[name])
-    return None
+def max_positions(config: Mapping[str, Any]) -> int | None:
+    """Return the longest sequence that a model supports; not Qwen v1's ``seq_length``, which dynamic NTK extends.
+
+    Scaled rotary embeddings extend it: YaRN, for one, to ``factor`` times the length that the model was trained with.
+    """
+    stated = next((size for name in ("max_position_embeddings", "n_positions") if _is_size(size := config.get(name))), None)
+    rope = config.get("rope_scaling") or config.get("rope_parameters")
+    if stated is None or not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) not in _EXTENDING_ROPES:
+        return stated
+    trained, factor = rope.get("original_max_position_embeddings") or stated, rope.get("factor") or 1
+    return max(stated, int(trained * factor)) if _is_size(trained) and isinstance(factor, (int, float)) else stated
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and value > 0
 
 
 def module_names(folder: Path) -> list[str]:
@@ -58,10 +74,10 @@ def module_names(folder: Path) -> list[str]:
 def _safetensors_header(file: Path) -> dict[str, Any]:
     """Read the header of a safetensors file: eight bytes of length, then JSON. ``safe_open`` would import numpy."""
     try:
-        with file.open("rb") as stream:
+        with open_regular(file) as stream:
             start = stream.read(8)
             length = struct.unpack("<Q", start)[0] if len(start) == 8 else 0
             header = json.loads(stream.read(min(length, 100_000_000)))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}  # loading the weights reports it
     return header if isinstance(header, dict) else {}

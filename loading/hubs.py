@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
+from checkpoints.files import is_file
+from checkpoints.input_folders import check_name
 from checkpoints.shards import open_checkpoint
 from errors import ConfigError, one_line
 from loading.config_files import find_cached_folder
@@ -19,14 +22,15 @@ def find_folder(name_or_path: str, cache_dir: str | None = None, hub: str = "hf"
     Raises:
         ConfigError: no such folder, and no model of that name in the cache or on the hub.
     """
+    check_name(name_or_path, "--model_name_or_path")
     path = Path(name_or_path)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
+    if os.path.isdir(path):
+        if not is_file(path / "config.json"):
             raise ConfigError(
                 f"--model_name_or_path {name_or_path}: the folder has no config.json", "Give the folder of a checkpoint"
             )
         return path
-    if path.exists() or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
+    if os.path.lexists(path) or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
         raise ConfigError(f"--model_name_or_path {name_or_path}: there is no such folder", "Check the path")
     fetch = _fetch_from_modelscope if hub == "modelscope" else _fetch_from_huggingface
     return fetch(name_or_path, cache_dir)

@@ -10,11 +10,14 @@ quantised. Tensors are streamed; the output folder appears only when it is compl
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from checkpoints.files import is_file
+from checkpoints.input_folders import check_name
 from checkpoints.model_config import DTYPE_NAMES
 from checkpoints.names import ADAPTER_CONFIG
 from commands import CommandParser, run_command, set_up_logging
@@ -24,7 +27,8 @@ from export.layouts.qwen2_names import LAYOUTS
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-    is_adapter = (args.input / ADAPTER_CONFIG).is_file()
+    check_name(args.input, "IN")
+    is_adapter = is_file(args.input / ADAPTER_CONFIG)
     check_args(args, is_adapter)
     # torch is imported after the flags are checked, so that a wrong flag is reported at once.
     from checkpoints.folders import check_output_folder, check_outside_inputs
@@ -88,8 +92,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def check_args(args: argparse.Namespace, is_adapter: bool) -> None:
     """Raise ``ConfigError`` for a folder that is neither kind, and for flags of the other kind."""
-    if not is_adapter and not (args.input / "config.json").is_file():
-        what = "has neither config.json nor adapter_config.json" if args.input.is_dir() else "is not a folder"
+    if not is_adapter and not is_file(args.input / "config.json"):
+        is_folder = os.path.isdir(args.input)
+        what = "has neither config.json nor adapter_config.json" if is_folder else "is not a folder"
         raise ConfigError(f"{args.input} {what}", "Give the folder of a checkpoint or of a LoRA adapter")
     is_set = {"--base": args.base is not None, "--dtype": args.dtype is not None, "--dynamic_ntk": args.dynamic_ntk}
     inapplicable = ("--dtype", "--dynamic_ntk") if is_adapter else ("--base",)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 
+from checkpoints.adapter_config import load_adapter_config
+from checkpoints.input_folders import check_files, check_model_files
 from checkpoints.model_config import check_bitsandbytes, find_quantization
-from checkpoints.names import ADAPTER_CONFIG
 from data_utils.sources import parse_fill, parse_source
 from errors import ConfigError, numbered
 from loading.config_files import find_local_folder, load_model_config, max_positions, module_names
@@ -49,7 +50,8 @@ def check_args(args: RunArguments) -> None:
         _check_data, _check_numbers, _check_precision, _check_lora, _check_quantization, _check_optimizer, _check_model,
         _check_schedule, _check_reporters, check_engine, _check_output,
     )  # fmt: skip
-    faults = [fault for check in checks for fault in check(args)]
+    # Several checks may meet the same fault of a file.
+    faults = list({str(fault): fault for check in checks for fault in check(args)}.values())
     if len(faults) == 1:
         raise faults[0]
     if faults:
@@ -160,13 +162,12 @@ def _check_continued_adapter(lora: LoraArguments) -> Faults:
     """Check that no flag contradicts the rank, scale and layers of an adapter that is continued."""
     if not lora.lora_weight_path:
         return
+    adapter = Path(lora.lora_weight_path)
     try:
-        config = json.loads((Path(lora.lora_weight_path) / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        config = None
-    if not isinstance(config, dict):
-        what = f"--lora_weight_path {lora.lora_weight_path} contains no adapter"
-        yield ConfigError(what, "Give a folder with an adapter_config.json")
+        config = load_adapter_config(adapter, "--lora_weight_path")
+        check_files(adapter)
+    except ConfigError as error:
+        yield error
         return
     for flag, key in (
         ("lora_r", "r"), ("lora_alpha", "lora_alpha"), ("lora_dropout", "lora_dropout"), ("lora_bias", "bias"),
@@ -229,6 +230,8 @@ def _check_optimizer(args: RunArguments) -> Faults:
 
 def _check_model(args: RunArguments) -> Faults:
     name, length, folder = args.model.model_name_or_path, args.data.model_max_length, _model_folder(args)
+    if os.path.isdir(folder):
+        yield from _faults_of(check_model_files, folder)
     positions = max_positions(load_model_config(folder))
     if positions is not None and length > positions:
         yield ConfigError(

@@ -19,8 +19,10 @@ from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from chat.chatml import END_OF_TEXT, IM_END, IM_START
 from checkpoints.files import load_json, save_json, save_text
+from checkpoints.names import TEMPLATES_FOLDER
 from errors import ConfigError, one_line
 from export.chat import CHATML_TEMPLATE
+from loading.opening import library_errors
 from qwen_model.tokenization_qwen import SPECIAL_TOKENS, SPLIT_PATTERN, QWenTokenizer
 
 CONTROL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
@@ -44,7 +46,7 @@ def save_fast_tokenizer(folder_in: Path, folder_out: Path) -> None:
         ConfigError: a rank file that is missing or broken.
     """
     tokenizer = _load(folder_in)
-    template = _find_template(folder_in) or CHATML_TEMPLATE
+    templates = {"default": CHATML_TEMPLATE} | _find_templates(folder_in)
     ranks = tokenizer.mergeable_ranks
     vocabulary = {_letters(token): rank for token, rank in ranks.items()} | tokenizer.special_tokens
     # ignore_merges: a piece that equals a token becomes that token even if no merges form it (added ranks need this).
@@ -57,7 +59,7 @@ def save_fast_tokenizer(folder_in: Path, folder_out: Path) -> None:
     fast.post_processor = processors.ByteLevel(trim_offsets=False)
     fast.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in CONTROL_TOKENS])
     save_text(fast.to_str(pretty=True) + "\n", folder_out / "tokenizer.json")
-    save_text(template, folder_out / TEMPLATE_FILE)
+    _save_templates(templates, folder_out)
     settings = {
         # Reads tokenizer.json unchanged; Qwen2Tokenizer rebuilds it without ignore_merges.
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -104,31 +106,42 @@ def save_rank_tokenizer(folder_in: Path, folder_out: Path) -> None:
     _save_ranks({token: rank for token, rank in ranks.items() if rank < first}, folder_out / "qwen.tiktoken")
     if extra := {token: rank for token, rank in ranks.items() if rank >= first}:
         _save_ranks(extra, folder_out / "qwen_extra.tiktoken")
-    if template := _find_template(folder_in):
-        save_text(template, folder_out / TEMPLATE_FILE)
+    _save_templates(_find_templates(folder_in), folder_out)
     settings = {"tokenizer_class": "QWenTokenizer"}
     save_json(settings | _model_max_length(folder_in), folder_out / "tokenizer_config.json")
     _load(folder_out)
 
 
 def _load(folder: Path) -> QWenTokenizer:
-    try:
+    fix = "Copy qwen.tiktoken and tokenizer_config.json from the original checkpoint"
+    with library_errors(f"{folder}: the tokenizer cannot be read", fix):
         tokenizer: QWenTokenizer = QWenTokenizer.from_pretrained(folder)
-    except ConfigError:
-        raise
-    except (OSError, ValueError, TypeError) as error:
-        what = f"{folder}: the tokenizer cannot be read ({one_line(error)})"
-        raise ConfigError(what, "Copy qwen.tiktoken and tokenizer_config.json from the original checkpoint") from error
     return tokenizer
 
 
-def _find_template(folder: Path) -> str | None:
-    """Return the chat template of a tokenizer's folder."""
-    if (folder / TEMPLATE_FILE).is_file():
-        return (folder / TEMPLATE_FILE).read_text(encoding="utf-8")
+def _find_templates(folder: Path) -> dict[str, str]:
+    """Return the chat templates of a tokenizer's folder by name; ``default`` is the one that is used without tools.
+
+    Files are preferred to the templates in tokenizer_config.json, as in transformers.
+    """
+    files = {"default": folder / TEMPLATE_FILE} if (folder / TEMPLATE_FILE).is_file() else {}
+    files |= {path.stem: path for path in sorted((folder / TEMPLATES_FOLDER).glob("*.jinja"))}
+    if files:
+        return {name: path.read_text(encoding="utf-8") for name, path in files.items()}
     config = folder / "tokenizer_config.json"
     template = load_json(config).get("chat_template") if config.is_file() else None
-    return template if isinstance(template, str) else None
+    if isinstance(template, str):
+        return {"default": template}
+    return template if isinstance(template, dict) else {each["name"]: each["template"] for each in template or ()}
+
+
+def _save_templates(templates: Mapping[str, str], folder: Path) -> None:
+    for name, template in templates.items():
+        if name == "default":
+            save_text(template, folder / TEMPLATE_FILE)
+        else:
+            (folder / TEMPLATES_FOLDER).mkdir(exist_ok=True)
+            save_text(template, folder / TEMPLATES_FOLDER / f"{name}.jinja")
 
 
 def _model_max_length(folder: Path) -> dict[str, int]:

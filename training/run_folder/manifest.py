@@ -16,7 +16,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from checkpoints.files import save_json
+from checkpoints.files import load_json, save_json
+from checkpoints.json_schemas import Schema, schema_of
 from errors import ConfigError
 from training.run_folder.names import CHECKPOINT, MANIFEST, TRAINER_STATE
 
@@ -75,20 +76,24 @@ def load_manifest(checkpoint: Path) -> Manifest:
         DamagedError: the manifest is missing, or was changed after it was written.
         ConfigError: a newer version of this toolkit wrote it.
     """
+    path = checkpoint / MANIFEST
+    if not os.path.lexists(path):
+        raise DamagedError(f"it has no {MANIFEST}")
     try:
-        content = json.loads((checkpoint / MANIFEST).read_bytes())
-    except FileNotFoundError:
-        raise DamagedError(f"it has no {MANIFEST}") from None
-    except (OSError, ValueError) as error:
-        raise DamagedError(f"{MANIFEST} cannot be read") from error
-    if not isinstance(content, dict) or content.pop("checksum", None) != _checksum(content):
+        content = load_json(path, Schema(has_nan=True))  # that of a newer version may have another schema
+    except ConfigError as error:
+        raise DamagedError(f"{MANIFEST} cannot be read ({error})") from error
+    if content.pop("checksum", None) != _checksum(content):
         raise DamagedError(f"{MANIFEST} was changed after it was written")
-    if content["format"] > MANIFEST_VERSION:
+    version = content.get("format")
+    if isinstance(version, int) and version > MANIFEST_VERSION:
         raise ConfigError(
-            f"{checkpoint / MANIFEST}: format {content['format']} is of a newer version of this toolkit "
+            f"{checkpoint / MANIFEST}: format {version} is of a newer version of this toolkit "
             f"(this version reads {MANIFEST_VERSION})",
             "Resume with that version, or give another --output_dir",
         )
+    if fault := schema_of(MANIFEST).rule.find_fault(content, ""):
+        raise DamagedError(f"{MANIFEST} was changed after it was written: {fault}")
     return content
 
 
@@ -101,7 +106,7 @@ def check_intact(checkpoint: Path, manifest: Manifest) -> None:
     files: dict[str, dict[str, Any]] = manifest["files"]
     for name, expected in files.items():
         path = checkpoint / name
-        if not path.is_file():
+        if not os.path.isfile(path):
             raise DamagedError(f"{name} is missing")
         if (size := path.stat().st_size) != expected["size"]:
             raise DamagedError(f"{name} has {size:,} of {expected['size']:,} bytes")

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from checkpoints.files import load_json_or_empty
+from checkpoints.files import is_file, load_json
+from checkpoints.input_folders import check_files
 from checkpoints.names import RUN_ARGUMENTS, RUN_SUMMARY
-from errors import ConfigError, numbered, shared
+from errors import ConfigError, numbered, one_line, shared
 from processes import is_restart
 from training.config.args import RunArguments
 from training.run_folder.changes import RunFacts, check_changes, facts_from_args, find_differing_arguments
@@ -74,8 +76,8 @@ def resumed_checkpoint(args: RunArguments) -> str | None:
     value = args.resume
     if value is None or (args.resumes_automatically and starts_over(args)):
         return None
-    folder = newest_checkpoint(args.output_dir) if value in ("True", "auto") else Path(value).expanduser()
-    if folder is not None and (folder / TRAINER_STATE).is_file():
+    folder = newest_checkpoint(args.output_dir) if value in ("True", "auto") else Path(os.path.expanduser(value))
+    if folder is not None and is_file(folder / TRAINER_STATE):
         return str(folder)
     if args.resumes_automatically:
         return None
@@ -152,9 +154,9 @@ def find_start(args: RunArguments, facts: RunFacts) -> Start:
 
 def _find_automatically(args: RunArguments, facts: RunFacts) -> Start:
     output = args.output_dir
-    recorded = {"arguments": load_json_or_empty(output / RUN_ARGUMENTS)}
+    recorded = {"arguments": _load_record(output / RUN_ARGUMENTS)}
     differing = find_differing_arguments(facts, recorded)
-    if summary := load_json_or_empty(output / RUN_SUMMARY):
+    if summary := _load_record(output / RUN_SUMMARY):
         differing += _differing_inputs(facts, summary)
         if not differing and recorded["arguments"]:
             return Start(is_finished=True)
@@ -177,7 +179,14 @@ def _find_automatically(args: RunArguments, facts: RunFacts) -> Start:
     return Start(removes_leftovers=True)
 
 
+def _load_record(path: Path) -> dict[str, Any]:
+    """Read a record of the run that a folder contains; empty if there is none."""
+    return load_json(path) if is_file(path) else {}
+
+
 def _resume(args: RunArguments, facts: RunFacts, checkpoint: Path, saved: RunFacts) -> Start:
+    check_files(checkpoint)
+    _check_trainer_state(checkpoint / TRAINER_STATE)
     accepted = check_changes(facts, saved, checkpoint, args.allow_resume_changes) if saved else []
     if accepted:
         logger.warning("%s", numbered(f"Settings that change at {checkpoint}", accepted))
@@ -191,6 +200,16 @@ def _resume(args: RunArguments, facts: RunFacts, checkpoint: Path, saved: RunFac
     else:
         logger.info("Resuming from %s", checkpoint)
     return Start(checkpoint=str(checkpoint))
+
+
+def _check_trainer_state(path: Path) -> None:
+    """Check that transformers can build its state from the file: it takes every key as an argument."""
+    from transformers import TrainerState
+
+    try:
+        TrainerState(**load_json(path))
+    except TypeError as error:
+        raise ConfigError(f"{path}: {one_line(error)}", "Give another checkpoint") from error
 
 
 def _load_named_manifest(checkpoint: Path) -> RunFacts:

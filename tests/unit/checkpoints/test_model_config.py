@@ -68,7 +68,7 @@ def test_folder_without_model_config_is_not_quantised(tmp_path: Path) -> None:
         ({"quant_method": "hqq"}, "weights quantised by hqq cannot be read"),
         ({}, "weights quantised by an unnamed method cannot be read"),
         ({**AUTO_GPTQ, "bits": 3}, "3 bits cannot be read, only 2 or 4 or 8"),
-        ({**AUTO_GPTQ, "bits": "4"}, 'bits is "4"'),
+        ({**AUTO_GPTQ, "bits": "4"}, 'quantization_config.bits is "4"'),
         ({**AUTO_GPTQ, "group_size": 0}, "group_size is 0"),
         ({**AUTO_GPTQ, "checkpoint_format": "marlin"}, "GPTQ weights in the layout 'marlin' cannot be read"),
         ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemv"},

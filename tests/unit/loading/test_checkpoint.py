@@ -145,11 +145,13 @@ def test_names_that_are_not_a_checkpoint(tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize("text", ['{"model_type": "qwen",', "[1, 2]", ""])
-def test_broken_config(tmp_path: Path, text: str) -> None:
+@pytest.mark.parametrize(
+    ("text", "fault"), [('{"model_type": "qwen",', "is not JSON"), ("[1, 2]", "holds a list"), ("", "is not JSON")]
+)
+def test_broken_config(tmp_path: Path, text: str, fault: str) -> None:
     copy_checkpoint(tmp_path / "model")
     (tmp_path / "model" / "config.json").write_text(text)
-    refuses(tmp_path / "model", f"{tmp_path / 'model' / 'config.json'}: not a JSON object")
+    refuses(tmp_path / "model", f"{tmp_path / 'model' / 'config.json'} {fault}")
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", None])
@@ -190,7 +192,7 @@ def test_broken_tokenizers(tmp_path: Path) -> None:
     refuses(folder, f"{folder}: qwen.tiktoken is missing")
     folder = copy_checkpoint(tmp_path / "b")
     (folder / "tokenizer_config.json").write_text("{")
-    refuses(folder, f"--model_name_or_path {folder}: its tokenizer cannot be read")
+    refuses(folder, f"{folder / 'tokenizer_config.json'} is not JSON")
     folder = copy_checkpoint(tmp_path / "c")
     lines = (folder / "qwen.tiktoken").read_text().splitlines()
     (folder / "qwen.tiktoken").write_text("\n".join([*lines, f"{lines[0].split()[0]}ZZ== 5"]))
@@ -262,7 +264,7 @@ def test_faulty_shards(tmp_path: Path) -> None:
     refuses(folder, f"--model_name_or_path: {shards[1]} lacks the tensor ")
     folder, shards = sharded("index")
     (folder / "model.safetensors.index.json").write_text("{")
-    refuses(folder, f"--model_name_or_path: {folder / 'model.safetensors.index.json'} is not JSON")
+    refuses(folder, f"{folder / 'model.safetensors.index.json'} is not JSON")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
@@ -318,7 +320,7 @@ def test_missing_seq_length(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["nowhere", "an/adapter"])
 def test_missing_adapter(name: str) -> None:
-    with pytest.raises(ConfigError, match=rf"^--adapter {name}: there is no adapter .*with an adapter_config\.json$"):
+    with pytest.raises(ConfigError, match=rf"^--adapter {name} holds no adapter_config\.json\. Give the folder"):
         load_for_inference(load_checkpoint(str(TINY)), name)
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from loading.config_files import find_local_folder, load_model_config, max_positions, module_names
 from tests.models import TINY, copy_checkpoint
@@ -27,6 +30,27 @@ def test_max_positions() -> None:
     assert max_positions(load_model_config(TINY)) == 2048
     assert max_positions({"n_positions": 8192, "seq_length": 2048}) == 8192
     assert max_positions({"max_position_embeddings": None}) is None
+
+
+@pytest.mark.parametrize(
+    ("rope", "expected"),
+    [
+        ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}, 131072),
+        ({"type": "yarn", "factor": 4.0}, 163840),
+        ({"rope_type": "yarn", "factor": 1.0, "original_max_position_embeddings": 32768}, 40960),
+        ({"type": "linear", "factor": 2.0}, 81920),
+        ({"rope_type": "dynamic", "factor": 2}, 81920),
+        ({"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}, 40960),
+        ({"rope_type": "default"}, 40960),
+        ({"factor": 4.0}, 40960),
+        (None, 40960),
+        ("yarn", 40960),
+    ],
+)
+def test_scaled_rotary_embeddings_extend_the_positions(rope: Any, expected: int) -> None:
+    """As in the model cards: Qwen2.5 and Qwen3 keep max_position_embeddings and add rope_scaling."""
+    for key in ("rope_scaling", "rope_parameters"):
+        assert max_positions({"max_position_embeddings": 40960, key: rope}) == expected
 
 
 def test_module_names_from_headers_or_index(tmp_path: Path) -> None:

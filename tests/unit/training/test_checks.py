@@ -12,7 +12,7 @@ import torch
 
 from errors import ConfigError
 from tests.golden import SMALL
-from tests.models import TINY, write_later_checkpoint
+from tests.models import TINY, change_json, write_later_checkpoint
 from training.checks import REPORTERS, check_args
 from training.config.parsing import parse_args
 from training.run_folder.start import resumed_checkpoint
@@ -151,7 +151,7 @@ def test_lora_flags_need_use_lora(tmp_path: Path) -> None:
 
 def test_flags_must_not_contradict_a_continued_adapter(tmp_path: Path) -> None:
     adapter = tmp_path / "adapter"
-    message = f"--lora_weight_path {adapter} contains no adapter. Give a folder with an adapter_config.json"
+    message = f"--lora_weight_path {adapter} holds no adapter_config.json. Give the folder of a saved adapter"
     refuses(message, tmp_path, "--use_lora", "--lora_weight_path", adapter)
     adapter.mkdir()
     config = {"r": 8, "lora_alpha": 16, "target_modules": ["w1", "c_attn"], "bias": "none"}
@@ -189,6 +189,11 @@ def test_model_max_length_beyond_the_positions_is_refused(tmp_path: Path) -> Non
     later = write_later_checkpoint(tmp_path / "later", "qwen3")
     message = f"--model_max_length 513 exceeds the 512 positions of {later}. Give 512 or less"
     refuses(message, tmp_path, "--model_name_or_path", later, "--model_max_length", 513)
+    yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
+    change_json(later / "config.json", rope_scaling=yarn)
+    check(tmp_path, "--model_name_or_path", later, "--model_max_length", 1024)
+    message = f"--model_max_length 1025 exceeds the 1024 positions of {later}. Give 1024 or less"
+    refuses(message, tmp_path, "--model_name_or_path", later, "--model_max_length", 1025)
 
 
 @pytest.mark.parametrize(

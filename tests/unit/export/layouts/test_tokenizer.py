@@ -207,3 +207,20 @@ def test_folder_without_tokenizer_is_refused(tmp_path: Path) -> None:
         save_fast_tokenizer(tmp_path / "empty", tmp_path)
     with pytest.raises(ConfigError, match=r"tokenizer\.json"):
         save_rank_tokenizer(tmp_path / "empty", tmp_path)
+
+
+@pytest.mark.parametrize("form", ["files", "list"])
+def test_named_chat_templates_are_kept_in_both_directions(tmp_path: Path, form: str) -> None:
+    folders = [copy_checkpoint(tmp_path / "v1"), tmp_path / "fast", tmp_path / "back"]
+    templates = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    if form == "list":
+        listed = [{"name": name, "template": template} for name, template in templates.items()]
+        change_json(folders[0] / "tokenizer_config.json", chat_template=listed)
+    else:
+        (folders[0] / "chat_template.jinja").write_text(templates["default"])
+        (folders[0] / "additional_chat_templates").mkdir()
+        (folders[0] / "additional_chat_templates" / "tool_use.jinja").write_text(templates["tool_use"])
+    for source, target, convert in zip(folders, folders[1:], (save_fast_tokenizer, save_rank_tokenizer), strict=False):
+        target.mkdir()
+        convert(source, target)
+        assert AutoTokenizer.from_pretrained(target).chat_template == templates

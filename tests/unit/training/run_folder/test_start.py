@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from datetime import timedelta
@@ -9,11 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import training.run_folder.manifest as manifest_module
 from torch.distributed import TCPStore
 
 from checkpoints.files import save_json
 from checkpoints.names import RUN_ARGUMENTS, RUN_SUMMARY
 from errors import ConfigError
+from tests.folder_faults import CONTENTS, FAULTS, PLACES, spoil
 from tests.unit.training.run_folder.test_changes import DATA, arguments, facts_of
 from training.config.args import RunArguments
 from training.distributed.world import World
@@ -169,3 +172,74 @@ def test_rank_0_decides_for_all_ranks(tmp_path: Path) -> None:
     assert results[0] == results[1] and len(results[0]) == 2
     assert results[0][0] == Start(str(tmp_path / "checkpoint-2"))
     assert "--seed 1, not 42" in str(results[0][1])
+
+
+@pytest.mark.parametrize("fault", [*FAULTS])
+@pytest.mark.parametrize("file", ["trainer_state.json", MANIFEST, RUN_ARGUMENTS, RUN_SUMMARY, "config.json"])
+def test_faulty_file_of_a_run(tmp_path: Path, file: str, fault: str) -> None:
+    """Resuming ends in one line; ``auto`` uses an earlier checkpoint, or starts over, only if none is damaged."""
+    write_run(tmp_path, arguments(tmp_path), 2, is_finished=file == RUN_SUMMARY)
+    checkpoint = tmp_path / "checkpoint-2"
+    is_record = file in (RUN_ARGUMENTS, RUN_SUMMARY)
+    spoil((tmp_path if is_record else checkpoint) / file, fault)
+    if is_record and fault in ("NaN", "infinite"):
+        return  # a run that diverged records these
+    if file in ("trainer_state.json", "config.json") and fault in CONTENTS:
+        (checkpoint / MANIFEST).unlink()  # its checksum is right
+        write_manifest(checkpoint, 2, facts_of(arguments(tmp_path)))
+    if file == "trainer_state.json" and fault in ("NaN", "infinite"):
+        return
+    for flags in (AUTO, () if is_record else ("--resume_from_checkpoint", checkpoint)):
+        if not flags or (file == "config.json" and fault in PLACES and flags == AUTO):
+            continue
+        message = refused(tmp_path, *flags)
+        assert file in message or "no intact checkpoint" in message or "contains another run" in message, message
+
+
+@pytest.mark.parametrize(
+    ("file", "key", "value"),
+    [
+        ("trainer_state.json", "global_step", "2"),
+        ("trainer_state.json", "global_step", -1),
+        ("trainer_state.json", "epoch", None),
+        ("trainer_state.json", "max_steps", 1e308),
+        ("trainer_state.json", "log_history", {"loss": 1}),
+        ("trainer_state.json", "best_model_checkpoint", ["a"]),
+        ("trainer_state.json", "stateful_callbacks", {"TrainerControl": 3}),
+        ("trainer_state.json", "stateful_callbacks", {"TrainerControl": {"args": [], "attributes": {}}}),
+        ("trainer_state.json", "an_unknown_key", 1),
+        (MANIFEST, "format", "1"),
+        (MANIFEST, "files", ["trainer_state.json"]),
+        (MANIFEST, "files", {"../x": {"size": 1, "sha256": "0" * 64}}),
+        (MANIFEST, "files", {"/etc/x": {"size": 1, "sha256": "0" * 64}}),
+        (MANIFEST, "files", {"x": {"size": "1", "sha256": "0" * 64}}),
+        (MANIFEST, "data", [1]),
+        (MANIFEST, "data", {"train": 1}),
+        (MANIFEST, "world_size", "2"),
+        (MANIFEST, "engine", {"a": 1}),
+        (MANIFEST, "mode", "other"),
+        (MANIFEST, "arguments", [1]),
+        (MANIFEST, "arguments", {"num_train_epochs": "x"}),
+        (MANIFEST, "arguments", {"lora_target_modules": [1, "a"]}),
+        (MANIFEST, "versions", {"torch": 2}),
+    ],
+)
+def test_value_of_a_checkpoint_with_right_checksums(tmp_path: Path, file: str, key: str, value: Any) -> None:
+    write_run(tmp_path, arguments(tmp_path), 2)
+    checkpoint = tmp_path / "checkpoint-2"
+    if file == MANIFEST:
+        content = {key_: value_ for key_, value_ in json.loads((checkpoint / MANIFEST).read_text()).items()}
+        content = {name: each for name, each in content.items() if name != "checksum"} | {key: value}
+        save_json({**content, "checksum": manifest_module._checksum(content)}, checkpoint / MANIFEST)
+    else:
+        (checkpoint / MANIFEST).unlink()
+        (checkpoint / file).write_text(json.dumps({key: value}))
+        write_manifest(checkpoint, 2, facts_of(arguments(tmp_path)))
+    message = refused(tmp_path, "--resume_from_checkpoint", checkpoint)
+    assert "\n" not in message and file in message
+    assert key in message or file == MANIFEST
+
+
+@pytest.mark.parametrize("value", ["x" * 300, "~nobody-of-this-name/x", "a/../b"])
+def test_name_that_is_no_checkpoint(tmp_path: Path, value: str) -> None:
+    assert "there is no checkpoint" in refused(tmp_path, "--resume_from_checkpoint", value)
