@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
-from checkpoints.json_schemas import MIB, Schema, schema_of
+from checkpoints.json_schemas import Schema, schema_of
 from errors import ConfigError
 
 _COPY_AGAIN = "Copy the file again"
@@ -138,14 +138,14 @@ def _check_values(value: dict[str, Any], path: Path, has_surrogates: bool) -> No
     """Check how deeply values are nested, and that texts are Unicode: half of a surrogate pair cannot be written."""
     level: list[Any] = [value]
     for _ in range(_MOST_LEVELS):
-        values = [
-            each for parent in level for each in (parent.values() if isinstance(parent, dict) else parent)
-        ]
+        values = [each for parent in level for each in (parent.values() if isinstance(parent, dict) else parent)]
         if has_surrogates:
             keys = [key for parent in level if isinstance(parent, dict) for key in parent]
             for text in (*keys, *values):
                 if isinstance(text, str) and not _is_unicode(text):
-                    raise ConfigError(f"{path} contains half of a surrogate pair in {json.dumps(text)[:60]}", _COPY_AGAIN)
+                    raise ConfigError(
+                        f"{path} contains half of a surrogate pair in {json.dumps(text)[:60]}", _COPY_AGAIN
+                    )
         level = [each for each in values if isinstance(each, (dict, list))]
         if not level:
             return

@@ -101,7 +101,9 @@ def list_of(rule: Rule, most: int = 10_000) -> Rule:
         faults = (rule.find_fault(value, f"{place}[{index}]") for index, value in enumerate(values))
         return next((fault for fault in faults if fault), None)
 
-    return Rule(f"a list of at most {most:,}", lambda value: isinstance(value, list) and len(value) <= most, find_inside)
+    return Rule(
+        f"a list of at most {most:,}", lambda value: isinstance(value, list) and len(value) <= most, find_inside
+    )
 
 
 def mapping_of(rule: Rule, most: int = 10_000, key: Rule | None = None) -> Rule:

@@ -69,11 +69,13 @@ _COUNT = whole(0, 10**15)
 _FRACTION = number(0, 1)
 _FACTOR = number(0, 10**9)
 _MODULES = list_of(TEXT)
+# transformers looks the name up among everything that it exports.
+_TOKENIZER_CLASS = matching(r"\w*Token\w*", "the name of a tokenizer's class")
 
 # --------------------------------------------------------------------------------------------------------- config.json
 
 _DTYPE = matching(
-    r"(torch\.)?(float(16|32|64)|bfloat16|half|float|auto)", '"float32", "float16", "bfloat16" or another float type'
+    r"(torch\.)?(float(16|32|64)|bfloat16|half|float)", '"float32", "float16", "bfloat16" or another float type'
 )
 _ROPE = table({
     **dict.fromkeys(("rope_type", "type"), one_of("default", "linear", "dynamic", "yarn", "longrope", "llama3")),
@@ -124,13 +126,13 @@ _CONFIG_ROWS: Mapping[str, Rule] = {
     ), BOOLEAN),
     "use_flash_attn": either(BOOLEAN, one_of("auto")), "hidden_act": IDENTIFIER, "sliding_window": whole(-1, 10**9),
     "max_window_layers": whole(0, 10**6), "layer_types": list_of(IDENTIFIER, MAX_LAYERS),
-    **dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id"), _TOKEN_IDS),
+    "eos_token_id": _TOKEN_IDS, **dict.fromkeys(("bos_token_id", "pad_token_id"), _TOKEN_ID),
     # The name of another attention, with a slash, is that of code on a hub.
     **dict.fromkeys(("attn_implementation", "_attn_implementation", "experts_implementation"), IDENTIFIER),
     # transformers would read this file instead of the one that is checked.
     "transformers_weights": one_of(*WEIGHTS, *(f"{name}.index.json" for name in WEIGHTS)),
     "quantization_config": QUANTIZATION, "qwen_config": table(_QWEN_ONLY),
-    "converted_from": table({"layout": TEXT, "fingerprint": TEXT}), "tokenizer_class": IDENTIFIER,
+    "converted_from": table({"layout": TEXT, "fingerprint": TEXT}), "tokenizer_class": _TOKENIZER_CLASS,
 }  # fmt: skip
 _CHECKED_TYPES = ("qwen", "qwen2", "qwen3")
 
@@ -167,14 +169,16 @@ _CONFIG = Rule("an object", lambda value: isinstance(value, dict), _find_in_conf
 
 _GENERATION = table({
     "chat_format": IDENTIFIER,
-    **dict.fromkeys(("eos_token_id", "bos_token_id", "pad_token_id", "decoder_start_token_id"), _TOKEN_IDS),
+    "eos_token_id": _TOKEN_IDS, **dict.fromkeys(("bos_token_id", "pad_token_id"), _TOKEN_ID),
     **dict.fromkeys(("max_new_tokens", "max_length", "max_window_size"), _LENGTH),
     **dict.fromkeys(("min_length", "min_new_tokens", "no_repeat_ngram_size", "top_k"), whole(-1, 10**9)),
     **dict.fromkeys(("num_beams", "num_beam_groups", "num_return_sequences"), whole(1, 10**4)),
     **dict.fromkeys(("top_p", "min_p", "typical_p", "epsilon_cutoff", "eta_cutoff"), number(0, 1)),
     **dict.fromkeys(("temperature", "repetition_penalty", "max_time", "guidance_scale"), number(0, 10**6)),
     **dict.fromkeys(("length_penalty", "diversity_penalty"), number(-(10**6), 10**6)),
-    **dict.fromkeys(("do_sample", "use_cache", "return_dict_in_generate", "output_scores", "remove_invalid_values"), BOOLEAN),
+    **dict.fromkeys((
+        "do_sample", "use_cache", "return_dict_in_generate", "output_scores", "remove_invalid_values",
+    ), BOOLEAN),
     "early_stopping": either(BOOLEAN, one_of("never")), "stop_strings": either(TEXT, _MODULES),
     "stop_words_ids": list_of(list_of(_TOKEN_ID)), "bad_words_ids": list_of(list_of(_TOKEN_ID)),
     "suppress_tokens": list_of(_TOKEN_ID), "begin_suppress_tokens": list_of(_TOKEN_ID),
@@ -191,7 +195,7 @@ _SPECIAL_TOKENS = {
 }  # fmt: skip
 _TEMPLATES = list_of(table({"name": IDENTIFIER, "template": ANY_TEXT}, required=["name", "template"]), 100)
 _TOKENIZER_CONFIG = table({
-    **_SPECIAL_TOKENS, "tokenizer_class": IDENTIFIER, "model_max_length": number(1, 1e31),
+    **_SPECIAL_TOKENS, "tokenizer_class": _TOKENIZER_CLASS, "model_max_length": number(1, 1e31),
     "chat_template": either(ANY_TEXT, _TEMPLATES, mapping_of(ANY_TEXT, 100, IDENTIFIER)),
     "added_tokens_decoder": mapping_of(
         table(_ADDED_TOKEN_ROWS, required=["content"]), 10**6, matching(r"\d{1,9}", "a token's id")
@@ -238,6 +242,7 @@ _INDEX = table(
 _PLAIN_NAME = matching(r"[\w.]+", "a module's name")
 _RANK, _SCALE = whole(1, 10**5), number(0, 10**9)
 _PATTERN = text(10_000)
+_ROW = whole(-_MAX_IDS, _MAX_IDS)  # compared with the base's rows once these are known
 ADAPTER_ROWS: Mapping[str, Rule] = {
     "peft_type": TEXT, "task_type": matching(r"[A-Z_0-9]+", "a task of peft"), "peft_version": TEXT,
     "base_model_name_or_path": text(4096), "revision": TEXT, "r": _RANK, "lora_alpha": _SCALE,
@@ -252,15 +257,13 @@ ADAPTER_ROWS: Mapping[str, Rule] = {
     "layers_to_transform": either(whole(0, MAX_LAYERS), list_of(whole(0, MAX_LAYERS))),
     "layers_pattern": either(matching(r"[\w.]*", "a module's name"), list_of(_PLAIN_NAME, 100)),
     "trainable_token_indices": either(
-        list_of(whole(0, _MAX_IDS), 10**6), mapping_of(list_of(whole(0, _MAX_IDS), 10**6), 100, _PLAIN_NAME)
+        list_of(_ROW, 10**6), mapping_of(list_of(_ROW, 10**6), 100, _PLAIN_NAME)
     ),
 }  # fmt: skip
 """Options of an adapter that determine its weights and their effect."""
 
 _DIGEST = matching(r"[0-9a-f]{64}", "a SHA-256 in hexadecimal digits")
-_RELATIVE_PATH = matching(
-    r"(?!/)(?!(.*/)?\.\.?(/|$))[^\\\0]+", "the path of a file in this folder", 1000
-)
+_RELATIVE_PATH = matching(r"(?!/)(?!(.*/)?\.\.?(/|$))[^\\\0]+", "the path of a file in this folder", 1000)
 _ARGUMENTS = table({
     "num_train_epochs": number(-1e9, 1e9), "max_steps": number(-1e15, 1e15), "lora_target_modules": list_of(TEXT),
     **dict.fromkeys(("per_device_train_batch_size", "gradient_accumulation_steps"), whole(0, 10**9)),

@@ -63,10 +63,10 @@ def check_patterns(config: Mapping[str, Any], modules: Iterable[str], place: str
         ConfigError: an option is no regular expression, or takes too long.
     """
     names = list(modules)
-    option = expression = ""
+    option = expression = ""  # the last ones that were tried
     try:
         with time_limit(SECONDS):
-            for option, expression in _expressions(config):
+            for option, expression in _expressions(config):  # noqa: B007
                 match = re.compile(expression).match
                 for name in names:
                     match(name)

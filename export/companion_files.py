@@ -87,7 +87,8 @@ def copy_tokenizer(sources: Sequence[Path], folder: Path) -> None:
     """Copy the tokenizer's files, each from the first of ``sources`` that has it."""
     for name in TOKENIZER_FILES:
         copy_first(name, sources, folder)
-    owner = next((source for source in sources if (source / "tokenizer_config.json").is_file()), None)
+    templates = ("chat_template.jinja", TEMPLATES_FOLDER)
+    owner = next((source for source in sources if any((source / name).exists() for name in templates)), None)
     if owner is not None and (owner / TEMPLATES_FOLDER).is_dir():
         (folder / TEMPLATES_FOLDER).mkdir(exist_ok=True)
         for template in (owner / TEMPLATES_FOLDER).glob("*.jinja"):

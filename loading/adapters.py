@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -147,17 +148,16 @@ def load_adapter(
     check_files(Path(folder))
     names = [name for name, _ in model.named_modules()]
     check_patterns(options, names, f"{flag} {Path(folder) / ADAPTER_CONFIG}")
-    saved = {name.replace(".default", "") for name in open_checkpoint(folder, ADAPTER_WEIGHTS).names()}
-    with library_errors(f"{flag} {folder}", "Give the folder of an adapter of this model", _describe):
-        # The config is given, so that peft does not read the file, whose keys it would take as they are.
-        with without_gptqmodel():
-            adapted = PeftModel.from_pretrained(
-                model,
-                folder,
-                is_trainable=is_trainable,
-                config=_peft_config(options, folder, flag),
-                autocast_adapter_dtype=in_float32,
-            )
+    fix = "Give the folder of an adapter of this model"
+    with library_errors(f"{flag} {folder}", fix, _describe), without_gptqmodel():
+        saved = {name.replace(".default", "") for name in open_checkpoint(folder, ADAPTER_WEIGHTS).names()}
+        adapted = PeftModel.from_pretrained(
+            model,
+            folder,
+            is_trainable=is_trainable,
+            config=_peft_config(options, folder, flag),  # so that peft does not read the file, with keys of any kind
+            autocast_adapter_dtype=in_float32,
+        )
     # peft initialises tensors that the file lacks.
     missing = sorted(get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - saved)
     if lora := [name for name in missing if ".lora_" in name]:
@@ -205,7 +205,7 @@ def _peft_config(options: Mapping[str, Any], folder: str, flag: str) -> LoraConf
     if unknown := [name for name, value in options.items() if value and name not in known]:
         what = f"{flag} {folder}: its option {unknown[0]} is unknown to the installed peft"
         raise ConfigError(what, "Install the peft version of constraints.txt")
-    values = {name: value for name, value in options.items() if name in known and name != "peft_type"}
+    values = {name: options[name] for name in known & options.keys() - {"peft_type"} if options[name] is not None}
     if values.get("init_lora_weights") == "eva":  # the start of its training: here the values are read from the file
         values["init_lora_weights"] = True
     return LoraConfig(**values)
@@ -233,9 +233,14 @@ def _build_config(
         target_modules=targets,
         bias=settings.bias,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=checkpoint.name,
+        base_model_name_or_path=_absolute(checkpoint.name),
         **embeddings,
     )
+
+
+def _absolute(name: str) -> str:
+    """Return the absolute path of a folder, which holds wherever the adapter is opened; a hub id is unchanged."""
+    return os.path.abspath(name) if os.path.isdir(name) else name
 
 
 def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 
 from checkpoints.files import load_json_or_empty, open_regular
 
-
 # Kinds of scaled rotary embeddings whose `factor` multiplies the trained length; for others, the config's
 # max_position_embeddings is the extended length.
 _EXTENDING_ROPES = ("linear", "dynamic", "yarn")
@@ -47,7 +46,9 @@ def max_positions(config: Mapping[str, Any]) -> int | None:
 
     Scaled rotary embeddings extend it: YaRN, for one, to ``factor`` times the length that the model was trained with.
     """
-    stated = next((size for name in ("max_position_embeddings", "n_positions") if _is_size(size := config.get(name))), None)
+    stated = next(
+        (size for name in ("max_position_embeddings", "n_positions") if _is_size(size := config.get(name))), None
+    )
     rope = config.get("rope_scaling") or config.get("rope_parameters")
     if stated is None or not isinstance(rope, dict) or rope.get("rope_type", rope.get("type")) not in _EXTENDING_ROPES:
         return stated

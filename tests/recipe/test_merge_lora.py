@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from checkpoints.shards import fingerprint
+from loading.checkpoint import load_checkpoint
 from qwen_model.register import register_qwen
 from scripts import convert_layout
 from tests.golden import LOGITS_ATOL, Golden, GoldenTensors, assert_close, assert_logits
@@ -167,6 +168,19 @@ def test_tokenizer_and_generation_config_of_the_adapter_take_precedence(
     assert read(output, "tokenizer_config.json") == expected | {"split_special_tokens": False}
     assert (output / "chat_template.jinja").read_text() == "{{ messages }}"
     assert (output / "qwen.tiktoken").read_bytes() == (base / "qwen.tiktoken").read_bytes()
+
+
+def test_named_chat_templates_are_copied_and_the_default_one_is_used(
+    golden: Golden, chat_adapter: Path, tmp_path: Path
+) -> None:
+    base, output = copy_base(golden, tmp_path / "base"), tmp_path / "merged"
+    (base / "chat_template.jinja").write_text("{{ messages }}")
+    (base / "additional_chat_templates").mkdir()
+    (base / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    merge_well("--adapter", chat_adapter, "--base", base, "--output", output)
+    templates = {"default": "{{ messages }}", "tool_use": "{{ tools }}"}
+    assert AutoTokenizer.from_pretrained(output).chat_template == templates
+    assert load_checkpoint(str(output)).tokenizer.chat_template == templates
 
 
 def test_extra_ranks_of_the_tokenizer_are_copied(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:

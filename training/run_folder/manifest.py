@@ -82,7 +82,7 @@ def load_manifest(checkpoint: Path) -> Manifest:
     try:
         content = load_json(path, Schema(has_nan=True))  # that of a newer version may have another schema
     except ConfigError as error:
-        raise DamagedError(f"{MANIFEST} cannot be read ({error})") from error
+        raise DamagedError(f"{MANIFEST} cannot be read") from error
     if content.pop("checksum", None) != _checksum(content):
         raise DamagedError(f"{MANIFEST} was changed after it was written")
     version = content.get("format")

@@ -134,7 +134,7 @@ def _check_outside_inputs(args: RunArguments) -> None:
         ("--model_name_or_path", args.model.model_name_or_path),
         ("--lora_weight_path", args.lora.lora_weight_path),
     ):
-        folder = Path(value).resolve() if value and Path(value).is_dir() else None
+        folder = Path(value).resolve() if value and os.path.isdir(value) else None
         if folder is None:
             continue
         if folder == output:

@@ -21,14 +21,18 @@ ALL = os.environ.get("HYPOTHESIS_PROFILE") == "nightly"
 _TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 _MORE: dict[str, dict[str, Any]] = {
     "config.json": {
-        "rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "quantization_config": {}, "layer_types": [], "head_dim": 8,
-        "n_embd": 32, "transformers_weights": "x", "_attn_implementation": "sdpa", "qwen_config": {}, "auto_map": {},
+        "rope_scaling": {"rope_type": "yarn", "factor": 2.0}, "quantization_config": {}, "layer_types": [],
+        "head_dim": 8, "n_embd": 32, "transformers_weights": "x", "_attn_implementation": "sdpa", "qwen_config": {},
+        "auto_map": {},
         "rope_parameters": {}, "dtype": "float32", "sliding_window": 4, "converted_from": {}, "tokenizer_class": None,
     },
-    "generation_config.json": {"temperature": 1.0, "stop_words_ids": [], "bad_words_ids": [], "cache_implementation": "x"},
+    "generation_config.json": {
+        "temperature": 1.0, "stop_words_ids": [], "bad_words_ids": [], "cache_implementation": "x",
+    },
     "tokenizer_config.json": {
         "chat_template": "", "added_tokens_decoder": {}, "pad_token": "", "extra_special_tokens": [], "init_inputs": [],
-        "fast_tokenizer_files": [], "vocab_file": "x", "tokenizer_file": "x", "tokenizer_object": {}, "errors": "replace",
+        "fast_tokenizer_files": [], "vocab_file": "x", "tokenizer_file": "x", "tokenizer_object": {},
+        "errors": "ignore",
         "padding_side": "left", "additional_special_tokens": [], "extra_vocab_file": "x", "bos_token": None,
         "split_special_tokens": False,
     },

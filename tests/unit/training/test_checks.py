@@ -154,7 +154,7 @@ def test_flags_must_not_contradict_a_continued_adapter(tmp_path: Path) -> None:
     message = f"--lora_weight_path {adapter} holds no adapter_config.json. Give the folder of a saved adapter"
     refuses(message, tmp_path, "--use_lora", "--lora_weight_path", adapter)
     adapter.mkdir()
-    config = {"r": 8, "lora_alpha": 16, "target_modules": ["w1", "c_attn"], "bias": "none"}
+    config = {"peft_type": "LORA", "r": 8, "lora_alpha": 16, "target_modules": ["w1", "c_attn"], "bias": "none"}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     flags = ("--use_lora", "--lora_weight_path", adapter)
     check(tmp_path, *flags, "--lora_r", 8, "--lora_target_modules", "c_attn", "w1")

@@ -23,7 +23,7 @@ from export.layouts.tokenizer import CONTROL_TOKENS, save_fast_tokenizer, save_r
 from loading.chat_family import chat_family
 from qwen_model.tokenization_qwen import SPECIAL_TOKENS, QWenTokenizer
 from tests.golden import Golden
-from tests.models import TINY, copy_checkpoint
+from tests.models import TINY, change_json, copy_checkpoint
 
 
 def convert(source: Path, target: Path) -> Any:
