@@ -233,7 +233,7 @@ _TOKENIZER = table({
 }, required=["model"])  # fmt: skip
 
 _INDEX = table(
-    {"weight_map": mapping_of(text(), 10**6), "metadata": table({"total_size": number(0, 10**16)})},
+    {"weight_map": OBJECT, "metadata": table({"total_size": number(0, 10**16)})},
     required=["weight_map"],
 )
 

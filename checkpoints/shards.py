@@ -82,7 +82,7 @@ class _PickleFile:
 def _broken(path: Path, error: Exception) -> ConfigError:
     if isinstance(error, pickle.UnpicklingError) and "weights_only" in str(error):
         what = f"{path} contains other Python objects than tensors, which are not loaded"
-        return ConfigError(what, "Save the weights as safetensors, or use a folder that you trust")
+        return ConfigError(what, "Save the weights as safetensors")
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     return ConfigError(f"{path} is damaged or incomplete ({reason})", "Copy or download this file again")
 

@@ -120,7 +120,7 @@ FAULTS: dict[str, tuple[Callable[[Path, Path], Any], str]] = {
         "not the name of a weight file",
     ),
     "index of numbers": (lambda base, adapter: as_index(base, more=3), "not the name of a weight file"),
-    "pickle with code": (lambda base, adapter: as_pickle(base, Harmful()), "pytorch_model.bin is damaged"),
+    "pickle with code": (lambda base, adapter: as_pickle(base, Harmful()), "contains other Python objects"),
     "pickle of a list": (lambda base, adapter: as_pickle(base, [1]), "does not contain named tensors"),
     "pickle of nested tensors": (
         lambda base, adapter: as_pickle(base, {"model": {"a": torch.ones(2)}}), "does not contain named tensors",

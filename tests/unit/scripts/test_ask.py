@@ -126,7 +126,10 @@ def test_later_families(answer: Answer, tmp_path: Path, shared: Path) -> None:
         (["--model_name_or_path", "m", "--adapterr", "x", "Hi"], "--adapterr"),
         (["--model_name_or_path", "m", "--max_new_tokens", "few", "Hi"], "--max_new_tokens: invalid int value: 'few'"),
         (["--model_name_or_path", "nowhere", "Hi"], "--model_name_or_path nowhere: there is no such folder"),
-        (["--model_name_or_path", str(TINY), "--adapter", "nowhere", "Hi"], "--adapter nowhere: "),
+        (
+            ["--model_name_or_path", str(TINY), "--adapter", "nowhere", "Hi"],
+            "--adapter nowhere holds no adapter_config.json",
+        ),
         (["--model_name_or_path", str(TINY), "--max_new_tokens", "0", "Hi"], "--max_new_tokens 0"),
     ],
 )
