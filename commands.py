@@ -16,16 +16,19 @@ import os
 import re
 import signal
 import sys
+import textwrap
 import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from console import DISK_FULL, lost_output, protect_streams, python_command, visible, visible_lines
 from errors import ConfigError, DataError, RunError, Terminated, one_line
 from processes import describe_process, has_several_processes, is_first, is_first_on_host
 
@@ -34,7 +37,7 @@ _WAIT_FOR_FIRST = 15.0
 # Seconds that a failing rank tries to notify the others: the process that hosts the store may be gone.
 _NOTIFY_TIMEOUT = 5.0
 
-_DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_UNUSABLE_NAME = (errno.ENAMETOOLONG, errno.ELOOP, errno.ENOTDIR)
 # Messages of gloo, NCCL and torch.distributed's store after another process has died, and after a time-out.
 _PEER_LOST = re.compile(
     r"closed by peer|reset by peer|broken pipe|connection refused|socket closed|remote process exited|recvvalue failed"
@@ -45,11 +48,26 @@ _TIMED_OUT = re.compile(r"timed out waiting|collective operation timeout|socket 
 _HOW_TO_RESUME = "--resume_from_checkpoint auto resumes from the last checkpoint"
 
 
+class HelpFormatter(argparse.HelpFormatter):
+    """Fills the paragraphs of a description to the terminal's width, and keeps indented ones, such as commands."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        paragraphs = text.replace("``", "").strip("\n").split("\n\n")
+        return "\n\n".join(
+            paragraph if paragraph.startswith(" ") else textwrap.fill(" ".join(paragraph.split()), width)
+            for paragraph in paragraphs
+        )
+
+
 class CommandParser(argparse.ArgumentParser):
     """An argument parser that reports an error in one line. ``prog`` is the command as the user types it."""
 
+    def __init__(self, prog: str, **settings: Any) -> None:
+        super().__init__(prog, **{"formatter_class": HelpFormatter, **settings})
+
     def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"command line: {message}", f"{self.prog} --help lists the flags")
+        command = python_command(self.prog.removeprefix("python "))
+        raise ConfigError(f"command line: {message}", f"{command} --help lists the flags")
 
 
 @dataclass
@@ -88,17 +106,28 @@ def abort_from_thread(message: str) -> NoReturn:
     os._exit(1)
 
 
-def run_command(main: Callable[[Sequence[str]], int | None], name: str) -> None:
+def run_command(main: Callable[[Sequence[str]], int | None], name: str, *, prints_result: bool = False) -> None:
     """Run ``main(argv)`` as the main function of this process and exit with its code.
 
     Exit codes: the return value of ``main`` (``None`` is 0), 2 for a ``ConfigError`` or ``DataError``, 1 for any other
-    failure, 130 after Ctrl-C, 143 after SIGTERM. ``--debug`` among the arguments prints the traceback of a failure.
+    failure, 130 after Ctrl-C, 143 after SIGTERM or after the terminal was closed (SIGHUP, unless started with nohup).
+    ``--debug`` among the arguments prints the traceback of a failure.
+
+    Output that nobody reads, or that a full disk loses, changes none of this, except with ``prints_result``.
+
+    Args:
+        prints_result: the command's result is what it prints to stdout, so it fails if that cannot be written.
     """
+    protect_streams()
+    _escape_lines()
     argv = sys.argv[1:]
     _command.name, _command.label, _command.notify = name, "", None
-    previous_handler = signal.signal(signal.SIGTERM, _raise_terminated)
+    previous_handlers = _handle_termination(_raise_terminated)
     try:
+        _check_working_folder()
         code = main(argv)
+        if prints_result and (lost := lost_output()):
+            raise RunError(f"stdout cannot be written ({lost.strerror})", "Free some space, or print to another file")
     except (Exception, KeyboardInterrupt, Terminated) as error:
         code, message = _describe(error)
         is_shared = isinstance(error, (ConfigError, DataError)) and error.is_shared
@@ -107,18 +136,26 @@ def run_command(main: Callable[[Sequence[str]], int | None], name: str) -> None:
             _notify_others("" if is_shared else message)
             _wait_for_first()
         # A launcher terminates all processes after the first failure; it must not cut this message off.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _handle_termination(signal.SIG_IGN)
         _close_progress_bars()
         if any(argument in ("--debug", "--debug=True", "--debug=true") for argument in argv):
-            traceback.print_exc()
+            print(visible(traceback.format_exc()), end="", file=sys.stderr)
         if not is_reported_by_first:
             _report(code, message)
         _notify_others("" if is_shared else message)
     finally:
-        signal.signal(signal.SIGTERM, previous_handler)
+        for number, handler in previous_handlers.items():
+            signal.signal(number, handler)
     if "torch.distributed" in sys.modules and has_several_processes():
         _exit_without_teardown(code or 0)
     sys.exit(code)
+
+
+def _check_working_folder() -> None:
+    try:
+        os.getcwd()
+    except OSError as error:
+        raise ConfigError(f"the current folder cannot be used ({error.strerror})", "Change to another folder") from None
 
 
 def _exit_without_teardown(code: int) -> NoReturn:
@@ -145,7 +182,7 @@ def _report(code: int, message: str) -> None:
             return
     elif label := describe_process():
         name = f"{name} [{_command.label or label}]"
-    print(f"{name}: {message}", file=sys.stderr, flush=True)
+    print(visible_lines(f"{name}: {message}"), file=sys.stderr, flush=True)
 
 
 def _notify_others(message: str) -> None:
@@ -158,9 +195,17 @@ def _notify_others(message: str) -> None:
         thread.join(_NOTIFY_TIMEOUT if message else _WAIT_FOR_FIRST)
 
 
+def _handle_termination(handler: Any) -> dict[int, Any]:
+    """Set the handler of SIGTERM and, unless nohup has had it ignored, of SIGHUP; return the previous handlers."""
+    numbers = [signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
 def _raise_terminated(number: int, frame: FrameType | None) -> NoReturn:
-    # A second SIGTERM must not interrupt the clean-up.
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    # A second signal must not interrupt the clean-up.
+    _handle_termination(signal.SIG_IGN)
     raise Terminated
 
 
@@ -175,12 +220,17 @@ def _describe(error: BaseException) -> tuple[int, str]:
         return 1, f"error: {error}"
     if _is_out_of_memory(error):
         fix = (
-            "Lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much), shorten "
-            "--model_max_length, or add --gradient_checkpointing"
+            "Lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much) or "
+            "--model_max_length, or train an adapter with --use_lora"
         )
         return 1, f"error: out of memory ({one_line(error)}). {fix}"
-    if isinstance(error, OSError) and error.errno in _DISK_FULL:
+    if isinstance(error, OSError) and error.errno in DISK_FULL:
         return 1, f"error: cannot write {error.filename or 'a file'} ({error.strerror}). Free some space"
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        code = 2 if error.errno in _UNUSABLE_NAME else 1
+        return code, f"error: {str(error.filename)[:300]}: {error.strerror}. Check the path and its permissions"
+    if isinstance(error, UnicodeEncodeError) and error.reason == "surrogates not allowed":
+        return 2, f"error: {error.object[:300]}: not valid Unicode. Rename the file, or correct the text"
     if isinstance(error, RuntimeError) and has_several_processes() and (lost := _describe_lost_process(error)):
         return 1, f"error: {lost}. {_HOW_TO_RESUME}"
     what = f"{type(error).__name__}: {one_line(error)}" if str(error) else type(error).__name__
@@ -257,6 +307,14 @@ class _Without(logging.Filter):
         return self.text not in str(record.msg)
 
 
+class _Record(logging.LogRecord):
+    """A log record whose message is free of control characters; only libraries may log lines that are not indented."""
+
+    def getMessage(self) -> str:
+        is_ours = self.name.partition(".")[0] in _top_level_names()
+        return visible_lines(super().getMessage(), "␊" if is_ours else "\n  ")
+
+
 def set_up_logging() -> None:
     """Log to stderr in one format; ranks other than 0 log warnings only, with their rank."""
     quiet_libraries()
@@ -282,6 +340,18 @@ def quiet_libraries() -> None:
         logging.getLogger(name).addFilter(_Without(message))
 
 
+def _escape_lines() -> None:
+    """Let no log line and no warning of this process contain control characters."""
+    logging.setLogRecordFactory(_Record)
+    warnings.formatwarning = _format_warning
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    return visible_lines(f"{filename}:{lineno}: {category.__name__}: {message}", "\n  ") + "\n"
+
+
 def _silence_libraries() -> None:
     """Hide warnings of libraries: rank 0 shows the same ones."""
     warnings.simplefilter("ignore")
@@ -294,7 +364,10 @@ def _silence_libraries() -> None:
         logging.getLogger(name).addFilter(lambda record: record.levelno >= logging.ERROR)
 
 
-def _top_level_names() -> list[str]:
+@cache
+def _top_level_names() -> frozenset[str]:
     """Names of the project's modules and packages; every logger of the project is below one of them."""
     root = Path(__file__).parent
-    return [path.stem for path in root.glob("*.py")] + [path.parent.name for path in root.glob("*/__init__.py")]
+    return frozenset(
+        [path.stem for path in root.glob("*.py")] + [path.parent.name for path in root.glob("*/__init__.py")]
+    )

@@ -4,8 +4,8 @@
     python merge_lora.py --adapter output/a=0.7 output/b=0.3 --output output/both
 
 The base is the one named in adapter_config.json; --base overrides it. A quantised base is dequantised. Tensors are
-streamed, computed in fp32 and rounded once. The result is compared with base and adapters on a dozen prompts, layer by
-layer, in a staging folder: the output folder appears only when it is complete and verified.
+streamed, computed in float32 and rounded once. The result is compared with base and adapters on a dozen prompts, block
+by block, in a staging folder: the output folder appears only when it is complete and verified.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from checkpoints.model_config import DTYPE_NAMES
 from commands import CommandParser, run_command, set_up_logging
+from console import python_command, show, visible
 from errors import RunError
 from export.layouts.qwen2_names import LAYOUTS
 
@@ -59,20 +60,20 @@ def main(argv: Sequence[str]) -> None:
         write_companion_files(plan, folder)
         verification = verify(plan, folder) if args.verify else ""
         write_card(plan, args.output.name, verification, folder)
-    print(f"merged:   {plan.summary()}")
+    show(f"merged:   {plan.summary()}")
     if verification:
-        print(verification)
-    print(f"written:  {args.output} ({size / 1e6:,.1f} MB in {len(files)} file(s), {time.monotonic() - start:.1f} s)")
-    print("next:")
-    for line in serve_lines(args.output, str(plan.config["model_type"]), base.model_type):
-        print(f"  {line}")
+        print(visible(verification))
+    show(f"written:  {args.output} ({size / 1e6:,.1f} MB in {len(files)} file(s), {time.monotonic() - start:.1f} s)")
+    show("contains: weights, config.json, tokenizer, generation_config.json, and README.md (the model card)")
+    ask = python_command("-m scripts.ask")
+    lines = serve_lines(args.output, str(plan.config["model_type"]), base.model_type, ask)
+    show("\n  ".join(["next:", *lines]))
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(
         "python merge_lora.py",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument(

@@ -13,6 +13,10 @@ import socket
 
 from errors import ConfigError
 
+_VARIABLES = (
+    *("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "GROUP_RANK", "GROUP_WORLD_SIZE"),
+    *("ROLE_RANK", "ROLE_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"),
+)
 _USE_TORCHRUN = "Start the processes with torchrun, which sets all of them"
 
 
@@ -72,6 +76,19 @@ def has_gpu() -> bool:
 
 
 # ---------------------------------------------------------------------------------------- setting and checking them
+
+
+def forget_launcher(size: int = 1) -> None:
+    """Delete the variables that a launcher has left in the environment of a command that is a single process.
+
+    Args:
+        size: number of processes of the run that the command describes.
+    """
+    for name in list(os.environ):
+        if name in _VARIABLES or name.startswith("TORCHELASTIC_"):
+            del os.environ[name]
+    if size > 1:
+        os.environ["WORLD_SIZE"] = str(size)
 
 
 def has_rank() -> bool:

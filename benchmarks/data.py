@@ -26,6 +26,8 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from commands import HelpFormatter
+
 ROOT = Path(__file__).parents[1]
 SIZES = (1_000, 10_000, 100_000)
 SUFFIXES = (".jsonl", ".json", ".jsonl.gz", ".parquet")
@@ -103,7 +105,9 @@ def peak_memory(pid: int) -> float:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.data", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.data", description=__doc__, formatter_class=HelpFormatter
+    )
     parser.add_argument("--records", type=int, nargs="+", default=list(SIZES))
     parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results" / "data.json"))
     args = parser.parse_args(argv)

@@ -23,12 +23,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
-
-from safetensors.torch import load_file
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from checkpoints.names import ADAPTER_SAFETENSORS, TRAINING_LOG
+from commands import HelpFormatter
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "engines.json"
@@ -81,6 +82,8 @@ class Result:
     def weights(self) -> dict[str, Tensor]:
         """Saved parameters that were trained."""
         adapter = self.folder / ADAPTER_SAFETENSORS
+        from safetensors.torch import load_file
+
         return load_file(adapter if adapter.exists() else self.folder / "model.safetensors")
 
     def files(self) -> list[str]:
@@ -104,9 +107,10 @@ class Runs:
         words = [
             sys.executable, *start, "finetune.py", "--model_name_or_path", MODEL, "--data_path",
             self.folder / "train.json", "--eval_data_path", self.folder / "eval.json", "--output_dir", output,
-            "--per_device_train_batch_size", BATCH // processes, "--per_device_eval_batch_size", 2, "--lora_dropout",
-            0, "--logging_steps", 1, "--save_strategy", "no", "--lr_scheduler_type", "constant", "--report_to", "none",
-            "--use_cpu", "--disable_tqdm", "True", *mode, *(engine or ()), *flags,
+            "--per_device_train_batch_size", BATCH // processes, "--gradient_accumulation_steps", 1, "--weight_decay",
+            0, "--per_device_eval_batch_size", 2, "--lora_dropout", 0, "--logging_steps", 1, "--save_strategy", "no",
+            "--lr_scheduler_type", "constant", "--use_cpu", "--disable_tqdm", "True", "--gradient_checkpointing",
+            "False", *mode, *(engine or ()), *flags,
         ]  # fmt: skip
         if "--use_lora" not in mode:
             at = words.index("--lora_dropout")
@@ -183,7 +187,9 @@ def merges(adapter: Path) -> bool:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.engines", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.engines", description=__doc__, formatter_class=HelpFormatter
+    )
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
     parser.add_argument("--output", type=Path, default=RESULTS)

@@ -34,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.names import ADAPTER_SAFETENSORS, TRAINING_LOG
+from commands import HelpFormatter
 from training.run_folder.names import STAGING
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +65,9 @@ class Kill:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.kill_resume", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kill_resume", description=__doc__, formatter_class=HelpFormatter
+    )
     parser.add_argument("--short", action="store_true", help="4 kills of one process")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--seed", type=int, default=7)

@@ -28,15 +28,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
-
 from checkpoints.files import load_json
-from export.chat import write_chat_template, write_generation_config
-from export.standalone import write_code
-from export.verify.prompts import PROMPTS, prompt_ids
-from qwen_model.modeling_qwen import QWenLMHeadModel
-from qwen_model.tokenization_qwen import QWenTokenizer
+from commands import HelpFormatter
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "llama_cpp.json"
@@ -68,7 +61,9 @@ for number, prompt in enumerate(requests["prompts"]):
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.llama_cpp", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.llama_cpp", description=__doc__, formatter_class=HelpFormatter
+    )
     parser.add_argument("--model_name_or_path", type=Path, required=True, help="folder of a Qwen v1 checkpoint")
     parser.add_argument("--work_dir", type=Path, help="folder to build llama.cpp in (default: a temporary one)")
     parser.add_argument("--output", type=Path, default=RESULTS)
@@ -108,6 +103,11 @@ def build_llama_cpp(work: Path) -> None:
 
 def make_gguf(model: Path, layout: str, work: Path, exports: Path) -> Path:
     """Export the checkpoint in ``layout`` and convert it to a float32 GGUF file; return its path."""
+    import torch
+
+    from export.chat import write_chat_template, write_generation_config
+    from export.standalone import write_code
+
     folder, gguf = exports / layout, exports / f"{layout}.gguf"
     if layout == "qwen2":
         run([sys.executable, "-m", "scripts.convert_layout", model, folder, "--layout", layout])
@@ -137,6 +137,12 @@ def run(command: Sequence[object], **environment: str) -> None:
 
 def compare(model: Path, work: Path, exports: Path) -> list[dict[str, Any]]:
     """Return a row of figures per layout; ``exports`` is an empty folder to work in."""
+    import torch
+
+    from export.verify.prompts import prompt_ids
+    from qwen_model.modeling_qwen import QWenLMHeadModel
+    from qwen_model.tokenization_qwen import QWenTokenizer
+
     tokenizer = QWenTokenizer.from_pretrained(model)
     ours = QWenLMHeadModel.from_pretrained(model, dtype=torch.float32).eval()
     source, texts = load_texts()
@@ -152,11 +158,12 @@ def compare(model: Path, work: Path, exports: Path) -> list[dict[str, Any]]:
         different = [text for text, ids, theirs in zip(texts, text_ids, results["texts"], strict=True) if ids != theirs]
         by_nfc = sum(unicodedata.normalize("NFC", text) != text for text in different)
         counts = {"texts": len(texts), "of": source, "other_ids": len(different), "of_these_changed_by_nfc": by_nfc}
-        rows.append({"layout": layout, **counts, **compare_logits(ours, prompts, answers, results["greedy"])})
+        with torch.no_grad():
+            figures = compare_logits(ours, prompts, answers, results["greedy"])
+        rows.append({"layout": layout, **counts, **figures})
     return rows
 
 
-@torch.no_grad()
 def compare_logits(ours: Any, prompts: list[list[int]], answers: Path, greedy: list[list[int]]) -> dict[str, Any]:
     """Return figures of a row.
 
@@ -164,6 +171,9 @@ def compare_logits(ours: Any, prompts: list[list[int]], answers: Path, greedy: l
         answers: folder of llama.cpp's logits per prompt.
         greedy: ids that llama.cpp generated per prompt.
     """
+    import numpy
+    import torch
+
     settings: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": GREEDY_TOKENS}
     ours.generation_config.eos_token_id = None  # no id ends the text, as in RUNNER
     differences, sizes, equal, alike = [], [], [], 0
@@ -188,6 +198,8 @@ def load_texts() -> tuple[str, list[str]]:
     """Return the source of the texts, and the texts; without lone surrogates, which UTF-8 cannot encode."""
     file = Path(os.environ.get("QWEN_SHARED") or ROOT.parent / "shared") / "golden" / "tokenizer.json"
     if not file.is_file():
+        from export.verify.prompts import PROMPTS
+
         return "export/verify/prompts.py", [text for question_and_answer in PROMPTS for text in question_and_answer]
     cases = json.loads(file.read_text(encoding="utf-8"))["strings"]
     return "golden/tokenizer.json", [case["text"] for case in cases if not case["lone_surrogate"]]

@@ -23,6 +23,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from commands import HelpFormatter
+
 VOCABULARY, HIDDEN, TRAINED_SHARE, THREADS = 151_936, 896, 0.4, 2
 LOSSES = ("lean", "torch", "torch_chunks", "full")
 MIB = 2**20
@@ -30,7 +32,9 @@ RESULTS = Path(__file__).parent / "results" / "loss.json"
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.loss", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.loss", description=__doc__, formatter_class=HelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="run each case once, with at most 4,096 tokens")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--case", nargs="+", help=argparse.SUPPRESS)

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.loss import anonymous_memory
+from commands import HelpFormatter
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "merge.json"
@@ -89,7 +90,9 @@ CASES = {
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.merge", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.merge", description=__doc__, formatter_class=HelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="run each case once instead of 5 times")
     parser.add_argument("--output", type=Path, default=RESULTS)
     args = parser.parse_args(argv)

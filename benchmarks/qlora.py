@@ -31,6 +31,7 @@ from typing import Any
 
 from benchmarks.loss import anonymous_memory
 from checkpoints.names import RUN_SUMMARY, TRAINING_LOG
+from commands import HelpFormatter
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "qlora.json"
@@ -50,7 +51,9 @@ CASES: dict[str, tuple[str, list[str]]] = {
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.qlora", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.qlora", description=__doc__, formatter_class=HelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="run each case once")
     parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--layers", nargs=2, help=argparse.SUPPRESS)

@@ -20,6 +20,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from commands import HelpFormatter
+
 ROOT = Path(__file__).parents[1]
 IMPORT = "import torch, transformers.trainer"
 COMMANDS = {
@@ -46,7 +48,9 @@ def measure_startup(rounds: int) -> dict[str, float]:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.startup", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.startup", description=__doc__, formatter_class=HelpFormatter
+    )
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results" / "startup.json"))
     args = parser.parse_args(argv)

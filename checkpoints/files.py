@@ -174,9 +174,12 @@ def save_json(value: Mapping[str, Any], path: Path) -> None:
 
 
 def save_text(text: str, path: Path) -> None:
-    """Write a UTF-8 text file in one step (see :func:`staged_file`)."""
+    """Write a UTF-8 text file in one step (see :func:`staged_file`).
+
+    What is no Unicode, as a file name in another encoding, is written as escapes, which JSON reads back.
+    """
     with staged_file(path) as staging:
-        staging.write_text(text, encoding="utf-8")
+        staging.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 @contextmanager

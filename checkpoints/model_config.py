@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from checkpoints.files import is_file, load_json
 from checkpoints.names import BASE_QUANTIZATION
+from console import pip_command
 from errors import ConfigError
 
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
@@ -115,7 +116,7 @@ def check_bitsandbytes(needed_by: str) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"{needed_by} needs bitsandbytes, which is not installed",
-            "pip install -r requirements_qlora.txt -c constraints.txt",
+            pip_command("requirements_qlora.txt"),
         )
 
 

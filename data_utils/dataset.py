@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 _MAX_LISTED_FAULTS = 20
 _MAX_LOGGED_FAULTS = 5
 _CHECKING_DELAY = 1.0  # seconds
-BAD_RECORD = "bad record"
+BAD_RECORD = "invalid record"
 
 
 @dataclass(frozen=True)
@@ -238,6 +238,9 @@ class DataReader:
             self._add_fault(error)
             source_report.skip(where, BAD_RECORD, copies)
             return
+        if encoded.full_length:
+            kept_length = len(encoded.input_ids) if encoded.trained_tokens else 0
+            source_report.count_too_long(encoded.full_length, kept_length, copies)
         if not encoded.trained_tokens:
             source_report.skip(where, self._skip_reason(conversation, encoded), copies)
             return

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from chat.families import THINK, THINK_END, Family
 from chat.label_mask import LabelMask, labels_from_weights
 from chat.render import check_tools, control_ids_of, encode_segment, plain_encoder, render
-from chat.segments import Message
+from chat.segments import Message, Segment
 from chat.turns import Tool, Turn
 from data_utils.files import Location
 from data_utils.schema import Conversation
@@ -85,11 +85,13 @@ class EncodedConversation:
         input_ids: T ids, at most ``max_length``; empty if nothing that contains an answer fits.
         spans: authors and loss weights of the ids, in order; the lengths add up to T.
         turns_dropped: messages that are missing or, with ``truncation="cut"``, incomplete.
+        full_length: ids of the whole conversation; 0 if none are missing.
     """
 
     input_ids: list[int]
     spans: list[Span]
     turns_dropped: int = 0
+    full_length: int = field(default=0, compare=False)
 
     @property
     def labels(self) -> list[int]:
@@ -180,6 +182,8 @@ class Encoder:
         try:
             messages = self._render(turns, tools)
             encoded = self._encode(messages)
+            rest = messages[len(messages) - encoded.turns_dropped + 1 :] if encoded.turns_dropped else []
+            rest_length = sum(len(self._segment_ids(part)) for message in rest for part in message.segments)
         except ValueError as error:
             raise DataError(conversation.where, str(error), "Shorten the text, or leave the record out") from None
         if not encoded.turns_dropped:
@@ -190,6 +194,19 @@ class Encoder:
                 f"the conversation has more than --model_max_length {options.max_length} tokens",
                 "Raise it, shorten the conversation, or choose another --truncation",
             )
+        shortened = self._shorten(turns, tools, messages, encoded)
+        return replace(shortened, full_length=len(encoded.input_ids) + rest_length)
+
+    def _shorten(
+        self, turns: Sequence[Turn], tools: Sequence[Tool], messages: Sequence[Message], encoded: EncodedConversation
+    ) -> EncodedConversation:
+        """Return what remains of a conversation that is too long.
+
+        Args:
+            messages: all of its messages.
+            encoded: their start, up to the first that does not fit.
+        """
+        options = self.options
         if options.truncation == "cut":
             spans = _cut(encoded.spans, options.max_length)
             return EncodedConversation(encoded.input_ids[: options.max_length], spans, encoded.turns_dropped)
@@ -206,13 +223,16 @@ class Encoder:
     def _render(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> list[Message]:
         return render(turns, self.family, self.options.system_message, self.options.label_mask, tools)
 
+    def _segment_ids(self, segment: Segment) -> list[int]:
+        return encode_segment(segment, self._encode_text, self._control_ids)
+
     def _encode(self, messages: Sequence[Message]) -> EncodedConversation:
         """Encode messages up to the first that exceeds ``max_length``; it and all after it count as dropped."""
         ids: list[int] = []
         spans: list[Span] = []
         for number, message in enumerate(messages):
             for segment in message.segments:
-                segment_ids = encode_segment(segment, self._encode_text, self._control_ids)
+                segment_ids = self._segment_ids(segment)
                 ids += segment_ids
                 spans.append(Span(len(segment_ids), segment.role, segment.weight))
             if len(ids) > self.options.max_length:

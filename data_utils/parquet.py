@@ -8,6 +8,7 @@ from io import BufferedReader
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from console import pip_command
 from data_utils.json_stream import Location
 from errors import DataError, one_line
 
@@ -36,7 +37,7 @@ def parquet_records(
         import pyarrow
         from pyarrow import parquet
     except ImportError as error:
-        raise DataError(str(path), f"a Parquet file needs pyarrow ({error})", "pip install pyarrow") from None
+        raise DataError(str(path), f"a Parquet file needs pyarrow ({error})", pip_command("pyarrow")) from None
     size, reported, done = os.fstat(file.fileno()).st_size, 0, 0  # bytes, bytes, rows
     try:
         # Unbuffered, pyarrow loads whole columns of a row group, or of the file.

@@ -68,7 +68,7 @@ class RecordSampler:
     """
 
     def __init__(self, source: Source, total: int, eval_share: float, seed: int) -> None:
-        random = Random(f"{seed} {source.name}")
+        random = Random(f"{seed} {source.name}".encode("utf-8", "surrogateescape"))
         drawn = total if source.sample is None else min(source.sample, total)
         held_out = min(max(1, round(drawn * eval_share)), drawn) if eval_share and drawn else 0
         whole, fraction = divmod(source.factor, 1)

@@ -71,8 +71,8 @@ def load_adapters(values: Sequence[str]) -> list[WeightedAdapter]:
 def find_base(base: Path | None, adapter: Path, adapter_config: dict[str, Any]) -> Path:
     """Return the base's folder: ``--base``, else the one that the adapter names.
 
-    A named folder is looked up relative to the working directory, the adapter's folder and its parent; a hub id in the
-    local cache.
+    A named folder is looked up relative to the working directory, the adapter's folder and its parent; a model id in
+    the local cache.
 
     Raises:
         ConfigError: no such folder.

@@ -13,6 +13,7 @@ from torch import Tensor
 from checkpoints.fold import Fold, WeightedAdapter, plan_fold
 from checkpoints.model_config import DTYPE_NAMES, declared_dtype, with_dtype
 from checkpoints.source import InDtype, TensorSource, View, main_dtype
+from console import python_command
 from errors import ConfigError
 from export.inputs import Base
 from export.layouts.config import QWEN_CONFIG
@@ -124,8 +125,8 @@ def plan_merge(base: Base, adapters: Sequence[WeightedAdapter], layout: str, dty
 def choose_dtype(flag: str, config: dict[str, Any]) -> torch.dtype | None:
     """Return the dtype that floats are written in; ``None`` keeps each tensor's own.
 
-    A base that declares fp32 but is stored in 16 bits is loaded, tuned and hence merged in fp32: rounding would lose
-    part of what was trained.
+    A base that declares float32 but is stored in 16 bits is loaded, tuned and hence merged in float32: rounding would
+    lose part of what was trained.
     """
     if flag != "auto":
         dtype: torch.dtype = getattr(torch, DTYPE_NAMES[flag])
@@ -138,7 +139,7 @@ def _common_layout(adapters: Sequence[WeightedAdapter], default: str) -> str:
     layouts = {str(each.adapter.folder): layout_of_names(each.adapter.edits) or default for each in adapters}
     if len(set(layouts.values())) > 1:
         listed = ", ".join(f"{folder} ({layout})" for folder, layout in layouts.items())
-        fix = "Convert them to one layout with python -m scripts.convert_layout"
+        fix = f"Convert them to one layout with {python_command('-m scripts.convert_layout')}"
         raise ConfigError(f"--adapter: the adapters have names of different layouts: {listed}", fix)
     return next(iter(layouts.values()))
 

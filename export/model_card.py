@@ -34,7 +34,7 @@ class CardFacts:
 
     Attributes:
         name: final name of the folder.
-        base: the base as the user named it, a hub id or a folder.
+        base: the base as the user named it, a model id or a folder.
         base_folder: folder of its files; the licence is copied from it.
         adapters: folder and weight of each merged adapter.
         layout: ``model_type`` of the merged folder.
@@ -90,12 +90,15 @@ def copy_licenses(base: Path, folder: Path) -> list[str]:
     return names
 
 
-def serve_lines(folder: str | Path, layout: str, model_type: str) -> list[str]:
+def serve_lines(
+    folder: str | Path, layout: str, model_type: str, ask_command: str = "python -m scripts.ask"
+) -> list[str]:
     """Return shell commands that use an exported folder; comment lines begin with ``#``.
 
     Args:
         folder: the folder's name in the commands.
         layout, model_type: see :class:`CardFacts`.
+        ask_command: how the reader starts ``scripts.ask``.
     """
     name = shlex.quote(str(folder))
     needs_code = layout == "qwen"
@@ -105,7 +108,7 @@ def serve_lines(folder: str | Path, layout: str, model_type: str) -> list[str]:
         vllm.insert(
             0, f"# {_LAST_VLLM_WITH_QWEN} is the last vLLM with a class for this layout; --layout qwen2 needs none"
         )
-    ask = [f'python -m scripts.ask --model_name_or_path {name} "Who are you?"'] if model_type in ARCHITECTURES else []
+    ask = [f'{ask_command} --model_name_or_path {name} "Who are you?"'] if model_type in ARCHITECTURES else []
     return [
         *ask,
         *vllm,

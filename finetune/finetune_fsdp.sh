@@ -3,11 +3,8 @@
 #   sh finetune/finetune_fsdp.sh -m /path/to/Qwen-7B-Chat -d /path/to/conversations.json
 summary="Trains all parameters on all GPUs of one or several hosts. PyTorch FSDP2 shards weights, gradients and optimizer
 state."
+needs=
 processes=many
 engine="--fsdp_config fsdp_config.json"
-arguments="
-    --fsdp
-    --per_device_train_batch_size 1 --gradient_accumulation_steps 16
-    --learning_rate 1e-5
-"
+arguments="--fsdp"
 . "$(dirname -- "$0")/common.sh"

@@ -3,12 +3,9 @@
 #   sh finetune/finetune_qlora_ds.sh -m /path/to/Qwen-7B-Chat-Int4 -d /path/to/conversations.json
 summary="Trains a LoRA adapter over quantised weights on all GPUs of one or several hosts. Each GPU holds the whole model
 (plain data parallelism: gradients and optimizer state of an adapter are too small to shard). GPTQ and AWQ models are
-used as they are; others are quantised to NF4 while loading (needs: pip install -r requirements_qlora.txt -c constraints.txt)."
+used as they are; others are quantised to NF4 while loading."
+needs=requirements_qlora.txt
 processes=many
 engine=
-arguments="
-    --use_lora --q_lora
-    --per_device_train_batch_size 2 --gradient_accumulation_steps 8
-    --learning_rate 3e-4
-"
+arguments="--use_lora --q_lora"
 . "$(dirname -- "$0")/common.sh"

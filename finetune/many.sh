@@ -62,13 +62,17 @@ with socket.socket(route[0], socket.SOCK_DGRAM) as probe:
 ' "$MASTER_ADDR" "$port" 2>/dev/null
 }
 
-# Replace this shell by torchrun. Arguments: those of finetune.py.
-run_many() {
+# Set the number of processes on this host.
+count_processes() {
     count=${GPUS_PER_NODE:-$gpus}
     [ "$count" -gt 0 ] || count=${NPROC:-1}
     if [ "$gpus" -gt 0 ] && [ "$count" -gt "$gpus" ]; then
         fail "GPUS_PER_NODE=$count: this host has $gpus visible GPUs"
     fi
+}
+
+# Replace this shell by torchrun. Arguments: those of finetune.py.
+run_many() {
     if [ -z "${OMP_NUM_THREADS:-}" ]; then
         OMP_NUM_THREADS=$((cores / count > 1 ? cores / count : 1))
         export OMP_NUM_THREADS
@@ -76,6 +80,10 @@ run_many() {
     # torchrun's store outlives a restart and would give the restarted processes the addresses of their predecessors.
     # With this variable rank 0 creates a new store at each start.
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    # torchrun would end the run when the terminal is closed, although nohup has had that signal ignored.
+    if "$python" -c 'import signal; raise SystemExit(signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN)' >/dev/null; then
+        export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGQUIT
+    fi
     # Only in torchrun's "c10d" rendezvous do restarted hosts wait for each other.
     address=127.0.0.1
     endpoint=localhost:${port:-0}

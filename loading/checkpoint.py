@@ -35,7 +35,7 @@ class Checkpoint:
     """A checkpoint without its weights.
 
     Attributes:
-        name: folder or hub id, as given by the user.
+        name: folder or model id, as given by the user.
         folder: folder of its files.
         dtype: precision of its weights, in which a run's results are saved.
         chat_format: Qwen v1's ``chatml`` or ``raw``; ``None`` if its files contain neither.
@@ -66,7 +66,7 @@ def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = 
     """Read a checkpoint without its weights, of which only the headers are checked.
 
     Args:
-        name_or_path: a folder, or the hub id of a model.
+        name_or_path: a folder, or the model id on a hub.
         cache_dir: cache folder of the hub's library; ``None``: its default.
         hub: ``hf`` or ``modelscope``.
 

@@ -23,7 +23,7 @@ def find_cached_folder(hub_id: str, cache_dir: str | None = None) -> Path | None
 
     try:
         config = try_to_load_from_cache(hub_id, "config.json", cache_dir=cache_dir)
-    except (HFValidationError, OSError, ValueError):  # not a valid hub id, or too long for a file's name
+    except (HFValidationError, OSError, ValueError):  # not a valid model id, or too long for a file's name
         return None
     return Path(config).parent if isinstance(config, str) else None
 

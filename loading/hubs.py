@@ -8,6 +8,7 @@ from pathlib import Path
 from checkpoints.files import is_file
 from checkpoints.input_folders import check_name
 from checkpoints.shards import open_checkpoint
+from console import pip_command
 from errors import ConfigError, one_line
 from loading.config_files import find_cached_folder
 
@@ -90,7 +91,7 @@ def _fetch_from_modelscope(name: str, cache_dir: str | None) -> Path:
     try:
         from modelscope import snapshot_download  # type: ignore[import-not-found]
     except ImportError as error:
-        raise ConfigError("--model_hub modelscope: its library is not installed", "pip install modelscope") from error
+        raise ConfigError("--model_hub modelscope: its library is not installed", pip_command("modelscope")) from error
     for local_files_only in (True, False):
         try:
             return Path(snapshot_download(name, cache_dir=cache_dir, local_files_only=local_files_only))

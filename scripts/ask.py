@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from commands import CommandParser, quiet_libraries, run_command
+from console import visible
+from errors import ConfigError
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(prog="python -m scripts.ask", description="Ask a model one question.", allow_abbrev=False)
-    parser.add_argument("question", help="the user's message")
-    parser.add_argument("--model_name_or_path", required=True, help="checkpoint folder, or a hub id")
+    parser.add_argument("question", help="the user's message; - reads it from stdin")
+    parser.add_argument("--model_name_or_path", required=True, help="checkpoint folder, or model id on a hub")
     parser.add_argument("--adapter", help="LoRA adapter to use with it")
     parser.add_argument("--system_message", help="system message (default: that of the model's chat format)")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="length limit of the answer (default: 512)")
@@ -27,6 +30,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.max_new_tokens < 1:
         parser.error(f"--max_new_tokens {args.max_new_tokens} is too small; give 1 or more")
+    if args.question == "-":
+        args.question = sys.stdin.read()
+    if not args.question.strip():
+        parser.error("the question is empty")
     return args
 
 
@@ -51,6 +58,11 @@ def main(argv: Sequence[str]) -> None:
     )
     if not args.do_sample:
         settings["repetition_penalty"] = 1.0
+    elif (temperature := model.generation_config.temperature) is not None and temperature <= 0:
+        raise ConfigError(
+            f"--do_sample: generation_config.json of {checkpoint.name} has temperature {temperature:g}",
+            "Correct it there, or leave --do_sample out: each token is then the most likely one",
+        )
     output = model.generate(
         input_ids=input_ids,
         attention_mask=torch.ones_like(input_ids),
@@ -59,8 +71,8 @@ def main(argv: Sequence[str]) -> None:
         pad_token_id=checkpoint.end_ids[-1],
         **settings,
     )
-    print(tokenizer.decode(output[0, input_ids.shape[1] :].tolist(), skip_special_tokens=True).strip())
+    print(visible(tokenizer.decode(output[0, input_ids.shape[1] :].tolist(), skip_special_tokens=True).strip()))
 
 
 if __name__ == "__main__":
-    run_command(main, "scripts.ask")
+    run_command(main, "scripts.ask", prints_result=True)

@@ -20,6 +20,7 @@ from tqdm import tqdm
 
 from checkpoints.files import staged_file
 from commands import CommandParser, run_command
+from console import python_command, show
 from data_utils.files import data_files, read_records
 from data_utils.formats import FORMATS, Format, recognise
 from data_utils.formats.conversion import conversion_changes, other_fields
@@ -69,7 +70,8 @@ def main(argv: Sequence[str]) -> None:
     count, changes = convert(files, output, args.data_format, FORMATS[args.to])
     for line in changes.lines():
         logger.warning(line)
-    print(f"{count} {'conversation' if count == 1 else 'conversations'} as {args.to}: {output}")
+    show(f"{count} {'conversation' if count == 1 else 'conversations'} as {args.to}: {output}")
+    show(f"next: {python_command('-m scripts.preview_data --model_name_or_path MODEL --data_path', output)}")
 
 
 def check_output(output: Path, source: Path, files: Sequence[Path], overwrite: bool) -> None:

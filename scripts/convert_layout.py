@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +20,7 @@ from checkpoints.input_folders import check_name
 from checkpoints.model_config import DTYPE_NAMES
 from checkpoints.names import ADAPTER_CONFIG
 from commands import CommandParser, run_command, set_up_logging
+from console import python_command, show
 from errors import ConfigError
 from export.layouts.qwen2_names import LAYOUTS
 
@@ -52,20 +52,21 @@ def main(argv: Sequence[str]) -> None:
         )
     )
     size = sum(file.stat().st_size for file in args.output.iterdir() if file.is_file())
-    print(f"converted: {summary}")
-    print(f"written:   {args.output} ({size / 1e6:,.1f} MB, {time.monotonic() - start:.1f} s)")
-    output = shlex.quote(str(args.output))
+    show(f"converted: {summary}")
+    show(f"written:   {args.output} ({size / 1e6:,.1f} MB, {time.monotonic() - start:.1f} s)")
+    output: Path = args.output
     if is_adapter:
-        print(f"next:      python merge_lora.py --adapter {output} --output {output}-merged")
+        merged = Path(f"{output}-merged")
+        show(f"next:      {python_command('merge_lora.py --adapter', output, '--output', merged)}")
     else:
-        print(f'next:      python -m scripts.ask --model_name_or_path {output} "Who are you?"')
+        ask = python_command("-m scripts.ask --model_name_or_path", output, '"Who are you?"')
+        show(f"next:      {ask}")
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(
         "python -m scripts.convert_layout",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("input", type=Path, metavar="IN", help="folder of a checkpoint or of a LoRA adapter")

@@ -18,6 +18,7 @@ from chat.segments import Segment
 from chat.turns import Turn
 from checkpoints.files import save_text
 from commands import CommandParser, run_command
+from console import show
 
 CONVERSATION = [
     Turn("user", "Who are you?"),
@@ -35,14 +36,18 @@ _STYLE = (
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
-    parser = CommandParser("python -m scripts.draw_masks", description=__doc__, allow_abbrev=False)
+    parser = CommandParser(
+        "python -m scripts.draw_masks",
+        description="Draw a conversation as an SVG file with its trained tokens marked.",
+        allow_abbrev=False,
+    )
     parser.add_argument("--output", type=Path, default=Path("docs/trained_tokens.svg"), help="default: %(default)s")
     parser.add_argument(
         "--label_mask",
         nargs="+",
         choices=get_args(LabelMask),
         default=["assistant", "qwen"],
-        help="one panel each (default: %(default)s)",
+        help="one panel each (default: assistant qwen)",
     )
     return parser.parse_args(argv)
 
@@ -50,7 +55,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     save_text(draw(args.label_mask), args.output)
-    print(f"written: {args.output}")
+    show(f"written: {args.output}")
 
 
 def draw(label_masks: Sequence[LabelMask]) -> str:

@@ -27,6 +27,7 @@ from checkpoints.files import save_json
 from checkpoints.folders import staged_folder
 from checkpoints.writing import save_checkpoint
 from commands import CommandParser, run_command
+from console import show
 from data_utils.files import read_records
 from data_utils.formats import recognise
 from errors import ConfigError
@@ -48,14 +49,13 @@ def main(argv: Sequence[str]) -> None:
         save_json(build_generation_config(num_ranks), folder / "generation_config.json")
         save_json(build_tokenizer_config(config), folder / "tokenizer_config.json")
         save_checkpoint(build_weights(config, args.seed), folder, max_shard_size=2 * 10**9)
-    print(f"Wrote {args.output}: Qwen v1, random weights of seed {args.seed}, {num_ranks} ranks")
+    show(f"Wrote {args.output}: Qwen v1, random weights of seed {args.seed}, {num_ranks} ranks")
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(
         "python -m scripts.make_tiny_qwen",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must be empty or not exist")

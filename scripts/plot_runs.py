@@ -11,6 +11,7 @@ from pathlib import Path
 
 from checkpoints.names import TRAINING_LOG
 from commands import CommandParser, run_command
+from console import show
 from errors import ConfigError, one_line
 from training.run_folder.curves import Row, load_rows, plot_losses
 
@@ -63,7 +64,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError(
             f"--output {output}: {one_line(error)}", "Give a .png file in a folder that exists"
         ) from error
-    print(f"{len(curves)} {'run' if len(curves) == 1 else 'runs'}: {output}")
+    show(f"{len(curves)} {'run' if len(curves) == 1 else 'runs'}: {output}")
 
 
 if __name__ == "__main__":

@@ -10,25 +10,24 @@ with it, and finetune.py trains an adapter on it.
 from __future__ import annotations
 
 import argparse
-import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from commands import CommandParser, run_command, set_up_logging
+from console import python_command, show
 from errors import ConfigError
+from training.config.defaults import MODEL_MAX_LENGTH
 
 GROUP_SIZES = (32, 64, 128)
-MODEL_MAX_LENGTH = 2048
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(
         prog="python -m scripts.quantize",
         description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--model_name_or_path", required=True, help="checkpoint folder, or a hub id")
+    parser.add_argument("--model_name_or_path", required=True, help="checkpoint folder, or model id on a hub")
     parser.add_argument(
         "--data_path",
         required=True,
@@ -99,14 +98,16 @@ def main(argv: Sequence[str]) -> None:
     options = EncodeOptions(max_length=choose_length(args, checkpoint.folder), system_message=args.system_message)
     samples = draw_samples(checkpoint, args.data_path, args.samples, options, args.data_format, args.seed)
     result = quantize_checkpoint(checkpoint, quantization, samples, args.output_dir)
-    print(
-        f"calibrated: on {len(samples.calibration):,} conversations, {samples.calibration_tokens:,} tokens\n"
+    ask = python_command("-m scripts.ask --model_name_or_path", args.output_dir, '"Who are you?"')
+    for line in (
+        f"calibrated: on {len(samples.calibration):,} conversations, {samples.calibration_tokens:,} tokens",
         f"perplexity: {result.perplexity_before:.4f} before, {result.perplexity_after:.4f} after, "
-        f"on the {result.num_targets:,} answer tokens of {len(samples.held_out):,} held-out conversations\n"
+        f"on the {result.num_targets:,} answer tokens of {len(samples.held_out):,} held-out conversations",
         f"written:    {args.output_dir} ({quantization}), {result.bytes_after / 1e6:,.1f} MB of weights "
-        f"instead of {result.bytes_before / 1e6:,.1f}\n"
-        f'next:       python -m scripts.ask --model_name_or_path {shlex.quote(str(args.output_dir))} "Who are you?"'
-    )
+        f"instead of {result.bytes_before / 1e6:,.1f}",
+        f"next:       {ask}",
+    ):
+        show(line)
 
 
 def choose_length(args: argparse.Namespace, folder: Path) -> int:

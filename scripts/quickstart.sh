@@ -27,9 +27,9 @@ fi
 rm -rf "$work/adapter" "$work/merged"
 run python finetune.py --model_name_or_path "$work/tiny-qwen" --data_path "$data" --output_dir "$work/adapter" \
     --use_lora --lora_r 32 --lora_alpha 64 --lora_dropout 0 \
-    --num_train_epochs 40 --per_device_train_batch_size 16 \
-    --learning_rate 5e-3 --lr_scheduler_type cosine --warmup_steps 0.05 --weight_decay 0 \
-    --model_max_length 512 --logging_steps 10 --save_strategy no --report_to none
+    --num_train_epochs 40 --per_device_train_batch_size 16 --gradient_accumulation_steps 1 \
+    --learning_rate 5e-3 --warmup_steps 0.05 --weight_decay 0 --gradient_checkpointing False \
+    --model_max_length 512 --logging_steps 10 --save_strategy no
 run python merge_lora.py --adapter "$work/adapter" --output "$work/merged"
 
 # First question of the file and its answer, each terminated by NUL because texts may have several lines.

@@ -24,6 +24,13 @@ from training.progress import Progress
 
 TIMEOUT = 300
 
+# For runs of a few steps: transformers' own defaults instead of this toolkit's. Later flags take precedence.
+PLAIN = (
+    "--num_train_epochs", "3", "--per_device_train_batch_size", "8", "--per_device_eval_batch_size", "8",
+    "--gradient_accumulation_steps", "1", "--learning_rate", "5e-5", "--lr_scheduler_type", "linear",
+    "--warmup_steps", "0", "--weight_decay", "0", "--adam_beta2", "0.999", "--gradient_checkpointing", "False",
+)  # fmt: skip
+
 
 def environment() -> dict[str, str]:
     """Return the environment of commands: offline, on the CPU so that results are the same everywhere, and with threads
@@ -88,7 +95,7 @@ def restored_log_handlers() -> Iterator[None]:
 
 
 def finetune_here(*arguments: object) -> Recorder:
-    """Run ``finetune.py`` in this process, and return its recorded log."""
+    """Run ``finetune.py`` in this process, with ``PLAIN`` unless a config is given, and return its recorded log."""
     import finetune
 
     recorders: list[Recorder] = []
@@ -99,7 +106,8 @@ def finetune_here(*arguments: object) -> Recorder:
 
     with pytest.MonkeyPatch.context() as patch, restored_log_handlers():
         patch.setattr("training.build.RunLog", record)
-        finetune.main([*map(str, arguments), "--disable_tqdm", "True", "--use_cpu", "True"])
+        plain = () if "--config" in arguments else PLAIN
+        finetune.main([*plain, *map(str, arguments), "--disable_tqdm", "True", "--use_cpu", "True"])
     [recorder] = recorders
     return recorder
 

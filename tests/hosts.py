@@ -15,7 +15,7 @@ from pathlib import Path
 from tests.commands import environment
 from tests.golden import REPO
 
-NOT_INSTALLED = "iproute2 is not installed"
+NOT_INSTALLED = "ip is not installed (Debian: apt-get install iproute2)"
 _TIMEOUT = 120.0  # seconds
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from checkpoints.adapter_config import load_adapter_config
 from checkpoints.input_folders import check_files, check_model_files
 from checkpoints.model_config import check_bitsandbytes, find_quantization
+from console import pip_command
 from data_utils.sources import parse_fill, parse_source
 from errors import ConfigError, numbered
 from loading.config_files import find_local_folder, load_model_config, max_positions, module_names
@@ -314,7 +315,7 @@ def _check_reporters(args: RunArguments) -> Faults:
                 f"Known are {', '.join(REPORTERS)}",
             )
         elif not any(importlib.util.find_spec(module) for module in REPORTERS[name]):
-            yield ConfigError(f"--report_to {name}: not installed", f"pip install {name}, or remove the flag")
+            yield ConfigError(f"--report_to {name}: not installed", f"{pip_command(name)}, or remove the flag")
 
 
 def _check_output(args: RunArguments) -> Faults:

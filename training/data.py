@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
-from collections.abc import Mapping
-from io import TextIOWrapper
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,13 +16,14 @@ from checkpoints.names import DATA_REPORT, DATA_REPORT_PAGE
 from data_utils.collate import Collator
 from data_utils.dataset import DataOptions, DataReader, load_examples, report_settings
 from data_utils.encode import EncodeOptions, Encoder
-from data_utils.examples import ExampleSet
+from data_utils.examples import ExampleSet, KeptConversation
 from data_utils.report.data_report import DataReport
 from data_utils.report.page import render_html
 from data_utils.report.terminal import render_report
 from data_utils.report.terminal_text import wants_color
 from data_utils.sources import parse_fill, parse_source
 from loading.checkpoint import Checkpoint, load_checkpoint
+from loading.config_files import load_model_config, max_positions
 from processes import count_processes, is_first
 from training.config.args import RunArguments
 from training.distributed.agreement import check_same_data
@@ -65,8 +65,14 @@ def load_data(
     return sets
 
 
-def preview_data(args: RunArguments, max_samples: int = 3) -> dict[str, DataReport]:
+def preview_data(
+    args: RunArguments, max_samples: int = 3, use: Callable[[DataReader, KeptConversation], object] | None = None
+) -> dict[str, DataReport]:
     """Read the data and return the report of each set. Keeps no examples, and starts no processes.
+
+    Args:
+        max_samples: samples of each set that its report shows.
+        use: called with every conversation that would be trained or evaluated.
 
     Raises:
         ConfigError: a checkpoint without a usable tokenizer.
@@ -74,8 +80,9 @@ def preview_data(args: RunArguments, max_samples: int = 3) -> dict[str, DataRepo
     """
     checkpoint = load_checkpoint(args.model.model_name_or_path, args.model.cache_dir, args.model.model_hub)
     reader = build_reader(args, args.trainer_values(), checkpoint, max_samples)
-    for _ in reader.read():
-        pass
+    for kept in reader.read():
+        if use is not None:
+            use(reader, kept)
     return reader.reports
 
 
@@ -112,6 +119,7 @@ def build_reader(
     settings = report_settings(
         encoder,
         model=checkpoint.name,
+        positions=max_positions(load_model_config(checkpoint.folder)),
         batch_size=flags.per_device_train_batch_size,
         accumulation=flags.gradient_accumulation_steps,
         world_size=count_processes(),
@@ -137,8 +145,6 @@ def build_collator(checkpoint: Checkpoint) -> Collator:
 
 def show_reports(reports: Mapping[str, DataReport]) -> int:
     """Print the reports; return 1 if a report contains a problem that would make the run worthless, else 0."""
-    if isinstance(sys.stdout, TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that are not UTF-8
     width = shutil.get_terminal_size((100, 24)).columns
     for report in reports.values():
         print(render_report(report, color=wants_color(sys.stdout), width=width))

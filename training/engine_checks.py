@@ -6,6 +6,7 @@ import importlib.util
 from collections.abc import Iterator
 from typing import Any
 
+from console import pip_command
 from errors import ConfigError
 from loading.config_files import find_local_folder, load_model_config
 from processes import count_processes, has_gpu
@@ -14,7 +15,6 @@ from training.config.engines import Engine, find_engine, is_set, show_config
 
 # DeepSpeed's schedules: the transformers name of the same schedule.
 _SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
-_INSTALL = "pip install -r requirements_distributed.txt -c constraints.txt, or remove --deepspeed"
 
 
 def check_engine(args: RunArguments) -> Iterator[ConfigError]:
@@ -42,7 +42,8 @@ def check_engine(args: RunArguments) -> Iterator[ConfigError]:
 def _check_deepspeed(args: RunArguments, engine: Engine) -> Iterator[ConfigError]:
     where = f"--deepspeed {show_config(args.trainer_value('deepspeed'))}"
     if importlib.util.find_spec("deepspeed") is None:
-        yield ConfigError(f"{where}: DeepSpeed is not installed", _INSTALL)
+        install = pip_command("requirements_distributed.txt")
+        yield ConfigError(f"{where}: DeepSpeed is not installed", f"{install}, or remove --deepspeed")
     for key, value, flag, wanted in _contradictions(args, engine.config):
         yield ConfigError(f"{where}: {key} is {value}, {flag} is {wanted}", f'Give "auto" for {key}, or change {flag}')
     schedule, wanted = engine.config.get("scheduler", {}).get("type"), args.trainer_value("lr_scheduler_type")
@@ -96,5 +97,6 @@ def _check_fsdp(args: RunArguments, engine: Engine) -> Iterator[ConfigError]:
         )
     if engine.config.get("activation_checkpointing") and args.trainer_value("gradient_checkpointing"):
         yield ConfigError(
-            "--fsdp_config: activation_checkpointing and --gradient_checkpointing do the same", "Give one of them"
+            "--fsdp_config: activation_checkpointing and --gradient_checkpointing (on by default) do the same",
+            "Remove activation_checkpointing from the file",
         )

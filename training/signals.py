@@ -1,8 +1,9 @@
 """Signals that ask a run to stop, or to save a checkpoint, while it trains.
 
-SIGTERM and SIGINT (Ctrl-C): the run finishes the current optimizer step, saves a checkpoint and ends. SIGUSR1: it saves
-a checkpoint and continues. A signal handler only records the request; the trainer gathers the requests of all ranks
-once per optimizer step, so that all of them save after the same step, whichever rank received the signal.
+SIGTERM, SIGINT (Ctrl-C) and SIGHUP (the terminal was closed, without nohup): the run finishes the current optimizer
+step, saves a checkpoint and ends. SIGUSR1: it saves a checkpoint and continues. A signal handler only records the
+request; the trainer gathers the requests of all ranks once per optimizer step, so that all of them save after the same
+step, whichever rank received the signal.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from enum import IntEnum
 from types import FrameType
 
@@ -37,6 +38,7 @@ _REQUESTS = {
     signal.SIGUSR1: StopRequest.SAVE,
     signal.SIGINT: StopRequest.INTERRUPT,
     signal.SIGTERM: StopRequest.TERMINATE,
+    signal.SIGHUP: StopRequest.TERMINATE,
 }
 
 
@@ -67,7 +69,8 @@ class Signals:
         Raises:
             KeyboardInterrupt, Terminated: a stop was requested after the last step.
         """
-        before = {number: signal.signal(number, self._record) for number in _REQUESTS}
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) is signal.SIG_IGN else set()  # by nohup
+        before = {number: signal.signal(number, self._record) for number in _REQUESTS if number not in ignored}
         try:
             yield
             self.agree([self.requested])
@@ -106,5 +109,6 @@ class Signals:
                 again = ". Press Ctrl-C again to stop at once" if number == signal.SIGINT else ""
                 name = signal.Signals(number).name
                 line = f"\n{name}: finishing the current step and saving a checkpoint, then ending{again}\n"
-                os.write(2, line.encode())  # not through the logger, which the signal may have interrupted
+                with suppress(OSError):  # the terminal may be gone
+                    os.write(2, line.encode())  # not through the logger, which the signal may have interrupted
         self.requested = max(self.requested, request)

@@ -77,7 +77,7 @@ def describe_run(
     mode = "LoRA" if isinstance(trainer.model, PeftModel) else "all parameters"
     if quantization := checkpoint.quantization or args.lora.quantization:
         mode = f"LoRA on quantised weights ({quantization})"
-    precision = next((name for name in ("bf16", "fp16") if getattr(training, name)), "fp32")
+    precision = next((name for name in ("bf16", "fp16") if getattr(training, name)), "float32")
     precision = "pure_bf16" if args.options.pure_bf16 else precision
     report = examples.report.total()
     rows = [

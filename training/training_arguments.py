@@ -11,6 +11,7 @@ from transformers import TrainingArguments
 
 from errors import ConfigError, one_line
 from training.config.args import RunArguments
+from training.config.defaults import training_defaults
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +33,7 @@ def build_training_arguments(args: RunArguments) -> TrainingArguments:
     Raises:
         ConfigError: values that transformers refuses, or several GPUs visible to one process.
     """
-    values = dict(args.trainer)
+    values = {**training_defaults(args.lora.use_lora), **args.trainer}
     names = {item.name for item in fields(TrainingArguments)}
     for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
         new = name.replace("gradient", "activation")

@@ -14,7 +14,7 @@ from data_utils.report.source_report import SourceReport
 
 _SUMMED = (
     *("in_file", "read", "kept", "distinct", "answers", "tokens", "trained_tokens", "trained_weight"),
-    *("tokens_by_role", "trained_by_role", "lengths", "trained_lengths"),
+    *("tokens_by_role", "trained_by_role", "lengths", "trained_lengths", "too_long", "lost_tokens"),
     *("skipped", "truncated", "duplicates", "empty_answers", "unfilled"),
 )
 
@@ -26,6 +26,7 @@ class ReportSettings:
     Attributes:
         batch_size: samples per device and batch.
         batching: the batching strategy of the run, a key of ``padding.STRATEGIES``.
+        positions: the most tokens of a sample that the model allows, if that is known.
     """
 
     model: str = ""
@@ -39,6 +40,7 @@ class ReportSettings:
     epochs: float = 1.0
     max_steps: int = -1
     batching: str = "dynamic"
+    positions: int | None = None
 
     def data_flags(self, separator: str = " ") -> str:
         """Return the flags that decide which tokens are trained, with their values."""
@@ -93,6 +95,7 @@ class DataReport:
         for name in _SUMMED:
             values = [getattr(source, name) for source in self.sources]
             setattr(total, name, reduce(lambda one, other: one + other, values, getattr(total, name)))
+        total.longest = max((source.longest for source in self.sources), default=0)
         return total
 
     def padding(self) -> dict[str, float]:
@@ -165,7 +168,7 @@ class DataReport:
 
     def warnings(self, with_locations: bool = True) -> list[str]:
         """Return a line for each finding that the user should know."""
-        lines = [line for source in self.sources for line in source.warnings(with_locations)]
+        lines = [*self._lost_tokens(), *(line for source in self.sources for line in source.warnings(with_locations))]
         kept = sum(source.kept for source in self.sources)
         if kept:
             unused = (source for source in self.sources if source.read and not source.kept)
@@ -175,3 +178,17 @@ class DataReport:
                 f"a step uses {self.samples_per_step:,} samples, but there are only {kept:,}: an epoch is one step"
             )
         return lines
+
+    def _lost_tokens(self) -> list[str]:
+        """Return a line about what ``--model_max_length`` costs, and the length that keeps more; none if all fits."""
+        total, settings = self.total(), self.settings
+        if not total.too_long:
+            return []
+        enough = min(total.longest, settings.positions or total.longest)
+        keeps = "keeps all of them" if enough == total.longest else "is the most that the model allows"
+        advice = f". --model_max_length {enough} {keeps}" if enough > settings.model_max_length else ""
+        return [
+            f"{total.too_long:,} of {total.read:,} conversations are longer than --model_max_length "
+            f"{settings.model_max_length}: {total.lost_tokens / (total.tokens + total.lost_tokens):.1%} of all tokens "
+            f"are left out{advice}"
+        ]

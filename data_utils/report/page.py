@@ -10,10 +10,11 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from console import visible
 from data_utils.report.data_report import DataReport
 from data_utils.report.histogram import Histogram, build_histogram, short_number
 from data_utils.report.padding import STRATEGIES
-from data_utils.report.samples import Sample, SamplePiece, shorten, visible, visible_line
+from data_utils.report.samples import Sample, SamplePiece, shorten, visible_line
 from data_utils.report.source_report import SourceReport
 
 _SHOWN_TOKENS = 2000

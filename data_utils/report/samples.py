@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal, NamedTuple, Protocol
 
+from console import visible
+
 Decode = Callable[[list[int]], str]
 
 # Tokens of a piece: a long sample is shortened in steps of this size.
@@ -184,22 +186,6 @@ def _join(pieces: Iterable[SamplePiece]) -> list[SamplePiece]:
         else:
             joined.append(piece)
     return joined
-
-
-def _build_replacements() -> dict[int, str]:
-    """Map characters that control a terminal or reverse the direction of text to what is shown instead."""
-    table = {code: chr(0x2400 + code) for code in range(0x20) if chr(code) not in "\n\t"} | {0x7F: "␡"}
-    table |= {code: f"\\x{code:02x}" for code in range(0x80, 0xA0)}
-    bidirectional = [0x61C, 0x200E, 0x200F, 0x2028, 0x2029, *range(0x202A, 0x202F), *range(0x2066, 0x206A)]
-    return table | {code: f"\\u{code:04x}" for code in [*bidirectional, *range(0xD800, 0xE000)]}
-
-
-_REPLACEMENTS = _build_replacements()
-
-
-def visible(text: str) -> str:
-    """Replace every character that could control a terminal or a browser, except newlines and tabs."""
-    return text.translate(_REPLACEMENTS)
 
 
 def visible_line(text: object, max_length: int = 200) -> str:

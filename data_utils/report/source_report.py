@@ -43,6 +43,8 @@ class SourceReport:
         trained_tokens: ids with weight > 0 that are not the first of a sample; ``trained_weight`` is the sum of their
             weights.
         lengths: number of samples of each length; ``trained_lengths``: of each number of trained tokens.
+        too_long: conversations with more than the maximum number of ids, which are shortened or skipped;
+            ``lost_tokens``: the ids that this costs; ``longest``: the ids of the longest one.
     """
 
     name: str
@@ -59,6 +61,9 @@ class SourceReport:
     trained_by_role: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
     trained_lengths: Counter[int] = field(default_factory=Counter)
+    too_long: int = 0
+    lost_tokens: int = 0
+    longest: int = 0
     skipped: ReasonCounts = field(default_factory=ReasonCounts)
     truncated: ReasonCounts = field(default_factory=ReasonCounts)
     duplicates: ReasonCounts = field(default_factory=ReasonCounts)
@@ -73,6 +78,12 @@ class SourceReport:
         """Count a conversation that is left out."""
         self.read += copies
         self.skipped.add(reason, where, copies)
+
+    def count_too_long(self, full_length: int, kept_length: int, copies: int = 1) -> None:
+        """Count a conversation that is too long, beside ``skip`` or ``keep``: its ids, and how many remain."""
+        self.too_long += copies
+        self.lost_tokens += (full_length - kept_length) * copies
+        self.longest = max(self.longest, full_length)
 
     def keep(
         self,

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from console import visible
 from data_utils.report.data_report import DataReport
 from data_utils.report.padding import STRATEGIES
-from data_utils.report.samples import visible, visible_line
+from data_utils.report.samples import visible_line
 from data_utils.report.source_report import SourceReport
 from data_utils.report.terminal_text import (
     CLOSE,

@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple, TextIO
 
-from data_utils.report.samples import Sample, SamplePiece, shorten, visible, visible_line
+from console import visible
+from data_utils.report.samples import Sample, SamplePiece, shorten, visible_line
 
 _SHOWN_TOKENS = 500
 _GUTTER = 12  # columns left of a sample's text: the role and a bar

@@ -1,4 +1,4 @@
-"""Compare a merged folder with its base and adapters, layer by layer, so that no model is in memory as a whole.
+"""Compare a merged folder with its base and adapters, block by block, so that no model is in memory as a whole.
 
 Three streams of states pass from the embedding to the logits, in float32: those of the base with its adapters unmerged
 (``export.verify.reference``), of the merged folder, and of the first model with weights rounded to the dtypes of the

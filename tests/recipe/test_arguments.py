@@ -161,9 +161,10 @@ def test_preview_and_dry_run_start_no_process_group(tmp_path: Path, monkeypatch:
         monkeypatch.setenv(name, str(value))
     monkeypatch.setenv("MASTER_PORT", str(free_port()))
     data = ["--model_name_or_path", TINY, "--data_path", write_conversations(tmp_path / "train.json")]
-    preview, dry_run = run_all([["-m", "scripts.preview_data", *data], ["finetune.py", *data, "--dry_run"]])
+    commands = [["-m", "scripts.preview_data", "--processes", 2, *data], ["finetune.py", *data, "--dry_run"]]
+    preview, dry_run = run_all(commands)
     assert (preview.returncode, dry_run.returncode) == (0, 0), preview.stderr + dry_run.stderr
-    assert preview.stdout == dry_run.stdout and "a step uses 16 samples" in preview.stdout
+    assert preview.stdout == dry_run.stdout and "a step uses 32 samples" in preview.stdout
 
 
 def test_help_and_refusals_are_faster_than_importing_torch() -> None:
@@ -174,7 +175,8 @@ def test_help_and_refusals_are_faster_than_importing_torch() -> None:
 
 def test_help_lists_the_flags() -> None:
     short, long = (run_well("finetune.py", flag).stdout for flag in ("--help", "--help_all"))
-    for text in ("--model_name_or_path", "--use_lora", "--learning_rate X", "(default: 5e-05)", "--eval_strategy"):
+    default = "(default: 1e-05; with --use_lora: 0.0003)"
+    for text in ("--model_name_or_path", "--use_lora", "--learning_rate X", default, "--eval_strategy"):
         assert text in short and text in long
     for text in ("--dataloader_prefetch_factor", "--evaluation_strategy", "--save_safetensors"):
         assert text not in short and text in long

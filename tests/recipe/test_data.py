@@ -12,7 +12,7 @@ import pytest
 import finetune
 from data_utils.formats import recognise
 from scripts import preview_data
-from tests.commands import finetune_here, logged_losses, names_in, read_json, run_here
+from tests.commands import PLAIN, finetune_here, logged_losses, names_in, read_json, run_here
 from tests.golden import REPO
 from tests.models import TINY
 
@@ -20,7 +20,7 @@ ANSWERED = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant"
 
 
 def preview(*arguments: object) -> int:
-    common = ("--model_name_or_path", TINY, "--disable_tqdm", "True", "--use_cpu", "True")
+    common = (*PLAIN, "--model_name_or_path", TINY, "--disable_tqdm", "True", "--use_cpu", "True")
     return run_here(preview_data.main, "preview_data", [*common, *arguments])
 
 
@@ -100,7 +100,8 @@ def test_dry_run_equals_the_preview_and_writes_nothing(tmp_path: Path, capsys: p
     data = write(tmp_path / "a.jsonl", ANSWERED, answered("Hey"))
     assert preview("--data_path", data) == 0
     shown = capsys.readouterr().out
-    arguments = ["--model_name_or_path", TINY, "--data_path", data, "--output_dir", tmp_path / "out", "--dry_run"]
+    arguments = [*PLAIN, "--model_name_or_path", TINY, "--data_path", data, "--output_dir", tmp_path / "out"]
+    arguments.append("--dry_run")
     assert run_here(finetune.main, "finetune.py", [*arguments, "--disable_tqdm", "True", "--use_cpu", "True"]) == 0
     assert capsys.readouterr().out == shown
     assert names_in(tmp_path) == ["a.jsonl"]
@@ -123,7 +124,7 @@ def test_data_flags_are_applied_and_recorded(tmp_path: Path) -> None:
     train, evaluation = report["train"], report["eval"]
     counts = [(source["in_file"], source["read"], source["kept"]) for source in train["sources"]]
     assert counts == [(21, 9, 8), (8, 12, 12)]  # two of 10 and two of 8 are held out; the bad record is skipped
-    assert train["sources"][0]["skipped_by_reason"] == {"bad record": 1}
+    assert train["sources"][0]["skipped_by_reason"] == {"invalid record": 1}
     assert [source["kept"] for source in evaluation["sources"]] == [2, 2]
     assert train["settings"]["label_mask"] == "last" and train["settings"]["truncation"] == "turns_left"
     assert not train["unfilled"]

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from benchmarks.engines import ENGINES, MODES, Result, Runs, compare, largest_difference
+from tests.programs import require_program
 
 LOSS, GRADIENTS = 1e-5, 1e-6
 # ``test_two_ranks.py`` tests DDP. Gradients of the first step are compared once for each way of sharding them.
@@ -49,6 +50,8 @@ def test_two_processes_train_as_one_does(runs: Runs, mode: str, engine: str, wit
 
 @pytest.mark.parametrize("config", ["ds_config_zero2_offload.json", "ds_config_zero3_offload.json"])
 def test_offloaded_optimizer_gives_the_same_losses(runs: Runs, config: str) -> None:
+    """DeepSpeed compiles its optimizer for the CPU."""
+    require_program("g++", "g++")
     offloaded = runs.train(config, MODES["full"], ["--deepspeed", f"finetune/{config}"])
     assert offloaded.code == 0, offloaded.stderr
     assert largest_difference(offloaded.logged("loss"), alone(runs, "full").logged("loss")) <= LOSS

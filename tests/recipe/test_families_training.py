@@ -14,7 +14,7 @@ import finetune
 from data_utils.encode import EncodeOptions, Encoder
 from loading.checkpoint import load_checkpoint
 from scripts import ask
-from tests.commands import finetune_here, logged_losses, names_in, read_json, run_all, run_here, run_well
+from tests.commands import PLAIN, finetune_here, logged_losses, names_in, read_json, run_all, run_here, run_well
 from tests.data import load
 from tests.models import CONVERSATIONS, write_conversations, write_later_checkpoint
 
@@ -46,7 +46,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path]) ->
     }
     arguments: dict[str, list[object]] = {
         f"{model_type}-{mode}": [
-            "--model_name_or_path", bases[model_type], "--data_path", data, "--output_dir",
+            *PLAIN, "--model_name_or_path", bases[model_type], "--data_path", data, "--output_dir",
             folder / f"{model_type}-{mode}", "--max_steps", 60, "--logging_steps", 1, "--save_strategy", "no",
             *modes[mode],
         ]

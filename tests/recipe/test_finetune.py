@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import merge_lora
 from qwen_model.register import register_qwen
-from tests.commands import finetune_here, logged_losses, names_in, read_json, read_log, run_all, run_well
+from tests.commands import PLAIN, finetune_here, logged_losses, names_in, read_json, read_log, run_all, run_well
 from tests.models import TINY, copy_checkpoint, copy_tied, write_conversations
 
 register_qwen()
@@ -37,7 +37,7 @@ def test_the_loss_falls_on_real_conversations(shared: Path, tmp_path: Path, mode
     """With Qwen's vocabulary of 151,936 rows: by at least one nat, in sixteen steps of two conversations."""
     output = tmp_path / "out"
     run_well(
-        "finetune.py", "--model_name_or_path", shared / "golden" / "tiny-qwen", "--data_path",
+        "finetune.py", *PLAIN, "--model_name_or_path", shared / "golden" / "tiny-qwen", "--data_path",
         shared / "corpora" / "fastchat_dummy_conversation.json", "--output_dir", output, "--max_steps", 16,
         "--per_device_train_batch_size", 2, "--model_max_length", 80, "--logging_steps", 4,
         "--lr_scheduler_type", "constant", "--save_strategy", "no", *mode,
@@ -58,8 +58,9 @@ def test_base_model_learns_chatml_and_merges_with_its_embeddings(tmp_path: Path)
     base = copy_checkpoint(tmp_path / "base", chat_format="raw")
     adapter, merged = tmp_path / "adapter", tmp_path / "merged"
     run_well(
-        "finetune.py", "--model_name_or_path", base, "--data_path", write_conversations(tmp_path / "train.json"),
-        "--output_dir", adapter, "--use_lora", "--max_steps", 10, "--learning_rate", 1e-2, "--save_strategy", "no",
+        "finetune.py", *PLAIN, "--model_name_or_path", base, "--data_path",
+        write_conversations(tmp_path / "train.json"), "--output_dir", adapter, "--use_lora", "--max_steps", 10,
+        "--learning_rate", 1e-2, "--save_strategy", "no",
     )  # fmt: skip
     assert read_json(adapter / "run_summary.json")["trainable_embeddings"]["mode"] == "full"
     run_well("merge_lora.py", "--adapter", adapter, "--output", merged)
@@ -104,7 +105,7 @@ def test_resumed_run_ends_like_an_complete_one(tmp_path: Path) -> None:
 
     def command(name: str, *flags: object) -> list[object]:
         return [
-            "finetune.py", "--model_name_or_path", TINY, "--data_path", data, "--output_dir", tmp_path / name,
+            "finetune.py", *PLAIN, "--model_name_or_path", TINY, "--data_path", data, "--output_dir", tmp_path / name,
             "--max_steps", 6, "--per_device_train_batch_size", 3, "--learning_rate", 5e-3, "--logging_steps", 1,
             "--save_strategy", "steps", "--save_steps", 3, *flags,
         ]  # fmt: skip
@@ -151,7 +152,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
     commands: list[list[object]] = [
         [
-            "finetune.py", "--model_name_or_path", TINY, "--data_path", data, "--output_dir", folder / name,
+            "finetune.py", *PLAIN, "--model_name_or_path", TINY, "--data_path", data, "--output_dir", folder / name,
             "--use_lora", "--lora_dropout", 0, "--num_train_epochs", 1, "--per_device_train_batch_size", 2,
             "--learning_rate", 1e-2, "--logging_steps", 1, "--save_strategy", "no", *flags,
         ]

@@ -15,6 +15,7 @@ import pytest
 
 import finetune
 from tests.commands import (
+    PLAIN,
     environment,
     finetune_here,
     free_port,
@@ -38,9 +39,9 @@ CHECKPOINT = sorted([*MODEL, "manifest.json", "optimizer.pt", "rng_state.pth", "
 def arguments(folder: Path, max_steps: int, *flags: object) -> list[object]:
     data = write_conversations(folder / "train.json")
     return [
-        "--model_name_or_path", TINY, "--data_path", data, "--output_dir", folder / "out", "--max_steps", max_steps,
-        "--per_device_train_batch_size", 2, "--save_strategy", "steps", "--save_steps", 2, "--logging_steps", 1,
-        "--lr_scheduler_type", "constant", *flags,
+        *PLAIN, "--model_name_or_path", TINY, "--data_path", data, "--output_dir", folder / "out", "--max_steps",
+        max_steps, "--per_device_train_batch_size", 2, "--save_strategy", "steps", "--save_steps", 2,
+        "--logging_steps", 1, "--lr_scheduler_type", "constant", *flags,
     ]  # fmt: skip
 
 

@@ -58,7 +58,8 @@ def test_help_lists_options_and_defaults(name: str, flag: str, tmp_path: Path) -
     assert result.stdout.startswith("Usage: ")
     full = name in (FULL, FULL_DS, FSDP)
     texts = ["-m, --model", "-d, --data", "-o, --output", "-h, --help", "(default: output_qwen)"]
-    for text in (*texts, "--learning_rate 1e-5" if full else "--learning_rate 3e-4", "--resume_from_checkpoint auto"):
+    defaults = ["--model_max_length 2048", "--learning_rate 1e-05" if full else "--learning_rate 0.0003"]
+    for text in (*texts, *defaults, "--preview", "--resume_from_checkpoint auto"):
         assert text in result.stdout
     assert ("--use_lora" in result.stdout) == (not full)
     assert ("--q_lora" in result.stdout) == (name in (QLORA, QLORA_DS))
@@ -95,12 +96,21 @@ def test_wrong_option_is_one_line(name: str, arguments: list[str], message: str,
 
 
 @EACH
-@pytest.mark.parametrize("arguments", [[], ["-m", "x"], ["-d", "y", "-o", "z"]])
-def test_model_and_data_are_required(name: str, arguments: list[str], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("arguments", "missing"), [([], "-m MODEL"), (["-m", "x"], "-d DATA"), (["-d", "y", "-o", "z"], "-m MODEL")]
+)
+def test_model_and_data_are_required(name: str, arguments: list[str], missing: str, tmp_path: Path) -> None:
     result = launch(name, *arguments, cwd=tmp_path)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("Usage: ") and "-m MODEL -d DATA" in result.stderr
+    assert result.stderr.startswith(f"{name}: error: {missing} is missing. Usage: ")
+    assert "-m MODEL -d DATA" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_control_characters_of_a_name_do_not_reach_the_terminal(tmp_path: Path) -> None:
+    result = launch(LORA, "--x\x1b[31m\nforged: line", cwd=tmp_path)
+    assert result.returncode == 2
+    assert "\x1b" not in result.stderr and result.stderr.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -125,10 +135,12 @@ COMMON = {
     "lr_scheduler_type": "cosine",
     "save_steps": 1000,
     "save_total_limit": 10,
-    "logging_steps": 1,
     "report_to": "none",
-    "lazy_preprocess": True,
     "gradient_checkpointing": True,
+    "num_train_epochs": 5,
+    "per_device_eval_batch_size": 1,
+    "model_max_length": 2048,
+    "resume_from_checkpoint": None,  # auto, which is not recorded
     # Without a GPU no precision is added.
     "bf16": False,
     "fp16": False,
@@ -186,13 +198,30 @@ def test_finetune_accepts_the_arguments_of_each_mode(
     argv = command[command.index(str(tmp_path / "repo" / "finetune.py")) + 1 :]
     if name in MANY:
         monkeypatch.setenv("WORLD_SIZE", "2")
-    args = parse_args(argv)
-    check_args(args)
-    arguments = json.loads(json.dumps(args.to_dict()))
-    for flag in ("deepspeed", "fsdp_config"):
-        arguments[flag] = arguments[flag] and Path(arguments[flag]).name
-    expected = COMMON | OVERRIDES | mode
-    assert {key: arguments[key] for key in expected} == expected
+    for words, overrides in ((argv, OVERRIDES), (argv[: -len(OVERRIDING_ARGUMENTS)], {})):
+        args = parse_args(words)
+        check_args(args)
+        assert args.resumes_automatically
+        arguments = json.loads(json.dumps(args.to_dict()))
+        for flag in ("deepspeed", "fsdp_config"):
+            arguments[flag] = arguments[flag] and Path(arguments[flag]).name
+        expected = COMMON | mode | overrides
+        assert {key: arguments[key] for key in expected} == expected
+
+
+def test_preview_shows_the_run_of_the_launcher(data: Path, tmp_path: Path) -> None:
+    """In the folder of the data there is a module with a name of this checkout's, which must not be imported."""
+    (tmp_path / "console.py").write_text("raise SystemExit(9)")
+    model = str(SMALL / "tiny-qwen-small")
+    result = launch(
+        FULL_DS, "-m", model, "-d", data.name, "--preview", "--", "--json", "report.json", cwd=tmp_path, NPROC="3"
+    )
+    assert result.returncode == 0, result.stderr
+    assert "Sample 1 of 1" in result.stdout
+    settings = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["train"]["settings"]
+    expected = {"model_max_length": 2048, "batch_size": 1, "accumulation": 16, "world_size": 3, "epochs": 5}
+    assert {name: settings[name] for name in expected} == expected
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["console.py", data.name, "report.json"]
 
 
 def launch_with_stub(

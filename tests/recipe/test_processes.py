@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import TIMEOUT, environment, free_port, logged_losses, read_json, run
+from tests.commands import PLAIN, TIMEOUT, environment, free_port, logged_losses, read_json, run
 from tests.golden import REPO
 from tests.models import TINY, write_conversations
+from tests.programs import require_program
 
 MPIRUN = ["mpirun", "--oversubscribe", "-n", "2"]
 AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
@@ -24,9 +25,9 @@ AS_ROOT = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
 def arguments(folder: Path, *more: object) -> list[str]:
     data = write_conversations(folder / "train.json")
     words = [
-        "finetune.py", "--model_name_or_path", TINY, "--data_path", data, "--output_dir", folder / "out", "--use_lora",
-        "--per_device_train_batch_size", 2, "--max_steps", 3, "--logging_steps", 1, "--save_strategy", "no",
-        "--disable_tqdm", "True", *more,
+        "finetune.py", *PLAIN, "--model_name_or_path", TINY, "--data_path", data, "--output_dir", folder / "out",
+        "--use_lora", "--per_device_train_batch_size", 2, "--max_steps", 3, "--logging_steps", 1, "--save_strategy",
+        "no", "--disable_tqdm", "True", *more,
     ]  # fmt: skip
     return [sys.executable, *map(str, words)]
 
@@ -72,6 +73,7 @@ def last_line(folder: Path, number: int) -> str:
 
 def test_mpirun_and_srun_give_the_same_losses(tmp_path: Path) -> None:
     """Only rank 0 logs, and mpirun reports no crash at the end."""
+    require_program("mpirun", "openmpi-bin")
     (tmp_path / "mpi").mkdir()
     (tmp_path / "slurm").mkdir()
     mpi = subprocess.run(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 import merge_lora
 from checkpoints.model_config import Quantization
 from checkpoints.shards import open_checkpoint
+from console import pip_command
 from loading.adapters import load_adapter
 from loading.checkpoint import load_checkpoint, load_model
 from loading.inference import load_for_inference
@@ -346,5 +347,5 @@ def test_bitsandbytes_not_installed(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr == (
         "finetune.py: error: --q_lora (NF4 by bitsandbytes) needs bitsandbytes, which is not installed. "
-        "pip install -r requirements_qlora.txt -c constraints.txt\n"
+        f"{pip_command('requirements_qlora.txt')}\n"
     )

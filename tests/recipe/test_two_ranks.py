@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.commands import finetune_here, free_port, logged_losses, names_in, read_json, read_log, run_well
+from tests.commands import PLAIN, finetune_here, free_port, logged_losses, names_in, read_json, read_log, run_well
 from tests.models import CONVERSATIONS, TINY, write_conversations
 
 
@@ -30,7 +30,7 @@ def test_two_ranks_with_batch_two_equal_one_with_batch_four(tmp_path: Path, mode
     def arguments(output: str, batch: int) -> list[object]:
         lora = [] if mode == "full" else ["--use_lora", "--lora_dropout", 0]
         return [
-            "--model_name_or_path", TINY, "--data_path", data, "--eval_data_path", held_out, "--output_dir",
+            *PLAIN, "--model_name_or_path", TINY, "--data_path", data, "--eval_data_path", held_out, "--output_dir",
             tmp_path / output, "--per_device_train_batch_size", batch, "--num_train_epochs", 2, "--learning_rate", 1e-3,
             "--logging_steps", 1, "--save_strategy", "no", "--eval_strategy", "epoch",
             "--per_device_eval_batch_size", batch, *lora,

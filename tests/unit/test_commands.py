@@ -65,7 +65,7 @@ def test_out_of_memory_lists_flags_that_reduce_it(error: Exception, capsys: pyte
     assert run_failing_command(error) == 1
     line = capsys.readouterr().err
     assert line.startswith(f"tune.py: error: out of memory ({error}). Lower --per_device_train_batch_size (and raise ")
-    assert line.endswith("shorten --model_max_length, or add --gradient_checkpointing\n")
+    assert line.endswith(" or --model_max_length, or train an adapter with --use_lora\n")
     assert line.count("\n") == 1
 
 
@@ -130,7 +130,8 @@ def start(folder: Path, body: str = "time.sleep(60)", **environment: str) -> sub
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "line"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated")]
+    ("number", "code", "line"),
+    [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 143, "terminated"), (signal.SIGHUP, 143, "terminated")],
 )
 def test_signal_runs_finally_blocks(tmp_path: Path, number: int, code: int, line: str) -> None:
     process = start(tmp_path)

@@ -15,22 +15,23 @@ from tests.golden import REPO
 PACKAGES = {
     "chat": {"errors"},
     "qwen_model": {"errors", "chat"},
-    "data_utils": {"errors", "chat"},
-    "checkpoints": {"errors", "qwen_model"},
-    "loading": {"errors", "processes", "chat", "qwen_model", "checkpoints"},
+    "data_utils": {"errors", "console", "chat"},
+    "checkpoints": {"errors", "console", "qwen_model"},
+    "loading": {"errors", "console", "processes", "chat", "qwen_model", "checkpoints"},
     "training": {
-        "errors", "processes", "commands", "chat", "qwen_model", "data_utils", "checkpoints", "loading",
+        "errors", "console", "processes", "commands", "chat", "qwen_model", "data_utils", "checkpoints", "loading",
     },
-    "quantize": {"errors", "processes", "chat", "qwen_model", "data_utils", "checkpoints", "loading"},
-    "export": {"errors", "processes", "chat", "qwen_model", "checkpoints", "loading"},
+    "quantize": {"errors", "console", "processes", "chat", "qwen_model", "data_utils", "checkpoints", "loading"},
+    "export": {"errors", "console", "processes", "chat", "qwen_model", "checkpoints", "loading"},
 }  # fmt: skip
 COMMANDS = ("finetune", "merge_lora", "scripts", "benchmarks")
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
+    "console": set(),
     "processes": {"errors"},
-    "commands": {"errors", "processes"},
+    "commands": {"errors", "console", "processes"},
     **PACKAGES,
-    **{command: {"errors", "processes", "commands", *PACKAGES} for command in COMMANDS},
+    **{command: {"errors", "console", "processes", "commands", *PACKAGES} for command in COMMANDS},
 }
 OURS = {*MAY_IMPORT, "tests"}
 
@@ -40,6 +41,7 @@ ONLY_MODULES = {("checkpoints", "qwen_model"): {"qwen_model.architectures"}}
 # Libraries that a package may import beside the standard library, if not all of them.
 LIBRARIES: dict[str, set[str]] = {
     "errors": set(),
+    "console": set(),
     "processes": {"torch"},
     "commands": set(),
     "checkpoints": {"torch", "safetensors"},

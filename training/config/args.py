@@ -15,6 +15,7 @@ from typing import Any, Literal
 
 from checkpoints.model_config import Quantization
 from errors import ConfigError
+from training.config.defaults import MODEL_MAX_LENGTH
 
 
 def _flag(default: Any, help: str) -> Any:
@@ -61,7 +62,9 @@ class DataArguments:
         "tokens to train; assistant: every answer and its end token; last: only the last answer; qwen: as the "
         'original script, also the turn markers; all: every token; "train" and "weight" of a turn take precedence',
     )
-    model_max_length: int = _flag(8192, "maximum tokens of a sample; the default is lowered to the model's limit")
+    model_max_length: int = _flag(
+        MODEL_MAX_LENGTH, "maximum tokens of a sample; the default is lowered to the model's limit"
+    )
     truncation: Literal["turns", "turns_left", "cut", "drop", "error"] = _flag(
         "turns",
         "samples longer than --model_max_length; turns: drop the last turns; turns_left: drop the oldest turns; "
@@ -146,7 +149,7 @@ class RunArguments(InvocationOptions):
 
     Attributes:
         trainer: the transformers flags that were given, by the names used here.
-        trainer_defaults: the defaults of all transformers flags, by the names used here.
+        trainer_defaults: the values of all transformers flags that were not given, by the names used here.
         debug: show the traceback of a failure.
     """
 

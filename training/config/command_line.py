@@ -102,6 +102,10 @@ def _add_group(parser: CommandParser, title: str, flags: Iterable[Flag], show: b
         )
 
 
+def _lora_default(flag: Flag) -> str:
+    return "" if flag.lora_default is None else f"; with --use_lora: {flag.lora_default}"
+
+
 def _metavar(flag: Flag) -> str:
     if 0 < len(flag.choices) <= 6:
         return "{" + ",".join(flag.choices) + "}"
@@ -111,5 +115,5 @@ def _metavar(flag: Flag) -> str:
 def _help(flag: Flag) -> str:
     """Return the flag's help on one line, with its default."""
     text = " ".join(flag.help.replace("%%", "%").split()) or "(see transformers' TrainingArguments)"
-    default = "" if flag.default in (None, "", []) else f" (default: {flag.default})"
+    default = "" if flag.default in (None, "", []) else f" (default: {flag.default}{_lora_default(flag)})"
     return (text + default).replace("%", "%%")

@@ -30,6 +30,7 @@ class Flag:
     Attributes:
         kinds: the kinds of its values: ``bool``, ``int``, ``float``, ``str``, ``list``, ``dict``.
         default: for the help and for the record of a run.
+        lora_default: its default with ``--use_lora``, if that is another one.
         choices: its values, if it is limited to certain strings.
         optional: accepts ``None``.
         bare: the value of the flag without an argument; ``None`` if it requires one.
@@ -42,6 +43,7 @@ class Flag:
     choices: tuple[str, ...] = ()
     optional: bool = False
     bare: Any = None
+    lora_default: Any = None
 
     @property
     def expected(self) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from console import python_command
 from errors import ConfigError
 from loading.config_files import find_local_folder, load_model_config, max_positions
 from training.config.args import (
@@ -21,6 +22,7 @@ from training.config.args import (
 )
 from training.config.command_line import parse_command_line
 from training.config.config_file import SUFFIXES, Setting, load_config_file
+from training.config.defaults import training_defaults
 from training.config.flags import Flag, did_you_mean, flags_of, nearest
 from training.config.old_flags import old_flags, translate_old_flags
 from training.config.trainer_flags import trainer_flags
@@ -57,14 +59,15 @@ def _convert(name: str, setting: Setting, flags: dict[str, Flag]) -> Setting:
     flag, where = flags.get(name), setting.where
     if flag is None:
         hint = did_you_mean(nearest(name, flags))
-        raise ConfigError(f"{where}: unknown flag {name}{hint}", "python finetune.py --help_all lists the flags")
+        fix = f"{python_command('finetune.py --help_all')} lists the flags"
+        raise ConfigError(f"{where}: unknown flag {name}{hint}", fix)
     try:
         return Setting(flag.convert(setting.value), where)
     except ValueError as error:
         shown = setting.value if isinstance(setting.value, str) else json.dumps(setting.value, default=str)
         if where:
             raise ConfigError(f"{where}: {name}: {shown}: {error}") from error
-        fix = "python finetune.py --help lists the flags"
+        fix = f"{python_command('finetune.py --help')} lists the flags"
         raise ConfigError(f"command line: --{name} {shown}: {error}", fix) from error
 
 
@@ -79,16 +82,18 @@ def _build(values: dict[str, Any]) -> RunArguments:
         data = _limit_length(data, model)
     if values.get("output_dir"):
         values["output_dir"] = str(Path(values["output_dir"]).expanduser())
+    lora = LoraArguments(**groups[LoraArguments])
+    defaults = {name: flag.default for name, flag in trainer_flags().items()}
     debug = values.get("debug")
     if isinstance(debug, bool):
         del values["debug"]
     return RunArguments(
         model=model,
         data=data,
-        lora=LoraArguments(**groups[LoraArguments]),
+        lora=lora,
         options=TrainingOptions(**groups[TrainingOptions]),
         trainer=values,
-        trainer_defaults={name: flag.default for name, flag in trainer_flags().items()},
+        trainer_defaults=defaults | training_defaults(lora.use_lora),
         debug=debug is True,
         **groups[InvocationOptions],
     )

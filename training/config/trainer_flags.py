@@ -12,7 +12,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from console import pip_command
 from errors import ConfigError
+from training.config.defaults import training_defaults
 from training.config.flags import Flag, flag_of
 
 # transformers looks a log level up without a check: an unknown one would end in a KeyError.
@@ -48,7 +50,12 @@ _REMOVED = ("activation_checkpointing", "activation_checkpointing_kwargs", "enab
 def trainer_flags() -> dict[str, Flag]:
     """Return transformers' flags under the names used here, which are the same for all its versions."""
     flags = {name: flag for name, flag in transformers_flags().items() if name not in _REMOVED}
-    return flags | {flag.name: flag for flag in _REPLACED}
+    flags |= {flag.name: flag for flag in _REPLACED}
+    with_lora = training_defaults(use_lora=True)
+    for name, default in training_defaults(use_lora=False).items():
+        lora_default = with_lora[name] if with_lora[name] != default else None
+        flags[name] = dataclasses.replace(flags[name], default=default, lora_default=lora_default)
+    return flags
 
 
 @cache
@@ -60,7 +67,7 @@ def transformers_flags() -> dict[str, Flag]:
     """
     spec = importlib.util.find_spec("transformers")  # does not import it
     if spec is None or spec.origin is None:
-        raise ConfigError("transformers is not installed", "pip install -r requirements_finetune.txt")
+        raise ConfigError("transformers is not installed", pip_command("requirements_finetune.txt"))
     trees = [
         ast.parse((Path(spec.origin).parent / name).read_text(encoding="utf-8"))
         for name in ("training_args.py", "trainer_utils.py")

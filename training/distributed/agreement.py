@@ -42,6 +42,7 @@ _VARIABLES = (
     "TORCHDYNAMO_DISABLE", "NCCL_ALGO", "NCCL_PROTO", "NCCL_NVLS_ENABLE",
 )  # fmt: skip
 _SOURCES = (
+    "console.py",
     "errors.py",
     "commands.py",
     "processes.py",

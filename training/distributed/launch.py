@@ -17,6 +17,7 @@ from datetime import timedelta
 from typing import Any
 
 import processes
+from console import pip_command
 from errors import ConfigError, RunError, one_line
 from training.config.args import RunArguments
 
@@ -125,14 +126,14 @@ def _connect_by_mpi(process: LaunchedProcess) -> tuple[int, int]:
         raise ConfigError(
             f"{process.launcher} started {process.size} processes, and mpi4py, which they need to exchange addresses, "
             f"cannot be used ({error})",
-            "pip install mpi4py, set MASTER_ADDR and MASTER_PORT, or start with torchrun",
+            f"{pip_command('mpi4py')}, set MASTER_ADDR and MASTER_PORT, or start with torchrun",
         ) from None
     world: Any = MPI.COMM_WORLD
     if world.Get_size() != process.size:
         MPI.Finalize()
         raise ConfigError(
             f"{process.launcher} started {process.size} processes, and mpi4py sees {world.size}",
-            "Build mpi4py with the MPI whose mpirun you call: pip install --no-binary mpi4py mpi4py",
+            f"Build mpi4py with the MPI whose mpirun you call: {pip_command('--no-binary', 'mpi4py', 'mpi4py')}",
         )
     host = world.Split_type(MPI.COMM_TYPE_SHARED)
     local_rank, local_size = host.Get_rank(), host.Get_size()

@@ -95,6 +95,8 @@ def test_skipped_and_shortened_conversations_are_reported_by_line(
     assert total.truncated.locations == {"longer than --model_max_length 40": [f"{path}:5"]}
     assert (total.tokens, total.trained_tokens) == (27 + 34, 6 + 6)
     assert [record.getMessage() for record in caplog.records] == [
+        "8 of 9 conversations are longer than --model_max_length 40: 94.4% of all tokens are left out. "
+        "--model_max_length 145 keeps all of them",
         f"{path}: skipped 7 of 9 conversations, {TOO_LONG}: {path}:1, :7, :9, :11, :13, ...",
         f"{path}: shortened 1 of 9 conversations, longer than --model_max_length 40: {path}:5",
     ]
@@ -171,11 +173,11 @@ def test_bad_records_can_be_skipped_and_are_counted(
     assert questions(examples, tokenizer) == ["0", "2", "4"]
     total = examples.report.total()
     assert (total.in_file, total.read, total.kept) == (5, 5, 3)
-    assert total.skipped.locations == {"bad record": [f"{path}:3", f"{path}:7"]}
+    assert total.skipped.locations == {"invalid record": [f"{path}:3", f"{path}:7"]}
     first, second, summary = caplog.messages
     assert first.startswith(f"Skipped: {path}:3:21: not valid JSON")
     assert second.startswith(f'Skipped: {path}:7: the record has no "conversations"')
-    assert summary == f"{path}: skipped 2 of 5 conversations, bad record: {path}:3, :7"
+    assert summary == f"{path}: skipped 2 of 5 conversations, invalid record: {path}:3, :7"
 
 
 def test_fault_that_hides_the_rest_of_a_file_cannot_be_skipped(tmp_path: Path, encoder: Encoder) -> None:
@@ -192,7 +194,7 @@ def test_too_long_conversation_can_be_refused_or_dropped(tmp_path: Path, tokeniz
         load(refusing, path)
     assert f"{path}:3: the conversation has more than --model_max_length 40 tokens" in str(caught.value)
     assert load(refusing, path, skip_bad=True).report.total().skipped.locations == {
-        "bad record": [f"{path}:3", f"{path}:5"]
+        "invalid record": [f"{path}:3", f"{path}:5"]
     }
     dropping = Encoder(tokenizer, QWEN_V1, EncodeOptions(max_length=40, truncation="drop"))
     assert dict(load(dropping, path).report.total().skipped.counts) == {

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from console import pip_command
 from data_utils.files import Location, read_records
 from errors import DataError
 from tests.data_files import FORMAT, fault, write
@@ -123,4 +124,4 @@ def test_parquet_without_pyarrow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     pq.write_table(pa.table({"a": [1]}), path)
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     assert fault(path).startswith(f"{path}: a Parquet file needs pyarrow (")
-    assert fault(path).endswith("). pip install pyarrow")
+    assert fault(path).endswith(f"). {pip_command('pyarrow')}")

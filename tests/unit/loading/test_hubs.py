@@ -165,6 +165,6 @@ def test_unknown_model_on_modelscope(tmp_path: Path, modelscope: None) -> None:
 def test_modelscope_not_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "modelscope", None)
     with pytest.raises(
-        ConfigError, match=r"^--model_hub modelscope: its library is not installed\. pip install modelscope$"
+        ConfigError, match=r"^--model_hub modelscope: its library is not installed\. .* -m pip install modelscope$"
     ):
         find_folder("qwen/Tiny", str(tmp_path), "modelscope")

@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from checkpoints.model_config import Quantization, check_bitsandbytes
+from console import pip_command
 from errors import ConfigError
 from loading.quantized import QuantizedLinear, compute_in_float32, count_weights
 
@@ -120,6 +121,5 @@ def test_bitsandbytes_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError) as error:
         check_bitsandbytes("NF4")
     assert (
-        str(error.value)
-        == "NF4 needs bitsandbytes, which is not installed. pip install -r requirements_qlora.txt -c constraints.txt"
+        str(error.value) == f"NF4 needs bitsandbytes, which is not installed. {pip_command('requirements_qlora.txt')}"
     )

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from console import pip_command
 from errors import ConfigError
 from tests.golden import SMALL
 from tests.models import TINY, change_json, write_later_checkpoint
@@ -271,6 +272,6 @@ def test_missing_checkpoint_is_refused(tmp_path: Path, value: str) -> None:
 
 
 def test_reporter_that_is_not_installed_is_refused(tmp_path: Path) -> None:
-    message = "--report_to wandb: not installed. pip install wandb, or remove the flag"
+    message = f"--report_to wandb: not installed. {pip_command('wandb')}, or remove the flag"
     refuses(message, tmp_path, "--report_to", "wandb")
     check(tmp_path, "--report_to", "none")

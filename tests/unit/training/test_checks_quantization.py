@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from console import pip_command
 from errors import ConfigError
 from tests.golden import SMALL
 from tests.models import TINY, copy_checkpoint
@@ -97,7 +98,7 @@ def test_missing_bitsandbytes_is_refused(tmp_path: Path, quantised: Path, monkey
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)
     )
-    missing = "needs bitsandbytes, which is not installed. pip install -r requirements_qlora.txt -c constraints.txt"
+    missing = f"needs bitsandbytes, which is not installed. {pip_command('requirements_qlora.txt')}"
     assert complaint(tmp_path, *Q_LORA) == f"--q_lora (NF4 by bitsandbytes) {missing}"
     assert complaint(tmp_path, *Q_LORA, "--load_in_8bit") == f"--q_lora (8-bit by bitsandbytes) {missing}"
     saved = copy_checkpoint(tmp_path / "nf4", quantization_config=NF4)

@@ -13,7 +13,7 @@ from errors import Terminated
 from training import signals as module
 from training.signals import Signals, StopRequest
 
-NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+NUMBERS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +32,11 @@ def send(number: signal.Signals) -> None:
 
 @pytest.mark.parametrize(
     ("number", "requested", "error"),
-    [(signal.SIGTERM, StopRequest.TERMINATE, Terminated), (signal.SIGINT, StopRequest.INTERRUPT, KeyboardInterrupt)],
+    [
+        (signal.SIGTERM, StopRequest.TERMINATE, Terminated),
+        (signal.SIGHUP, StopRequest.TERMINATE, Terminated),
+        (signal.SIGINT, StopRequest.INTERRUPT, KeyboardInterrupt),
+    ],
 )
 def test_a_stop_takes_effect_after_the_step(
     number: signal.Signals, requested: StopRequest, error: type[BaseException]
@@ -51,6 +55,26 @@ def test_a_stop_takes_effect_after_the_step(
     send(number)
 
 
+def test_nohup_has_the_end_of_the_terminal_ignored() -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signals = Signals()
+    with signals.handling():
+        send(signal.SIGHUP)
+        assert signals.requested is StopRequest.NOTHING
+
+
+def test_a_stop_is_recorded_although_stderr_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*arguments: object) -> int:
+        raise BrokenPipeError
+
+    monkeypatch.setattr("os.write", fail)
+    monkeypatch.setattr(module.logger, "isEnabledFor", lambda level: True)
+    signals = Signals()
+    with pytest.raises(Terminated), signals.handling():
+        send(signal.SIGTERM)
+        assert signals.requested is StopRequest.TERMINATE
+
+
 def test_a_request_to_save_does_not_stop_the_run() -> None:
     signals, before = Signals(), signal.getsignal(signal.SIGUSR1)
     with signals.handling():
@@ -61,7 +85,7 @@ def test_a_request_to_save_does_not_stop_the_run() -> None:
         assert signals.agreed is StopRequest.NOTHING
         signals.agree([signals.requested])
         assert signals.agreed is StopRequest.NOTHING  # one request, one checkpoint
-    assert [signal.getsignal(number) for number in NUMBERS[2:]] == [before]
+    assert [signal.getsignal(number) for number in NUMBERS[3:]] == [before]
 
 
 def test_all_ranks_follow_the_greatest_request() -> None:

@@ -18,7 +18,7 @@ from transformers import TrainerState
 
 from errors import RunError
 from loading.checkpoint import load_checkpoint
-from tests.commands import finetune_here
+from tests.commands import PLAIN, finetune_here
 from tests.models import TINY, write_conversations, write_later_checkpoint
 from training.callbacks import LogLines, ProgressBar, describe_logs
 from training.config.parsing import parse_args
@@ -48,7 +48,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def build_trainer(data: Path, output: Path, *flags: object, model: Path = TINY) -> QwenTrainer:
     """Return a trainer as ``finetune.py`` builds it, with SGD, a constant learning rate and examples in order."""
     argv = [
-        "--model_name_or_path", model, "--data_path", data, "--output_dir", output, "--use_cpu", "True",
+        *PLAIN, "--model_name_or_path", model, "--data_path", data, "--output_dir", output, "--use_cpu", "True",
         "--disable_tqdm", "True", "--optim", "sgd", "--learning_rate", 1e-9, "--lr_scheduler_type", "constant",
         "--logging_steps", 1, "--save_strategy", "no", "--train_sampling_strategy", "sequential",
         "--model_max_length", 64, *flags,

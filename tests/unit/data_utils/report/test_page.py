@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from console import visible
 from data_utils.report.data_report import DataReport, ReportSettings
 from data_utils.report.page import render_html
-from data_utils.report.samples import visible
 from tests.reports import CHAT, HOSTILE, encode, hostile_report, report_of
 
 

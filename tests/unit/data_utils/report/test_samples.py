@@ -9,9 +9,10 @@ from types import SimpleNamespace
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from console import visible
 from data_utils.report.data_report import DataReport
 from data_utils.report.page import render_html
-from data_utils.report.samples import SamplePiece, build_sample, shorten, visible, visible_line
+from data_utils.report.samples import SamplePiece, build_sample, shorten, visible_line
 from data_utils.report.terminal import render_report
 from tests.reports import CHAT, decode, report_of, sample_of
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from console import visible
 from data_utils.report.data_report import DataReport, ReportSettings
 from data_utils.report.page import render_html
-from data_utils.report.samples import visible
 from data_utils.report.terminal import render_report
 from data_utils.report.terminal_text import wants_color
 from tests.reports import CHAT, encode, hostile_report, report_of, sample_of

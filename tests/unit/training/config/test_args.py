@@ -33,7 +33,7 @@ def test_arguments_are_data(monkeypatch: pytest.MonkeyPatch) -> None:
             patch.setattr(f"{module}.{name}", refuse)
         values = (args.output_dir, args.resume, args.resumes_automatically, args.lora.quantization, args.to_dict())
         rates = (args.trainer_value("learning_rate"), args.trainer_values().learning_rate)
-    assert values[1:3] == ("auto", True) and rates == (5e-5, 5e-5)
+    assert values[1:3] == ("auto", True) and rates == (1e-5, 1e-5)
     for target in (args, args.model, args.data, args.lora, args.options):
         with pytest.raises(dataclasses.FrozenInstanceError):
             target.dry_run = True  # type: ignore[attr-defined, misc, union-attr]
@@ -66,8 +66,8 @@ def test_record_contains_all_flags() -> None:
         "model_name_or_path": "Qwen/Qwen-7B", "attn_implementation": None, "data_path": None, "eval_data_path": None,
         "lazy_preprocess": False, "system_message": None, "label_mask": "assistant", "use_lora": True, "q_lora": False,
         "lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.05, "lora_target_modules": None, "lora_weight_path": "",
-        "lora_bias": "none", "trainable_embeddings": "auto", "cache_dir": None, "model_max_length": 8192,
-        "pure_bf16": False, "learning_rate": 1e-3, "seed": 42, "num_train_epochs": 3.0,
+        "lora_bias": "none", "trainable_embeddings": "auto", "cache_dir": None, "model_max_length": 2048,
+        "pure_bf16": False, "learning_rate": 1e-3, "seed": 42, "num_train_epochs": 5.0,
     }  # fmt: skip
     assert recorded | expected == recorded
     assert json.loads(json.dumps(recorded, default=str)) is not None

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from console import python_command
 from errors import ConfigError
 from training.config.parsing import parse_args
 
@@ -28,7 +29,8 @@ JSON = """{
 \t"system_message": "Be \\ud83d\\ude00 brief.", "warmup_ratio": 0.1, "report_to": "none", "save-steps": 7
 }
 """
-UNKNOWN = "{file}:2: unknown flag use_lorra (did you mean use_lora?). python finetune.py --help_all lists the flags"
+HELP = python_command("finetune.py --help_all")
+UNKNOWN = "{file}:2: unknown flag use_lorra (did you mean use_lora?). " + f"{HELP} lists the flags"
 
 
 @pytest.mark.parametrize(("name", "text"), [("run.yaml", YAML), ("run.yml", YAML), ("run.json", JSON)])
@@ -47,7 +49,8 @@ def test_file_equals_the_same_command_line(tmp_path: Path, name: str, text: str)
     changed = parse_args(
         ["--learning_rate", "1e-3", "--config", str(file), "--warmup_steps", "3", "--use_lora", "False"]
     )
-    assert changed.to_dict() == expected | {"learning_rate": 1e-3, "warmup_steps": 3.0, "use_lora": False}
+    batch = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 16}  # the default without LoRA
+    assert changed.to_dict() == expected | batch | {"learning_rate": 1e-3, "warmup_steps": 3.0, "use_lora": False}
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from console import pip_command
 from errors import ConfigError
 from tests.golden import REPO, SMALL
 from tests.models import TINY, write_later_checkpoint
@@ -106,8 +107,8 @@ def test_every_key_that_contradicts_a_flag_is_named(tmp_path: Path) -> None:
     where = f"--deepspeed {path}: "
     flags = ("--per_device_train_batch_size", 4, "--learning_rate", 3e-4, "--lr_scheduler_type", "cosine")
     assert [fault.removeprefix(where).partition(". ")[0] for fault in faults("--deepspeed", path, *flags)] == [
-        "gradient_accumulation_steps is 2, --gradient_accumulation_steps is 1",
-        "train_batch_size is 16, --per_device_train_batch_size x --gradient_accumulation_steps x 2 processes is 8",
+        "gradient_accumulation_steps is 2, --gradient_accumulation_steps is 16",
+        "train_batch_size is 16, --per_device_train_batch_size x --gradient_accumulation_steps x 2 processes is 128",
         "bf16.enabled is True, --bf16 is False",
         "optimizer.params.lr is 0.001, --learning_rate is 0.0003",
         "scheduler.type is WarmupLR, --lr_scheduler_type is cosine",
@@ -129,7 +130,7 @@ def test_every_key_that_contradicts_a_flag_is_named(tmp_path: Path) -> None:
         (("--fsdp", "--fsdp_config", '{"cpu_offload": true}'), "cpu_offload needs a GPU"),
         (
             ("--fsdp", "--gradient_checkpointing", "--fsdp_config", '{"activation_checkpointing": true}'),
-            "activation_checkpointing and --gradient_checkpointing do the same",
+            "activation_checkpointing and --gradient_checkpointing (on by default) do the same",
         ),
         (("--fsdp", "--use_lora", "--q_lora"), "--q_lora: quantised weights cannot be sharded by FSDP2"),
         (
@@ -155,4 +156,4 @@ def test_fsdp_refuses_trained_rows_of_a_tied_embedding(tmp_path: Path) -> None:
 def test_missing_deepspeed_is_refused_with_the_command_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     [fault] = (str(each) for each in check_engine(parse("--deepspeed", CONFIGS / "ds_config_zero2.json")))
-    assert "DeepSpeed is not installed. pip install -r requirements_distributed.txt" in fault
+    assert f"DeepSpeed is not installed. {pip_command('requirements_distributed.txt')}" in fault

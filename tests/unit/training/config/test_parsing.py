@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from console import python_command
 from errors import ConfigError
-from tests.models import TINY
+from tests.models import TINY, copy_checkpoint
 from training.config.parsing import parse_args
 from training.training_arguments import build_training_arguments
 
@@ -19,7 +20,7 @@ def test_defaults_of_the_original_scripts_flags() -> None:
     lora = args.lora
     assert (lora.use_lora, lora.q_lora, lora.lora_r, lora.lora_alpha, lora.lora_dropout) == (False, False, 64, 16, 0.05)
     assert (lora.lora_target_modules, lora.lora_weight_path, lora.lora_bias) == (None, "", "none")
-    assert (args.data.model_max_length, args.model.cache_dir) == (8192, None)
+    assert (args.data.model_max_length, args.model.cache_dir) == (2048, None)
     assert build_training_arguments(args).optim == "adamw_torch_fused"
 
 
@@ -101,7 +102,7 @@ def test_dashes_and_no_prefix_are_accepted() -> None:
 def test_refusal_is_one_line_with_flag_value_and_fix(command_line: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_args(command_line.split())
-    assert str(caught.value) == f"command line: {message} python finetune.py --help lists the flags"
+    assert str(caught.value) == f"command line: {message} {python_command('finetune.py --help')} lists the flags"
 
 
 def test_debug_is_a_switch_or_a_value_of_transformers() -> None:
@@ -114,6 +115,7 @@ def test_debug_is_a_switch_or_a_value_of_transformers() -> None:
 
 
 def test_default_of_model_max_length_is_lowered_to_the_models_limit(tmp_path: Path) -> None:
-    assert parse_args(["--model_name_or_path", str(TINY)]).data.model_max_length == 2048
+    small = copy_checkpoint(tmp_path / "small", max_position_embeddings=64)
+    assert parse_args(["--model_name_or_path", str(small)]).data.model_max_length == 64
     assert parse_args(["--model_name_or_path", str(TINY), "--model_max_length", "9"]).data.model_max_length == 9
-    assert parse_args(["--model_name_or_path", str(tmp_path / "nowhere")]).data.model_max_length == 8192
+    assert parse_args(["--model_name_or_path", str(tmp_path / "nowhere")]).data.model_max_length == 2048

@@ -109,7 +109,7 @@ def test_srun_that_sets_pmi_variables_needs_no_mpi4py(monkeypatch: pytest.Monkey
 
 def test_missing_mpi4py_is_reported_with_a_fix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(ConfigError, match=r"Open MPI started 4 processes, and mpi4py, .*\. pip install mpi4py, "):
+    with pytest.raises(ConfigError, match=r"Open MPI started 4 processes, and mpi4py, .*\. .* -m pip install mpi4py, "):
         detected(**OPEN_MPI)
     assert os.environ["RANK"] == "3"  # so that one rank reports it, not four
 

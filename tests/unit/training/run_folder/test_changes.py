@@ -93,7 +93,7 @@ def test_changes_that_need_permission_are_listed_together_and_accepted_with_it()
         "--seed 3, not 42",
         "--data_mixing sequential, not mixed",
         "training data: the examples differ (--label_mask assistant, not last)",
-        "batch: 2 per device x 1 accumulated x 1 processes, not 8 x 1 x 2",
+        "batch: 2 per device x 16 accumulated x 1 processes, not 1 x 16 x 2",
     ]
     with pytest.raises(ConfigError) as caught:
         check_changes(facts, saved, "checkpoint-4", allowed=False)
@@ -101,16 +101,16 @@ def test_changes_that_need_permission_are_listed_together_and_accepted_with_it()
     assert [line.partition(". ")[2] for line in lines] == needs_permission
     assert fix == "  Restore these settings, or add --allow_resume_changes to resume with the changes"
     accepted = check_changes(facts, saved, "checkpoint-4", allowed=True)
-    assert accepted == [*needs_permission, "--learning_rate 1.0, not 5e-05"]
+    assert accepted == [*needs_permission, "--learning_rate 1.0, not 1e-05"]
 
 
 def test_other_changes_are_warnings() -> None:
-    new = ("--learning_rate", "1e-3", "--weight_decay", "0.1", "--max_steps", 9)
+    new = ("--learning_rate", "1e-3", "--weight_decay", "0.2", "--max_steps", 9)
     assert differences((), new, data={**DATA, "eval": "d8"}, versions={"torch": "3.0"}) == {
         "warned": [
             "--max_steps 9, not -1",
-            "--learning_rate 0.001, not 5e-05",
-            "--weight_decay 0.1, not 0.0; the checkpoint's value stays in effect",
+            "--learning_rate 0.001, not 1e-05",
+            "--weight_decay 0.2, not 0.1; the checkpoint's value stays in effect",
             "evaluation data: the examples differ",
             "torch 3.0, not 2.13.0: rounding may differ",
         ]

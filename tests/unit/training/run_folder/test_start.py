@@ -94,7 +94,7 @@ def test_auto_removes_what_the_same_run_left_before_its_first_checkpoint(tmp_pat
     assert start_of(tmp_path, *AUTO) == Start(removes_leftovers=True)
     assert refused(tmp_path, *AUTO, "--learning_rate", 1, "--data_path", "other.json") == (
         "--resume_from_checkpoint auto: --output_dir contains another run:\n"
-        "  1. --learning_rate 1.0, not 5e-05\n"
+        "  1. --learning_rate 1.0, not 1e-05\n"
         "  2. --data_path other.json, not train.json\n"
         "  Give another --output_dir, or start over with --overwrite_output_dir"
     )
@@ -118,7 +118,7 @@ def test_a_finished_run_is_done_unless_the_command_asks_for_more(tmp_path: Path)
     assert start_of(tmp_path, *same, "--logging_steps", 3) == Start(is_finished=True)
     assert "training data: the examples differ" in refused(tmp_path, *same, data={"train": "d7"})
     assert "base model: its weights differ" in refused(tmp_path, *same, base="b2")
-    assert "--learning_rate 1.0, not 5e-05" in refused(tmp_path, *same, "--learning_rate", 1)
+    assert "--learning_rate 1.0, not 1e-05" in refused(tmp_path, *same, "--learning_rate", 1)
     # More steps continue it.
     assert start_of(tmp_path, *AUTO, "--max_steps", 12) == Start(str(tmp_path / "checkpoint-9"))
 
