@@ -10,10 +10,11 @@ from collections.abc import Sequence
 
 from commands import run_command, set_up_logging
 from training.checks import check_args
+from training.config.args import RunArguments
 from training.config.parsing import parse_args
 from training.distributed.launch import detect_launcher, init_process_group
 from training.run_folder.failures import explain_how_to_resume
-from training.run_folder.prepare import prepare_output
+from training.run_folder.prepare import owned_output, prepare_output
 from training.run_folder.start import agree_on_start
 from training.signals import ignore_save_requests
 
@@ -26,19 +27,27 @@ def main(argv: Sequence[str]) -> int:
     ignore_save_requests()
     args = parse_args(argv)
     check_args(args)
+    if args.dry_run:
+        from training.data import show_preview
 
+        return show_preview(args)
+    with owned_output(args):
+        run(args)
+    return 0
+
+
+def run(args: RunArguments) -> None:
+    """Train as the arguments say, and save to the output folder, which this process owns."""
     # These imports take seconds: the arguments have been checked before.
     from loading.checkpoint import load_checkpoint
     from training.build import build_trainer
-    from training.data import load_shared_data, show_preview
+    from training.data import load_shared_data
     from training.distributed.agreement import check_agreement
     from training.distributed.heartbeat import join_run
     from training.model import choose_embeddings, load_training_model
     from training.summary import record_end, record_start, run_facts
     from training.training_arguments import build_training_arguments, remove_accelerate_variables
 
-    if args.dry_run:
-        return show_preview(args)
     remove_accelerate_variables()
     init_process_group(args)
     training_arguments = build_training_arguments(args)
@@ -51,7 +60,7 @@ def main(argv: Sequence[str]) -> int:
     start = agree_on_start(world, args, facts)
     if start.is_finished:
         heartbeat.finish()
-        return 0
+        return
     model = load_training_model(checkpoint, args, training_arguments, policy)
     prepare_output(args, start.removes_leftovers)  # removes old results, now that every check has passed
     trainer, log = build_trainer(args, training_arguments, checkpoint, model, sets, facts, start, world, heartbeat)
@@ -64,7 +73,6 @@ def main(argv: Sequence[str]) -> int:
         trainer.save_model()
     record_end(trainer, args, log, sets, policy, seconds)
     heartbeat.finish()
-    return 0
 
 
 if __name__ == "__main__":

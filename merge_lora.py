@@ -21,6 +21,7 @@ from commands import CommandParser, run_command, set_up_logging
 from console import python_command, show, visible
 from errors import RunError
 from export.layouts.qwen2_names import LAYOUTS
+from outputs import check_output_folder, parse_output
 
 if TYPE_CHECKING:
     from export.merging import MergePlan
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     # torch is imported after the flags are checked, so that a wrong flag is reported at once.
-    from checkpoints.folders import check_output_folder, check_outside_inputs, check_space, staged_folder
+    from checkpoints.folders import check_space, staged_folder
     from checkpoints.writing import parse_size, save_source
     from export.base_check import check_trained_on
     from export.companion_files import write_card, write_companion_files
@@ -40,12 +41,15 @@ def main(argv: Sequence[str]) -> None:
 
     set_up_logging()
     start = time.monotonic()
+    named = [Path(name) for value in args.adapter for name in (value, value.rpartition("=")[0]) if name]
+    inputs = {"--adapter": named, "--base": [args.base] if args.base else []}
+    check_output_folder(args.output, "--output", inputs)
     max_shard_size = parse_size(args.max_shard_size)
     weighted = load_adapters(args.adapter)
     adapters = [each.adapter for each in weighted]
     base = open_base(find_base(args.base, adapters[0].folder, adapters[0].config))
-    check_outside_inputs(args.output, {"--adapter": [adapter.folder for adapter in adapters], "--base": [base.folder]})
-    check_output_folder(args.output)
+    inputs |= {"--adapter": [adapter.folder for adapter in adapters], "--base": [base.folder]}
+    check_output_folder(args.output, "--output", inputs)
     check_trained_on(base, adapters, args.base is not None, args.any_base)
     plan = plan_merge(base, weighted, args.layout, args.dtype)
     if args.verify:
@@ -83,7 +87,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         metavar="DIR[=WEIGHT]",
         help="folders of LoRA adapters; WEIGHT scales an adapter's change to the base (default: 1)",
     )
-    parser.add_argument("--output", type=Path, required=True, help="new folder for the merged checkpoint")
+    parser.add_argument("--output", type=parse_output, required=True, help="new folder for the merged checkpoint")
     parser.add_argument("--base", type=Path, help="folder of the base (default: the one that the adapter names)")
     parser.add_argument(
         "--any_base",

@@ -26,6 +26,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from benchmarks.results_file import parse_args, save_results
 from commands import HelpFormatter
 
 ROOT = Path(__file__).parents[1]
@@ -109,8 +110,7 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m benchmarks.data", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("--records", type=int, nargs="+", default=list(SIZES))
-    parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results" / "data.json"))
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv, ROOT / "benchmarks" / "results" / "data.json")
     results: dict[str, list[dict[str, float]]] = {}
     with tempfile.TemporaryDirectory() as name:
         model = Path(name) / "model"
@@ -131,7 +131,7 @@ def main(argv: Sequence[str]) -> None:
         "growth_mib": growth,
         "previews": results,
     }
-    Path(args.output).write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    save_results(summary, args.output)
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from benchmarks.results_file import parse_args, save_results
 from checkpoints.names import ADAPTER_SAFETENSORS, TRAINING_LOG
 from commands import HelpFormatter
 
@@ -192,8 +193,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv, RESULTS)
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         runs = Runs(Path(folder))
@@ -216,7 +216,7 @@ def main(argv: Sequence[str]) -> None:
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "peft", "deepspeed")},
         "results": results,
     }
-    args.output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    save_results(report, args.output)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results_file import parse_args, save_results
 from checkpoints.names import ADAPTER_SAFETENSORS, TRAINING_LOG
 from commands import HelpFormatter
 from training.run_folder.names import STAGING
@@ -71,8 +72,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--short", action="store_true", help="4 kills of one process")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv, RESULTS)
     modes = ["one"] if args.short else args.modes
     all_identical = True
     for mode in modes:
@@ -95,9 +95,8 @@ def save_row(row: dict[str, Any], path: Path) -> None:
     """Write the row of a mode; rows of other modes, which may have been measured before, stay."""
     earlier = json.loads(path.read_text())["rows"] if path.exists() else []
     rows = [*(other for other in earlier if other["mode"] != row["mode"]), row]
-    path.parent.mkdir(parents=True, exist_ok=True)
     result = {"machine": f"{platform.machine()}, {os.cpu_count()} CPUs", "rows": rows}
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    save_results(result, path)
 
 
 def describe(row: dict[str, Any]) -> str:

@@ -28,6 +28,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results_file import parse_args, save_results
 from checkpoints.files import load_json
 from commands import HelpFormatter
 
@@ -66,8 +67,7 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--model_name_or_path", type=Path, required=True, help="folder of a Qwen v1 checkpoint")
     parser.add_argument("--work_dir", type=Path, help="folder to build llama.cpp in (default: a temporary one)")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv, RESULTS)
     model: Path = args.model_name_or_path.resolve()
     if not (model / "config.json").is_file() or load_json(model / "config.json").get("model_type") != "qwen":
         parser.error(f"--model_name_or_path {args.model_name_or_path} is not the folder of a Qwen v1 checkpoint")
@@ -80,8 +80,7 @@ def main(argv: Sequence[str]) -> None:
         report = {"command": command, "machine": machine(work), "rows": rows}
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    save_results(report, args.output)
 
 
 def build_llama_cpp(work: Path) -> None:

@@ -12,7 +12,6 @@ than the seconds.
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import subprocess
@@ -23,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results_file import parse_args, save_results
 from commands import HelpFormatter
 
 VOCABULARY, HIDDEN, TRAINED_SHARE, THREADS = 151_936, 896, 0.4, 2
@@ -36,9 +36,8 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m benchmarks.loss", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="run each case once, with at most 4,096 tokens")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--case", nargs="+", help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv, RESULTS)
     if args.case:
         return run_case(*args.case)
     repeats = 1 if args.quick else 5
@@ -48,10 +47,9 @@ def main(argv: Sequence[str]) -> None:
         for row in measure_rows():
             print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
             rows.append(row)
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     command = "python -m benchmarks.loss" + (" --quick" if args.quick else "")
     record = {"command": command, "machine": machine(), "settings": settings(), "rows": rows}
-    args.output.write_text(json.dumps(record, indent=1) + "\n")
+    save_results(record, args.output)
 
 
 def compare(repeats: int) -> list[dict[str, Any]]:

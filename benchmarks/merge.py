@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import platform
 import shutil
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.loss import anonymous_memory
+from benchmarks.results_file import parse_args, save_results
 from commands import HelpFormatter
 
 ROOT = Path(__file__).parents[1]
@@ -94,8 +94,7 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m benchmarks.merge", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="run each case once instead of 5 times")
-    parser.add_argument("--output", type=Path, default=RESULTS)
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv, RESULTS)
     runs: dict[str, list[tuple[float, float]]] = {name: [] for name in CASES}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -118,8 +117,7 @@ def main(argv: Sequence[str]) -> None:
     limits = {"memory_mib": 128, "memory_mib_with_embeddings": round(128 + 1.3 * EMBEDDING_MIB), "times_faster": 3}
     command = "python -m benchmarks.merge" + (" --quick" if args.quick else "")
     report = {"command": command, "machine": machine(), "limits": limits, "rows": rows}
-    args.output.parent.mkdir(parents=True, exist_ok=True)
-    args.output.write_text(json.dumps(report, indent=1) + "\n")
+    save_results(report, args.output)
 
 
 def make_inputs(folder: Path) -> None:

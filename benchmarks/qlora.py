@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.loss import anonymous_memory
+from benchmarks.results_file import parse_args, save_results
 from checkpoints.names import RUN_SUMMARY, TRAINING_LOG
 from commands import HelpFormatter
 
@@ -55,9 +56,8 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m benchmarks.qlora", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="run each case once")
-    parser.add_argument("--output", type=Path, default=RESULTS)
     parser.add_argument("--layers", nargs=2, help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv, RESULTS)
     if args.layers:
         return train_layers(*args.layers)
     repeats = 1 if args.quick else 5
@@ -67,9 +67,8 @@ def main(argv: Sequence[str]) -> None:
         rows = [*whole_runs(folder, repeats), *compare_layers(folder, repeats)]
     for row in rows:
         print("  ".join(f"{key} {value}" for key, value in row.items()))
-    args.output.parent.mkdir(parents=True, exist_ok=True)
     command = "python -m benchmarks.qlora" + (" --quick" if args.quick else "")
-    args.output.write_text(json.dumps({"command": command, "machine": machine(), "rows": rows}, indent=1) + "\n")
+    save_results({"command": command, "machine": machine(), "rows": rows}, args.output)
 
 
 # ----------------------------------------------------------------------------------------------------- models and data

@@ -8,7 +8,6 @@ Runs the commands in turn, five rounds, and writes the medians to benchmarks/res
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import platform
 import statistics
@@ -20,6 +19,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.results_file import parse_args, save_results
 from commands import HelpFormatter
 
 ROOT = Path(__file__).parents[1]
@@ -52,8 +52,7 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m benchmarks.startup", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--output", default=str(ROOT / "benchmarks" / "results" / "startup.json"))
-    args = parser.parse_args(argv)
+    args = parse_args(parser, argv, ROOT / "benchmarks" / "results" / "startup.json")
     measure_startup(1)  # fills the file system's cache
     seconds = measure_startup(args.rounds)
     shares = {name: round(value / seconds[IMPORT], 4) for name, value in seconds.items()}
@@ -67,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
         "machine": {"cpus": os.cpu_count(), "python": platform.python_version()},
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
-    Path(args.output).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    save_results(result, args.output)
 
 
 if __name__ == "__main__":

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import stat
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from checkpoints.json_schemas import Schema, schema_of
 from errors import ConfigError
+from outputs import staged_file
 
 _COPY_AGAIN = "Copy the file again"
 _MOST_LEVELS = 100
@@ -169,40 +168,14 @@ def load_json_or_empty(path: Path) -> dict[str, Any]:
 
 
 def save_json(value: Mapping[str, Any], path: Path) -> None:
-    """Write a JSON object in one step (see :func:`staged_file`)."""
+    """Write a JSON object in one step (see :func:`outputs.staged_file`)."""
     save_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", path)
 
 
 def save_text(text: str, path: Path) -> None:
-    """Write a UTF-8 text file in one step (see :func:`staged_file`).
+    """Write a UTF-8 text file in one step (see :func:`outputs.staged_file`).
 
     What is no Unicode, as a file name in another encoding, is written as escapes, which JSON reads back.
     """
     with staged_file(path) as staging:
         staging.write_text(text, encoding="utf-8", errors="backslashreplace")
-
-
-@contextmanager
-def staged_file(path: Path) -> Iterator[Path]:
-    """Write a file in one step: at any time ``path`` is the previous file or the complete new one.
-
-    Yields the hidden path ``.NAME.partial`` in the same folder, where the block writes and closes the file. After the
-    block the file is synced to disk and renamed to ``path``. After an error in the block (Ctrl-C too) the partial file
-    is removed and ``path`` is unchanged. A killed process leaves its partial file; the next write replaces it.
-    """
-    staging = path.with_name(f".{path.name}.partial")
-    try:
-        yield staging
-        sync(staging)
-        os.replace(staging, path)
-    finally:
-        staging.unlink(missing_ok=True)
-
-
-def sync(path: Path) -> None:
-    """Flush a file, or a folder's list of entries, from the operating system's cache to disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

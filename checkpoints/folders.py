@@ -1,17 +1,16 @@
-"""Output folders: checked before they are written, and written in one step; needs no torch."""
+"""Output folders, written in one step, and the space they need; needs no torch."""
 
 from __future__ import annotations
 
-import fcntl
-import glob
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from checkpoints.files import sync
 from errors import ConfigError
+from outputs import check_output_folder, stage, sync
+from ownership import make_temporary_folder
 
 
 def sync_files(folder: Path) -> None:
@@ -23,109 +22,59 @@ def sync_files(folder: Path) -> None:
 
 @contextmanager
 def temporary_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder to write files in before they are renamed to their final names, and remove it afterwards.
+    """Own a folder during the block, and yield an empty folder in it to write files in until they are complete.
 
     The block syncs (:func:`sync_files`) and moves what is complete; whatever is left in the folder when the block ends,
-    with an error (Ctrl-C too) or without, is removed with it. So is a folder that a killed process left at ``path``;
-    no lock is taken: two processes must not use one ``path``. Use :func:`staged_folder` for a folder that a user names.
+    with an error (Ctrl-C too) or without, is removed with it. So is what a killed process left at ``path``.
+
+    Raises:
+        ConfigError: another process uses ``path``, or something of the user is there.
     """
-    shutil.rmtree(path, ignore_errors=True)
-    path.mkdir(parents=True)
-    try:
-        yield path
-    finally:
-        remove_folder(path)
-
-
-def check_output_folder(path: str | Path, flag: str = "--output") -> None:
-    """Raise ``ConfigError`` unless ``path`` does not exist or is an empty folder."""
-    path = Path(path)
-    if path.is_symlink():
-        raise ConfigError(f"{flag} {path} is a symbolic link", "Give the folder itself, or one that does not exist yet")
-    if path.exists() and not path.is_dir():
-        raise ConfigError(f"{flag} {path} is a file", "Give a folder that does not exist yet")
-    if path.is_dir() and any(path.iterdir()):
-        raise ConfigError(f"{flag} {path} is not empty", "Give a folder that does not exist yet, or empty it")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with make_temporary_folder(path, str(path)):
+        folder = path / "files"
+        folder.mkdir()
+        yield folder
 
 
 @contextmanager
 def staged_folder(path: str | Path, flag: str = "--output") -> Iterator[Path]:
-    """Write a folder in one step: yield ``PATH.partial-PID``, and rename it to ``path`` after the block.
+    """Write a folder in one step: yield ``PATH.partial/NAME``, and rename it to ``path`` after the block.
 
-    After an error in the block (Ctrl-C too) the partial folder is removed and ``path`` is unchanged. Partial folders of
-    killed processes for the same path are removed first; those of running processes are locked and stay.
+    After an error in the block (Ctrl-C too) the partial folder is removed and ``path`` is unchanged. What a killed
+    process has left there is removed by the next one for the same path (see :func:`outputs.stage`).
 
     Raises:
-        ConfigError: ``path`` is not free (see :func:`check_output_folder`) or cannot be created.
+        ConfigError: ``path`` is not free (see :func:`outputs.check_output_folder`), cannot be created, or is being
+            written by another process.
     """
+    path = Path(path)
     check_output_folder(path, flag)
-    final = Path(path).resolve()
-    staging = final.with_name(f"{final.name}.partial-{os.getpid()}")
+    final = path.resolve()
     try:
-        _remove_leftovers(final)
-        staging.mkdir(parents=True)
-        lock = os.open(staging, os.O_RDONLY)
+        owned = stage(final, f"{flag} {path}")
     except OSError as error:
         what = f"{flag} {path} cannot be created: {error.strerror}"
         raise ConfigError(what, "Choose a writable folder") from error
+    staging, is_kept = owned.path / final.name, False
     try:
-        with suppress(OSError):  # some network file systems have no locks
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends, even if it is killed
+        check_output_folder(path, flag)  # another process may have completed it meanwhile
+        staging.mkdir()
+        yield staging
+        sync_files(staging)
+        sync(staging)
         try:
-            yield staging
-            sync_files(staging)
-        except BaseException:
-            remove_folder(staging)
-            raise
-        try:
-            sync(staging)
             os.replace(staging, final)
-            sync(final.parent)
         except OSError as error:
-            # The result is complete: keep it for the user instead of removing it.
+            is_kept = True  # it is complete
             fix = f"The complete result is in {staging}: move it by hand"
             raise ConfigError(f"{flag} {path} cannot be replaced by the result: {error.strerror}", fix) from error
+        sync(final.parent)
     finally:
-        os.close(lock)
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder; retry once if a signal interrupts the removal."""
-    try:
-        shutil.rmtree(folder, ignore_errors=True)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        raise
-
-
-def _remove_leftovers(final: Path) -> None:
-    """Remove the partial folders of ``final`` that no running process has locked."""
-    for folder in final.parent.glob(f"{glob.escape(final.name)}.partial-*"):
-        lock = os.open(folder, os.O_RDONLY)
-        try:
-            with suppress(OSError):
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                shutil.rmtree(folder, ignore_errors=True)
-        finally:
-            os.close(lock)
-
-
-def check_outside_inputs(output: Path, inputs: Mapping[str, Iterable[Path]], flag: str = "--output") -> None:
-    """Check that the output folder is none of the input folders and is not inside one.
-
-    Args:
-        inputs: input folders by the flag that named them.
-        flag: the flag that named ``output``.
-
-    Raises:
-        ConfigError: ``output`` is an input folder or inside one.
-    """
-    for input_flag, folders in inputs.items():
-        for folder in folders:
-            if folder.resolve() in (output.resolve(), *output.resolve().parents):
-                relation = "is" if folder.resolve() == output.resolve() else "is inside"
-                what = f"{flag} {output} {relation} the folder of {input_flag}"
-                raise ConfigError(what, "Give a new folder beside it")
+        if is_kept:
+            owned.release()
+        else:
+            owned.remove()
 
 
 def check_space(needed: int, output: Path, flag: str = "--output") -> None:

@@ -10,6 +10,7 @@ import os
 import stat
 from pathlib import Path
 
+from checkpoints.companions import check_inside, is_companion
 from checkpoints.files import check_regular, describe_os_error, load_json, read_text
 from checkpoints.json_schemas import MIB, SCHEMAS
 from checkpoints.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TEMPLATES_FOLDER
@@ -38,7 +39,8 @@ def check_files(folder: Path) -> None:
 
     Raises:
         ConfigError: the folder cannot be listed; or it contains a pipe or a device, a JSON file that does not follow
-            its schema (see :mod:`checkpoints.json_schemas`), or a text that is not UTF-8 or too large.
+            its schema (see :mod:`checkpoints.json_schemas`), a text that is not UTF-8 or too large, or a file other than
+            weights that is a link to another place.
     """
     try:
         with os.scandir(folder) as listing:
@@ -47,6 +49,8 @@ def check_files(folder: Path) -> None:
         what = f"cannot read the folder {folder}: {describe_os_error(error)}"
         raise ConfigError(what, "Check the folder's name and permissions") from error
     for path, name in entries:
+        if name == TEMPLATES_FOLDER or name in SCHEMAS or name.endswith(_TEXTS) or is_companion(name):
+            check_inside(path, folder)
         if name == TEMPLATES_FOLDER and path.is_dir():
             check_files(path)
         elif name in SCHEMAS:

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from checkpoints.files import save_json, staged_file, sync
+from checkpoints.files import save_json
 from checkpoints.shards import SAFETENSORS_DTYPES
 from checkpoints.source import TensorSource, is_finite
 from errors import ConfigError
+from outputs import stage, staged_file, sync
 
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30, "TiB": 2**40}
 
@@ -104,17 +105,14 @@ def _save(
         raise ConfigError(f"{folder} already holds weights ({present[0]})", "Write to an empty folder")
     written: list[tuple[Path, list[str]]] = []
     total_size = 0
-    try:
+    with stage(folder / "weights", str(folder), prefix=".") as staging:
         for shard in _shards(entries, max_shard_size):
-            temporary = folder / f".{len(written) + 1:05d}.partial"
+            temporary = staging.path / f"{len(written) + 1:05d}"
             written.append((temporary, [entry.name for entry in shard]))
             _write_shard(shard, temporary, on_written)
             total_size += sum(entry.nbytes for entry in shard)
             shard.clear()
         return _publish(written, folder, total_size)
-    finally:
-        for temporary, _ in written:
-            temporary.unlink(missing_ok=True)
 
 
 def _shards(entries: Iterable[_Entry], max_shard_size: int) -> Iterator[list[_Entry]]:
@@ -151,7 +149,7 @@ def _write_shard(shard: list[_Entry], path: Path, on_written: Callable[[int], ob
                     writer.write(block)
             writer.finish()
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(path.parent)) from error
+            raise OSError(error.errno, error.strerror, str(path.parent.parent)) from error
         finally:
             writer.close()
         assert file.tell() == 8 + len(text) + end, f"{path}: the size of some blocks is not that of their tensor"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from checkpoints.companions import TOKENIZER_FILES, copy_companion
 from checkpoints.files import load_json, save_json
 from checkpoints.names import TEMPLATES_FOLDER
 from export.chat import write_chat_template, write_generation_config
@@ -16,11 +16,6 @@ from export.model_card import CardFacts, write_model_card
 from export.standalone import write_code
 
 logger = logging.getLogger(__name__)
-
-TOKENIZER_FILES = (
-    "tokenizer_config.json", "qwen.tiktoken", "qwen_extra.tiktoken", "tokenizer.json", "vocab.json", "merges.txt",
-    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
-)  # fmt: skip
 
 # Files of a converted tokenizer in each layout.
 _COMMON = ("tokenizer_config.json", "chat_template.jinja")
@@ -38,7 +33,7 @@ def write_companion_files(plan: MergePlan, folder: Path) -> None:
     copy_tokenizer(sources, folder)
     if plan.layout != layout_of_config(plan.base.config):
         convert_tokenizer(folder, plan.layout)
-    copy_first("generation_config.json", sources, folder)
+    copy_companion("generation_config.json", sources, folder)
     write_generation_config(folder)
     write_chat_template(folder)
     if plan.layout == "qwen":
@@ -86,25 +81,18 @@ def convert_tokenizer(folder: Path, layout: str) -> None:
 def copy_tokenizer(sources: Sequence[Path], folder: Path) -> None:
     """Copy the tokenizer's files, each from the first of ``sources`` that has it."""
     for name in TOKENIZER_FILES:
-        copy_first(name, sources, folder)
+        copy_companion(name, sources, folder)
     templates = ("chat_template.jinja", TEMPLATES_FOLDER)
     owner = next((source for source in sources if any((source / name).exists() for name in templates)), None)
     if owner is not None and (owner / TEMPLATES_FOLDER).is_dir():
         (folder / TEMPLATES_FOLDER).mkdir(exist_ok=True)
         for template in (owner / TEMPLATES_FOLDER).glob("*.jinja"):
-            shutil.copyfile(template, folder / TEMPLATES_FOLDER / template.name)
+            copy_companion(f"{TEMPLATES_FOLDER}/{template.name}", [owner], folder)
     config_file = folder / "tokenizer_config.json"
     if not config_file.is_file():
         return
     config = load_json(config_file)
     if extra := config.get("extra_vocab_file"):
-        copy_first(Path(extra).name, sources, folder)
+        copy_companion(Path(extra).name, sources, folder)
     if config.pop("auto_map", None):
         save_json(config, config_file)
-
-
-def copy_first(name: str, sources: Sequence[Path], folder: Path) -> None:
-    """Copy file ``name`` from the first of ``sources`` that has it, if any."""
-    source = next((source / name for source in sources if (source / name).is_file()), None)
-    if source is not None:
-        shutil.copyfile(source, folder / name)

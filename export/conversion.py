@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from chat.stops import end_ids_of, stopping_generation_config
 from checkpoints.adapter import read_adapter
+from checkpoints.companions import TOKENIZER_FILES, copy_companion, find_companion
 from checkpoints.dequantized_reader import open_dequantized
 from checkpoints.files import load_json, save_json
 from checkpoints.folders import check_space, staged_folder
@@ -21,7 +22,7 @@ from checkpoints.source import InDtype, TensorSource
 from checkpoints.writing import save_source
 from errors import ConfigError
 from export.chat import write_chat_template, write_generation_config
-from export.companion_files import TOKENIZER_FILES, convert_tokenizer, copy_first, copy_tokenizer
+from export.companion_files import convert_tokenizer, copy_tokenizer
 from export.layouts.adapter_config import save_converted_adapter
 from export.layouts.config import QWEN_CONFIG, find_quantization_config
 from export.layouts.convert import convert_model
@@ -124,8 +125,8 @@ def _record_origin(options: Conversion, config: dict[str, Any], new_config: dict
     """Record in the new config the source's fingerprint, and a chat format that its layout cannot express."""
     if options.dtype is None:  # rounded values are no longer those of the source
         new_config["converted_from"] = {"layout": config["model_type"], "fingerprint": fingerprint(options.source)}
-    file = options.source / "generation_config.json"
-    if QWEN_CONFIG in new_config and file.is_file() and "chat_format" in (settings := load_json(file)):
+    file = find_companion(options.source, "generation_config.json")
+    if QWEN_CONFIG in new_config and file and "chat_format" in (settings := load_json(file)):
         new_config[QWEN_CONFIG]["chat_format"] = settings["chat_format"]
 
 
@@ -139,7 +140,7 @@ def _convert_tokenizer_and_licenses(options: Conversion, folder: Path, layout: L
 def _save_generation_config(options: Conversion, config: dict[str, Any], folder: Path) -> None:
     """Write the settings that end an answer, and for Qwen v1 the chat format (base or ChatML)."""
     file = folder / "generation_config.json"
-    copy_first(file.name, [options.source], folder)
+    copy_companion(file.name, [options.source], folder)
     write_generation_config(folder)
     write_chat_template(folder)
     chat_format = (config.get(QWEN_CONFIG) or {}).get("chat_format")
@@ -149,8 +150,8 @@ def _save_generation_config(options: Conversion, config: dict[str, Any], folder:
 
 def _save_adapter_generation_config(options: Conversion, folder: Path, layout: Layout) -> None:
     """Write the generation settings saved with the adapter and its tokenizer, with the keys of the new layout."""
-    file = options.source / "generation_config.json"
-    if file.is_file() and (folder / "tokenizer_config.json").is_file():
+    file = find_companion(options.source, "generation_config.json")
+    if file and (folder / "tokenizer_config.json").is_file():
         register_qwen()
         with library_errors(f"{options.source}: its tokenizer", "Copy its files again"):
             end_ids = end_ids_of(AutoTokenizer.from_pretrained(str(folder)))

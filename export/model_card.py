@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -17,6 +16,7 @@ from typing import Any
 from huggingface_hub import ModelCardData, metadata_load
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+from checkpoints.companions import copy_companion, find_licenses
 from checkpoints.files import load_json_or_empty, save_text
 from checkpoints.names import DATA_REPORT, RUN_SUMMARY
 from qwen_model.architectures import ARCHITECTURES
@@ -82,11 +82,9 @@ def code(text: object) -> str:
 
 def copy_licenses(base: Path, folder: Path) -> list[str]:
     """Copy the base's LICENSE and NOTICE files; return their names."""
-    names = sorted(
-        path.name for path in base.iterdir() if path.is_file() and re.match(r"(LICEN[SC]E|NOTICE)\b", path.name, re.I)
-    )
+    names = find_licenses(base)
     for name in names:
-        shutil.copyfile(base / name, folder / name)
+        copy_companion(name, [base], folder)
     return names
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from checkpoints.companions import copy_companion
 from checkpoints.files import load_json, save_json
 from checkpoints.folders import staged_folder
 from checkpoints.model_config import Quantization, check_bitsandbytes, with_dtype
@@ -159,6 +159,5 @@ def _save_companion_files(checkpoint: Checkpoint, quantization_config: dict[str,
     config = {key: value for key, value in load_json(checkpoint.folder / "config.json").items() if key != "auto_map"}
     config = with_dtype(config, _name_of(checkpoint.dtype))
     save_json(config | {"quantization_config": quantization_config}, folder / "config.json")
-    if (checkpoint.folder / "generation_config.json").is_file():
-        shutil.copyfile(checkpoint.folder / "generation_config.json", folder / "generation_config.json")
+    copy_companion("generation_config.json", [checkpoint.folder], folder)
     checkpoint.tokenizer.save_pretrained(folder)

@@ -18,7 +18,6 @@ from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from checkpoints.files import staged_file
 from commands import CommandParser, run_command
 from console import python_command, show
 from data_utils.files import data_files, read_records
@@ -26,6 +25,7 @@ from data_utils.formats import FORMATS, Format, recognise
 from data_utils.formats.conversion import conversion_changes, other_fields
 from data_utils.schema import Conversation
 from errors import ConfigError, DataError, numbered
+from outputs import check_output_file, parse_output, staged_file
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     targets = [format_.name for format_ in FORMATS.values() if format_.write is not None]
     parser.add_argument("source", metavar="IN", help="data file, or folder of data files")
-    parser.add_argument("output", metavar="OUT", help=f"file to write: {', '.join(ENDINGS)}")
+    parser.add_argument("output", type=parse_output, metavar="OUT", help=f"file to write: {', '.join(ENDINGS)}")
     parser.add_argument(
         "--data_format",
         choices=["auto", *FORMATS],
@@ -64,7 +64,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
-    source, output = Path(args.source), Path(args.output)
+    source, output = Path(args.source), args.output
     files = data_files(source)
     check_output(output, source, files, args.overwrite)
     count, changes = convert(files, output, args.data_format, FORMATS[args.to])
@@ -82,15 +82,7 @@ def check_output(output: Path, source: Path, files: Sequence[Path], overwrite: b
     """
     if not output.name.lower().endswith(ENDINGS):
         raise ConfigError(f"OUT {output} has another ending than {', '.join(ENDINGS)}", "Give it one of these")
-    if not output.parent.is_dir():
-        raise ConfigError(f"OUT {output}: there is no folder {output.parent}", "Create it first")
-    if output.is_dir():
-        raise ConfigError(f"OUT {output} is a folder", "Name a file in it")
-    resolved = output.resolve()
-    if any(resolved == path.resolve() or (output.exists() and output.samefile(path)) for path in files):
-        raise ConfigError(f"OUT {output} is part of the input", "Give another name")
-    if source.is_dir() and resolved.is_relative_to(source.resolve()):
-        raise ConfigError(f"OUT {output} is in the folder IN", "Give a path outside of it")
+    check_output_file(output, "OUT", {"IN": [source, *files]})
     if output.exists() and not overwrite:
         raise ConfigError(f"OUT {output} exists", "Give another name, or --overwrite to replace it")
 

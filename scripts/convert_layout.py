@@ -23,6 +23,7 @@ from commands import CommandParser, run_command, set_up_logging
 from console import python_command, show
 from errors import ConfigError
 from export.layouts.qwen2_names import LAYOUTS
+from outputs import check_output_folder, parse_output
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,15 +31,13 @@ def main(argv: Sequence[str]) -> None:
     check_name(args.input, "IN")
     is_adapter = is_file(args.input / ADAPTER_CONFIG)
     check_args(args, is_adapter)
+    check_output_folder(args.output, "OUT", {"IN": [args.input]})
     # torch is imported after the flags are checked, so that a wrong flag is reported at once.
-    from checkpoints.folders import check_output_folder, check_outside_inputs
     from checkpoints.writing import parse_size
     from export.conversion import Conversion, convert_adapter, convert_checkpoint
 
     set_up_logging()
     start = time.monotonic()
-    check_outside_inputs(args.output, {"IN": [args.input]}, "OUT")
-    check_output_folder(args.output, "OUT")
     convert = convert_adapter if is_adapter else convert_checkpoint
     summary = convert(
         Conversion(
@@ -70,7 +69,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     parser.add_argument("input", type=Path, metavar="IN", help="folder of a checkpoint or of a LoRA adapter")
-    parser.add_argument("output", type=Path, metavar="OUT", help="folder to write; must be empty or not exist")
+    parser.add_argument("output", type=parse_output, metavar="OUT", help="folder to write; must be empty or not exist")
     parser.add_argument("--layout", choices=LAYOUTS, help="layout to write (default: the one that IN does not have)")
     parser.add_argument("--base", help="adapters only: base to name in the new adapter_config.json (default: as in IN)")
     parser.add_argument(

@@ -19,6 +19,7 @@ from chat.turns import Turn
 from checkpoints.files import save_text
 from commands import CommandParser, run_command
 from console import show
+from outputs import check_output_file, parse_output
 
 CONVERSATION = [
     Turn("user", "Who are you?"),
@@ -41,7 +42,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         description="Draw a conversation as an SVG file with its trained tokens marked.",
         allow_abbrev=False,
     )
-    parser.add_argument("--output", type=Path, default=Path("docs/trained_tokens.svg"), help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=parse_output, default=Path("docs/trained_tokens.svg"), help="default: %(default)s"
+    )
     parser.add_argument(
         "--label_mask",
         nargs="+",
@@ -54,6 +57,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
+    check_output_file(args.output, "--output")
     save_text(draw(args.label_mask), args.output)
     show(f"written: {args.output}")
 

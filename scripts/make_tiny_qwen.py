@@ -31,6 +31,7 @@ from console import show
 from data_utils.files import read_records
 from data_utils.formats import recognise
 from errors import ConfigError
+from outputs import check_output_folder, parse_output
 from qwen_model.tokenization_qwen import SPECIAL_TOKENS, SPLIT_PATTERN, load_ranks
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
@@ -42,6 +43,8 @@ INITIALIZER_RANGE = 0.2
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
+    inputs = {"--vocab_from": [args.vocab_from]} if args.vocab_from else {}
+    check_output_folder(args.output, "--output", inputs)
     with staged_folder(args.output) as folder:
         num_ranks = save_ranks(folder / "qwen.tiktoken", args.vocab_from)
         config = build_config(args, num_ranks)
@@ -58,7 +61,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         description=__doc__,
         allow_abbrev=False,
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder to write; must be empty or not exist")
+    parser.add_argument(
+        "--output", type=parse_output, required=True, help="folder to write; must be empty or not exist"
+    )
     parser.add_argument("--vocab_from", type=Path, help="folder whose qwen.tiktoken is copied (default: train one)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: %(default)s)")
     parser.add_argument("--hidden_size", type=int, default=128, help="default: %(default)s")

@@ -13,6 +13,7 @@ from checkpoints.names import TRAINING_LOG
 from commands import CommandParser, run_command
 from console import show
 from errors import ConfigError, one_line
+from outputs import check_output_file, parse_output, staged_file
 from training.run_folder.curves import Row, load_rows, plot_losses
 
 
@@ -21,9 +22,15 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         prog="python -m scripts.plot_runs", description="Plot the losses of several runs.", allow_abbrev=False
     )
     parser.add_argument("runs", nargs="+", metavar="RUN", help=f"output folder of a run, or its {TRAINING_LOG}")
-    parser.add_argument("--output", default="runs.png", metavar="FILE", help="image to write (default: runs.png)")
+    parser.add_argument(
+        "--output", type=parse_output, default="runs.png", metavar="FILE", help="image to write (default: runs.png)"
+    )
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
+
+
+def log_of(run: Path) -> Path:
+    return run / TRAINING_LOG if run.is_dir() else run
 
 
 def load_run(run: Path) -> list[Row]:
@@ -33,7 +40,7 @@ def load_run(run: Path) -> list[Row]:
         ConfigError: no log, or a log without losses.
         DataError: a broken log.
     """
-    path = run / TRAINING_LOG if run.is_dir() else run
+    path = log_of(run)
     if not path.is_file():
         what = f"the folder contains no {TRAINING_LOG}" if run.is_dir() else "no such file or folder"
         raise ConfigError(f"{run}: {what}", "Give the output folder of finetune.py")
@@ -56,10 +63,14 @@ def names_of(runs: Sequence[Path]) -> list[str]:
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     runs = [Path(run) for run in args.runs]
-    output = Path(args.output)
+    output: Path = args.output
+    check_output_file(output, "--output", {"RUN": [log_of(run) for run in runs]})
     curves = dict(zip(names_of(runs), [load_run(run) for run in runs], strict=True))
     try:
-        plot_losses(curves, output)
+        with staged_file(output) as staging:
+            plot_losses(curves, staging)
+    except ConfigError:
+        raise
     except (OSError, ValueError) as error:  # a missing folder, an ending that is not an image format
         raise ConfigError(
             f"--output {output}: {one_line(error)}", "Give a .png file in a folder that exists"

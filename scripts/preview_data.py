@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from pathlib import Path
 
 from commands import CommandParser, run_command, set_up_logging
-from errors import ConfigError
+from outputs import parse_output, staged_file
 from processes import forget_launcher
 
 
@@ -29,10 +28,15 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--samples", type=int, default=3, metavar="N", help="number of samples to show of each set (default: 3)"
     )
-    parser.add_argument("--json", type=Path, metavar="OUT", help="write the report as JSON to this file")
-    parser.add_argument("--html", type=Path, metavar="OUT", help="write the report as a single HTML page to this file")
+    parser.add_argument("--json", type=parse_output, metavar="OUT", help="write the report as JSON to this file")
     parser.add_argument(
-        "--dump", type=Path, metavar="OUT", help="write the examples as they are trained to this file, one per line"
+        "--html", type=parse_output, metavar="OUT", help="write the report as a single HTML page to this file"
+    )
+    parser.add_argument(
+        "--dump",
+        type=parse_output,
+        metavar="OUT",
+        help="write the examples as they are trained to this file, one per line",
     )
     parser.add_argument("--most", type=int, metavar="N", help="with --dump: write the first N examples only")
     parser.add_argument(
@@ -45,9 +49,6 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"--processes {args.processes} is out of range; give 1 or more")
     if args.most is not None and (args.most < 1 or args.dump is None):
         parser.error(f"--most {args.most} " + ("needs --dump" if args.dump is None else "is too few; give 1 or more"))
-    for flag, path in (("--json", args.json), ("--html", args.html), ("--dump", args.dump)):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise ConfigError(f"{flag} {path} cannot be written", "Give a file in an existing folder")
     return args, others
 
 
@@ -57,12 +58,13 @@ def main(argv: Sequence[str]) -> int:
     forget_launcher(args.processes)
     from training.checks import check_args
     from training.config.parsing import parse_args as parse_run_args
+    from training.run_folder.prepare import check_report_files
 
     set_up_logging()
     run = parse_run_args([*others, "--dry_run"])
     check_args(run)
+    check_report_files(run, others, {"--json": args.json, "--html": args.html, "--dump": args.dump})
 
-    from checkpoints.files import staged_file
     from data_utils.dump import ExampleDump, open_dump
     from training.data import preview_data, show_reports, write_reports
 

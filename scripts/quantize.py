@@ -16,6 +16,7 @@ from pathlib import Path
 from commands import CommandParser, run_command, set_up_logging
 from console import python_command, show
 from errors import ConfigError
+from outputs import check_output_folder, check_outside_inputs, parse_output
 from training.config.defaults import MODEL_MAX_LENGTH
 
 GROUP_SIZES = (32, 64, 128)
@@ -35,7 +36,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         metavar="FILE",
         help="conversations, in any format that finetune.py reads",
     )
-    parser.add_argument("--output_dir", required=True, type=Path, help="folder to write; must not exist or be empty")
+    parser.add_argument(
+        "--output_dir", required=True, type=parse_output, help="folder to write; must not exist or be empty"
+    )
     parser.add_argument("--format", choices=("gptq", "awq", "nf4"), default="gptq", help="default: %(default)s")
     parser.add_argument("--bits", type=int, choices=(4, 8), default=4, help="8 only with gptq; default: %(default)s")
     parser.add_argument(
@@ -82,18 +85,18 @@ def check_args(args: argparse.Namespace) -> None:
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     set_up_logging()
+    check_output_folder(args.output_dir, "--output_dir", {"--model_name_or_path": [Path(args.model_name_or_path)]})
     # torch is imported after the flags are checked, so that a wrong flag is reported at once.
-    from checkpoints.folders import check_output_folder
     from checkpoints.model_config import Quantization
     from data_utils.encode import EncodeOptions
     from loading.checkpoint import load_checkpoint
     from quantize.calibration import draw_samples
     from quantize.checkpoint import check_quantizable, quantize_checkpoint
 
-    check_output_folder(args.output_dir, "--output_dir")
     group_size = 0 if args.format == "nf4" else args.group_size or 128
     quantization = Quantization(args.format, args.bits, group_size, zero_offset=int(args.format == "gptq"))
     checkpoint = load_checkpoint(args.model_name_or_path)
+    check_outside_inputs(args.output_dir, "--output_dir", {"--model_name_or_path": [checkpoint.folder]})
     check_quantizable(checkpoint, quantization)
     options = EncodeOptions(max_length=choose_length(args, checkpoint.folder), system_message=args.system_message)
     samples = draw_samples(checkpoint, args.data_path, args.samples, options, args.data_format, args.seed)

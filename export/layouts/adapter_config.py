@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from checkpoints.adapter import Adapter
+from checkpoints.companions import copy_companion
 from checkpoints.files import save_json
 from checkpoints.names import ADAPTER_CONFIG, ADAPTER_SAFETENSORS, BASE_QUANTIZATION, RUN_RECORDS
 from checkpoints.writing import save_tensors
@@ -36,8 +36,7 @@ def save_converted_adapter(adapter: Adapter, layout: Layout, folder: Path, base:
         config["base_model_name_or_path"] = base
     save_json(config, folder / ADAPTER_CONFIG)
     for name in _COPIED:
-        if (adapter.folder / name).is_file():
-            shutil.copyfile(adapter.folder / name, folder / name)
+        copy_companion(name, [adapter.folder], folder)
 
 
 def convert_adapter_config(config: Mapping[str, Any], loras: Mapping[str, LoraScale], layout: Layout) -> dict[str, Any]:

@@ -212,7 +212,7 @@ def test_command_line_errors_name_flag_and_value(golden: Golden, inputs: Path, t
 def test_output_that_is_a_symbolic_link_is_refused(inputs: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(inputs / "tiny-qwen-small")
     (tmp_path / "new").symlink_to(tmp_path / "absent")
-    for name, expected in (("link", "is the folder of --base"), ("new", "is a symbolic link")):
+    for name, expected in (("link", "is a symbolic link"), ("new", "is a symbolic link")):
         assert expected in message_of(merge("--adapter", inputs / "adapter", "--output", tmp_path / name))
     assert names(tmp_path) == ["in", "link", "new"]
 
@@ -272,7 +272,7 @@ def test_free_space_is_checked_before_writing(inputs: Path, tmp_path: Path, monk
 
 def test_unwritable_output_is_reported(inputs: Path) -> None:
     result = merge("--adapter", inputs / "adapter", "--output", "/proc/merged")
-    assert "--output /proc/merged cannot be created" in message_of(result)
+    assert "--output /proc/merged: /proc is not writable" in message_of(result)
 
 
 # --------------------------------------------------------------------------------------------------------- verification
@@ -351,7 +351,7 @@ def test_killed_merge_leaves_no_output_or_a_complete_one(inputs: Path, tmp_path:
             if output.exists():
                 assert contents(output) == expected
                 shutil.rmtree(output)
-            assert all(name.startswith("merged.partial-") for name in names(output.parent))
+            assert set(names(output.parent)) <= {"merged.partial"}
         run(None)
         process.stdin.close()
     assert codes[0] == codes[-1] == 0 and -signal.SIGKILL in codes

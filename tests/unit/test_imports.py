@@ -16,22 +16,27 @@ PACKAGES = {
     "chat": {"errors"},
     "qwen_model": {"errors", "chat"},
     "data_utils": {"errors", "console", "chat"},
-    "checkpoints": {"errors", "console", "qwen_model"},
+    "checkpoints": {"errors", "console", "ownership", "outputs", "qwen_model"},
     "loading": {"errors", "console", "processes", "chat", "qwen_model", "checkpoints"},
     "training": {
-        "errors", "console", "processes", "commands", "chat", "qwen_model", "data_utils", "checkpoints", "loading",
+        "errors", "console", "ownership", "outputs", "processes", "commands", "chat", "qwen_model", "data_utils",
+        "checkpoints", "loading",
     },
-    "quantize": {"errors", "console", "processes", "chat", "qwen_model", "data_utils", "checkpoints", "loading"},
-    "export": {"errors", "console", "processes", "chat", "qwen_model", "checkpoints", "loading"},
+    "quantize": {
+        "errors", "console", "outputs", "processes", "chat", "qwen_model", "data_utils", "checkpoints", "loading",
+    },
+    "export": {"errors", "console", "outputs", "processes", "chat", "qwen_model", "checkpoints", "loading"},
 }  # fmt: skip
 COMMANDS = ("finetune", "merge_lora", "scripts", "benchmarks")
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "console": set(),
+    "ownership": {"errors"},
+    "outputs": {"errors", "ownership"},
     "processes": {"errors"},
     "commands": {"errors", "console", "processes"},
     **PACKAGES,
-    **{command: {"errors", "console", "processes", "commands", *PACKAGES} for command in COMMANDS},
+    **{command: {"errors", "console", "outputs", "processes", "commands", *PACKAGES} for command in COMMANDS},
 }
 OURS = {*MAY_IMPORT, "tests"}
 
@@ -42,6 +47,8 @@ ONLY_MODULES = {("checkpoints", "qwen_model"): {"qwen_model.architectures"}}
 LIBRARIES: dict[str, set[str]] = {
     "errors": set(),
     "console": set(),
+    "ownership": set(),
+    "outputs": set(),
     "processes": {"torch"},
     "commands": set(),
     "checkpoints": {"torch", "safetensors"},

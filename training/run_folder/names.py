@@ -18,6 +18,7 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # a folder, by its optimizer step
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
 STAGING = ".saving"  # a folder: what is being written is here until it is complete
+TEMPORARY = re.compile(r"\..*\.partial(-\d)?")  # a folder: a file is here until it is complete
 
 PROFILE = "profile"  # a folder
 PROFILE_TRACE, PROFILE_OPERATORS = "trace.json", "operators.txt"
@@ -31,7 +32,6 @@ RUN_FILE = re.compile(
     + r"|config\.json|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
     r"|qwen(_extra)?\.tiktoken|tokenizer(_config)?\.json|vocab\.json|merges\.txt|special_tokens_map\.json"
     r"|added_tokens\.json|chat_template\.(jinja|json)"
-    r"|\..*\.partial"  # left by a process that was killed
 )
 """Files that a run writes into its folder."""
 

@@ -1,4 +1,4 @@
-"""Single files: JSON objects, and files written in one step."""
+"""Single files: JSON objects."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints.files import is_file, load_json, load_json_or_empty, save_text, staged_file
+from checkpoints.files import is_file, load_json, load_json_or_empty
 from checkpoints.json_schemas import SCHEMAS, Schema
 from errors import ConfigError
 from tests.folder_faults import CONTENTS, FAULTS, PLACES, spoil
@@ -71,16 +71,3 @@ def test_equal_values_of_one_key_and_surrogate_pairs_are_read(tmp_path: Path) ->
     path.write_text('{"a": 1, "a": 1, "b": "\\ud83d\\ude00"}')
     assert load_json(path) == {"a": 1, "b": "\N{GRINNING FACE}"}
     assert "two values of a key" in CONTENTS and "half a surrogate pair" in CONTENTS
-
-
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_failed_write_leaves_the_previous_file(tmp_path: Path, error: type[BaseException]) -> None:
-    path = tmp_path / "notes.txt"
-    save_text("first", path)
-    with pytest.raises(error), staged_file(path) as staging:
-        staging.write_text("half")
-        raise error
-    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"] and path.read_text() == "first"
-    (tmp_path / ".notes.txt.partial").write_text("left by a killed process")
-    save_text("second", path)
-    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"] and path.read_text() == "second"

@@ -334,20 +334,20 @@ def test_refused_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     )
     assert (
         message(tmp_path / "no" / "x.json")
-        == f"OUT {tmp_path}/no/x.json: there is no folder {tmp_path}/no. Create it first"
+        == f"OUT {tmp_path}/no/x.json: there is no folder {tmp_path}/no. Create it first, or name another one"
     )
     assert message(there) == f"OUT {there} exists. Give another name, or --overwrite to replace it"
-    assert message(source, "--overwrite") == f"OUT {source} is part of the input. Give another name"
-    assert message(source, "--overwrite", source=folder) == f"OUT {source} is part of the input. Give another name"
+    assert message(source, "--overwrite") == f"OUT {source} is the file of IN. Give another name"
+    assert message(source, "--overwrite", source=folder) == f"OUT {source} is the file of IN. Give another name"
     assert message(tmp_path / "link.jsonl", "--overwrite").endswith(
-        "/link.jsonl is part of the input. Give another name"
+        "/link.jsonl is a symbolic link. Give the name of a file"
     )
-    assert "/same.jsonl is part of the input" in message(tmp_path / "same.jsonl", "--overwrite")
+    assert "/same.jsonl is the file of IN" in message(tmp_path / "same.jsonl", "--overwrite")
     assert message(folder / "x.jsonl", source=folder) == (
-        f"OUT {folder}/x.jsonl is in the folder IN. Give a path outside of it"
+        f"OUT {folder}/x.jsonl is inside the folder of IN. Give a name outside of it"
     )
     (tmp_path / "folder.json").mkdir()
-    assert message(tmp_path / "folder.json") == f"OUT {tmp_path}/folder.json is a folder. Name a file in it"
+    assert message(tmp_path / "folder.json") == f"OUT {tmp_path}/folder.json is a folder. Give the name of a file"
     assert message(tmp_path / "x.jsonl", source=tmp_path / "none.json") == (
         f"{tmp_path}/none.json: no such file. Check the path"
     )

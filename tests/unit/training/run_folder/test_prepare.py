@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from errors import ConfigError
+from ownership import MARK, OwnedFolder
 from tests.commands import names_in
 from tests.models import TINY, copy_checkpoint, write_conversations
 from training.config.args import RunArguments
@@ -30,6 +31,14 @@ def refuses(args: RunArguments, message: str) -> None:
             check(args)
         assert str(caught.value) == message
     assert sorted(root.rglob("*")) == before
+
+
+def leave_mark(folder: Path) -> None:
+    """Mark a folder as a killed process leaves it."""
+    owned = OwnedFolder(folder, "x")
+    text = (folder / MARK).read_text()
+    owned.release()
+    (folder / MARK).write_text(text)
 
 
 def write_run(folder: Path, *steps: int) -> Path:
@@ -125,13 +134,15 @@ def test_a_folder_that_is_not_writable_is_refused(tmp_path: Path) -> None:
 
 def test_overwriting_removes_all_files_of_a_run(tmp_path: Path) -> None:
     output = write_run(tmp_path / "out", 2, 4)
-    for name in ("adapter_model.safetensors", "model-00001-of-00002.safetensors", "run_args.json", ".x.json.partial"):
+    for name in ("adapter_model.safetensors", "model-00001-of-00002.safetensors", "run_args.json"):
         (output / name).write_text("")
-    for name in ("runs/Nov21_host", "profile", ".saving/checkpoint-6"):
+    for name in ("runs/Nov21_host", "profile", ".saving/checkpoint-6", ".x.json.partial"):
         (output / name).mkdir(parents=True)
     (output / "runs" / "Nov21_host" / "events.out.tfevents.1.host.2.0").write_text("")
     (output / "profile" / "trace.json").write_text("")
     (output / "profile" / "operators.txt").write_text("")
+    for name in (".saving", ".x.json.partial"):
+        leave_mark(output / name)
     prepare_output(arguments(output, "--overwrite_output_dir"))
     assert names_in(output) == []
 

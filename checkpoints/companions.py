@@ -1,0 +1,78 @@
+"""Files beside the weights of a checkpoint or adapter: tokenizer, settings, licences, records; needs no torch.
+
+They are read and copied from the folder itself. A link in a folder of another person may lead to any file of this
+machine, so links are followed only within the folder, and from a snapshot of a hub's cache to the cache's own files.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from collections.abc import Iterable
+from pathlib import Path
+
+from checkpoints.names import ADAPTER_CONFIG, BASE_QUANTIZATION, RUN_RECORDS
+from errors import ConfigError
+
+TOKENIZER_FILES = (
+    "tokenizer_config.json", "qwen.tiktoken", "qwen_extra.tiktoken", "tokenizer.json", "vocab.json", "merges.txt",
+    "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+)  # fmt: skip
+LICENSES = re.compile(r"(LICEN[SC]E|NOTICE)\b", re.IGNORECASE)
+"""Beginning of the names of licence files."""
+
+_NAMES = {
+    "config.json", "generation_config.json", "README.md", ADAPTER_CONFIG, BASE_QUANTIZATION, *TOKENIZER_FILES,
+    *RUN_RECORDS,
+}  # fmt: skip
+
+
+def is_companion(name: str) -> bool:
+    """Return whether files of this name are read or copied as companions."""
+    return name in _NAMES or LICENSES.match(name) is not None
+
+
+def find_companion(folder: Path, name: str) -> Path | None:
+    """Return the file ``name`` of a folder; ``None`` if it has none.
+
+    Raises:
+        ConfigError: a link that leads out of the folder.
+    """
+    path = folder / name
+    if not path.is_file():
+        return None
+    check_inside(path, folder)
+    return path
+
+
+def check_inside(path: Path, folder: Path) -> None:
+    """Raise ``ConfigError`` if a file of a folder is a link that leads out of it, except to the files of its cache."""
+    root, real = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
+    if root in real.parents:
+        return
+    # The layout of Hugging Face's cache: REPO/snapshots/REVISION/config.json -> REPO/blobs/CHECKSUM
+    snapshots = next((parent for parent in root.parents if parent.name == "snapshots"), None)
+    if snapshots is None or real.parent != snapshots.parent / "blobs":
+        raise ConfigError(f"{path} leads out of its folder, to {real}", "Put a copy of the file in its place")
+
+
+def find_licenses(folder: Path) -> list[str]:
+    """Return the names of a folder's licence files.
+
+    Raises:
+        ConfigError: see :func:`find_companion`.
+    """
+    return sorted(name for name in os.listdir(folder) if LICENSES.match(name) and find_companion(folder, name))
+
+
+def copy_companion(name: str, sources: Iterable[Path], folder: Path) -> None:
+    """Copy file ``name`` from the first of ``sources`` that has it, if any.
+
+    Raises:
+        ConfigError: see :func:`find_companion`.
+    """
+    for source in sources:
+        if (path := find_companion(source, name)) is not None:
+            shutil.copyfile(path, folder / name)
+            return
