@@ -155,12 +155,12 @@ def check_outside_inputs(path: Path, flag: str, inputs: Inputs) -> None:
                 raise ConfigError(f"{flag} {path} is inside the folder of {input_flag}", "Give a name outside of it")
             # A file of a hub's cache is a link, and a file may have a second name.
             with suppress(OSError):  # reading the input reports it
-                for entry in os.scandir(source) if folder and os.path.isfile(path) else ():
-                    if _is_same(path, entry):
-                        raise ConfigError(f"{flag} {path} is {entry.name} of {input_flag}", "Give another name")
+                for name in os.listdir(source) if folder and os.path.isfile(path) else ():
+                    if _is_same(path, Path(source, name)):
+                        raise ConfigError(f"{flag} {path} is {name} of {input_flag}", "Give another name")
 
 
-def _is_same(one: str | Path | os.DirEntry[str], other: str | Path | os.DirEntry[str]) -> bool:
+def _is_same(one: Path, other: Path) -> bool:
     try:
         return os.path.samefile(one, other)
     except OSError:  # one of them does not exist

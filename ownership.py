@@ -28,7 +28,7 @@ MARK = ".owner.json"
 _FORMAT = "qwen-finetuning owner 1"
 _MAX_BYTES = 10_000
 # Seconds that a process tries to lock a mark: another one may be about to release it, or be reading it.
-_PATIENCE = 0.5
+_PATIENCE = 0.2
 # Seconds, without locks: between two updates of a mark, and without an update until its owner is regarded as dead.
 _UPDATE_INTERVAL, _DEAD_AFTER = 5.0, 60.0
 
@@ -91,11 +91,12 @@ class OwnedFolder:
 
     def clear(self) -> None:
         """Remove everything in the folder but the mark."""
-        for entry in os.scandir(self.path):
-            if entry.name != MARK and entry.is_dir(follow_symlinks=False):
-                shutil.rmtree(entry.path, ignore_errors=True)
-            elif entry.name != MARK:
-                os.unlink(entry.path)
+        with os.scandir(self.path) as entries:
+            for entry in entries:
+                if entry.name != MARK and entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                elif entry.name != MARK:
+                    os.unlink(entry.path)
 
     def remove(self) -> None:
         """Remove the folder, the mark last; try again if a signal interrupts it."""
@@ -129,17 +130,20 @@ def make_temporary_folder(path: Path, label: str) -> OwnedFolder:
         NotOursError: something of the user is there; it is not changed.
         OSError: the folder cannot be made.
     """
-    with suppress(FileExistsError):
-        os.mkdir(path, 0o700)  # nobody else may put a link into it
-    check_temporary_folder(path)
-    try:
-        folder = OwnedFolder(path, label)
-    except OSError:
-        with suppress(OSError):  # nothing is lost with an empty folder
-            os.rmdir(path)
-        raise
-    folder.clear()
-    return folder
+    while True:
+        with suppress(FileExistsError):
+            os.mkdir(path, 0o700)  # nobody else may put a link into it
+        check_temporary_folder(path)
+        try:
+            folder = OwnedFolder(path, label)
+        except FileNotFoundError:  # its owner has removed it meanwhile
+            continue
+        except OSError:
+            with suppress(OSError):  # nothing is lost with an empty folder
+                os.rmdir(path)
+            raise
+        folder.clear()
+        return folder
 
 
 def check_temporary_folder(path: Path) -> None:
@@ -147,7 +151,7 @@ def check_temporary_folder(path: Path) -> None:
     with suppress(FileNotFoundError):
         status = os.lstat(path)
         is_own_folder = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-        if not is_own_folder or (os.listdir(path) and not has_mark(path)):
+        if not is_own_folder or (not has_mark(path) and set(os.listdir(path)) - {MARK}):
             raise _not_ours(path)
 
 

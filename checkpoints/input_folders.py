@@ -39,8 +39,8 @@ def check_files(folder: Path) -> None:
 
     Raises:
         ConfigError: the folder cannot be listed; or it contains a pipe or a device, a JSON file that does not follow
-            its schema (see :mod:`checkpoints.json_schemas`), a text that is not UTF-8 or too large, or a file other than
-            weights that is a link to another place.
+            its schema (see :mod:`checkpoints.json_schemas`), a text that is not UTF-8 or too large, or a link to a
+            place outside of it, other than weights.
     """
     try:
         with os.scandir(folder) as listing:

@@ -1,4 +1,4 @@
-"""Every command that reads a folder refuses a companion file that leads out of it, and publishes nothing of the machine."""
+"""Every command that reads a folder refuses a companion file that leads out of it."""
 
 from __future__ import annotations
 

@@ -121,9 +121,9 @@ def test_inputs_are_recognised_under_any_name(tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(snapshot)
     inputs = {"--model": [tmp_path / "link"]}
     for output in (blobs / "abc", tmp_path / "second"):
-        with pytest.raises(ConfigError, match="is config.json of --model"):
+        with pytest.raises(ConfigError, match=r"is config\.json of --model"):
             check_outside_inputs(output, "--json", inputs)
     for output in (snapshot / "new", tmp_path / "link" / "new", tmp_path / "link" / ".." / "1" / "config.json"):
-        with pytest.raises(ConfigError, match="is inside the folder of --model|is config.json"):
+        with pytest.raises(ConfigError, match=r"is inside the folder of --model|is config\.json"):
             check_outside_inputs(output, "--json", inputs)
     check_outside_inputs(tmp_path / "new", "--json", inputs)

@@ -48,7 +48,6 @@ def check_output(args: RunArguments) -> None:
         return
     output = args.output_dir
     _check_place(args)
-    _check_outside_inputs(args)
     check_not_in_use(output, f"--output_dir {output}")
     resumed = resumed_checkpoint(args)
     if starts_over(args):
@@ -169,9 +168,9 @@ def _is_written_by_runs(path: Path) -> bool:
 
 def _check_outside_inputs(args: RunArguments) -> None:
     """Check that the output folder is neither inside nor around an input, and that no data would be removed."""
-    output = args.output_dir.resolve()
+    output = args.output_dir
     for flag, folder in _input_folders(args).items():
-        if folder.resolve() == output:
+        if os.path.realpath(folder) == os.path.realpath(output):
             what = "the model's own folder" if flag == "--model_name_or_path" else f"the folder of {flag}"
             raise ConfigError(f"--output_dir {args.output_dir} is {what}", "Give another folder")
         if _is_inside(output, folder):
@@ -201,9 +200,8 @@ def check_report_files(args: RunArguments, words: Iterable[str], outputs: Mappin
         ConfigError: see :func:`outputs.check_output_file`.
     """
     inputs = {flag: [folder] for flag, folder in _input_folders(args).items()}
-    inputs["--data_path"] = [
-        _path_of(name) for name in [*(args.data.data_path or ()), *(args.data.eval_data_path or ())]
-    ]
+    data = [*(args.data.data_path or ()), *(args.data.eval_data_path or ())]
+    inputs["--data_path"] = [_path_of(name) for name in data]
     inputs["another flag"] = [Path(word) for word in words if os.path.isfile(word)]
     for flag, path in outputs.items():
         if path is not None:
@@ -228,7 +226,7 @@ def _input_folders(args: RunArguments) -> dict[str, Path]:
 
 
 def _is_inside(path: Path, folder: Path) -> bool:
-    return folder.resolve() in path.resolve().parents
+    return Path(os.path.realpath(folder)) in Path(os.path.realpath(path)).parents
 
 
 def _check_place(args: RunArguments) -> None:
@@ -236,6 +234,7 @@ def _check_place(args: RunArguments) -> None:
     output = args.output_dir
     if (named := args.trainer_value("output_dir")) is not None:
         check_name(named, "--output_dir")  # Path("") would be the working folder
+    _check_outside_inputs(args)
     check_shared_folder(output, "--output_dir")
     check_temporary_folder(output / STAGING)
     for path in entries_of(output):

@@ -16,6 +16,7 @@ from checkpoints.shards import open_checkpoint
 from checkpoints.source import InDtype
 from checkpoints.writing import parse_size, save_checkpoint, save_source
 from errors import ConfigError
+from ownership import MARK
 from tests.tensors import TENSORS, assert_contains, files
 
 
@@ -104,13 +105,13 @@ def test_failure_leaves_no_weights(tmp_path: Path) -> None:
     def failing() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in TENSORS.items():
             if name == "head":
-                seen.extend(files(tmp_path))
+                seen.extend(files(tmp_path / ".weights.partial"))
                 raise RuntimeError("the disk is gone")
             yield name, tensor
 
     with pytest.raises(RuntimeError, match="the disk is gone"):
         save_checkpoint(failing(), tmp_path, max_shard_size=8)
-    assert len(seen) == 2, "two shards had been written when it failed"
+    assert len(seen) == 3 and MARK in seen, "two shards had been written when it failed"
     assert not any(name.endswith(".safetensors") for name in seen), "no shard had its final name"
     assert files(tmp_path) == []
 

@@ -338,7 +338,9 @@ def test_refused_outputs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
     )
     assert message(there) == f"OUT {there} exists. Give another name, or --overwrite to replace it"
     assert message(source, "--overwrite") == f"OUT {source} is the file of IN. Give another name"
-    assert message(source, "--overwrite", source=folder) == f"OUT {source} is the file of IN. Give another name"
+    assert message(source, "--overwrite", source=folder) == (
+        f"OUT {source} is inside the folder of IN. Give a name outside of it"
+    )
     assert message(tmp_path / "link.jsonl", "--overwrite").endswith(
         "/link.jsonl is a symbolic link. Give the name of a file"
     )
