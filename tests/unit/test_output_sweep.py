@@ -43,6 +43,7 @@ FOLDERS = {
 FILES = {
     "preview --html": Command("scripts.preview_data", f"{_RUN} --html", ("train.jsonl", "model/config.json")),
     "preview --json": Command("scripts.preview_data", f"{_RUN} --json", ("train.jsonl", "model/qwen.tiktoken")),
+    "preview --dump": Command("scripts.preview_data", f"{_RUN} --dump", ("train.jsonl", "model/config.json")),
     "convert_data": Command("scripts.convert_data", "--overwrite {in}/train.jsonl", ("train.jsonl",)),
     "plot_runs": Command("scripts.plot_runs", "{in}/run --output", ("run/training_log.jsonl",)),
     "draw_masks": Command("scripts.draw_masks", "--output"),
@@ -198,7 +199,7 @@ def test_deleted_working_folder_is_one_line(
     words = [word.replace("{in}", str(inputs)) for word in command.words.split()]
     assert run_here(importlib.import_module(command.module).main, command.module, [*words, "out.jsonl"]) == 2
     captured = capsys.readouterr()
-    assert captured.err.count("\n") == 1 and "error: the working folder does not exist" in captured.err
+    assert captured.err.count("\n") == 1 and "error: the current folder cannot be used" in captured.err
 
 
 def test_one_report_is_not_written_over_the_other(
