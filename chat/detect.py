@@ -2,19 +2,22 @@
 
 Checkpoints later than Qwen v1 have a chat template. Short conversations (probes) are rendered with it and with each
 known answer style and tool form, and those that give the same text are used. So training writes what the checkpoint's
-own template writes. Path names and model names are never used.
+own template writes. Path names and model names are never used. A template is code of the checkpoint, so the probes are
+rendered in a process with limits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
 
 from chat.chatml import IM_END, IM_START
 from chat.families import ANSWER_STYLES, Family
+from chat.limited import LimitExceeded, run_limited
 from chat.render import render, render_prompt, text_of
 from chat.tools_hermes import HERMES_FORMS
 from chat.turns import Tool, ToolCall, Turn
@@ -47,6 +50,8 @@ _THINKING_PROBES: tuple[Probe, ...] = (
 _STEP = _THOUGHT._replace(calls=(_CALL,))
 _STEPS_PROBE: Probe = (_ASK, _STEP, _RESULT, _STEP, _RESULT, _THOUGHT, _ASK, _STEP._replace(content=""), _RESULT, _STEP)
 
+_MOST_TEXT = 1_000_000  # characters of a rendered probe
+
 ApplyTemplate = Callable[[Sequence[dict[str, Any]], Sequence[Tool], bool], str]
 
 
@@ -57,20 +62,35 @@ def family_of(tokenizer: Any, base_system: str | None = None) -> Family:
         base_system: default system message of a base checkpoint, which has no template.
 
     Raises:
-        ConfigError: a chat template that writes plain conversations in an unknown way.
+        ConfigError: a chat template that writes plain conversations in an unknown way, fails, or takes too much time,
+            memory or text.
     """
     if not getattr(tokenizer, "chat_template", None):
         # As the first instruct models of the same model_type.
         return replace(ANSWER_STYLES[0], default_system=base_system)
 
     def apply(messages: Sequence[dict[str, Any]], tools: Sequence[Tool], prompt: bool) -> str:
-        return str(
+        text = str(
             tokenizer.apply_chat_template(
                 list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
             )
         )
+        if len(text) > _MOST_TEXT:
+            raise LimitExceeded(f"writes more than {_MOST_TEXT:,} characters for a conversation of a few words")
+        return text
 
-    return match_template(apply)
+    try:
+        return run_limited(lambda: match_template(apply))
+    except LimitExceeded as error:
+        place = _template_file(str(getattr(tokenizer, "name_or_path", "")))
+        raise ConfigError(
+            f"{place}: the chat template {error}", "Restore the official chat template of the checkpoint"
+        ) from None
+
+
+def _template_file(folder: str) -> Path:
+    file = Path(folder, "chat_template.jinja")
+    return file if file.is_file() else Path(folder, "tokenizer_config.json")
 
 
 def match_template(apply: ApplyTemplate) -> Family:
@@ -124,7 +144,7 @@ def _matches(probe: Sequence[Turn], tools: Sequence[Tool], family: Family, apply
     """Check that a probe, and the prompt for its last answer, have the template's text; false if the template fails."""
     try:
         whole, prompt = apply(_messages(probe), tools, False), apply(_messages(probe[:-1]), tools, True)
-    except (TemplateError, TypeError, ValueError):
+    except (TemplateError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError):
         return False
     turns = as_template_reads(probe, family)
     return _closed(whole) == text_of(render(turns, family, tools=tools)) and prompt == text_of(
