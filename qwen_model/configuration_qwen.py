@@ -12,6 +12,33 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from errors import ConfigError
+from qwen_model.old_keywords import DTYPES, with_current_keywords
+
+# Published folders name their remote code under these keys; the toolkit needs none and saves none.
+_CODE_KEYS = ("auto_map", "custom_pipelines")
+
+# Far above every published model. Without limits a config of a few bytes makes building the model take hours.
+_SIZES = {
+    "vocab_size": (1, 10_000_000),
+    "hidden_size": (1, 1_000_000),
+    "num_hidden_layers": (1, 1_000),
+    "num_attention_heads": (1, 10_000),
+    "intermediate_size": (2, 10_000_000),
+    "kv_channels": (1, 100_000),
+    "seq_length": (2, 1_000_000_000),
+    "max_position_embeddings": (1, 1_000_000_000),
+}
+_FACTORS = {
+    "emb_dropout_prob": (0, 1),
+    "attn_dropout_prob": (0, 1),
+    "layer_norm_epsilon": (0, 1),
+    "initializer_range": (0, 1_000),
+    "rotary_pct": (0, 1),
+    "rotary_emb_base": (1, 10**12),
+}
+_FLAGS = (
+    "use_dynamic_ntk", "use_logn_attn", "no_bias", "use_cache", "tie_word_embeddings", "scale_attn_weights", *DTYPES,
+)  # fmt: skip
 
 
 @strict
@@ -71,12 +98,32 @@ class QWenConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | list[int] | None = None
 
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Build the config of a file.
+
+        Args:
+            kwargs: keywords of ``from_pretrained``; those of the original have their meaning, or are refused.
+        """
+        keywords = with_current_keywords(kwargs)
+        # Settings among the keywords are checked as those of the file; the parent would set them afterwards.
+        settings = {key: keywords.pop(key) for key in list(keywords) if key in QWenConfig.__annotations__}
+        values = config_dict | settings
+        if any(kwargs.get(flag) for flag in DTYPES):
+            values |= {flag: keywords["dtype"] == dtype for flag, dtype in DTYPES.items()}
+        # transformers would download and run an attention kernel of that name.
+        for key in ("attn_implementation", "_attn_implementation"):
+            if "/" in str(values.get(key)):
+                del values[key]
+        return super().from_dict(values, **keywords)
+
     def __post_init__(self, **kwargs: Any) -> None:
-        # Published folders name their remote code here; the toolkit needs none and saves none. If this class is itself
-        # the remote code of a folder, vLLM finds the model by this attribute.
+        # If this class is itself the remote code of a folder, vLLM finds the model by auto_map.
         if self._auto_class is None:
-            kwargs.pop("auto_map", None)
+            for key in _CODE_KEYS:
+                kwargs.pop(key, None)
         super().__post_init__(**kwargs)
+        self._check_values()
         flags = [name for name in ("bf16", "fp16", "fp32") if getattr(self, name)]
         if len(flags) > 1:
             raise ConfigError(f"config.json: {' and '.join(flags)} are both true", "Only one of them may be")
@@ -86,6 +133,22 @@ class QWenConfig(PreTrainedConfig):
                 f"hidden_size {self.hidden_size}",
                 "Restore the config.json of the checkpoint",
             )
+
+    def _check_values(self) -> None:
+        """Check types and ranges; ``strict`` checks neither with annotations that are not evaluated."""
+        for table, types in ((_SIZES, (int,)), (_FACTORS, (int, float))):
+            for name, (least, most) in table.items():
+                value = getattr(self, name)
+                is_number = isinstance(value, types) and not isinstance(value, bool)
+                if not (is_number and least <= value <= most) and (name, value) != ("seq_length", None):
+                    kind = "a whole number" if table is _SIZES else "a number"
+                    raise ConfigError(
+                        f"config.json: {name} {value!r} is not {kind} from {least:,} to {most:,}",
+                        "Restore the config.json of the checkpoint",
+                    )
+        for name in _FLAGS:
+            if not isinstance(getattr(self, name), (bool, type(None))):
+                raise ConfigError(f"config.json: {name} {getattr(self, name)!r} is not a bool", "Write true or false")
 
     @property
     def rotary_dim(self) -> int:

@@ -13,8 +13,9 @@ from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 from transformers.generation.streamers import BaseStreamer
 
-from chat.chatml import DEFAULT_SYSTEM, IM_END, IM_START, MAX_WINDOW_SIZE
+from chat.chatml import DEFAULT_SYSTEM, END_OF_TEXT, IM_END, IM_START, MAX_WINDOW_SIZE
 from errors import ConfigError
+from qwen_model.prompts import Prompt, Segment
 from qwen_model.tokenization_qwen import QWenTokenizer
 
 History = Sequence[Sequence[str]]
@@ -29,8 +30,8 @@ def make_context(
     system: str = "",
     max_window_size: int = MAX_WINDOW_SIZE,
     chat_format: str = "chatml",
-) -> tuple[str, list[int]]:
-    """Build the prompt for an answer to ``query``, as text and as ids.
+) -> tuple[Prompt, list[int]]:
+    """Build the prompt for an answer to ``query``, as text and as ids; ``tokenizer(text)`` gives the same ids.
 
     Of the history, the newest exchanges are kept that fit into ``max_window_size`` ids together with the system
     message; the query is not counted and never cut.
@@ -40,7 +41,7 @@ def make_context(
         chat_format: ``chatml``, or ``raw`` for a base model: the query unchanged, with special tokens recognised.
     """
     if chat_format == "raw":
-        return query, tokenizer.encode(query, allowed_special="all")
+        return Prompt.parse(query), tokenizer.encode(query, allowed_special="all")
     _check_chat_format(chat_format)
     for pair in history or ():
         if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
@@ -54,15 +55,17 @@ def make_context(
             break
         messages[1:1] = exchange
     messages.append(_message(tokenizer, "user", query))
-    messages.append((f"{IM_START}assistant\n", [tokenizer.im_start_id, *tokenizer.encode_plain("assistant\n")]))
-    return "".join(text for text, _ in messages), [id_ for _, ids in messages for id_ in ids]
+    opening = Prompt([(IM_START, True), ("assistant\n", False)])
+    messages.append((opening, tokenizer.encode_prompt(opening)))
+    prompt = Prompt(segment for message, _ in messages for segment in message.segments)
+    return prompt, [id_ for _, ids in messages for id_ in ids]
 
 
-def _message(tokenizer: QWenTokenizer, role: str, content: str) -> tuple[str, list[int]]:
+def _message(tokenizer: QWenTokenizer, role: str, content: str) -> tuple[Prompt, list[int]]:
     """A message as text and ids. Header and content are tokenised separately, as ``chat.render`` does in training."""
-    newline = tokenizer.encode_plain("\n")
-    plain = [*tokenizer.encode_plain(f"{role}\n"), *tokenizer.encode_plain(content)]
-    return f"{IM_START}{role}\n{content}{IM_END}\n", [tokenizer.im_start_id, *plain, tokenizer.im_end_id, *newline]
+    segments: list[Segment] = [(IM_START, True), (f"{role}\n", False), (str(content), False), (IM_END, True)]
+    prompt = Prompt([*segments, ("\n", False)])
+    return prompt, tokenizer.encode_prompt(prompt)
 
 
 def get_stop_words_ids(chat_format: str, tokenizer: QWenTokenizer) -> list[list[int]]:
@@ -79,8 +82,9 @@ def decode_tokens(
     raw_text_len: int,
     context_length: int,
     chat_format: str,
-    errors: str = "replace",
+    verbose: bool = False,
     return_end_reason: bool = False,
+    errors: str = "replace",
 ) -> Any:
     """Decode the answer from the ids of a prompt and its continuation.
 
@@ -88,21 +92,24 @@ def decode_tokens(
         tokens: ids of the prompt and of the answer.
         raw_text_len: number of characters that the prompt decodes to.
         context_length: number of ids of the prompt.
+        verbose: print the whole text, and why the answer ended.
         return_end_reason: also return why the answer ended.
     """
     ids = [int(id_) for id_ in tokens]
     if chat_format == "raw":
-        answer = str(tokenizer.decode(ids, errors=errors))[raw_text_len:]
-        for stop_word in ("Human:", "<|endoftext|>"):
+        answer, reason = str(tokenizer.decode(ids, errors=errors))[raw_text_len:], f"Gen length {len(ids)}"
+        for stop_word in ("Human:", END_OF_TEXT):
             answer = answer.replace(stop_word, "").strip()
-        return (answer, f"Gen length {len(ids)}") if return_end_reason else answer
-    _check_chat_format(chat_format)
-    stops = {tokenizer.im_start_id, tokenizer.im_end_id}
-    stop = next((index for index in range(context_length, len(ids)) if ids[index] in stops), None)
-    # Without a stop token every id belongs to the answer, except a final end-of-text.
-    end = stop if stop is not None else len(ids) - (len(ids) > context_length and ids[-1] == tokenizer.eod_id)
-    answer = str(tokenizer.decode(ids[:end], errors=errors))[raw_text_len:].strip()
-    reason = f"Gen length {len(ids)}" if stop is None else f"Gen {tokenizer.decode([ids[stop]])!r}"
+    else:
+        _check_chat_format(chat_format)
+        stops = {tokenizer.im_start_id, tokenizer.im_end_id}
+        stop = next((index for index in range(context_length, len(ids)) if ids[index] in stops), None)
+        # Without a stop token every id belongs to the answer, except a final end-of-text.
+        end = stop if stop is not None else len(ids) - (len(ids) > context_length and ids[-1] == tokenizer.eod_id)
+        answer = str(tokenizer.decode(ids[:end], errors=errors))[raw_text_len:].strip()
+        reason = f"Gen length {len(ids)}" if stop is None else f"Gen {tokenizer.decode([ids[stop]])!r}"
+    if verbose:
+        print(f"{tokenizer.decode(ids, errors=errors)}\n\nEnd reason: {reason}")
     return (answer, reason) if return_end_reason else answer
 
 
@@ -148,8 +155,10 @@ class QWenChatMixin:
 
     def generate(self, *args: Any, stop_words_ids: list[list[int]] | None = None, **kwargs: Any) -> Any:
         """Call transformers' ``generate``; generation ends after any id sequence of ``stop_words_ids``."""
+        config = kwargs.get("generation_config") or self.generation_config
+        if stop_words_ids is None:
+            stop_words_ids = getattr(config, "stop_words_ids", None)
         if stop_words_ids is not None:
-            config = kwargs.get("generation_config") or self.generation_config
             eos = kwargs.get("eos_token_id", config.eos_token_id)
             # With several end tokens the last one is end-of-text.
             processor = StopWordsLogitsProcessor(stop_words_ids, eos[-1] if isinstance(eos, (list, tuple)) else eos)
@@ -162,20 +171,26 @@ class QWenChatMixin:
         query: str,
         history: History | None,
         system: str = DEFAULT_SYSTEM,
+        stream: bool | None = None,
         stop_words_ids: list[list[int]] | None = None,
         generation_config: GenerationConfig | None = None,
+        append_history: bool = True,
         **kwargs: Any,
     ) -> tuple[str, list[tuple[str, str]]]:
         """Answer ``query``.
 
         Args:
             history: earlier pairs of query and answer, oldest first.
+            stream: refused if true; ``chat_stream`` yields the answer as it grows.
             stop_words_ids: id sequences that end the answer, besides those of the chat format.
+            append_history: add this exchange to the history that is returned.
             kwargs: passed to ``generate``.
 
         Returns:
-            The answer, and the history including it.
+            The answer, and the history.
         """
+        if stream:
+            raise ConfigError("chat(stream=True) returns one answer", "Call chat_stream(...), which yields it in parts")
         inputs = self._chat_inputs(tokenizer, query, history, system, stop_words_ids, generation_config, kwargs)
         outputs = self.generate(**inputs)
         context = inputs["input_ids"][0].tolist()
@@ -183,7 +198,8 @@ class QWenChatMixin:
         answer = decode_tokens(
             outputs[0], tokenizer, len(tokenizer.decode(context)), len(context), chat_format="chatml"
         )
-        return answer, [*((pair[0], pair[1]) for pair in history or ()), (query, answer)]
+        earlier = [(pair[0], pair[1]) for pair in history or ()]
+        return answer, [*earlier, (query, answer)] if append_history else earlier
 
     def chat_stream(
         self,
@@ -192,10 +208,12 @@ class QWenChatMixin:
         history: History | None,
         system: str = DEFAULT_SYSTEM,
         stop_words_ids: list[list[int]] | None = None,
+        logits_processor: LogitsProcessorList | None = None,
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> Iterator[str]:
         """Like ``chat``, but yield the answer so far after each token."""
+        kwargs["logits_processor"] = logits_processor
         inputs = self._chat_inputs(tokenizer, query, history, system, stop_words_ids, generation_config, kwargs)
         stops = {tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.eod_id}
         streamer = _IdStreamer()
@@ -234,7 +252,7 @@ class QWenChatMixin:
             **config.update(**kwargs),  # returns the arguments that are not settings: streamer, logits processors
             "input_ids": input_ids,
             "attention_mask": torch.ones_like(input_ids),
-            "stop_words_ids": [*(stop_words_ids or []), *get_stop_words_ids("chatml", tokenizer)],
+            "stop_words_ids": [*_stop_words(stop_words_ids, tokenizer), *get_stop_words_ids("chatml", tokenizer)],
             "generation_config": config,
         }
 
@@ -266,6 +284,14 @@ class _IdStreamer(BaseStreamer):
             if isinstance(item, BaseException):
                 raise item
             yield item
+
+
+def _stop_words(words: list[list[int]] | None, tokenizer: QWenTokenizer) -> list[list[int]]:
+    """Return stop words with control tokens in place of their characters' ids, as ``encode("<|im_end|>")`` gives."""
+    if not words:
+        return []
+    control = {tuple(tokenizer.encode_plain(token)): [id_] for token, id_ in tokenizer.special_tokens.items()}
+    return [control.get(tuple(word), word) if isinstance(word, (list, tuple)) else word for word in words]
 
 
 def _check_chat_format(chat_format: str) -> None:

@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 from qwen_model.configuration_qwen import QWenConfig
 from qwen_model.generation import QWenChatMixin
 from qwen_model.loss import causal_lm_loss
+from qwen_model.old_keywords import with_current_keywords
 from qwen_model.rope import RotaryTables, logn_scale, ntk_alpha, rotary_tables, rotate
 
 
@@ -148,6 +149,18 @@ class QWenPreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     # Old checkpoints may contain tables that are now computed.
     _keys_to_ignore_on_load_unexpected = [r"rotary_emb\.inv_freq$", r"attn\.(bias|masked_bias)$"]
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: Any, *model_args: Any, trust_remote_code: Any = None, **kwargs: Any
+    ) -> Any:
+        """Call transformers' method; keywords of the original have their meaning, or are refused.
+
+        Args:
+            trust_remote_code: without effect: transformers would replace ``generate`` by code of the folder.
+        """
+        keywords = with_current_keywords(kwargs)
+        return super().from_pretrained(pretrained_model_name_or_path, *model_args, **keywords)
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:

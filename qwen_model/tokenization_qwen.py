@@ -1,22 +1,21 @@
 """Qwen v1's tokenizer: byte-level BPE through tiktoken, special tokens after the ranks.
 
 Unlike the original, it reads the text of special tokens in a string as plain text; ``allowed_special="all"`` restores
-the original's behaviour, for comparison and for prompts written by hand. Control tokens are recognised in the output of
-a chat template, and in every text if this class is the remote code of a folder with ``split_special_tokens: false``:
-servers pass the rendered prompt as one text.
+the original's behaviour, for comparison and for prompts written by hand. A rendered prompt knows its control tokens
+(``prompts.py``). They are also recognised in every text if this class is the remote code of a folder with
+``split_special_tokens: false``: servers pass the rendered prompt as one text.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import logging
 import os
 import re
 import shutil
-import unicodedata
 from collections.abc import Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,18 +24,17 @@ from transformers import AddedToken, PreTrainedTokenizer
 
 from chat.chatml import END_OF_TEXT, IM_END, IM_START
 from errors import ConfigError
+from qwen_model.normalization import normalize_nfc
+from qwen_model.prompts import SPECIAL_TOKENS, Prompt, find_special, mark_special, unused_character
+
+logger = logging.getLogger(__name__)
 
 SPLIT_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-SPECIAL_TOKENS = (END_OF_TEXT, IM_START, IM_END, *(f"<|extra_{number}|>" for number in range(205)))
-
 # tiktoken crashes at 999,999 blanks other than line ends.
 _MOST_SPACES = 900_000
 _TOO_MANY_SPACES = re.compile(rf"[^\S\r\n]{{{_MOST_SPACES}}}")
-
-# The header of a message is tokenised separately, as in training: a newline after it would merge with its own.
-_HEADER = re.compile(rf"{re.escape(IM_START)}[^<\n]*\n")
 
 
 def load_ranks(path: str | os.PathLike[str]) -> dict[bytes, int]:
@@ -102,6 +100,7 @@ class QWenTokenizer(PreTrainedTokenizer):
             )
         # Published folders name their remote code here; this class needs none and saves none.
         kwargs.pop("auto_map", None)
+        kwargs.pop("resume_download", None)  # downloads always resume
         # A folder's false applies only if this class is its remote code: servers pass the rendered prompt as one text.
         split_special_tokens = self._auto_class is None or kwargs.get("split_special_tokens", True)
         self.vocab_file = vocab_file
@@ -121,6 +120,7 @@ class QWenTokenizer(PreTrainedTokenizer):
         self.eod_id = self.special_tokens[END_OF_TEXT]
         self.im_start_id = self.special_tokens[IM_START]
         self.im_end_id = self.special_tokens[IM_END]
+        self._warned: set[bool] = set()
         super().__init__(errors=errors, pad_token=pad_token, eos_token=eos_token, **kwargs)
         self.split_special_tokens = split_special_tokens  # the parent's default is false
 
@@ -178,7 +178,7 @@ class QWenTokenizer(PreTrainedTokenizer):
             ValueError: see ``check_text``.
         """
         self.check_text(text)
-        return self.tokenizer.encode_ordinary(unicodedata.normalize("NFC", text))
+        return self.tokenizer.encode_ordinary(normalize_nfc(text))
 
     def tokenize(  # type: ignore[override]
         self,
@@ -186,39 +186,92 @@ class QWenTokenizer(PreTrainedTokenizer):
         allowed_special: Literal["all"] | AbstractSet[str] | None = None,
         disallowed_special: Literal["all"] | Collection[str] = (),
         split_special_tokens: bool | None = None,
+        mark: str = "",
         **kwargs: Any,
     ) -> list[bytes | str]:
-        """Split ``text`` into tokens: bytes, or strings for special tokens.
+        """Split ``text`` into tokens: bytes, or strings for special tokens. A ``Prompt`` knows its special tokens.
 
         Args:
             allowed_special: special tokens that are recognised in the text; "all" is the original's behaviour.
             disallowed_special: special tokens that raise a ``ValueError`` if the text contains them.
             split_special_tokens: without ``allowed_special``: true reads everything as plain text, false reads a
                 rendered conversation; ``None``: the tokenizer's attribute.
+            mark: see ``Prompt.parse``.
         """
-        self.check_text(text)
-        pieces = [text]
-        if allowed_special is None:
-            is_plain = self.split_special_tokens if split_special_tokens is None else split_special_tokens
-            allowed_special = frozenset() if is_plain else "all"
-            pieces = [text] if is_plain else _split_after_headers(text)
-        return [
-            self.decoder[id_]
-            for piece in pieces
-            for id_ in self.tokenizer.encode(
-                unicodedata.normalize("NFC", piece),
-                allowed_special=allowed_special,
-                disallowed_special=disallowed_special,
+        if allowed_special is None and not isinstance(text, Prompt):
+            if self.split_special_tokens if split_special_tokens is None else split_special_tokens:
+                self._warn_of_special(text)
+                allowed_special = frozenset()
+            else:
+                text = Prompt.parse(text, mark)
+        if isinstance(text, Prompt):
+            ids = self.encode_prompt(text)
+        else:
+            self.check_text(text)
+            assert allowed_special is not None
+            ids = self.tokenizer.encode(
+                normalize_nfc(text), allowed_special=allowed_special, disallowed_special=disallowed_special
             )
-        ]
+        return [self.decoder[id_] for id_ in ids]
+
+    def encode_prompt(self, prompt: Prompt) -> list[int]:
+        """Return the ids of a rendered prompt."""
+        ids: list[int] = []
+        for text, is_control in prompt.segments:
+            ids += [self.special_tokens[text]] if is_control else self.encode_plain(text)
+        return ids
+
+    def _warn_of_special(self, text: str) -> None:
+        """Warn once that the text of a special token was read as plain text, and once for one that stands alone."""
+        token = find_special(text)
+        if token is None or (is_alone := text == token) in self._warned:
+            return
+        self._warned.add(is_alone)
+        if is_alone:
+            logger.warning(
+                "%s was tokenised as plain text. Its id is tokenizer.special_tokens[%r]; allowed_special='all' makes "
+                "encode() return it",
+                token,
+                token,
+            )
+        else:
+            logger.warning(
+                "A text with %s was tokenised as plain text, in which no control token is recognised. Build prompts "
+                "with make_context() or apply_chat_template(), or pass allowed_special='all' for a prompt written by "
+                "hand, if no part of it comes from others",
+                token,
+            )
 
     def apply_chat_template(  # type: ignore[override]
-        self, conversation: Any, *args: Any, tokenizer_kwargs: dict[str, Any] | None = None, **kwargs: Any
+        self,
+        conversation: Any,
+        tools: Any = None,
+        documents: Any = None,
+        *args: Any,
+        tokenizer_kwargs: dict[str, Any] | None = None,
+        sanitize_control_tokens: bool = True,
+        **kwargs: Any,
     ) -> Any:
-        """Call transformers' method; the control tokens that the template writes become their ids."""
-        tokenizer_kwargs = {"split_special_tokens": False, **(tokenizer_kwargs or {})}
+        """Call transformers' method. Control tokens that the template writes become their ids, those in texts do not.
+
+        Args:
+            sanitize_control_tokens: newer releases of transformers have this; here it is always on.
+        """
+        mark = unused_character(conversation, tools, documents)
         parent: Any = super()
-        return parent.apply_chat_template(conversation, *args, tokenizer_kwargs=tokenizer_kwargs, **kwargs)
+        rendered = parent.apply_chat_template(
+            mark_special(conversation, mark),
+            mark_special(tools, mark),
+            mark_special(documents, mark),
+            *args,
+            tokenizer_kwargs={"split_special_tokens": False, "mark": mark, **(tokenizer_kwargs or {})},
+            **kwargs,
+        )
+        if isinstance(rendered, str):
+            return Prompt.parse(rendered, mark)
+        if isinstance(rendered, list) and all(isinstance(text, str) for text in rendered):
+            return [Prompt.parse(text, mark) for text in rendered]
+        return rendered
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
         """Convert a token (bytes, or the string of a special token) or a list of them; ``None`` for unknown tokens."""
@@ -285,8 +338,3 @@ class QWenTokenizer(PreTrainedTokenizer):
                 shutil.copyfile(source, target)
             written.append(target)
         return tuple(written)
-
-
-def _split_after_headers(text: str) -> list[str]:
-    cuts = [0, *(header.end() for header in _HEADER.finditer(text)), len(text)]
-    return [text[start:stop] for start, stop in pairwise(cuts)]

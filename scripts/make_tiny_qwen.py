@@ -32,7 +32,8 @@ from data_utils.files import read_records
 from data_utils.formats import recognise
 from errors import ConfigError
 from outputs import check_output_folder, parse_output
-from qwen_model.tokenization_qwen import SPECIAL_TOKENS, SPLIT_PATTERN, load_ranks
+from qwen_model.prompts import SPECIAL_TOKENS
+from qwen_model.tokenization_qwen import SPLIT_PATTERN, load_ranks
 
 EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
 NUM_RANKS = 2560

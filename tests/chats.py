@@ -26,7 +26,8 @@ from chat.tools_hermes import HERMES_FORMS
 from chat.turns import ToolCall, Turn
 from data_utils.encode import EncodeOptions, Encoder
 from data_utils.schema import Conversation
-from qwen_model.tokenization_qwen import SPECIAL_TOKENS, SPLIT_PATTERN, QWenTokenizer
+from qwen_model.prompts import SPECIAL_TOKENS
+from qwen_model.tokenization_qwen import SPLIT_PATTERN, QWenTokenizer
 
 settings.register_profile(
     "ci", max_examples=100, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None

@@ -23,7 +23,8 @@ from checkpoints.names import TEMPLATES_FOLDER
 from errors import ConfigError, one_line
 from export.chat import CHATML_TEMPLATE
 from loading.opening import library_errors
-from qwen_model.tokenization_qwen import SPECIAL_TOKENS, SPLIT_PATTERN, QWenTokenizer
+from qwen_model.prompts import SPECIAL_TOKENS
+from qwen_model.tokenization_qwen import SPLIT_PATTERN, QWenTokenizer
 
 CONTROL_TOKENS = (END_OF_TEXT, IM_START, IM_END)
 TEMPLATE_FILE = "chat_template.jinja"

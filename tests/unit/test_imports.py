@@ -35,6 +35,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "outputs": {"errors", "ownership"},
     "processes": {"errors"},
     "commands": {"errors", "console", "processes"},
+    "qwen_generation_utils": {"qwen_model"},  # the original's name of a module of qwen_model
     **PACKAGES,
     **{command: {"errors", "console", "outputs", "processes", "commands", *PACKAGES} for command in COMMANDS},
 }

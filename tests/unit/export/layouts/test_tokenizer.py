@@ -21,7 +21,8 @@ from checkpoints.files import load_json, save_json
 from errors import ConfigError
 from export.layouts.tokenizer import CONTROL_TOKENS, save_fast_tokenizer, save_rank_tokenizer
 from loading.chat_family import chat_family
-from qwen_model.tokenization_qwen import SPECIAL_TOKENS, QWenTokenizer
+from qwen_model.prompts import SPECIAL_TOKENS
+from qwen_model.tokenization_qwen import QWenTokenizer
 from tests.golden import Golden
 from tests.models import TINY, change_json, copy_checkpoint
 
