@@ -101,6 +101,8 @@ def protect_streams() -> None:
         stream = getattr(sys, name)
         if name == "stdin":
             sys.stdin = stream or os.fdopen(0, encoding="utf-8", closefd=False)
+            if isinstance(sys.stdin, io.TextIOWrapper):
+                sys.stdin.reconfigure(errors="replace")
         elif stream is None or (isinstance(stream, io.TextIOWrapper) and stream is getattr(sys, f"__{name}__")):
             setattr(sys, name, _protected(number, stream))
 

@@ -12,8 +12,10 @@ venv=${1:-$root/.venv}
 requirements=${2:-$root/requirements_finetune.txt}
 constraints=${3:-$root/constraints.txt}
 
+# One line without control characters, which a name may contain.
 fail() {
-    echo "setup_env.sh: error: $*" >&2
+    printf "setup_env.sh: error: %s" "$*" | LC_ALL=C tr "[:cntrl:]" "?" >&2
+    echo >&2
     exit 2
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from loading.checkpoint import load_checkpoint
 from loading.inference import load_for_inference
 from scripts import ask
 from tests.commands import finetune_here
-from tests.models import TINY, write_conversations, write_later_checkpoint
+from tests.models import TINY, change_json, copy_checkpoint, write_conversations, write_later_checkpoint
 
 TRAINED_ON = [
     [("user", "Who are you?"), ("assistant", "I am a <b>tiny</b> model.\n\nNice to meet you!")],
@@ -131,6 +132,8 @@ def test_later_families(answer: Answer, tmp_path: Path, shared: Path) -> None:
             "--adapter nowhere holds no adapter_config.json",
         ),
         (["--model_name_or_path", str(TINY), "--max_new_tokens", "0", "Hi"], "--max_new_tokens 0"),
+        (["--model_name_or_path", str(TINY), ""], "the question is empty"),
+        (["--model_name_or_path", str(TINY), " \n"], "the question is empty"),
     ],
 )
 def test_errors_are_one_line(arguments: list[str], expected: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -138,3 +141,20 @@ def test_errors_are_one_line(arguments: list[str], expected: str, capfd: pytest.
         ask.main(arguments)
     assert "\n" not in str(caught.value)
     assert capfd.readouterr().out == ""
+
+
+def test_question_is_read_from_stdin(adapter: Path, answer: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["--model_name_or_path", str(TINY), "--adapter", str(adapter)]
+    monkeypatch.setattr("sys.stdin", io.StringIO("你是谁？"))
+    assert answer(*arguments, "-") == "我是一个小模型。\n"
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    with pytest.raises(ConfigError, match="the question is empty"):
+        ask.main([*arguments, "-"])
+
+
+def test_sampling_at_temperature_0_is_refused(tmp_path: Path, answer: Answer) -> None:
+    model = copy_checkpoint(tmp_path / "model")
+    change_json(model / "generation_config.json", temperature=0)
+    assert answer("--model_name_or_path", model, "--max_new_tokens", 2, "Hi")
+    with pytest.raises(ConfigError, match=r"^--do_sample: generation_config.json of .* has temperature 0\. "):
+        ask.main(["--model_name_or_path", str(model), "--do_sample", "Hi"])
