@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import stat
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -137,18 +137,19 @@ def _check_values(value: dict[str, Any], path: Path, has_surrogates: bool) -> No
     """Check how deeply values are nested, and that texts are Unicode: half of a surrogate pair cannot be written."""
     level: list[Any] = [value]
     for _ in range(_MOST_LEVELS):
-        values = [each for parent in level for each in (parent.values() if isinstance(parent, dict) else parent)]
         if has_surrogates:
-            keys = [key for parent in level if isinstance(parent, dict) for key in parent]
-            for text in (*keys, *values):
+            for text in (each for parent in level for each in (*parent, *_children(parent))):
                 if isinstance(text, str) and not _is_unicode(text):
-                    raise ConfigError(
-                        f"{path} contains half of a surrogate pair in {json.dumps(text)[:60]}", _COPY_AGAIN
-                    )
-        level = [each for each in values if isinstance(each, (dict, list))]
+                    what = f"{path} contains half of a surrogate pair in {json.dumps(text)[:60]}"
+                    raise ConfigError(what, _COPY_AGAIN)
+        level = [each for parent in level for each in _children(parent) if type(each) in (dict, list)]
         if not level:
             return
     raise ConfigError(f"{path} is nested more than {_MOST_LEVELS} levels deep", _COPY_AGAIN)
+
+
+def _children(value: Any) -> Iterable[Any]:
+    return value.values() if type(value) is dict else value
 
 
 def _is_unicode(text: str) -> bool:

@@ -217,12 +217,12 @@ _VOCABULARY = Rule(
 )
 _MERGES = Rule(
     "a list of pairs of tokens",
-    lambda value: isinstance(value, list) and all(isinstance(pair, str) or _is_pair(pair) for pair in value),
+    lambda value: isinstance(value, list) and all(type(pair) is str or _is_pair(pair) for pair in value),
 )
 
 
 def _is_pair(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(isinstance(part, str) for part in value)
+    return type(value) is list and len(value) == 2 and type(value[0]) is str and type(value[1]) is str
 
 
 _TOKENIZER = table({
@@ -283,7 +283,7 @@ _SUMMARY = table({
     "model_type": TEXT,
 })  # fmt: skip
 
-_STATE = mapping_of(either(BOOLEAN, ANY_NUMBER, one_of(None)))
+_STATE = mapping_of(either(BOOLEAN, ANY_NUMBER, one_of(None), mapping_of(ANY_NUMBER)))
 _CALLBACK = table({"args": _STATE, "attributes": _STATE}, required=["args", "attributes"])
 _INTERVAL = number(0, 10**12)
 _TRAINER_STATE = table({

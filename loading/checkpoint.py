@@ -195,7 +195,8 @@ def _load_generation_config(folder: Path) -> GenerationConfig:
 
 def _load_tokenizer(folder: Path) -> Any:
     place = f"--model_name_or_path {folder}: its tokenizer cannot be read"
-    with library_errors(place, "Copy the tokenizer's files from the original checkpoint into the folder"):
+    fix = "Copy the tokenizer's files from the original checkpoint into the folder"
+    with library_errors(place, fix, path=folder):
         return AutoTokenizer.from_pretrained(str(folder))
 
 

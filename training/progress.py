@@ -9,7 +9,7 @@ import resource
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
@@ -106,7 +106,7 @@ class Progress:
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from the state of a checkpoint; an empty one starts a run."""
         self._run_started = time.monotonic() - state.get("elapsed", 0)
-        self.total, self.window = Counts(**state.get("counts", {})), Counts(**state.get("window", {}))
+        self.total, self.window = (_read_counts(state.get(name, {})) for name in ("counts", "window"))
         self.window_started -= state.get("window_seconds", 0)
 
 
@@ -141,3 +141,8 @@ def peak_memory() -> dict[str, float]:
     if torch.cuda.is_available():
         peaks["gpu_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 3)
     return peaks
+
+
+def _read_counts(saved: Mapping[str, int]) -> Counts:
+    """Return saved counts, without those that this version does not count."""
+    return Counts(**{item.name: saved[item.name] for item in fields(Counts) if item.name in saved})
