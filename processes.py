@@ -10,6 +10,8 @@ from __future__ import annotations
 import os
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from errors import ConfigError
 
@@ -94,6 +96,17 @@ def forget_launcher(size: int = 1) -> None:
 def has_rank() -> bool:
     """Return whether rank and world size are set."""
     return {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+
+
+@contextmanager
+def without_launcher() -> Iterator[None]:
+    """Hide the launcher's variables within the block, so that no library starts a process group."""
+    before = dict(os.environ)
+    forget_launcher()
+    try:
+        yield
+    finally:
+        os.environ |= {name: value for name, value in before.items() if name not in os.environ}
 
 
 def has_master() -> bool:

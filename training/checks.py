@@ -19,7 +19,10 @@ from loading.config_files import find_local_folder, load_model_config, max_posit
 from processes import has_gpu, is_first
 from training.config.args import LoraArguments, RunArguments, parse_profile_steps
 from training.config.flags import did_you_mean, nearest
+from training.config.intervals import evaluation_steps
 from training.engine_checks import check_engine
+from training.flag_checks import check_flags, warn_of_ignored_flags
+from training.optimizer_checks import check_optimizer, check_schedule
 from training.run_folder.prepare import check_output
 from training.run_folder.start import check_start
 
@@ -34,6 +37,13 @@ REPORTERS = {
 # Seconds. Imports and kernel compilation can block the heartbeat's thread for that long.
 MIN_HEARTBEAT = 5
 
+_POSITIVE_COUNTS = ("dataloader_prefetch_factor", "torch_empty_cache_steps", "ddp_bucket_cap_mb", "ddp_timeout")
+_NOT_NEGATIVE = (
+    "learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon", "dataloader_num_workers",
+    "eval_delay", "neftune_noise_alpha",
+)  # fmt: skip
+_MOST_EPOCHS = 10**6
+
 _EVALUATE = "Give --eval_strategy, and --eval_data_path or --eval_split"
 
 Faults = Iterator[ConfigError]
@@ -42,14 +52,14 @@ Faults = Iterator[ConfigError]
 def check_args(args: RunArguments) -> None:
     """Check the arguments against each other, the checkpoint's config and the disk. Changes nothing.
 
-    Imports nothing heavy, except torch for flags that need a GPU.
+    Logs flags that have no effect. Imports nothing heavy, except torch for flags that need a GPU.
 
     Raises:
         ConfigError: all faults; several are a numbered list.
     """
     checks: tuple[Callable[[RunArguments], Faults], ...] = (
-        _check_data, _check_numbers, _check_precision, _check_lora, _check_quantization, _check_optimizer, _check_model,
-        _check_schedule, _check_reporters, check_engine, _check_output,
+        _check_data, _check_numbers, _check_precision, _check_lora, _check_quantization, check_optimizer,
+        check_schedule, check_flags, _check_model, _check_intervals, _check_reporters, check_engine, _check_output,
     )  # fmt: skip
     # Several checks may meet the same fault of a file.
     faults = list({str(fault): fault for check in checks for fault in check(args)}.values())
@@ -57,6 +67,7 @@ def check_args(args: RunArguments) -> None:
         raise faults[0]
     if faults:
         raise ConfigError(numbered(f"{len(faults)} faults in the arguments", faults))
+    warn_of_ignored_flags(args)
 
 
 def _faults_of(check: Callable[..., object], *arguments: object) -> Faults:
@@ -107,15 +118,20 @@ def _check_numbers(args: RunArguments) -> Faults:
         "lora_r": args.lora.lora_r,
         "save_total_limit": get("save_total_limit"),
         "early_stopping_patience": args.options.early_stopping_patience,
+        **{name: get(name) for name in _POSITIVE_COUNTS},
     }
     for name, value in counts.items():
         if value is not None and value < 1:
             yield ConfigError(f"--{name} {value} is out of range", "Give 1 or more")
-    for name in ("learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "adam_epsilon"):
-        if get(name) < 0:
-            yield ConfigError(f"--{name} {get(name)} is out of range", "Give 0 or more")
+    for name in _NOT_NEGATIVE:
+        if (value := get(name)) is not None and value < 0:
+            yield ConfigError(f"--{name} {value} is out of range", "Give 0 or more")
+    for name in ("seed", "data_seed"):
+        if (seed := get(name)) is not None and not 0 <= seed < 2**32:
+            yield ConfigError(f"--{name} {seed} is out of range", f"Give 0 to {2**32 - 1}")
     fractions = {
         "lora_dropout": args.lora.lora_dropout, "adam_beta1": get("adam_beta1"), "adam_beta2": get("adam_beta2"),
+        "label_smoothing_factor": get("label_smoothing_factor"),
     }  # fmt: skip
     for name, value in fractions.items():
         if not 0 <= value < 1:
@@ -124,11 +140,13 @@ def _check_numbers(args: RunArguments) -> Faults:
         yield ConfigError(f"--heartbeat_timeout {seconds:g} is out of range", f"Give {MIN_HEARTBEAT} or more, or 0")
     if get("num_train_epochs") <= 0 and get("max_steps") <= 0:
         yield ConfigError(f"--num_train_epochs {get('num_train_epochs')} trains nothing", "Give more than 0")
+    if get("num_train_epochs") > _MOST_EPOCHS:
+        yield ConfigError(
+            f"--num_train_epochs {get('num_train_epochs'):g} is out of range", f"Give {_MOST_EPOCHS} or less"
+        )
     if get("label_smoothing_factor") and args.model.loss != "lean":
         what = f"--label_smoothing_factor {get('label_smoothing_factor')} needs --loss lean"
         yield ConfigError(what, "Remove --label_smoothing_factor or --loss")
-    if get("dataloader_num_workers") == 0 and get("dataloader_prefetch_factor") is not None:
-        yield ConfigError("--dataloader_prefetch_factor needs --dataloader_num_workers", "Give 1 or more workers")
     if args.options.profile_steps is not None:
         yield from _faults_of(parse_profile_steps, args.options.profile_steps)
 
@@ -217,18 +235,6 @@ def _check_quantization(args: RunArguments) -> Faults:
         yield from _faults_of(check_bitsandbytes, f"{flag} ({quantization})")
 
 
-def _check_optimizer(args: RunArguments) -> Faults:
-    """Check the requirements of the optimizers of bitsandbytes."""
-    name = str(args.trainer_value("optim"))
-    if not (
-        name.startswith(("paged_", "ademamix", "rmsprop_bnb", "lion_")) or name in ("adamw_bnb_8bit", "adamw_8bit")
-    ):
-        return
-    yield from _faults_of(check_bitsandbytes, f"--optim {name}")
-    if args.trainer_value("use_cpu") or not has_gpu():
-        yield ConfigError(f"--optim {name} needs a GPU, and none is available", "Choose another optimizer")
-
-
 def _check_model(args: RunArguments) -> Faults:
     name, length, folder = args.model.model_name_or_path, args.data.model_max_length, _model_folder(args)
     if os.path.isdir(folder):
@@ -254,7 +260,7 @@ def _is_norm(module: str) -> bool:
     return "norm" in name or name.startswith("ln_")
 
 
-def _check_schedule(args: RunArguments) -> Faults:
+def _check_intervals(args: RunArguments) -> Faults:
     """Check when to log, evaluate and save, and the flags that depend on it."""
     get, evaluates = args.trainer_value, _evaluates(args)
     for kind in ("logging", "eval", "save"):
@@ -282,8 +288,6 @@ def _check_schedule(args: RunArguments) -> Faults:
             f"--early_stopping_patience {args.options.early_stopping_patience} needs --load_best_model_at_end",
             f"Add it. {_EVALUATE}",
         )
-    if get("lr_scheduler_type") in ("reduce_lr_on_plateau", "greedy") and not evaluates:
-        yield ConfigError(f"--lr_scheduler_type {get('lr_scheduler_type')} needs evaluations", _EVALUATE)
     metric, known = get("metric_for_best_model"), ("loss", "token_accuracy")
     if metric is not None and metric.removeprefix("eval_") not in known:
         yield ConfigError(f"--metric_for_best_model {metric} is unknown", f"Give {' or '.join(known)}")
@@ -291,8 +295,8 @@ def _check_schedule(args: RunArguments) -> Faults:
 
 def _check_save_after_evaluation(args: RunArguments) -> Faults:
     """Check that every save follows an evaluation, because only saved models can be loaded as the best one."""
-    save, evaluate = args.trainer_value("save_steps"), args.trainer_value("eval_steps")
-    evaluate = evaluate or args.trainer_value("logging_steps")
+    save = args.trainer_value("save_steps")
+    evaluate = evaluation_steps(args.trainer_value("eval_steps"), args.trainer_value("logging_steps"))
     if save <= 0 or evaluate <= 0:
         return  # reported by the caller
     mixed = (save < 1) != (evaluate < 1)

@@ -13,6 +13,7 @@ from transformers import TrainingArguments
 
 from checkpoints.files import save_json, save_text
 from checkpoints.names import DATA_REPORT, DATA_REPORT_PAGE
+from console import wants_color
 from data_utils.collate import Collator
 from data_utils.dataset import DataOptions, DataReader, load_examples, report_settings
 from data_utils.encode import EncodeOptions, Encoder
@@ -20,15 +21,16 @@ from data_utils.examples import ExampleSet, KeptConversation
 from data_utils.report.data_report import DataReport
 from data_utils.report.page import render_html
 from data_utils.report.terminal import render_report
-from data_utils.report.terminal_text import wants_color
 from data_utils.sources import parse_fill, parse_source
 from loading.checkpoint import Checkpoint, load_checkpoint
 from loading.config_files import load_model_config, max_positions
 from processes import count_processes, is_first
 from training.config.args import RunArguments
+from training.display import draws_bars
 from training.distributed.agreement import check_same_data
 from training.distributed.shared_data import load_shared
 from training.distributed.world import World
+from training.training_arguments import check_training_arguments
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +89,16 @@ def preview_data(
 
 
 def show_preview(args: RunArguments) -> int:
-    """Print the data reports of ``--dry_run`` on rank 0, and return the exit code: see ``show_reports``."""
-    return show_reports(preview_data(args)) if is_first() else 0
+    """Print the data reports of ``--dry_run`` on rank 0, and return the exit code: see ``show_reports``.
+
+    Raises:
+        ConfigError: arguments that transformers refuses, or an unusable checkpoint.
+        DataError: see ``preview_data``.
+    """
+    if not is_first():
+        return 0
+    check_training_arguments(args)
+    return show_reports(preview_data(args))
 
 
 def build_reader(
@@ -134,7 +144,7 @@ def build_reader(
         data_options,
         settings,
         max_samples=max_samples,
-        show_progress=not flags.disable_tqdm and is_first(),
+        show_progress=draws_bars(flags.disable_tqdm) and is_first(),
     )
 
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
 from itertools import groupby
-from typing import NamedTuple, TextIO
+from typing import NamedTuple
 
 from console import visible
 from data_utils.report.samples import Sample, SamplePiece, shorten, visible_line
@@ -19,11 +18,6 @@ TRAINED, DIM, BOLD, RED, YELLOW, _RESET = "\x1b[32m", "\x1b[2m", "\x1b[1m", "\x1
 OPEN, CLOSE, LINE_END, _TAB, _GAP = "⟦", "⟧", "↵", "⇥", "⋯"
 # A message may contain these marks itself.
 _ESCAPED_MARKS = str.maketrans({mark: f"\\u{ord(mark):04x}" for mark in (OPEN, CLOSE, LINE_END, _TAB, _GAP)})
-
-
-def wants_color(stream: TextIO) -> bool:
-    """Return whether to use colours on a stream: on a terminal, unless the user has set NO_COLOR."""
-    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 class Painter:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 from commands import CommandParser
 from training.config.flags import Flag, did_you_mean, nearest
+from training.config.synonyms import explain_missing, flag_meant
 
 MOST_USED = (
     "output_dir", "num_train_epochs", "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size",
@@ -43,11 +45,27 @@ def parse_command_line(
         sys.exit(0)
     values, unknown = parser.parse_known_args(words)
     if unknown:
-        names = {name for flags in (*ours.values(), trainer, old) for name in flags} | {"config", "help_all"}
-        name = unknown[0].partition("=")[0]
-        near = nearest(name.lstrip("-"), names) if name.startswith("-") else None
-        parser.error(f"unknown flag {name}{did_you_mean(near and f'--{near}')}")
+        parser.error(_describe_unknown(unknown[0], words, {**trainer, **old}, ours))
     return vars(values)
+
+
+def _describe_unknown(
+    word: str, words: Sequence[str], others: dict[str, Flag], ours: dict[str, dict[str, Flag]]
+) -> str:
+    """Return the message about a word that is no flag, and not the value of one either."""
+    flags = {name: flag for group in (*ours.values(), others) for name, flag in group.items()}
+    name = word.partition("=")[0]
+    if name.startswith("-"):
+        if reason := explain_missing(name.lstrip("-")):
+            return f"unknown flag {name}{reason}"
+        near = flag_meant(name.lstrip("-")) or nearest(name.lstrip("-"), {*flags, "config", "help_all"})
+        return f"unknown flag {name}{did_you_mean(near and f'--{near}')}"
+    before = next((each for each in reversed(words[: words.index(word)]) if each.startswith("--")), None)
+    flag = None if before is None else flags.get(before.removeprefix("--").partition("=")[0])
+    if flag is None or "list" in flag.kinds:
+        return f"unknown flag {name}"
+    hint = f" ({flag.hint})" if flag.hint else ""
+    return f"{word} is left over: --{flag.name} takes one value, {flag.expected}{hint}"
 
 
 def _with_underscores(word: str) -> str:
@@ -70,7 +88,7 @@ def _build_parser(
         add_help=False,
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,
-        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=36, width=118),
+        formatter_class=_help_formatter,
     )
     group = parser.add_argument_group("help and config")
     group.add_argument("-h", "--help", action="store_true", help="show the most used flags and exit")
@@ -83,6 +101,12 @@ def _build_parser(
     _add_group(parser, "training (all others)", others, show_all)
     _add_group(parser, "old flags", old.values(), show_all)
     return parser
+
+
+def _help_formatter(prog: str) -> argparse.HelpFormatter:
+    """Return a formatter that fills the terminal, whose columns ``COLUMNS`` may give."""
+    width = min(shutil.get_terminal_size((120, 24)).columns, 120) - 2
+    return argparse.HelpFormatter(prog, max_help_position=36 if width > 90 else 24, width=width)
 
 
 def _add_group(parser: CommandParser, title: str, flags: Iterable[Flag], show: bool = True) -> None:

@@ -34,6 +34,7 @@ class Flag:
         choices: its values, if it is limited to certain strings.
         optional: accepts ``None``.
         bare: the value of the flag without an argument; ``None`` if it requires one.
+        hint: explains values of other versions or toolkits, in the message about a wrong value.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Flag:
     optional: bool = False
     bare: Any = None
     lora_default: Any = None
+    hint: str = ""
 
     @property
     def expected(self) -> str:
@@ -90,6 +92,7 @@ class Flag:
     def _complaint(self, value: Any) -> str:
         near = nearest(value, self.choices) if isinstance(value, str) else None
         hint = did_you_mean(near)
+        hint += f" ({self.hint})" if self.hint else ""
         return f"unknown value{hint}" if hint and len(self.choices) > 12 else f"expected {self.expected}{hint}"
 
 

@@ -92,13 +92,9 @@ OLD_FLAGS: dict[str, Renamed | Retired] = {
     "include_tokens_per_second": Retired("bool", None, "it is always logged"),
     "use_legacy_prediction_loop": Retired("bool", (False,), "transformers has only one evaluation loop"),
     "ray_scope": Retired("str", None, "hyperparameter search is not supported"),
-    "dispatch_batches": Retired(
-        "bool | None", (None, False), "it moved to --accelerator_config '{\"dispatch_batches\": true}'"
-    ),
-    "split_batches": Retired(
-        "bool | None", (None, False), "it moved to --accelerator_config '{\"split_batches\": true}'"
-    ),
-    "push_to_hub_organization": Retired("str | None", (None,), "it moved to --hub_model_id ORGANIZATION/NAME"),
+    "dispatch_batches": Retired("bool | None", (None, False), "each process reads its own batches"),
+    "split_batches": Retired("bool | None", (None, False), "a batch is that of one process"),
+    "push_to_hub_organization": Retired("str | None", None, "results are not pushed to a hub"),
 }
 
 

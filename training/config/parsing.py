@@ -25,7 +25,11 @@ from training.config.config_file import SUFFIXES, Setting, load_config_file
 from training.config.defaults import training_defaults
 from training.config.flags import Flag, did_you_mean, flags_of, nearest
 from training.config.old_flags import old_flags, translate_old_flags
+from training.config.synonyms import explain_missing, flag_meant
 from training.config.trainer_flags import trainer_flags
+
+# Characters of a value in a message.
+_MOST_SHOWN = 200
 
 
 def parse_args(argv: Sequence[str]) -> RunArguments:
@@ -58,13 +62,14 @@ def parse_args(argv: Sequence[str]) -> RunArguments:
 def _convert(name: str, setting: Setting, flags: dict[str, Flag]) -> Setting:
     flag, where = flags.get(name), setting.where
     if flag is None:
-        hint = did_you_mean(nearest(name, flags))
+        hint = explain_missing(name) or did_you_mean(flag_meant(name) or nearest(name, flags))
         fix = f"{python_command('finetune.py --help_all')} lists the flags"
         raise ConfigError(f"{where}: unknown flag {name}{hint}", fix)
     try:
         return Setting(flag.convert(setting.value), where)
     except ValueError as error:
         shown = setting.value if isinstance(setting.value, str) else json.dumps(setting.value, default=str)
+        shown = shown if len(shown) <= _MOST_SHOWN else f"{shown[:_MOST_SHOWN]}..."
         if where:
             raise ConfigError(f"{where}: {name}: {shown}: {error}") from error
         fix = f"{python_command('finetune.py --help')} lists the flags"

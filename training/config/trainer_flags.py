@@ -16,6 +16,8 @@ from console import pip_command
 from errors import ConfigError
 from training.config.defaults import training_defaults
 from training.config.flags import Flag, flag_of
+from training.config.intervals import EVAL_STEPS, LOGGING_STEPS, SHORT_RUN
+from training.config.support import NO_EFFECT, REFUSED
 
 # transformers looks a log level up without a check: an unknown one would end in a KeyError.
 _LOG_LEVELS = ("debug", "detail", "info", "warning", "error", "critical", "passive")
@@ -36,13 +38,45 @@ _REPLACED = (
         "the same, or start a new run if there is none",
     ),
     Flag(
-        "debug", frozenset({"bool", "str"}), False, bare=True, choices=("underflow_overflow", "tpu_metrics_debug"),
+        "logging_steps", frozenset({"float"}), None, optional=True,
+        help=f"log every N steps, or below 1 a fraction of all steps (default: {LOGGING_STEPS}, and each step of runs "
+        f"of up to {SHORT_RUN} steps)",
+    ),
+    Flag(
+        "eval_steps", frozenset({"float"}), None, optional=True,
+        help="evaluate every N steps, or below 1 a fraction of all steps (default: --logging_steps if it is given, "
+        f"else {EVAL_STEPS})",
+    ),
+    Flag(
+        "lr_scheduler_kwargs", frozenset({"dict"}), None, optional=True,
+        help="further arguments of the schedule, such as {\"min_lr\": 1e-6}",
+    ),
+    Flag(
+        "include_num_input_tokens_seen", frozenset({"str", "bool"}), "no", bare=True,
+        choices=("all", "non_padding", "no"), help="count the tokens that the model has seen",
+    ),
+    Flag(
+        "dataloader_multiprocessing_context", frozenset({"str"}), None, optional=True,
+        choices=("fork", "spawn", "forkserver"), help="how workers are started",
+    ),
+    Flag(
+        "train_sampling_strategy", frozenset({"str"}), "random", choices=("random", "sequential", "group_by_length"),
+        help="order of the conversations; group_by_length: similar lengths in one batch, which saves padding",
+        hint="batch_rebalance cannot be continued exactly after a resume",
+    ),
+    Flag(
+        "debug", frozenset({"bool", "str"}), False, bare=True, choices=("underflow_overflow",),
         help="show the traceback of a failure; also accepts transformers' underflow_overflow",
     ),
-    Flag("fsdp", frozenset({"bool"}), False, bare=True, help="shard the model over all processes with FSDP2"),
+    Flag(
+        "fsdp", frozenset({"bool"}), False, bare=True, help="shard the model over all processes with FSDP2",
+        hint="FSDP2 needs no words such as full_shard or auto_wrap; --fsdp_config '{\"cpu_offload\": true}' replaces "
+        "offload, '{\"reshard_after_forward\": false}' shard_grad_op",
+    ),
     Flag("output_dir", frozenset({"str"}), "trainer_output", help="folder for checkpoints and results"),
 )  # fmt: skip
 # Newer names of two flags above, and another way to save on SIGTERM, which is always done here.
+_OURS = ("gradient_checkpointing", "gradient_checkpointing_kwargs")  # always, although transformers may drop them
 _REMOVED = ("activation_checkpointing", "activation_checkpointing_kwargs", "enable_jit_checkpoint")
 
 
@@ -50,12 +84,21 @@ _REMOVED = ("activation_checkpointing", "activation_checkpointing_kwargs", "enab
 def trainer_flags() -> dict[str, Flag]:
     """Return transformers' flags under the names used here, which are the same for all its versions."""
     flags = {name: flag for name, flag in transformers_flags().items() if name not in _REMOVED}
-    flags |= {flag.name: flag for flag in _REPLACED}
+    flags |= {flag.name: flag for flag in _REPLACED if flag.name in flags or flag.name in _OURS}
     with_lora = training_defaults(use_lora=True)
     for name, default in training_defaults(use_lora=False).items():
         lora_default = with_lora[name] if with_lora[name] != default else None
         flags[name] = dataclasses.replace(flags[name], default=default, lora_default=lora_default)
-    return flags
+    return {name: _with_reason(flag) for name, flag in flags.items()}
+
+
+def _with_reason(flag: Flag) -> Flag:
+    """Let the help of a flag say why it has no effect or is refused."""
+    if reason := NO_EFFECT.get(flag.name):
+        return dataclasses.replace(flag, help=f"no effect: {reason}")
+    if refusal := REFUSED.get(flag.name):
+        return dataclasses.replace(flag, help=f"not supported: {refusal.reason}")
+    return flag
 
 
 @cache

@@ -76,11 +76,11 @@ def test_one_process_has_no_engine_and_no_fsdp(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(
     ("content", "what"),
     [
-        (None, "cannot be read (No such file or directory)"),
+        (None, "no such file or directory"),
         ("{", "not JSON"),
         ("[]", "not a JSON object"),
         ('{"zero_optimization": {"stage": 4}}', "zero_optimization.stage is 4"),
-        ('{"zero_optimization": 3}', "zero_optimization.stage is None"),
+        ('{"zero_optimization": 3}', "zero_optimization.stage is null"),
     ],
 )
 def test_unusable_config_is_refused(tmp_path: Path, content: str | None, what: str) -> None:

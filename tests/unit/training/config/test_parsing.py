@@ -73,9 +73,9 @@ def test_forms_of_false(form: str) -> None:
 
 def test_dashes_and_no_prefix_are_accepted() -> None:
     """As in transformers' own parser: dashes for underscores, and --no_ for flags that default to true."""
-    words = ["--learning-rate=1e-4", "--no_remove_unused_columns", "--report-to", "none"]
+    words = ["--learning-rate=1e-4", "--no_average_tokens_across_devices", "--report-to", "none"]
     training = build_training_arguments(parse_args(words))
-    assert (training.learning_rate, training.remove_unused_columns, training.report_to) == (1e-4, False, [])
+    assert (training.learning_rate, training.average_tokens_across_devices, training.report_to) == (1e-4, False, [])
 
 
 @pytest.mark.parametrize(
