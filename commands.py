@@ -28,7 +28,19 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-from console import DISK_FULL, lost_output, protect_streams, python_command, visible, visible_lines
+from console import (
+    DISK_FULL,
+    RED,
+    RESET,
+    LineHandler,
+    lost_output,
+    protect_streams,
+    python_command,
+    terminal_width,
+    visible,
+    visible_lines,
+    wants_color,
+)
 from errors import ConfigError, DataError, RunError, Terminated, one_line
 from processes import describe_process, has_several_processes, is_first, is_first_on_host
 
@@ -182,7 +194,10 @@ def _report(code: int, message: str) -> None:
             return
     elif label := describe_process():
         name = f"{name} [{_command.label or label}]"
-    print(visible_lines(f"{name}: {message}"), file=sys.stderr, flush=True)
+    text = visible_lines(f"{name}: {message}")
+    if wants_color(sys.stderr):
+        text = text.replace(": error: ", f": {RED}error{RESET}: ", 1)
+    print(text, file=sys.stderr, flush=True)
 
 
 def _notify_others(message: str) -> None:
@@ -322,8 +337,11 @@ def set_up_logging() -> None:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     prefix = "" if is_first() else f"[{describe_process(with_host=False)}] "
     logging.basicConfig(
-        stream=sys.stderr, format=f"%(asctime)s %(levelname)s {prefix}%(message)s", datefmt="%H:%M:%S", force=True
-    )
+        handlers=[LineHandler(sys.stderr)], format=f"%(asctime)s %(levelname)s {prefix}%(message)s", datefmt="%H:%M:%S",
+        force=True,
+    )  # fmt: skip
+    if terminal_width(sys.stderr) is None:
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # of transformers as well, which read it on import
     if prefix:
         _silence_libraries()
     for name in _top_level_names():

@@ -8,11 +8,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import logging
 import os
 import shlex
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 ROOT = Path(__file__).resolve().parent
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -124,6 +127,50 @@ def lost_output() -> OSError | None:
     """Return why some of stdout could not be written; ``None`` if all of it was, or if its reader is gone."""
     sys.stdout.flush()
     return sys.stdout.lost if isinstance(sys.stdout, _Output) else None
+
+
+# ------------------------------------------------------------------------------------------------------------ terminals
+
+RED, YELLOW, RESET = "\x1b[31m", "\x1b[33m", "\x1b[0m"
+
+
+def wants_color(stream: TextIO) -> bool:
+    """Return whether to use colours on a stream: on a terminal, unless the user has set NO_COLOR."""
+    return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def terminal_width(stream: TextIO) -> int | None:
+    """Return the columns of the terminal that a stream is, also by ``COLUMNS``; ``None`` if it is none."""
+    if not stream.isatty() or os.environ.get("TERM") == "dumb":
+        return None
+    columns = os.environ.get("COLUMNS", "")
+    if columns.isdecimal() and int(columns) > 0:
+        return int(columns)
+    try:
+        return os.get_terminal_size(stream.fileno()).columns or 80
+    except (OSError, ValueError):
+        return 80
+
+
+class LineHandler(logging.StreamHandler[TextIO]):
+    """Writes log lines above tqdm's bars; on a terminal with warnings in colour, and broken between words."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        first, *others = super().format(record).split("\n")
+        width = terminal_width(self.stream)
+        if width is not None and len(first) >= width:
+            first = textwrap.fill(
+                first, width - 1, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False
+            )
+        if record.levelno >= logging.WARNING and wants_color(self.stream):
+            name = record.levelname
+            first = first.replace(name, f"{RED if record.levelno >= logging.ERROR else YELLOW}{name}{RESET}", 1)
+        return "\n".join([first, *others])
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm = getattr(sys.modules.get("tqdm"), "tqdm", None)
+        with contextlib.nullcontext() if tqdm is None else tqdm.external_write_mode(file=self.stream):
+            super().emit(record)
 
 
 # ------------------------------------------------------------------------------------------------------------- commands

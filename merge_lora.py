@@ -133,7 +133,7 @@ def verify(plan: MergePlan, folder: Path) -> str:
     from export.verify.prompts import prompt_ids
 
     prompts = prompt_ids(folder, plan.vocab_size)
-    with tqdm(desc="verifying", unit=" steps") as bar:
+    with tqdm(desc="verifying", unit=" steps", disable=None) as bar:  # drawn on terminals only
 
         def show(done: int, total: int) -> None:
             bar.total = total

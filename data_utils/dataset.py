@@ -138,7 +138,7 @@ class DataReader:
 
     @contextmanager
     def _progress(self, label: str, size: int, **style: Any) -> Iterator[Callable[[int], object]]:
-        hidden = not self._show_progress
+        hidden = None if self._show_progress else True  # None: unless stderr is a terminal
         with tqdm(total=size, desc=label, unit="B", unit_scale=True, disable=hidden, **style) as bar:
             yield bar.update
 

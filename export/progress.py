@@ -10,5 +10,5 @@ from checkpoints.source import TensorSource
 
 
 def progress_bar(source: TensorSource, description: str) -> Any:
-    """Return a tqdm bar over the bytes of all tensors of ``source``."""
-    return tqdm(total=source.total_nbytes(), desc=description, unit="B", unit_scale=True)
+    """Return a tqdm bar over the bytes of all tensors of ``source``, which is drawn on terminals only."""
+    return tqdm(total=source.total_nbytes(), desc=description, unit="B", unit_scale=True, disable=None)

@@ -24,7 +24,7 @@ from qwen_model.lean_loss import lean_causal_lm_loss
 def pop_blocks(model: Any, device: torch.device, description: str) -> Iterator[tuple[int, nn.Module]]:
     """Yield (index, block), the block on ``device`` in float32, and free it afterwards; shows a progress bar."""
     blocks = blocks_of(model)
-    for index in tqdm(range(len(blocks)), description, unit=" layers"):
+    for index in tqdm(range(len(blocks)), description, unit=" layers", disable=None):
         yield index, blocks[index].to(device, torch.float32)
         blocks[index] = nn.Identity()
 

@@ -1,19 +1,15 @@
-"""Callbacks that report a run: log lines, progress bar, ``training_log.jsonl``, loss curve; and early stopping."""
+"""Callbacks of a run: ``training_log.jsonl``, the loss curve, the interval of logging, early stopping."""
 
 from __future__ import annotations
 
 import json
-import logging
 import os
-import sys
 from collections.abc import Sequence
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from transformers import (
     EarlyStoppingCallback,
-    ProgressCallback,
     TrainerCallback,
     TrainerControl,
     TrainerState,
@@ -24,26 +20,11 @@ from transformers.trainer_callback import ExportableState
 from checkpoints.files import save_text
 from checkpoints.names import LOSS_CURVE, TRAINING_LOG
 from training.config.args import RunArguments, parse_profile_steps
+from training.config.intervals import SHORT_RUN
+from training.display import KEYS, is_measured
 from training.profiling import Profiler
 from training.progress import Progress
 from training.run_folder.curves import Row, load_rows, plot_losses
-
-logger = logging.getLogger(__name__)
-
-# Key of transformers' logs: its key in training_log.jsonl, and its format in a log line.
-_KEYS = {
-    "loss": ("loss", "loss {:.4f}"),
-    "eval_loss": ("eval_loss", "evaluation loss {:.4f}"),
-    "token_accuracy": ("token_accuracy", "accuracy {:.1%}"),
-    "eval_token_accuracy": ("eval_token_accuracy", "accuracy {:.1%}"),
-    "learning_rate": ("lr", "lr {:.2e}"),
-    "grad_norm": ("grad_norm", "grad norm {:.3g}"),
-    "tokens_per_second": ("tokens_per_second", "{:,.0f} tokens/s"),
-    "padding": ("padding", "padding {:.0%}"),
-    "peak_memory_gib": ("peak_memory_gib", "peak {:.1f} GiB"),
-    "eta_seconds": ("eta_seconds", ""),
-    "epoch": ("epoch", ""),
-}
 
 
 def build_callbacks(args: RunArguments, log: RunLog) -> list[TrainerCallback]:
@@ -54,6 +35,8 @@ def build_callbacks(args: RunArguments, log: RunLog) -> list[TrainerCallback]:
     """
     options = args.options
     callbacks: list[TrainerCallback] = [log]
+    if args.trainer_value("logging_steps") is None:
+        callbacks.append(ShortRunLogging())
     if options.profile_steps is not None:
         callbacks.append(Profiler(args.output_dir, *parse_profile_steps(options.profile_steps)))
     if options.early_stopping_patience is not None:
@@ -61,53 +44,14 @@ def build_callbacks(args: RunArguments, log: RunLog) -> list[TrainerCallback]:
     return callbacks
 
 
-def describe_logs(logs: dict[str, Any]) -> str:
-    """Format logs as ``loss 1.2345, accuracy 71.3%, ...``; empty if they contain no loss."""
-    if not _is_measured(logs):
-        return ""
-    return ", ".join(text.format(logs[name]) for name, (_, text) in _KEYS.items() if text and name in logs)
+class ShortRunLogging(TrainerCallback):
+    """Logs each step of a short run, whose default interval might log no or one line only."""
 
-
-def _is_measured(logs: dict[str, Any]) -> bool:
-    """Return whether the logs are of a step or an evaluation; transformers also logs the run time at the end."""
-    return "loss" in logs or "eval_loss" in logs
-
-
-def _log_line(state: TrainerState, logs: dict[str, Any]) -> str:
-    remaining = f", {timedelta(seconds=round(logs['eta_seconds']))} left" if "eta_seconds" in logs else ""
-    return f"step {state.global_step}/{state.max_steps}: {describe_logs(logs)}{remaining}"
-
-
-class LogLines(TrainerCallback):
-    """A log line per logged step, instead of transformers' printed dict."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if state.is_world_process_zero and logs and _is_measured(logs):
-            logger.info(_log_line(state, logs))
-
-
-class ProgressBar(ProgressCallback):
-    """transformers' progress bar with the last log line beside it; the bar itself shows the remaining time."""
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, Any] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if self.training_bar is not None and logs and _is_measured(logs):
-            if "loss" in logs:
-                self.training_bar.set_postfix_str(describe_logs(logs))
-            self.training_bar.write(_log_line(state, logs), file=sys.stderr)
+        if state.max_steps <= SHORT_RUN:
+            state.logging_steps = 1
 
 
 class EarlyStopping(EarlyStoppingCallback):
@@ -165,9 +109,9 @@ class RunLog(TrainerCallback, ExportableState):
         logs: dict[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        if not logs or not _is_measured(logs):
+        if not logs or not is_measured(logs):
             return
-        values = {key: float(logs[name]) for name, (key, _) in _KEYS.items() if name in logs}
+        values = {key: float(logs[name]) for name, (key, _) in KEYS.items() if name in logs}
         counts = {"elapsed": self.progress.elapsed(), "tokens": self.progress.total.targets}
         row = {"step": state.global_step, **values, **counts}
         self.rows.append(row)
@@ -179,7 +123,7 @@ class RunLog(TrainerCallback, ExportableState):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         if state.is_world_process_zero:
-            plot_losses({"": self.rows}, self.path.parent / LOSS_CURVE)
+            plot_losses({"": self.rows}, self.path.parent / LOSS_CURVE, f"Loss of {self.path.absolute().parent.name}")
 
     def losses(self, name: str = "loss") -> list[float]:
         """Return the logged values of ``loss``, ``eval_loss`` or another key, in order."""

@@ -78,18 +78,21 @@ class Progress:
         """Return the seconds of training so far."""
         return round(time.monotonic() - self._run_started, 3)
 
+    def seconds_left(self, steps: int) -> float:
+        """Return the time that more steps take, at the average speed of this process."""
+        return (time.monotonic() - self._process_started) / max(1, self._steps_here) * steps
+
     def end_window(self, steps_left: int) -> dict[str, float]:
         """Return the figures of a log line about the current window, and begin a new one."""
         window, now = self.window, time.monotonic()
         peaks = peak_memory()
-        seconds_per_step = (now - self._process_started) / max(1, self._steps_here)
         figures = {
             "loss": window.loss / window.steps,
             "token_accuracy": round(window.token_accuracy, 6),
             "tokens_per_second": round(window.targets / (now - self.window_started), 1),
             "padding": round(window.padding, 4),
             "peak_memory_gib": peaks.get("gpu_gib", peaks["cpu_gib"]),
-            "eta_seconds": round(seconds_per_step * steps_left, 1),
+            "eta_seconds": round(self.seconds_left(steps_left), 1),
         }
         self.window, self.window_started = Counts(), now
         return figures

@@ -23,9 +23,10 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
 from errors import RunError
 from loading.checkpoint import Checkpoint
 from loading.sharding import gather, gather_weights, is_sharded
-from training.callbacks import LogLines, ProgressBar
+from training.display import LogLines, ProgressBar
 from training.distributed.heartbeat import RankStatus
 from training.distributed.world import World
+from training.first_loss import check_first_loss
 from training.progress import Counts, Progress, count_correct, count_targets, weigh_targets
 from training.run_folder.failures import saving_errors
 from training.run_folder.manifest import write_manifest
@@ -106,7 +107,7 @@ class QwenTrainer(Trainer):
         self.add_callback(self._epoch_ends)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
-        self.add_callback(LogLines if self.args.disable_tqdm else ProgressBar)
+        self.add_callback(LogLines() if self.args.disable_tqdm else ProgressBar(self.progress))
         self._losses, self._batch_indices, self._step_counts = [], [], []
         self._step_correct = torch.zeros((), dtype=torch.long, device=self.args.device)
         self._evaluated = torch.zeros(4, device=self.args.device)
@@ -240,8 +241,8 @@ class QwenTrainer(Trainer):
         # Each rank's loss is its part of the mean, times the number of ranks.
         counts = (int(sum(per_rank)) for per_rank in (correct, targets, tokens, slots))
         step = Counts(1, sum(losses) / len(losses), *counts)
-        if self.state.global_step == 0:
-            self._check_first_loss(step.loss)
+        if self.state.global_step == 0 and self.is_world_process_zero():
+            check_first_loss(self.accelerator.unwrap_model(self.model), step.loss)
         self.progress.add(step)
         return None if norm is None else norms[0]
 
@@ -268,17 +269,6 @@ class QwenTrainer(Trainer):
             f"its samples: {', '.join(samples[:_MAX_NAMED_SAMPLES])}{more}",
             f"Check these samples, or lower --learning_rate {self.args.learning_rate:g}",
         )
-
-    def _check_first_loss(self, loss: float) -> None:
-        model: Any = self.model
-        vocabulary = model.config.vocab_size
-        limit = math.log(vocabulary) + 1
-        if loss > limit:
-            logger.warning(
-                "The first loss is %.2f, above ln(vocabulary) + 1 = %.2f: worse than guessing among %s tokens. "
-                "Check that data and tokenizer belong to --model_name_or_path",
-                loss, limit, f"{vocabulary:,}",
-            )  # fmt: skip
 
     # ---------------------------------------------------------------------------------------------- log and evaluation
 

@@ -9,11 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from console import visible
+from console import visible, wants_color
 from data_utils.report.data_report import DataReport, ReportSettings
 from data_utils.report.page import render_html
 from data_utils.report.terminal import render_report
-from data_utils.report.terminal_text import wants_color
 from tests.reports import CHAT, encode, hostile_report, report_of, sample_of
 
 OURS = re.compile(r"\x1b\[(?:0|1|2|31|32|33)m")
@@ -118,7 +117,8 @@ def test_tables_of_a_report() -> None:
         "",
         "warning: a.json#2: skipped 1 of 2 conversations, no answer fits: a.json:7",
         "warning: b.jsonl@x5: shortened 5 of 5 conversations, cut: b.jsonl:1",
-        "warning: a step uses 16 samples, but there are only 6: an epoch is one step",
+        "warning: a step uses 16 samples, but there are only 6: an epoch is one step. Lower",
+        "  --per_device_train_batch_size 2 or --gradient_accumulation_steps 4 for more steps",
     ]
 
 
