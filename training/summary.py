@@ -7,14 +7,16 @@ import json
 import logging
 import platform
 import time
+from pathlib import Path
 from typing import Any
 
 from peft import PeftModel
 from torch import nn
 
 from checkpoints.files import save_json
-from checkpoints.names import RUN_ARGUMENTS, RUN_SUMMARY
+from checkpoints.names import DATA_REPORT_PAGE, LOSS_CURVE, RUN_ARGUMENTS, RUN_SUMMARY, TRAINING_LOG
 from checkpoints.shards import fingerprint
+from console import python_command
 from data_utils.examples import ExampleSet
 from data_utils.report.data_report import DataReport, count_steps
 from loading.adapters import EmbeddingsPolicy
@@ -62,7 +64,7 @@ def record_end(
     """
     if trainer.is_world_process_zero():
         summary = save_summary(trainer, args, log, sets, policy, seconds)
-        logger.info("Done: %s", describe_result(summary))
+        logger.info("Done: %s\n%s", describe_result(summary), describe_output(args, trainer.checkpoint))
     trainer.accelerator.end_training()
 
 
@@ -112,6 +114,27 @@ def describe_result(summary: dict[str, Any]) -> str:
         line += f", loss {summary['first_loss']:.4g} -> {summary['last_loss']:.4g}"
         line += f", token accuracy {summary['last_token_accuracy']:.1%}"
     return line
+
+
+def describe_output(args: RunArguments, checkpoint: Checkpoint) -> str:
+    """Return what lies in the output folder, and the commands that use it."""
+    folder = args.output_dir
+    base: object = Path(args.model.model_name_or_path) if args.model.model_hub == "hf" else checkpoint.folder
+    question = '"Who are you?"'
+    if args.lora.use_lora:
+        merged = folder.with_name(f"{folder.name}-merged")
+        rows = [
+            ("adapter", str(folder)),
+            ("ask", python_command("-m scripts.ask --model_name_or_path", base, "--adapter", folder, question)),
+            ("merge", python_command("merge_lora.py --adapter", folder, "--output", merged)),
+        ]
+    else:
+        rows = [
+            ("model", str(folder)),
+            ("ask", python_command("-m scripts.ask --model_name_or_path", folder, question)),
+        ]
+    rows.insert(1, ("records", f"{LOSS_CURVE}, {TRAINING_LOG}, {DATA_REPORT_PAGE}, {RUN_SUMMARY}"))
+    return "\n".join(f"  {name:<11}{value}" for name, value in rows)
 
 
 def save_arguments(args: RunArguments) -> None:

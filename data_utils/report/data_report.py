@@ -126,6 +126,13 @@ class DataReport:
             f"{settings.batch_size} per device x {settings.accumulation} accumulation steps x {devices}."
         )
 
+    def _step_flags(self) -> str:
+        """Return the flags that decide how many samples a step uses, with their values."""
+        settings = self.settings
+        flags = [f"--per_device_train_batch_size {settings.batch_size}"]
+        flags += [f"--gradient_accumulation_steps {settings.accumulation}"] if settings.accumulation > 1 else []
+        return " or ".join(flags)
+
     def as_dict(self) -> dict[str, Any]:
         """Return the sum of the sources, then each source, for JSON."""
         steps: dict[str, Any] = {}
@@ -175,7 +182,8 @@ class DataReport:
             lines += [f"{source.name}: none of its conversations can be used" for source in unused]
         if self.name == "train" and 0 < kept < self.samples_per_step:
             lines.append(
-                f"a step uses {self.samples_per_step:,} samples, but there are only {kept:,}: an epoch is one step"
+                f"a step uses {self.samples_per_step:,} samples, but there are only {kept:,}: an epoch is one step. "
+                f"Lower {self._step_flags()} for more steps"
             )
         return lines
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ def load_rows(path: Path, *, strict: bool = True) -> list[Row]:
     return rows
 
 
-def plot_losses(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
+def plot_losses(runs: Mapping[str, Sequence[Row]], path: Path, title: str = "Loss") -> None:
     """Plot the losses of runs over optimizer steps: a colour per run, training solid and evaluation dashed.
 
     Args:
@@ -49,21 +50,32 @@ def plot_losses(runs: Mapping[str, Sequence[Row]], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
     for number, (run, rows) in enumerate(runs.items()):
         for name, kind, style in (("loss", "training", "-"), ("eval_loss", "evaluation", "--")):
             points = [(row["step"], row[name]) for row in rows if name in row]
             if points:
-                marker = "." if len(points) < 50 else None
+                marker = "o" if len(points) == 1 else "." if len(points) < 50 else None
                 label = f"{run}, {kind}" if run else kind
                 colour = f"C{number}" if run else None  # the two curves of a single run differ in colour too
-                axes.plot(*zip(*points, strict=True), style, color=colour, label=label, marker=marker)
+                axes.plot(*zip(*points, strict=True), style, color=colour, label=_plain(label), marker=marker)
+    axes.set_title(_plain(title))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per target)")
+    axes.ticklabel_format(style="plain", useOffset=False)  # 12.01, not 0.01 and "+1.2e1" beside the axis
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if axes.lines:
         axes.legend()
     try:
-        figure.savefig(path, dpi=120)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph")  # a character that the font of the picture lacks
+            figure.savefig(path, dpi=120)
     finally:
         pyplot.close(figure)
+
+
+def _plain(text: str) -> str:
+    """Return a name as it stands in a picture: matplotlib would read formulas between dollar signs."""
+    return text.replace("$", r"\$").encode("utf-8", "replace").decode()

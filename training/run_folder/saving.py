@@ -143,16 +143,20 @@ def _to_disk(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
 
 
 def _check_saved(tensors: Iterable[tuple[str, Tensor]], folder: Path, names: tuple[str, ...]) -> None:
-    """Compare saved tensors with those in memory; warn about tensors that are all zero, as if nothing was gathered."""
+    """Compare saved tensors with those in memory; warn about tensors that are all zero, as if nothing was gathered.
+
+    Biases may be zeros, and so are all second matrices of an adapter that no step has changed yet.
+    """
     reader = open_checkpoint(folder, names)
-    all_zero = []
+    all_zero, second_matrices = [], list[str]()
     for name, tensor in tensors:
         if name not in reader:
             raise RunError(f"{name} is missing from the saved file", _FAULTY_DISK)
         saved = reader.read(name)
         if saved.shape != tensor.shape or not torch.equal(saved, tensor):
             raise RunError(f"{name} differs on disk from memory", _FAULTY_DISK)
-        if not saved.any():
+        second_matrices += [name] if ".lora_B." in name else []
+        if tensor.dim() > 1 and not saved.any():
             all_zero.append(name)
-    if all_zero:
+    if all_zero and all_zero != second_matrices:
         logger.warning("%d saved tensors are all zero, among them %s", len(all_zero), all_zero[0])

@@ -108,7 +108,8 @@ def test_warning_texts() -> None:
         "a.json: 1 of 1,003 conversations contain the placeholder {{author}}, which --fill author=... fills: a.json:4",
         "b.json: skipped 1 of 1 conversations, bad record: b.json:1",
         "b.json: none of its conversations can be used",
-        "a step uses 8 samples, but there are only 2: an epoch is one step",
+        "a step uses 8 samples, but there are only 2: an epoch is one step. Lower --per_device_train_batch_size 4 or "
+        "--gradient_accumulation_steps 2 for more steps",
     ]
     assert report.warnings(with_locations=False)[1] == "a.json: skipped 1 of 1,003 conversations, bad record"
     assert report.problems() == []
