@@ -174,7 +174,7 @@ def test_help_and_refusals_are_faster_than_importing_torch() -> None:
 
 
 def test_help_lists_the_flags() -> None:
-    short, long = (run_well("finetune.py", flag).stdout for flag in ("--help", "--help_all"))
+    short, long = (" ".join(run_well("finetune.py", flag).stdout.split()) for flag in ("--help", "--help_all"))
     default = "(default: 1e-05; with --use_lora: 0.0003)"
     for text in ("--model_name_or_path", "--use_lora", "--learning_rate X", default, "--eval_strategy"):
         assert all(text in " ".join(shown.split()) for shown in (short, long)), text
