@@ -35,6 +35,14 @@ class Answers:
             for index, turn in enumerate(self._turns)
         ]
 
+    def loses_thinking(self) -> bool:
+        """Return whether the family writes an answer without the thinking that it has."""
+        return any(
+            _is_lost(split_thinking(turn)[0].strip(), self._rendered(index))
+            for index, turn in enumerate(self._turns)
+            if turn.role == "assistant"
+        )
+
     def promptable(self, has_own_system: bool) -> set[int]:
         """Return the indices of answers that the model can be prompted for.
 
@@ -111,6 +119,11 @@ def split_thinking(turn: Turn) -> tuple[str, str]:
         return "", turn.content
     thought = before.rstrip("\n").rpartition(THINK)[2].lstrip("\n")
     return thought, turn.content.rpartition(THINK_END)[2].lstrip("\n")
+
+
+def _is_lost(thought: str, written: str) -> bool:
+    before, end_tag, _ = written.rpartition(THINK_END)
+    return bool(thought) and not (end_tag and thought in before)
 
 
 def _is_question(turn: Turn) -> bool:

@@ -57,6 +57,9 @@ class ToolForm(Protocol):
             ValueError: it cannot; the message names the reason.
         """
 
+    def lost_fields(self, tools: Sequence[Tool]) -> list[str]:
+        """Return the names of fields with content that ``describe`` leaves out."""
+
     def describe(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> list[Turn]:
         """Return the turns with the tools described in one of them."""
 

@@ -59,6 +59,10 @@ class Hermes:
     def check(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> None:
         """Accept every conversation."""
 
+    def lost_fields(self, tools: Sequence[Tool]) -> list[str]:
+        """Return nothing: descriptions are written whole."""
+        return []
+
     def describe(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> list[Turn]:
         """Return the turns with the tools in their system message, which is added if there is none."""
         if not tools:

@@ -47,6 +47,9 @@ _TOOL = (
 _THOUGHT, _ANSWER = "Thought:", "Thought: I now know the final answer.\nFinal Answer: "
 _ACTION, _INPUT, _OBSERVATION = "\nAction:", "\nAction Input:", "\nObservation:"
 _EXCHANGE_ROLES = ("assistant", "tool")
+_WRITTEN = ("name", "name_for_model", "name_for_human", "description", "description_for_model", "parameters")
+# They say nothing about the function itself.
+_FORMAL = ("type", "strict")
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,15 @@ class React:
                 if not results and len(turn.calls) > 1:
                     raise ValueError(f"{len(turn.calls)} calls at once have no results; ReAct text allows one")
                 index += results
+
+    def lost_fields(self, tools: Sequence[Tool]) -> list[str]:
+        """Return the names of fields with content that ``describe_tools`` leaves out."""
+        lost: dict[str, None] = {}
+        for tool in tools:
+            inner = tool.get("function")
+            fields = {**(inner or {}), **{name: value for name, value in tool.items() if name != "function"}}
+            lost |= {name: None for name, value in fields.items() if name not in (*_WRITTEN, *_FORMAL) and value}
+        return list(lost)
 
     def describe(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> list[Turn]:
         """Return the turns with the tools in the first user turn, so that no message changes when others follow."""

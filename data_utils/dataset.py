@@ -21,7 +21,7 @@ from tqdm import tqdm
 from data_utils.encode import EncodedConversation, Encoder
 from data_utils.examples import ExampleSet, KeptConversation
 from data_utils.files import Location, data_files, read_records
-from data_utils.formats import FORMATS, Format, recognise
+from data_utils.formats import FIELDS, FORMATS, Format, recognise
 from data_utils.report.counts import DuplicateIndex
 from data_utils.report.data_report import DataReport, ReportSettings
 from data_utils.report.samples import build_sample
@@ -149,7 +149,7 @@ class DataReader:
         for path in files:
             format_ = None if self.options.data_format == "auto" else FORMATS[self.options.data_format]
             try:
-                for where, record in read_records(path, advance):
+                for where, record in read_records(path, advance, FIELDS):
                     try:
                         if format_ is None and not isinstance(record, DataError):
                             format_ = recognise(record, where)
@@ -209,7 +209,7 @@ class DataReader:
         if source.sample is not None and source.sample > checked.usable:
             logger.warning("%s: only %d records can be drawn", source.name, checked.usable)
         for path, format_ in checked.files:
-            for where, record in read_records(path, advance):
+            for where, record in read_records(path, advance, FIELDS):
                 try:
                     conversation = self._parse(record, where, format_)
                 except DataError:
@@ -252,6 +252,7 @@ class DataReader:
             turns=turns,
             truncated=truncated if encoded.turns_dropped else None,
             unfilled=placeholders - fill.keys(),
+            notes=self.encoder.notes(conversation),
         )
         report = self.reports[set_name]
         if report.accepts_samples:

@@ -5,19 +5,22 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypedDict
 
+from chat.answers import Answers
 from chat.families import THINK, THINK_END, Family
 from chat.label_mask import LabelMask, labels_from_weights
 from chat.render import check_tools, control_ids_of, encode_segment, plain_encoder, render
 from chat.segments import Message, Segment
 from chat.turns import Tool, Turn
 from data_utils.files import Location
-from data_utils.schema import Conversation
+from data_utils.schema import Conversation, short_repr
+from data_utils.special_tokens import any_of, encoder_with, find_special_tokens
 from errors import DataError
 
 Truncation = Literal["turns", "turns_left", "cut", "drop", "error"]
@@ -60,6 +63,7 @@ class EncodeOptions:
             ``drop``: leave the conversation out.
             ``error``: refuse it.
         needs_answer: refuse a conversation without an assistant turn.
+        allow_special_tokens: added tokens of the tokenizer that text in messages becomes.
     """
 
     max_length: int = 8192
@@ -67,6 +71,7 @@ class EncodeOptions:
     label_mask: LabelMask = "assistant"
     truncation: Truncation = "turns"
     needs_answer: bool = True
+    allow_special_tokens: tuple[str, ...] = ()
 
 
 class Span(NamedTuple):
@@ -111,6 +116,9 @@ class Encoder:
     Args:
         tokenizer: a ``QWenTokenizer`` or a fast tokenizer of the later families.
         family: from ``chat.detect.family_of``.
+
+    Raises:
+        ConfigError: a name in ``allow_special_tokens`` that is no added token, or a control token.
     """
 
     def __init__(self, tokenizer: Any, family: Family, options: EncodeOptions) -> None:
@@ -118,13 +126,16 @@ class Encoder:
         self.options = options
         self._decode = tokenizer.decode
         self._check_text = getattr(tokenizer, "check_text", None)  # only Qwen v1's tokenizer has limits
-        self._encode_text = lru_cache(maxsize=_CACHED_TEXTS)(plain_encoder(tokenizer))
+        self._special_tokens = find_special_tokens(tokenizer, options.allow_special_tokens)
+        self._plain_tokens = any_of(self._special_tokens.plain)
+        encode_text = encoder_with(plain_encoder(tokenizer), self._special_tokens.allowed)
+        self._encode_text = lru_cache(maxsize=_CACHED_TEXTS)(encode_text)
         self._control_ids = control_ids_of(tokenizer)
 
     @property
     def control_ids(self) -> frozenset[int]:
-        """Ids of the control tokens that rendering places."""
-        return frozenset(self._control_ids.values())
+        """Ids of the control tokens that rendering places, and of the allowed special tokens."""
+        return frozenset([*self._control_ids.values(), *self._special_tokens.allowed.values()])
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, including control tokens."""
@@ -168,6 +179,24 @@ class Encoder:
                 f"turn {number} has a field with thinking, which the chat format {family.name!r} does not support",
                 "Remove the field, or leave the record out",
             )
+
+    def notes(self, conversation: Conversation) -> list[str]:
+        """Return what a conversation loses in this chat format, and what may not be meant; see ``schema.Notes``."""
+        family, notes = self.family, list(conversation.notes)
+        format_ = f"the chat format {family.name!r}"
+        if conversation.tools and family.tool_form is not None:
+            lost = family.tool_form.lost_fields(conversation.tools)
+            notes += (f"describe tools with {short_repr(name)}, which {format_} does not write" for name in lost)
+        if family.has_thinking and Answers(conversation.turns, family).loses_thinking():
+            notes.append(f"contain thinking that {format_} leaves out at its place")
+        if self._plain_tokens is not None:
+            found = {token for text in _texts(conversation) for token in self._plain_tokens.findall(text)}
+            notes += (
+                f"contain {short_repr(token)}, which is trained as text, not as the special token of that name "
+                f"(--allow_special_tokens {short_repr(token)} changes it)"
+                for token in sorted(found)
+            )
+        return notes
 
     def encode_conversation(self, conversation: Conversation) -> EncodedConversation:
         """Encode a conversation that ``check_conversation`` accepts, shortened if it is longer than ``max_length``.
@@ -285,6 +314,17 @@ class Encoder:
         if longest == len(starts) or _has_answer(turns) > _has_answer(turns[starts[longest] :]):
             return None
         return from_turn(starts[longest])
+
+
+def _texts(conversation: Conversation) -> Iterator[str]:
+    """Yield the texts of a conversation that reach its ids."""
+    for turn in conversation.turns:
+        yield turn.content
+        yield turn.thinking or ""
+        for call in turn.calls:
+            yield call.name
+            yield call.arguments_text
+    yield from (json.dumps(tool, ensure_ascii=False) for tool in conversation.tools)
 
 
 def _has_answer(turns: Sequence[Turn]) -> bool:

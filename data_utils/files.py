@@ -5,14 +5,17 @@ The content of a file decides how it is read, not its name. Files are streamed: 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
+import stat
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from io import BufferedReader
 from pathlib import Path
 
 from data_utils.json_stream import FORMAT, Location, json_records
+from data_utils.other_files import ARROW_FIX, check_kind
 from data_utils.parquet import parquet_records
 from errors import DataError, one_line
 
@@ -25,7 +28,9 @@ SUFFIXES = (*_JSON_SUFFIXES, *(f"{suffix}.gz" for suffix in _JSON_SUFFIXES), ".p
 CHUNK_BYTES = 1 << 18
 
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
+_SAVED_DATASET = ("dataset_info.json", "state.json", "dataset_dict.json")  # beside .arrow files
 _LOGGED_NAMES = 5
+_MOST_PEEKED = 4096
 
 
 def data_files(path: str | Path) -> list[Path]:
@@ -34,16 +39,19 @@ def data_files(path: str | Path) -> list[Path]:
     Hidden files and folders are ignored. Other files and links to folders are ignored and logged.
 
     Raises:
-        DataError: no such file; a folder that cannot be read or contains no data files.
+        DataError: no such file; one that is no regular file; a folder that cannot be read or contains no data files.
     """
     path = Path(path)
+    if not stat.S_ISDIR(check_readable(path)):
+        return [path]
     try:
-        if not path.is_dir():
-            path.stat()
-            return [path]
         files, ignored = _walk(path)
     except OSError as error:
         raise _cannot_read(Path(error.filename or path), error) from None
+    for file in files:
+        check_readable(file)
+    if any(file.suffix == ".arrow" for file in ignored) and all(file.name in _SAVED_DATASET for file in files):
+        raise DataError(str(path), "is a data set saved by the datasets library", ARROW_FIX)
     if ignored:
         names = ", ".join(repr(str(file.relative_to(path))) for file in ignored[:_LOGGED_NAMES])
         more = ", ..." if len(ignored) > _LOGGED_NAMES else ""
@@ -51,6 +59,31 @@ def data_files(path: str | Path) -> list[Path]:
     if not files:
         raise DataError(str(path), "the folder contains no data files", f"Their names end in {', '.join(SUFFIXES)}")
     return files
+
+
+def check_readable(path: Path) -> int:
+    """Check that a path is a regular file or a folder, and return its mode. Nothing is opened.
+
+    Raises:
+        DataError: no such file, or one that cannot be read twice, such as a pipe.
+    """
+    try:
+        mode = path.stat().st_mode
+    except (OSError, ValueError) as error:
+        raise _cannot_read(path, error) from None
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):
+        raise _no_regular_file(path, mode)
+    return mode
+
+
+def _no_regular_file(path: Path, mode: int) -> DataError:
+    kinds = {"a pipe": stat.S_ISFIFO, "a socket": stat.S_ISSOCK}
+    kind = next((name for name, is_kind in kinds.items() if is_kind(mode)), "a device")
+    return DataError(
+        str(path),
+        f"is {kind}, not a file, and data is read twice",
+        "Write the data to a file first (COMMAND > data.jsonl), and name that",
+    )
 
 
 def _walk(root: Path) -> tuple[list[Path], list[Path]]:
@@ -70,7 +103,9 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def read_records(path: str | Path, advance: Callable[[int], object] | None = None) -> Iterator[tuple[Location, object]]:
+def read_records(
+    path: str | Path, advance: Callable[[int], object] | None = None, fields: Collection[str] | None = None
+) -> Iterator[tuple[Location, object]]:
     """Read the records of a data file, each with its location.
 
     JSON that starts with ``[`` is one list; otherwise there is one value per line, and blank lines are skipped. Table
@@ -78,6 +113,7 @@ def read_records(path: str | Path, advance: Callable[[int], object] | None = Non
 
     Args:
         path: one file.
+        fields: columns of a table that are read; ``None``, or a table without any of them, reads all.
         advance: called with the bytes of the file read since the last call; the sum of all calls is the file's size.
 
     Yields:
@@ -89,11 +125,14 @@ def read_records(path: str | Path, advance: Callable[[int], object] | None = Non
     """
     path = Path(path)
     empty = True
+    if stat.S_ISDIR(check_readable(path)):
+        raise DataError(str(path), "is a folder", f"Name a file: {', '.join(SUFFIXES)}")
     try:
-        if path.is_dir():
-            raise DataError(str(path), "is a folder", f"Name a file: {', '.join(SUFFIXES)}")
-        with path.open("rb") as file:
-            for record in _records(file, path, advance or _ignore):
+        with open(path, "rb", opener=_open_at_once) as file:
+            mode = os.fstat(file.fileno()).st_mode
+            if not stat.S_ISREG(mode):
+                raise _no_regular_file(path, mode)
+            for record in _records(file, path, advance or _ignore, fields):
                 empty = False
                 yield record
     except OSError as error:
@@ -106,19 +145,32 @@ def _ignore(count: int) -> None:
     pass
 
 
-def _cannot_read(path: Path, error: OSError) -> DataError:
+def _open_at_once(path: str, flags: int) -> int:
+    """Open a file without waiting for the writer of a pipe that has taken its place."""
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+
+def _cannot_read(path: Path, error: OSError | ValueError) -> DataError:
     if isinstance(error, FileNotFoundError):
+        if path.is_symlink():
+            return DataError(str(path), "is a link to a file that does not exist", "Check the link")
         return DataError(str(path), "no such file", "Check the path")
-    return DataError(str(path), f"cannot be read ({error.strerror or error})")
+    return DataError(str(path), f"cannot be read ({getattr(error, 'strerror', None) or error})")
 
 
-def _records(file: BufferedReader, path: Path, advance: Callable[[int], object]) -> Iterator[tuple[Location, object]]:
+def _records(
+    file: BufferedReader, path: Path, advance: Callable[[int], object], fields: Collection[str] | None
+) -> Iterator[tuple[Location, object]]:
     start = file.peek(len(_PARQUET))
     if start.startswith(_PARQUET):
-        return parquet_records(file, path, advance)
+        return parquet_records(file, path, advance, fields)
+    check_kind(start, path, path.name)
     chunks = _read_chunks(file, advance)
     if start.startswith(_GZIP):
         chunks = _unpack(chunks, path)
+        first = next(chunks, b"")
+        check_kind(first[:_MOST_PEEKED], path, path.name.removesuffix(".gz"))
+        chunks = itertools.chain([first] if first else [], chunks)
     elif start and path.suffix.lower() in (".gz", ".parquet"):
         kind = "gzip" if path.suffix.lower() == ".gz" else "Parquet"
         what = f"the name ends in {path.suffix}, but the content is not a {kind} file"

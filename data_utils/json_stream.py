@@ -1,16 +1,24 @@
-"""Read records from streamed JSON: one list, or one value per line. Only the current record is kept in memory."""
+"""Read records from streamed JSON: one list, or one value per line. Only the current record is kept in memory.
+
+Objects over several lines, and a list in an object, are read too; see ``json_layout``.
+"""
 
 from __future__ import annotations
 
 import codecs
 import itertools
 import json
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from data_utils.json_layout import VALUES, Layout, WrappedList, find_layout, is_record
+from data_utils.schema import short_repr
 from errors import DataError
+
+logger = logging.getLogger(__name__)
 
 FORMAT = "A data file is UTF-8: one JSON list of conversations, or one JSON object per line"
 MAX_RECORD_BYTES = 32 << 20
@@ -62,6 +70,8 @@ _ANY_KEYS_DECODER = json.JSONDecoder()
 def json_records(chunks: Iterator[bytes], path: str) -> Iterator[tuple[Location, object]]:
     """Yield the records of a text: of a list if it starts with ``[``, otherwise of every line that is not blank.
 
+    If it starts with an object over several lines, or with a list of records in an object, these are read.
+
     Args:
         chunks: the bytes of the text, no chunk empty; may start with the byte order mark of UTF-8.
         path: the file's name in locations and errors.
@@ -77,11 +87,49 @@ def json_records(chunks: Iterator[bytes], path: str) -> Iterator[tuple[Location,
         if head.startswith(mark):
             raise DataError(path, f"the file is {encoding}, not UTF-8", "Save the file as UTF-8")
     text = head.removeprefix(codecs.BOM_UTF8)
-    chunks, offset = itertools.chain([text], chunks), len(head) - len(text)
-    if text.lstrip(_SPACE).startswith(b"["):
-        yield from _list_records(_ListText(chunks, path, offset), path)
+    offset = len(head) - len(text)
+    start = text.lstrip(_SPACE)[:1]
+    if start == b"{":
+        layout, chunks = _find_layout(text, chunks)
+    else:
+        layout, chunks = None, itertools.chain([text], chunks)
+    if start == b"[":
+        yield from _list_records(_Text(chunks, path, offset), path)
+    elif isinstance(layout, WrappedList):
+        logger.info(f"{path}: the records are the list {short_repr(layout.field)} of one object")
+        yield from _wrapped_records(_Text(chunks, path, offset), path, layout)
+    elif layout == VALUES:
+        yield from _value_records(_Text(chunks, path, offset), path)
     else:
         yield from _line_records(chunks, path, offset)
+
+
+def _find_layout(text: bytes, chunks: Iterator[bytes]) -> tuple[Layout | None, Iterator[bytes]]:
+    """Read on, twice as much each time, until the layout is known; return it, and all bytes from the start.
+
+    A fault of the chunks is raised after what precedes it.
+    """
+    layout, is_whole = None, False
+    while layout is None and not is_whole:
+        wanted = min(2 * len(text), MAX_RECORD_BYTES + 1)
+        parts, size = [text], len(text)
+        while size < wanted and not is_whole:
+            try:
+                chunk = next(chunks, b"")
+            except DataError as error:
+                chunk, chunks = b"", _raising(error)
+            is_whole = not chunk
+            parts.append(chunk)
+            size += len(chunk)
+        text = b"".join(parts)
+        is_whole = is_whole or size > MAX_RECORD_BYTES
+        layout = find_layout(text.decode("utf-8", "surrogateescape"), is_whole)
+    return layout, itertools.chain([text], chunks)
+
+
+def _raising(error: DataError) -> Iterator[bytes]:
+    raise error
+    yield b""
 
 
 def _read_head(chunks: Iterator[bytes], path: str) -> bytes:
@@ -154,8 +202,15 @@ def _parse_line(line: bytes, location: Location, indent: int, offset: int) -> ob
     return _fault_if_repeated_key(value, location)
 
 
-def _list_records(text: _ListText, path: str) -> Iterator[tuple[Location, object]]:
+def _list_records(text: _Text, path: str) -> Iterator[tuple[Location, object]]:
     text.skip_space()
+    yield from _items(text, path)
+    if text.skip_space():
+        raise _broken_json(text.where(text.position), "more text after the end of the list")
+
+
+def _items(text: _Text, path: str) -> Iterator[tuple[Location, object]]:
+    """Yield the records of the list that starts at the position, and move past it."""
     text.position += 1
     closed = text.skip_space() == "]"
     record = 0
@@ -171,12 +226,46 @@ def _list_records(text: _ListText, path: str) -> Iterator[tuple[Location, object
             text.position += 1
             text.skip_space()
     text.position += 1
+
+
+def _wrapped_records(text: _Text, path: str, wrapped: WrappedList) -> Iterator[tuple[Location, object]]:
+    """Yield the records of a list in an object; its other fields are not used, but must not be such lists."""
+    text.skip(wrapped.position)
+    yield from _items(text, path)
+    while text.skip_space() == ",":
+        text.position += 1
+        text.skip_space()
+        line, field = text.line(), text.read_value()
+        if not isinstance(field, str):
+            raise _broken_json(text.where(text.position), "expecting the name of a field before this")
+        if text.skip_space() != ":":
+            raise _broken_json(text.where(text.position), "expecting ':' after the name of a field")
+        text.position += 1
+        text.skip_space()
+        value = text.read_value()
+        if isinstance(value, list) and value and is_record(value[0]):
+            what = f"{short_repr(field)} is a second list of records, after {short_repr(wrapped.field)}"
+            raise DataError(f"{path}:{line}", what, "Write each list to a file of its own")
+    if text.skip_space() != "}":
+        raise _broken_json(text.where(text.position), "expecting ',' or '}' after the list of records")
+    text.position += 1
     if text.skip_space():
-        raise _broken_json(text.where(text.position), "more text after the end of the list")
+        raise _broken_json(text.where(text.position), "more text after the object with the list of records")
 
 
-class _ListText:
-    """The text of a JSON list, read from front to end. Only a window of it is kept: the part not parsed yet.
+def _value_records(text: _Text, path: str) -> Iterator[tuple[Location, object]]:
+    record = 0
+    while start := text.skip_space():
+        if start == "," and record:
+            what = "a comma between objects that are in no list"
+            raise DataError(text.where(text.position), what, "Put [ before the first object and ] after the last")
+        record += 1
+        location = Location(path, text.line(), record)
+        yield location, _fault_if_repeated_key(text.read_value(), location)
+
+
+class _Text:
+    """The text of JSON values, read from front to end. Only a window of it is kept: the part not parsed yet.
 
     Attributes:
         position: the next character to parse, an index into the window.
@@ -208,6 +297,12 @@ class _ListText:
         """Return the number of characters before it on its line."""
         line_start = self._window.rfind("\n", 0, position) + 1
         return position - line_start + (0 if line_start else self._dropped)
+
+    def skip(self, count: int) -> None:
+        """Move past so many characters."""
+        while len(self._window) < count and self._read_more():
+            pass
+        self.position = count
 
     def skip_space(self) -> str:
         """Move to the next character that is not white space and return it; an empty string at the end of the file."""
@@ -299,8 +394,7 @@ def _decode(text: str, position: int) -> tuple[object, int]:
 def _fault_if_repeated_key(value: object, location: Location) -> object:
     if not isinstance(value, _RepeatedKey):
         return value
-    key = repr(value.args[0])
-    shown = key if len(key) <= 60 else f"{key[:57]}..."
+    shown = short_repr(value.args[0])
     return DataError(str(location), f"an object has the key {shown} more than once", "Keep one of them")
 
 

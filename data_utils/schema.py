@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import islice
 from math import isfinite
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,15 @@ if TYPE_CHECKING:
 
 Record = dict[str, Any]
 ParsedRecord = tuple[list[Turn], tuple[Tool, ...]]
+Notes = set[str]
+"""What was read in a record that its author may not have meant, as sentences that follow "conversations ..."."""
+
+NULLS_LEFT_OUT = (
+    "have null fields in tools or arguments, which are left out as those of a table (as JSON text they are kept)"
+)
+ARGUMENTS_NOT_OBJECTS = "call functions with arguments that are not a JSON object"
+PARAMETERS_NOT_OBJECTS = "describe tools with parameters that are not a JSON object"
+UNDECLARED_CALLS = "call functions that none of their tools describes"
 
 _SHOWN_WIDTH = 60
 _SHOWN_ITEMS = 12
@@ -33,11 +42,13 @@ class Conversation:
             the same order. Only calls of the last turn may have no results.
         where: the location of the record.
         tools: descriptions of the functions that may be called.
+        notes: see ``Notes``; sorted.
     """
 
     turns: tuple[Turn, ...]
     where: Location | str
     tools: tuple[Tool, ...] = ()
+    notes: tuple[str, ...] = field(default=(), compare=False)
 
 
 class InvalidRecord(Exception):
@@ -113,9 +124,15 @@ UnsupportedFields = Mapping[str, tuple[str, str]]
 """Fields that would silently change the training if they were ignored: the reason to refuse them, and the fix."""
 
 _MEDIA = ("image", "images", "video", "videos", "audio", "audios")
-_PREFERENCES = ("chosen", "rejected", "rejected_response", "kto_tag")
+_PREFERENCES = (
+    "chosen", "rejected", "rejected_response", "rejected_messages", "chosen_messages", "preferred_output",
+    "non_preferred_output", "kto_tag",
+)  # fmt: skip
 _THINKING = ("reasoning_content", "reasoning", "thinking")  # the first is used for writing
-_WEIGHTS = ("train", "loss", "weight")
+_FLAGS = ("train", "loss")
+_NUMBERS = ("weight", "loss_weight", "loss_scale")  # the first is used for writing
+_WEIGHTS = (*_FLAGS, *_NUMBERS)
+_TOOLS = ("tools", "functions")
 
 UNSUPPORTED_MEDIA: UnsupportedFields = {name: ("only text can be trained on", "Remove the record") for name in _MEDIA}
 UNSUPPORTED_PREFERENCES: UnsupportedFields = {
@@ -136,7 +153,18 @@ UNSUPPORTED_IN_RECORDS: UnsupportedFields = {
         for name in _WEIGHTS
     },
 }
-TURN_FIELDS = frozenset({*_MEDIA, *_THINKING, *_WEIGHTS})
+UNSUPPORTED_IN_TURNS: UnsupportedFields = {
+    **UNSUPPORTED_MEDIA,
+    **{name: ("tools belong to the record", "Write them beside the list of turns") for name in _TOOLS},
+    "train_detail": ("parts of a turn cannot be trained", 'Split the turn, or remove the field and give it a "weight"'),
+}
+SYSTEM_FIELDS = ("system", "system_prompt")
+"""Fields of a record that contain its system message."""
+
+READ_IN_TURNS = frozenset({*_THINKING, *_WEIGHTS})
+"""Fields of a turn, besides author and text, that every format reads."""
+
+TURN_FIELDS = READ_IN_TURNS | UNSUPPORTED_IN_TURNS.keys()
 """Fields of a turn, besides author and text, that every format reads or refuses."""
 
 
@@ -157,22 +185,19 @@ def check_unsupported(fields: Mapping[str, Any], unsupported: UnsupportedFields,
 
 
 def parse_weight(turn: Mapping[str, Any], owner: str) -> float | None:
-    """Return the weight that ``train`` (or ``loss``, its other name) and ``weight`` give a turn, see ``Turn.weight``.
+    """Return the weight that the fields of a turn give it, see ``Turn.weight``.
+
+    ``train`` (or ``loss``, its other name) is true or false; ``weight`` (or ``loss_weight``, ``loss_scale``) a number.
 
     Raises:
         InvalidRecord: another type, a weight out of range, or two fields that contradict each other.
     """
-    train, weight = turn.get("train"), turn.get("weight")
-    loss = turn.get("loss")
-    for name, value in (("train", train), ("loss", loss)):
-        if value is not None and not isinstance(value, bool):
-            raise InvalidRecord(
-                f'"{name}" of {owner} must be true or false, not {short_repr(value)}', 'Use "weight" for a number'
-            )
-    if train is None:
-        train = loss
-    elif loss is not None and train != loss:
-        raise InvalidRecord(f'"train" and "loss" of {owner} have the same meaning but differ', "Keep one of them")
+    flag_name, train = _one_of(turn, _FLAGS, owner)
+    if train is not None and not isinstance(train, bool):
+        raise InvalidRecord(
+            f'"{flag_name}" of {owner} must be true or false, not {short_repr(train)}', 'Use "weight" for a number'
+        )
+    name, weight = _one_of(turn, _NUMBERS, owner)
     if weight is None:
         return None if train is None else float(train)
     if (
@@ -181,16 +206,32 @@ def parse_weight(turn: Mapping[str, Any], owner: str) -> float | None:
         or not (weight == 0 or _MIN_WEIGHT <= weight <= _MAX_WEIGHT)
     ):
         raise InvalidRecord(
-            f'"weight" of {owner} must be 0, or a number from {_MIN_WEIGHT:g} to {_MAX_WEIGHT:g}, not '
+            f'"{name}" of {owner} must be 0, or a number from {_MIN_WEIGHT:g} to {_MAX_WEIGHT:g}, not '
             f"{short_repr(weight)}",
             "0 does not train the turn, 1 is the default",
         )
     if train is not None and train != (weight > 0):
         marked = "trained" if train else "not trained"
         raise InvalidRecord(
-            f'{owner} is marked as {marked}, but its "weight" is {short_repr(weight)}', "Keep one of them"
+            f'{owner} is marked as {marked}, but its "{name}" is {short_repr(weight)}', "Keep one of them"
         )
     return float(weight)
+
+
+def _one_of(turn: Mapping[str, Any], names: Sequence[str], owner: str) -> tuple[str, Any]:
+    """Return the name and value of the field that a turn has, of several with the same meaning; else a null.
+
+    Raises:
+        InvalidRecord: two of them, with different values.
+    """
+    given = {name: value for name in names if (value := turn.get(name)) is not None}
+    name, value = next(iter(given.items()), (names[0], None))
+    for other, item in given.items():
+        is_same = item is value or (item == value and isinstance(item, bool) == isinstance(value, bool))
+        if not is_same:
+            what = f'"{name}" and "{other}" of {owner} have the same meaning but differ'
+            raise InvalidRecord(what, "Keep one of them")
+    return name, value
 
 
 def parse_thinking(turn: Mapping[str, Any], role: str, owner: str) -> str | None:
@@ -216,18 +257,20 @@ def parse_thinking(turn: Mapping[str, Any], role: str, owner: str) -> str | None
 
 
 def prepend_system(record: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
-    """Return the turns with the record's ``system`` field, if it is not empty, as the first one.
+    """Return the turns with the record's ``system`` (or ``system_prompt``), if it is not empty, as the first one.
 
     Raises:
         InvalidRecord: not a string, or different from a system turn that is there already.
     """
-    system = record.get("system")
-    if is_empty(system):
-        return turns
-    if not isinstance(system, str):
-        raise InvalidRecord(f'"system" must be a string, not {short_repr(system)}', "Write the text as a string")
-    if turns[0].role != "system":
-        return [Turn("system", system), *turns]
-    if turns[0].content != system:
-        raise InvalidRecord(f'the "system" field ({short_repr(system)}) and the system turn differ', "Keep one of them")
+    for name in SYSTEM_FIELDS:
+        system = record.get(name)
+        if is_empty(system):
+            continue
+        if not isinstance(system, str):
+            raise InvalidRecord(f'"{name}" must be a string, not {short_repr(system)}', "Write the text as a string")
+        if turns[0].role != "system":
+            turns = [Turn("system", system), *turns]
+        elif turns[0].content != system:
+            what = f'the "{name}" field ({short_repr(system)}) and the system turn differ'
+            raise InvalidRecord(what, "Keep one of them")
     return turns

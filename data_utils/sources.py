@@ -13,9 +13,11 @@ from pathlib import Path
 from random import Random
 
 from chat.turns import Turn
-from errors import ConfigError
+from data_utils.files import check_readable
+from errors import ConfigError, DataError
 
-_SUFFIXES = re.compile(r"(?P<path>.+?)(#(?P<sample>\d+))?(@x(?P<factor>\d+(\.\d+)?|\.\d+))?")
+_SUFFIXES = re.compile(r"(?P<path>.+?)(#(?P<sample>\d{1,18}))?(@x(?P<factor>\d+(\.\d+)?|\.\d+))?", re.DOTALL)
+_MAX_FACTOR = 10_000
 
 
 @dataclass(frozen=True)
@@ -39,22 +41,41 @@ def parse_source(name: str, flag: str = "--data_path") -> Source:
     """Parse a value of ``--data_path``. If a file with the whole value as its name exists, it is that file.
 
     Raises:
-        ConfigError: no such file or folder, or a number or factor of 0.
+        ConfigError: no such file or folder, something else of that name, or a number or factor out of range.
     """
+    if not name:
+        raise ConfigError(f"{flag} is empty", "Give a file of conversations or a folder of them")
     path = Path(name)
     match = _SUFFIXES.fullmatch(name)
     source = Source(name, path)
-    if match is not None and not path.exists():
+    if match is not None and not _exists(path):
         path, sample, factor = Path(match["path"]), match["sample"], match["factor"]
         source = Source(name, path, None if sample is None else int(sample), 1.0 if factor is None else float(factor))
-    if not path.exists():
+    if not _exists(path):
         what = f"{flag} {name}: there is no such file" + ("" if str(path) == name else f" as {path}")
         raise ConfigError(
             what, "Give a file of conversations or a folder of them; #N draws N records, @xF takes each F times"
         )
+    try:
+        check_readable(path)
+    except DataError as error:
+        raise ConfigError(f"{flag} {error}") from None
     if source.sample == 0 or source.factor == 0:
         raise ConfigError(f"{flag} {name} takes nothing", "Leave it out, or give more than 0")
+    if source.factor > _MAX_FACTOR:
+        raise ConfigError(f"{flag} {name} takes each record too often", f"Give at most @x{_MAX_FACTOR}")
     return source
+
+
+def _exists(path: Path) -> bool:
+    """Return whether there is something at a path, or may be something that cannot be read."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError):
+        return True
+    return True
 
 
 class RecordSampler:
@@ -68,6 +89,7 @@ class RecordSampler:
     """
 
     def __init__(self, source: Source, total: int, eval_share: float, seed: int) -> None:
+        # As bytes, because a name may not be UTF-8; the same text gives the same numbers.
         random = Random(f"{seed} {source.name}".encode("utf-8", "surrogateescape"))
         drawn = total if source.sample is None else min(source.sample, total)
         held_out = min(max(1, round(drawn * eval_share)), drawn) if eval_share and drawn else 0

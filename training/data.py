@@ -117,6 +117,7 @@ def build_reader(
         label_mask=data.label_mask,
         truncation=data.truncation,
         needs_answer=data.label_mask != "all",
+        allow_special_tokens=tuple(dict.fromkeys(data.allow_special_tokens or ())),
     )
     data_options = DataOptions(
         data_format=data.data_format,

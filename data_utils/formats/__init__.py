@@ -11,11 +11,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from data_utils.formats import pairs, turns, writing
+from data_utils.formats.tools import tool_names
 from data_utils.schema import (
+    SYSTEM_FIELDS,
+    UNDECLARED_CALLS,
     UNSUPPORTED_IN_RECORDS,
     UNSUPPORTED_PREFERENCES,
     Conversation,
     InvalidRecord,
+    Notes,
     ParsedRecord,
     Record,
     check_unsupported,
@@ -24,6 +28,7 @@ from data_utils.schema import (
 from errors import DataError
 
 if TYPE_CHECKING:
+    from chat.turns import Tool, Turn
     from data_utils.files import Location
 
 _SHOWN_RECORD = 300
@@ -38,7 +43,7 @@ class Format:
         description: the fields of its records, in one phrase.
         example: a record, for messages.
         matches: return whether a record has the fields of this format; cheap.
-        read: parse a record to turns and tools; raises ``InvalidRecord``.
+        read: parse a record to turns and tools, and add to its notes; raises ``InvalidRecord``.
         fields: return the names of a record's fields that ``read`` uses.
         write: build a record from a conversation and other fields; ``None`` if the format cannot be written.
     """
@@ -47,7 +52,7 @@ class Format:
     description: str
     example: str
     matches: Callable[[Record], bool]
-    read: Callable[[Record], ParsedRecord]
+    read: Callable[[Record, Notes], ParsedRecord]
     fields: Callable[[Record], Iterable[str]]
     write: Callable[[Conversation, Record], Record] | None = None
 
@@ -69,10 +74,18 @@ class Format:
             if not isinstance(record, dict):
                 raise InvalidRecord(f"a record must be an object, not {short_repr(record)}", self.example)
             check_unsupported(record, UNSUPPORTED_IN_RECORDS, "the record")
-            parsed_turns, tools = self.read(record)
+            notes: Notes = set()
+            parsed_turns, tools = self.read(record, notes)
         except InvalidRecord as error:
             raise DataError(str(where), f"{error.what} (read as {self.name})", error.fix) from None
-        return Conversation(tuple(parsed_turns), where, tools)
+        if _calls_undeclared(parsed_turns, tools):
+            notes.add(UNDECLARED_CALLS)
+        return Conversation(tuple(parsed_turns), where, tools, tuple(sorted(notes)))
+
+
+def _calls_undeclared(turns: Iterable[Turn], tools: Iterable[Tool]) -> bool:
+    called = {call.name for turn in turns for call in turn.calls}
+    return bool(called) and not called <= {name for tool in tools for name in tool_names(tool)}
 
 
 # In the order in which they are tried: a record with a list of turns may have a "prompt" as well.
@@ -115,6 +128,16 @@ FORMATS: dict[str, Format] = {
         ),
     )
 }
+
+
+FIELDS = frozenset(
+    {
+        *("conversations", "messages", "instruction", "input", "output", "history", "label"),
+        *(name for pair in pairs.PAIRS for name in pair),
+        *("tools", "functions", *SYSTEM_FIELDS, *UNSUPPORTED_IN_RECORDS),
+    }
+)
+"""Fields of a record that a format reads or refuses."""
 
 
 def recognise(record: object, where: Location | str) -> Format:

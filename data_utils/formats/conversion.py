@@ -3,30 +3,42 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from chat.turns import ToolCall
 from data_utils.formats import Format
+from data_utils.formats.pairs import PAIRS
+from data_utils.formats.turns import CALL_AUTHORS
 from data_utils.formats.writing import arguments_value
-from data_utils.schema import Conversation, InvalidRecord, Record, check_json, is_empty, short_repr
+from data_utils.schema import (
+    NULLS_LEFT_OUT,
+    READ_IN_TURNS,
+    Conversation,
+    InvalidRecord,
+    Record,
+    check_json,
+    is_empty,
+    short_repr,
+)
 
 # The fields that the formats read in a turn, and in the objects within it.
 _LEAF: dict[str, Any] = {}
 _CALL = {"name": _LEAF, "arguments": _LEAF}
 _CALLS = {**_CALL, "id": _LEAF, "type": _LEAF, "function": _CALL}
-_SHARED = {name: _LEAF for name in ("train", "loss", "weight", "reasoning_content", "reasoning", "thinking")}
+_SHARED = dict.fromkeys(READ_IN_TURNS, _LEAF)
 _FIELDS_OF_TURNS: dict[str, dict[str, Any]] = {
     "conversations": {"from": _LEAF, "value": _LEAF, **_SHARED},
     "messages": {
         "role": _LEAF,
-        "content": {"type": _LEAF, "text": _LEAF},
+        "content": {**dict.fromkeys(("type", "text", "value", "reasoning", "thinking"), _LEAF), **_CALL},
         "tool_calls": _CALLS,
         "function_call": _CALL,
         "tool_call_id": _LEAF,
         **_SHARED,
     },
 }
+_FIELDS_OF_TURNS["pairs"] = _FIELDS_OF_TURNS["messages"]
 
 
 def other_fields(record: Record, source: Format, target: Format) -> Record:
@@ -59,10 +71,12 @@ def conversion_changes(record: Record, conversation: Conversation, source: Forma
     calls = [call for turn in with_calls for call in turn.calls]
     if target.name == "conversations" and any(turn.content for turn in with_calls):
         yield "the text of a turn with calls becomes a separate turn"
-    if source.name == "messages" and _has_ids(record):
+    if source.name in ("messages", "pairs") and _has_ids(_entries(record, source)):
         yield "ids of calls are not kept" if target.name == "conversations" else "ids of calls are replaced by numbers"
     if source.name == "conversations" and any(_loses_string_type(call, target) for call in calls):
         yield "arguments that are a JSON string are read as encoded arguments"
+    if NULLS_LEFT_OUT in conversation.notes:
+        yield "null fields in tools or arguments are not kept"
 
 
 def _loses_string_type(call: ToolCall, target: Format) -> bool:
@@ -72,23 +86,26 @@ def _loses_string_type(call: ToolCall, target: Format) -> bool:
     )
 
 
-def _entries(record: Record) -> list[Record]:
-    names = ("conversations", "messages")
-    return next((record[name] for name in names if isinstance(record.get(name), list)), [])
+def _entries(record: Record, source: Format) -> list[Record]:
+    """Return the turns of a record in the format ``source``; for pairs those of its two lists."""
+    if source.name == "pairs":
+        names = dict.fromkeys(name for pair in PAIRS for name in pair)
+        return [entry for name in names if isinstance(record.get(name), list) for entry in record[name]]
+    return next((record[name] for name in ("conversations", "messages") if isinstance(record.get(name), list)), [])
 
 
-def _has_ids(record: Record) -> bool:
-    return any(call.get("id") for entry in _entries(record) for call in entry.get("tool_calls") or [])
+def _has_ids(entries: Iterable[Record]) -> bool:
+    return any(call.get("id") for entry in entries for call in entry.get("tool_calls") or [])
 
 
 def _unread_turn_fields(record: Record, source: Format) -> Iterator[str]:
     known = _FIELDS_OF_TURNS.get(source.name)
     if known is None:
         return
-    entries = _entries(record)
+    entries = _entries(record, source)
     yield from _unread(entries, known)
     if source.name == "conversations":
-        calls = [json.loads(entry["value"]) for entry in entries if entry["from"] == "function_call"]
+        calls = [json.loads(entry["value"]) for entry in entries if entry["from"] in CALL_AUTHORS]
         yield from _unread(calls, _CALLS)
 
 

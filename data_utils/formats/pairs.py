@@ -6,10 +6,22 @@ from collections.abc import Iterable
 
 from chat.turns import Turn
 from data_utils.formats.tools import parse_tools
-from data_utils.schema import InvalidRecord, ParsedRecord, Record, is_empty, prepend_system, short_repr
+from data_utils.formats.turns import parse_message_list
+from data_utils.schema import (
+    SYSTEM_FIELDS,
+    InvalidRecord,
+    Notes,
+    ParsedRecord,
+    Record,
+    is_empty,
+    prepend_system,
+    short_repr,
+)
 
-PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("query", "response"))
-_SHARED_FIELDS = ("system", "history", "tools", "functions")
+_PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("query", "response"))
+_RARE_PAIR = ("question", "response")  # read if there is no other pair
+PAIRS = (*_PAIRS, _RARE_PAIR)
+_SHARED_FIELDS = (*SYSTEM_FIELDS, "history", "tools", "functions")
 
 ALPACA_EXAMPLE = 'Write {"instruction": "...", "input": "...", "output": "..."}'
 PAIR_EXAMPLE = 'Write {"prompt": "...", "response": "..."}'
@@ -25,7 +37,7 @@ def alpaca_fields(record: Record) -> Iterable[str]:
     return ("instruction", "input", "output", *_SHARED_FIELDS)
 
 
-def parse_alpaca(record: Record) -> ParsedRecord:
+def parse_alpaca(record: Record, notes: Notes) -> ParsedRecord:
     """Parse a record in Alpaca's format. The question is the instruction and, on the next line, the input.
 
     Raises:
@@ -35,7 +47,7 @@ def parse_alpaca(record: Record) -> ParsedRecord:
     answer = _text(record, "output", ALPACA_EXAMPLE)
     input_ = "" if record.get("input") is None else _text(record, "input", ALPACA_EXAMPLE)
     question = f"{instruction}\n{input_}" if instruction and input_ else instruction or input_
-    return _conversation(record, question, answer)
+    return _conversation(record, question, answer, notes)
 
 
 def looks_like_pair(record: Record) -> bool:
@@ -47,8 +59,10 @@ def pair_fields(record: Record) -> Iterable[str]:
     return (*(name for pair in _pairs_in(record) for name in pair), *_SHARED_FIELDS)
 
 
-def parse_pair(record: Record) -> ParsedRecord:
+def parse_pair(record: Record, notes: Notes) -> ParsedRecord:
     """Parse a question and an answer under one of the pairs of names in ``PAIRS``.
+
+    Both may be lists of messages: only the second is trained, unless a turn has a weight of its own.
 
     Raises:
         InvalidRecord: no pair or several pairs, or a label of preference.
@@ -65,17 +79,28 @@ def parse_pair(record: Record) -> ParsedRecord:
             f'"label" ({record["label"]}) marks good and bad answers: preferences cannot be trained on',
             "Keep the records with good answers, and remove this field",
         )
+    before, after = (record[name] for name in pairs[0])
+    if isinstance(before, list) and isinstance(after, list):
+        if not is_empty(record.get("history")):
+            raise InvalidRecord(f'the record has "history" and a list "{pairs[0][0]}"', "Keep one of them")
+        if not before + after:
+            raise InvalidRecord(f'"{pairs[0][0]}" and "{pairs[0][1]}" are empty', "Remove the record")
+        turns = parse_message_list(before + after, notes, untrained=len(before))
+        return prepend_system(record, turns), parse_tools(record, notes)
     question, answer = (_text(record, name, PAIR_EXAMPLE) for name in pairs[0])
-    return _conversation(record, question, answer)
+    return _conversation(record, question, answer, notes)
 
 
 def _pairs_in(record: Record) -> list[tuple[str, str]]:
-    return [pair for pair in PAIRS if record.get(pair[0]) is not None and record.get(pair[1]) is not None]
+    for pairs in (_PAIRS, (_RARE_PAIR,)):
+        if found := [pair for pair in pairs if all(record.get(name) is not None for name in pair)]:
+            return found
+    return []
 
 
-def _conversation(record: Record, question: str, answer: str) -> ParsedRecord:
+def _conversation(record: Record, question: str, answer: str, notes: Notes) -> ParsedRecord:
     turns = [*_history(record), Turn("user", question), Turn("assistant", answer)]
-    return prepend_system(record, turns), parse_tools(record)
+    return prepend_system(record, turns), parse_tools(record, notes)
 
 
 def _history(record: Record) -> list[Turn]:

@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 from chat.turns import ToolCall, Turn
-from data_utils.formats.tools import parse_json
+from data_utils.formats.json_text import parse_json, without_nulls
 from data_utils.formats.turns import FUNCTION_CALL
 from data_utils.schema import Conversation, InvalidRecord, Record
 
@@ -70,8 +70,15 @@ def write_messages(conversation: Conversation, extra: Record) -> Record:
         elif turn.role == "tool":
             message["tool_call_id"] = open_ids.pop(0)
         messages.append({**message, **_thinking_fields(turn), **_weight_fields(turn)})
-    tools = {"tools": list(conversation.tools)} if conversation.tools else {}
-    return {**extra, "messages": messages, **tools}
+    return {**extra, "messages": messages, **_tools_field(conversation)}
+
+
+def _tools_field(conversation: Conversation) -> Record:
+    """Return the tools as a list; as JSON text if they have null fields, which are not read from a list."""
+    tools = list(conversation.tools)
+    if not tools:
+        return {}
+    return {"tools": tools if without_nulls(tools) == tools else json.dumps(tools, ensure_ascii=False)}
 
 
 def _thinking_fields(turn: Turn) -> Record:

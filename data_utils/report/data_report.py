@@ -15,7 +15,7 @@ from data_utils.report.source_report import SourceReport
 _SUMMED = (
     *("in_file", "read", "kept", "distinct", "answers", "tokens", "trained_tokens", "trained_weight"),
     *("tokens_by_role", "trained_by_role", "lengths", "trained_lengths", "too_long", "lost_tokens"),
-    *("skipped", "truncated", "duplicates", "empty_answers", "unfilled"),
+    *("skipped", "truncated", "duplicates", "empty_answers", "unfilled", "notes"),
 )
 
 

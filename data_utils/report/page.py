@@ -105,7 +105,10 @@ def _histograms(report: DataReport) -> list[Histogram]:
 
 def _located(source: SourceReport) -> list[tuple[str, int, list[str]]]:
     """Return the findings in a source that have locations: name, count, first locations."""
-    by_reason = (("skipped", source.skipped), ("shortened", source.truncated), ("not filled", source.unfilled))
+    by_reason = (
+        *(("skipped", source.skipped), ("shortened", source.truncated)),
+        *(("not filled", source.unfilled), ("note", source.notes)),
+    )
     findings = [(f"{name}, {reason}", counts, reason) for name, counts in by_reason for reason in counts.counts]
     without_reason = (("empty answers", source.empty_answers), ("exact copies", source.duplicates))
     findings += [(name, counts, reason) for name, counts in without_reason for reason in counts.counts]

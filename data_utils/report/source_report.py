@@ -39,6 +39,7 @@ class SourceReport:
         distinct: samples that are no such copies.
         answers: assistant turns that may be trained; ``empty_answers`` of them have neither text nor calls.
         unfilled: samples that contain a placeholder without a value, by the placeholder's name.
+        notes: samples with a loss or a doubt, by ``data_utils.schema.Notes``.
         tokens: all ids; ``tokens_by_role`` splits them by the role of the turn.
         trained_tokens: ids with weight > 0 that are not the first of a sample; ``trained_weight`` is the sum of their
             weights.
@@ -69,6 +70,7 @@ class SourceReport:
     duplicates: ReasonCounts = field(default_factory=ReasonCounts)
     empty_answers: ReasonCounts = field(default_factory=ReasonCounts)
     unfilled: ReasonCounts = field(default_factory=ReasonCounts)
+    notes: ReasonCounts = field(default_factory=ReasonCounts)
     duplicate_index: DuplicateIndex = field(default_factory=DuplicateIndex, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -94,6 +96,7 @@ class SourceReport:
         *,
         turns: Sequence[Turn] = (),
         truncated: str | None = None,
+        notes: Iterable[str] = (),
     ) -> None:
         """Count a sample. Call this once for each record.
 
@@ -101,6 +104,7 @@ class SourceReport:
             unfilled: names of placeholders in it that have no value.
             copies: how many times the sample is used.
             turns: its conversation, in which empty answers are counted.
+            notes: sentences that follow "conversations ...".
             truncated: how it was shortened; by default ``encoded.turns_dropped`` decides whether it was.
         """
         length = len(encoded.input_ids)
@@ -114,6 +118,8 @@ class SourceReport:
             self.truncated.add(truncated or _TOO_LONG, where, copies)
         for name in unfilled:
             self.unfilled.add(name, where, copies)
+        for note in notes:
+            self.notes.add(note, where, copies)
         answers = [turn for turn in turns if turn.role == "assistant" and turn.weight != 0]
         empty = sum(not turn.content.strip() and not turn.calls for turn in answers)
         self.answers += len(answers) * copies
@@ -178,15 +184,13 @@ class SourceReport:
             "skipped_by_reason": dict(self.skipped.counts),
             "truncated_by_kind": dict(self.truncated.counts),
             "unfilled": dict(self.unfilled.counts),
-            "skipped_at": [
-                {"where": location, "reason": reason}
-                for reason, locations in self.skipped.locations.items()
-                for location in locations
-            ],
+            "notes": dict(self.notes.counts),
+            "skipped_at": _locations_with_reasons(self.skipped),
             "truncated_at": _all_locations(self.truncated),
             "duplicates_at": _all_locations(self.duplicates),
             "empty_answers_at": _all_locations(self.empty_answers),
             "unfilled_at": _all_locations(self.unfilled),
+            "notes_at": _locations_with_reasons(self.notes),
         }
 
     def warnings(self, with_locations: bool = True) -> list[str]:
@@ -199,6 +203,9 @@ class SourceReport:
                 for reason, n in self.truncated.counts.items()
             ),
         ]
+        for note, n in self.notes.counts.items():
+            line = f"{n:,} {of} {note}" if note != OTHER_REASONS else f"{n:,} other notes on conversations"
+            findings.append((line, self.notes, note))
         for name, n in self.unfilled.counts.items():
             if name == OTHER_REASONS:
                 line = f"{n:,} {of} contain other placeholders, which more --fill arguments fill"
@@ -221,6 +228,14 @@ def _digest(encoded: Encoded) -> bytes:
     for weight, spans in groupby(encoded.spans, key=lambda span: span[2]):
         digest.update(struct.pack("<qd", sum(span[0] for span in spans), weight))
     return digest.digest()
+
+
+def _locations_with_reasons(counts: ReasonCounts) -> list[dict[str, str]]:
+    return [
+        {"where": location, "reason": reason}
+        for reason, locations in counts.locations.items()
+        for location in locations
+    ]
 
 
 def _all_locations(counts: ReasonCounts) -> list[str]:

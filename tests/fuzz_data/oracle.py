@@ -69,33 +69,91 @@ def oracle_records(data: bytes) -> tuple[list[RawRecord], bool]:
         except (OSError, EOFError, zlib.error, struct.error):
             return [], True
     data = data.removeprefix(b"\xef\xbb\xbf")
-    if data.lstrip(b" \t\r\n").startswith(b"["):
-        return _list_records(data.decode("utf-8", "surrogateescape"))
+    text = data.decode("utf-8", "surrogateescape")
+    start = data.lstrip(b" \t\r\n")[:1]
+    if start == b"[":
+        return _list_records(text, text.index("["))
+    if start == b"{" and (wrapped := _wrapped_list(text)):
+        return _list_records(text, wrapped, end="}")
+    if start == b"{" and _spans_lines(data, text):
+        return _list_records(text, text.index("{") - 1, separator="", end="")
     lines = [(number, line.strip(b" \t\r\n")) for number, line in enumerate(data.split(b"\n"), 1)]
     records = [RawRecord((number, None), _parse(line)) for number, line in lines if line]
     return records, not records
 
 
-def _list_records(text: str) -> tuple[list[RawRecord], bool]:
-    decoder, space = json.JSONDecoder(), re.compile(r"[ \t\r\n]*")
+_SPACE = re.compile(r"[ \t\r\n]*")
 
-    def next_character(position: int) -> tuple[str, int]:
-        position += len(space.match(text, position)[0])  # type: ignore[index]
-        return text[position : position + 1], position
 
+def _next_character(text: str, position: int) -> tuple[str, int]:
+    position += len(_SPACE.match(text, position)[0])  # type: ignore[index]
+    return text[position : position + 1], position
+
+
+def _list_records(text: str, position: int, separator: str = ",", end: str = "]") -> tuple[list[RawRecord], bool]:
+    """Read the records of a list whose bracket is at a position, in an object if ``end`` is its brace; or of a text
+    without separators, from after a position."""
+    decoder = json.JSONDecoder()
     records: list[RawRecord] = []
-    character, position = ",", text.index("[")
-    while character == ",":
-        _, position = next_character(position + 1)
+    character = separator
+    while True:
+        first, position = _next_character(text, position + len(character or " "))
+        if not separator and records and not first:
+            return records, False
         try:
-            _, end = decoder.raw_decode(text, position)
-            source = text[position:end].encode("utf-8", "surrogateescape")
+            _, stop = decoder.raw_decode(text, position)
+            source = text[position:stop].encode("utf-8", "surrogateescape")
             source.decode()
         except (ValueError, RecursionError):
             return records, True
         records.append(RawRecord((text.count("\n", 0, position) + 1, len(records) + 1), _parse(source)))
-        character, position = next_character(end)
-    return records, character != "]" or next_character(position + 1)[0] != ""
+        character, position = _next_character(text, stop)
+        if not separator:
+            character, position = "", position - 1
+        elif character != separator:
+            break
+    if end == "}" and character == "]":
+        character, position = _next_character(text, position + 1)
+    return records, character != end or _next_character(text, position + 1)[0] != ""
+
+
+def _wrapped_list(text: str) -> int | None:
+    """Return the position of the list of records that is the only field of an object."""
+    match = re.match(r'\s*\{\s*"\w+"\s*:\s*\[', text)
+    try:
+        value = json.loads(text) if match else None
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(value, dict) or len(value) != 1 or _format_of(value) is not None:
+        return None
+    [items] = value.values()
+    return match.end() - 1 if match and items and _format_of(items[0]) is not None else None
+
+
+def _spans_lines(data: bytes, text: str) -> bool:
+    """Return whether a text starts with an object over several lines."""
+    lines = [line.strip(b" \t\r") for line in data.split(b"\n") if line.strip(b" \t\r")]
+    if _is_value(lines[0]) or len(lines) == 1 or (lines[1].startswith(b"{") and _is_value(lines[1])):
+        return False
+    end = text.index("\n", text.index("{"))
+    _, second = _next_character(text, end)
+    try:
+        _, stop = json.JSONDecoder().raw_decode(text, text.index("{"))
+    except json.JSONDecodeError as error:
+        return error.pos > second
+    except (ValueError, RecursionError):
+        return True
+    return stop > end or text[stop:end].strip() == ","
+
+
+def _is_value(line: bytes) -> bool:
+    try:
+        json.loads(line.decode("utf-8", "surrogateescape"))
+    except json.JSONDecodeError:
+        return False
+    except (ValueError, RecursionError):
+        return True
+    return True
 
 
 def row_records(rows: Iterable[Record]) -> list[RawRecord]:

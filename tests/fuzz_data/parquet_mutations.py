@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 
+from data_utils.formats import FIELDS
 from tests.fuzz_data.valid_files import (
     ALL_FIELDS,
     TABLES,
@@ -97,7 +98,10 @@ def _table_columns(file: ValidFile) -> Case:
     columns, change = _columns(file.records), file.random.choice(["missing", "renamed", "twice"])
     name, other = file.random.choice(list(columns)), file.random.choice([*ALL_FIELDS, "x\x1b\n"])
     if change == "twice":
-        return file.with_bytes(_table({**columns, f"{name}*": columns[name]}), Expect.REFUSED)
+        data = _table({**columns, f"{name}*": columns[name]})
+        if name in FIELDS:
+            return file.with_bytes(data, Expect.REFUSED)
+        return file.with_bytes(data, Expect.SAME, rows=file.records)
     column = columns.pop(name)
     columns |= {other: column} if change == "renamed" else {}
     rows = [{key: value for key, value in row.items() if key != name} for row in file.records]
@@ -108,15 +112,16 @@ def _table_columns(file: ValidFile) -> Case:
 
 @PARQUET_MUTATIONS.register
 def _table_broken(file: ValidFile) -> Case:
-    """No rows, text that is not UTF-8, a year that Python cannot represent, or a truncated file."""
+    """No rows, text that is not UTF-8, a year that Python has not in an unused column, or a truncated file."""
     columns, change = _columns(file.records), file.random.choice(["no rows", "no UTF-8", "no year", "cut"])
     if change == "no rows":
         columns = {name: column[:0] for name, column in columns.items()}
     elif change == "no UTF-8":
         bad = pa.array([b"\xff\xfe a"] * len(file.records), pa.binary()).view(pa.string())
-        columns[file.random.choice(list(columns))] = bad
+        columns[file.random.choice([name for name in columns if name in FIELDS])] = bad
     elif change == "no year":
         columns["when"] = pa.array([10**12] * len(file.records), pa.timestamp("s"))
+        return file.with_bytes(_table(columns), Expect.SAME, rows=file.records)
     data = _table(columns)
     return file.with_bytes(data[: file.random.randrange(1, len(data))] if change == "cut" else data, Expect.REFUSED)
 

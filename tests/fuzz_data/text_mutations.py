@@ -52,6 +52,17 @@ def _white_space(file: ValidFile) -> Case:
 
 
 @TEXT_MUTATIONS.register
+def _layouts(file: ValidFile) -> Case:
+    """Objects over several lines, or the list of records as the field of an object."""
+    indent = file.random.choice([0, 2])
+    if file.suffix in LISTS:
+        wrapped = {file.random.choice(["data", "train", "rows"]): file.records}
+        return file.with_text(json.dumps(wrapped, indent=file.random.choice([None, indent])).encode(), Expect.SAME)
+    texts = [json.dumps(record, indent=indent).encode() for record in file.records]
+    return file.with_text(file.random.choice([b"", b"\n", b"\n\n "]).join(texts), Expect.SAME)
+
+
+@TEXT_MUTATIONS.register
 def _spelling(file: ValidFile) -> Case:
     """Other escapes and white space in the record, and its fields in another order."""
 

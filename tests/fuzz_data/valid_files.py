@@ -19,10 +19,15 @@ TEXTS, PACKED = (*LISTS, *LINES), (".json.gz", ".jsonl.gz")
 # Names of fields that mean something.
 RECORD_FIELDS = (
     *("system", "tools", "functions", "history", "chosen", "rejected", "label", "query", "input", "completion"),
+    "system_prompt",
 )
-TURN_FIELDS = ("train", "loss", "weight", "images", "video", "tool_calls", "function_call", "tool_call_id", "reasoning")
+TURN_FIELDS = (
+    *("train", "loss", "weight", "images", "video", "tool_calls", "function_call", "tool_call_id", "reasoning"),
+    *("loss_weight", "train_detail"),
+)
 TOOL_FIELDS = (
     *("function", "name", "name_for_model", "name_for_human", "description", "description_for_model", "parameters"),
+    "input_schema",
 )
 CALL_FIELDS = ("arguments", "id", "type", "tool_calls", "function_call", "tool_call_id")
 TEXT_FIELDS = ("from", "value", "role", "content", "instruction", "output", "prompt", "response")

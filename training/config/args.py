@@ -50,6 +50,11 @@ class DataArguments:
         "mixed", "mixed: shuffle all files together; sequential: in each epoch, train one file after the other"
     )
     fill: list[str] | None = _flag(None, "NAME=TEXT pairs; TEXT replaces {{NAME}} in all messages")
+    allow_special_tokens: list[str] | None = _flag(
+        None,
+        "special tokens of the tokenizer, such as ones you added, that are trained as tokens where messages contain "
+        "their text; never the control tokens of the chat format",
+    )
     on_bad_record: Literal["error", "skip"] = _flag(
         "error", "error: refuse data with invalid records; skip: leave these records out"
     )

@@ -33,7 +33,7 @@ _INPUT_PATHS = frozenset({"model_name_or_path", "data_path", "eval_data_path", "
 # How records become examples: compared by the digest of the examples.
 _ENCODING = frozenset({
     "eval_split", "data_format", "fill", "on_bad_record", "system_message", "label_mask", "truncation",
-    "model_max_length",
+    "model_max_length", "allow_special_tokens",
 })  # fmt: skip
 # Which parameters train and what their optimizer stores: a checkpoint fits no other values.
 _PARAMETERS = frozenset({

@@ -181,7 +181,7 @@ def test_prompt_is_a_prefix_of_the_training_ids_at_every_step(golden_large: Path
         "tools": [WEATHER],
         "messages": [
             {"role": turn.role, "content": turn.content, "tool_calls": [
-                {"id": "x", "function": {"name": call.name, "arguments": call.arguments}} for call in turn.calls
+                {"id": "x", "function": {"name": call.name, "arguments": call.arguments_text}} for call in turn.calls
             ]} if turn.calls else {"role": turn.role, "content": turn.content}
             for turn in turns
         ],

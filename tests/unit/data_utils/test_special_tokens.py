@@ -73,11 +73,15 @@ FIELDS: dict[str, dict[str, Any]] = {
     "tools and question": {"messages": _messages(MARK), "tools": [_tool()]},
     "conversations call name": {"conversations": _with_call({"name": MARK, "arguments": {}})},
     "conversations arguments": {"conversations": _with_call({"name": "f", "arguments": {"a": [MARK], MARK: 1}})},
-    "conversations arguments as text": {"conversations": _with_call({"name": "f", "arguments": MARK})},
+    "conversations arguments as text": {
+        "conversations": _with_call({"name": "f", "arguments": json.dumps({MARK: MARK})})
+    },
     "conversations result": {"conversations": _with_call({"name": "f"}, MARK)},
     "messages call name": {"messages": _messages_with_call({"name": MARK, "arguments": "{}"})},
     "messages arguments": {"messages": _messages_with_call({"name": "f", "arguments": {MARK: MARK}})},
-    "messages arguments as text": {"messages": _messages_with_call({"name": "f", "arguments": MARK})},
+    "messages arguments as text": {
+        "messages": _messages_with_call({"name": "f", "arguments": json.dumps({MARK: MARK})})
+    },
     "messages result": {"messages": _messages_with_call({"name": "f"}, MARK)},
     "messages result part": {"messages": _messages_with_call({"name": "f"}, [{"type": "text", "text": MARK}])},
     "messages beside calls": {"messages": _messages_with_call({"name": "f"}, content=MARK)},

@@ -222,9 +222,9 @@ def test_parquet_table(tmp_path: Path) -> None:
             "conversations",
             ["arguments that are a JSON string are read as encoded arguments"],
         ),
-        ({"conversations": [called({"name": "f", "arguments": "a"})]}, "conversations", []),
+        ({"conversations": [called({"name": "f", "arguments": "[1,2]"})]}, "conversations", []),
         (
-            {"conversations": [called({"name": "f", "arguments": "a"})]},
+            {"conversations": [called({"name": "f", "arguments": "[1,2]"})]},
             "messages",
             ["arguments that are a JSON string are read as encoded arguments"],
         ),
@@ -244,6 +244,16 @@ def test_parquet_table(tmp_path: Path) -> None:
         ),
         (two_calls(result("B", "2"), result("A", "1")), "messages", ["ids of calls are replaced by numbers"]),
         ({"messages": [{**ANSWER, "function_call": {"name": "f", "arguments": "{}"}}]}, "messages", []),
+        (
+            {"messages": [ASK, ANSWER], "tools": [{**TOOL, "strict": None}]},
+            "messages",
+            ["null fields in tools or arguments are not kept"],
+        ),
+        (
+            {"prompt": [{**ASK, "name": "Ann"}], "completion": [ANSWER]},
+            "conversations",
+            ["the field 'name' of turns is not kept"],
+        ),
     ],
 )
 def test_changes_are_logged(

@@ -148,7 +148,7 @@ def test_invalid_messages(record: object, message: str) -> None:
             {"prompt": "a"},
             'the record has no pair "prompt" and "response", "prompt" and "completion", "question"',
         ),
-        ("pairs", {"prompt": [ASK], "completion": [ANSWER]}, "\"prompt\" must be a string, not [{'role': 'user', "),
+        ("pairs", {"prompt": [ASK], "completion": "a"}, "\"prompt\" must be a string, not [{'role': 'user', "),
         (
             "pairs",
             {"prompt": "a", "response": "b", "completion": "c"},

