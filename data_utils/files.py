@@ -14,7 +14,8 @@ from collections.abc import Callable, Collection, Iterator
 from io import BufferedReader
 from pathlib import Path
 
-from data_utils.json_stream import FORMAT, Location, json_records
+from data_utils.json_stream import FORMAT, json_records
+from data_utils.location import Location
 from data_utils.other_files import ARROW_FIX, check_kind
 from data_utils.parquet import parquet_records
 from errors import DataError, one_line

@@ -12,9 +12,10 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from data_utils.json_layout import VALUES, Layout, WrappedList, find_layout, is_record
+from data_utils.location import Location
 from data_utils.schema import short_repr
 from errors import DataError
 
@@ -37,19 +38,6 @@ _OTHER_ENCODINGS = {
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-
-
-class Location(NamedTuple):
-    """Location of a record: ``a.jsonl:12``, ``a.json:12 (record 3)`` or ``a.parquet (record 7)``; counted from 1."""
-
-    path: str
-    line: int | None = None
-    record: int | None = None
-
-    def __str__(self) -> str:
-        line = "" if self.line is None else f":{self.line}"
-        record = "" if self.record is None else f" (record {self.record})"
-        return f"{self.path}{line}{record}"
 
 
 class _RepeatedKey(Exception):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from console import pip_command
 from data_utils import json_stream
-from data_utils.json_stream import Location
+from data_utils.location import Location
 from data_utils.parquet_limits import (
     PLAIN_WIDTH,
     Chunk,

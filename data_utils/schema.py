@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from chat.turns import Tool, Turn
 
 if TYPE_CHECKING:
-    from data_utils.files import Location
+    from data_utils.location import Location
 
 Record = dict[str, Any]
 ParsedRecord = tuple[list[Turn], tuple[Tool, ...]]

@@ -29,7 +29,7 @@ from errors import DataError
 
 if TYPE_CHECKING:
     from chat.turns import Tool, Turn
-    from data_utils.files import Location
+    from data_utils.location import Location
 
 _SHOWN_RECORD = 300
 
