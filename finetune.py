@@ -54,8 +54,8 @@ def run(args: RunArguments) -> None:
     world, heartbeat = join_run(args.options.heartbeat_timeout)
     checkpoint = load_checkpoint(args.model.model_name_or_path, args.model.cache_dir, args.model.model_hub)
     check_agreement(world, args, checkpoint, training_arguments.device.type)
-    sets = load_shared_data(world, args, training_arguments, checkpoint)
     policy = choose_embeddings(args.lora, checkpoint)
+    sets = load_shared_data(world, args, training_arguments, checkpoint)
     facts = run_facts(args, checkpoint, sets, policy) if world.is_first else {}
     start = agree_on_start(world, args, facts)
     if start.is_finished:

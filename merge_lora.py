@@ -30,14 +30,15 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     # torch is imported after the flags are checked, so that a wrong flag is reported at once.
+    from checkpoints.base_check import check_trained_on
     from checkpoints.folders import check_space, staged_folder
     from checkpoints.writing import parse_size, save_source
-    from export.base_check import check_trained_on
     from export.companion_files import write_card, write_companion_files
     from export.inputs import find_base, load_adapters, open_base
     from export.merging import plan_merge
     from export.model_card import serve_lines
     from export.progress import progress_bar
+    from export.trained_form import compare_with_training
 
     set_up_logging()
     start = time.monotonic()
@@ -50,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
     base = open_base(find_base(args.base, adapters[0].folder, adapters[0].config))
     inputs |= {"--adapter": [adapter.folder for adapter in adapters], "--base": [base.folder]}
     check_output_folder(args.output, "--output", inputs)
-    check_trained_on(base, adapters, args.base is not None, args.any_base)
+    check_trained_on(base.folder, adapters, args.any_base, base_is_given=args.base is not None)
     plan = plan_merge(base, weighted, args.layout, args.dtype)
     if args.verify:
         from export.verify.compare import check_verifiable
@@ -63,7 +64,8 @@ def main(argv: Sequence[str]) -> None:
         size = sum(file.stat().st_size for file in files)
         write_companion_files(plan, folder)
         verification = verify(plan, folder) if args.verify else ""
-        write_card(plan, args.output.name, verification, folder)
+        differences = compare_with_training(plan, folder, args.verify)
+        write_card(plan, args.output.name, verification, differences, folder)
     show(f"merged:   {plan.summary()}")
     if verification:
         print(visible(verification))
@@ -127,18 +129,12 @@ def verify(plan: MergePlan, folder: Path) -> str:
     Raises:
         RunError: the merged model computes something else than base and adapters do.
     """
-    from tqdm import tqdm
-
+    from export.progress import steps_bar
     from export.verify.compare import describe, verify_merge
     from export.verify.prompts import prompt_ids
 
     prompts = prompt_ids(folder, plan.vocab_size)
-    with tqdm(desc="verifying", unit=" steps", disable=None) as bar:  # drawn on terminals only
-
-        def show(done: int, total: int) -> None:
-            bar.total = total
-            bar.update(done - bar.n)
-
+    with steps_bar("verifying") as show:
         verification = verify_merge(plan.fold.base, plan.fold_config, plan.adapters, folder, prompts, show)
     if verification.faults:
         fix = "Nothing was kept. Merge again; if it fails again, the disk or the memory of this machine may be faulty"

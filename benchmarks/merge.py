@@ -43,7 +43,7 @@ EMBEDDING_MIB = SHAPE["vocab_size"] * SHAPE["hidden_size"] * 4 / 2**20
 OURS = """
 import sys
 import torch, merge_lora, checkpoints.writing
-import export.base_check, export.companion_files, export.inputs, export.merging, export.progress
+import checkpoints.base_check, export.companion_files, export.inputs, export.merging, export.progress
 print("ready", flush=True)
 sys.stdin.readline()
 base, adapter, output = sys.argv[1:]

@@ -20,6 +20,7 @@ from checkpoints.input_folders import check_files
 from checkpoints.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from checkpoints.patterns import check_patterns, module_pattern
 from checkpoints.shards import CheckpointReader, open_checkpoint
+from checkpoints.source import is_finite
 from errors import ConfigError
 
 PREFIX = "base_model.model."
@@ -74,15 +75,18 @@ class Adapter:
         return self.tensors.read(edit.roles[role]).to(torch.float32)
 
 
-def read_adapter(folder: str | Path) -> Adapter:
+def read_adapter(folder: str | Path, flag: str = "--adapter") -> Adapter:
     """Read the folder of a LoRA adapter saved by peft or by the original Qwen script.
 
+    Args:
+        flag: the flag that named the folder, for messages.
+
     Raises:
-        ConfigError: no adapter, a method other than LoRA, an option that cannot be merged, a duplicate tensor, or one
-            without its counterpart.
+        ConfigError: no adapter, a method other than LoRA, an option that cannot be merged, a duplicate tensor, one
+            without its counterpart, or one that is not finite.
     """
     folder = Path(folder)
-    config = load_adapter_config(folder, "--adapter")
+    config = load_adapter_config(folder, flag)
     check_files(folder)
     tensors = open_checkpoint(folder, ADAPTER_WEIGHTS)
     edits: dict[str, Edit] = {}
@@ -101,6 +105,9 @@ def read_adapter(folder: str | Path) -> Adapter:
         raise ConfigError(f"{folder} holds an adapter without tensors", "Save the adapter again")
     for parameter, edit in edits.items():
         _check_roles(parameter, edit, config, folder)
+    for name in tensors.names():
+        if not all(map(is_finite, tensors.blocks(name))):
+            raise ConfigError(f"{folder}: {name} holds NaN or infinity", "The training diverged: train again")
     return Adapter(folder, config, tensors, edits)
 
 

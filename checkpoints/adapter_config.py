@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.files import is_file, load_json
+from checkpoints.folder_kind import no_adapter
 from checkpoints.input_folders import check_name
 from checkpoints.json_rules import shown
 from checkpoints.json_schemas import ADAPTER_ROWS
@@ -46,7 +47,7 @@ def load_adapter_config(folder: Path, flag: str) -> dict[str, Any]:
     check_name(folder, flag)
     path = folder / ADAPTER_CONFIG
     if not is_file(path):
-        raise ConfigError(f"{flag} {folder} holds no {ADAPTER_CONFIG}", "Give the folder of a saved adapter")
+        raise no_adapter(folder, flag)
     config = load_json(path)
     if config.get("peft_type") != "LORA":
         what = f"{path}: peft_type {config.get('peft_type')} cannot be merged, asked or trained further"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +12,19 @@ from torch import Tensor
 
 from checkpoints.files import load_json
 from checkpoints.model_config import Quantization, find_quantization
-from checkpoints.packed_weights import PARTS, dequantize_4bit, dequantize_8bit, unpack_weight, weight_shape
+from checkpoints.packed_weights import (
+    PARTS,
+    Header,
+    check_4bit,
+    check_8bit,
+    check_group_indices,
+    check_packed,
+    dequantize_4bit,
+    dequantize_8bit,
+    parse_4bit_state,
+    unpack_weight,
+    weight_shape,
+)
 from checkpoints.shards import CheckpointReader, open_checkpoint
 from checkpoints.source import TensorSource
 from errors import ConfigError
@@ -45,7 +56,8 @@ class DequantizedReader(TensorSource):
             groups or words: rows and columns beyond these shapes are dropped.
 
     Raises:
-        ConfigError: a layer lacks a tensor, or is smaller than its shape.
+        ConfigError: a layer lacks a tensor or has one that does not fit the others, or its size
+            is not that in ``shapes`` with such padding.
     """
 
     def __init__(
@@ -58,10 +70,15 @@ class DequantizedReader(TensorSource):
         self._packed, self._dtype = packed, dtype
         self._last: tuple[str, Tensor] | None = None
         layers = _find_layers(packed, quantization)
-        self._layers = {layer.name: _without_padding(layer, shapes) for layer in layers}
+        self._layers = {layer.name: _without_padding(layer, shapes, quantization) for layer in layers}
         parts = {part for layer in layers for part in layer.parts}
         plain = [name for name in packed.names() if name not in parts and not self._is_added_bias(name)]
         self._names = dict.fromkeys([*plain, *self._layers])
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the files contain any quantised weight."""
+        return bool(self._layers)
 
     def _is_added_bias(self, name: str) -> bool:
         """Return whether auto-gptq added this bias of zeros, as it did to every layer that it quantised."""
@@ -101,12 +118,15 @@ def _find_layers(packed: CheckpointReader, quantization: Quantization) -> list[_
     return [_4bit_layer(packed, layer, layer + state) for layer in _layers_with(packed, state)]
 
 
-def _without_padding(layer: _Layer, shapes: Mapping[str, tuple[int, int]]) -> _Layer:
+def _without_padding(layer: _Layer, shapes: Mapping[str, tuple[int, int]], quantization: Quantization) -> _Layer:
     shape = shapes.get(".".join(layer.name.split(".")[-3:-1]), layer.shape)
     if layer.shape == shape:
         return layer
-    if layer.shape[0] < shape[0] or layer.shape[1] < shape[1]:
-        what = f"{layer.name} has the shape {list(layer.shape)}, smaller than {list(shape)} of config.json"
+    unit = max(quantization.group_size, 32 // quantization.bits) if quantization.is_packed else 1
+    pairs = list(zip(shape, layer.shape, strict=True))
+    if not all(size <= stored <= -(-size // unit) * unit for size, stored in pairs):
+        relation = "smaller" if any(stored < size for size, stored in pairs) else "larger"
+        what = f"{layer.name} has the shape {list(layer.shape)}, {relation} than {list(shape)} of config.json"
         raise ConfigError(what, "Config and weights are of different models: copy or download them again")
     return replace(layer, shape=shape, read=lambda: layer.read()[: shape[0], : shape[1]])
 
@@ -116,12 +136,17 @@ def _layers_with(packed: CheckpointReader, ending: str) -> list[str]:
 
 
 def _packed_layer(packed: CheckpointReader, layer: str, quantization: Quantization) -> _Layer:
-    parts = _find_parts(packed, layer, [f".{part}" for part in PARTS], optional={".g_idx"})
+    names = _find_parts(packed, layer, [f".{part}" for part in PARTS], optional={".g_idx"})
+    parts = {part.lstrip("."): name for part, name in names.items()}
+    headers = _headers(packed, parts)
+    check_packed(layer, headers, quantization)
+    if "g_idx" in parts:
+        check_group_indices(parts["g_idx"], packed.read(parts["g_idx"]), headers["scales"][0][0])
 
     def read() -> Tensor:
-        return unpack_weight({part.lstrip("."): packed.read(name) for part, name in parts.items()}, quantization)
+        return unpack_weight({part: packed.read(name) for part, name in parts.items()}, quantization)
 
-    shape = weight_shape(packed.shape(f"{layer}.qweight"), quantization)
+    shape = weight_shape(headers["qweight"][0], quantization)
     return _Layer(f"{layer}.weight", shape, [*parts.values()], read)
 
 
@@ -129,7 +154,8 @@ def _4bit_layer(packed: CheckpointReader, layer: str, state_name: str) -> _Layer
     weight = f"{layer}.weight"
     nested = {".nested_absmax", ".nested_quant_map"}
     parts = _find_parts(packed, weight, ["", ".absmax", ".quant_map", *sorted(nested)], optional=nested)
-    state = json.loads(bytes(packed.read(state_name).tolist()))
+    state = parse_4bit_state(state_name, packed.read(state_name))
+    check_4bit(weight, _headers(packed, parts), state)
 
     def read() -> Tensor:
         return dequantize_4bit({part: packed.read(name) for part, name in parts.items()}, state)
@@ -139,11 +165,16 @@ def _4bit_layer(packed: CheckpointReader, layer: str, state_name: str) -> _Layer
 
 def _8bit_layer(packed: CheckpointReader, layer: str) -> _Layer:
     parts = _find_parts(packed, layer, [".weight", ".SCB", ".weight_format"], optional={".weight_format"})
+    check_8bit(layer, {part.lstrip("."): header for part, header in _headers(packed, parts).items()})
 
     def read() -> Tensor:
         return dequantize_8bit(packed.read(parts[".weight"]), packed.read(parts[".SCB"]))
 
     return _Layer(parts[".weight"], packed.shape(parts[".weight"]), [*parts.values()], read)
+
+
+def _headers(packed: CheckpointReader, parts: Mapping[str, str]) -> dict[str, Header]:
+    return {part: (packed.shape(name), packed.dtype(name)) for part, name in parts.items()}
 
 
 def _find_parts(packed: CheckpointReader, layer: str, endings: list[str], optional: set[str]) -> dict[str, str]:
@@ -166,6 +197,13 @@ def open_dequantized(folder: Path, dtype: torch.dtype) -> TensorSource:
         ConfigError: weights that are missing, damaged, or quantised in an unsupported way.
     """
     reader, quantization = open_checkpoint(folder), find_quantization(folder)
+    packed = next((name for name in reader.names() if name.endswith(".qweight")), None)
+    copy_again = "Copy config.json and all weight files again from the original checkpoint"
+    if packed is not None and (quantization is None or not quantization.is_packed):
+        raise ConfigError(f"{folder}: {packed} is quantised, but no config describes how", copy_again)
     if quantization is None:
         return reader
-    return DequantizedReader(reader, quantization, dtype, block_shapes(load_json(folder / "config.json")))
+    source = DequantizedReader(reader, quantization, dtype, block_shapes(load_json(folder / "config.json")))
+    if not source.is_quantized:
+        raise ConfigError(f"{folder}: its config names {quantization}, but no weight is quantised", copy_again)
+    return source

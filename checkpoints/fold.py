@@ -10,7 +10,7 @@ Shapes: a linear weight is [O, I], an embedding [V, H]; R is a rank, N a number 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.adapter import Adapter, Edit
-from checkpoints.source import TensorSource, is_finite, row_blocks
+from checkpoints.source import TensorSource, row_blocks
 from errors import ConfigError
 from qwen_model.architectures import EMBEDDING_WEIGHTS, HEAD_WEIGHT
 
@@ -153,26 +153,57 @@ def plan_fold(base: TensorSource, base_config: Mapping[str, Any], adapters: Sequ
         base_config: the base's config.json; decides whether embedding and head are tied.
         adapters: in the base's layout.
     Raises:
-        ConfigError: an adapter's tensor fits no tensor of the base or is not finite.
+        ConfigError: an adapter's tensor fits no tensor of the base.
     """
-    embedding = next((name for name in EMBEDDING_WEIGHTS if name in base), None)
-    tied = embedding is not None and bool(base_config.get("tie_word_embeddings", HEAD_WEIGHT not in base))
+    embedding, tied = _embedding(base, base_config)
     # A tied checkpoint may also store its head, but loaders ignore that copy.
     names = [name for name in base.names() if not (tied and name == HEAD_WEIGHT)]
-    shapes_from = {name: name for name in names} | ({HEAD_WEIGHT: embedding} if tied and embedding else {})
     untied = False
     for adapter in (weighted.adapter for weighted in adapters):
-        for parameter, edit in adapter.edits.items():
-            if parameter not in shapes_from:
-                what = f"{adapter.folder}: {next(iter(edit.roles.values()))} fits no tensor of the base"
-                raise ConfigError(what, "Give the base that the adapter was trained on")
-            _check_shapes(parameter, edit, base, shapes_from[parameter], adapter)
-        _check_finite(adapter)
-        _warn_of_missing(adapter, list(shapes_from), tied)
+        check_fits(base, base_config, adapter)
+        biases = (edit for name, edit in adapter.edits.items() if name.endswith(".bias") and name not in base)
+        if bias := next(biases, None):
+            what = f"{adapter.folder}: {next(iter(bias.roles.values()))} fits no tensor of the base"
+            raise ConfigError(what, "Its layer has no bias to merge it into: use the adapter unmerged (scripts.ask)")
+        _warn_of_missing(adapter, [*names, *([HEAD_WEIGHT] if tied else [])], tied)
         untied |= tied and embedding is not None and _unties(adapter, embedding)
     if untied:
         names.append(HEAD_WEIGHT)
     return Fold(base, adapters, names, embedding, untied)
+
+
+def _embedding(base: TensorSource, base_config: Mapping[str, Any]) -> tuple[str | None, bool]:
+    """Return the name of a base's embedding, and whether its head is tied to it."""
+    embedding = next((name for name in EMBEDDING_WEIGHTS if name in base), None)
+    return embedding, embedding is not None and bool(base_config.get("tie_word_embeddings", HEAD_WEIGHT not in base))
+
+
+def check_fits(
+    base: TensorSource, base_config: Mapping[str, Any], adapter: Adapter, dropped: Container[str] = ()
+) -> None:
+    """Check that each tensor of an adapter fits a tensor of the base; a LoRA bias may belong to a layer without one.
+
+    Args:
+        dropped: names of biases of zeros that quantised files contain and ``base`` does not.
+
+    Raises:
+        ConfigError: an unknown name, a wrong shape or dtype.
+    """
+    embedding, tied = _embedding(base, base_config)
+
+    def stored_name(name: str) -> str:
+        return embedding if tied and embedding and name == HEAD_WEIGHT else name
+
+    for parameter, edit in adapter.edits.items():
+        source, weight = stored_name(parameter), stored_name(f"{parameter.rpartition('.')[0]}.weight")
+        if source in base:
+            _check_shapes(parameter, edit, base, source, adapter)
+        elif weight in base and (edit.roles.keys() == {"lora_bias"} or source in dropped):
+            for name in edit.roles.values():
+                _check_tensor(adapter, name, base.shape(weight)[:1])
+        else:
+            what = f"{adapter.folder}: {next(iter(edit.roles.values()))} fits no tensor of the base"
+            raise ConfigError(what, "Give the base that the adapter was trained on")
 
 
 def _check_shapes(parameter: str, edit: Edit, base: TensorSource, source: str, adapter: Adapter) -> None:
@@ -195,21 +226,19 @@ def _check_shapes(parameter: str, edit: Edit, base: TensorSource, source: str, a
         "rows": (len(edit.row_indices), inputs),
     }
     for role, name in edit.roles.items():
-        if not adapter.tensors.dtype(name).is_floating_point:
-            what = f"{adapter.folder}: {name} is stored as {str(adapter.tensors.dtype(name)).removeprefix('torch.')}"
-            raise ConfigError(what, "Save the adapter again in floating point")
-        if (actual := adapter.tensors.shape(name)) != expected[role]:
-            what = f"{adapter.folder}: {name} has shape {actual}, base and adapter_config.json ask for {expected[role]}"
-            raise ConfigError(what, "Give the base that the adapter was trained on")
+        _check_tensor(adapter, name, expected[role])
     if edit.row_indices and not 0 <= min(edit.row_indices) <= max(edit.row_indices) < outputs:
         what = f"{adapter.folder}: trainable_token_indices has ids outside of 0..{outputs - 1}, the rows of {parameter}"
         raise ConfigError(what, "Give the base that the adapter was trained on")
 
 
-def _check_finite(adapter: Adapter) -> None:
-    for name in adapter.tensors.names():
-        if not all(map(is_finite, adapter.tensors.blocks(name))):
-            raise ConfigError(f"{adapter.folder}: {name} holds NaN or infinity", "The training diverged: train again")
+def _check_tensor(adapter: Adapter, name: str, shape: tuple[int, ...]) -> None:
+    if not adapter.tensors.dtype(name).is_floating_point:
+        what = f"{adapter.folder}: {name} is stored as {str(adapter.tensors.dtype(name)).removeprefix('torch.')}"
+        raise ConfigError(what, "Save the adapter again in floating point")
+    if (actual := adapter.tensors.shape(name)) != shape:
+        what = f"{adapter.folder}: {name} has shape {actual}, base and adapter_config.json ask for {shape}"
+        raise ConfigError(what, "Give the base that the adapter was trained on")
 
 
 def _warn_of_missing(adapter: Adapter, parameters: list[str], tied: bool) -> None:

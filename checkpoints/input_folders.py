@@ -12,6 +12,7 @@ from pathlib import Path
 
 from checkpoints.companions import check_inside, is_companion
 from checkpoints.files import check_regular, describe_os_error, load_json, read_text
+from checkpoints.folder_kind import fix_for_no_model
 from checkpoints.json_schemas import MIB, SCHEMAS
 from checkpoints.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, TEMPLATES_FOLDER
 from errors import ConfigError
@@ -70,6 +71,9 @@ def check_model_files(folder: Path) -> None:
     """
     check_files(folder)
     if os.path.lexists(folder / ADAPTER_CONFIG):
+        weights = [path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin")]
+        if all(path.name in ADAPTER_WEIGHTS for path in weights):
+            raise ConfigError(f"{folder} contains no weights of a model", fix_for_no_model(folder, ""))
         what = f"{folder} contains a model and an adapter ({ADAPTER_CONFIG})"
         fix = f"Move {ADAPTER_CONFIG} and {ADAPTER_WEIGHTS[0]} to a folder of their own, and name it as the adapter"
         raise ConfigError(what, fix)

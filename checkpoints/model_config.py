@@ -8,7 +8,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -54,6 +54,7 @@ class Quantization:
         group_size: inputs that share a scale; -1: all inputs; 0 with bitsandbytes, which stores it beside the weights.
         zero_offset: added to each stored zero point: 1 in the first GPTQ format, else 0.
         file_name: of the weights, without suffix, if it is not the usual one.
+        act_order: GPTQ: the inputs of a group need not be consecutive, so that the group of each is stored.
     """
 
     method: Method
@@ -61,6 +62,7 @@ class Quantization:
     group_size: int = 0
     zero_offset: int = 0
     file_name: str | None = None
+    act_order: bool = field(default=False, compare=False)
 
     @property
     def is_packed(self) -> bool:
@@ -140,7 +142,8 @@ def _parse(config: dict[str, Any], file: Path, method: str) -> Quantization:
     if layout not in ("gptq", "gptq_v2"):
         raise ConfigError(f"{file}: GPTQ weights in the layout {layout!r} cannot be read", _USE_ANOTHER)
     _check_bits(bits, (2, 4, 8), file)
-    return Quantization("gptq", bits, group_size, zero_offset=int(layout == "gptq"), file_name=_file_name(config))
+    act_order = bool(config.get("desc_act")) and group_size != -1
+    return Quantization("gptq", bits, group_size, int(layout == "gptq"), _file_name(config), act_order)
 
 
 def _number(config: dict[str, Any], keys: tuple[str, ...], file: Path) -> int:

@@ -15,6 +15,8 @@ NF4 and FP4 (Dettmers et al. 2023) as bitsandbytes saves them:
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -22,12 +24,18 @@ import torch
 from torch import Tensor
 
 from checkpoints.model_config import Quantization
+from errors import ConfigError
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
 """Tensors of a packed layer; ``g_idx`` may be absent."""
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """AWQ: the column (of eight) that is stored in each slot of a word, from the lowest bits up."""
+
+Header = tuple[tuple[int, ...], torch.dtype]
+"""Shape and dtype of a stored tensor, known without its data."""
+
+_COPY_AGAIN = "Copy config.json and all weight files again from the original checkpoint"
 
 # Weights unpacked at a time: on a CPU what fits in its caches, elsewhere enough to keep a GPU busy.
 _CPU_CHUNK, _GPU_CHUNK = 1 << 18, 1 << 25
@@ -121,6 +129,60 @@ def weight_shape(qweight: Sequence[int], quantization: Quantization) -> tuple[in
     return (columns * per_word, rows) if quantization.method == "awq" else (columns, rows * per_word)
 
 
+def check_packed(layer: str, parts: Mapping[str, Header], quantization: Quantization) -> None:
+    """Check that the stored tensors of a GPTQ or AWQ layer fit each other and the quantisation in the config.
+
+    Args:
+        layer: name of the layer, for messages.
+        parts: shape and dtype of the layer's tensors, by the names in ``PARTS``.
+
+    Raises:
+        ConfigError: a wrong dtype or shape, or act-order without the group of each input.
+    """
+    _check_headers(layer, parts, {"qweight": (torch.int32, 2), "qzeros": (torch.int32, 2), "scales": (None, 2)})
+    outputs, inputs = weight_shape(parts["qweight"][0], quantization)
+    groups = -(-inputs // quantization.inputs_per_group(inputs))
+    words = outputs // (32 // quantization.bits)
+    expected: dict[str, tuple[int, ...]] = {"qzeros": (groups, words), "scales": (groups, outputs)}
+    if quantization.act_order and math.prod(parts.get("g_idx", ((0,),))[0]) == 0:
+        what = f"{layer}.g_idx is missing: with desc_act the groups of the inputs are not known without it"
+        raise ConfigError(what, _COPY_AGAIN)
+    if "g_idx" in parts and parts["g_idx"][0] != (0,):
+        expected["g_idx"] = (inputs,)
+    for part, shape in expected.items():
+        if parts[part][0] != shape:
+            raise ConfigError(
+                f"{layer}.{part} has the shape {list(parts[part][0])}, {quantization} with {inputs} inputs and "
+                f"{outputs} outputs needs {list(shape)}",
+                _COPY_AGAIN,
+            )
+
+
+def check_group_indices(name: str, groups: Tensor, number: int) -> None:
+    """Raise ``ConfigError`` unless each value of a ``g_idx`` is one of ``number`` groups."""
+    if groups.is_floating_point() or groups.dtype == torch.bool:
+        raise ConfigError(f"{name} is stored as {_name_of(groups.dtype)}, not as integers", _COPY_AGAIN)
+    if groups.numel() and not 0 <= int(groups.min()) <= int(groups.max()) < number:
+        wrong = int(groups.min()) if int(groups.min()) < 0 else int(groups.max())
+        raise ConfigError(f"{name} names group {wrong}, the layer has groups 0 to {number - 1}", _COPY_AGAIN)
+
+
+def _check_headers(layer: str, parts: Mapping[str, Header], expected: Mapping[str, tuple[Any, int]]) -> None:
+    """Check dtypes (``None``: any floating-point dtype) and numbers of dimensions."""
+    for part, (dtype, dimensions) in expected.items():
+        shape, stored = parts[part]
+        name = f"{layer}.{part}" if part else layer
+        if stored != dtype if dtype is not None else not stored.is_floating_point:
+            needed = "a floating-point dtype" if dtype is None else _name_of(dtype)
+            raise ConfigError(f"{name} is stored as {_name_of(stored)}, its quantisation needs {needed}", _COPY_AGAIN)
+        if len(shape) != dimensions or 0 in shape:
+            raise ConfigError(f"{name} has the shape {list(shape)}, not {dimensions} dimension(s)", _COPY_AGAIN)
+
+
+def _name_of(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
 def is_in_order(groups: Tensor, quantization: Quantization) -> bool:
     """Return whether each group of a ``g_idx`` consists of consecutive inputs, in order, so that it can be ignored."""
     consecutive = torch.arange(len(groups), device=groups.device) // quantization.inputs_per_group(max(1, len(groups)))
@@ -141,6 +203,63 @@ def _unpack_columns(words: Tensor, shifts: Tensor, bits: int) -> Tensor:
 
 def _max_value(bits: int) -> int:
     return (1 << bits) - 1
+
+
+def parse_4bit_state(name: str, values: Tensor) -> dict[str, Any]:
+    """Parse the JSON object that bitsandbytes stores with a 4-bit weight, as bytes.
+
+    Raises:
+        ConfigError: it is not JSON, or lacks a number that dequantising needs.
+    """
+    try:
+        state = json.loads(bytes(values.flatten().tolist()))
+        sizes = [*state["shape"], state["blocksize"], state.get("nested_blocksize", 1)]
+        is_valid = len(state["shape"]) == 2 and all(type(size) is int and size > 0 for size in sizes)
+        is_valid = is_valid and math.isfinite(state.get("nested_offset", 0.0))
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        is_valid = False
+    if not is_valid:
+        raise ConfigError(f"{name} does not describe a quantised weight", _COPY_AGAIN)
+    return dict(state)
+
+
+def check_4bit(weight: str, parts: Mapping[str, Header], state: Mapping[str, Any]) -> None:
+    """Check that the stored tensors of an NF4 or FP4 weight fit its state.
+
+    Args:
+        weight: name of the weight, for messages.
+        parts: shape and dtype of its tensors, by the suffix after ``.weight``.
+
+    Raises:
+        ConfigError: a wrong dtype or number of values.
+    """
+    is_nested = ".nested_absmax" in parts
+    if is_nested and not (".nested_quant_map" in parts and {"nested_blocksize", "nested_offset"} <= state.keys()):
+        raise ConfigError(f"{weight}: its scales are quantised, but not described", _COPY_AGAIN)
+    elements = math.prod(state["shape"])
+    scales = -(-elements // state["blocksize"])
+    expected: dict[str, tuple[Any, int]] = {
+        "": (torch.uint8, -(-elements // 2)), ".absmax": (torch.uint8 if is_nested else None, scales),
+        ".quant_map": (None, 16),
+    }  # fmt: skip
+    if is_nested:
+        expected[".nested_absmax"] = (None, -(-scales // state["nested_blocksize"]))
+        expected[".nested_quant_map"] = (None, 256)
+    dtypes = {part: (dtype, len(parts[part][0])) for part, (dtype, _) in expected.items()}
+    _check_headers(weight, {part: parts[part] for part in expected}, dtypes)
+    for part, (_, number) in expected.items():
+        if math.prod(parts[part][0]) != number:
+            stored = math.prod(parts[part][0])
+            what = f"{weight}{part} has {stored} values, a weight of shape {state['shape']} needs {number}"
+            raise ConfigError(what, _COPY_AGAIN)
+
+
+def check_8bit(layer: str, parts: Mapping[str, Header]) -> None:
+    """Raise ``ConfigError`` unless an 8-bit layer of bitsandbytes has int8 weights and one scale per output."""
+    _check_headers(layer, parts, {"weight": (torch.int8, 2), "SCB": (None, len(parts["SCB"][0]))})
+    outputs = parts["weight"][0][0]
+    if math.prod(parts["SCB"][0]) != outputs:
+        raise ConfigError(f"{layer}.SCB has the shape {list(parts['SCB'][0])}, not {[outputs]}", _COPY_AGAIN)
 
 
 def dequantize_4bit(parts: Mapping[str, Tensor], state: Mapping[str, Any]) -> Tensor:
@@ -168,4 +287,4 @@ def dequantize_4bit(parts: Mapping[str, Tensor], state: Mapping[str, Any]) -> Te
 
 def dequantize_8bit(values: Tensor, scales: Tensor) -> Tensor:
     """Return the weight [O, I] in float32 of an 8-bit layer of bitsandbytes: 127 stands for ``scales`` [O]."""
-    return values.float() * (scales.float() / 127)[:, None]
+    return values.float() * (scales.float().flatten() / 127)[:, None]

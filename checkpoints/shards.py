@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from checkpoints.files import check_regular, is_file, load_json
+from checkpoints.folder_kind import fix_for_no_model
 from checkpoints.model_config import find_quantization
 from checkpoints.names import WEIGHTS
 from checkpoints.source import TensorSource
@@ -158,7 +159,8 @@ def _find_weights(folder: Path, names: tuple[str, ...]) -> tuple[list[Path], dic
     if not os.path.isdir(folder):
         raise ConfigError(f"{folder} is not a folder", "Point to the folder of a saved model")
     what = f"{folder} holds no weights ({' or '.join(names)}, one file or shards with an index)"
-    raise ConfigError(what, "Point to the folder of a saved model")
+    fix = "Point to the folder of a saved model"
+    raise ConfigError(what, fix_for_no_model(folder, fix) if names == WEIGHTS else fix)
 
 
 def _check_shards(folder: Path, index: Path, weight_map: Mapping[str, object]) -> list[Path]:

@@ -40,12 +40,13 @@ def write_companion_files(plan: MergePlan, folder: Path) -> None:
         write_code(folder)
 
 
-def write_card(plan: MergePlan, name: str, verification: str, folder: Path) -> None:
+def write_card(plan: MergePlan, name: str, verification: str, differences: Sequence[str], folder: Path) -> None:
     """Write ``README.md``.
 
     Args:
         name: final name of the folder.
         verification: result of the comparison with base and adapters; empty if it was skipped.
+        differences: lines about what was trained and is not in the folder.
     """
     base_name = plan.adapters[0].adapter.config.get("base_model_name_or_path")
     facts = CardFacts(
@@ -58,6 +59,7 @@ def write_card(plan: MergePlan, name: str, verification: str, folder: Path) -> N
         dtype=plan.dtype,
         changed=plan.summary(),
         verification=tuple(verification.splitlines()),
+        differences=tuple(differences),
     )
     write_model_card(folder, facts)
 

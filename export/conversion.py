@@ -31,6 +31,7 @@ from export.model_card import copy_licenses
 from export.progress import progress_bar
 from export.standalone import write_code
 from loading.opening import library_errors
+from loading.tensor_check import check_tensors
 from qwen_model.register import register_qwen
 
 
@@ -87,6 +88,7 @@ def convert_checkpoint(options: Conversion) -> str:
         raise ConfigError(what, "Only qwen and qwen2 can be converted")
     target = _target_layout(model_type, options)
     source, new_config = convert_model(_open_source(options, config), config, target, options.dynamic_ntk)
+    check_tensors(options.source, open_dequantized(options.source, torch.float16))
     if options.dtype:
         new_config = with_dtype(new_config, options.dtype)
     with staged_folder(options.output, "OUT") as folder:

@@ -16,10 +16,12 @@ from checkpoints.dequantized_reader import open_dequantized
 from checkpoints.files import is_file, load_json
 from checkpoints.fold import WeightedAdapter
 from checkpoints.input_folders import check_model_files
+from checkpoints.folder_kind import fix_for_no_model
 from checkpoints.model_config import Quantization, declared_dtype, find_quantization
 from checkpoints.source import TensorSource
 from errors import ConfigError
 from loading.config_files import find_cached_folder
+from loading.tensor_check import check_tensors
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,8 @@ def find_base(base: Path | None, adapter: Path, adapter_config: dict[str, Any]) 
     """
     if base is not None:
         if not is_file(base / "config.json"):
-            raise ConfigError(f"--base {base} has no config.json", "Give the folder of the model that was tuned")
+            fix = fix_for_no_model(base, "Give the folder of the model that was tuned")
+            raise ConfigError(f"--base {base} has no config.json", fix)
         return base
     name = adapter_config.get("base_model_name_or_path")
     if name:
@@ -96,7 +99,8 @@ def open_base(folder: Path) -> Base:
     """Open a checkpoint to merge into; of its weights only the headers are read.
 
     Raises:
-        ConfigError: weights that are missing, damaged, or quantised in a way that cannot be read.
+        ConfigError: weights that are missing, damaged, quantised in a way that cannot be read, or not those of the
+            config.
     """
     check_model_files(folder)
     config = load_json(folder / "config.json")
@@ -105,4 +109,6 @@ def open_base(folder: Path) -> Base:
         raise ConfigError(what, "Copy it again from the original checkpoint")
     # Without a declared dtype: float16, as the scales of GPTQ and AWQ.
     dequantized_dtype = getattr(torch, declared_dtype(config) or "float16")
-    return Base(folder, config, open_dequantized(folder, dequantized_dtype), find_quantization(folder))
+    source = open_dequantized(folder, dequantized_dtype)
+    check_tensors(folder, source)
+    return Base(folder, config, source, find_quantization(folder))

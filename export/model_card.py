@@ -42,6 +42,7 @@ class CardFacts:
         dtype: dtype of most weights, such as ``bfloat16``.
         changed: one line about the merge, such as ``10 of 19 tensors changed``.
         verification: lines of the comparison with base and adapters; empty if it was skipped.
+        differences: lines about what was trained and is not in the folder.
     """
 
     name: str
@@ -53,6 +54,7 @@ class CardFacts:
     dtype: str
     changed: str
     verification: tuple[str, ...] = ()
+    differences: tuple[str, ...] = ()
 
 
 def write_model_card(folder: Path, facts: CardFacts) -> Path:
@@ -211,6 +213,7 @@ def _checkpoint_lines(facts: CardFacts) -> list[str]:
     lines += [code(line) for line in facts.verification]
     if not facts.verification:
         lines.append("**not verified**: this checkpoint was not compared with its base and adapters")
+    lines += [f"**not what was trained**: {code(line)}" for line in facts.differences]
     return lines
 
 

@@ -13,16 +13,18 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from chat.chatml import END_OF_TEXT, IM_END
 from chat.families import Family
 from chat.stops import end_ids_of
+from checkpoints.dequantized_reader import open_dequantized
 from checkpoints.files import is_file, load_json
 from checkpoints.input_folders import check_model_files
 from checkpoints.model_config import DTYPE_NAMES, Quantization, find_quantization
 from checkpoints.shards import CheckpointReader, open_checkpoint
-from checkpoints.source import is_finite
+from checkpoints.source import TensorSource, is_finite
 from errors import ConfigError, one_line
 from loading.chat_family import chat_family
 from loading.hubs import find_folder
 from loading.opening import library_errors
 from loading.quantized import compute_in_float32, loading_arguments, patch_bitsandbytes_linear
+from loading.tensor_check import check_tensors
 from qwen_model.architectures import architecture_of
 from qwen_model.lean_models import model_class_of
 from qwen_model.register import register_qwen
@@ -63,7 +65,7 @@ class Checkpoint:
 
 
 def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = "hf") -> Checkpoint:
-    """Read a checkpoint without its weights, of which only the headers are checked.
+    """Read a checkpoint without its weights, of which names, shapes and dtypes are checked.
 
     Args:
         name_or_path: a folder, or the model id on a hub.
@@ -71,23 +73,26 @@ def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = 
         hub: ``hf`` or ``modelscope``.
 
     Raises:
-        ConfigError: no such checkpoint, an unsupported model_type, a tokenizer of another model, or missing or
-            truncated weights.
+        ConfigError: no such checkpoint, an unsupported model_type, a tokenizer of another model, or weights that are
+            missing, truncated, or not those of the config.
     """
     register_qwen()
     folder = find_folder(name_or_path, cache_dir, hub)
     check_model_files(folder)
     config = _load_config(folder)
     try:
-        reader = open_checkpoint(folder)
+        source = open_dequantized(folder, torch.float16)
     except ConfigError as error:
         raise ConfigError(f"--model_name_or_path: {error}") from error
-    quantization = _find_quantization(folder, reader)
     tokenizer = _load_tokenizer(folder)
     with library_errors(f"{folder}: its chat template", "Restore the official chat template of the checkpoint"):
         family = chat_family(config.model_type, tokenizer)
     generation_config = _load_generation_config(folder)
     _check_tokenizer(folder, config, tokenizer, generation_config)
+    try:
+        check_tensors(folder, source)
+    except ConfigError as error:
+        raise ConfigError(f"--model_name_or_path {error}") from error
     return Checkpoint(
         name=name_or_path,
         folder=folder,
@@ -95,9 +100,9 @@ def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = 
         tokenizer=tokenizer,
         family=family,
         generation_config=generation_config,
-        dtype=_saved_dtype(reader, config),
+        dtype=_saved_dtype(source, config),
         chat_format=_chat_format(config, generation_config),
-        quantization=quantization,
+        quantization=find_quantization(folder),
     )
 
 
@@ -122,13 +127,14 @@ def load_model(
     if checkpoint.quantization or quantize:
         storage_dtype = checkpoint.dtype if dtype == torch.float32 else dtype
         arguments = loading_arguments(checkpoint.folder, checkpoint.config, checkpoint.quantization, quantize, dtype)
+    if "device_map" in arguments:
+        _check_stored(checkpoint.folder)
     try:
         with library_errors(place, "Copy the weights again from the original checkpoint"):
-            loaded: Any = model_class_of(checkpoint.model_type).from_pretrained(
+            model: Any = model_class_of(checkpoint.model_type).from_pretrained(
                 None if "state_dict" in arguments else str(checkpoint.folder),
                 dtype=storage_dtype,
                 attn_implementation=attn_implementation,
-                output_loading_info=True,
                 **arguments,
             )
     except ConfigError as error:
@@ -136,19 +142,20 @@ def load_model(
             what = f"--attn_implementation {attn_implementation}: {one_line(error.__cause__ or error)}"
             raise ConfigError(what) from error
         raise
-    model, info = loaded
-    if missing := sorted(info["missing_keys"]):
-        # transformers initialised them randomly.
-        raise ConfigError(
-            f"{place}: {len(missing)} tensors are missing from its weights, the first is {missing[0]}",
-            "Copy config.json and all weight files again from the original checkpoint",
-        )
     _check_finite(model, checkpoint)
     if "device_map" in arguments:
         patch_bitsandbytes_linear(model, dtype)
     if storage_dtype != dtype:
         compute_in_float32(model)
     return model
+
+
+def _check_stored(folder: Path) -> None:
+    """Raise unless all stored values are finite: after bitsandbytes has rounded them, it is not visible any more."""
+    reader = open_checkpoint(folder)
+    for name in reader.names():
+        if not all(map(is_finite, reader.blocks(name))):
+            raise ConfigError(f"{folder}: {name} holds NaN or infinity", "Copy the weights again")
 
 
 @torch.no_grad()
@@ -171,18 +178,6 @@ def _load_config(folder: Path) -> Any:
     fix = "Copy it again from the original checkpoint, or install a transformers that supports the model"
     with library_errors(str(file), fix):
         return AutoConfig.from_pretrained(str(folder))
-
-
-def _find_quantization(folder: Path, reader: CheckpointReader) -> Quantization | None:
-    """Return the quantisation in the configs; raise unless the weights have it."""
-    quantization = find_quantization(folder)
-    packed = next((name for name in reader.names() if name.endswith(".qweight")), None)
-    copy_again = "Copy config.json and all weight files again from the original checkpoint"
-    if quantization is not None and quantization.is_packed and packed is None:
-        raise ConfigError(f"{folder}: its config names {quantization}, but no weight is quantised", copy_again)
-    if packed is not None and (quantization is None or not quantization.is_packed):
-        raise ConfigError(f"{folder}: {packed} is quantised, but no config describes how", copy_again)
-    return quantization
 
 
 def _load_generation_config(folder: Path) -> GenerationConfig:
@@ -226,14 +221,14 @@ def _check_tokenizer(folder: Path, config: Any, tokenizer: Any, generation_confi
         )
 
 
-def _saved_dtype(reader: CheckpointReader, config: Any) -> torch.dtype:
+def _saved_dtype(source: TensorSource, config: Any) -> torch.dtype:
     """Return the dtype in the config, else that of the first stored matrix."""
     dtype = config.dtype or next((name for flag, name in DTYPE_NAMES.items() if getattr(config, flag, False)), None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."))
     if dtype is None:
         dtype = next(
-            (dtype for name in reader.names() if (dtype := reader.dtype(name)).is_floating_point), torch.float32
+            (dtype for name in source.names() if (dtype := source.dtype(name)).is_floating_point), torch.float32
         )
     return dtype
 

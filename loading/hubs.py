@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 from checkpoints.files import is_file
+from checkpoints.folder_kind import fix_for_no_model
 from checkpoints.input_folders import check_name
 from checkpoints.shards import open_checkpoint
 from console import pip_command
@@ -27,9 +28,8 @@ def find_folder(name_or_path: str, cache_dir: str | None = None, hub: str = "hf"
     path = Path(name_or_path)
     if os.path.isdir(path):
         if not is_file(path / "config.json"):
-            raise ConfigError(
-                f"--model_name_or_path {name_or_path}: the folder has no config.json", "Give the folder of a checkpoint"
-            )
+            what = f"--model_name_or_path {name_or_path}: the folder has no config.json"
+            raise ConfigError(what, fix_for_no_model(path, "Give the folder of a checkpoint"))
         return path
     if os.path.lexists(path) or name_or_path.count("/") != 1 or name_or_path.startswith((".", "/", "~")):
         raise ConfigError(f"--model_name_or_path {name_or_path}: there is no such folder", "Check the path")

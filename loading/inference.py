@@ -9,21 +9,27 @@ from typing import Any
 import torch
 
 from checkpoints.model_config import Quantization, load_base_quantization
+from loading.adapter_check import check_adapter
 from loading.adapters import load_adapter
 from loading.checkpoint import Checkpoint, load_model
 
 logger = logging.getLogger(__name__)
 
 
-def load_for_inference(checkpoint: Checkpoint, adapter: str | None = None) -> Any:
+def load_for_inference(checkpoint: Checkpoint, adapter: str | None = None, any_base: bool = False) -> Any:
     """Load a model in its saved precision, on the GPU if there is one, with an adapter if one is given.
 
     If the adapter was trained on a base quantised while loading, the base is quantised the same way. Quantised models
     compute in float32 on a CPU.
 
+    Args:
+        any_base: accept an adapter that was trained on other weights, with a warning.
+
     Raises:
-        ConfigError: weights or adapter cannot be read, or a required library is not installed.
+        ConfigError: weights or adapter cannot be read or do not fit, or a required library is not installed.
     """
+    if adapter is not None:
+        check_adapter(checkpoint, adapter, "--adapter", any_base)
     on_gpu = torch.cuda.is_available()
     quantize = _quantization_of(checkpoint, adapter)
     dtype = checkpoint.dtype if on_gpu or not (checkpoint.quantization or quantize) else torch.float32

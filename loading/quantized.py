@@ -25,7 +25,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from checkpoints.model_config import Quantization, check_bitsandbytes
-from checkpoints.packed_weights import PARTS, is_in_order, unpack_weight, weight_shape
+from checkpoints.packed_weights import PARTS, is_in_order, unpack_weight
 from checkpoints.shards import CheckpointReader, open_checkpoint
 from errors import ConfigError
 
@@ -40,6 +40,8 @@ class QuantizedLinear(nn.Linear):
     Args:
         parts: shape and dtype of each stored tensor, by the last part of its name.
     """
+
+    is_linear_map = True  # see qwen_model.head
 
     def __init__(
         self,
@@ -112,6 +114,8 @@ class _FrozenProduct(torch.autograd.Function):
 class CastingLinear(nn.Linear):
     """A linear layer that casts its weight to the dtype of its input."""
 
+    is_linear_map = True  # see qwen_model.head
+
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return F.linear(x, self.weight.to(x.dtype), bias)
@@ -166,7 +170,6 @@ class PackedQuantizer(HfQuantizer):
             if not isinstance(linear, nn.Linear):
                 raise ConfigError(f"{name} is quantised, but is not a linear layer")
             quantization = self.quantization_config.quantization
-            _check_shapes(name, linear, parts, quantization)
             model.set_submodule(name, QuantizedLinear(linear.in_features, linear.out_features, parts, quantization))
         return model
 
@@ -181,30 +184,6 @@ class PackedQuantizer(HfQuantizer):
 
     def is_serializable(self) -> bool:
         return False
-
-
-def _check_shapes(
-    name: str,
-    linear: nn.Linear,
-    parts: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
-    quantization: Quantization,
-) -> None:
-    """Raise unless a layer has all its tensors and they are large enough; they may be larger, by padding."""
-    missing = [part for part in PARTS[:3] if part not in parts]
-    if missing:
-        raise ConfigError(f"{name}.{missing[0]} is missing", "Copy the weights again from the original checkpoint")
-    per_word = 32 // quantization.bits
-    outputs, inputs = weight_shape(parts["qweight"][0], quantization)
-    groups = -(-inputs // quantization.inputs_per_group(inputs))
-    expected = {"qzeros": (groups, outputs // per_word), "scales": (groups, outputs), "g_idx": (inputs,)}
-    wrong = [part for part, shape in expected.items() if part in parts and parts[part][0] not in (shape, (0,))]
-    if inputs < linear.in_features or outputs < linear.out_features or wrong:
-        part = wrong[0] if wrong else "qweight"
-        raise ConfigError(
-            f"{name}.{part} has the shape {parts[part][0]}, which does not fit a layer of {linear.in_features} inputs "
-            f"and {linear.out_features} outputs in {quantization}",
-            "The config belongs to another checkpoint: copy both again",
-        )
 
 
 def loading_arguments(

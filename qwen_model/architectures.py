@@ -8,6 +8,7 @@ standard library, because ``checkpoints`` reads it without transformers.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -166,6 +167,14 @@ EMBEDDING_WEIGHTS = tuple(dict.fromkeys(row.embedding_weight for row in ARCHITEC
 
 BIASED_LAYERS = frozenset(name.rpartition(".")[2] for row in ARCHITECTURES.values() for name in row.biased_layers)
 """Last parts of the names of all layers that have a bias in some architecture."""
+
+
+_COMPUTED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(bias|masked_bias))")
+
+
+def is_computed(name: str) -> bool:
+    """Return whether a tensor of an old file is a table (rotary frequencies, causal mask) that every model computes."""
+    return _COMPUTED.fullmatch(name) is not None
 
 
 def architecture_of(model_type: object, file: object = "config.json") -> Architecture:

@@ -38,22 +38,85 @@ class Head:
         return None if self.adapter is None else self.adapter(hidden)
 
 
-def head_of(module: nn.Module) -> Head:
-    """Return the tensors of a head.
+def why_opaque(module: nn.Module) -> str:
+    """Return why a head's output cannot be computed from the tensors of :func:`head_of`; empty if it can.
 
-    Raises:
-        TypeError: an unsupported wrapper.
+    Only what is known passes: a linear layer, and peft's wrappers of one. A subclass of ``nn.Linear`` with its own
+    ``forward`` passes if it sets ``is_linear_map``: its output is ``x @ weight.T + bias``.
     """
-    if isinstance(module, nn.Linear) and not hasattr(module, "base_layer"):
-        return Head(module.weight, module.bias)
     wrapper: Any = module
+    if foreign := next(filter(None, map(_foreign_code, [module, *_own_parts(wrapper)])), ""):
+        return foreign
     if hasattr(wrapper, "token_adapter"):  # peft's trainable tokens
-        return _with_rows(wrapper.token_adapter)
+        layer = wrapper.token_adapter
+        if len(_active(layer, layer.trainable_tokens_delta)) > 1:
+            return "has several sets of trained tokens"
+        return why_opaque(layer.get_base_layer())
     if hasattr(wrapper, "modules_to_save"):  # peft's trained copy of the original
+        return why_opaque(_active_copy(wrapper))
+    if hasattr(wrapper, "lora_A"):
+        return _why_lora_is_opaque(wrapper) or why_opaque(wrapper.get_base_layer())
+    return "" if _is_linear(module) else f"is of type {type(module).__name__}"
+
+
+def _is_linear(module: nn.Module) -> bool:
+    if not isinstance(module, nn.Linear) or hasattr(module, "base_layer"):
+        return False
+    return type(module).forward is nn.Linear.forward or getattr(module, "is_linear_map", False)
+
+
+def _why_lora_is_opaque(layer: Any) -> str:
+    names = _active(layer, layer.lora_A)
+    if len(names) > 1:
+        return "has several adapters"
+    for name in names:
+        variants = getattr(layer, "lora_variant", {})
+        if layer.use_dora.get(name, False):
+            return "has a DoRA adapter"
+        if name in variants or not all(_is_linear(parts[name]) for parts in (layer.lora_A, layer.lora_B)):
+            return "has an adapter that is not a plain LoRA"
+    return ""
+
+
+def _own_parts(wrapper: Any) -> list[nn.Module]:
+    """Return the modules within a wrapper, besides the wrapped one, that :func:`head_of` uses without calling them."""
+    if hasattr(wrapper, "token_adapter"):
+        return [wrapper.token_adapter]
+    if hasattr(wrapper, "lora_A"):
+        return [wrapper.lora_B[name] for name in _active(wrapper, wrapper.lora_A) if name in wrapper.lora_B]
+    return []
+
+
+# Their hooks gather the parameters of a sharded model (see call_within), or move inputs to the device.
+_ENGINES = ("torch.distributed.", "deepspeed.", "accelerate.")
+
+
+def _foreign_code(module: nn.Module) -> str:
+    """Return what changes a module's output besides its class and its parameters; empty if nothing does."""
+    if "forward" in vars(module) and not _is_of_engine(vars(module)["forward"]):
+        return "has a forward of its own"
+    hooks = [*module._forward_pre_hooks.values(), *module._forward_hooks.values()]
+    hooks += [*module._backward_pre_hooks.values(), *module._backward_hooks.values()]
+    return "" if all(map(_is_of_engine, hooks)) else "has hooks"
+
+
+def _is_of_engine(code: Any) -> bool:
+    return str(getattr(getattr(code, "func", code), "__module__", "")).startswith(_ENGINES)
+
+
+def head_of(module: nn.Module) -> Head:
+    """Return the tensors of a head that is not opaque."""
+    wrapper: Any = module
+    if hasattr(wrapper, "token_adapter"):
+        return _with_rows(wrapper.token_adapter)
+    if hasattr(wrapper, "modules_to_save"):
         return head_of(_active_copy(wrapper))
     if hasattr(wrapper, "lora_A"):
         return _with_lora(wrapper)
-    raise TypeError(f"the lean loss does not support a head of type {type(module).__name__}; use --loss full_logits")
+    bias = wrapper.bias
+    if bias is not None and len(bias) > wrapper.out_features:  # a packed layer may be padded
+        bias = bias[: wrapper.out_features]
+    return Head(wrapper.weight, bias)
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:
@@ -112,12 +175,11 @@ def _with_rows(layer: Any) -> Head:
 
 def _with_lora(layer: Any) -> Head:
     head = head_of(layer.get_base_layer())
-    names = _active(layer, layer.lora_A)
-    if len(names) > 1 or any(layer.use_dora.get(name, False) for name in names):
-        raise TypeError("the lean loss supports one plain LoRA adapter on the head; use --loss full_logits")
-    if names:
+    if names := _active(layer, layer.lora_A):
         name = names[0]
-        down, dropout = layer.lora_A[name], layer.lora_dropout[name]
+        down, up, dropout, scale = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name]
         head.adapter = lambda hidden: down(dropout(hidden.to(down.weight.dtype)))
-        head.adapter_output = layer.lora_B[name].weight * layer.scaling[name]
+        head.adapter_output = up.weight * scale
+        if up.bias is not None:
+            head.bias = up.bias * scale if head.bias is None else head.bias + up.bias * scale
     return head

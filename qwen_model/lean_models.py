@@ -6,17 +6,22 @@ FSDP.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import wraps
+import logging
+from collections.abc import Callable, Mapping
+from functools import cache, wraps
 from typing import Any
 
+import torch
 from torch import Tensor
 from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from qwen_model.architectures import architecture_of
-from qwen_model.lean_loss import CausalLMLossOutput, lean_causal_lm_loss
+from qwen_model.head import why_opaque
+from qwen_model.lean_loss import CausalLMLossOutput, full_logits_loss, lean_causal_lm_loss
 from qwen_model.loss import causal_lm_loss
 from qwen_model.modeling_qwen import QWenLMHeadModel
+
+logger = logging.getLogger(__name__)
 
 
 def with_lean_loss(parent_forward: Callable[..., Any]) -> Callable[..., Any]:
@@ -26,7 +31,8 @@ def with_lean_loss(parent_forward: Callable[..., Any]) -> Callable[..., Any]:
     the parent's and:
 
         labels: [B, T], an id or -100; not shifted.
-        loss_only: compute the loss and ``num_correct`` without logits, in a small part of their memory.
+        loss_only: compute the loss and ``num_correct`` without logits, in a small part of their memory; with a head
+            that the lean loss does not know, from all logits.
         num_items_in_batch, loss_weights, label_smoothing, num_targets: see ``lean_causal_lm_loss``; the last two are
             used with ``loss_only`` alone.
     """
@@ -48,11 +54,16 @@ def with_lean_loss(parent_forward: Callable[..., Any]) -> Callable[..., Any]:
             if labels is not None:
                 outputs.loss = causal_lm_loss(outputs.logits, labels, num_items_in_batch, loss_weights)
             return outputs
-        outputs = self.base_model(*args, **kwargs)
-        loss, correct = lean_causal_lm_loss(
-            outputs.last_hidden_state, self.lm_head, labels, num_items_in_batch, loss_weights, label_smoothing,
-            num_targets,
-        )  # fmt: skip
+        if reason := why_opaque(self.lm_head):
+            _warn_of_full_logits(reason)
+            outputs = parent_forward(self, *args, **kwargs)
+            loss, correct = full_logits_loss(outputs.logits, labels, num_items_in_batch, loss_weights, label_smoothing)
+        else:
+            outputs = self.base_model(*args, **kwargs)
+            loss, correct = lean_causal_lm_loss(
+                outputs.last_hidden_state, self.lm_head, labels, num_items_in_batch, loss_weights, label_smoothing,
+                num_targets,
+            )  # fmt: skip
         return CausalLMLossOutput(
             loss=loss,
             num_correct=correct,
@@ -62,6 +73,13 @@ def with_lean_loss(parent_forward: Callable[..., Any]) -> Callable[..., Any]:
         )
 
     return forward
+
+
+@cache
+def _warn_of_full_logits(reason: str) -> None:
+    """Warn once of the memory that a head needs which is not computed from its tensors."""
+    text = "The head %s: the loss is computed from the logits of all positions, as with --loss full_logits"
+    logger.warning(text, reason)
 
 
 class LeanQWenLMHeadModel(QWenLMHeadModel):
@@ -83,3 +101,16 @@ def model_class_of(model_type: str) -> Any:
         ConfigError: it is not supported.
     """
     return globals()[architecture_of(model_type).model_class]
+
+
+def build_on_meta(config: Mapping[str, Any]) -> Any:
+    """Build the model of a config.json on the meta device, unquantised: names, shapes and modules without values.
+
+    Raises:
+        ConfigError: its ``model_type`` is not supported, or a value is contradictory.
+    """
+    model_class = model_class_of(config["model_type"])
+    values = {name: value for name, value in config.items() if name != "quantization_config"}
+    settings = model_class.config_class.from_dict(values)
+    with torch.device("meta"):
+        return model_class(settings).eval()

@@ -21,6 +21,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("question", help="the user's message; - reads it from stdin")
     parser.add_argument("--model_name_or_path", required=True, help="checkpoint folder, or model id on a hub")
     parser.add_argument("--adapter", help="LoRA adapter to use with it")
+    parser.add_argument(
+        "--any_base",
+        action="store_true",
+        help="use the adapter with other weights than those of its training, with a warning instead of an error",
+    )
     parser.add_argument("--system_message", help="system message (default: that of the model's chat format)")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="length limit of the answer (default: 512)")
     parser.add_argument(
@@ -28,6 +33,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     args = parser.parse_args(argv)
+    if args.any_base and args.adapter is None:
+        parser.error("--any_base needs --adapter")
     if args.max_new_tokens < 1:
         parser.error(f"--max_new_tokens {args.max_new_tokens} is too small; give 1 or more")
     if args.question == "-":
@@ -45,11 +52,14 @@ def main(argv: Sequence[str]) -> None:
 
     from chat.render import encode_prompt, render_prompt
     from chat.turns import Turn
+    from checkpoints.adapter import read_adapter
     from loading.checkpoint import load_checkpoint
     from loading.inference import load_for_inference
 
+    if args.adapter is not None:
+        read_adapter(args.adapter)  # refused before the base is read
     checkpoint = load_checkpoint(args.model_name_or_path)
-    model = load_for_inference(checkpoint, args.adapter)
+    model = load_for_inference(checkpoint, args.adapter, args.any_base)
     tokenizer = checkpoint.tokenizer
     prompt = render_prompt([Turn("user", args.question)], checkpoint.family, args.system_message)
     input_ids = torch.tensor([encode_prompt(prompt, tokenizer)], device=model.device)

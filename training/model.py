@@ -7,15 +7,24 @@ from typing import Any
 import torch
 from transformers import TrainingArguments, set_seed
 
+from loading.adapter_check import check_adapter, warn_of_other_form
 from loading.adapters import EmbeddingsPolicy, LoraSettings, attach_lora, continue_lora, embeddings_policy
 from loading.checkpoint import Checkpoint, load_model
 from training.config.args import LoraArguments, RunArguments
 
 
 def choose_embeddings(lora: LoraArguments, checkpoint: Checkpoint) -> EmbeddingsPolicy | None:
-    """Return what ``--trainable_embeddings`` means for a checkpoint; ``None`` without ``--use_lora``."""
+    """Return what ``--trainable_embeddings`` means for a checkpoint; ``None`` without ``--use_lora``.
+
+    Raises:
+        ConfigError: the adapter of ``--lora_weight_path`` cannot be used with the checkpoint.
+    """
     if not lora.use_lora:
         return None
+    if lora.lora_weight_path:
+        check_adapter(checkpoint, lora.lora_weight_path, "--lora_weight_path", lora.any_base)
+        quantization = checkpoint.quantization or lora.quantization
+        warn_of_other_form(lora.lora_weight_path, "--lora_weight_path", quantization)
     return embeddings_policy(lora.trainable_embeddings, checkpoint, lora.lora_weight_path)
 
 

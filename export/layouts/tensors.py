@@ -20,12 +20,11 @@ from torch import Tensor
 from checkpoints.source import TensorSource, View
 from errors import ConfigError
 from export.layouts.qwen2_names import module_in_qwen, modules_in_qwen2
+from qwen_model.architectures import is_computed
 
 # Axis of the layer's outputs in each of its tensors; ``g_idx`` has inputs only.
 _OUTPUT_AXIS = {"weight": 0, "bias": 0, "qweight": 1, "qzeros": 1, "scales": 1, "g_idx": None}
 _PACKED_WORDS = ("qweight", "qzeros")  # several outputs may share one word
-# Tables in old files, which every model computes.
-_COMPUTED = re.compile(r".*\.(rotary_emb\.inv_freq|attn\.(bias|masked_bias))")
 _COPY_AGAIN = "Copy config.json and all weight files again from the original checkpoint"
 
 
@@ -163,7 +162,7 @@ def _convertible(source: TensorSource, *with_bias: str) -> list[str]:
     Raises:
         ConfigError: weights packed by bitsandbytes, or a bias that is not zero in any other module.
     """
-    names = [name for name in source.names() if not _COMPUTED.fullmatch(name)]
+    names = [name for name in source.names() if not is_computed(name)]
     if packed := next((name for name in names if re.search(r"\.(SCB|weight_format|weight\..+)$", name)), None):
         raise ConfigError(
             f"{packed}: weights packed by bitsandbytes cannot be converted",

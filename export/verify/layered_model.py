@@ -16,7 +16,7 @@ from checkpoints.source import TensorSource, main_dtype
 from export.verify.reference import AdaptedLinear, AdaptedParameters
 from qwen_model.architectures import HEAD_WEIGHT, architecture_of
 from qwen_model.block_runner import blocks_of, capture_block_inputs
-from qwen_model.lean_models import model_class_of
+from qwen_model.lean_models import build_on_meta
 
 
 class LayeredModel:
@@ -41,11 +41,8 @@ class LayeredModel:
         self, source: TensorSource, config: Mapping[str, Any], adapters: Sequence[WeightedAdapter] = ()
     ) -> None:
         architecture = architecture_of(config.get("model_type"))
-        model_class = model_class_of(architecture.model_type)
-        values = {"tie_word_embeddings": HEAD_WEIGHT not in source, **config}
-        settings = model_class.config_class.from_dict({k: v for k, v in values.items() if k != "quantization_config"})
-        with torch.device("meta"):
-            self._model: Any = model_class(settings).eval()
+        self._model: Any = build_on_meta({"tie_word_embeddings": HEAD_WEIGHT not in source, **config})
+        settings = self._model.config
         if rotary := getattr(self._model.base_model, "rotary_emb", None):
             # Its frequencies are computed rather than stored, so the meta device has none.
             self._model.base_model.rotary_emb = type(rotary)(settings)

@@ -303,7 +303,7 @@ def test_wrong_merged_tensor_is_reported_and_nothing_is_kept(
 
 KILLED = """
 import os, sys
-import merge_lora, export.base_check, export.companion_files, export.inputs, export.merging
+import merge_lora, checkpoints.base_check, export.companion_files, export.inputs, export.merging
 import export.verify.prompts, export.verify.compare, torch
 torch.set_num_threads(1)
 print("ready", flush=True)

@@ -171,10 +171,14 @@ READ = [
             "peft.utils.other:TrainableTokensWrapper": "token_adapter",
             "peft.utils.other:ModulesToSaveWrapper": "modules_to_save original_module active_adapters disable_adapters",
             "peft.tuners.trainable_tokens.layer:TrainableTokensLayer": "trainable_tokens_delta token_indices merged",
-            "peft.tuners.lora:LoraLayer": "lora_A lora_B lora_dropout scaling use_dora merged disable_adapters "
-            "active_adapters get_base_layer",
+            "peft.tuners.lora:LoraLayer": "lora_A lora_B lora_dropout scaling use_dora lora_variant merged "
+            "disable_adapters active_adapters get_base_layer",
         }.items()
         for name in names.split()
+    ),
+    *(
+        Member(f"torch.nn:Module._{name}", "qwen_model/head.py")
+        for name in ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
     ),
 ]
 

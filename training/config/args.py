@@ -94,6 +94,9 @@ class LoraArguments:
         None, "names of the linear layers to adapt (default: all linear layers of the model's blocks)"
     )
     lora_weight_path: str = _flag("", "adapter folder to continue training from")
+    any_base: bool = _flag(
+        False, "with --lora_weight_path: continue on other weights than those of its training, with a warning"
+    )
     lora_bias: Literal["none", "all", "lora_only"] = _flag(
         "none", "biases to train: none, all, or those of the adapted layers"
     )

@@ -231,3 +231,11 @@ def test_python_snippet_compiles(tmp_path: Path, facts: CardFacts) -> None:
     [snippet] = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
     compile(snippet, "snippet", "exec")
     assert snippet.count("trust_remote_code=True") == 2
+
+
+def test_difference_from_the_training_is_said(tmp_path: Path, facts: CardFacts) -> None:
+    _, _, text = card_of(tmp_path / "out", facts)
+    assert "what was trained" not in text
+    line = "tuned was trained beside weights quantised as NF4 (weights differ by 9.1%)"
+    _, _, text = card_of(tmp_path / "out", replace(facts, differences=(line,)))
+    assert f"- **not what was trained**: `{line}`\n" in text

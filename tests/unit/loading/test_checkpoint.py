@@ -299,9 +299,9 @@ def test_weights_that_do_not_fit_the_config(tmp_path: Path) -> None:
     tensors = load_file(folder / "model.safetensors")
     del tensors["transformer.h.1.attn.c_attn.weight"]
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    refuses_weights(folder, "transformer.h.1.attn.c_attn.weight")
-    refuses_weights(copy_checkpoint(tmp_path / "deeper", num_hidden_layers=3), "transformer.h.2.")
-    refuses_weights(copy_checkpoint(tmp_path / "narrower", intermediate_size=64), "--model_name_or_path")
+    refuses(folder, "--model_name_or_path", "transformer.h.1.attn.c_attn.weight")
+    refuses(copy_checkpoint(tmp_path / "deeper", num_hidden_layers=3), "--model_name_or_path", "transformer.h.2")
+    refuses(copy_checkpoint(tmp_path / "narrower", intermediate_size=64), "--model_name_or_path", "mlp.w1.weight")
 
 
 def test_unavailable_attention_implementation() -> None:
@@ -315,7 +315,7 @@ def test_unavailable_attention_implementation() -> None:
 
 
 def test_missing_seq_length(tmp_path: Path) -> None:
-    refuses_weights(copy_checkpoint(tmp_path / "model", seq_length=None), "seq_length is missing")
+    refuses(copy_checkpoint(tmp_path / "model", seq_length=None), "seq_length is missing")
 
 
 @pytest.mark.parametrize("name", ["nowhere", "an/adapter"])

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from qwen_model import lean_loss
+from qwen_model import lean_loss, lean_models
+from qwen_model.head import why_opaque
 from qwen_model.lean_loss import lean_causal_lm_loss
 from qwen_model.lean_models import LeanQwen2ForCausalLM, LeanQwen3ForCausalLM, LeanQWenLMHeadModel
 from qwen_model.loss import causal_lm_loss
@@ -37,6 +38,8 @@ def build(name: str = "tiny-qwen-small", **adapter: Any) -> nn.Module:
         for key, parameter in model.named_parameters():
             if "lora_B" in key:
                 nn.init.normal_(parameter, std=0.1)
+            elif "magnitude" in key:
+                parameter.data *= 1 + 0.1 * torch.rand_like(parameter)
     return model.train()
 
 
@@ -48,7 +51,60 @@ HEADS: dict[str, Callable[[], nn.Module]] = {
         target_modules=["c_attn"], trainable_token_indices={"wte": [701, 702], "lm_head": [701, 702]}
     ),
     "lora": lambda: build(target_modules=["c_attn", "lm_head"]),
+    "lora with a bias": lambda: build(target_modules=["c_attn", "lm_head"], lora_bias=True),
+    "biases of adapted layers": lambda: build(target_modules=["c_attn", "lm_head"], bias="lora_only"),
 }
+
+
+def head_of_model(model: Any) -> nn.Module:
+    head: nn.Module = model.get_base_model().lm_head if hasattr(model, "get_base_model") else model.lm_head
+    return head
+
+
+def with_head(change: Callable[[Any], object], **adapter: Any) -> nn.Module:
+    model = build(**adapter)
+    change(head_of_model(model))
+    return model
+
+
+class Capped(nn.Linear):
+    """A head that limits its logits."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 5 * torch.tanh(super().forward(x) / 5)
+
+
+def set_forward(head: Any) -> None:
+    head.forward = lambda x: 2 * F.linear(x, head.weight)
+
+
+def add_second_adapter() -> nn.Module:
+    model: Any = build(target_modules=["c_attn", "lm_head"])
+    model.add_adapter("second", LoraConfig(r=2, target_modules=["lm_head"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    return model
+
+
+# Heads whose output is not computed from known tensors alone.
+OPAQUE: dict[str, Callable[[], nn.Module]] = {
+    "dora": lambda: build(target_modules=["c_attn", "lm_head"], use_dora=True),
+    "forward hook": lambda: with_head(lambda head: head.register_forward_hook(lambda *args: 2 * args[-1])),
+    "forward pre-hook": lambda: with_head(lambda head: head.register_forward_pre_hook(lambda head, args: 2 * args[0])),
+    "backward hook": lambda: with_head(
+        lambda head: head.register_full_backward_hook(lambda head, inputs, outputs: (2 * inputs[0],))
+    ),
+    "hook on the second matrix of an adapter": lambda: with_head(
+        lambda head: head.lora_B["default"].register_forward_hook(lambda *args: 2 * args[-1]),
+        target_modules=["lm_head"],
+    ),
+    "hook on the trained copy": lambda: with_head(
+        lambda head: head.modules_to_save["default"].register_forward_hook(lambda *args: 2 * args[-1]),
+        target_modules=["c_attn"], modules_to_save=["lm_head"],
+    ),
+    "another class": lambda: with_head(lambda head: setattr(head, "__class__", Capped)),
+    "a forward of its own": lambda: with_head(set_forward),
+    "two adapters": add_second_adapter,
+}  # fmt: skip
 
 
 def gradients(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -77,6 +133,32 @@ def compare(model: nn.Module, rtol: float = 1e-5, **inputs: Any) -> None:
 @pytest.mark.parametrize("count", [None, 37, torch.tensor(37)])
 def test_lean_loss_equals_full_loss(head: str, count: Any) -> None:
     compare(HEADS[head](), num_items_in_batch=count)
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_known_heads_need_no_logits(head: str) -> None:
+    assert why_opaque(head_of_model(HEADS[head]())) == ""
+
+
+@pytest.mark.parametrize("head", OPAQUE)
+def test_heads_that_are_not_known_use_full_logits(head: str, caplog: pytest.LogCaptureFixture) -> None:
+    lean_models._warn_of_full_logits.cache_clear()
+    model = OPAQUE[head]()
+    compare(model, num_items_in_batch=37)
+    model.zero_grad()
+    compare(model)
+    [record] = [record for record in caplog.records if record.name == "qwen_model.lean_models"]
+    assert record.getMessage().startswith("The head ") and "--loss full_logits" in record.getMessage()
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.1])
+def test_weights_and_smoothing_with_an_opaque_head(epsilon: float) -> None:
+    inputs = {"input_ids": IDS, "labels": LABELS, "loss_weights": torch.rand(2, 10), "label_smoothing": epsilon}
+    model = build()
+    lean = model(**inputs, loss_only=True).loss
+    head_of_model(model).register_forward_hook(lambda *args: None)
+    full = model(**inputs, loss_only=True).loss
+    torch.testing.assert_close(full, lean, rtol=1e-6, atol=0)
 
 
 def test_known_number_of_targets() -> None:

@@ -66,6 +66,7 @@ def test_record_contains_all_flags() -> None:
         "model_name_or_path": "Qwen/Qwen-7B", "attn_implementation": None, "data_path": None, "eval_data_path": None,
         "lazy_preprocess": False, "system_message": None, "label_mask": "assistant", "use_lora": True, "q_lora": False,
         "lora_r": 64, "lora_alpha": 16, "lora_dropout": 0.05, "lora_target_modules": None, "lora_weight_path": "",
+        "any_base": False,
         "lora_bias": "none", "trainable_embeddings": "auto", "cache_dir": None, "model_max_length": 2048,
         "pure_bf16": False, "learning_rate": 1e-3, "seed": 42, "num_train_epochs": 5.0,
     }  # fmt: skip

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from checkpoints.adapter import Adapter
 from checkpoints.files import load_json
-from checkpoints.model_config import load_base_quantization
+from checkpoints.model_config import find_quantization, load_base_quantization
 from checkpoints.names import RUN_SUMMARY
 from checkpoints.shards import fingerprint
 from errors import ConfigError, numbered
-from export.inputs import Base
 
 logger = logging.getLogger(__name__)
 
 
-def check_trained_on(base: Base, adapters: Sequence[Adapter], base_is_given: bool, any_base: bool) -> None:
-    """Compare the base with the fingerprints recorded in the adapters' folders; adapters without a record pass.
+def check_trained_on(
+    base: Path,
+    adapters: Sequence[Adapter],
+    any_base: bool,
+    flags: tuple[str, str] = ("--adapter", "--base"),
+    base_is_given: bool = True,
+) -> None:
+    """Compare a base with the fingerprints recorded in the adapters' folders; adapters without a record pass.
 
     Args:
-        base_is_given: whether ``--base`` named it; otherwise it is the one that the first adapter names.
+        base: folder of the base.
         any_base: warn of a mismatch instead of raising.
+        flags: the flags that named adapters and base.
+        base_is_given: whether its flag named the base; otherwise it is the one that the first adapter names.
 
     Raises:
         ConfigError: an adapter was trained on another base, or the adapters on different ones.
@@ -32,25 +40,25 @@ def check_trained_on(base: Base, adapters: Sequence[Adapter], base_is_given: boo
     for adapter in adapters:
         if _recorded_fingerprint(adapter) in (None, *known):
             continue
-        if base_is_given and base.quantization is None and _trained_on_quantized_files(adapter):
+        if base_is_given and _trained_on_quantized_files(adapter) and find_quantization(base) is None:
             logger.info(
                 "%s was trained on a quantised base: its changes are added to the unquantised weights of %s instead",
                 adapter.folder,
-                base.folder,
+                base,
             )
             continue
         faults.append(
-            f"--adapter {adapter.folder} was trained on other weights than those of {base.folder}: the fingerprint "
-            f"in its {RUN_SUMMARY} differs"
+            f"{flags[0]} {adapter.folder} was trained on other weights than those of {base}: the fingerprint in its "
+            f"{RUN_SUMMARY} differs"
         )
     if faults and not any_base:
         fix = (
-            "Give the right base with --base; if it has the same values in other files, or to merge anyway, "
+            f"Give the right base with {flags[1]}; if it has the same values in other files, or to use it anyway, "
             "add --any_base"
         )
         raise ConfigError(faults[0] if len(faults) == 1 else numbered("the adapters do not fit", faults), fix)
     for fault in faults:
-        logger.warning("%s. The merged model may answer differently from the trained one", fault)
+        logger.warning("%s. The model may answer differently from the trained one", fault)
 
 
 def _different_bases(adapters: Sequence[Adapter], base_is_given: bool) -> list[str]:
@@ -80,11 +88,11 @@ def _recorded_fingerprint(adapter: Adapter) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _fingerprints(base: Base) -> set[str]:
+def _fingerprints(base: Path) -> set[str]:
     """Fingerprints of the base and, if it was converted from another layout, of its origin with the same values."""
-    origin = base.config.get("converted_from")
+    origin = load_json(base / "config.json").get("converted_from")
     recorded = {str(origin.get("fingerprint"))} if isinstance(origin, dict) else set()
-    return {fingerprint(base.folder), *recorded}
+    return {fingerprint(base), *recorded}
 
 
 def _trained_on_quantized_files(adapter: Adapter) -> bool:

@@ -1,0 +1,149 @@
+"""Comparison of a checkpoint's tensors with its architecture, before anything is computed with them.
+
+A tensor that is missing would be initialised at random, and one that the model does not have would be dropped by
+training and by every export. Only headers are read, and vectors whose values decide.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from itertools import count
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+
+from checkpoints.files import load_json
+from checkpoints.source import TensorSource, row_blocks
+from errors import ConfigError, one_line
+from qwen_model.architectures import ARCHITECTURES, HEAD_WEIGHT, Architecture, is_computed
+from qwen_model.lean_models import build_on_meta, model_class_of
+
+_LAYERS = "num_hidden_layers"
+_SHOWN = 3  # names of each kind in a message
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check_tensors(folder: Path, source: TensorSource) -> None:
+    """Check that a checkpoint has exactly the tensors of the model in its config.json, in shape and kind of dtype.
+
+    Tables that every model computes, biases of zeros and a copy of a tied head may be stored as well. The tensors of
+    model types that are not in the table of architectures are not known: these pass.
+
+    Args:
+        source: the tensors of the folder by the names of the unquantised model, see ``open_dequantized``.
+
+    Raises:
+        ConfigError: tensors that are missing, not part of the model, or of another shape or dtype.
+    """
+    config = load_json(folder / "config.json")
+    architecture = ARCHITECTURES.get(str(config.get("model_type")))
+    if architecture is None:
+        return
+    try:
+        faults = _layer_faults(config, architecture, source) or _tensor_faults(config, architecture, source)
+    except ConfigError as error:
+        raise ConfigError(f"{folder}: {error}") from error
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, StrictDataclassError) as error:
+        raise ConfigError(
+            f"{folder / 'config.json'}: {one_line(error)}", "Copy it again from the original checkpoint"
+        ) from error
+    if faults:
+        fix = "Copy config.json and all weight files again from the original checkpoint"
+        raise ConfigError(f"{folder}: its weights are not those of its config.json: {'; '.join(faults)}", fix)
+
+
+def _layer_faults(config: Mapping[str, Any], architecture: Architecture, source: TensorSource) -> list[str]:
+    """Compare the number of layers first: it needs no model, which could be of any size."""
+    numbers = (re.match(rf"{re.escape(architecture.blocks)}\.(\d+)\.", name) for name in source.names())
+    stored = {int(match[1]) for match in numbers if match}
+    declared = config.get(_layers_key(config, architecture), _config_class(architecture).num_hidden_layers)
+    if stored and len(stored) == declared == max(stored) + 1:
+        return []
+    first = next(number for number in count() if number not in stored)
+    found = f"{len(stored)}, the first that is missing is {architecture.blocks}.{first}"
+    if isinstance(declared, int) and declared <= first:
+        found = f"{len(stored)}, also {architecture.blocks}.{max(stored)}" if stored else "0"
+    return [f"config.json has {declared} layers ({_LAYERS}), the weights have {found}"]
+
+
+def _config_class(architecture: Architecture) -> Any:
+    return model_class_of(architecture.model_type).config_class
+
+
+def _layers_key(config: Mapping[str, Any], architecture: Architecture) -> str:
+    """Return the key of the number of layers, which has another name in old configs."""
+    names = [alias for alias, name in _config_class(architecture).attribute_map.items() if name == _LAYERS]
+    return next((name for name in names if name in config), _LAYERS)
+
+
+def _tensor_faults(config: Mapping[str, Any], architecture: Architecture, source: TensorSource) -> list[str]:
+    """Compare names, shapes and dtypes."""
+    shapes, tied = _expected_shapes(config, architecture)
+    names = source.names()
+    faults = []
+    if missing := [name for name in shapes if name not in source]:
+        faults.append(f"{len(missing)} tensors are missing: {_listed(missing)}")
+    others = [name for name in names if name not in shapes and not _is_harmless(name, shapes, source)]
+    if tied and HEAD_WEIGHT in others:
+        others.remove(HEAD_WEIGHT)
+        if not _are_equal(source, HEAD_WEIGHT, architecture.embedding_weight):
+            embedding = architecture.embedding_weight
+            faults.append(f"{HEAD_WEIGHT} differs from {embedding}, but tie_word_embeddings is true")
+    if others:
+        faults.append(f"{len(others)} tensors are not part of a {architecture.display_name} model: {_listed(others)}")
+    present = [name for name in shapes if name in source]
+    wrong = [f"{name} {list(source.shape(name))}" for name in present if source.shape(name) != shapes[name]]
+    if wrong:
+        needed = list(shapes[wrong[0].partition(" ")[0]])
+        faults.append(f"{len(wrong)} tensors have another shape: {_listed(wrong)}; the first needs {needed}")
+    dtypes = {name: source.dtype(name) for name in present}
+    if integers := [
+        f"{name} is stored as {str(dtype).removeprefix('torch.')}"
+        for name, dtype in dtypes.items()
+        if not dtype.is_floating_point
+    ]:
+        faults.append(_listed(integers))
+    return faults
+
+
+def _expected_shapes(config: Mapping[str, Any], architecture: Architecture) -> tuple[dict[str, tuple[int, ...]], bool]:
+    """Return the shapes of a model's tensors, and whether its head is tied. All layers are like the first one."""
+    key = _layers_key(config, architecture)
+    number = config.get(key, _config_class(architecture).num_hidden_layers)
+    model = build_on_meta({**config, key: 1, "layer_types": None})
+    tied = bool(model.config.tie_word_embeddings)
+    first = f"{architecture.blocks}.0."
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith(first):
+            layers = (f"{architecture.blocks}.{layer}.{name.removeprefix(first)}" for layer in range(number))
+            shapes |= dict.fromkeys(layers, tuple(tensor.shape))
+        elif not (tied and name == HEAD_WEIGHT):
+            shapes[name] = tuple(tensor.shape)
+    return shapes, tied
+
+
+def _is_harmless(name: str, shapes: Shapes, source: TensorSource) -> bool:
+    """Return whether a model computes the same without a tensor that it does not have."""
+    if is_computed(name):
+        return True
+    layer, _, part = name.rpartition(".")
+    matrix = shapes.get(f"{layer}.weight", ())
+    return part == "bias" and len(matrix) == 2 and not source.read(name).any()
+
+
+def _are_equal(source: TensorSource, first: str, second: str) -> bool:
+    if second not in source or source.shape(first) != source.shape(second):
+        return False
+    rows, width = source.shape(first)
+    blocks = row_blocks(rows, width)
+    return all(torch.equal(source.rows(first, *block), source.rows(second, *block)) for block in blocks)
+
+
+def _listed(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return ", ".join(names[:_SHOWN]) + more
