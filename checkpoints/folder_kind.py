@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from checkpoints.files import load_json_or_empty
@@ -11,7 +12,7 @@ from errors import ConfigError
 
 def fix_for_no_model(folder: Path, otherwise: str) -> str:
     """Say how the adapter in a folder is used that was given as a model; ``otherwise`` if it holds no adapter."""
-    if not (folder / ADAPTER_CONFIG).is_file():
+    if not os.path.isfile(folder / ADAPTER_CONFIG):
         return otherwise
     base = load_json_or_empty(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
     return (
@@ -22,6 +23,5 @@ def fix_for_no_model(folder: Path, otherwise: str) -> str:
 
 def no_adapter(folder: Path, flag: str) -> ConfigError:
     """Build the error for a folder without ``adapter_config.json`` that ``flag`` named."""
-    kind = ", it is the folder of a model" if (folder / "config.json").is_file() else ""
-    what = f"{flag} {folder}: there is no adapter ({folder} holds no {ADAPTER_CONFIG}{kind})"
-    return ConfigError(what, f"Give a folder with an {ADAPTER_CONFIG}")
+    kind = ": it is the folder of a model" if os.path.isfile(folder / "config.json") else ""
+    return ConfigError(f"{flag} {folder} holds no {ADAPTER_CONFIG}{kind}", "Give the folder of a saved adapter")

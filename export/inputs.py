@@ -15,8 +15,8 @@ from checkpoints.adapter import read_adapter
 from checkpoints.dequantized_reader import open_dequantized
 from checkpoints.files import is_file, load_json
 from checkpoints.fold import WeightedAdapter
-from checkpoints.input_folders import check_model_files
 from checkpoints.folder_kind import fix_for_no_model
+from checkpoints.input_folders import check_model_files
 from checkpoints.model_config import Quantization, declared_dtype, find_quantization
 from checkpoints.source import TensorSource
 from errors import ConfigError

@@ -189,5 +189,5 @@ def test_adapter_given_as_a_model_names_the_flags(adapter: Path, tmp_path: Path,
 
 def test_model_given_as_an_adapter_is_said(tmp_path: Path) -> None:
     for command in COMMANDS[:2]:
-        with pytest.raises(ConfigError, match=r"holds no adapter_config\.json, it is the folder of a model"):
+        with pytest.raises(ConfigError, match=r"holds no adapter_config\.json: it is the folder of a model"):
             command(tmp_path, copy_checkpoint(tmp_path / "model" / command.__name__))
