@@ -24,6 +24,7 @@ from tests.quantized import write_gptq
 
 WEIGHTS = "model.safetensors"
 LAYER = "transformer.h.1.mlp.w1"
+BATCH = ("--per_device_train_batch_size", "2", "--gradient_accumulation_steps", "1")
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +35,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory, golden_small: Path) -> Path
     shutil.copytree(golden_small / "training" / "lora_chat_adapter", folder / "adapter")
     finetune_here(
         "--model_name_or_path", TINY, "--data_path", folder / "train.json", "--output_dir", folder / "run",
-        "--use_lora", "--max_steps", 1, "--save_steps", 1,
+        "--use_lora", "--max_steps", 1, "--save_steps", 1, *BATCH,
     )  # fmt: skip
     return folder
 
@@ -46,7 +47,7 @@ Arguments = Callable[[Path, Path, Path], list[object]]
 def finetune_arguments(*flags: str) -> Arguments:
     return lambda model, inputs, output: [
         "--model_name_or_path", model, "--data_path", inputs / "train.json", "--output_dir", output, "--max_steps", 1,
-        "--use_cpu", "True", *flags,
+        "--use_cpu", "True", *BATCH, *flags,
     ]  # fmt: skip
 
 
