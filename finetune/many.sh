@@ -95,8 +95,8 @@ run_many() {
         # By default gloo uses the address of the host name, which is often the loopback address.
         [ -z "$interface" ] || export GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$interface}"
     fi
-    exec "$python" -m torch.distributed.run --nnodes "$hosts" --nproc_per_node "$count" --max_restarts "$restarts" \
-        --rdzv_backend c10d --rdzv_endpoint "$endpoint" --rdzv_id "qwen-${port:-$$}" \
+    exec "$python" "$root/training/distributed/torchrun.py" --nnodes "$hosts" --nproc_per_node "$count" \
+        --max_restarts "$restarts" --rdzv_backend c10d --rdzv_endpoint "$endpoint" --rdzv_id "qwen-${port:-$$}" \
         --rdzv_conf "is_host=$([ "$host" = 0 ] && echo 1 || echo 0)" --local_addr "$address" \
         "$root/finetune.py" "$@"
 }

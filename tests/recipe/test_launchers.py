@@ -266,10 +266,10 @@ def test_precision_given_by_the_user_is_kept(tmp_path: Path) -> None:
 
 def torchrun_options(lines: list[str]) -> dict[str, str]:
     """Return the options of torchrun in the command that a stub printed."""
-    assert lines[1:3] == ["-m", "torch.distributed.run"]
+    assert lines[1].endswith("/training/distributed/torchrun.py")
     end = next(number for number, line in enumerate(lines) if line.endswith("/finetune.py"))
     assert lines[end + 1 : end + 3] == ["--model_name_or_path", "M"]
-    return dict(zip(lines[3:end:2], lines[4:end:2], strict=True))
+    return dict(zip(lines[2:end:2], lines[3:end:2], strict=True))
 
 
 @pytest.mark.parametrize(
