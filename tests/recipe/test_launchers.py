@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -347,6 +348,18 @@ def test_wrong_variable_is_one_line(variables: dict[str, str], message: str, tmp
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith(f"{LORA_DS}: error: {message}")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(("handler", "signals"), [(signal.SIG_IGN, "SIGTERM,SIGINT,SIGQUIT"), (signal.SIG_DFL, "")])
+def test_nohup_applies_to_torchrun(handler: signal.Handlers, signals: str, tmp_path: Path) -> None:
+    """torchrun handles SIGHUP, which nohup has had ignored, unless it is told not to."""
+    stub = f"""if [ "$1" = -c ]; then exec "{sys.executable}" "$@"; else echo "[$PET_SIGNALS_TO_HANDLE]"; fi"""
+    before = signal.signal(signal.SIGHUP, handler)
+    try:
+        result = launch_with_stub(stub, *M_AND_D, tmp_path=tmp_path, name=LORA_DS, CUDA_VISIBLE_DEVICES="")
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert result.stdout == f"[{signals}]\n"
 
 
 def test_more_processes_than_gpus_are_refused(tmp_path: Path) -> None:
