@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from checkpoints.model_config import check_bitsandbytes
+from console import pip_command
 from errors import ConfigError
 from processes import has_gpu
 from training.config.args import RunArguments
@@ -59,9 +60,8 @@ def _check_package(flag: str, optimizer: Optimizer) -> Iterator[ConfigError]:
         except ConfigError as error:
             yield error
     elif module and importlib.util.find_spec(module) is None:
-        yield ConfigError(
-            f"{flag} needs {package}, which is not installed", f"pip install {package}, or {_OTHER.lower()}"
-        )
+        fix = f"{pip_command(package)}, or {_OTHER.lower()}"
+        yield ConfigError(f"{flag} needs {package}, which is not installed", fix)
 
 
 def _check_arguments(flag: str, optimizer: Optimizer, text: str | None) -> Iterator[ConfigError]:
