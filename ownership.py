@@ -120,7 +120,7 @@ class OwnedFolder:
 
 
 def make_temporary_folder(path: Path, label: str) -> OwnedFolder:
-    """Make an empty folder at ``path``, or empty the one that a dead process of this toolkit left there.
+    """Make an empty folder at ``path``; one that a dead process of this toolkit left there is removed first.
 
     Args:
         label: see :class:`OwnedFolder`.
@@ -131,28 +131,38 @@ def make_temporary_folder(path: Path, label: str) -> OwnedFolder:
         OSError: the folder cannot be made.
     """
     while True:
-        with suppress(FileExistsError):
+        try:
             os.mkdir(path, 0o700)  # nobody else may put a link into it
-        check_temporary_folder(path)
+            is_new = True
+        except FileExistsError:
+            check_temporary_folder(path)
+            is_new = False
         try:
             folder = OwnedFolder(path, label)
         except FileNotFoundError:  # its owner has removed it meanwhile
             continue
         except OSError:
-            with suppress(OSError):  # nothing is lost with an empty folder
-                os.rmdir(path)
+            if is_new:
+                with suppress(OSError):
+                    os.rmdir(path)
             raise
-        folder.clear()
-        return folder
+        if is_new:
+            return folder
+        folder.remove()
+        if os.path.lexists(path) and not has_mark(path):
+            raise _not_ours(path)
 
 
 def check_temporary_folder(path: Path) -> None:
     """Raise ``NotOursError`` if something of the user is where a temporary folder is to be made."""
-    with suppress(FileNotFoundError):
-        status = os.lstat(path)
-        is_own_folder = stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid()
-        if not is_own_folder or (not has_mark(path) and set(os.listdir(path)) - {MARK}):
+    try:
+        is_folder = stat.S_ISDIR(os.lstat(path).st_mode)
+        if not is_folder or (not has_mark(path) and set(os.listdir(path)) - {MARK}):
             raise _not_ours(path)
+    except PermissionError:  # of another user
+        raise _not_ours(path) from None
+    except FileNotFoundError:
+        pass
 
 
 def has_mark(folder: Path) -> bool:
