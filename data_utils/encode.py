@@ -21,7 +21,7 @@ from chat.turns import Tool, Turn
 from data_utils.files import Location
 from data_utils.schema import Conversation, short_repr
 from data_utils.special_tokens import any_of, encoder_with, find_special_tokens
-from errors import DataError
+from errors import ConfigError, DataError
 
 Truncation = Literal["turns", "turns_left", "cut", "drop", "error"]
 
@@ -136,6 +136,17 @@ class Encoder:
     def control_ids(self) -> frozenset[int]:
         """Ids of the control tokens that rendering places, and of the allowed special tokens."""
         return frozenset([*self._control_ids.values(), *self._special_tokens.allowed.values()])
+
+    def check_rows(self, rows: int) -> None:
+        """Check that the model has a row for each allowed special token.
+
+        Raises:
+            ConfigError: it has too few.
+        """
+        for token, id_ in self._special_tokens.allowed.items():
+            if id_ >= rows:
+                what = f"--allow_special_tokens {token}: its id is {id_}, but the model's embedding has {rows} rows"
+                raise ConfigError(what, "Enlarge the checkpoint's embedding for the tokens that were added")
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, including control tokens."""

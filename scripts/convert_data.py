@@ -65,6 +65,8 @@ def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
     logging.basicConfig(format="%(levelname)s: %(message)s")
     source, output = Path(args.source), args.output
+    if not args.source:
+        raise ConfigError("IN is empty", "Give a data file, or a folder of data files")
     files = data_files(source)
     check_output(output, source, files, args.overwrite)
     count, changes = convert(files, output, args.data_format, FORMATS[args.to])

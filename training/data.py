@@ -127,6 +127,7 @@ def build_reader(
         seed=flags.seed if flags.data_seed is None else flags.data_seed,
     )
     encoder = Encoder(checkpoint.tokenizer, checkpoint.family, encode_options)
+    encoder.check_rows(checkpoint.config.vocab_size)
     settings = report_settings(
         encoder,
         model=checkpoint.name,

@@ -147,3 +147,24 @@ def test_documented_records_are_recognised_and_parsed() -> None:
                 block = block[end:]
     assert examples["docs/data.md"] == ["conversations", "messages", "alpaca", "pairs"]
     assert len(examples["README.md"]) == 1
+
+
+def test_special_tokens_are_trained_if_they_are_allowed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "a.jsonl", answered("Left <|extra_0|> right <|im_end|>"), ANSWERED)
+    assert preview("--data_path", data, "--json", tmp_path / "text.json") == 0
+    assert "1 of 2 conversations contain '<|extra_0|>', which is trained as text" in capsys.readouterr().out.replace(
+        "\n  ", " "
+    )
+    allowed = ("--allow_special_tokens", "<|extra_0|>")
+    assert preview("--data_path", data, *allowed, "--json", tmp_path / "token.json") == 0
+    assert "--allow_special_tokens" not in capsys.readouterr().out
+    text, token = (read_json(tmp_path / name)["train"] for name in ("text.json", "token.json"))
+    assert token["trained_tokens"] < text["trained_tokens"] and text["notes"] and not token["notes"]
+    for name in ("<|im_end|>", "<|endoftext|>", "<|im_start|>", "<sep>"):
+        assert preview("--data_path", data, "--allow_special_tokens", name) == 2
+        assert f"error: --allow_special_tokens {name}: " in capsys.readouterr().err
+    finetune_here(
+        "--model_name_or_path", TINY, "--data_path", data, *allowed, "--output_dir", tmp_path / "out", "--max_steps", 1,
+        "--save_strategy", "no",
+    )  # fmt: skip
+    assert read_json(tmp_path / "out" / "data_receipt.json")["train"]["trained_tokens"] == token["trained_tokens"]

@@ -183,6 +183,14 @@ def test_control_tokens_and_unknown_names_are_refused(subject: Subject, own_toke
         assert refusal(name).startswith(f"--allow_special_tokens {name}: the tokenizer has no such special token. Its ")
 
 
+def test_token_without_a_row_in_the_model_is_refused(subject: Subject, own_tokens: tuple[str, str]) -> None:
+    id_ = subject.tokenizer.convert_tokens_to_ids(own_tokens[0])
+    encoder = Encoder(subject.tokenizer, subject.families[0], EncodeOptions(allow_special_tokens=own_tokens[:1]))
+    encoder.check_rows(id_ + 1)
+    with pytest.raises(ConfigError, match=rf": its id is {id_}, but the model's embedding has {id_} rows\. Enlarge"):
+        encoder.check_rows(id_)
+
+
 def test_control_token_under_another_role_is_refused(subject: Subject) -> None:
     """The tokens that end and pad texts are control tokens, whatever their names are."""
     if subject.is_v1:

@@ -176,12 +176,12 @@ def test_large_row_is_a_fault_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
 def test_honest_tables_are_read_whatever_their_encoding(encoding: str, version: str, tmp_path: Path) -> None:
     """More bytes than are free, in row groups and pages of all sizes."""
     path = tmp_path / "a.parquet"
-    texts = [f"{number} " * (number % 100) for number in range(6000)]
-    table = pa.table({"prompt": texts, "response": texts[::-1], "n": range(6000)})
+    texts = [f"{number} " * (number % 300) for number in range(2000)]
+    table = pa.table({"prompt": texts, "response": texts[::-1], "n": range(2000)})
     options: dict[str, Any] = {"use_dictionary": encoding == "dictionary", "dictionary_pagesize_limit": 1 << 16}
     if encoding != "dictionary":
         options["column_encoding"] = {"prompt": encoding, "response": encoding}
-    for rows, page in ((6000, 1 << 14), (1500, 1 << 16)):
+    for rows, page in ((2000, 1 << 14), (700, 1 << 16)):
         pq.write_table(
             table,
             path,
