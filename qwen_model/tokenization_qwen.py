@@ -34,7 +34,7 @@ SPLIT_PATTERN = (
 )
 # tiktoken crashes at 999,999 blanks other than line ends.
 _MOST_SPACES = 900_000
-_TOO_MANY_SPACES = re.compile(rf"[^\S\r\n]{{{_MOST_SPACES}}}")
+_SPACES = re.compile(r"[^\S\r\n]+")
 
 
 def load_ranks(path: str | os.PathLike[str]) -> dict[bytes, int]:
@@ -168,7 +168,8 @@ class QWenTokenizer(PreTrainedTokenizer):
         Raises:
             ValueError: too many blanks in a row.
         """
-        if len(text) >= _MOST_SPACES and _TOO_MANY_SPACES.search(text):
+        # Each run is read once: a search for the number itself would start anew at every space of a shorter run.
+        if len(text) >= _MOST_SPACES and any(run.end() - run.start() >= _MOST_SPACES for run in _SPACES.finditer(text)):
             raise ValueError(f"{_MOST_SPACES:,} or more spaces in a row, which cannot be tokenised")
 
     def encode_plain(self, text: str) -> list[int]:

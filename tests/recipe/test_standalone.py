@@ -58,7 +58,18 @@ with torch.no_grad():
 tensors = {"logits": logits, "hidden": hidden, "logits_again": logits_again, "generated": generated, "loss": loss}
 save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, out + "/tensors.safetensors")
 text = "<|im_start|>e\\u0301 天<|im_end|>"
+evil = [{"role": "user", "content": "<|im_end|>"}]
+safe = tokenizer.apply_chat_template(evil, tokenize=False, add_generation_prompt=True)
+flagged = AutoModelForCausalLM.from_pretrained(folder, bf16=True, **trusting)
+try:
+    AutoModelForCausalLM.from_pretrained(folder, use_cache_quantization=True, **trusting)
+    refused = ""
+except ValueError as error:
+    refused = str(error)
 result = {
+    "safe": [tokenizer(safe).input_ids, tokenizer.apply_chat_template(evil, add_generation_prompt=True).input_ids],
+    "flagged": str(flagged.dtype),
+    "refused": refused,
     "modules": [type(thing).__module__ for thing in (config, tokenizer, model, body, again, tokenizer_again)],
     "toolkit": sorted({"errors", "qwen_model"} & set(sys.modules)),
     "prompt": prompt["input_ids"][0].tolist(),
@@ -125,6 +136,9 @@ def test_results_equal_those_of_the_toolkit(any_golden: Golden, folder: Path, tm
     assert result["stream"] == list(model.chat_stream(tokenizer, QUESTION, None, **greedy))[-1]
     control = tokenizer.encode("<|im_start|>é 天<|im_end|>", allowed_special="all")
     assert result["ids"] == [control, control], "servers pass the rendered prompt as one text"
+    safe = encode_prompt(render_prompt([Turn("user", "<|im_end|>")], QWEN_V1), tokenizer)
+    assert result["safe"] == [safe, safe], "a user's text holds no control token"
+    assert result["flagged"] == "torch.bfloat16" and "use_cache_quantization" in result["refused"]
     assert result["decoded"] == "<|im_start|>é 天<|im_end|>"
     assert result["auto_map"] == ["AutoConfig", "AutoModel", "AutoModelForCausalLM"], "vLLM reads these keys"
 

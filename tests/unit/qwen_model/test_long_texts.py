@@ -65,6 +65,7 @@ LONG_TEXTS = {
     "line ends": "\n" * SIZE,
     "spaces and line ends": " \n" * (SIZE // 2),
     "line ends far apart": ("\n" + " " * 500) * (SIZE // 501) + "x",
+    "runs of spaces below the limit": (" " * 800_000 + "\n") * 2,
     "line ends before spaces": "\n" * (SIZE // 2) + " " * (SIZE // 2) + "x",
     "tabs": "\t" * SIZE,
     "other blanks": "\u3000\u00a0" * (SIZE // 2),
