@@ -13,7 +13,7 @@ from typing import Any
 
 from commands import CommandParser, quiet_libraries, run_command
 from console import visible
-from errors import ConfigError
+from errors import ConfigError, one_line
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -73,14 +73,19 @@ def main(argv: Sequence[str]) -> None:
             f"--do_sample: generation_config.json of {checkpoint.name} has temperature {temperature:g}",
             "Correct it there, or leave --do_sample out: each token is then the most likely one",
         )
-    output = model.generate(
-        input_ids=input_ids,
-        attention_mask=torch.ones_like(input_ids),
-        max_new_tokens=args.max_new_tokens,
-        eos_token_id=checkpoint.end_ids,
-        pad_token_id=checkpoint.end_ids[-1],
-        **settings,
-    )
+    try:
+        output = model.generate(
+            input_ids=input_ids,
+            attention_mask=torch.ones_like(input_ids),
+            max_new_tokens=args.max_new_tokens,
+            eos_token_id=checkpoint.end_ids,
+            pad_token_id=checkpoint.end_ids[-1],
+            **settings,
+        )
+    except (ValueError, TypeError, LookupError, AttributeError) as error:  # of a setting that transformers refuses
+        file = checkpoint.folder / "generation_config.json"
+        fix = "Copy it again from the original checkpoint, or remove the setting"
+        raise ConfigError(f"{file} cannot be used: {one_line(error)}", fix) from error
     print(visible(tokenizer.decode(output[0, input_ids.shape[1] :].tolist(), skip_special_tokens=True).strip()))
 
 

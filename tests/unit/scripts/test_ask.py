@@ -18,7 +18,13 @@ from loading.checkpoint import load_checkpoint
 from loading.inference import load_for_inference
 from scripts import ask
 from tests.commands import finetune_here
-from tests.models import TINY, change_json, copy_checkpoint, write_conversations, write_later_checkpoint
+from tests.models import (
+    TINY,
+    change_json,
+    copy_checkpoint,
+    write_conversations,
+    write_later_checkpoint,
+)
 
 TRAINED_ON = [
     [("user", "Who are you?"), ("assistant", "I am a <b>tiny</b> model.\n\nNice to meet you!")],
@@ -158,3 +164,18 @@ def test_sampling_at_temperature_0_is_refused(tmp_path: Path, answer: Answer) ->
     assert answer("--model_name_or_path", model, "--max_new_tokens", 2, "Hi")
     with pytest.raises(ConfigError, match=r"^--do_sample: generation_config.json of .* has temperature 0\. "):
         ask.main(["--model_name_or_path", str(model), "--do_sample", "Hi"])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"cache_implementation": "x"}, {"bad_words_ids": [[]]}, {"stop_strings": ["x"]}, {"num_beams": 3, "top_k": -1}],
+)
+def test_setting_that_transformers_refuses(
+    tmp_path: Path, settings: dict[str, object], capfd: pytest.CaptureFixture[str]
+) -> None:
+    change_json(copy_checkpoint(tmp_path / "model") / "generation_config.json", **settings)
+    try:
+        ask.main(["--model_name_or_path", str(tmp_path / "model"), "--max_new_tokens", "2", "Hi"])
+    except ConfigError as error:
+        assert "generation_config.json" in str(error) and "\n" not in str(error)
+        assert capfd.readouterr().out == ""
