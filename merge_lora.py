@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
+    set_up_logging()
     # torch is imported after the flags are checked, so that a wrong flag is reported at once.
     from checkpoints.base_check import check_trained_on
     from checkpoints.folders import check_space, staged_folder
@@ -40,7 +41,6 @@ def main(argv: Sequence[str]) -> None:
     from export.progress import progress_bar
     from export.trained_form import compare_with_training
 
-    set_up_logging()
     start = time.monotonic()
     named = [Path(name) for value in args.adapter for name in (value, value.rpartition("=")[0]) if name]
     inputs = {"--adapter": named, "--base": [args.base] if args.base else []}

@@ -32,11 +32,11 @@ def main(argv: Sequence[str]) -> None:
     is_adapter = is_file(args.input / ADAPTER_CONFIG)
     check_args(args, is_adapter)
     check_output_folder(args.output, "OUT", {"IN": [args.input]})
+    set_up_logging()
     # torch is imported after the flags are checked, so that a wrong flag is reported at once.
     from checkpoints.writing import parse_size
     from export.conversion import Conversion, convert_adapter, convert_checkpoint
 
-    set_up_logging()
     start = time.monotonic()
     convert = convert_adapter if is_adapter else convert_checkpoint
     summary = convert(

@@ -43,7 +43,8 @@ def test_checkpoint_round_trip(tmp_path: Path) -> None:
     before = contents(source)
     there, back = tmp_path / "there", tmp_path / "back"
     result = run_well("-m", "scripts.convert_layout", source, there, "--max_shard_size", "50KB")
-    assert "qwen -> qwen2" in result.stdout and "64 tokens" in result.stderr and "converting: 100%" in result.stderr
+    assert "qwen -> qwen2" in result.stdout and "64 tokens" in result.stderr
+    assert "torchao" not in result.stderr, "libraries are quiet before they are imported"
     assert contents(source) == before
     assert len([name for name in names_in(there) if name.endswith(".safetensors")]) > 2
     assert (there / "LICENSE").read_text() == "a licence"
