@@ -1,4 +1,4 @@
-"""Callbacks of a run: ``training_log.jsonl``, the loss curve, the interval of logging, early stopping."""
+"""Callbacks of a run: ``training_log.jsonl``, the interval of logging, early stopping."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from transformers import (
 from transformers.trainer_callback import ExportableState
 
 from checkpoints.files import save_text
-from checkpoints.names import LOSS_CURVE, TRAINING_LOG
+from checkpoints.names import TRAINING_LOG
 from training.config.args import RunArguments, parse_profile_steps
 from training.config.intervals import SHORT_RUN
 from training.display import KEYS, is_measured
 from training.profiling import Profiler
 from training.progress import Progress
-from training.run_folder.curves import Row, load_rows, plot_losses
+from training.run_folder.curves import Row, load_rows
 
 
 def build_callbacks(args: RunArguments, log: RunLog) -> list[TrainerCallback]:
@@ -69,7 +69,7 @@ class EarlyStopping(EarlyStoppingCallback):
 
 
 class RunLog(TrainerCallback, ExportableState):
-    """The run's log: appends every logged step to ``training_log.jsonl``, plots the loss when training ends.
+    """The run's log: appends every logged step to ``training_log.jsonl``.
 
     Each line has ``step``, ``elapsed`` (seconds of training), ``tokens`` (targets so far), ``epoch`` and either
     ``eval_loss`` and ``eval_token_accuracy``, or ``loss``, ``token_accuracy``, ``lr``, ``grad_norm``,
@@ -118,12 +118,6 @@ class RunLog(TrainerCallback, ExportableState):
         if state.is_world_process_zero:
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        if state.is_world_process_zero:
-            plot_losses({"": self.rows}, self.path.parent / LOSS_CURVE, f"Loss of {self.path.absolute().parent.name}")
 
     def losses(self, name: str = "loss") -> list[float]:
         """Return the logged values of ``loss``, ``eval_loss`` or another key, in order."""

@@ -20,6 +20,7 @@ from processes import has_gpu, is_first
 from training.config.args import LoraArguments, RunArguments, parse_profile_steps
 from training.config.flags import did_you_mean, nearest
 from training.config.intervals import evaluation_steps
+from training.data_workers import check_workers
 from training.engine_checks import check_engine
 from training.flag_checks import check_flags, warn_of_ignored_flags
 from training.optimizer_checks import check_optimizer, check_schedule
@@ -326,4 +327,5 @@ def _check_output(args: RunArguments) -> Faults:
     """Check the output folder; its checkpoint is compared with the arguments only if the folder itself is accepted."""
     if args.dry_run or not is_first():
         return  # rank 0 may already be removing the files that --overwrite_output_dir discards
+    yield from _faults_of(check_workers, args.trainer_value("dataloader_num_workers"))
     yield from list(_faults_of(check_output, args)) or _faults_of(check_start, args)

@@ -25,8 +25,10 @@ from loading.quantized import count_elements, count_weights
 from training.callbacks import RunLog
 from training.config.args import RunArguments
 from training.data import save_reports
+from training.ornaments import ornament
 from training.progress import peak_memory
 from training.run_folder.changes import facts_from_args
+from training.run_folder.curves import plot_losses
 from training.trainer import QwenTrainer
 
 logger = logging.getLogger(__name__)
@@ -57,15 +59,21 @@ def record_end(
     policy: EmbeddingsPolicy | None,
     seconds: float,
 ) -> None:
-    """Write ``run_summary.json`` and log its result, on rank 0 only; end what ``--report_to`` started.
+    """Write ``run_summary.json`` and log its result, on rank 0 only; then draw the loss curve and end the trackers.
+
+    The model has been saved before: nothing that fails here loses it.
 
     Args:
         seconds: of training.
     """
     if trainer.is_world_process_zero():
         summary = save_summary(trainer, args, log, sets, policy, seconds)
+        with ornament("the loss curve"):
+            plot_losses({"": log.rows}, args.output_dir / LOSS_CURVE, f"Loss of {args.output_dir.absolute().name}")
         logger.info("Done: %s\n%s", describe_result(summary), describe_output(args, trainer.checkpoint))
-    trainer.accelerator.end_training()
+    trainer.ornaments.end()
+    with ornament("the end of --report_to"):
+        trainer.accelerator.end_training()
 
 
 def describe_run(

@@ -1,6 +1,7 @@
-"""transformers' Trainer for causal language models: loss per token, one device read per step, complete checkpoints.
+"""transformers' Trainer for causal language models: batches, loss per token, one device read per step, evaluation.
 
-Every method of the Trainer that is overridden is in this file and is listed in ``tests/unit/test_library_contract.py``.
+Saving and resuming are in ``training/trainer_checkpoints.py``. Every method of the Trainer that is overridden is in
+these two files and is listed in ``tests/unit/test_library_contract.py``.
 """
 
 from __future__ import annotations
@@ -9,41 +10,36 @@ import logging
 import math
 import time
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.utils import gather_object
-from peft import PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Sampler
-from transformers import PrinterCallback, ProgressCallback, Trainer
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput
+from transformers import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import EvalLoopOutput
 
 from errors import RunError
 from loading.checkpoint import Checkpoint
-from loading.sharding import gather, gather_weights, is_sharded
+from loading.sharding import gather
+from training.data_workers import worker_errors
 from training.display import LogLines, ProgressBar
 from training.distributed.heartbeat import RankStatus
 from training.distributed.world import World
 from training.first_loss import check_first_loss
+from training.ornaments import Ornaments
 from training.progress import Counts, Progress, count_correct, count_targets, weigh_targets
-from training.run_folder.failures import saving_errors
-from training.run_folder.manifest import write_manifest
-from training.run_folder.names import TRAINER_STATE
-from training.run_folder.saving import save_model
-from training.run_folder.staging import staged_checkpoint
-from training.samplers import EpochSampler, PaddedDataset, build_sampler
+from training.samplers import PaddedDataset, build_sampler
 from training.signals import Signals, StopRequest
+from training.trainer_checkpoints import CheckpointTrainer
 from training.trainer_engines import complete_engine_options, enable_fsdp_on_cpu
-from training.trainer_resume import EpochEnds, add_missing_states, keeping_dtypes, remove_superseded, set_learning_rate
 
 logger = logging.getLogger(__name__)
 
 _MAX_NAMED_SAMPLES = 20
 
 
-class QwenTrainer(Trainer):
+class QwenTrainer(CheckpointTrainer):
     """transformers' Trainer, with the same steps and the same files under every engine and after every resume.
 
     The host reads from the device once per optimizer step, between its backward passes and its update: one tensor with
@@ -61,12 +57,10 @@ class QwenTrainer(Trainer):
         world: the ranks of the run; by default this one only.
     """
 
-    checkpoint: Checkpoint
-    facts: Mapping[str, Any]
     progress: Progress
     signals: Signals
     status: RankStatus
-    world: World
+    ornaments: Ornaments  # their end is the caller's, after the result is saved
 
     # This rank's share of the current optimizer step: a value per micro-batch, sums on the device.
     _losses: list[Tensor]
@@ -75,11 +69,6 @@ class QwenTrainer(Trainer):
     _step_correct: Tensor
     # This rank's share of the current evaluation, on the device: summed loss, its weight, correct, targets.
     _evaluated: Tensor
-
-    _sampler: EpochSampler | None = None
-    _staging: Path | None = None  # while a checkpoint is saved
-    _resumed_from: str | None = None  # until the first epoch after a resume begins
-    _resumed_at_epoch_end: bool = False  # the checkpoint is of the last step of an epoch
 
     def __init__(
         self,
@@ -103,14 +92,13 @@ class QwenTrainer(Trainer):
             self.label_smoother = None  # it needs logits; the model smoothes by itself
         # transformers would read the loss of every micro-batch to replace NaN in the log; here NaN ends the run.
         self.args.logging_nan_inf_filter = False
-        self._epoch_ends = EpochEnds()
-        self.add_callback(self._epoch_ends)
         self.remove_callback(PrinterCallback)
         self.remove_callback(ProgressCallback)
         self.add_callback(LogLines() if self.args.disable_tqdm else ProgressBar(self.progress))
         self._losses, self._batch_indices, self._step_counts = [], [], []
         self._step_correct = torch.zeros((), dtype=torch.long, device=self.args.device)
         self._evaluated = torch.zeros(4, device=self.args.device)
+        self.ornaments = Ornaments(self.callback_handler.callbacks)
 
     def create_accelerator_and_postprocess(self) -> None:
         complete_engine_options(self.args)
@@ -119,7 +107,8 @@ class QwenTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.progress.start()
-        return super().train(*args, **kwargs)
+        with worker_errors(self.args.dataloader_num_workers):
+            return super().train(*args, **kwargs)
 
     # ------------------------------------------------------------------------------------------------------- batches
 
@@ -195,7 +184,7 @@ class QwenTrainer(Trainer):
                 inputs["label_smoothing"] = self.args.label_smoothing_factor
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
         # DeepSpeed updates within the backward pass, before _read_step.
-        if self.is_deepspeed_enabled and not math.isfinite(value := float(loss.detach())):
+        if model.training and self.is_deepspeed_enabled and not math.isfinite(value := float(loss.detach())):
             raise self._divergence("loss", value)
         self.status.record_progress()
         correct = outputs["num_correct"] if self.is_lean else count_correct(outputs["logits"], labels)
@@ -294,8 +283,8 @@ class QwenTrainer(Trainer):
                 logs["grad_norm"] = float(grad_norm)
             self.log(logs, start_time)
         started = time.monotonic()
-        self._epoch_ends.grad_norm = None if grad_norm is None else float(grad_norm)
-        self._epoch_ends.learning_rate = learning_rate
+        self.epoch_ends.grad_norm = None if grad_norm is None else float(grad_norm)
+        self.epoch_ends.learning_rate = learning_rate
         self.control.should_save |= self.signals.agreed is not StopRequest.NOTHING
         super()._maybe_log_save_evaluate(
             tr_loss, grad_norm, model, trial, epoch, ignore_keys_for_eval, start_time, learning_rate=learning_rate
@@ -328,96 +317,3 @@ class QwenTrainer(Trainer):
         self._evaluated[1] += weigh_targets(inputs).to(loss.device)
         self._evaluated[3] += count_targets(inputs).to(loss.device)
         return loss, logits, labels
-
-    # -------------------------------------------------------------------------------------------------------- resuming
-
-    def _init_training_state(
-        self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, trial: Any
-    ) -> tuple[int, int]:
-        """Restore the state; intervals of logging, saving and evaluating are the command's, not the checkpoint's."""
-        position = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
-        self.state.compute_steps(self.args, max_steps)
-        if checkpoint is not None:
-            add_missing_states(self.state, self.callback_handler.callbacks)
-            self._resumed_from = checkpoint
-            self._resumed_at_epoch_end = self.state.global_step % steps_per_epoch == 0
-        return position
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        own_model: Any = self.model
-        with keeping_dtypes(own_model):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None:
-            set_learning_rate(self.lr_scheduler, self.args.learning_rate)
-
-    def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
-        """Run an epoch unless training is over: after a resume from the last step, transformers would do one more."""
-        if self.state.global_step >= self.state.max_steps or self.control.should_training_stop:
-            self.control.should_training_stop = True
-            return
-        self._end_interrupted_epoch()
-        if self._sampler is not None:  # a dataloader that skips batches after a resume does not pass the epoch on
-            self._sampler.set_epoch(kwargs["epoch"])
-        super()._run_epoch(*args, **kwargs)
-
-    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
-        self._end_interrupted_epoch()
-        return super()._finalize_training(*args, **kwargs)
-
-    def _end_interrupted_epoch(self) -> None:
-        """Do what is due at the end of an epoch, if the run died between its last step and its end."""
-        checkpoint, self._resumed_from = self._resumed_from, None
-        if checkpoint is None or not (self._resumed_at_epoch_end or self.control.should_training_stop):
-            return
-        if not self._epoch_ends.is_missing(self.state.global_step):
-            return
-        self._load_rng_state(checkpoint)
-        self.control = self.callback_handler.on_epoch_end(self.args, self.state, self.control)
-        norm, rate = self._epoch_ends.grad_norm, self._epoch_ends.learning_rate
-        self._maybe_log_save_evaluate(self._tr_loss, norm, self.model_wrapped, None, 0, None, time.time(), rate)
-
-    # ---------------------------------------------------------------------------------------------------------- saving
-
-    def _get_output_dir(self, trial: Any) -> str:
-        return str(self._staging or super()._get_output_dir(trial))
-
-    def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        """Save transformers' ``checkpoint-N`` in one step: staged in a hidden folder, renamed when it is complete."""
-        output, writes = Path(str(self.args.output_dir)), self.args.should_save
-        final = output / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
-        with saving_errors(output), staged_checkpoint(final, writes) as staged:
-            self.world.barrier("checkpoint")  # no collective: a large checkpoint may take longer than its time-out
-            self._staging = staged.parent
-            try:
-                super()._save_checkpoint(model, trial)
-            finally:
-                self._staging = None
-            if self.state.best_model_checkpoint == str(staged):
-                self.state.best_model_checkpoint = str(final)
-                if writes:
-                    self.state.save_to_json(str(staged / TRAINER_STATE))
-            self.world.barrier("checkpoint")
-            if writes:
-                write_manifest(staged, self.state.global_step, self.facts)
-            self.world.barrier("checkpoint")
-        if writes:
-            # transformers' own rotation saw the hidden folder only.
-            remove_superseded(final, self.args.save_total_limit, self.state.best_model_checkpoint)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save what was trained, gathered from all ranks if the engine shards it."""
-        model = self.accelerator.unwrap_model(self.model)
-        weights: dict[str, Tensor] | None = None
-        if is_sharded(model):
-            weights = gather_weights(model, isinstance(model, PeftModel), keep=self.args.should_save)
-        self._save(output_dir, weights)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
-        if self.args.should_save:
-            model = self.accelerator.unwrap_model(self.model)
-            folder = str(output_dir or self.args.output_dir)
-            exact = self._staging is not None  # a checkpoint to resume from keeps the precision of memory
-            save_model(model, self.checkpoint, folder, state_dict, not self.args.disable_tqdm, exact)

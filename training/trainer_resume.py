@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_callback import ExportableState
 
 from training.run_folder.manifest import checkpoints_in, step_of
+
+_MOMENTS = {"exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "z"}
 
 
 class EpochEnds(TrainerCallback, ExportableState):
@@ -50,21 +52,69 @@ class EpochEnds(TrainerCallback, ExportableState):
 
 
 def add_missing_states(state: TrainerState, callbacks: Sequence[TrainerCallback]) -> None:
-    """Give callbacks that a checkpoint does not know an empty state, which transformers expects."""
+    """Give callbacks that a checkpoint does not know an empty state, which transformers expects; check the others.
+
+    Raises:
+        ValueError: a state has other types than the callback saves.
+    """
     callback_states: Any = state.stateful_callbacks  # a dict once it has been loaded
     for callback in callbacks:
         if isinstance(callback, ExportableState):
-            callback_states.setdefault(type(callback).__name__, {"args": {}, "attributes": {}})
+            name = type(callback).__name__
+            saved = callback_states.setdefault(name, {"args": {}, "attributes": {}})["attributes"]
+            own = callback.state()["attributes"]
+            for key in saved.keys() & own.keys():
+                _check_state(saved[key], own[key], f"stateful_callbacks.{name}.{key}")
 
 
-@contextmanager
-def keeping_dtypes(model: nn.Module) -> Iterator[None]:
-    """Restore the parameters' dtypes after the block: peft widens 16-bit parameters to float32 when it loads them."""
-    dtypes = {name: parameter.dtype for name, parameter in model.named_parameters()}
-    yield
-    for name, parameter in model.named_parameters():
-        if parameter.dtype != dtypes[name]:
-            parameter.data = parameter.data.to(dtypes[name])
+def _check_state(saved: Any, own: Any, place: str) -> None:
+    if isinstance(own, dict) and (not isinstance(saved, dict) or saved.keys() != own.keys()):
+        raise ValueError(f"{place} has other keys than {', '.join(own)}")
+    if saved is not None:  # numbers that are not known yet are None
+        check_types(saved, 0 if own is None else own, place)
+
+
+def settings_of(optimizer: Any, scheduler: Any) -> dict[str, Any]:
+    """Return a copy of what a checkpoint restores of an optimizer's settings and of the schedule."""
+    groups = [{name: group[name] for name in group if name != "params"} for group in optimizer.param_groups]
+    return copy.deepcopy({"param_groups": groups, "schedule": scheduler.state_dict()})
+
+
+def check_types(restored: Any, before: Any, place: str = "") -> None:
+    """Check that restored settings have the types of those before; a step would fail with any other.
+
+    Raises:
+        ValueError: they have not.
+    """
+    if isinstance(before, (bool, int, float)):
+        fits = isinstance(restored, (bool, int, float))
+    elif isinstance(before, (list, tuple)):
+        fits = isinstance(restored, (list, tuple)) and len(restored) == len(before)
+    else:
+        fits = not isinstance(before, (str, Tensor, dict)) or isinstance(restored, type(before))
+    if not fits:
+        raise ValueError(f"{place} is {restored!r:.60}, not like {before!r:.60}")
+    if isinstance(before, dict):
+        for name in before:
+            check_types(restored[name], before[name], f"{place}.{name}".lstrip("."))
+    elif isinstance(before, (list, tuple)):
+        for index, (each, each_before) in enumerate(zip(restored, before, strict=True)):
+            check_types(each, each_before, f"{place}[{index}]")
+
+
+def check_moments(optimizer: Any, args: TrainingArguments) -> None:
+    """Check that restored moments have the shapes of their parameters; torch would only find out in the next step.
+
+    Raises:
+        ValueError: they have not.
+    """
+    if "galore" in args.optim or "apollo" in args.optim:  # they keep moments of projected gradients
+        return
+    for parameter, state in optimizer.state.items():
+        for name in _MOMENTS & state.keys():
+            if state[name].shape != parameter.shape:
+                shapes = f"{tuple(state[name].shape)}, its parameter {tuple(parameter.shape)}"
+                raise ValueError(f"a moment {name} has the shape {shapes}")
 
 
 def set_learning_rate(scheduler: Any, learning_rate: float) -> None:

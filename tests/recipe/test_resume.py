@@ -32,6 +32,7 @@ CASES: dict[str, tuple[str, list[object], list[int]]] = {
     "workers": ("float32", [*LORA, "--dataloader_num_workers", 2], [4]),
     "best": ("float32", [*LORA, *BEST, "--learning_rate", 1e-2], [2, 4]),
     "stopped early": ("float32", [*LORA, *BEST, "--metric_for_best_model", "token_accuracy"], [2, 4, 6]),
+    "schedule free": ("float32", [*LORA, *BEST, "--optim", "schedule_free_adamw", "--learning_rate", 0.1], [2, 4]),
     "by epochs": ("float32", [*LORA, "--eval_strategy", "epoch", "--logging_strategy", "epoch"], [6, 9]),
 }
 TIMED = ("elapsed", "tokens_per_second", "peak_memory_gib", "eta_seconds")
@@ -79,6 +80,8 @@ def die_after(output: Path, step: int) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path, base: Path, case: str) -> None:
     dtype, flags, steps = CASES[case]
+    if case == "schedule free":
+        pytest.importorskip("schedulefree")
     command = arguments(tmp_path, base if dtype == "bfloat16" else TINY, *flags)
     finetune_here(*command)
     output, uninterrupted = tmp_path / "out", tmp_path / "uninterrupted"

@@ -25,6 +25,7 @@ from tests.golden import REPO
 from tests.unit.test_imports import PACKAGES, sources_of
 
 TRAINER = "training/trainer.py"
+CHECKPOINTS = "training/trainer_checkpoints.py"
 
 
 class Member(NamedTuple):
@@ -72,22 +73,30 @@ OVERRIDDEN = [
     Member("transformers:Trainer.prediction_step", TRAINER, "self model inputs prediction_loss_only ignore_keys"),
     Member(
         "transformers:Trainer._init_training_state",
-        TRAINER,
+        CHECKPOINTS,
         "self max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial",
     ),
-    Member("transformers:Trainer._load_from_checkpoint", TRAINER, "self resume_from_checkpoint model"),
-    Member("transformers:Trainer._load_optimizer_and_scheduler", TRAINER, "self checkpoint"),
+    Member("transformers:Trainer._load_from_checkpoint", CHECKPOINTS, "self resume_from_checkpoint model"),
+    Member(
+        "transformers:Trainer._prepare_for_training",
+        CHECKPOINTS,
+        "self max_steps train_dataloader resume_from_checkpoint",
+    ),
+    Member("transformers:Trainer._load_optimizer_and_scheduler", CHECKPOINTS, "self checkpoint"),
+    Member("transformers:Trainer._load_scaler", CHECKPOINTS, "self checkpoint"),
+    Member("transformers:Trainer._load_rng_state", CHECKPOINTS, "self checkpoint"),
+    Member("transformers:Trainer._load_best_model", CHECKPOINTS, "self"),
     Member(
         "transformers:Trainer._run_epoch",
-        TRAINER,
+        CHECKPOINTS,
         "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
         "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",
     ),
-    Member("transformers:Trainer._finalize_training", TRAINER, "self trial num_train_samples start_time"),
-    Member("transformers:Trainer._get_output_dir", TRAINER, "self trial"),
-    Member("transformers:Trainer._save_checkpoint", TRAINER, "self model trial"),
-    Member("transformers:Trainer.save_model", TRAINER, "self output_dir _internal_call"),
-    Member("transformers:Trainer._save", TRAINER, "self output_dir state_dict"),
+    Member("transformers:Trainer._finalize_training", CHECKPOINTS, "self trial num_train_samples start_time"),
+    Member("transformers:Trainer._get_output_dir", CHECKPOINTS, "self trial"),
+    Member("transformers:Trainer._save_checkpoint", CHECKPOINTS, "self model trial"),
+    Member("transformers:Trainer.save_model", CHECKPOINTS, "self output_dir _internal_call"),
+    Member("transformers:Trainer._save", CHECKPOINTS, "self output_dir state_dict"),
     Member(
         "transformers.quantizers.base:HfQuantizer._process_model_before_weight_loading",
         "loading/quantized.py",
@@ -152,8 +161,11 @@ REPLACED = [
 
 READ = [
     Member("transformers:Trainer._get_learning_rate", TRAINER, "self"),
-    Member("transformers:Trainer._load_rng_state", TRAINER, "self checkpoint"),
-    Member("transformers:Trainer._tr_loss", TRAINER),
+    Member("transformers:Trainer._maybe_log_save_evaluate", CHECKPOINTS),
+    Member("transformers:Trainer._tr_loss", CHECKPOINTS),
+    Member("transformers.trainer_pt_utils:safe_globals", "training/run_folder/states.py", ""),
+    Member("torch.distributed.checkpoint.filesystem:_StorageInfo", "training/run_folder/states.py"),
+    Member("torch.serialization:_get_layout", "training/run_folder/states.py", "name"),
     # A dict once it has been loaded from a checkpoint, contrary to its annotation.
     Member("transformers:TrainerState.stateful_callbacks", "training/callbacks.py"),
     Member("transformers:TrainerState.stateful_callbacks", "training/trainer_resume.py"),

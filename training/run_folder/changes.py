@@ -146,13 +146,18 @@ def compare(facts: RunFacts, saved: RunFacts) -> Differences:
     return result
 
 
-def find_differing_arguments(facts: RunFacts, recorded: RunFacts) -> list[str]:
-    """Return the arguments that make this run a different one, a line each, paths of inputs included.
+def find_differing_arguments(facts: RunFacts, recorded: RunFacts, compares_paths: bool = True) -> list[str]:
+    """Return the arguments that make this run a different one, a line each.
 
     Args:
         recorded: ``{"arguments": ...}`` of the run that a folder belongs to.
+        compares_paths: include the paths of model and data; where their content is compared, the same files may have
+            another path now.
     """
-    return [line for name, line in _differing_arguments(facts, recorded) if not _is_harmless(name)]
+    ignored = set() if compares_paths else _INPUT_PATHS - {"lora_weight_path"}
+    return [
+        line for name, line in _differing_arguments(facts, recorded) if not _is_harmless(name) and name not in ignored
+    ]
 
 
 def _known_to_both(facts: RunFacts, saved: RunFacts) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -97,6 +97,14 @@ def load_manifest(checkpoint: Path) -> Manifest:
     return content
 
 
+def saved_arguments(checkpoint: Path) -> dict[str, Any]:
+    """Return the arguments of the run that saved a checkpoint; empty without a manifest."""
+    try:
+        return dict(load_manifest(checkpoint).get("arguments") or {})
+    except DamagedError:
+        return {}
+
+
 def check_intact(checkpoint: Path, manifest: Manifest) -> None:
     """Compare the files with the manifest: first all sizes, then all checksums, which takes longer.
 

@@ -27,9 +27,16 @@ TENSORBOARD = "runs"  # a folder
 OWNERSHIP_RECORDS = (TRAINING_LOG, RUN_SUMMARY, RUN_ARGUMENTS)
 """A folder with one of these files is a run's."""
 
+CHAT_TEMPLATES = "additional_chat_templates"  # a folder: the tokenizer's named chat templates
+
+RUN_WEIGHTS = re.compile(
+    re.escape(ADAPTER_SAFETENSORS) + r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+)
+"""Weights that a run writes."""
+
 RUN_FILE = re.compile(
-    "|".join(map(re.escape, (*RUN_RECORDS, ADAPTER_CONFIG, ADAPTER_SAFETENSORS, BASE_QUANTIZATION)))
-    + r"|config\.json|generation_config\.json|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
+    "|".join(map(re.escape, (*RUN_RECORDS, ADAPTER_CONFIG, BASE_QUANTIZATION)))
+    + rf"|{RUN_WEIGHTS.pattern}|config\.json|generation_config\.json"
     r"|qwen(_extra)?\.tiktoken|tokenizer(_config)?\.json|vocab\.json|merges\.txt|special_tokens_map\.json"
     r"|added_tokens\.json|chat_template\.(jinja|json)"
 )
@@ -37,6 +44,7 @@ RUN_FILE = re.compile(
 
 RUN_SUBFOLDERS = {
     TENSORBOARD: re.compile(r"events\.out\.tfevents"),
+    CHAT_TEMPLATES: re.compile(r".+\.jinja$"),
     PROFILE: re.compile(rf"({re.escape(PROFILE_TRACE)}(\.gz)?|{re.escape(PROFILE_OPERATORS)})$"),
 }
 """Folders that a run writes beside its checkpoints; the beginning of every file's name in them must match."""

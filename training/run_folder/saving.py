@@ -1,14 +1,17 @@
 """Saving of a trained model: weights or adapter in the base's precision, with tokenizer and generation config.
 
-Weights are read back after writing and compared with those in memory.
+Weights are read back after writing and compared with those in memory. A checkpoint's weights are restored from the same
+tensors that were saved.
 """
 
 from __future__ import annotations
 
 import copy
 import logging
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -18,11 +21,11 @@ from transformers import PreTrainedModel
 
 from chat.stops import stopping_generation_config
 from checkpoints.files import save_json
-from checkpoints.names import ADAPTER_SAFETENSORS, BASE_QUANTIZATION, WEIGHTS
+from checkpoints.names import ADAPTER_SAFETENSORS, ADAPTER_WEIGHTS, BASE_QUANTIZATION, WEIGHTS
 from checkpoints.shards import open_checkpoint
 from checkpoints.source import is_finite
 from checkpoints.writing import save_checkpoint, save_tensors
-from errors import RunError
+from errors import ConfigError, RunError
 from loading.checkpoint import Checkpoint, set_saved_dtype
 from qwen_model.architectures import architecture_of
 from training.run_folder.failures import saving_errors
@@ -66,11 +69,48 @@ def save_model(
         generation_config = checkpoint.generation_config.to_diff_dict()
         stopping = stopping_generation_config(generation_config, checkpoint.end_ids, checkpoint.model_type)
         save_json(stopping, staging / "generation_config.json")
-        written = {file.name for file in staging.iterdir()}
-    if not isinstance(model, PeftModel):
-        for old in folder.glob("model*.safetensors*"):
-            if old.name not in written:
-                old.unlink()
+
+
+def trained_tensors(model: Any, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """Return the tensors that are saved, by their names in the file: those of the adapter, or all of the model.
+
+    Args:
+        model: without a trainer's wrappers.
+        state_dict: the gathered weights, if the model itself is sharded. Without it the tensors are views of the
+            model's memory.
+    """
+    if isinstance(model, PeftModel):
+        # By default peft looks the base up on the hub to decide whether embeddings were resized.
+        return get_peft_model_state_dict(
+            model, state_dict=None if state_dict is None else dict(state_dict), save_embedding_layers=False
+        )
+    tensors = dict(model.state_dict() if state_dict is None else state_dict)
+    if model.config.tie_word_embeddings:
+        for name in model.all_tied_weights_keys:
+            tensors.pop(name, None)
+    return tensors
+
+
+@torch.no_grad()
+def restore_tensors(model: Any, folder: Path) -> None:
+    """Copy the weights or the adapter in a checkpoint to the model's memory, which keeps its precision.
+
+    Raises:
+        ConfigError: a file is damaged, or its tensors are not exactly those of the model; nothing is restored then.
+    """
+    saved = open_checkpoint(folder, ADAPTER_WEIGHTS if isinstance(model, PeftModel) else WEIGHTS)
+    tensors, place = trained_tensors(model), saved.files[0] if len(saved.files) == 1 else folder
+    fix = "Resume with the model and the adapter's settings that the checkpoint was trained with"
+    for names, what in ((tensors.keys() - set(saved.names()), "lacks"), (set(saved.names()) - tensors.keys(), "has")):
+        if names:
+            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
+            raise ConfigError(f"{place} {what} {min(names)}{more}, unlike the model", fix)
+    for name, tensor in tensors.items():
+        if saved.shape(name) != tuple(tensor.shape):
+            what = f"{place}: {name} has the shape {saved.shape(name)}, the model needs {tuple(tensor.shape)}"
+            raise ConfigError(what, fix)
+    for name, tensor in tensors.items():
+        tensor.copy_(saved.read(name))
 
 
 def save_adapter(
@@ -81,15 +121,14 @@ def save_adapter(
     Args:
         dtype: saved precision; ``None`` is that of memory.
     """
-    # By default peft looks the base up on the hub to decide whether embeddings were resized.
-    tensors = get_peft_model_state_dict(
-        model, state_dict=None if state_dict is None else dict(state_dict), save_embedding_layers=False
-    )
     # A tied embedding appears twice, and safetensors needs separate memory.
-    tensors = {name: _to_disk(name, tensor, dtype).clone() for name, tensor in tensors.items()}
+    tensors = {name: _to_disk(name, item, dtype).clone() for name, item in trained_tensors(model, state_dict).items()}
     save_tensors(tensors, folder / ADAPTER_SAFETENSORS)
     config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
+    base = os.path.expanduser(config.base_model_name_or_path or "")
+    if os.path.isdir(base):  # otherwise the name of a model on a hub
+        config.base_model_name_or_path = os.path.abspath(base)  # the adapter is opened from other folders too
     config.save_pretrained(str(folder))
     if (quantization := getattr(model.config, "quantization_config", None)) is not None:
         # The adapter was trained beside weights that were rounded this way.
@@ -110,10 +149,7 @@ def save_full(
     Args:
         dtype: see :func:`save_adapter`.
     """
-    tensors = dict(model.state_dict() if state_dict is None else state_dict)
-    if model.config.tie_word_embeddings:
-        for name in model.all_tied_weights_keys:
-            tensors.pop(name, None)
+    tensors = trained_tensors(model, state_dict)
 
     def as_saved(action: str) -> Iterator[tuple[str, Tensor]]:
         for name, tensor in tqdm(tensors.items(), action, unit=" tensors", disable=not show_progress):

@@ -8,6 +8,7 @@ Imports no torch.
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 from collections.abc import Mapping
@@ -18,12 +19,13 @@ from typing import TYPE_CHECKING, Any
 from checkpoints.files import is_file, load_json
 from checkpoints.input_folders import check_files
 from checkpoints.names import RUN_ARGUMENTS, RUN_SUMMARY
-from errors import ConfigError, numbered, one_line, shared
+from errors import ConfigError, numbered, shared
 from processes import is_restart
 from training.config.args import RunArguments
 from training.run_folder.changes import RunFacts, check_changes, facts_from_args, find_differing_arguments
 from training.run_folder.manifest import (
     DamagedError,
+    Manifest,
     check_intact,
     checkpoints_in,
     load_manifest,
@@ -32,6 +34,7 @@ from training.run_folder.manifest import (
     step_of,
 )
 from training.run_folder.names import MANIFEST, TRAINER_STATE
+from training.run_folder.resumed import find_best, find_unnamed, load_state
 
 if TYPE_CHECKING:
     from training.distributed.world import World
@@ -155,8 +158,9 @@ def find_start(args: RunArguments, facts: RunFacts) -> Start:
 def _find_automatically(args: RunArguments, facts: RunFacts) -> Start:
     output = args.output_dir
     recorded = {"arguments": _load_record(output / RUN_ARGUMENTS)}
-    differing = find_differing_arguments(facts, recorded)
-    if summary := _load_record(output / RUN_SUMMARY):
+    summary = _load_record(output / RUN_SUMMARY)
+    differing = find_differing_arguments(facts, recorded, compares_paths=not summary)
+    if summary:
         differing += _differing_inputs(facts, summary)
         if not differing and recorded["arguments"]:
             return Start(is_finished=True)
@@ -184,15 +188,23 @@ def _load_record(path: Path) -> dict[str, Any]:
     return load_json(path) if is_file(path) else {}
 
 
-def _resume(args: RunArguments, facts: RunFacts, checkpoint: Path, saved: RunFacts) -> Start:
-    check_files(checkpoint)
-    _check_trainer_state(checkpoint / TRAINER_STATE)
+def _resume(args: RunArguments, facts: RunFacts, checkpoint: Path, saved: Manifest) -> Start:
+    if not saved:
+        check_files(checkpoint)
     accepted = check_changes(facts, saved, checkpoint, args.allow_resume_changes) if saved else []
+    state = load_state(checkpoint)
+    step = saved["step"] if saved else state.get("global_step", 0)
+    if state.get("global_step", step) != step:
+        what = f"{checkpoint / TRAINER_STATE}: global_step is {state['global_step']}, {MANIFEST} says {step}"
+        raise ConfigError(what, "Give an earlier checkpoint")
+    _check_best(args, facts, checkpoint, state)
+    if unnamed := find_unnamed(checkpoint, saved) if saved else []:
+        logger.warning("%s: not named by its %s and not read: %s", checkpoint, MANIFEST, ", ".join(unnamed[:5]))
     if accepted:
         logger.warning("%s", numbered(f"Settings that change at {checkpoint}", accepted))
     if facts["arguments"]["ignore_data_skip"]:
         logger.warning("--ignore_data_skip: the epoch starts again with examples that it has trained already")
-    if later := [path.name for path in checkpoints_in(checkpoint.parent) if step_of(path) > step_of(checkpoint)]:
+    if later := [path.name for path in checkpoints_in(args.output_dir) if step_of(path) > step]:
         logger.warning(
             "Resuming from %s: later steps are repeated, and %s will be removed when the next checkpoint is saved",
             checkpoint, ", ".join(reversed(later)),
@@ -202,17 +214,32 @@ def _resume(args: RunArguments, facts: RunFacts, checkpoint: Path, saved: RunFac
     return Start(checkpoint=str(checkpoint))
 
 
-def _check_trainer_state(path: Path) -> None:
-    """Check that transformers can build its state from the file: it takes every key as an argument."""
-    from transformers import TrainerState
+def _check_best(args: RunArguments, facts: RunFacts, checkpoint: Path, state: Mapping[str, Any]) -> None:
+    """Check that the best checkpoint so far, whose weights may become the result, is there and of the same run.
 
-    try:
-        TrainerState(**load_json(path))
-    except TypeError as error:
-        raise ConfigError(f"{path}: {one_line(error)}", "Give another checkpoint") from error
+    Args:
+        state: the trainer's state in ``checkpoint``.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    best = find_best(checkpoint, state)
+    if best is None or best == checkpoint or not args.trainer_value("load_best_model_at_end"):
+        return
+    what = f"--load_best_model_at_end: the best checkpoint before {checkpoint} is {best}, which"
+    fix = "Copy it there from where it is, or resume without --load_best_model_at_end"
+    if not best.is_dir():
+        raise ConfigError(f"{what} does not exist", fix)
+    manifest = _load_named_manifest(best)
+    if manifest:
+        check_changes(facts, manifest, best, allowed=True)
+    # The logs of a run's checkpoints begin with the same lines; as text, because NaN differs from NaN.
+    first, log = (each.get("log_history") or [] for each in (load_state(best), state))
+    if json.dumps(log[: len(first)]) != json.dumps(first):
+        raise ConfigError(f"{what} is of another run", fix)
 
 
-def _load_named_manifest(checkpoint: Path) -> RunFacts:
+def _load_named_manifest(checkpoint: Path) -> Manifest:
     """Return the manifest of a checkpoint that the user named; empty if it has none."""
     if not (checkpoint / MANIFEST).exists():
         logger.warning(

@@ -254,6 +254,22 @@ def warnings_of_first_step(data: Path, output: Path, caplog: pytest.LogCaptureFi
     return [record.getMessage() for record in caplog.records if "first loss" in record.getMessage()]
 
 
+def test_an_infinite_evaluation_loss_does_not_end_a_run_under_deepspeed(data: Path, tmp_path: Path) -> None:
+    """Only the loss of training is checked before DeepSpeed uses it."""
+    trainer = build_trainer(data, tmp_path, "--max_steps", 1)
+    trainer.train()
+    model: Any = trainer.model
+    model.lm_head.weight.data.fill_(math.nan)
+    trainer.is_deepspeed_enabled = True
+    examples: Any = trainer.train_dataset
+    batch = trainer.data_collator([examples[0]])
+    batch.pop("index", None)
+    assert math.isnan(trainer.compute_loss(model.eval(), batch))
+    trainer._losses = []
+    with pytest.raises(RunError, match="Optimizer step 2: the loss is nan"):
+        trainer.compute_loss(model.train(), batch)
+
+
 def test_a_first_loss_worse_than_guessing_is_warned_about(
     data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from errors import Terminated
 from tests.commands import limited_file_size, names_in
-from training.run_folder.staging import staged_checkpoint, staged_files
+from training.run_folder.staging import exchange_folders, staged_checkpoint, staged_files
 
 
 def fill(folder: Path, text: str) -> None:
@@ -57,3 +61,105 @@ def test_staged_files_are_moved_together(tmp_path: Path) -> None:
     with staged_files(tmp_path) as staging:
         fill(staging, "new")
     assert {path.read_text() for path in tmp_path.iterdir()} == {"new"}
+
+
+# --------------------------------------------------------------------------------------------- killed at a system call
+
+
+class Killed(BaseException):
+    """The process ends here."""
+
+
+TOKENIZER = ("generation_config.json", "tokenizer_config.json", "additional_chat_templates/tool.jinja")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", *TOKENIZER)
+FULL = ("config.json", "model.safetensors", *TOKENIZER)
+SHARDS = ("model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors", "model.safetensors.index.json")
+SHARDED = ("config.json", *SHARDS, *TOKENIZER)
+SAVED: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "a first adapter": ((), ADAPTER),
+    "another adapter": (ADAPTER, ADAPTER),
+    "a first model": ((), SHARDED),
+    "another model": (FULL, FULL),
+    "more shards": (FULL, SHARDED),
+    "fewer shards": (SHARDED, FULL),
+    "other shards": (SHARDED, SHARDED),
+}
+
+
+def write(folder: Path, names: tuple[str, ...], text: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def content_of(folder: Path) -> dict[str, str]:
+    return {path.relative_to(folder).as_posix(): path.read_text() for path in folder.rglob("*") if path.is_file()}
+
+
+def die_at(patch: pytest.MonkeyPatch, call: int) -> None:
+    """Let the process end at a system call that changes a name in the final folder."""
+    left = itertools.count(call, -1)
+
+    def limited(function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if next(left) <= 0:
+                raise Killed
+            return function(*args, **kwargs)
+
+        return run
+
+    patch.setattr(os, "replace", limited(os.replace))
+    patch.setattr(Path, "unlink", limited(Path.unlink))
+    patch.setattr("training.run_folder.staging.exchange_folders", limited(exchange_folders))
+
+
+@pytest.mark.parametrize("case", SAVED)
+def test_a_killed_process_leaves_a_complete_model_or_none(tmp_path: Path, case: str) -> None:
+    """At every moment: a folder that a loader takes for a model has all of its files, and weights of one version."""
+    before, after = SAVED[case]
+    for call in itertools.count():
+        folder = tmp_path / str(call)
+        folder.mkdir()
+        write(folder, before, "old")
+        killed = False
+        try:
+            with pytest.MonkeyPatch.context() as patch, staged_files(folder) as staged:
+                write(staged, after, "new")
+                die_at(patch, call)
+        except Killed:
+            killed = True
+        content = content_of(folder)
+        if not killed:
+            assert content == dict.fromkeys(after, "new")
+            break
+        if {"config.json", "adapter_config.json"} & content.keys():
+            assert content.keys() in (set(before), set(after))
+            weights = {text for name, text in content.items() if "model" in name}
+            assert len(weights) == 1
+        elif before in (ADAPTER, FULL) and before == after:
+            raise AssertionError("one file of weights is replaced without a moment in which there is no model")
+    assert call > 4
+
+
+@pytest.mark.parametrize("can_exchange", [True, False])
+def test_a_checkpoint_is_replaced_in_one_step_where_the_system_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, can_exchange: bool
+) -> None:
+    if not can_exchange:
+        monkeypatch.setattr("training.run_folder.staging.exchange_folders", lambda first, second: False)
+    for call in itertools.count():
+        final = tmp_path / str(call) / "checkpoint-2"
+        final.mkdir(parents=True)
+        fill(final, "old")
+        killed = False
+        try:
+            with pytest.MonkeyPatch.context() as patch, staged_checkpoint(final) as staged:
+                fill(staged, "new")
+                die_at(patch, call)
+        except Killed:
+            killed = True
+        if can_exchange or not killed:
+            assert set(content_of(final).values()) == ({"old"} if killed else {"new"})
+        if not killed:
+            break
+    assert names_in(tmp_path / str(call)) == ["checkpoint-2"]
