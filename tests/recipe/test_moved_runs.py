@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 import finetune
-from tests.commands import finetune_here, names_in, read_json, run_here
+from tests.commands import PLAIN, finetune_here, names_in, read_json, run_here
 from tests.models import CONVERSATIONS, TINY, write_conversations
 from tests.recipe.test_resume import die_after
 
@@ -21,6 +21,7 @@ def arguments(folder: Path, output: object, *flags: object) -> list[object]:
     data = write_conversations(folder / "train.json", CONVERSATIONS[:6])
     held_out = write_conversations(folder / "eval.json", CONVERSATIONS[6:])
     return [
+        *PLAIN,
         "--model_name_or_path", TINY, "--data_path", data, "--eval_data_path", held_out, "--output_dir", output,
         "--use_lora", "--lora_r", 4, "--max_steps", 6, "--per_device_train_batch_size", 2, "--logging_steps", 1,
         "--save_strategy", "steps", "--save_steps", 2, "--eval_strategy", "steps", "--eval_steps", 2,

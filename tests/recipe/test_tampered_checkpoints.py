@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import finetune
-from tests.commands import finetune_here, names_in, run_here
+from tests.commands import PLAIN, finetune_here, names_in, run_here
 from tests.models import TINY, change_json, write_conversations
 from training.config.parsing import parse_args
 from training.run_folder.manifest import load_manifest, write_manifest
@@ -87,6 +87,7 @@ TAMPERINGS = [
 
 def arguments(folder: Path, *flags: object) -> list[str]:
     words = [
+        *PLAIN,
         "--model_name_or_path", TINY, "--data_path", folder / "train.json", "--output_dir", folder / "new",
         "--use_lora", "--lora_r", 2, "--max_steps", 2, "--per_device_train_batch_size", 2, "--logging_steps", 1,
         "--save_strategy", "steps", "--save_steps", 1, "--use_cpu", "True", "--disable_tqdm", "True", *flags,
@@ -129,7 +130,7 @@ def test_a_file_that_differs_from_the_manifest_is_refused(
         facts = load_manifest(checkpoint)
         tamper(checkpoint / file)
         args = parse_args(arguments(folder, "--resume_from_checkpoint", checkpoint))
-        if file == MANIFEST and tamper in (remove, replace_by_link):
+        if file == MANIFEST and tamper is remove:
             find_start(args, facts)
             assert "has no manifest.json to check that it is intact" in caplog.text
             continue

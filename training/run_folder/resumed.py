@@ -56,7 +56,7 @@ def load_state(checkpoint: Path) -> dict[str, Any]:
     """Return the trainer's state in a checkpoint.
 
     Raises:
-        ConfigError: it cannot be read, or has a key that transformers, which takes every one as an argument, does not know.
+        ConfigError: it cannot be read, or has a key that transformers does not know: it takes each as an argument.
     """
     from transformers import TrainerState
 

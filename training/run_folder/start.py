@@ -189,8 +189,7 @@ def _load_record(path: Path) -> dict[str, Any]:
 
 
 def _resume(args: RunArguments, facts: RunFacts, checkpoint: Path, saved: Manifest) -> Start:
-    if not saved:
-        check_files(checkpoint)
+    check_files(checkpoint)
     accepted = check_changes(facts, saved, checkpoint, args.allow_resume_changes) if saved else []
     state = load_state(checkpoint)
     step = saved["step"] if saved else state.get("global_step", 0)

@@ -7,11 +7,12 @@ and a few classes without side effects. Only headers are read, not the tensors.
 from __future__ import annotations
 
 import pickle
+import pickletools
 import re
 import zipfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from transformers.trainer_pt_utils import safe_globals
@@ -27,8 +28,7 @@ _REQUIRED = (
     ("rng_state.pth", re.compile(r"rng_state.*")),
 )
 
-# What the metadata of torch.distributed.checkpoint consists of, besides the classes of one module.
-_METADATA_MODULE = "torch.distributed.checkpoint.metadata"
+# What the metadata of torch.distributed.checkpoint consists of, besides the classes of its own module.
 _METADATA_NAMES = frozenset({
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"), ("torch.serialization", "_get_layout"),
     ("torch", "Size"), ("torch", "device"), ("collections", "OrderedDict"),
@@ -60,7 +60,7 @@ def check_states(folder: Path, names: Sequence[str], only_model: bool = False) -
     for name in names:
         path = PurePath(name)
         if path.name == ".metadata":
-            _check(folder / name, _load_metadata)
+            _check(folder / name, _check_metadata)
         elif path.suffix in (".pt", ".pth") or name.startswith(("optimizer", "pytorch_model_fsdp")):
             state = _check(folder / name, _load) if path.suffix != ".distcp" else None
             form = next((form for pattern, form in _FORMS if pattern.fullmatch(name)), None)
@@ -100,20 +100,40 @@ def _deepspeed_classes() -> list[Any]:
     ]
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in _METADATA_NAMES:
-            return super().find_class(module, name)
-        if module == _METADATA_MODULE and "." not in name:
-            found = super().find_class(module, name)
-            if isinstance(found, type) and found.__module__ == module:
-                return found
-        raise pickle.UnpicklingError(f"GLOBAL {module}.{name} is not one of its classes")
+def _check_metadata(path: Path) -> None:
+    """Check the names that a pickle imports, without executing it."""
+    from torch.distributed.checkpoint import metadata
 
-
-def _load_metadata(path: Path) -> Any:
     with path.open("rb") as file:
-        return _MetadataUnpickler(file).load()
+        for module, name in _find_imports(file):
+            if (module, name) in _METADATA_NAMES:
+                continue
+            found = getattr(metadata, str(name), None) if module == metadata.__name__ else None
+            if not isinstance(found, type) or found.__module__ != module:
+                raise ValueError(f"it would run {module}.{name}")
+
+
+def _find_imports(file: BinaryIO) -> Iterator[tuple[str | None, str | None]]:
+    """Yield module and name of everything that a pickle imports; ``None`` for a name that it computes."""
+    memo: dict[int, str | None] = {}
+    texts: list[str | None] = []  # that the last operations put on the stack
+    argument: Any
+    for operation, argument, _ in pickletools.genops(file):
+        if operation.name in ("MEMOIZE", "PUT", "BINPUT", "LONG_BINPUT"):
+            memo[len(memo) if argument is None else int(argument)] = texts[-1] if texts else None
+        elif operation.name in ("GET", "BINGET", "LONG_BINGET"):
+            texts.append(memo.get(int(argument)))
+        elif isinstance(argument, str) and "UNICODE" in operation.name:
+            texts.append(argument)
+        else:
+            if operation.name in ("GLOBAL", "INST"):
+                module, _, name = argument.partition(" ")
+                yield module, name
+            elif operation.name == "STACK_GLOBAL":
+                yield (texts[-2], texts[-1]) if len(texts) > 1 else (None, None)
+            elif operation.name.startswith("EXT"):
+                yield None, None
+            texts = []
 
 
 def _check_latest(path: Path) -> None:
