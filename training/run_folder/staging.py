@@ -12,9 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
-from checkpoints.files import sync
 from checkpoints.folders import sync_files, temporary_folder
 from checkpoints.names import ADAPTER_CONFIG
+from outputs import sync
 from training.run_folder.names import RUN_WEIGHTS, STAGING
 
 # Loaders recognise a model or an adapter by these files: a folder without them contains nothing that can be loaded.
