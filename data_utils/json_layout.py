@@ -57,12 +57,25 @@ def find_layout(text: str, is_whole: bool) -> Layout | None:
     """
     start = _skip(text, 0)
     try:
-        wrapped = _find_list(text, start, is_whole)
+        fault, end = None, start
+        try:
+            value, end = _decode(text, start, is_whole)
+        except ValueError as error:  # also an object that is larger than the largest record
+            fault, wrapped = error, _find_list(text, start + 1, is_whole)
+        else:
+            wrapped = _find_list(text, start + 1, is_whole) if _wraps_records(value) else None
         if wrapped is not None:
             return wrapped
-        return VALUES if _spans_lines(text, start, is_whole) else LINES
+        return VALUES if _spans_lines(text, start, end, fault, is_whole) else LINES
     except _Cut:
         return None
+
+
+def _wraps_records(value: object) -> bool:
+    """Return whether an object is no record, but has a list of records."""
+    if not isinstance(value, dict) or is_record(value):
+        return False
+    return any(isinstance(item, list) and item and is_record(item[0]) for item in value.values())
 
 
 def _skip(text: str, position: int) -> int:
@@ -93,19 +106,12 @@ def _decode(text: str, position: int, is_whole: bool = False) -> tuple[object, i
     return value, end
 
 
-def _find_list(text: str, start: int, is_whole: bool) -> WrappedList | None:
-    """Return the first field of the first object that is a list of records, unless the object is a record itself."""
+def _find_list(text: str, position: int, is_whole: bool) -> WrappedList | None:
+    """Return the first field that is a list of records, in an object whose fields start at a position."""
     try:
-        found = _first_list(text, start + 1, is_whole)
+        return _first_list(text, position, is_whole)
     except ValueError:
         return None
-    if found is None:
-        return None
-    try:
-        value, _ = _decode(text, start, is_whole)
-    except ValueError:  # broken in a later record, or larger than the largest record
-        return found
-    return None if is_record(value) else found
 
 
 def _first_list(text: str, position: int, is_whole: bool) -> WrappedList | None:
@@ -132,22 +138,24 @@ def _first_list(text: str, position: int, is_whole: bool) -> WrappedList | None:
     return None
 
 
-def _spans_lines(text: str, start: int, is_whole: bool) -> bool:
-    """Return whether the first object is written over several lines, even if it is broken in a later one."""
+def _spans_lines(text: str, start: int, end: int, fault: ValueError | None, is_whole: bool) -> bool:
+    """Return whether the first object is written over several lines, even if it is broken in a later one.
+
+    Args:
+        end: of the object.
+        fault: why it cannot be read.
+    """
     first, second_start = _line(text, start, is_whole)
     if _is_complete(first) or second_start == len(text):
         return False
     second, _ = _line(text, second_start, is_whole)
     if second.startswith("{") and _is_complete(second):
         return False
-    try:
-        _, end = _decode(text, start, is_whole)
-    except json.JSONDecodeError as error:
-        return error.pos > second_start
-    except ValueError:  # too many levels or digits, but not within the first line
-        return True
+    if isinstance(fault, json.JSONDecodeError):
+        return fault.pos > second_start
+    # Without a position: too many levels or digits, but not within the first line.
     # A comma after it: objects on lines, as in a list.
-    return end - start > len(first) or first[end - start :].strip() == ","
+    return fault is not None or end - start > len(first) or first[end - start :].strip() == ","
 
 
 def _line(text: str, start: int, is_whole: bool) -> tuple[str, int]:
