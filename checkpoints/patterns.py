@@ -63,18 +63,18 @@ def check_patterns(config: Mapping[str, Any], modules: Iterable[str], place: str
         ConfigError: an option is no regular expression, or takes too long.
     """
     names = list(modules)
-    option = expression = ""  # the last ones that were tried
+    option = pattern = ""  # the last ones that were tried
     try:
         with time_limit(SECONDS):
-            for option, expression in _expressions(config):  # noqa: B007
+            for option, pattern, expression in _expressions(config):  # noqa: B007
                 match = re.compile(expression).match
                 for name in names:
                     match(name)
     except (re.error, RecursionError, OverflowError) as error:
-        what = f"{place}: {option} contains {expression[:80]!r}, which is not a regular expression ({error})"
+        what = f"{place}: {option} contains {pattern[:80]!r}, which is not a regular expression ({error})"
         raise ConfigError(what, "Write the modules' names instead") from error
     except TimeoutError:
-        what = f"{place}: {option} contains {expression[:80]!r}, which takes more than {SECONDS:g} seconds to match"
+        what = f"{place}: {option} contains {pattern[:80]!r}, which takes more than {SECONDS:g} seconds to match"
         raise ConfigError(what, "Write the modules' names instead, without repeated stars") from None
 
 
@@ -83,11 +83,11 @@ def module_pattern(key: str) -> str:
     return rf"(.*\.)?({key})$"
 
 
-def _expressions(config: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield option and expression; those of whole names must match to the end."""
+def _expressions(config: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Yield option, pattern, and the expression that peft makes of it; those of whole names must match to the end."""
     for option in ("target_modules", "exclude_modules"):
         if isinstance(value := config.get(option), str):
-            yield option, rf"(?:{value})\Z"
+            yield option, value, rf"(?:{value})\Z"
     for option in ("rank_pattern", "alpha_pattern"):
         for key in config.get(option) or ():
-            yield option, module_pattern(key)
+            yield option, key, module_pattern(key)
