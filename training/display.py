@@ -137,9 +137,7 @@ class ProgressBar(ProgressCallback):
 
 def _open_bar(total: int, bar_format: str, initial: int = 0, leave: bool = True) -> Any:
     bar = tqdm(total=total, initial=initial, leave=leave, bar_format=bar_format, dynamic_ncols=True)
-    bar.dynamic_ncols = lambda stream: (
-        (terminal_width(sys.stderr) or 80) - 1,
-        None,
-    )  # tqdm itself does not read COLUMNS
+    # tqdm ignores COLUMNS, and its older versions fill a column more than they are told.
+    bar.dynamic_ncols = lambda stream: ((terminal_width(sys.stderr) or 80) - 2, None)
     bar.refresh()
     return bar
