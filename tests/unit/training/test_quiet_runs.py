@@ -46,6 +46,7 @@ def lines_of(capsys: pytest.CaptureFixture[str], *arguments: object) -> list[str
     try:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
+            warnings.simplefilter("ignore", DeprecationWarning)  # as outside of tests
             finetune_here(*arguments)
     finally:
         transformers_logging.disable_propagation()
