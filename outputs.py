@@ -219,28 +219,33 @@ def stage(final: Path, label: str, prefix: str = "") -> OwnedFolder:
 
 
 @contextmanager
-def staged_file(path: Path) -> Iterator[Path]:
+def staged_file(path: Path, replaces: bool = True) -> Iterator[Path]:
     """Write a file in one step: at any time ``path`` is the previous file or the complete new one.
 
     Yields a path of the same name in a temporary folder, where the block writes and closes the file. After the block
     the file is synced to disk and renamed to ``path``. After an error in the block (Ctrl-C too) it is removed and
     ``path`` is unchanged. What a killed process leaves is removed by the next write.
 
+    Args:
+        replaces: replace a file that is there; otherwise it is refused, even if another process has just written it.
+
     Raises:
         ConfigError: ``path`` is something else than a file, or another process is writing it.
     """
-    _check_replaceable(path)
+    _check_replaceable(path, replaces)
     with stage(path, str(path), prefix=".") as folder:
         staging = folder.path / path.name
         yield staging
         sync(staging)
-        _check_replaceable(path)
+        _check_replaceable(path, replaces)
         os.replace(staging, path)
 
 
-def _check_replaceable(path: Path) -> None:
+def _check_replaceable(path: Path, replaces: bool) -> None:
     with suppress(FileNotFoundError):
         status = os.lstat(path)
+        if not replaces:
+            raise ConfigError(f"{path} exists", "Give another name")
         if not stat.S_ISREG(status.st_mode):
             raise ConfigError(f"{path} is {kind_of(status)}, not a file", "Move it away, or give another name")
 

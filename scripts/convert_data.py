@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
         raise ConfigError("IN is empty", "Give a data file, or a folder of data files")
     files = data_files(source)
     check_output(output, source, files, args.overwrite)
-    count, changes = convert(files, output, args.data_format, FORMATS[args.to])
+    count, changes = convert(files, output, args.data_format, FORMATS[args.to], args.overwrite)
     for line in changes.lines():
         logger.warning(line)
     show(f"{count} {'conversation' if count == 1 else 'conversations'} as {args.to}: {output}")
@@ -123,11 +123,14 @@ class ParsedItem(NamedTuple):
     source: Format
 
 
-def convert(files: Sequence[Path], output: Path, data_format: str, target: Format) -> tuple[int, ChangeCounts]:
+def convert(
+    files: Sequence[Path], output: Path, data_format: str, target: Format, overwrite: bool
+) -> tuple[int, ChangeCounts]:
     """Read all files and write one, which gets its name only when it is complete.
 
     Args:
         data_format: of the files; ``auto`` recognises the format of each file by its first record.
+        overwrite: replace a file that is there.
 
     Returns:
         The number of records written, and what changed.
@@ -142,7 +145,7 @@ def convert(files: Sequence[Path], output: Path, data_format: str, target: Forma
     total = sum(path.stat().st_size for path in files)
     with (
         tqdm(total=total, desc="Converting", unit="B", unit_scale=True, disable=None) as bar,
-        record_writer(output) as write,
+        record_writer(output, overwrite) as write,
     ):
         count = 0
         for item in parse_files(files, data_format, bar.update, faults):
@@ -207,7 +210,7 @@ def json_bytes(record: Mapping[str, Any]) -> bytes:
 
 
 @contextlib.contextmanager
-def record_writer(output: Path) -> Iterator[Callable[[bytes], None]]:
+def record_writer(output: Path, overwrite: bool) -> Iterator[Callable[[bytes], None]]:
     """Yield a function that appends a record to the file, which gets its name only if the block ends without error.
 
     Raises:
@@ -215,7 +218,7 @@ def record_writer(output: Path) -> Iterator[Callable[[bytes], None]]:
     """
     name = output.name.lower()
     is_list = name.removesuffix(".gz").endswith(".json")
-    with staged_file(output) as partial, _open(partial, compress=name.endswith(".gz")) as file:
+    with staged_file(output, replaces=overwrite) as partial, _open(partial, compress=name.endswith(".gz")) as file:
         separator = b"[\n" if is_list else b""
 
         def write(record: bytes) -> None:

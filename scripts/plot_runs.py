@@ -13,7 +13,7 @@ from checkpoints.names import TRAINING_LOG
 from commands import CommandParser, run_command
 from console import show
 from errors import ConfigError, one_line
-from outputs import check_output_file, parse_output, staged_file
+from outputs import check_output_file, parse_output
 from training.run_folder.curves import Row, load_rows, plot_losses
 
 
@@ -67,8 +67,7 @@ def main(argv: Sequence[str]) -> None:
     check_output_file(output, "--output", {"RUN": [log_of(run) for run in runs]})
     curves = dict(zip(names_of(runs), [load_run(run) for run in runs], strict=True))
     try:
-        with staged_file(output) as staging:
-            plot_losses(curves, staging)
+        plot_losses(curves, output)
     except ConfigError:
         raise
     except (OSError, ValueError) as error:  # a missing folder, an ending that is not an image format

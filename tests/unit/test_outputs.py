@@ -103,6 +103,13 @@ def test_only_a_file_is_replaced(tmp_path: Path, make: Callable[[Path], object])
     assert names_in(tmp_path) == ["out"] and os.lstat(tmp_path / "out").st_mode == mode
 
 
+def test_file_that_appears_meanwhile_is_kept_if_it_may_not_be_replaced(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="out exists"), staged_file(tmp_path / "out", replaces=False) as staging:
+        staging.write_text("second")
+        (tmp_path / "out").write_text("first")
+    assert (tmp_path / "out").read_text() == "first" and names_in(tmp_path) == ["out"]
+
+
 def test_file_has_the_permissions_of_any_new_file(tmp_path: Path) -> None:
     (tmp_path / "plain").write_text("")
     with staged_file(tmp_path / "out") as staging:

@@ -10,6 +10,7 @@ from typing import Any
 
 from checkpoints.names import TRAINING_LOG
 from errors import DataError
+from outputs import staged_file
 
 Row = dict[str, Any]
 
@@ -71,7 +72,8 @@ def plot_losses(runs: Mapping[str, Sequence[Row]], path: Path, title: str = "Los
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph")  # a character that the font of the picture lacks
-            figure.savefig(path, dpi=120)
+            with staged_file(path) as staging:
+                figure.savefig(staging, dpi=120)
     finally:
         pyplot.close(figure)
 
