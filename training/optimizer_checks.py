@@ -11,6 +11,7 @@ from console import pip_command
 from errors import ConfigError
 from processes import has_gpu
 from training.config.args import RunArguments
+from training.config.engines import is_set
 from training.config.flags import did_you_mean, nearest
 from training.config.objects import check_object
 from training.config.optimizers import OPTIMIZERS, Kind, Optimizer
@@ -46,6 +47,9 @@ def check_optimizer(args: RunArguments) -> Iterator[ConfigError]:
         shown = targets if isinstance(targets, str) else " ".join(targets)
         what = f"--optim_target_modules {shown} has no effect with {flag}"
         yield ConfigError(what, "Remove it, or choose galore_adamw or apollo_adamw")
+    if name.startswith("schedule_free_") and is_set(get("deepspeed")):
+        # DeepSpeed never switches the optimizer between its forms for training and evaluation.
+        yield ConfigError(f"{flag} is not supported with --deepspeed", f"Remove --deepspeed. {_OTHER}")
     warmup = get("warmup_steps")
     if name in ("schedule_free_adamw", "schedule_free_sgd") and 0 < warmup < 1 and "warmup_steps" in args.trainer:
         what = f"{flag} warms up over whole steps, and --warmup_steps {warmup:g} is a fraction of all steps"

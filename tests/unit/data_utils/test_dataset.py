@@ -329,6 +329,9 @@ def test_progress_bars(
     load(encoder, path)
     assert capsys.readouterr().err == ""
     load_examples(DataReader({"train": [parse_source(str(path))]}, encoder))
+    assert capsys.readouterr().err == ""  # no terminal
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    load_examples(DataReader({"train": [parse_source(str(path))]}, encoder))
     bars = capsys.readouterr().err
     assert "Tokenising: 100%" in bars
     assert "Checking" not in bars  # it took less than a second

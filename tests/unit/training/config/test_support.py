@@ -271,3 +271,12 @@ def test_full_determinism(data: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     finally:
         torch.use_deterministic_algorithms(False)
     assert losses[0] == losses[1]
+
+
+def test_schedule_free_optimizers_are_refused_with_deepspeed(data: Path, tmp_path: Path) -> None:
+    """It never switches them between their forms for training and for evaluation."""
+    flags = ("--optim", "schedule_free_adamw", "--deepspeed", '{"zero_optimization": {"stage": 2}}')
+    message = (
+        "--optim schedule_free_adamw is not supported with --deepspeed. Remove --deepspeed. Choose another optimizer"
+    )
+    assert message in faults(data, tmp_path / "new", *flags)
