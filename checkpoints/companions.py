@@ -1,7 +1,7 @@
 """Files beside the weights of a checkpoint or adapter: tokenizer, settings, licences, records; needs no torch.
 
 They are read and copied from the folder itself. A link in a folder of another person may lead to any file of this
-machine, so links are followed only within the folder, and from a snapshot of a hub's cache to the cache's own files.
+machine, so links are followed only within the folder and to the files of a hub's cache.
 """
 
 from __future__ import annotations
@@ -47,13 +47,12 @@ def find_companion(folder: Path, name: str) -> Path | None:
 
 
 def check_inside(path: Path, folder: Path) -> None:
-    """Raise ``ConfigError`` if a file of a folder is a link that leads out of it, except to the files of its cache."""
+    """Raise ``ConfigError`` if a file of a folder is a link that leads out of it, except to a file of a hub's cache."""
     root, real = Path(os.path.realpath(folder)), Path(os.path.realpath(path))
-    if root in real.parents:
-        return
-    # The layout of Hugging Face's cache: REPO/snapshots/REVISION/config.json -> REPO/blobs/CHECKSUM
-    snapshots = next((parent for parent in root.parents if parent.name == "snapshots"), None)
-    if snapshots is None or real.parent != snapshots.parent / "blobs":
+    # Hugging Face's cache has models--ORG--NAME/snapshots/REVISION/config.json -> models--ORG--NAME/blobs/CHECKSUM.
+    # Earlier versions of huggingface_hub also linked to blobs from the folder of --local-dir.
+    is_blob = real.parent.name == "blobs" and real.parents[1].name.startswith("models--")
+    if root not in real.parents and not is_blob:
         raise ConfigError(f"{path} leads out of its folder, to {real}", "Put a copy of the file in its place")
 
 

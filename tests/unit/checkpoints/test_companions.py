@@ -55,7 +55,10 @@ def test_links_within_the_folder_and_of_a_cache_are_followed(folder: Path, tmp_p
     (repository / "blobs" / "c2d3").write_text("terms")
     (snapshot / "LICENSE").symlink_to("../../blobs/c2d3")
     (snapshot / "sub" / "LICENSE").symlink_to("../../../blobs/c2d3")
-    for each in (snapshot, snapshot / "sub"):
+    local = tmp_path / "local-dir"
+    local.mkdir()
+    (local / "LICENSE").symlink_to(repository / "blobs" / "c2d3")
+    for each in (snapshot, snapshot / "sub", local):
         copy_companion("LICENSE", [each], tmp_path)
         assert (tmp_path / "LICENSE").read_text() == "terms"
 
