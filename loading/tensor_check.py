@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from checkpoints.files import load_json
 from checkpoints.source import TensorSource, row_blocks
-from errors import ConfigError, one_line
+from errors import ConfigError
+from loading.opening import library_errors
 from qwen_model.architectures import ARCHITECTURES, HEAD_WEIGHT, Architecture, is_computed
 from qwen_model.lean_models import build_on_meta, model_class_of
 
@@ -43,14 +43,8 @@ def check_tensors(folder: Path, source: TensorSource) -> None:
     architecture = ARCHITECTURES.get(str(config.get("model_type")))
     if architecture is None:
         return
-    try:
+    with library_errors(str(folder), "Copy config.json again from the original checkpoint"):
         faults = _layer_faults(config, architecture, source) or _tensor_faults(config, architecture, source)
-    except ConfigError as error:
-        raise ConfigError(f"{folder}: {error}") from error
-    except (TypeError, ValueError, ArithmeticError, RuntimeError, AttributeError, StrictDataclassError) as error:
-        raise ConfigError(
-            f"{folder / 'config.json'}: {one_line(error)}", "Copy it again from the original checkpoint"
-        ) from error
     if faults:
         fix = "Copy config.json and all weight files again from the original checkpoint"
         raise ConfigError(f"{folder}: its weights are not those of its config.json: {'; '.join(faults)}", fix)
