@@ -51,9 +51,11 @@ def check_optimizer(args: RunArguments) -> Iterator[ConfigError]:
         # DeepSpeed never switches the optimizer between its forms for training and evaluation.
         yield ConfigError(f"{flag} is not supported with --deepspeed", f"Remove --deepspeed. {_OTHER}")
     warmup = get("warmup_steps")
-    if name in ("schedule_free_adamw", "schedule_free_sgd") and 0 < warmup < 1 and "warmup_steps" in args.trainer:
-        what = f"{flag} warms up over whole steps, and --warmup_steps {warmup:g} is a fraction of all steps"
-        yield ConfigError(what, "Give --warmup_steps as a number of steps")
+    if name in ("schedule_free_adamw", "schedule_free_sgd") and 0 < warmup < 1:
+        # They divide by this number: the first step would be taken with many times the learning rate.
+        default = "" if "warmup_steps" in args.trainer else " (the default)"
+        what = f"{flag} warms up over whole steps, and --warmup_steps {warmup:g}{default} is a fraction of all steps"
+        yield ConfigError(what, "Give --warmup_steps as a number of steps, such as 0")
 
 
 def _check_package(flag: str, optimizer: Optimizer) -> Iterator[ConfigError]:

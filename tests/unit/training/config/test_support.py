@@ -149,6 +149,10 @@ def test_every_optimizer_trains_or_is_refused_before_loading(name: str, data: Pa
     optimizer = OPTIMIZERS[name]
     if optimizer.needs_targets:
         flags += ["--optim_target_modules", "all-linear", "--optim_args", "rank=4"]
+    if name in ("schedule_free_adamw", "schedule_free_sgd"):
+        # They would divide by a fraction of the steps, which is the default.
+        assert f"--optim {name} warms up over whole steps" in faults(data, tmp_path / "new", *flags)
+        flags += ["--warmup_steps", 1]
     message = faults(data, tmp_path / "new", *flags)
     package, module = optimizer.package
     missing = bool(module) and importlib.util.find_spec(module) is None
