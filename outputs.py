@@ -111,6 +111,8 @@ def check_name(path: str | Path, flag: str) -> None:
         raise ConfigError(f"{flag} {str(path)!r}: the name is not UTF-8", "Give another name") from None
     if not str(path).strip():
         what = "the name is empty"
+    elif str(path) == "-":
+        what = "writing to stdout is not supported"
     elif "\0" in absolute:
         what = "the name contains a null character"
     elif (length := len(os.path.basename(absolute).encode())) > _MAX_NAME_BYTES:

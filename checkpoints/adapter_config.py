@@ -31,7 +31,7 @@ _PLAIN_INITS = frozenset({"true", "false", "none", "gaussian", "eva", "orthogona
 # What peft writes although nothing uses it: a module that is imported only with `megatron_config`, and the class of the
 # base, which only its AutoPeftModel imports.
 _UNUSED_MEGATRON = "megatron.core"
-_UNUSED_LIBRARIES = ("transformers", "transformers_modules")
+_UNUSED_LIBRARIES = ("transformers", "transformers_modules", "qwen_model")
 
 
 def load_adapter_config(folder: Path, flag: str) -> dict[str, Any]:

@@ -40,6 +40,7 @@ from checkpoints.names import (
     RUN_SUMMARY,
     WEIGHTS,
 )
+from qwen_model.architectures import ARCHITECTURES
 
 MIB = 2**20
 
@@ -134,7 +135,6 @@ _CONFIG_ROWS: Mapping[str, Rule] = {
     "quantization_config": QUANTIZATION, "qwen_config": table(_QWEN_ONLY),
     "converted_from": table({"layout": TEXT, "fingerprint": TEXT}), "tokenizer_class": _TOKENIZER_CLASS,
 }  # fmt: skip
-_CHECKED_TYPES = ("qwen", "qwen2", "qwen3")
 
 
 def _find_config_contradiction(config: Mapping[str, Any]) -> Fault:
@@ -159,7 +159,7 @@ _OTHER_CONFIG = table({
 
 def _find_in_config(config: dict[str, Any], place: str) -> Fault:
     model_type = config.get("model_type")
-    is_other = isinstance(model_type, str) and model_type not in _CHECKED_TYPES
+    is_other = isinstance(model_type, str) and model_type not in ARCHITECTURES
     return (_OTHER_CONFIG if is_other else _QWEN_CONFIG).find_fault(config, place)
 
 

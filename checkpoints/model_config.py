@@ -91,10 +91,10 @@ def find_quantization(folder: Path) -> Quantization | None:
     file = folder / "config.json"
     config = _load(file)
     if isinstance(quantization := config.get("quantization_config"), dict):
-        return _parse(quantization, file, str(quantization.get("quant_method", "")))
+        return _parse(quantization, file, str(quantization.get("quant_method", "")).lower())
     for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):
         if config and (quantization := _load(folder / name)):
-            return _parse(quantization, folder / name, str(quantization.get("quant_method", method)))
+            return _parse(quantization, folder / name, str(quantization.get("quant_method", method)).lower())
     return None
 
 
@@ -106,7 +106,7 @@ def load_base_quantization(folder: Path) -> Quantization | None:
     """
     file = folder / BASE_QUANTIZATION
     config = _load(file)
-    return _parse(config, file, str(config.get("quant_method", ""))) if config else None
+    return _parse(config, file, str(config.get("quant_method", "")).lower()) if config else None
 
 
 def _load(file: Path) -> dict[str, Any]:

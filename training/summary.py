@@ -115,6 +115,13 @@ def _source_rows(report: DataReport) -> list[tuple[str, str]]:
     ]
 
 
+def result_step(trainer: QwenTrainer) -> int:
+    """Return the step whose weights are the result: the last, or the best with ``--load_best_model_at_end``."""
+    takes_best = trainer.args.load_best_model_at_end and trainer.state.best_model_checkpoint is not None
+    best: int | None = trainer.state.best_global_step if takes_best else None
+    return trainer.state.global_step if best is None else best
+
+
 def describe_result(summary: dict[str, Any]) -> str:
     """Return the summary of ``save_summary`` in one line."""
     line = f"{summary['steps']} steps in {summary['seconds']:.0f} s"
@@ -204,6 +211,7 @@ def save_summary(
         "parameters": total,
         "data": {name: _data_summary(examples, trainer.facts["data"][name]) for name, examples in sets.items()},
         "steps": trainer.state.global_step,
+        "result_step": result_step(trainer),
         "trained_tokens": trainer.progress.total.targets,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,

@@ -5,6 +5,7 @@ Methods of the Trainer that are overridden are listed in ``tests/unit/test_libra
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
@@ -37,6 +38,8 @@ from training.trainer_resume import (
     set_learning_rate,
     settings_of,
 )
+
+logger = logging.getLogger(__name__)
 
 
 class CheckpointTrainer(Trainer):
@@ -164,6 +167,8 @@ class CheckpointTrainer(Trainer):
     def _load_best_model(self) -> None:
         """Load the weights of the best checkpoint; for an optimizer with forms its state too, to convert them."""
         best = Path(str(self.state.best_model_checkpoint))
+        metric = f"{self.args.metric_for_best_model} {self.state.best_metric:.4g}"
+        logger.info("The result is the best checkpoint, of step %s (%s)", self.state.best_global_step, metric)
         has_training_form = has_forms(self.optimizer) and not self.args.save_only_model
         set_form(self.optimizer, training=has_training_form)
         with linked_checkpoint(best) as links, reading(best, links, "the best model"):

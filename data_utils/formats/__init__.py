@@ -6,6 +6,7 @@ because tables cannot leave a field out.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from data_utils.location import Location
 
 _SHOWN_RECORD = 300
+_ENDS_A_NAME = re.compile(r"[\x00-\x1f\x7f\x85\u2028\u2029\"\\]")
 
 
 @dataclass(frozen=True)
@@ -76,11 +78,20 @@ class Format:
             check_unsupported(record, UNSUPPORTED_IN_RECORDS, "the record")
             notes: Notes = set()
             parsed_turns, tools = self.read(record, notes)
+            _check_function_names(parsed_turns, tools)
         except InvalidRecord as error:
             raise DataError(str(where), f"{error.what} (read as {self.name})", error.fix) from None
         if _calls_undeclared(parsed_turns, tools):
             notes.add(UNDECLARED_CALLS)
         return Conversation(tuple(parsed_turns), where, tools, tuple(sorted(notes)))
+
+
+def _check_function_names(turns: Iterable[Turn], tools: Iterable[Tool]) -> None:
+    """Raise ``InvalidRecord`` for a name that would end the line or string in which a call names its function."""
+    names = {call.name for turn in turns for call in turn.calls} | {name for tool in tools for name in tool_names(tool)}
+    if bad := next((name for name in sorted(names) if _ENDS_A_NAME.search(name)), None):
+        what = f"the function name {short_repr(bad)} contains a quotation mark, a backslash or a control character"
+        raise InvalidRecord(what, "Rename the function")
 
 
 def _calls_undeclared(turns: Iterable[Turn], tools: Iterable[Tool]) -> bool:

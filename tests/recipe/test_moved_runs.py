@@ -90,6 +90,7 @@ def test_a_run_at_another_path_keeps_its_best_checkpoint(
     output = CHANGES[change](tmp_path / "out")
     finetune_here(*arguments(tmp_path, f"{output}/", "--resume_from_checkpoint", "auto"))
     assert result_of(output) == result_of(runs / "whole")
+    assert read_json(output / "run_summary.json")["result_step"] == BEST
     checkpoints = [name for name in names_in(output) if name.startswith("checkpoint-")]
     assert checkpoints == [f"checkpoint-{BEST}", "checkpoint-6"]
 

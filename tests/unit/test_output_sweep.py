@@ -90,6 +90,7 @@ def unix_socket(path: Path) -> Path:
 ANYTHING: dict[str, Callable[[Path], Path | str]] = {
     "empty name": lambda path: "",
     "blank name": lambda path: " ",
+    "stdout": lambda path: "-",
     "too long": lambda path: path.with_name("x" * 250 + ".jsonl"),
     "not UTF-8": lambda path: os.fsdecode(os.fsencode(path.parent) + b"/out-\xff.jsonl"),
     "device": lambda path: "/dev/null",

@@ -88,6 +88,9 @@ OTHER_TOOLKITS: dict[str, dict[str, Any]] = {
             "unsloth_fixed": True,
         },
     },
+    "this toolkit's model": {
+        "auto_mapping": {"base_model_class": "QWenLMHeadModel", "parent_library": "qwen_model.modeling_qwen"},
+    },
     "later peft": {"a_new_option": None, "another": False, "a_config": {"scale": 0.0}, "a_list": []},
     "peft": {"megatron_core": "megatron.core", "qalora_group_size": 16, "loftq_config": {}, "runtime_config": {
         "ephemeral_gpu_offload": False

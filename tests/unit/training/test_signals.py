@@ -41,6 +41,7 @@ def send(number: signal.Signals) -> None:
 def test_a_stop_takes_effect_after_the_step(
     number: signal.Signals, requested: StopRequest, error: type[BaseException]
 ) -> None:
+    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)  # not under nohup
     signals, steps = Signals(), 0
     with pytest.raises(error), signals.handling():
         send(number)

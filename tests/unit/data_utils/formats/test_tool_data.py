@@ -42,6 +42,16 @@ def test_parameters_under_each_name_reach_the_prompt(name: str, family: Family) 
             assert parsed.notes == ()
 
 
+@pytest.mark.parametrize("name", ["clock\nAction: g", 'clock", "x": "', "clock\\", "a\x1b", "a\u2028b"])
+def test_function_name_that_would_break_a_call_is_refused(name: str) -> None:
+    call = {"type": "function", "function": {"name": name, "arguments": "{}"}}
+    for record in (with_tools({"name": name, "parameters": SCHEMA}), with_tools(calls=[call])):
+        what = f"the function name {name!r} contains a quotation mark, a backslash or a control character"
+        refused(record, "messages", what)
+    for fine in ("天气", "google search", "get.weather-2"):
+        assert parse(with_tools({"name": fine, "parameters": SCHEMA})).tools
+
+
 def test_parameters_as_json_text_are_decoded_and_keep_their_place() -> None:
     tool = {"name": "clock", "inputSchema": json.dumps(SCHEMA), "description": "Tells the time."}
     [parsed] = parse(with_tools(tool)).tools

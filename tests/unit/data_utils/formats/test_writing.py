@@ -29,7 +29,8 @@ JSON_TEXTS = st.sampled_from(['{"a": 1}', '"a"', "null", "1.0", "1e5", " []", '{
 ARGUMENT_VALUES = JSON.filter(
     lambda value: not isinstance(value, (str, type(None))) and not re.search("NaN|Infinity", json.dumps(value))
 )
-CALLS = st.builds(ToolCall, st.text(min_size=1, max_size=5), ARGUMENT_VALUES | JSON_TEXTS)
+NAMES = st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters='"\\'), min_size=1, max_size=5)
+CALLS = st.builds(ToolCall, NAMES, ARGUMENT_VALUES | JSON_TEXTS)
 WEIGHT_VALUES = st.none() | st.sampled_from([0.0, 1.0, 0.5]) | st.floats(1e-6, 1e6)
 THOUGHTS = st.none() | st.text(min_size=1, max_size=5)
 

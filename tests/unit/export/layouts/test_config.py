@@ -84,7 +84,7 @@ def test_quantization_config_names_modules_of_the_layout() -> None:
         ({"intermediate_size": 129}, "intermediate_size 129 is odd"),
         ({"kv_channels": 16}, "kv_channels 16 x num_attention_heads 4 is not hidden_size 32"),
         ({"seq_length": None}, "seq_length is missing"),
-        ({"num_hidden_layers": "two"}, "config.json: num_hidden_layers is 'two'"),
+        ({"num_hidden_layers": "two"}, "config.json: num_hidden_layers 'two' is not a whole number"),
         ({"quantization_config": {"bits": 4, "dynamic": {"-:x": {}}}}, "its own rules for some modules"),
     ],
 )
