@@ -127,6 +127,17 @@ def test_evaluations_do_not_change_the_random_numbers_of_training(tmp_path: Path
         assert torch.equal(results[1][name], tensor), name
 
 
+def test_intervals_can_change_without_a_warning(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    command = arguments(tmp_path, TINY, *LORA)
+    finetune_here(*command)
+    die_after(tmp_path / "out", 4)
+    capfd.readouterr()
+    finetune_here(*command, "--save_steps", 3, "--logging_steps", 2)
+    assert {"checkpoint-4", "checkpoint-6", "checkpoint-9"} <= set(names_in(tmp_path / "out"))
+    assert [row["step"] for row in read_log(tmp_path / "out")][-3:] == [4, 6, 8]
+    assert "do not match" not in capfd.readouterr().err
+
+
 def test_a_changed_learning_rate_takes_effect(tmp_path: Path) -> None:
     """transformers would keep the checkpoint's."""
     command = arguments(tmp_path, TINY, *LORA)

@@ -101,6 +101,8 @@ def linked_checkpoint(checkpoint: Path) -> Iterator[Path]:
         state = load_state(checkpoint)
         best = find_best(checkpoint, state)
         state["best_model_checkpoint"] = str(best) if best is not None and best.is_dir() else None
+        # The trainer takes these from its arguments again; transformers would warn of other values, defaults too.
+        state |= dict.fromkeys(("logging_steps", "eval_steps", "save_steps"))
         (folder / TRAINER_STATE).unlink(missing_ok=True)
         (folder / TRAINER_STATE).write_text(json.dumps(state), encoding="utf-8")
         yield folder

@@ -64,7 +64,8 @@ def test_a_library_sees_what_the_manifest_names(tmp_path: Path, engine: str) -> 
     with linked_checkpoint(checkpoint) as links:
         assert files_in(links) == {*names, "trainer_state.json"}
         assert {(links / name).read_text() for name in names} == {f"saved as {name}" for name in names}
-        assert load_state(links) == load_state(checkpoint)
+        intervals = dict.fromkeys(("logging_steps", "eval_steps", "save_steps"))  # those of the command count
+        assert load_state(links) == load_state(checkpoint) | intervals
     assert not links.exists()
 
 
