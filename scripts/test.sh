@@ -4,6 +4,7 @@
 set -euo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+unset PYTHONDONTWRITEBYTECODE # hundreds of processes import the same modules
 sh scripts/setup_env.sh .venv requirements_dev.txt constraints.txt
 if [ $# -eq 0 ]; then
     # In file order: the long tests in tests/recipe start first, and the short ones fill the gaps.
