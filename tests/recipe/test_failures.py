@@ -175,8 +175,8 @@ CASES = {
         setup=lambda x: (x / "out").write_text("mine"),
     ),
     "adapter of other shapes": Case(
-        "--lora_weight_path {x}/adapter: its base_model.model.transformer.h.0.attn.c_attn.lora_A.weight has the shape "
-        "(2, 16), the model needs (2, 32). ",
+        "--lora_weight_path {x}/adapter: base_model.model.transformer.h.0.attn.c_attn.lora_A.weight has shape (2, 16), "
+        "base and adapter_config.json ask for (2, 32). ",
         {"--lora_weight_path": "{x}/adapter"},
         lambda x: cut_adapter(x / "adapter"),
         starts=True,

@@ -97,13 +97,21 @@ def error_of(command: tuple[Main, Arguments], folders: Folders) -> str:
     return lines[0]
 
 
+RECORDS = ("run_args.json", "run_summary.json")  # a run that diverged records NaN and infinity
+
+
 def _cases(commands: Sequence[str], files: Sequence[str]) -> list[tuple[str, str, str]]:
     """Every command with every fault, each time in the next of the files; all combinations in the nightly profile."""
     cases = []
     for index, name in enumerate(commands):
         for number, fault in enumerate(FAULTS):
             chosen = files if ALL else [files[(index + 3 * number) % len(files)]]
-            cases += [(name, file, fault) for file in chosen if file.endswith(".json") or fault in PLACES]
+            cases += [
+                (name, file, fault)
+                for file in chosen
+                if (file.endswith(".json") or fault in PLACES)
+                and not (file in RECORDS and fault in ("NaN", "infinite"))
+            ]
     return cases
 
 
@@ -116,8 +124,6 @@ def test_faulty_file_of_a_model(folders: Folders, name: str, file: str, fault: s
 @pytest.mark.parametrize(("name", "file", "fault"), _cases([*ADAPTER_COMMANDS], ADAPTER_FILES))
 def test_faulty_file_of_an_adapter(folders: Folders, name: str, file: str, fault: str) -> None:
     spoil(folders.adapter / file, fault)
-    if file in ("run_args.json", "run_summary.json") and fault in ("NaN", "infinite"):
-        pytest.skip("a run that diverged records these")
     assert str(folders.adapter / file) in error_of(ADAPTER_COMMANDS[name], folders)
 
 

@@ -235,7 +235,7 @@ def test_defaults_on_the_command_line(tmp_path: Path) -> None:
     flags = ("--model_name_or_path", tmp_path / "model", "--data_path", IDENTITY, "--output_dir", tmp_path / "out")
     result = run_well("-m", "scripts.quantize", *flags, "--bits", "4", "--group_size", "128")
     assert f"--samples 128: the data contains {len(read_json(IDENTITY))} conversations, all are used" in result.stderr
-    assert "Quantising: 100%" in result.stderr and "2/2" in result.stderr, "the progress bar counts layers"
+    assert "Quantising:" not in result.stderr  # bars are for terminals
     before, after = Quantised(tmp_path / "out", result.stdout).perplexities
     assert after < 1.2 * before
     assert result.stdout.startswith("calibrated: on 58 conversations, ")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import multiprocessing
 import os
 import warnings
@@ -157,6 +158,7 @@ def test_messages_with_control_characters_or_line_breaks_are_found(
         raise DataError(str(where), "red \x1b[31m\nand more\nand more")
 
     monkeypatch.setattr(Format, "parse", parse)
+    monkeypatch.setattr(logging, "_logRecordFactory", logging.LogRecord)  # commands escape control characters
     found = "\n".join(findings(tmp_path, lines(GOOD[0])))
     assert "refusing: message with control characters: " in found
     assert "refusing: message without a location: " in found
