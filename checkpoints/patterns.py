@@ -43,11 +43,13 @@ def time_limit(seconds: float) -> Iterator[None]:
     previous = signal.signal(signal.SIGALRM, interrupt)
     signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
-        yield
+        try:
+            yield
+        finally:  # the signal can also arrive here
+            signal.setitimer(signal.ITIMER_REAL, 0)
     except _TimeIsUpError:
         raise TimeoutError(f"more than {seconds:g} seconds") from None
     finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
 
 
