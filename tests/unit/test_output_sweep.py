@@ -166,7 +166,9 @@ def test_unusable_output_is_refused(
     inputs: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # for relative names
     device = os.stat("/dev/null")
     refuse(name, make(tmp_path / "out.jsonl"), inputs, (tmp_path,), capsys)
     assert os.stat("/dev/null").st_rdev == device.st_rdev
