@@ -1,4 +1,4 @@
-"""What commands write for people: text without control characters, streams that never fail, commands to type next.
+"""Output of commands: text without control characters, streams that never fail, and commands for the user to type.
 
 Imports the standard library only.
 """

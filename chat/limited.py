@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from errors import ConfigError, one_line
 
-_SECONDS = 5
+_SECONDS = 5  # of CPU time: enough for a chat template
 _MEMORY = 512 * 2**20
 # Far beyond the limit on CPU time, for a machine with much more to do.
 _MOST_SECONDS = 120
@@ -30,7 +30,7 @@ def run_limited(function: Callable[[], Result], seconds: int | None = None, memo
     A process, because nothing within one can stop a loop in Python code and a huge string alike.
 
     Args:
-        seconds: CPU time that the function may take; ``None``: enough for a chat template.
+        seconds: CPU time that the function may take; ``None`` for ``_SECONDS``.
         memory: bytes that it may allocate.
 
     Raises:

@@ -77,7 +77,7 @@ class DequantizedReader(TensorSource):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether the files contain any quantised weight."""
+        """Whether at least one weight in the files is quantised."""
         return bool(self._layers)
 
     def _is_added_bias(self, name: str) -> bool:

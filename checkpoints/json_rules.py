@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from typing import Any
 
 Fault = str | None
-"""What is wrong with a value, with its place in the file; ``None`` if nothing is."""
+"""A description of a fault in a value, with its place in the file; ``None`` if there is no fault."""
 
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value may be.
+    """A rule for one value.
 
     Attributes:
         what: the accepted values, as they complete "KEY is X, not ...".
@@ -38,7 +38,7 @@ class Rule:
 
 
 def shown(value: Any) -> str:
-    """Return a value as it stands in a message: JSON, at most 60 characters."""
+    """Return a value as JSON of at most 60 characters, for a message."""
     if isinstance(value, (list, dict)) and len(value) > 3:
         return f"{'a list' if isinstance(value, list) else 'an object'} of {len(value)} values"
     text = json.dumps(value, ensure_ascii=True)

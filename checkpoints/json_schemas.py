@@ -47,7 +47,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class Schema:
-    """What a JSON file may hold.
+    """The limits and rules of a JSON file.
 
     Attributes:
         rule: for the object that the file is.

@@ -8,6 +8,7 @@ import pickle
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -51,14 +52,19 @@ class _SafetensorsFile:
         return self._file.get_tensor(name)
 
 
+def load_pickle(path: Path) -> Any:
+    """Load a file of ``torch.save`` that contains only tensors, containers and allowed classes; no code runs."""
+    # The format before torch 1.6, which DeepSpeed still writes, is no zip archive and cannot be memory-mapped.
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+
+
 class _PickleFile:
     """One memory-mapped ``.bin`` file; a pickle of anything but tensors and plain containers is refused."""
 
     def __init__(self, path: Path) -> None:
         check_regular(path)
         try:
-            # Files written before torch 1.6 are not zip archives and cannot be memory-mapped.
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            state = load_pickle(path)
         except MemoryError:
             raise
         except Exception as error:  # a damaged pickle fails in any way

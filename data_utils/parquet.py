@@ -109,7 +109,7 @@ class _Leaf(NamedTuple):
     """A column of plain values, which may lie within one with lists and structs.
 
     Attributes:
-        name: of the column that it lies in.
+        name: of its column.
         number: among the file's leaves, from 0.
         path: its name in the file.
         is_nested: see ``Chunk``.
@@ -157,7 +157,7 @@ def _leaf(name: str, index: int, fixed: Sequence[int], metadata: Any) -> _Leaf:
 
 
 def _fixed_lists(type_: pyarrow.DataType, outer: tuple[int, ...] = ()) -> list[tuple[int, ...]]:
-    """Return for each leaf of a type the lengths of the fixed-size lists that it lies in."""
+    """Return, for each leaf of a type, the lengths of the fixed-size lists that contain it."""
     import pyarrow
     from pyarrow import types
 

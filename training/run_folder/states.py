@@ -9,7 +9,6 @@ from __future__ import annotations
 import pickle
 import pickletools
 import re
-import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path, PurePath
 from typing import Any, BinaryIO
@@ -17,6 +16,7 @@ from typing import Any, BinaryIO
 import torch
 from transformers.trainer_pt_utils import safe_globals
 
+from checkpoints.shards import load_pickle
 from errors import ConfigError, one_line
 
 _FIX = "Give an earlier checkpoint"
@@ -86,8 +86,7 @@ def _unsafe(error: Exception) -> str | None:
 
 def _load(path: Path) -> Any:
     with safe_globals(), torch.serialization.safe_globals(_deepspeed_classes()):
-        # DeepSpeed writes the format before torch 1.6, which cannot be memory-mapped.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        return load_pickle(path)
 
 
 def _deepspeed_classes() -> list[Any]:
