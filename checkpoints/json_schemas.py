@@ -38,6 +38,7 @@ from checkpoints.names import (
     DATA_REPORT,
     RUN_ARGUMENTS,
     RUN_SUMMARY,
+    TRAINING_SAMPLES,
     WEIGHTS,
 )
 from qwen_model.architectures import ARCHITECTURES
@@ -61,6 +62,7 @@ class Schema:
 
 
 MAX_LAYERS = 1000
+MAX_KEPT_SAMPLES = 1000
 _MAX_SIZE = 10**7
 _MAX_IDS = 10**8
 _LENGTH = whole(1, 10**9)
@@ -283,6 +285,18 @@ _SUMMARY = table({
     "model_type": TEXT,
 })  # fmt: skip
 
+
+def _find_unequal_lengths(sample: Mapping[str, Any]) -> Fault:
+    ids, labels = len(sample["ids"]), len(sample["labels"])
+    return None if ids == labels else f"labels has {labels:,} entries, ids has {ids:,}"
+
+
+_SAMPLE = table(
+    {"source": text(), "ids": list_of(whole(0, _MAX_IDS)), "labels": list_of(whole(-100, _MAX_IDS))},
+    required=["source", "ids", "labels"], find_contradiction=_find_unequal_lengths,
+)  # fmt: skip
+_SAMPLES = table({"version": one_of(1), "samples": list_of(_SAMPLE, MAX_KEPT_SAMPLES)}, required=["version", "samples"])
+
 _STATE = mapping_of(either(BOOLEAN, ANY_NUMBER, one_of(None), mapping_of(ANY_NUMBER)))
 _CALLBACK = table({"args": _STATE, "attributes": _STATE}, required=["args", "attributes"])
 _INTERVAL = number(0, 10**12)
@@ -313,6 +327,7 @@ SCHEMAS: Mapping[str, Schema] = {
     RUN_ARGUMENTS: Schema(_ARGUMENTS, has_nan=True),
     RUN_SUMMARY: Schema(_SUMMARY, has_nan=True),
     DATA_REPORT: Schema(has_nan=True),
+    TRAINING_SAMPLES: Schema(_SAMPLES),
     "manifest.json": Schema(_MANIFEST, has_nan=True),
     "trainer_state.json": Schema(_TRAINER_STATE, 2048 * MIB, has_nan=True),
 }

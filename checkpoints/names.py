@@ -27,8 +27,10 @@ TRAINING_LOG = "training_log.jsonl"
 LOSS_CURVE = "training_loss.png"
 DATA_REPORT = "data_receipt.json"
 DATA_REPORT_PAGE = "data_receipt.html"
+TRAINING_SAMPLES = "training_samples.json"
 
 RUN_RECORDS = (
     RUN_ARGUMENTS, RUN_ARGUMENTS_YAML, RUN_SUMMARY, TRAINING_LOG, LOSS_CURVE, DATA_REPORT, DATA_REPORT_PAGE,
+    TRAINING_SAMPLES,
 )  # fmt: skip
 """All records that a run writes beside its model or adapter and tokenizer."""

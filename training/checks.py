@@ -11,6 +11,7 @@ from pathlib import Path
 
 from checkpoints.adapter_config import load_adapter_config
 from checkpoints.input_folders import check_files, check_model_files
+from checkpoints.json_schemas import MAX_KEPT_SAMPLES
 from checkpoints.model_config import check_bitsandbytes, find_quantization
 from console import pip_command
 from data_utils.sources import parse_fill, parse_source
@@ -148,6 +149,8 @@ def _check_numbers(args: RunArguments) -> Faults:
     if get("label_smoothing_factor") and args.model.loss != "lean":
         what = f"--label_smoothing_factor {get('label_smoothing_factor')} needs --loss lean"
         yield ConfigError(what, "Remove --label_smoothing_factor or --loss")
+    if not 0 <= (count := args.options.keep_samples) <= MAX_KEPT_SAMPLES:
+        yield ConfigError(f"--keep_samples {count} is out of range", f"Give 0 to {MAX_KEPT_SAMPLES}")
     if args.options.profile_steps is not None:
         yield from _faults_of(parse_profile_steps, args.options.profile_steps)
 

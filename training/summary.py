@@ -29,6 +29,7 @@ from training.ornaments import ornament
 from training.progress import peak_memory
 from training.run_folder.changes import facts_from_args
 from training.run_folder.curves import plot_losses
+from training.samples import keep_samples
 from training.trainer import QwenTrainer
 
 logger = logging.getLogger(__name__)
@@ -44,11 +45,12 @@ def count_parameters(model: nn.Module | None) -> tuple[int, int]:
 def record_start(
     trainer: QwenTrainer, args: RunArguments, sets: dict[str, ExampleSet], policy: EmbeddingsPolicy | None
 ) -> None:
-    """Log the start-up block, write ``run_args.json`` and the data reports; on rank 0, which alone has them."""
+    """Log the start-up block, write ``run_args.json``, data reports and samples; on rank 0, which alone has reports."""
     if trainer.is_world_process_zero():
         save_arguments(args)
         logger.info("Fine-tuning\n%s", describe_run(trainer, args, sets["train"], policy))
         save_reports({name: examples.report for name, examples in sets.items()}, args.output_dir)
+        keep_samples(sets["train"], args.options.keep_samples, args.trainer_value("seed"), args.output_dir)
 
 
 def record_end(

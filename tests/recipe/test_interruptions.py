@@ -98,7 +98,7 @@ def test_a_full_disk_at_the_end_saves_no_weights(tmp_path: Path, capfd: pytest.C
     error = message(capfd.readouterr().err)
     assert error.startswith(f"finetune.py: error: cannot save to {output} (File too large). ")
     assert error.endswith("No checkpoint was saved: the same command with --overwrite_output_dir starts over")
-    records = ["data_receipt.html", "data_receipt.json", "run_args.json", "training_log.jsonl"]
+    records = ["data_receipt.html", "data_receipt.json", "run_args.json", "training_log.jsonl", "training_samples.json"]
     assert names_in(output) == records
     finetune_here(*arguments(tmp_path, 2, "--save_strategy", "no", "--overwrite_output_dir"))
     assert set(MODEL) < set(names_in(output))

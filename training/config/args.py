@@ -124,6 +124,9 @@ class TrainingOptions:
     heartbeat_timeout: float = _flag(
         600.0, "seconds without progress after which a rank is reported and the run ends; 0 disables the check"
     )
+    keep_samples: int = _flag(
+        8, "conversations to keep in training_samples.json beside the result, which its merge is compared on; 0: none"
+    )
     profile_steps: str | None = _flag(
         None, "optimizer steps to profile, FIRST:LAST; writes a trace and a table of the slowest operators"
     )

@@ -45,6 +45,7 @@ RECORDS = [
     "run_summary.json",
     "training_log.jsonl",
     "training_loss.png",
+    "training_samples.json",
 ]
 
 
