@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
 # Run the tests in the toolkit's own environment:  bash scripts/test.sh [pytest arguments]
 # Without arguments the whole suite runs in two processes, each test file in one of them.
+# With --nightly in front: the tests on a real small model, tests/nightly (at most 40 minutes). The model is downloaded,
+# or read from QWEN_SMALL_MODEL=DIR, which python -m scripts.make_small_qwen has written.
 set -euo pipefail
 
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 unset PYTHONDONTWRITEBYTECODE # hundreds of processes import the same modules
 sh scripts/setup_env.sh .venv requirements_dev.txt constraints.txt
-if [ $# -eq 0 ]; then
+if [ "${1:-}" = --nightly ]; then
+    shift
+    case "${1:-}" in
+        tests/nightly*) ;;
+        *) set -- tests/nightly "$@" ;;
+    esac
+elif [ $# -eq 0 ]; then
     # In file order: the long tests in tests/recipe start first, and the short ones fill the gaps.
     set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
 fi

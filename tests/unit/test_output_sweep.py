@@ -39,6 +39,7 @@ FOLDERS = {
     "quantize": Command("scripts.quantize", f"{_RUN} --output_dir", ("model",)),
     "convert_layout": Command("scripts.convert_layout", "{in}/model", ("model",)),
     "make_tiny_qwen": Command("scripts.make_tiny_qwen", "--vocab_from {in}/model --output", ("model",)),
+    "make_small_qwen": Command("scripts.make_small_qwen", "--wheel {in}/train.jsonl --output", ("train.jsonl",)),
 }
 FILES = {
     "preview --html": Command("scripts.preview_data", f"{_RUN} --html", ("train.jsonl", "model/config.json")),
