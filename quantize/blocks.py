@@ -8,6 +8,7 @@ Shapes: T tokens of a sample, C hidden size, I inputs of a layer.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,7 @@ from tqdm import tqdm
 
 from chat.label_mask import IGNORE_INDEX
 from data_utils.encode import UnweightedExample
+from quantize.perplexity import AnswerLosses
 from qwen_model.block_runner import architecture_of_model, blocks_of, capture_block_inputs, run_block
 from qwen_model.lean_loss import lean_causal_lm_loss
 
@@ -58,32 +60,28 @@ class SampleStates:
             self._arguments.append([_to_device(of_block, torch.device("cpu")) for of_block in arguments])
 
     @torch.no_grad()
-    def outputs(self, index: int, block: nn.Module) -> Iterator[Tensor]:
-        """Yield the output of block ``index`` for each sample, on ``device``."""
-        for states, arguments in zip(self.states, self._arguments, strict=True):
-            yield run_block(block, states.to(self.device), _to_device(arguments[index], self.device))
+    def output(self, sample: int, index: int, block: nn.Module) -> Tensor:
+        """Return the output of block ``index`` for a sample, on ``device``."""
+        arguments = _to_device(self._arguments[sample][index], self.device)
+        return run_block(block, self.states[sample].to(self.device), arguments)
 
     def advance(self, index: int, block: nn.Module) -> None:
         """Replace the states by the outputs of block ``index``."""
-        for i, output in enumerate(self.outputs(index, block)):
-            self.states[i] = output.cpu()
-
-    @property
-    def num_targets(self) -> int:
-        """Trained tokens of all samples."""
-        return sum(int((labels[:, 1:] != IGNORE_INDEX).sum()) for labels in self._labels)
+        for sample in range(len(self.states)):
+            self.states[sample] = self.output(sample, index, block).cpu()
 
     @torch.no_grad()
-    def perplexity(self, model: Any) -> float:
-        """exp of the mean cross entropy over the trained tokens; the states must have passed all blocks."""
+    def answer_losses(self, model: Any) -> AnswerLosses:
+        """Return the cross entropy of the trained tokens; the states must have passed all blocks."""
         norm, head = model.get_submodule(architecture_of_model(model).norm), model.lm_head
         for module in (norm, head):
             module.to(self.device, torch.float32)
-        total = torch.zeros((), dtype=torch.float64)
+        sums, counts = [], []
         for states, labels in zip(self.states, self._labels, strict=True):
             loss, _ = lean_causal_lm_loss(norm(states.to(self.device)), head, labels, num_items_in_batch=1)
-            total += loss.cpu()
-        return float((total / self.num_targets).exp())
+            sums.append(float(loss))
+            counts.append(int((labels[:, 1:] != IGNORE_INDEX).sum()))
+        return AnswerLosses(tuple(sums), tuple(counts))
 
 
 def _to_device(value: Any, device: torch.device) -> Any:
@@ -111,29 +109,39 @@ class InputStatistics:
     mean_abs: Tensor
 
 
+class _AllMeasuredError(Exception):
+    """Ends a block's run: all inputs that are to be measured were seen."""
+
+
 def measure_inputs(
     samples: SampleStates, index: int, block: nn.Module, names: Sequence[str]
 ) -> dict[str, InputStatistics]:
-    """Run all samples through block ``index`` and return statistics of the inputs of the named layers."""
+    """Return statistics of the inputs of the named layers of block ``index``, which runs up to the last of them."""
     sums: dict[str, InputStatistics] = {}
-    num_tokens = 0
+    missing: set[str] = set()
 
-    def add(name: str, x: Tensor) -> None:
+    def measure(name: str, x: Tensor) -> None:
         x = x.flatten(0, -2).float()
         if name not in sums:
             width = x.shape[1]
             sums[name] = InputStatistics(x.new_zeros(width, width), x.new_zeros(width))
         sums[name].gram.addmm_(x.T, x)
         sums[name].mean_abs.add_(x.abs().sum(0))
+        missing.discard(name)
+        if not missing:
+            raise _AllMeasuredError
 
     def hook(name: str) -> Any:
-        return lambda module, inputs: add(name, inputs[0])
+        return lambda module, inputs: measure(name, inputs[0])
 
     handles = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
     try:
-        for output in samples.outputs(index, block):
-            num_tokens += output.shape[1]
+        for sample in range(len(samples.states)):
+            missing.update(names)
+            with suppress(_AllMeasuredError):
+                samples.output(sample, index, block)
     finally:
         for handle in handles:
             handle.remove()
+    num_tokens = sum(states.shape[1] for states in samples.states)
     return {name: InputStatistics(of.gram / num_tokens, of.mean_abs / num_tokens) for name, of in sums.items()}

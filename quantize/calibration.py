@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
+from chat.label_mask import IGNORE_INDEX
 from data_utils.dataset import DataOptions, DataReader
 from data_utils.encode import EncodedConversation, EncodeOptions, Encoder, UnweightedExample
 from data_utils.sources import parse_source
@@ -15,16 +16,21 @@ from loading.checkpoint import Checkpoint
 
 logger = logging.getLogger(__name__)
 
-HELD_OUT_SHARE = 0.1
-"""Share of the samples on which the perplexity is measured."""
+HELD_OUT_TOKENS = 2000
+"""Answer tokens on which the perplexity is measured, if there are so many: fewer leave its change to chance."""
+_MAX_HELD_OUT = 0.25  # share of the conversations, where they are too few to calibrate with all that were asked for
 
 
 @dataclass(frozen=True)
 class Samples:
-    """Sampled conversations, tokenised as in training."""
+    """Sampled conversations, tokenised as in training; none is in both lists."""
 
     calibration: list[UnweightedExample]
     held_out: list[UnweightedExample]
+
+    @property
+    def held_out_tokens(self) -> int:
+        return sum(map(_count_targets, self.held_out))
 
     @property
     def calibration_tokens(self) -> int:
@@ -40,7 +46,10 @@ def draw_samples(
     seed: int,
     show_progress: bool = True,
 ) -> Samples:
-    """Sample ``count`` conversations uniformly, and hold out a tenth of them (at least one).
+    """Sample up to ``count`` conversations uniformly to calibrate with, and hold out others.
+
+    Held out are as many as have ``HELD_OUT_TOKENS`` answer tokens, at most ``count``. If there are not enough for both,
+    a quarter of all is held out at most, and one at least.
 
     Args:
         data_path: values of ``--data_path``.
@@ -59,9 +68,9 @@ def draw_samples(
     drawn: list[EncodedConversation] = []
     # Reservoir sampling (Vitter 1985, algorithm R): uniform, without knowing the number of conversations.
     for i, conversation in enumerate(reader.read()):
-        if i < count:
+        if i < 2 * count:
             drawn.append(conversation.encoded)
-        elif (slot := random.randrange(i + 1)) < count:
+        elif (slot := random.randrange(i + 1)) < 2 * count:
             drawn[slot] = conversation.encoded
     for source in reader.reports["train"].sources:
         for line in source.warnings():
@@ -73,9 +82,20 @@ def draw_samples(
             "to measure the perplexity",
             "Give more data, or raise --model_max_length",
         )
-    if len(drawn) < count:
-        logger.warning("--samples %d: the data contains %d conversations, all are used", count, len(drawn))
     random.shuffle(drawn)
     examples: list[UnweightedExample] = [{"input_ids": each.input_ids, "labels": each.labels} for each in drawn]
-    num_held_out = max(1, round(HELD_OUT_SHARE * len(examples)))
-    return Samples(examples[num_held_out:], examples[:num_held_out])
+    limit, num_tokens, num_held_out = max(len(examples) - count, int(_MAX_HELD_OUT * len(examples)), 1), 0, 0
+    while num_held_out < limit and num_tokens < HELD_OUT_TOKENS:
+        num_tokens += _count_targets(examples[num_held_out])
+        num_held_out += 1
+    samples = Samples(examples[num_held_out : num_held_out + count], examples[:num_held_out])
+    if len(samples.calibration) < count:
+        logger.warning(
+            "--samples %d: the data contains %d conversations, %d calibrate and the others are held out",
+            count, len(examples), len(samples.calibration),
+        )  # fmt: skip
+    return samples
+
+
+def _count_targets(example: UnweightedExample) -> int:
+    return sum(label != IGNORE_INDEX for label in example["labels"][1:])

@@ -15,6 +15,7 @@ from checkpoints.companions import copy_companion
 from checkpoints.files import load_json, save_json
 from checkpoints.folders import staged_folder
 from checkpoints.model_config import Quantization, check_bitsandbytes, with_dtype
+from checkpoints.names import QUANTIZATION_REPORT
 from checkpoints.shards import open_checkpoint
 from checkpoints.writing import save_checkpoint
 from data_utils.encode import UnweightedExample
@@ -23,7 +24,8 @@ from loading.checkpoint import Checkpoint, load_checkpoint, load_model
 from loading.quantized import compute_in_float32
 from quantize.blocks import SampleStates, pop_blocks, stored_tensors
 from quantize.calibration import Samples
-from quantize.packed import check_sizes, max_inputs, quantize_weights
+from quantize.packed import Measurements, check_sizes, max_inputs, quantize_weights
+from quantize.perplexity import AnswerLosses
 
 logger = logging.getLogger(__name__)
 
@@ -32,17 +34,23 @@ MAX_SHARD_SIZE = 5 * 10**9
 
 @dataclass(frozen=True)
 class Result:
-    """Perplexity of the held-out answers, and size of the weight files in bytes, before and after quantising.
+    """Losses of the held-out answers, errors of the layers, and size of the weight files in bytes.
 
     Attributes:
-        num_targets: tokens over which the perplexity was measured.
+        nearest: losses if the weights are rounded to nearest instead; ``None`` for NF4, which is rounded to nearest.
+        errors: of each quantised layer, see ``packed.Measurements``; none for NF4.
     """
 
-    perplexity_before: float
-    perplexity_after: float
-    num_targets: int
+    before: AnswerLosses
+    after: AnswerLosses
+    nearest: AnswerLosses | None
+    errors: dict[str, float]
     bytes_before: int
     bytes_after: int
+
+    @property
+    def worst_layer(self) -> str | None:
+        return max(self.errors, key=self.errors.__getitem__, default=None)
 
 
 def check_quantizable(checkpoint: Checkpoint, quantization: Quantization) -> None:
@@ -77,26 +85,51 @@ def quantize_checkpoint(
     write = _write_packed if quantization.is_packed else _write_by_bitsandbytes
     with staged_folder(output_dir, "--output_dir") as folder:
         try:
-            before, num_targets, quantization_config = write(checkpoint, quantization, samples, folder, device)
+            before, nearest, errors, quantization_config = write(checkpoint, quantization, samples, folder, device)
             _save_companion_files(checkpoint, quantization_config, folder)
             # Of the written folder, as it will be loaded.
-            after, _ = _measure_perplexity(
-                load_model(load_checkpoint(str(folder)), torch.float32), samples.held_out, device
-            )
+            after = _measure_losses(load_model(load_checkpoint(str(folder)), torch.float32), samples.held_out, device)
         except torch.OutOfMemoryError as error:
             raise RunError(f"out of memory ({one_line(error)})", "Lower --model_max_length") from error
-        if not (math.isfinite(before) and math.isfinite(after)):
-            what = f"the perplexity of the held-out conversations is {before} before and {after} after quantising"
-            raise RunError(what, "Check the weights of the checkpoint")
+        if not (math.isfinite(before.perplexity) and math.isfinite(after.perplexity)):
+            what = f"the perplexity of the held-out conversations is {before.perplexity} before and {after.perplexity}"
+            raise RunError(f"{what} after quantising", "Check the weights of the checkpoint")
         bytes_before, bytes_after = _size_of_weights(checkpoint.folder), _size_of_weights(folder)
-    return Result(before, after, num_targets, bytes_before, bytes_after)
+        result = Result(before, after, nearest, errors, bytes_before, bytes_after)
+        if nearest is not None and after.perplexity > nearest.perplexity:
+            logger.warning(
+                "the perplexity after quantising is %.4f, after rounding to nearest it would be %.4f. Calibrate with "
+                "more data that resemble what the model will be asked: --data_path, --samples",
+                after.perplexity, nearest.perplexity,
+            )  # fmt: skip
+        save_json(_report(quantization, samples, result), folder / QUANTIZATION_REPORT)
+    return result
+
+
+def _report(quantization: Quantization, samples: Samples, result: Result) -> dict[str, Any]:
+    """Return the contents of ``quantization_report.json``."""
+    models = {"before": result.before, "after": result.after, "nearest": result.nearest}
+    measured = {name: losses for name, losses in models.items() if losses is not None}
+    return {
+        "version": 1,
+        "quantization": str(quantization),
+        "calibration": {"conversations": len(samples.calibration), "tokens": samples.calibration_tokens},
+        "held_out": {"conversations": len(samples.held_out), "answer_tokens": result.before.num_tokens},
+        "perplexity": {name: losses.perplexity for name, losses in measured.items()},
+        "change": {
+            name: losses.change_from(result.before).as_dict() for name, losses in measured.items() if name != "before"
+        },
+        "worst_layer": result.worst_layer,
+        "layer_errors": result.errors,
+    }
 
 
 class _Written(NamedTuple):
-    """The perplexity before quantising, its number of targets, and the quantization_config of the written weights."""
+    """Parts of a ``Result``, and the quantization_config of the written weights."""
 
-    perplexity_before: float
-    num_targets: int
+    before: AnswerLosses
+    nearest: AnswerLosses | None
+    errors: dict[str, float]
     quantization_config: dict[str, Any]
 
 
@@ -104,20 +137,24 @@ def _write_packed(
     checkpoint: Checkpoint, quantization: Quantization, samples: Samples, folder: Path, device: torch.device
 ) -> _Written:
     model = _load_unquantised(checkpoint)
-    held_out, calibration = (SampleStates(model, part, device) for part in (samples.held_out, samples.calibration))
-    tensors = quantize_weights(model, quantization, calibration, held_out, checkpoint.dtype)
+    original, nearest, calibration = (
+        SampleStates(model, part, device) for part in (samples.held_out, samples.held_out, samples.calibration)
+    )
+    measured = Measurements(original, nearest)
+    tensors = quantize_weights(model, quantization, calibration, measured, checkpoint.dtype)
     save_checkpoint(tensors, folder, MAX_SHARD_SIZE)
-    return _Written(held_out.perplexity(model), held_out.num_targets, _packed_config(quantization))
+    before, rounded = original.answer_losses(model), nearest.answer_losses(model)
+    return _Written(before, rounded, measured.errors, _packed_config(quantization))
 
 
 def _write_by_bitsandbytes(
     checkpoint: Checkpoint, quantization: Quantization, samples: Samples, folder: Path, device: torch.device
 ) -> _Written:
-    before, num_targets = _measure_perplexity(_load_unquantised(checkpoint), samples.held_out, device)
+    before = _measure_losses(_load_unquantised(checkpoint), samples.held_out, device)
     model = load_model(checkpoint, torch.float32, quantize=quantization)
     save_checkpoint(((name, tensor.cpu()) for name, tensor in stored_tensors(model)), folder, MAX_SHARD_SIZE)
     config = model.config.quantization_config.to_dict()
-    return _Written(before, num_targets, {**config, "bnb_4bit_compute_dtype": _name_of(checkpoint.dtype)})
+    return _Written(before, None, {}, {**config, "bnb_4bit_compute_dtype": _name_of(checkpoint.dtype)})
 
 
 def _load_unquantised(checkpoint: Checkpoint) -> Any:
@@ -128,12 +165,12 @@ def _load_unquantised(checkpoint: Checkpoint) -> Any:
     return model
 
 
-def _measure_perplexity(model: Any, examples: Sequence[UnweightedExample], device: torch.device) -> tuple[float, int]:
-    """Return the perplexity of a model and its number of targets; the model's blocks are freed on the way."""
+def _measure_losses(model: Any, examples: Sequence[UnweightedExample], device: torch.device) -> AnswerLosses:
+    """Return the losses of a model; its blocks are freed on the way."""
     states = SampleStates(model, examples, device)
     for index, block in pop_blocks(model, device, "Measuring"):
         states.advance(index, block)
-    return states.perplexity(model), states.num_targets
+    return states.answer_losses(model)
 
 
 def _size_of_weights(folder: Path) -> int:

@@ -6,8 +6,10 @@ A block is calibrated on the outputs of the quantised blocks before it, so that 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,11 +21,10 @@ from errors import ConfigError
 from quantize.awq import quantize_awq, search_scales
 from quantize.blocks import InputStatistics, SampleStates, measure_inputs, pop_blocks, stored_tensors
 from quantize.gptq import quantize_gptq
+from quantize.rounding import relative_error, round_to_nearest
 from qwen_model.architectures import LinearGroup, architecture_of
 from qwen_model.block_runner import architecture_of_model, blocks_of
 
-Parts = dict[str, Tensor]
-"""The tensors of a packed layer, by the names in ``packed_weights.PARTS``."""
 Measure = Callable[[Sequence[str]], dict[str, InputStatistics]]
 """Layers of a block -> statistics of their inputs."""
 
@@ -70,15 +71,30 @@ def _shapes(reader: CheckpointReader, model_type: str) -> dict[str, tuple[int, i
     return {name: (shape[0], shape[1]) for name, shape in shapes.items()}
 
 
+@dataclass
+class Measurements:
+    """What is measured while the blocks of a model are quantised.
+
+    Attributes:
+        original: held-out samples, advanced through the original blocks.
+        nearest: the same samples, advanced through blocks whose weights are rounded to nearest.
+        errors: of each quantised layer: the norm of the change of its outputs on the calibration data, relative to that
+            of the outputs.
+    """
+
+    original: SampleStates
+    nearest: SampleStates
+    errors: dict[str, float] = field(default_factory=dict)
+
+
 def quantize_weights(
-    model: Any, quantization: Quantization, calibration: SampleStates, held_out: SampleStates, dtype: torch.dtype
+    model: Any, quantization: Quantization, calibration: SampleStates, measured: Measurements, dtype: torch.dtype
 ) -> Iterator[tuple[str, Tensor]]:
     """Yield the (name, tensor) pairs of the quantised model, on the CPU. The model's blocks are freed on the way.
 
     Args:
         model: on the CPU, from ``loading.checkpoint.load_model``.
         calibration: advanced through the quantised blocks.
-        held_out: advanced through the original blocks.
         dtype: of the tensors that are not quantised.
 
     Raises:
@@ -87,38 +103,62 @@ def quantize_weights(
     architecture, last = architecture_of_model(model), len(blocks_of(model)) - 1
     quantize = _quantize_gptq if quantization.method == "gptq" else _quantize_awq
     for index, block in pop_blocks(model, calibration.device, "Quantising"):
-        held_out.advance(index, block)
-        measure = partial(measure_inputs, calibration, index, block)
-        packed = quantize(block, architecture.linear_groups, measure, quantization, dtype)
+        measured.original.advance(index, block)
+        with _rounded_to_nearest(block, architecture.linear_layers, quantization):
+            measured.nearest.advance(index, block)
+        packed = quantize(
+            block, architecture.linear_groups, partial(measure_inputs, calibration, index, block), quantization, dtype
+        )
         if index < last:
             calibration.advance(index, block)
         prefix = f"{architecture.blocks}.{index}"
+        measured.errors.update((f"{prefix}.{name}", layer.error) for name, layer in packed.items())
         for tensor_name, tensor in block.state_dict().items():
             layer = tensor_name.removesuffix(".weight")
             if layer in packed:
-                yield from ((f"{prefix}.{layer}.{part}", value) for part, value in packed[layer].items())
+                yield from ((f"{prefix}.{layer}.{part}", value) for part, value in packed[layer].parts.items())
             else:
                 yield f"{prefix}.{tensor_name}", tensor.to("cpu", dtype)
     for name, tensor in stored_tensors(model):
         yield name, tensor.to("cpu", dtype)
 
 
+@contextmanager
+def _rounded_to_nearest(block: nn.Module, names: Sequence[str], quantization: Quantization) -> Iterator[None]:
+    """Round the weights of a block's layers to nearest, as many bits in groups of the same size, and restore them."""
+    layers: list[Any] = [block.get_submodule(name) for name in names]
+    originals = [layer.weight.detach().clone() for layer in layers]
+    with torch.no_grad():
+        for layer in layers:
+            layer.weight.copy_(round_to_nearest(layer.weight, quantization.bits, quantization.group_size))
+        yield
+        for layer, original in zip(layers, originals, strict=True):
+            layer.weight.copy_(original)
+
+
+class _Packed(NamedTuple):
+    """A quantised layer: its tensors by the names in ``packed_weights.PARTS``, and see ``Measurements.errors``."""
+
+    parts: dict[str, Tensor]
+    error: float
+
+
 def _quantize_gptq(
     block: nn.Module, groups: Sequence[LinearGroup], measure: Measure, quantization: Quantization, dtype: torch.dtype
-) -> dict[str, Parts]:
+) -> dict[str, _Packed]:
     """Quantise the layers of a block in place, each calibrated on the quantised layers before it."""
     packed = {}
     for group in groups:
         inputs = measure(group.layers[:1])[group.layers[0]]
         for name, layer in _linear_layers(block, group).items():
             weight = quantize_gptq(layer.weight, inputs.gram, quantization.bits, quantization.group_size)
-            packed[name] = _set_weight(layer, weight, quantization)
+            packed[name] = _set_weight(layer, weight, inputs.gram, quantization)
     return packed
 
 
 def _quantize_awq(
     block: nn.Module, groups: Sequence[LinearGroup], measure: Measure, quantization: Quantization, dtype: torch.dtype
-) -> dict[str, Parts]:
+) -> dict[str, _Packed]:
     """Scale and quantise the layers of a block in place."""
     statistics = measure([group.layers[0] for group in groups])
     for group in groups:
@@ -132,7 +172,7 @@ def _quantize_awq(
         inputs = statistics[group.layers[0]]
         for name, layer in _linear_layers(block, group).items():
             weight = quantize_awq(layer.weight, inputs.gram, quantization.group_size)
-            packed[name] = _set_weight(layer, weight, quantization)
+            packed[name] = _set_weight(layer, weight, inputs.gram, quantization)
     return packed
 
 
@@ -172,8 +212,9 @@ def move_scales(
 
 
 @torch.no_grad()
-def _set_weight(layer: nn.Linear, weight: IntegerWeight, quantization: Quantization) -> Parts:
-    """Pack a weight, set the layer's weight to what its parts unpack to, and return the parts."""
+def _set_weight(layer: nn.Linear, weight: IntegerWeight, gram: Tensor, quantization: Quantization) -> _Packed:
+    """Pack a weight, and set the layer's weight to what its parts unpack to."""
     parts = pack_weight(weight, quantization)
+    original = layer.weight.detach().clone()
     layer.weight.copy_(unpack_weight(parts, quantization))
-    return parts
+    return _Packed(parts, relative_error(original, layer.weight, gram))

@@ -2,9 +2,9 @@
 
     python -m scripts.quantize --model_name_or_path DIR --data_path FILE --output_dir OUT --bits 4
 
-Conversations are sampled and tokenised as in training. A tenth of them is held out: the perplexity of their answers is
-measured before and after. The output folder appears when it is complete. It opens in transformers, scripts.ask answers
-with it, and finetune.py trains an adapter on it.
+Conversations are sampled and tokenised as in training. Others than those that calibrate are held out: the perplexity of
+their answers is measured before and after, and with weights that are rounded to nearest. The output folder appears when
+it is complete. It opens in transformers, scripts.ask answers with it, and finetune.py trains an adapter on it.
 """
 
 from __future__ import annotations
@@ -12,12 +12,17 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from commands import CommandParser, run_command, set_up_logging
 from console import python_command, show
 from errors import ConfigError
 from outputs import check_output_folder, check_outside_inputs, parse_output
 from training.config.defaults import MODEL_MAX_LENGTH
+
+if TYPE_CHECKING:
+    from quantize.calibration import Samples
+    from quantize.checkpoint import Result
 
 GROUP_SIZES = (32, 64, 128)
 
@@ -45,7 +50,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--group_size", type=int, choices=GROUP_SIZES, help="inputs that share a scale, for gptq and awq; default: 128"
     )
     parser.add_argument(
-        "--samples", type=int, default=128, help="number of conversations to sample; default: %(default)s"
+        "--samples", type=int, default=128, help="number of conversations that calibrate; default: %(default)s"
     )
     parser.add_argument(
         "--model_max_length",
@@ -74,10 +79,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ConfigError(f"--bits 8 is not supported with --format {args.format}", "Give --bits 4, or --format gptq")
     if args.format == "nf4" and args.group_size is not None:
         raise ConfigError(f"--group_size {args.group_size} has no effect with --format nf4", "Remove it")
-    if args.samples < 2:
-        raise ConfigError(
-            f"--samples {args.samples} is too few: one is held out, the others calibrate", "Give 2 or more"
-        )
+    if args.samples < 1:
+        raise ConfigError(f"--samples {args.samples} is too few", "Give 1 or more")
     if args.model_max_length is not None and args.model_max_length < 1:
         raise ConfigError(f"--model_max_length {args.model_max_length} is not positive", "Give a positive number")
 
@@ -104,13 +107,32 @@ def main(argv: Sequence[str]) -> None:
     ask = python_command("-m scripts.ask --model_name_or_path", args.output_dir, '"Who are you?"')
     for line in (
         f"calibrated: on {len(samples.calibration):,} conversations, {samples.calibration_tokens:,} tokens",
-        f"perplexity: {result.perplexity_before:.4f} before, {result.perplexity_after:.4f} after, "
-        f"on the {result.num_targets:,} answer tokens of {len(samples.held_out):,} held-out conversations",
+        *perplexity_lines(result, samples),
         f"written:    {args.output_dir} ({quantization}), {result.bytes_after / 1e6:,.1f} MB of weights "
         f"instead of {result.bytes_before / 1e6:,.1f}",
         f"next:       {ask}",
     ):
         show(line)
+
+
+def perplexity_lines(result: Result, samples: Samples) -> list[str]:
+    """Say what quantising cost, what rounding to nearest would have cost, and which layer changed most."""
+    from quantize.calibration import HELD_OUT_TOKENS
+
+    number = result.before.num_tokens
+    few = "" if number >= HELD_OUT_TOKENS else f", too few for a certain figure: {HELD_OUT_TOKENS:,} are needed"
+    lines = [
+        f"perplexity: {result.before.perplexity:.4f} before, {result.after.perplexity:.4f} after, "
+        f"on the {number:,} answer tokens of {len(samples.held_out):,} held-out conversations{few}",
+        f"change:     {result.after.change_from(result.before)}",
+    ]
+    if result.nearest is not None:
+        lines[1] += f"; rounded to nearest: {result.nearest.change_from(result.before)}"
+    if (worst := result.worst_layer) is not None:
+        lines.append(
+            f"worst:      {worst}, whose outputs changed by {result.errors[worst]:.1%} on the calibration data"
+        )
+    return lines
 
 
 def choose_length(args: argparse.Namespace, folder: Path) -> int:

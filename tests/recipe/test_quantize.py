@@ -134,6 +134,26 @@ def test_printed_perplexities_are_those_of_the_folders(
         assert perplexity(folder, samples.held_out) == pytest.approx(printed, rel=1e-3)
 
 
+@pytest.mark.parametrize("format_", ["gptq", "awq"])
+def test_report_says_what_quantising_cost(
+    quantised: Callable[[str, str, int], Quantised], trained: Callable[[str], Path], format_: str
+) -> None:
+    result = quantised("qwen2", format_, 4)
+    report = read_json(result.folder / "quantization_report.json")
+    before, after, nearest = (report["perplexity"][name] for name in ("before", "after", "nearest"))
+    assert (before, after) == pytest.approx(result.perplexities, abs=1e-4)
+    change = report["change"]["after"]
+    assert change["low"] < change["value"] == pytest.approx(after / before - 1) < change["high"]
+    assert f"change:     {change['value']:+.1%}, 95 % interval" in result.output
+    assert f"rounded to nearest: {nearest / before - 1:+.1%}, 95 % interval" in result.output
+    samples = draw_samples(load_checkpoint(str(trained("qwen2"))), [str(IDENTITY)], 60, EncodeOptions(), "auto", 42)
+    assert report["held_out"] == {"conversations": 16, "answer_tokens": samples.held_out_tokens}
+    assert "held-out conversations, too few for a certain figure: 2,000 are needed" in result.output
+    worst = report["worst_layer"]
+    assert report["layer_errors"][worst] == max(report["layer_errors"].values()) and len(report["layer_errors"]) == 14
+    assert f"worst:      {worst}, whose outputs changed by " in result.output
+
+
 @torch.no_grad()
 def perplexity(folder: Path, examples: list[UnweightedExample]) -> float:
     model = load_model(load_checkpoint(str(folder)), torch.float32)
@@ -234,11 +254,12 @@ def test_defaults_on_the_command_line(tmp_path: Path) -> None:
     make_tiny_qwen.main(["--output", str(tmp_path / "model")])
     flags = ("--model_name_or_path", tmp_path / "model", "--data_path", IDENTITY, "--output_dir", tmp_path / "out")
     result = run_well("-m", "scripts.quantize", *flags, "--bits", "4", "--group_size", "128")
-    assert f"--samples 128: the data contains {len(read_json(IDENTITY))} conversations, all are used" in result.stderr
+    count = len(read_json(IDENTITY))
+    assert f"--samples 128: the data contains {count} conversations, {count - count // 4} calibrate" in result.stderr
     assert "Quantising:" not in result.stderr  # bars are for terminals
     before, after = Quantised(tmp_path / "out", result.stdout).perplexities
     assert after < 1.2 * before
-    assert result.stdout.startswith("calibrated: on 58 conversations, ")
+    assert result.stdout.startswith(f"calibrated: on {count - count // 4} conversations, ")
     assert f"written:    {tmp_path / 'out'} (GPTQ, 4 bits, groups of 128)" in result.stdout
     noise = ("gptqmodel", "Traceback", "Warning")
     assert not [line for line in result.stderr.splitlines() if any(word in line for word in noise)]
@@ -270,7 +291,7 @@ def test_unquantised_tensors_keep_the_dtype_of_the_base(tmp_path: Path) -> None:
         (["--format", "nf4", "--group_size", "64"], "--group_size 64 has no effect with --format nf4. Remove it"),
         (["--group_size", "64"], "--group_size 64 does not divide the 32 inputs of attn.c_attn. Give --group_size 32"),
         (["--format", "nf4"], "--format nf4 needs layers with a multiple of 64 inputs on a CPU, attn.c_attn has 32"),
-        (["--samples", "1"], "--samples 1 is too few"),
+        (["--samples", "0"], "--samples 0 is too few"),
         (["--model_max_length", "0"], "--model_max_length 0 is not positive"),
         (["--group_size", "32", "--model_max_length", "100000"], "--model_max_length 100000 is more than the "),
         (["--learning_rate", "1"], "unrecognized arguments: --learning_rate 1"),

@@ -16,7 +16,7 @@ from errors import ConfigError
 from loading.checkpoint import Checkpoint, load_checkpoint, load_model
 from loading.quantized import compute_in_float32
 from quantize.blocks import InputStatistics, SampleStates, measure_inputs, pop_blocks, stored_tensors
-from quantize.packed import check_sizes, max_inputs, move_scales, quantize_weights
+from quantize.packed import Measurements, check_sizes, max_inputs, move_scales, quantize_weights
 from qwen_model.block_runner import architecture_of_model, blocks_of
 from tests.models import TINY, write_later_checkpoint
 
@@ -62,8 +62,10 @@ def test_perplexity_equals_that_of_the_whole_model(model: Any, examples: list[Un
     states = SampleStates(model, examples, CPU)
     for index, block in pop_blocks(model, CPU, "test"):
         states.advance(index, block)
-    assert states.num_targets == len(losses) == 20 + 8 + 34
-    assert states.perplexity(model) == pytest.approx(torch.tensor(losses).mean().exp().item(), rel=1e-4)
+    measured = states.answer_losses(model)
+    assert measured.counts == (20, 8, 34) and len(losses) == 20 + 8 + 34
+    assert measured.sums[1] == pytest.approx(sum(losses[20:28]), rel=1e-4)
+    assert measured.perplexity == pytest.approx(torch.tensor(losses).mean().exp().item(), rel=1e-4)
 
 
 def test_capturing_block_inputs_does_not_change_the_model(model: Any, examples: list[UnweightedExample]) -> None:
@@ -87,7 +89,7 @@ def test_16_bit_model_computes_in_float32(
         states = SampleStates(each, examples, CPU)
         for index, block in pop_blocks(each, CPU, "test"):
             states.advance(index, block)
-        perplexities.append(states.perplexity(each))
+        perplexities.append(states.answer_losses(each).perplexity)
     assert perplexities[0] == pytest.approx(perplexities[1], rel=1e-5)
 
 
@@ -128,11 +130,13 @@ def test_other_tensors_are_unchanged(
 ) -> None:
     expected = {name: tensor.clone() for name, tensor in stored_tensors(model)}
     quantization = Quantization(method, 4, 32, zero_offset=int(method == "gptq"))
-    calibration, held_out = (SampleStates(model, examples, CPU) for _ in range(2))
-    written = dict(quantize_weights(model, quantization, calibration, held_out, torch.float32))
+    calibration, *held_out = (SampleStates(model, examples, CPU) for _ in range(3))
+    measured = Measurements(*held_out)
+    written = dict(quantize_weights(model, quantization, calibration, measured, torch.float32))
     architecture = architecture_of_model(model)
     layers = {f"{architecture.blocks}.{index}.{name}" for index in range(2) for name in architecture.linear_layers}
     assert {name.removesuffix(".qweight") for name in written if name.endswith(".qweight")} == layers
+    assert measured.errors.keys() == layers and all(0 < error < 0.5 for error in measured.errors.values())
     others = expected.keys() - {f"{layer}.weight" for layer in layers}
     assert others == written.keys() - {name for name in written if name.rpartition(".")[2] in PARTS}
     if method == "gptq":

@@ -44,13 +44,34 @@ def texts(checkpoint: Checkpoint, samples: Samples) -> list[list[str]]:
     ]
 
 
-@pytest.mark.parametrize(("count", "num_held_out"), [(2, 1), (14, 1), (16, 2), (40, 4)])
-def test_a_tenth_is_held_out(checkpoint: Checkpoint, tmp_path: Path, count: int, num_held_out: int) -> None:
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [
+        (1, (1, 1)), (20, (20, 20)),  # as many conversations as calibrate, whose answers have few tokens
+        (40, (40, 20)), (50, (45, 15)), (500, (45, 15)),  # all 60, of which a quarter is held out at most
+    ],
+)  # fmt: skip
+def test_held_out_conversations_do_not_calibrate(
+    checkpoint: Checkpoint, tmp_path: Path, count: int, expected: tuple[int, int]
+) -> None:
     samples = draw(checkpoint, write_questions(tmp_path / "data.jsonl", 60), count)
-    assert (len(samples.calibration), len(samples.held_out)) == (count - num_held_out, num_held_out)
+    assert (len(samples.calibration), len(samples.held_out)) == expected
     calibration, held_out = texts(checkpoint, samples)
-    assert len({*calibration, *held_out}) == count, "none twice, none in both parts"
+    assert len({*calibration, *held_out}) == sum(expected), "none twice, none in both parts"
     assert samples.calibration_tokens == sum(len(each["input_ids"]) for each in samples.calibration)
+
+
+def test_no_more_is_held_out_than_measuring_needs(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_questions(tmp_path / "data.jsonl", 60)
+    tokens = draw(checkpoint, path, 20).held_out_tokens
+    assert tokens == sum(label != -100 for each in draw(checkpoint, path, 20).held_out for label in each["labels"])
+    monkeypatch.setattr("quantize.calibration.HELD_OUT_TOKENS", tokens // 4)
+    samples = draw(checkpoint, path, 20)
+    assert len(samples.calibration) == 20 and len(samples.held_out) < 10
+    last = Samples([], samples.held_out[-1:]).held_out_tokens
+    assert samples.held_out_tokens - last < tokens // 4 <= samples.held_out_tokens
 
 
 def test_the_seed_decides_what_is_drawn(checkpoint: Checkpoint, tmp_path: Path) -> None:
@@ -63,7 +84,7 @@ def test_the_seed_decides_what_is_drawn(checkpoint: Checkpoint, tmp_path: Path) 
 def test_every_conversation_can_be_drawn(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """With 30 seeds and half drawn each time, a conversation that is drawn never or always is no coincidence."""
     path = write_questions(tmp_path / "data.jsonl", 12)
-    drawn = [text for seed in range(30) for part in texts(checkpoint, draw(checkpoint, path, 6, seed)) for text in part]
+    drawn = [text for seed in range(30) for part in texts(checkpoint, draw(checkpoint, path, 3, seed)) for text in part]
     counts = [drawn.count(text) for text in set(drawn)]
     assert len(counts) == 12 and min(counts) >= 4 and max(counts) <= 26
 
@@ -86,7 +107,7 @@ def test_all_conversations_are_used_if_there_are_fewer_than_asked(
     caplog.set_level(logging.WARNING)
     samples = draw(checkpoint, write_questions(tmp_path / "data.jsonl", 5), 128)
     assert len(samples.calibration) + len(samples.held_out) == 5
-    assert "--samples 128: the data contains 5" in caplog.text
+    assert "--samples 128: the data contains 5 conversations, 4 calibrate" in caplog.text
 
 
 @pytest.mark.parametrize(("count", "options"), [(1, OPTIONS), (9, EncodeOptions(max_length=8))])
