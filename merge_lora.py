@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
     from export.merging import plan_merge
     from export.model_card import serve_lines
     from export.progress import progress_bar
+    from export.quantized_form import quantization_to_match
     from export.trained_form import compare_with_training
 
     start = time.monotonic()
@@ -52,7 +53,8 @@ def main(argv: Sequence[str]) -> None:
     inputs |= {"--adapter": [adapter.folder for adapter in adapters], "--base": [base.folder]}
     check_output_folder(args.output, "--output", inputs)
     check_trained_on(base.folder, adapters, args.any_base, base_is_given=args.base is not None)
-    plan = plan_merge(base, weighted, args.layout, args.dtype)
+    matched = quantization_to_match(weighted, base.quantization) if args.match_quantised_base else None
+    plan = plan_merge(base, weighted, args.layout, args.dtype, matched)
     if args.verify:
         from export.verify.compare import check_verifiable
 
@@ -95,6 +97,12 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--any_base",
         action="store_true",
         help="merge into a base that the adapter was not trained on, with a warning instead of an error",
+    )
+    parser.add_argument(
+        "--match_quantised_base",
+        action="store_true",
+        help="adapters of --q_lora on an unquantised checkpoint: round its linear layers first, as in the training "
+        "(NF4, FP4, 8 bits), so that the result is what was trained (default: merge into the unrounded weights)",
     )
     parser.add_argument(
         "--dtype",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.fold import Fold, WeightedAdapter, plan_fold
-from checkpoints.model_config import DTYPE_NAMES, declared_dtype, with_dtype
+from checkpoints.model_config import DTYPE_NAMES, Quantization, declared_dtype, with_dtype
 from checkpoints.source import InDtype, TensorSource, View, main_dtype
 from console import python_command
 from errors import ConfigError
@@ -19,9 +19,13 @@ from export.inputs import Base
 from export.layouts.config import QWEN_CONFIG
 from export.layouts.convert import convert_model
 from export.layouts.qwen2_names import layout_of_config, layout_of_names
+from export.quantized_form import as_quantized
 from qwen_model.architectures import EMBEDDING_WEIGHTS
 
 logger = logging.getLogger(__name__)
+
+ROUNDED_AS = "base_rounded_as"
+"""Key of a merged config.json: how the linear layers of the base were rounded before the merge."""
 
 
 class RoundingSource(View):
@@ -57,6 +61,7 @@ class MergePlan:
         source: the merged tensors as they are written.
         config: config.json of the merged checkpoint.
         layout: layout that is written, ``qwen`` or ``qwen2`` (whose names Qwen3 shares).
+        matched: how the base was rounded before the merge, as in the training of the adapters.
     """
 
     base: Base
@@ -66,6 +71,7 @@ class MergePlan:
     source: RoundingSource
     config: dict[str, Any]
     layout: str
+    matched: Quantization | None = None
 
     @property
     def dtype(self) -> str:
@@ -82,17 +88,22 @@ class MergePlan:
         text = f"{len(self.fold.changed)} of {len(self.fold.names())} tensors changed"
         if self.base.quantization:
             text += f", those of {self.base.quantization} dequantised"
+        if self.matched:
+            text += f", the base rounded as by {self.matched} in training"
         if (error := self.source.relative_error()) > 1e-6:
             text += f"; rounding to {self.dtype} moves the weights by {error:.2%}"
         return text
 
 
-def plan_merge(base: Base, adapters: Sequence[WeightedAdapter], layout: str, dtype: str) -> MergePlan:
+def plan_merge(
+    base: Base, adapters: Sequence[WeightedAdapter], layout: str, dtype: str, matched: Quantization | None = None
+) -> MergePlan:
     """Check that adapters fit the base and plan the merge; reads only headers and the adapters.
 
     Args:
         layout: ``qwen``, ``qwen2``, or ``auto`` for the base's.
         dtype: ``bf16``, ``fp16``, ``fp32``, or ``auto`` for the base's.
+        matched: round the base's linear layers first, as they were in the training of the adapters.
 
     Raises:
         ConfigError: adapters that do not fit the base, or a base that the layout cannot express.
@@ -104,6 +115,8 @@ def plan_merge(base: Base, adapters: Sequence[WeightedAdapter], layout: str, dty
 
     # Fold in the adapters' layout, which may differ from the base's.
     source, fold_config = convert_model(base.source, config, _common_layout(adapters, base_layout))
+    if matched is not None:
+        source = as_quantized(source, matched, str(fold_config["model_type"]))
     fold = plan_fold(source, fold_config, adapters)
     if fold.untied:
         logger.info("the adapter trained the tied embedding and head apart: the merged checkpoint stores both")
@@ -117,9 +130,11 @@ def plan_merge(base: Base, adapters: Sequence[WeightedAdapter], layout: str, dty
 
     merged_config = with_dtype(merged_config, _name_of(main_dtype(rounded)))
     merged_config.pop("converted_from", None)
+    if matched is not None:
+        merged_config[ROUNDED_AS] = str(matched)
     if QWEN_CONFIG in merged_config:
         merged_config[QWEN_CONFIG] = {**merged_config[QWEN_CONFIG], "chat_format": "chatml"}
-    return MergePlan(base, adapters, fold, fold_config, rounded, merged_config, target)
+    return MergePlan(base, adapters, fold, fold_config, rounded, merged_config, target, matched)
 
 
 def choose_dtype(flag: str, config: dict[str, Any]) -> torch.dtype | None:
