@@ -91,6 +91,11 @@ class Result:
         return sorted(path.name for path in self.folder.iterdir())
 
 
+def python() -> str:
+    """Return the interpreter of all processes: that of torchrun's, which may be another one."""
+    return os.environ.get("PYTHON_EXEC", sys.executable)
+
+
 class Runs:
     """Runs of ``finetune.py`` on the same model and data, in a folder of their own."""
 
@@ -106,7 +111,7 @@ class Runs:
         processes = 1 if engine is None else WORLD
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", WORLD] if processes > 1 else []
         words = [
-            sys.executable, *start, "finetune.py", "--model_name_or_path", MODEL, "--data_path",
+            python(), *start, "finetune.py", "--model_name_or_path", MODEL, "--data_path",
             self.folder / "train.json", "--eval_data_path", self.folder / "eval.json", "--output_dir", output,
             "--per_device_train_batch_size", BATCH // processes, "--gradient_accumulation_steps", 1, "--weight_decay",
             0, "--per_device_eval_batch_size", 2, "--lora_dropout", 0, "--logging_steps", 1, "--save_strategy", "no",
@@ -182,7 +187,7 @@ def compare(runs: Runs, mode: str, engine: str, alone: Result, alone_gradients: 
 def merges(adapter: Path) -> bool:
     """Return whether merge_lora.py folds an adapter into the model."""
     merged = adapter.with_name(f"{adapter.name}-merged")
-    words = [sys.executable, "merge_lora.py", "--adapter", str(adapter), "--output", str(merged)]
+    words = [python(), "merge_lora.py", "--adapter", str(adapter), "--output", str(merged)]
     code = subprocess.run(words, cwd=ROOT, capture_output=True, check=False).returncode
     return code == 0 and (merged / "model.safetensors").is_file()
 

@@ -182,7 +182,7 @@ class Run:
         self.starts += 1
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
         with self.errors.open("wb") as errors:
-            words = [sys.executable, *map(str, launcher), *map(str, self.command)]
+            words = [os.environ.get("PYTHON_EXEC", sys.executable), *map(str, launcher), *map(str, self.command)]
             return subprocess.Popen(words, cwd=ROOT, env=environment, stderr=errors, start_new_session=True)
 
     def finish(self) -> float:

@@ -18,7 +18,8 @@ import pytest
 import torch
 
 from commands import run_command
-from tests.golden import REPO, offline_environment
+from tests import fork_server
+from tests.golden import REPO
 from training.callbacks import RunLog
 from training.progress import Progress
 
@@ -33,30 +34,33 @@ PLAIN = (
 
 
 def environment() -> dict[str, str]:
-    """Return the environment of commands: offline, on the CPU so that results are the same everywhere, and with threads
-    that sleep while they wait, because spinning threads starve each other on a busy machine."""
-    return {**offline_environment(), "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
+    """Return the environment of commands. torchrun starts its ranks with ``PYTHON_EXEC``."""
+    return {**fork_server.environment(), "PYTHON_EXEC": fork_server.python()}
 
 
-def run(*arguments: object, timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
-    """Run ``python <arguments>`` in the repository's root; the caller checks the exit code."""
+def run(*arguments: object, timeout: float = TIMEOUT, is_new: bool = False) -> subprocess.CompletedProcess[str]:
+    """Run ``python <arguments>`` in the repository's root; the caller checks the exit code.
+
+    Args:
+        is_new: start a new process, because its start matters; otherwise ``tests.fork_server`` forks one.
+    """
     return subprocess.run(
-        [sys.executable, *map(str, arguments)],
+        [sys.executable if is_new else fork_server.python(), *map(str, arguments)],
         cwd=REPO, env=environment(), capture_output=True, text=True, timeout=timeout, check=False,
     )  # fmt: skip
 
 
-def run_well(*arguments: object, timeout: float = TIMEOUT) -> subprocess.CompletedProcess[str]:
+def run_well(*arguments: object, timeout: float = TIMEOUT, is_new: bool = False) -> subprocess.CompletedProcess[str]:
     """Run a command that must exit with code 0."""
-    result = run(*arguments, timeout=timeout)
+    result = run(*arguments, timeout=timeout, is_new=is_new)
     assert result.returncode == 0, f"{arguments}\n{result.stderr}"
     return result
 
 
-def run_all(commands: Sequence[Sequence[object]]) -> list[subprocess.CompletedProcess[str]]:
+def run_all(commands: Sequence[Sequence[object]], is_new: bool = False) -> list[subprocess.CompletedProcess[str]]:
     """Run several commands, two at a time."""
     with ThreadPoolExecutor(2) as pool:
-        return list(pool.map(lambda arguments: run(*arguments), commands))
+        return list(pool.map(lambda arguments: run(*arguments, is_new=is_new), commands))
 
 
 def free_port() -> int:

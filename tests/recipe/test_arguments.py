@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -77,14 +78,19 @@ def test_command_lines_of_the_original_scripts(tmp_path: Path) -> None:
 
 
 def test_saved_arguments_repeat_the_run(tmp_path: Path) -> None:
+    """The first run is a new process, the second a forked one, and they print the same, but for times and memory."""
     first, second = tmp_path / "first", tmp_path / "second"
-    run_well(
+    printed = run_well(
         "finetune.py", "--model_name_or_path", TINY, "--data_path", write_conversations(tmp_path / "train.json"),
         "--output_dir", first, "--use_lora", "--max_steps", 3, "--learning_rate", 1e-2, "--logging_steps", 1,
         "--warmup_ratio", 0.5, "--system_message", "“Kurz” 😀", "--group_by_length", "--save_strategy", "no",
         "--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-4}', "--bf16",
+        is_new=True,
     )  # fmt: skip
-    run_well("finetune.py", "--config", first / "run_args.json", "--output_dir", second)
+    repeated = run_well("finetune.py", "--config", first / "run_args.json", "--output_dir", second)
+    varying = r"\d+:\d\d(:\d\d)?|[\d,.]+ (tokens/s|GiB|s\b)|first|second"
+    shown = [re.sub(varying, "?", result.stdout + result.stderr) for result in (printed, repeated)]
+    assert shown[0] == shown[1]
     assert logged_losses(second) == logged_losses(first)
     tensors = [load_file(folder / "adapter_model.safetensors") for folder in (first, second)]
     assert tensors[0].keys() == tensors[1].keys()

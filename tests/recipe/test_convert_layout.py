@@ -42,7 +42,7 @@ def test_checkpoint_round_trip(tmp_path: Path) -> None:
     (source / "LICENSE").write_text("a licence")
     before = contents(source)
     there, back = tmp_path / "there", tmp_path / "back"
-    result = run_well("-m", "scripts.convert_layout", source, there, "--max_shard_size", "50KB")
+    result = run_well("-m", "scripts.convert_layout", source, there, "--max_shard_size", "50KB", is_new=True)
     assert "qwen -> qwen2" in result.stdout and "64 tokens" in result.stderr
     assert "torchao" not in result.stderr, "libraries are quiet before they are imported"
     assert contents(source) == before

@@ -10,13 +10,13 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
+from tests import fork_server
 from tests.commands import TIMEOUT, environment
 from tests.golden import REPO, SMALL
 from tests.quantized import write_gptq
@@ -124,10 +124,7 @@ def workspaces(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[s
 
 def prepare(folder: Path, document: str, readme: Path | None) -> None:
     """Fill a workspace: the repository's files, the environment, data, models, and results of README's commands."""
-    for path in REPO.iterdir():
-        if path.name not in (".git", ".venv", "docs", "output", "build", "runs"):
-            (folder / path.name).symlink_to(path)
-    (folder / ".venv").symlink_to(sys.prefix)
+    fork_server.link_checkout(folder, ["docs"])
     (folder / "docs").mkdir()
     records = json.loads((REPO / "examples" / "identity.json").read_text(encoding="utf-8"))[:8]
     for name in ("conversations.json", "train.json", "held_out.json"):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cache
 
 import pytest
 import torch
 
 from benchmarks.engines import ENGINES, MODES, Result, Runs, compare, largest_difference
+from tests import fork_server
 from tests.programs import require_program
 
 LOSS, GRADIENTS = 1e-5, 1e-6
@@ -22,8 +24,11 @@ CASES = [
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    return Runs(tmp_path_factory.mktemp("engines"))
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+    """Processes are forked, those of torchrun too, except in the tests of a whole FSDP run and of offloading."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHON_EXEC", fork_server.python())
+        yield Runs(tmp_path_factory.mktemp("engines"))
 
 
 @cache
@@ -49,18 +54,22 @@ def test_two_processes_train_as_one_does(runs: Runs, mode: str, engine: str, wit
 
 
 @pytest.mark.parametrize("config", ["ds_config_zero2_offload.json", "ds_config_zero3_offload.json"])
-def test_offloaded_optimizer_gives_the_same_losses(runs: Runs, config: str) -> None:
-    """DeepSpeed compiles its optimizer for the CPU."""
+def test_offloaded_optimizer_gives_the_same_losses(runs: Runs, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed compiles its optimizer for the CPU. The processes of ZeRO-2 are new ones."""
     require_program("g++", "g++")
+    if "zero2" in config:
+        monkeypatch.delenv("PYTHON_EXEC")
     offloaded = runs.train(config, MODES["full"], ["--deepspeed", f"finetune/{config}"])
     assert offloaded.code == 0, offloaded.stderr
     assert largest_difference(offloaded.logged("loss"), alone(runs, "full").logged("loss")) <= LOSS
 
 
-def test_resumed_fsdp_run_ends_with_the_same_bits(runs: Runs) -> None:
-    """``benchmarks.kill_resume`` tests DDP and ZeRO."""
+def test_resumed_fsdp_run_ends_with_the_same_bits(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``benchmarks.kill_resume`` tests DDP and ZeRO. The processes of the whole run are new ones."""
     flags = ["--max_steps", 6, "--save_strategy", "steps", "--save_steps", 3, "--learning_rate", 1e-3]
-    whole = runs.run("whole", MODES["lora_embeddings"], ENGINES["fsdp2"], *flags)
+    with monkeypatch.context() as patch:
+        patch.delenv("PYTHON_EXEC")
+        whole = runs.run("whole", MODES["lora_embeddings"], ENGINES["fsdp2"], *flags)
     assert whole.code == 0, whole.stderr
     checkpoint = whole.folder / "checkpoint-3"
     resumed = runs.run(

@@ -226,7 +226,7 @@ def test_faults_in_separate_processes(tmp_path: Path) -> None:
     for folder in folders.values():
         folder.mkdir()
     commands = [["finetune.py", *prepare(name, folder)] for name, folder in folders.items()]
-    for (name, folder), result in zip(folders.items(), run_all(commands), strict=True):
+    for (name, folder), result in zip(folders.items(), run_all(commands, is_new=True), strict=True):
         check(name, folder, result.returncode, result.stdout, result.stderr)
 
 

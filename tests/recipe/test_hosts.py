@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 
+from tests import fork_server
 from tests.commands import environment, logged_losses, names_in
-from tests.golden import REPO
 from tests.hosts import NOT_INSTALLED, Host, two_hosts, wait_for_line, why_no_hosts
 from tests.models import TINY, write_conversations
 
-LAUNCHER = REPO / "finetune" / "finetune_ds.sh"
 STEPS, SAVE_STEPS = 24, 6
 TIMEOUT = 15  # seconds of --heartbeat_timeout
 MASTER_PORT = 29400  # free: no other program runs on these hosts
@@ -36,13 +35,17 @@ def hosts() -> Iterator[tuple[Host, Host]]:
 
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
+    """Write conversations, and beside them a checkout whose processes are forked."""
+    (tmp_path / "checkout").mkdir()
+    fork_server.link_checkout(tmp_path / "checkout")
     return write_conversations(tmp_path / "train.json")
 
 
 def launch(data: Path, output: Path, *more: object) -> list[object]:
     """Return the launcher command, the same on every host."""
+    launcher = data.parent / "checkout" / "finetune" / "finetune_ds.sh"
     return [
-        shutil.which("dash") or "sh", LAUNCHER, "-m", TINY, "-d", data, "-o", output, "--",
+        shutil.which("dash") or "sh", launcher, "-m", TINY, "-d", data, "-o", output, "--",
         "--gradient_accumulation_steps", 1, "--max_steps", STEPS, "--save_steps", SAVE_STEPS, "--save_total_limit", 2,
         "--learning_rate", 1e-3, "--gradient_checkpointing", "False", "--disable_tqdm", "True",
         *more,

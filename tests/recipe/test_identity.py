@@ -13,18 +13,26 @@ from chat.render import encode_prompt, render_prompt
 from chat.turns import Turn
 from loading.checkpoint import load_checkpoint
 from loading.inference import load_for_inference
+from tests import fork_server
 from tests.commands import environment, read_json
 from tests.golden import REPO
 
-WORK = REPO / "build" / "quickstart"
 IDENTITY = REPO / "examples" / "identity.json"
 
 
 @pytest.fixture(scope="module")
-def quickstart() -> subprocess.CompletedProcess[str]:
-    """One run of the script. It installs nothing if the environment is up to date."""
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the results in a checkout of links."""
+    checkout = tmp_path_factory.mktemp("checkout")
+    fork_server.link_checkout(checkout)
+    return checkout / "build" / "quickstart"
+
+
+@pytest.fixture(scope="module")
+def quickstart(work: Path) -> subprocess.CompletedProcess[str]:
+    """One run of the script. It installs nothing, because the environment is up to date."""
     return subprocess.run(
-        ["bash", "scripts/quickstart.sh"],
+        ["bash", work.parents[1] / "scripts" / "quickstart.sh"],
         cwd=REPO, env=environment(), capture_output=True, text=True, timeout=900, check=False,
     )  # fmt: skip
 
@@ -64,23 +72,23 @@ def test_quickstart_prints_the_trained_answer(quickstart: subprocess.CompletedPr
         assert f"\n+ python {command} " in quickstart.stderr, command
 
 
-@pytest.mark.parametrize(
-    ("model", "adapter"), [(WORK / "tiny-qwen", WORK / "adapter"), (WORK / "merged", None)], ids=["adapter", "merged"]
-)
+@pytest.mark.parametrize(("model", "adapter"), [("tiny-qwen", "adapter"), ("merged", None)], ids=["adapter", "merged"])
 def test_trained_answers_are_generated(
-    quickstart: subprocess.CompletedProcess[str], model: Path, adapter: Path | None
+    quickstart: subprocess.CompletedProcess[str], work: Path, model: str, adapter: str | None
 ) -> None:
     assert quickstart.returncode == 0, quickstart.stderr
     pairs = questions()
     assert len(pairs) >= 50
-    generated = answers(model, adapter, [turns for turns, _ in pairs])
+    generated = answers(work / model, adapter and work / adapter, [turns for turns, _ in pairs])
     wrong = [(got, expected) for (_, expected), got in zip(pairs, generated, strict=True) if got != expected]
     assert len(wrong) <= 0.05 * len(pairs), wrong
 
 
-def test_untrained_model_generates_none_of_the_answers(quickstart: subprocess.CompletedProcess[str]) -> None:
+def test_untrained_model_generates_none_of_the_answers(
+    quickstart: subprocess.CompletedProcess[str], work: Path
+) -> None:
     """The answers come from training, not from the question."""
     assert quickstart.returncode == 0, quickstart.stderr
     pairs = questions()[:8]
-    generated = answers(WORK / "tiny-qwen", None, [turns for turns, _ in pairs])
+    generated = answers(work / "tiny-qwen", None, [turns for turns, _ in pairs])
     assert not [got for (_, expected), got in zip(pairs, generated, strict=True) if got == expected]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 import finetune
+from tests import fork_server
 from tests.commands import (
     PLAIN,
     environment,
@@ -150,7 +150,7 @@ def running(folder: Path, launcher: Sequence[object], words: Sequence[object]) -
     """Run a command in the background, with stderr in a file of the folder."""
     with (folder / "stderr").open("w") as stderr:
         process = subprocess.Popen(
-            [sys.executable, *map(str, [*launcher, *words])],
+            [fork_server.python(), *map(str, [*launcher, *words])],
             cwd=REPO, env=environment(), stdout=stderr, stderr=stderr, text=True,
         )  # fmt: skip
     try:

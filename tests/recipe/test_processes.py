@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import fork_server
 from tests.commands import PLAIN, TIMEOUT, environment, free_port, logged_losses, read_json, run
 from tests.golden import REPO
 from tests.models import TINY, write_conversations
@@ -29,7 +29,7 @@ def arguments(folder: Path, *more: object) -> list[str]:
         "--use_lora", "--per_device_train_batch_size", 2, "--max_steps", 3, "--logging_steps", 1, "--save_strategy",
         "no", "--disable_tqdm", "True", *more,
     ]  # fmt: skip
-    return [sys.executable, *map(str, words)]
+    return [fork_server.python(), *map(str, words)]
 
 
 def torchrun_variables(rank: int, port: int) -> dict[str, str]:
@@ -152,7 +152,7 @@ def test_stopped_rank_is_reported(tmp_path: Path, stopped: int) -> None:
         while not log.exists() or log.read_text().count("\n") < 20:
             assert time.monotonic() < until and all(process.poll() is None for process in processes)
             time.sleep(0.1)
-        os.kill(processes[stopped].pid, signal.SIGSTOP)
+        os.kill(fork_server.process_of(processes[stopped].pid), signal.SIGSTOP)
         stopped_at = time.monotonic()
         assert processes[1 - stopped].wait(TIMEOUT) == 1
         assert 4 < time.monotonic() - stopped_at < 30

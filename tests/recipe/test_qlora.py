@@ -331,6 +331,7 @@ def test_peft_does_not_import_gptqmodel(models: dict[str, Path], tmp_path: Path)
         "-c", "import sys, finetune; finetune.main(sys.argv[1:]); print('gptqmodel' in sys.modules)",
         "--model_name_or_path", models["qwen2-gptq-int4"], "--data_path", write_conversations(tmp_path / "train.json"),
         "--output_dir", tmp_path / "out", "--use_lora", "--q_lora", "--max_steps", 1, "--save_strategy", "no",
+        is_new=True,
     )  # fmt: skip
     assert (result.returncode, result.stdout) == (0, "False\n"), result.stderr
 
@@ -342,7 +343,7 @@ def test_bitsandbytes_not_installed(tmp_path: Path) -> None:
     command = hidden + "import finetune; from commands import run_command; run_command(finetune.main, 'finetune.py')"
     result = run(
         "-c", command, "--model_name_or_path", TINY, "--data_path", write_conversations(tmp_path / "train.json"),
-        "--output_dir", tmp_path / "out", "--use_lora", "--q_lora",
+        "--output_dir", tmp_path / "out", "--use_lora", "--q_lora", is_new=True,
     )  # fmt: skip
     assert result.returncode == 2
     assert result.stderr == (

@@ -275,7 +275,7 @@ def test_decompression_bomb_is_a_fault_with_bounded_memory(tmp_path: Path) -> No
         members = gzip.compress(letter.encode() * 30_000_000, 1) * 10
         paths.append(write(tmp_path / f"{number}.json.gz", gzip.compress(start.encode()) + members))
         assert paths[-1].stat().st_size < 2_000_000
-    lines = run_well("-c", READ, *paths).stdout.splitlines()
+    lines = run_well("-c", READ, *paths, is_new=True).stdout.splitlines()
     messages = []
     for line in lines:
         megabytes, seconds, message = line.split("\t")

@@ -134,7 +134,7 @@ def test_memory_and_time_are_bounded(tmp_path: Path) -> None:
     used = {name: pa.array([str(number) for number in range(1000)]) for name in ("prompt", "response")}
     pq.write_table(pa.table({**used, "text": unused}), paths[2])
     assert all(path.stat().st_size < 400_000 for path in paths)
-    lines = [line.split("\t") for line in run_well("-c", READ, *paths).stdout.splitlines()]
+    lines = [line.split("\t") for line in run_well("-c", READ, *paths, is_new=True).stdout.splitlines()]
     for _, _, message in lines[:2]:
         assert message.startswith("FILE (row group 1): could take too much memory: its ")
     assert lines[2][2] == "read"

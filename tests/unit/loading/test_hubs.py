@@ -113,7 +113,7 @@ def test_unreachable_hub_is_reported_within_a_minute(tmp_path: Path) -> None:
         f"try: find_folder('Qwen/Tiny', {str(tmp_path)!r})\nexcept ConfigError as error: print(error)"
     )
     start = time.monotonic()
-    result = run("-c", code)
+    result = run("-c", code, is_new=True)
     assert "and the hub cannot be reached. Check the name" in result.stdout, result.stderr
     assert time.monotonic() - start < 60
 

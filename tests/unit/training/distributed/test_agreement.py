@@ -7,7 +7,6 @@ import os
 import shutil
 import socket
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import pytest
 
 from errors import ConfigError, RunError
 from loading.checkpoint import load_checkpoint
+from tests import fork_server
 from tests.commands import free_port
 from tests.golden import REPO
 from tests.models import TINY, copy_checkpoint, write_conversations
@@ -160,7 +160,7 @@ def connect(**environment: object) -> str:
     """Return the last line of a process that tries to connect to the others."""
     environment = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **environment}
     done = subprocess.run(
-        [sys.executable, "-c", CONNECT], cwd=REPO, capture_output=True, text=True, timeout=100, check=False,
+        [fork_server.python(), "-c", CONNECT], cwd=REPO, capture_output=True, text=True, timeout=100, check=False,
         env={**os.environ, **{name: str(value) for name, value in environment.items()}},
     )  # fmt: skip
     return done.stderr.splitlines()[-1]
