@@ -33,11 +33,11 @@ def main(argv: Sequence[str]) -> None:
     # torch is imported after the flags are checked, so that a wrong flag is reported at once.
     from checkpoints.base_check import check_trained_on
     from checkpoints.folders import check_space, staged_folder
+    from checkpoints.opening import opening_commands
     from checkpoints.writing import parse_size, save_source
     from export.companion_files import write_card, write_companion_files
     from export.inputs import find_base, load_adapters, open_base
     from export.merging import plan_merge
-    from export.model_card import serve_lines
     from export.progress import progress_bar
     from export.quantized_form import quantization_to_match
     from export.trained_form import compare_with_training
@@ -73,9 +73,8 @@ def main(argv: Sequence[str]) -> None:
         print(visible(verification))
     show(f"written:  {args.output} ({size / 1e6:,.1f} MB in {len(files)} file(s), {time.monotonic() - start:.1f} s)")
     show("contains: weights, config.json, tokenizer, generation_config.json, and README.md (the model card)")
-    ask = python_command("-m scripts.ask")
-    lines = serve_lines(args.output, str(plan.config["model_type"]), base.model_type, ask)
-    show("\n  ".join(["next:", *lines]))
+    if commands := opening_commands(args.output, plan.config, python_command("-m scripts.ask")):
+        show("\n  ".join(["next:", *commands.values()]))
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

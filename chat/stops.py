@@ -21,14 +21,17 @@ def stopping_generation_config(config: Mapping[str, Any], end_ids: Sequence[int]
 
     Args:
         config: the values of the base model or of the adapter; may be empty.
-        end_ids: ids that end an answer; the last one is end-of-text, which also pads.
+        end_ids: ids that end an answer; the last one is end-of-text, which pads if the model has no other padding.
         model_type: of the model. ``qwen`` has extra keys for ``chat()``, which are removed for other models.
     """
     eos = config.get("eos_token_id")
     eos_ids = eos if isinstance(eos, list) else [] if eos is None else [eos]
     other_ids = [id_ for id_ in eos_ids if id_ not in end_ids]
     all_ids = [*end_ids[:-1], *other_ids, end_ids[-1]]
-    changed = {**config, "eos_token_id": all_ids, "pad_token_id": end_ids[-1]}
+    pad = config.get("pad_token_id")
+    changed = {**config, "eos_token_id": all_ids, "pad_token_id": end_ids[-1] if pad is None else pad}
+    # With this key transformers may take these values from config.json instead.
+    changed.pop("_from_model_config", None)
     chat_keys = {"chat_format": "chatml", "max_window_size": config.get("max_window_size", MAX_WINDOW_SIZE)}
     if model_type == "qwen":
         return changed | chat_keys

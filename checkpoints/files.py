@@ -168,9 +168,14 @@ def load_json_or_empty(path: Path) -> dict[str, Any]:
         return {}
 
 
+def json_text(value: Mapping[str, Any]) -> str:
+    """Return a JSON object as it is written to files."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def save_json(value: Mapping[str, Any], path: Path) -> None:
     """Write a JSON object in one step (see :func:`outputs.staged_file`)."""
-    save_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", path)
+    save_text(json_text(value), path)
 
 
 def save_text(text: str, path: Path) -> None:
@@ -178,5 +183,10 @@ def save_text(text: str, path: Path) -> None:
 
     What is no Unicode, as a file name in another encoding, is written as escapes, which JSON reads back.
     """
+    save_bytes(text.encode(errors="backslashreplace"), path)
+
+
+def save_bytes(content: bytes, path: Path) -> None:
+    """Write a file in one step (see :func:`outputs.staged_file`)."""
     with staged_file(path) as staging:
-        staging.write_text(text, encoding="utf-8", errors="backslashreplace")
+        staging.write_bytes(content)

@@ -37,6 +37,29 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return {**config, **dict.fromkeys(keys, dtype), **flags}
 
 
+def result_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+    """Return the config.json of weights that were made from a checkpoint's: its own, but for what is not true of them.
+
+    Left out are ``auto_map``, because code is not copied, and ``converted_from``, because the values have changed.
+    """
+    kept = {key: value for key, value in config.items() if key not in ("auto_map", "converted_from")}
+    return with_both_rope_forms(with_dtype(kept, dtype))
+
+
+def with_both_rope_forms(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a copy of a config.json whose ``rope_parameters`` are also under the keys from before transformers 5.
+
+    transformers 4 does not read ``rope_parameters`` and takes a ``rope_theta`` of 10,000 without a warning.
+    """
+    rope = config.get("rope_parameters")
+    if not isinstance(rope, dict) or rope.get("rope_theta") is None:
+        return dict(config)
+    older = {"rope_theta": rope["rope_theta"]}
+    if rope.get("rope_type", "default") != "default":
+        older["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return {**config, **{key: value for key, value in older.items() if config.get(key) is None}}
+
+
 Method = Literal["gptq", "awq", "nf4", "fp4", "int8"]
 
 # Methods that store packed integers with scales and zero points per group; the others are those of bitsandbytes.

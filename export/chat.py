@@ -8,7 +8,8 @@ from pathlib import Path
 
 from chat.chatml import DEFAULT_SYSTEM, END_OF_TEXT, IM_END, IM_START
 from chat.stops import end_ids_of, stopping_generation_config
-from checkpoints.files import load_json, save_json, save_text
+from checkpoints.base_files import update_json
+from checkpoints.files import load_json, save_text
 from loading.opening import library_errors
 from qwen_model.architectures import ARCHITECTURES
 from qwen_model.tokenization_qwen import QWenTokenizer
@@ -69,7 +70,7 @@ def write_generation_config(folder: Path) -> None:
     model_type = str(load_json(folder / "config.json").get("model_type"))
     file = folder / "generation_config.json"
     config = load_json(file) if file.is_file() else {}
-    save_json(stopping_generation_config(config, end_ids, model_type), file)
+    update_json(file, stopping_generation_config(config, end_ids, model_type))
 
 
 def _end_ids(folder: Path) -> list[int]:

@@ -6,9 +6,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoints.companions import TOKENIZER_FILES, copy_companion
-from checkpoints.files import load_json, save_json
-from checkpoints.names import TEMPLATES_FOLDER
+from checkpoints.base_files import CONFIG, read_base_files, set_values, write_files
+from checkpoints.companions import TOKENIZER_FILES
 from export.chat import write_chat_template, write_generation_config
 from export.layouts.qwen2_names import layout_of_config
 from export.merging import MergePlan
@@ -28,12 +27,11 @@ def write_companion_files(plan: MergePlan, folder: Path) -> None:
     Training may have changed tokenizer and generation settings: these come from the first adapter that has them, else
     from the base.
     """
-    sources = [*(each.adapter.folder for each in plan.adapters), plan.base.folder]
-    save_json(plan.config, folder / "config.json")
-    copy_tokenizer(sources, folder)
+    files = read_base_files(plan.base.folder, [each.adapter.folder for each in plan.adapters])
+    set_values(files, CONFIG, plan.config)
+    write_files(files, folder)
     if plan.layout != layout_of_config(plan.base.config):
         convert_tokenizer(folder, plan.layout)
-    copy_companion("generation_config.json", sources, folder)
     write_generation_config(folder)
     write_chat_template(folder)
     if plan.layout == "qwen":
@@ -78,23 +76,3 @@ def convert_tokenizer(folder: Path, layout: str) -> None:
     convert(folder, folder)
     for name in set(before) - set(_FILES_OF_LAYOUT[layout]):
         (folder / name).unlink()
-
-
-def copy_tokenizer(sources: Sequence[Path], folder: Path) -> None:
-    """Copy the tokenizer's files, each from the first of ``sources`` that has it."""
-    for name in TOKENIZER_FILES:
-        copy_companion(name, sources, folder)
-    templates = ("chat_template.jinja", TEMPLATES_FOLDER)
-    owner = next((source for source in sources if any((source / name).exists() for name in templates)), None)
-    if owner is not None and (owner / TEMPLATES_FOLDER).is_dir():
-        (folder / TEMPLATES_FOLDER).mkdir(exist_ok=True)
-        for template in (owner / TEMPLATES_FOLDER).glob("*.jinja"):
-            copy_companion(f"{TEMPLATES_FOLDER}/{template.name}", [owner], folder)
-    config_file = folder / "tokenizer_config.json"
-    if not config_file.is_file():
-        return
-    config = load_json(config_file)
-    if extra := config.get("extra_vocab_file"):
-        copy_companion(Path(extra).name, sources, folder)
-    if config.pop("auto_map", None):
-        save_json(config, config_file)

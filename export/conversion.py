@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer
 
 from chat.stops import end_ids_of, stopping_generation_config
 from checkpoints.adapter import read_adapter
+from checkpoints.base_files import read_tokenizer, update_json, write_files
 from checkpoints.companions import TOKENIZER_FILES, copy_companion, find_companion
 from checkpoints.dequantized_reader import open_dequantized
 from checkpoints.files import load_json, save_json
@@ -22,7 +22,7 @@ from checkpoints.source import InDtype, TensorSource
 from checkpoints.writing import save_source
 from errors import ConfigError
 from export.chat import write_chat_template, write_generation_config
-from export.companion_files import convert_tokenizer, copy_tokenizer
+from export.companion_files import convert_tokenizer
 from export.layouts.adapter_config import save_converted_adapter
 from export.layouts.config import QWEN_CONFIG, find_quantization_config
 from export.layouts.convert import convert_model
@@ -30,9 +30,8 @@ from export.layouts.qwen2_names import LAYOUTS, Layout, layout_of_names
 from export.model_card import copy_licenses
 from export.progress import progress_bar
 from export.standalone import write_code
-from loading.opening import library_errors
 from loading.tensor_check import check_tensors
-from qwen_model.register import register_qwen
+from loading.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -133,7 +132,7 @@ def _record_origin(options: Conversion, config: dict[str, Any], new_config: dict
 
 
 def _convert_tokenizer_and_licenses(options: Conversion, folder: Path, layout: Layout) -> None:
-    copy_tokenizer([options.source], folder)
+    write_files(read_tokenizer([options.source]), folder)
     if any((folder / name).is_file() for name in TOKENIZER_FILES):
         convert_tokenizer(folder, layout)
     copy_licenses(options.source, folder)
@@ -147,14 +146,12 @@ def _save_generation_config(options: Conversion, config: dict[str, Any], folder:
     write_chat_template(folder)
     chat_format = (config.get(QWEN_CONFIG) or {}).get("chat_format")
     if chat_format and file.is_file():
-        save_json(load_json(file) | {"chat_format": chat_format}, file)
+        update_json(file, load_json(file) | {"chat_format": chat_format})
 
 
 def _save_adapter_generation_config(options: Conversion, folder: Path, layout: Layout) -> None:
     """Write the generation settings saved with the adapter and its tokenizer, with the keys of the new layout."""
     file = find_companion(options.source, "generation_config.json")
     if file and (folder / "tokenizer_config.json").is_file():
-        register_qwen()
-        with library_errors(f"{options.source}: its tokenizer", "Copy its files again"):
-            end_ids = end_ids_of(AutoTokenizer.from_pretrained(str(folder)))
+        end_ids = end_ids_of(load_tokenizer(folder, f"{options.source}: its tokenizer"))
         save_json(stopping_generation_config(load_json(file), end_ids, layout), folder / file.name)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.fold import Fold, WeightedAdapter, plan_fold
-from checkpoints.model_config import DTYPE_NAMES, Quantization, declared_dtype, with_dtype
+from checkpoints.model_config import DTYPE_NAMES, Quantization, declared_dtype, result_config
 from checkpoints.source import InDtype, TensorSource, View, main_dtype
 from console import python_command
 from errors import ConfigError
@@ -128,8 +128,7 @@ def plan_merge(
     stored = choose_dtype(dtype, base.config)
     rounded = RoundingSource(merged if stored is None else InDtype(merged, stored))
 
-    merged_config = with_dtype(merged_config, _name_of(main_dtype(rounded)))
-    merged_config.pop("converted_from", None)
+    merged_config = result_config(merged_config, _name_of(main_dtype(rounded)))
     if matched is not None:
         merged_config[ROUNDED_AS] = str(matched)
     if QWEN_CONFIG in merged_config:

@@ -7,7 +7,6 @@ markup, and of each path only the last part is written.
 from __future__ import annotations
 
 import re
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath, PureWindowsPath
@@ -19,10 +18,9 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from checkpoints.companions import copy_companion, find_licenses
 from checkpoints.files import load_json_or_empty, save_text
 from checkpoints.names import DATA_REPORT, RUN_SUMMARY
+from checkpoints.opening import opening_commands
 from qwen_model.architectures import ARCHITECTURES
 
-# From vLLM's registry (0.33.0, "was supported in vLLM until"): later releases have no class for QWenLMHeadModel.
-_LAST_VLLM_WITH_QWEN = "0.23.0"
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _LICENSE_KEYS = ("license", "license_name", "license_link")
 _MAX_SOURCES = 20  # of data, listed per split
@@ -88,33 +86,6 @@ def copy_licenses(base: Path, folder: Path) -> list[str]:
     for name in names:
         copy_companion(name, [base], folder)
     return names
-
-
-def serve_lines(
-    folder: str | Path, layout: str, model_type: str, ask_command: str = "python -m scripts.ask"
-) -> list[str]:
-    """Return shell commands that use an exported folder; comment lines begin with ``#``.
-
-    Args:
-        folder: the folder's name in the commands.
-        layout, model_type: see :class:`CardFacts`.
-        ask_command: how the reader starts ``scripts.ask``.
-    """
-    name = shlex.quote(str(folder))
-    needs_code = layout == "qwen"
-    trust_flag = " --trust-remote-code" if needs_code else ""
-    vllm = [f"vllm serve {name}{trust_flag}"]
-    if needs_code:
-        vllm.insert(
-            0, f"# {_LAST_VLLM_WITH_QWEN} is the last vLLM with a class for this layout; --layout qwen2 needs none"
-        )
-    ask = [f'{ask_command} --model_name_or_path {name} "Who are you?"'] if model_type in ARCHITECTURES else []
-    return [
-        *ask,
-        *vllm,
-        f"transformers serve {name}{trust_flag}",
-        f"python llama.cpp/convert_hf_to_gguf.py {name} --outfile model.gguf",
-    ]
 
 
 def _is_hub_id(facts: CardFacts) -> bool:
@@ -232,10 +203,11 @@ def _usage(facts: CardFacts) -> str:
             'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         ]
     )
-    commands = "\n".join(serve_lines("FOLDER", facts.layout, facts.model_type))
+    commands = "\n".join(opening_commands("FOLDER", {"model_type": facts.layout}).values())
     note = "`FOLDER` is this folder, or its name on the hub."
     note += " It contains the model's code, which `trust_remote_code` runs." if trust_argument else ""
-    return f"## Use\n\n{note}\n\n```python\n{snippet}\n```\n\n```bash\n{commands}\n```\n"
+    shell = f"\n```bash\n{commands}\n```\n" if commands else ""
+    return f"## Use\n\n{note}\n\n```python\n{snippet}\n```\n{shell}"
 
 
 def _license_lines(facts: CardFacts, licenses: Sequence[str]) -> list[str]:

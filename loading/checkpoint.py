@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from chat.chatml import END_OF_TEXT, IM_END
 from chat.families import Family
 from chat.stops import end_ids_of
+from checkpoints.base_files import Files, read_base_files
 from checkpoints.dequantized_reader import open_dequantized
 from checkpoints.files import is_file, load_json
 from checkpoints.input_folders import check_model_files
@@ -25,6 +26,7 @@ from loading.hubs import find_folder
 from loading.opening import library_errors
 from loading.quantized import compute_in_float32, loading_arguments, patch_bitsandbytes_linear
 from loading.tensor_check import check_tensors
+from loading.tokenizer import load_tokenizer
 from qwen_model.architectures import architecture_of
 from qwen_model.lean_models import model_class_of
 from qwen_model.register import register_qwen
@@ -42,6 +44,7 @@ class Checkpoint:
         dtype: precision of its weights, in which a run's results are saved.
         chat_format: Qwen v1's ``chatml`` or ``raw``; ``None`` if its files contain neither.
         quantization: how its weights are quantised; ``None`` if they are not.
+        files: config, generation settings and tokenizer as they are in its folder.
     """
 
     name: str
@@ -53,6 +56,7 @@ class Checkpoint:
     dtype: torch.dtype
     chat_format: str | None
     quantization: Quantization | None
+    files: Files
 
     @property
     def model_type(self) -> str:
@@ -84,7 +88,7 @@ def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = 
         source = open_dequantized(folder, torch.float16)
     except ConfigError as error:
         raise ConfigError(f"--model_name_or_path: {error}") from error
-    tokenizer = _load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, f"--model_name_or_path {folder}: its tokenizer cannot be read")
     with library_errors(f"{folder}: its chat template", "Restore the official chat template of the checkpoint"):
         family = chat_family(config.model_type, tokenizer)
     generation_config = _load_generation_config(folder)
@@ -103,6 +107,7 @@ def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = 
         dtype=_saved_dtype(source, config),
         chat_format=_chat_format(config, generation_config),
         quantization=find_quantization(folder),
+        files=read_base_files(folder),
     )
 
 
@@ -188,13 +193,6 @@ def _load_generation_config(folder: Path) -> GenerationConfig:
         return GenerationConfig.from_pretrained(str(folder))
 
 
-def _load_tokenizer(folder: Path) -> Any:
-    place = f"--model_name_or_path {folder}: its tokenizer cannot be read"
-    fix = "Copy the tokenizer's files from the original checkpoint into the folder"
-    with library_errors(place, fix, path=folder):
-        return AutoTokenizer.from_pretrained(str(folder))
-
-
 def _chat_format(config: Any, generation_config: GenerationConfig) -> str | None:
     # Qwen v1 in Qwen2's layout keeps it in config.json: it is not a key of later families' generation configs.
     qwen_config = getattr(config, "qwen_config", None) or {}
@@ -231,11 +229,3 @@ def _saved_dtype(source: TensorSource, config: Any) -> torch.dtype:
             (dtype for name in source.names() if (dtype := source.dtype(name)).is_floating_point), torch.float32
         )
     return dtype
-
-
-def set_saved_dtype(config: Any, dtype: torch.dtype) -> None:
-    """Set the dtype of the saved weights in a config, and in the flags of Qwen v1."""
-    config.dtype = dtype
-    if config.model_type == "qwen":
-        for flag, name in DTYPE_NAMES.items():
-            setattr(config, flag, getattr(torch, name) == dtype)

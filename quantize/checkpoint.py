@@ -11,10 +11,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from checkpoints.companions import copy_companion
-from checkpoints.files import load_json, save_json
+from checkpoints.base_files import CONFIG, set_values, values_of, write_files
 from checkpoints.folders import staged_folder
-from checkpoints.model_config import Quantization, check_bitsandbytes, with_dtype
+from checkpoints.model_config import Quantization, check_bitsandbytes, result_config
 from checkpoints.names import QUANTIZATION_REPORT
 from checkpoints.shards import open_checkpoint
 from checkpoints.writing import save_checkpoint
@@ -191,10 +190,8 @@ def _packed_config(quantization: Quantization) -> dict[str, Any]:
 
 
 def _save_companion_files(checkpoint: Checkpoint, quantization_config: dict[str, Any], folder: Path) -> None:
-    """Write config.json, generation_config.json and the tokenizer's files."""
-    # Without auto_map: the result contains no remote code.
-    config = {key: value for key, value in load_json(checkpoint.folder / "config.json").items() if key != "auto_map"}
-    config = with_dtype(config, _name_of(checkpoint.dtype))
-    save_json(config | {"quantization_config": quantization_config}, folder / "config.json")
-    copy_companion("generation_config.json", [checkpoint.folder], folder)
-    checkpoint.tokenizer.save_pretrained(folder)
+    """Write the base's tokenizer and settings as they are, and its config.json with the quantisation."""
+    files = dict(checkpoint.files)
+    config = result_config(values_of(files, CONFIG), _name_of(checkpoint.dtype))
+    set_values(files, CONFIG, config | {"quantization_config": quantization_config})
+    write_files(files, folder)

@@ -15,10 +15,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from checkpoints.files import is_file
+from checkpoints.files import is_file, load_json
 from checkpoints.input_folders import check_name
 from checkpoints.model_config import DTYPE_NAMES
 from checkpoints.names import ADAPTER_CONFIG
+from checkpoints.opening import opening_commands
 from commands import CommandParser, run_command, set_up_logging
 from console import python_command, show
 from errors import ConfigError
@@ -58,8 +59,8 @@ def main(argv: Sequence[str]) -> None:
         merged = Path(f"{output}-merged")
         show(f"next:      {python_command('merge_lora.py --adapter', output, '--output', merged)}")
     else:
-        ask = python_command("-m scripts.ask --model_name_or_path", output, '"Who are you?"')
-        show(f"next:      {ask}")
+        commands = opening_commands(output, load_json(output / "config.json"), python_command("-m scripts.ask"))
+        show("\n  ".join(["next:", *commands.values()]))
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

@@ -90,7 +90,9 @@ def main(argv: Sequence[str]) -> None:
     set_up_logging()
     check_output_folder(args.output_dir, "--output_dir", {"--model_name_or_path": [Path(args.model_name_or_path)]})
     # torch is imported after the flags are checked, so that a wrong flag is reported at once.
+    from checkpoints.files import load_json
     from checkpoints.model_config import Quantization
+    from checkpoints.opening import opening_commands
     from data_utils.encode import EncodeOptions
     from loading.checkpoint import load_checkpoint
     from quantize.calibration import draw_samples
@@ -104,13 +106,14 @@ def main(argv: Sequence[str]) -> None:
     options = EncodeOptions(max_length=choose_length(args, checkpoint.folder), system_message=args.system_message)
     samples = draw_samples(checkpoint, args.data_path, args.samples, options, args.data_format, args.seed)
     result = quantize_checkpoint(checkpoint, quantization, samples, args.output_dir)
-    ask = python_command("-m scripts.ask --model_name_or_path", args.output_dir, '"Who are you?"')
+    config = load_json(args.output_dir / "config.json")
+    commands = opening_commands(args.output_dir, config, python_command("-m scripts.ask"))
     for line in (
         f"calibrated: on {len(samples.calibration):,} conversations, {samples.calibration_tokens:,} tokens",
         *perplexity_lines(result, samples),
         f"written:    {args.output_dir} ({quantization}), {result.bytes_after / 1e6:,.1f} MB of weights "
         f"instead of {result.bytes_before / 1e6:,.1f}",
-        f"next:       {ask}",
+        "\n  ".join(["next:", *commands.values()]),
     ):
         show(line)
 

@@ -94,7 +94,12 @@ def _fast_tokenizer(rank_file: Path) -> str:
 
 
 def write_later_checkpoint(
-    folder: Path, model_type: str, template: str | None = None, tied: bool = False, dtype: torch.dtype = torch.float32
+    folder: Path,
+    model_type: str,
+    template: str | None = None,
+    tied: bool = False,
+    dtype: torch.dtype = torch.float32,
+    hidden_size: int = 32,
 ) -> Path:
     """Write a tiny random checkpoint of Qwen2 or Qwen3, with a fast tokenizer of 700 ranks and a chat template."""
     fast = Tokenizer.from_str(_fast_tokenizer(TINY / "qwen.tiktoken"))
@@ -107,7 +112,7 @@ def write_later_checkpoint(
     tokenizer.save_pretrained(folder)
     change_json(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")  # as in the published ones
     sizes: dict[str, Any] = {
-        "vocab_size": 768, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "vocab_size": 768, "hidden_size": hidden_size, "intermediate_size": 64, "num_hidden_layers": 2,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.1,
         "tie_word_embeddings": tied, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip

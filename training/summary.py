@@ -15,6 +15,7 @@ from torch import nn
 
 from checkpoints.files import save_json
 from checkpoints.names import DATA_REPORT_PAGE, LOSS_CURVE, RUN_ARGUMENTS, RUN_SUMMARY, TRAINING_LOG
+from checkpoints.opening import opening_commands
 from checkpoints.shards import fingerprint
 from console import python_command
 from data_utils.examples import ExampleSet
@@ -148,7 +149,7 @@ def describe_output(args: RunArguments, checkpoint: Checkpoint) -> str:
     else:
         rows = [
             ("model", str(folder)),
-            ("ask", python_command("-m scripts.ask --model_name_or_path", folder, question)),
+            *opening_commands(folder, {"model_type": checkpoint.model_type}, python_command("-m scripts.ask")).items(),
         ]
     rows.insert(1, ("records", f"{LOSS_CURVE}, {TRAINING_LOG}, {DATA_REPORT_PAGE}, {RUN_SUMMARY}"))
     return "\n".join(f"  {name:<11}{value}" for name, value in rows)

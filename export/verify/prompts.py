@@ -6,7 +6,6 @@ import logging
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer
 
 from chat.chatml import IM_END, IM_START
 from chat.render import control_ids_of, encode_prompt, render
@@ -14,7 +13,7 @@ from chat.turns import Turn
 from checkpoints.files import load_json
 from errors import ConfigError, one_line
 from loading.chat_family import chat_family
-from qwen_model.register import register_qwen
+from loading.tokenizer import load_tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +56,7 @@ def prompt_ids(folder: Path, vocab_size: int) -> list[list[int]]:
 
 
 def _encode(folder: Path, vocab_size: int) -> list[list[int]]:
-    register_qwen()
-    tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    tokenizer = load_tokenizer(folder, str(folder))
     if len(set(control_ids_of(tokenizer).values())) < 2:  # transformers makes an empty tokenizer if there are no files
         raise ValueError(f"it lacks {IM_START} and {IM_END}")
     family = chat_family(load_json(folder / "config.json")["model_type"], tokenizer)

@@ -11,6 +11,7 @@ from checkpoints.names import (
     RUN_ARGUMENTS,
     RUN_RECORDS,
     RUN_SUMMARY,
+    TEMPLATES_FOLDER,
     TRAINING_LOG,
 )
 
@@ -27,8 +28,6 @@ TENSORBOARD = "runs"  # a folder
 OWNERSHIP_RECORDS = (TRAINING_LOG, RUN_SUMMARY, RUN_ARGUMENTS)
 """A folder with one of these files is a run's."""
 
-CHAT_TEMPLATES = "additional_chat_templates"  # a folder: the tokenizer's named chat templates
-
 RUN_WEIGHTS = re.compile(
     re.escape(ADAPTER_SAFETENSORS) + r"|model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json"
 )
@@ -37,14 +36,14 @@ RUN_WEIGHTS = re.compile(
 RUN_FILE = re.compile(
     "|".join(map(re.escape, (*RUN_RECORDS, ADAPTER_CONFIG, BASE_QUANTIZATION)))
     + rf"|{RUN_WEIGHTS.pattern}|config\.json|generation_config\.json"
-    r"|qwen(_extra)?\.tiktoken|tokenizer(_config)?\.json|vocab\.json|merges\.txt|special_tokens_map\.json"
+    r"|[^/]+\.tiktoken|tokenizer(_config)?\.json|vocab\.json|merges\.txt|special_tokens_map\.json"
     r"|added_tokens\.json|chat_template\.(jinja|json)"
 )
 """Files that a run writes into its folder."""
 
 RUN_SUBFOLDERS = {
     TENSORBOARD: re.compile(r"events\.out\.tfevents"),
-    CHAT_TEMPLATES: re.compile(r".+\.jinja$"),
+    TEMPLATES_FOLDER: re.compile(r".+\.jinja$"),
     PROFILE: re.compile(rf"({re.escape(PROFILE_TRACE)}(\.gz)?|{re.escape(PROFILE_OPERATORS)})$"),
 }
 """Folders that a run writes beside its checkpoints; the beginning of every file's name in them must match."""

@@ -20,13 +20,15 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from chat.stops import stopping_generation_config
+from checkpoints.base_files import CONFIG, GENERATION_CONFIG, Files, set_values, values_of, write_files
 from checkpoints.files import save_json
+from checkpoints.model_config import result_config
 from checkpoints.names import ADAPTER_SAFETENSORS, ADAPTER_WEIGHTS, BASE_QUANTIZATION, WEIGHTS
 from checkpoints.shards import open_checkpoint
 from checkpoints.source import is_finite
 from checkpoints.writing import save_checkpoint, save_tensors
 from errors import ConfigError, RunError
-from loading.checkpoint import Checkpoint, set_saved_dtype
+from loading.checkpoint import Checkpoint
 from qwen_model.architectures import architecture_of
 from training.run_folder.failures import saving_errors
 from training.run_folder.staging import staged_files
@@ -64,11 +66,29 @@ def save_model(
             save_adapter(model, dtype, staging, state_dict)
         else:
             save_full(model, checkpoint, dtype, staging, state_dict, show_progress)
-        checkpoint.tokenizer.save_pretrained(staging)
-        # Its own save_pretrained refuses settings that real checkpoints have (top_p beside do_sample false).
-        generation_config = checkpoint.generation_config.to_diff_dict()
-        stopping = stopping_generation_config(generation_config, checkpoint.end_ids, checkpoint.model_type)
-        save_json(stopping, staging / "generation_config.json")
+        write_files(companions(checkpoint), staging)
+
+
+def companions(checkpoint: Checkpoint) -> Files:
+    """Return the base's tokenizer, as it is, and its generation settings, with the tokens that end an answer."""
+    files = {name: content for name, content in checkpoint.files.items() if name != CONFIG}
+    settings = values_of(files, GENERATION_CONFIG)
+    set_values(
+        files, GENERATION_CONFIG, stopping_generation_config(settings, checkpoint.end_ids, checkpoint.model_type)
+    )
+    return files
+
+
+def trained_config(checkpoint: Checkpoint, dtype: torch.dtype) -> Files:
+    """Return the base's config.json, but for what training changed."""
+    files = {CONFIG: checkpoint.files[CONFIG]}
+    config = result_config(values_of(files, CONFIG), str(dtype).removeprefix("torch."))
+    if qwen_config := config.get("qwen_config"):  # Qwen v1 in Qwen2's layout: now a chat model
+        config["qwen_config"] = {**qwen_config, "chat_format": "chatml"}
+    # Other programs find their class by it.
+    config["architectures"] = config.get("architectures") or [architecture_of(checkpoint.model_type).saved_class]
+    set_values(files, CONFIG, config)
+    return files
 
 
 def trained_tensors(model: Any, state_dict: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -156,14 +176,8 @@ def save_full(
             yield name, _to_disk(name, tensor, dtype)
 
     save_checkpoint(as_saved("Saving"), folder, MAX_SHARD_SIZE)
-    config = copy.deepcopy(model.config)
-    set_saved_dtype(config, dtype or next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point()))
-    if qwen_config := getattr(config, "qwen_config", None):  # Qwen v1 in Qwen2's layout: now a chat model
-        config.qwen_config = {**qwen_config, "chat_format": "chatml"}
-    config.use_cache = True  # the trainer turns it off while it trains
-    # Not the class that trained, which other programs do not have.
-    config.architectures = checkpoint.config.architectures or [architecture_of(checkpoint.model_type).saved_class]
-    config.save_pretrained(folder)
+    stored = dtype or next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
+    write_files(trained_config(checkpoint, stored), folder)
     _check_saved(as_saved("Checking"), folder, WEIGHTS[:1])
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from export.model_card import CardFacts, code, serve_lines, write_model_card
+from checkpoints.opening import opening_commands
+from export.model_card import CardFacts, code, write_model_card
 
 HUB_BASE = "Qwen/Qwen-7B-Chat"
 HOSTILE = "a: b\n---\n# c `` ` [x](y) <b> {{z}} \u202e|"
@@ -205,20 +205,15 @@ def test_code_span_ends_at_its_own_fence(text: str) -> None:
 
 
 @pytest.mark.parametrize("layout", ["qwen", "qwen2"])
-@pytest.mark.parametrize("model_type", ["qwen", "qwen2"])
-def test_serve_commands(layout: str, model_type: str) -> None:
-    lines = serve_lines(Path("my models/it's"), layout, model_type)
-    commands = [shlex.split(line) for line in lines if not line.startswith("#")]
-    assert all("my models/it's" in command for command in commands)
-    trusts_code = {command[0]: "--trust-remote-code" in command for command in commands}
-    assert trusts_code["vllm"] == trusts_code["transformers"] == (layout == "qwen")
-    assert ["python", "-m", "scripts.ask"] in [command[:3] for command in commands]
+def test_commands_of_the_card(tmp_path: Path, facts: CardFacts, layout: str) -> None:
+    whole, _, _ = card_of(tmp_path / "out", replace(facts, layout=layout))
+    [commands] = re.findall(r"```bash\n(.*?)```", whole, re.DOTALL)
+    assert commands.splitlines() == list(opening_commands("FOLDER", {"model_type": layout}).values())
 
 
 def test_unsupported_family_has_no_scripts_ask_command(tmp_path: Path, facts: CardFacts) -> None:
     whole, data, _ = card_of(tmp_path / "out", replace(facts, layout="llama", model_type="llama"))
-    assert "scripts.ask" not in whole and data["tags"] == ["lora-merged"]
-    assert "vllm serve FOLDER\n" in whole
+    assert "```bash" not in whole and "```python" in whole and data["tags"] == ["lora-merged"]
 
 
 def test_later_families_need_no_remote_code(tmp_path: Path, facts: CardFacts) -> None:

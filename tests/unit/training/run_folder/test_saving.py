@@ -173,7 +173,7 @@ def test_full_weights_are_saved_in_the_precision_of_their_base(tmp_path: Path) -
         assert parameter.dtype == torch.float32
         assert torch.equal(saved[name], parameter.bfloat16()), name
     config = read_json(tmp_path / "out" / "config.json")
-    assert (config["dtype"], config["bf16"], config["fp16"], config["fp32"]) == ("bfloat16", True, False, False)
+    assert (config["torch_dtype"], config["bf16"], config["fp16"], config["fp32"]) == ("bfloat16", True, False, False)
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").dtype == torch.bfloat16
 
 
@@ -187,14 +187,9 @@ def test_files_of_full_weights(tmp_path: Path) -> None:
     finetune(TINY, tmp_path / "out", "--gradient_checkpointing")  # which turns the cache off
     model = ["config.json", "generation_config.json", "model.safetensors", "qwen.tiktoken", "tokenizer_config.json"]
     assert names_in(tmp_path / "out") == sorted([*model, *RECORDS])
-    base, config = read_json(TINY / "config.json"), read_json(tmp_path / "out" / "config.json")
-    assert (config["dtype"], config["bf16"], config["fp16"], config["fp32"]) == ("float32", False, False, True)
-    assert (config["model_type"], config["architectures"]) == ("qwen", ["QWenLMHeadModel"])
-    assert config["use_cache"] is True
-    assert "auto_map" not in config
+    config = {key: value for key, value in read_json(TINY / "config.json").items() if key != "auto_map"}
+    assert read_json(tmp_path / "out" / "config.json") == config
     assert "auto_map" not in read_json(tmp_path / "out" / "tokenizer_config.json")
-    unchanged = set(base) - {"auto_map", "torch_dtype", "transformers_version", "tokenizer_class", "onnx_safe"}
-    assert {key: config.get(key) for key in unchanged} == {key: base[key] for key in unchanged}
     tokenizers = [AutoTokenizer.from_pretrained(folder) for folder in (TINY, tmp_path / "out")]
     assert tokenizers[0]("Hi 你好<|im_end|>").input_ids == tokenizers[1]("Hi 你好<|im_end|>").input_ids
 
