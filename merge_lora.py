@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from checkpoints.model_config import DTYPE_NAMES
 from commands import CommandParser, run_command, set_up_logging
-from console import python_command, show, visible
+from console import show, visible
 from errors import RunError
 from export.layouts.qwen2_names import LAYOUTS
 from outputs import check_output_folder, parse_output
@@ -33,7 +33,7 @@ def main(argv: Sequence[str]) -> None:
     # torch is imported after the flags are checked, so that a wrong flag is reported at once.
     from checkpoints.base_check import check_trained_on
     from checkpoints.folders import check_space, staged_folder
-    from checkpoints.opening import opening_commands
+    from checkpoints.opening import opening_lines
     from checkpoints.writing import parse_size, save_source
     from export.companion_files import write_card, write_companion_files
     from export.inputs import find_base, load_adapters, open_base
@@ -73,8 +73,8 @@ def main(argv: Sequence[str]) -> None:
         print(visible(verification))
     show(f"written:  {args.output} ({size / 1e6:,.1f} MB in {len(files)} file(s), {time.monotonic() - start:.1f} s)")
     show("contains: weights, config.json, tokenizer, generation_config.json, and README.md (the model card)")
-    if commands := opening_commands(args.output, plan.config, python_command("-m scripts.ask")):
-        show("\n  ".join(["next:", *commands.values()]))
+    if commands := opening_lines(args.output, plan.config):
+        show(commands)
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

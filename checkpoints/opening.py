@@ -6,35 +6,52 @@ Needs no torch.
 from __future__ import annotations
 
 import shlex
+import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from console import python_command, shown_path
 from qwen_model.architectures import ARCHITECTURES
 
-_SERVE = 'pip install "transformers[serving]" && transformers serve'
-_CONVERT = (
-    "pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt && "
-    "python llama.cpp/convert_hf_to_gguf.py"
-)
+Commands = dict[str, list[str]]
+"""Shell commands by what they do: ``ask``, ``serve``, ``convert``; each after the installation that it needs."""
 
 
-def opening_commands(
-    folder: str | Path, config: Mapping[str, Any], ask_command: str = "python -m scripts.ask"
-) -> dict[str, str]:
-    """Return shell commands that open a checkpoint's folder, with the installation that each needs, by what they do.
+def opening_commands(folder: Path, config: Mapping[str, Any]) -> Commands:
+    """Return the commands that open a checkpoint's folder, for the user who wrote it.
 
     Args:
-        folder: the folder's name in the commands.
-        config: its config.json; there are none for families that this toolkit cannot load.
-        ask_command: how the reader starts ``scripts.ask``.
+        config: its config.json; there are no commands for families that this toolkit cannot load.
     """
-    name, model_type = shlex.quote(str(folder)), config.get("model_type")
+    python = shlex.quote(shown_path(Path(sys.executable)))
+    return _commands(shlex.quote(str(folder)), config, python, python_command("-m scripts.ask"))
+
+
+def published_commands(folder: str, config: Mapping[str, Any]) -> Commands:
+    """Return the commands that open a checkpoint's folder, for a reader with another machine."""
+    return _commands(folder, config, "python", "python -m scripts.ask")
+
+
+def opening_lines(folder: Path, config: Mapping[str, Any]) -> str:
+    """Return the commands as the end of a command's output; empty if there are none."""
+    lines = [line for lines in opening_commands(folder, config).values() for line in lines]
+    return "\n  ".join(["next:", *lines]) if lines else ""
+
+
+def _commands(name: str, config: Mapping[str, Any], python: str, ask: str) -> Commands:
+    model_type = config.get("model_type")
     if model_type not in ARCHITECTURES:
         return {}
-    commands = {"ask": f'{ask_command} --model_name_or_path {name} "Who are you?"'}
-    if model_type != "qwen":  # it looks for the class among transformers' own
-        commands["serve"] = f"{_SERVE} {name}"
+    commands = {"ask": [f'{ask} --model_name_or_path {name} "Who are you?"']}
+    if model_type != "qwen":  # it knows only the classes within transformers
+        install = f'{python} -m pip install "transformers[serving]"'
+        commands["serve"] = [install, f"{python} -m transformers.cli.transformers serve {name}"]
     if not config.get("quantization_config"):
-        commands["convert"] = f"{_CONVERT} {name} --outfile model.gguf"
+        # Its requirements are older than this toolkit's, hence the environment of its own.
+        commands["convert"] = [
+            f"git clone --depth 1 https://github.com/ggml-org/llama.cpp && {python} -m venv llama.cpp/.venv",
+            "llama.cpp/.venv/bin/pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt",
+            f"llama.cpp/.venv/bin/python llama.cpp/convert_hf_to_gguf.py {name} --outfile model.gguf",
+        ]
     return commands

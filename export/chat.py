@@ -6,8 +6,9 @@ import json
 import logging
 from pathlib import Path
 
-from chat.chatml import DEFAULT_SYSTEM, END_OF_TEXT, IM_END, IM_START
+from chat.chatml import END_OF_TEXT, IM_END
 from chat.stops import end_ids_of, stopping_generation_config
+from chat.template import CHATML_TEMPLATE
 from checkpoints.base_files import update_json
 from checkpoints.files import load_json, save_text
 from loading.opening import library_errors
@@ -91,19 +92,3 @@ def _end_ids(folder: Path) -> list[int]:
         added = load_json(file).get("added_tokens_decoder", {})
         ids |= {token["content"]: int(id_) for id_, token in added.items()}
     return [ids[IM_END], ids[END_OF_TEXT]] if {IM_END, END_OF_TEXT} <= ids.keys() else []
-
-
-CHATML_TEMPLATE = (
-    # Qwen v1 calls tools in ReAct text; a template that ignored tools would look as if it supported them.
-    "{%- if tools %}{{ raise_exception('the chat template of Qwen v1 does not support tools') }}{% endif %}\n"
-    "{%- if not messages or messages[0]['role'] != 'system' %}\n"
-    f"    {{{{- '{IM_START}system\\n{DEFAULT_SYSTEM}{IM_END}\\n' }}}}\n"
-    "{%- endif %}\n"
-    "{%- for message in messages %}\n"
-    f"    {{{{- '{IM_START}' + message['role'] + '\\n' + message['content'] + '{IM_END}\\n' }}}}\n"
-    "{%- endfor %}\n"
-    "{%- if add_generation_prompt %}\n"
-    f"    {{{{- '{IM_START}assistant\\n' }}}}\n"
-    "{%- endif %}\n"
-)
-"""Qwen v1's ``chat_template.jinja``."""

@@ -18,7 +18,7 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from checkpoints.companions import copy_companion, find_licenses
 from checkpoints.files import load_json_or_empty, save_text
 from checkpoints.names import DATA_REPORT, RUN_SUMMARY
-from checkpoints.opening import opening_commands
+from checkpoints.opening import published_commands
 from qwen_model.architectures import ARCHITECTURES
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -203,7 +203,9 @@ def _usage(facts: CardFacts) -> str:
             'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         ]
     )
-    commands = "\n".join(opening_commands("FOLDER", {"model_type": facts.layout}).values())
+    commands = "\n".join(
+        line for lines in published_commands("FOLDER", {"model_type": facts.layout}).values() for line in lines
+    )
     note = "`FOLDER` is this folder, or its name on the hub."
     note += " It contains the model's code, which `trust_remote_code` runs." if trust_argument else ""
     shell = f"\n```bash\n{commands}\n```\n" if commands else ""

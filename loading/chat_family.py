@@ -1,4 +1,4 @@
-"""Detection of a checkpoint's chat format by its ``model_type`` and chat template; names of folders do not count."""
+"""A checkpoint's chat format, by its ``model_type`` and chat template; names of folders do not count."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ from typing import Any
 
 from chat.detect import family_of
 from chat.families import QWEN_V1, Family
+from chat.template import CHATML_TEMPLATE
+from checkpoints.base_files import TOKENIZER_CONFIG, Files, values_of
 from errors import ConfigError
 from qwen_model.architectures import architecture_of
 
@@ -22,3 +24,10 @@ def chat_family(model_type: str, tokenizer: Any) -> Family:
         what = f"the checkpoint has the chat templates {', '.join(sorted(templates))}, and none named default"
         raise ConfigError(what, "Add chat_template.jinja, the one for conversations without tools")
     return family_of(tokenizer, architecture.base_system) if architecture.brings_chat_template else QWEN_V1
+
+
+def add_chat_template(files: Files, model_type: str) -> None:
+    """Add Qwen v1's template to the files of a Qwen v1 or Qwen2 that has none, and is prompted that way."""
+    has_one = values_of(files, TOKENIZER_CONFIG).get("chat_template") or any("chat_template" in name for name in files)
+    if not has_one and architecture_of(model_type).base_system is not None:
+        files["chat_template.jinja"] = CHATML_TEMPLATE.encode()

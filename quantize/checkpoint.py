@@ -19,6 +19,7 @@ from checkpoints.shards import open_checkpoint
 from checkpoints.writing import save_checkpoint
 from data_utils.encode import UnweightedExample
 from errors import ConfigError, RunError, one_line
+from loading.chat_family import add_chat_template
 from loading.checkpoint import Checkpoint, load_checkpoint, load_model
 from loading.quantized import compute_in_float32
 from quantize.blocks import SampleStates, pop_blocks, stored_tensors
@@ -194,4 +195,5 @@ def _save_companion_files(checkpoint: Checkpoint, quantization_config: dict[str,
     files = dict(checkpoint.files)
     config = result_config(values_of(files, CONFIG), _name_of(checkpoint.dtype))
     set_values(files, CONFIG, config | {"quantization_config": quantization_config})
+    add_chat_template(files, checkpoint.model_type)
     write_files(files, folder)

@@ -19,7 +19,7 @@ from checkpoints.files import is_file, load_json
 from checkpoints.input_folders import check_name
 from checkpoints.model_config import DTYPE_NAMES
 from checkpoints.names import ADAPTER_CONFIG
-from checkpoints.opening import opening_commands
+from checkpoints.opening import opening_lines
 from commands import CommandParser, run_command, set_up_logging
 from console import python_command, show
 from errors import ConfigError
@@ -59,8 +59,7 @@ def main(argv: Sequence[str]) -> None:
         merged = Path(f"{output}-merged")
         show(f"next:      {python_command('merge_lora.py --adapter', output, '--output', merged)}")
     else:
-        commands = opening_commands(output, load_json(output / "config.json"), python_command("-m scripts.ask"))
-        show("\n  ".join(["next:", *commands.values()]))
+        show(opening_lines(output, load_json(output / "config.json")))
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from commands import CommandParser, run_command, set_up_logging
-from console import python_command, show
+from console import show
 from errors import ConfigError
 from outputs import check_output_folder, check_outside_inputs, parse_output
 from training.config.defaults import MODEL_MAX_LENGTH
@@ -92,7 +92,7 @@ def main(argv: Sequence[str]) -> None:
     # torch is imported after the flags are checked, so that a wrong flag is reported at once.
     from checkpoints.files import load_json
     from checkpoints.model_config import Quantization
-    from checkpoints.opening import opening_commands
+    from checkpoints.opening import opening_lines
     from data_utils.encode import EncodeOptions
     from loading.checkpoint import load_checkpoint
     from quantize.calibration import draw_samples
@@ -106,14 +106,12 @@ def main(argv: Sequence[str]) -> None:
     options = EncodeOptions(max_length=choose_length(args, checkpoint.folder), system_message=args.system_message)
     samples = draw_samples(checkpoint, args.data_path, args.samples, options, args.data_format, args.seed)
     result = quantize_checkpoint(checkpoint, quantization, samples, args.output_dir)
-    config = load_json(args.output_dir / "config.json")
-    commands = opening_commands(args.output_dir, config, python_command("-m scripts.ask"))
     for line in (
         f"calibrated: on {len(samples.calibration):,} conversations, {samples.calibration_tokens:,} tokens",
         *perplexity_lines(result, samples),
         f"written:    {args.output_dir} ({quantization}), {result.bytes_after / 1e6:,.1f} MB of weights "
         f"instead of {result.bytes_before / 1e6:,.1f}",
-        "\n  ".join(["next:", *commands.values()]),
+        opening_lines(args.output_dir, load_json(args.output_dir / "config.json")),
     ):
         show(line)
 

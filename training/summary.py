@@ -147,9 +147,10 @@ def describe_output(args: RunArguments, checkpoint: Checkpoint) -> str:
             ("merge", python_command("merge_lora.py --adapter", folder, "--output", merged)),
         ]
     else:
+        commands = opening_commands(folder, {"model_type": checkpoint.model_type})
         rows = [
             ("model", str(folder)),
-            *opening_commands(folder, {"model_type": checkpoint.model_type}, python_command("-m scripts.ask")).items(),
+            *((name, line) for name, lines in commands.items() for line in lines),
         ]
     rows.insert(1, ("records", f"{LOSS_CURVE}, {TRAINING_LOG}, {DATA_REPORT_PAGE}, {RUN_SUMMARY}"))
     return "\n".join(f"  {name:<11}{value}" for name, value in rows)

@@ -18,10 +18,10 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from chat.chatml import END_OF_TEXT, IM_END, IM_START
+from chat.template import CHATML_TEMPLATE
 from checkpoints.files import load_json, save_json, save_text
 from checkpoints.names import TEMPLATES_FOLDER
 from errors import ConfigError, one_line
-from export.chat import CHATML_TEMPLATE
 from loading.opening import library_errors
 from qwen_model.prompts import SPECIAL_TOKENS
 from qwen_model.tokenization_qwen import SPLIT_PATTERN, QWenTokenizer

@@ -28,6 +28,7 @@ from checkpoints.shards import open_checkpoint
 from checkpoints.source import is_finite
 from checkpoints.writing import save_checkpoint, save_tensors
 from errors import ConfigError, RunError
+from loading.chat_family import add_chat_template
 from loading.checkpoint import Checkpoint
 from qwen_model.architectures import architecture_of
 from training.run_folder.failures import saving_errors
@@ -62,11 +63,13 @@ def save_model(
     """
     folder, dtype = Path(folder), None if exact else checkpoint.dtype
     with saving_errors(folder), staged_files(folder) as staging:
+        files = companions(checkpoint)
         if isinstance(model, PeftModel):
             save_adapter(model, dtype, staging, state_dict)
         else:
             save_full(model, checkpoint, dtype, staging, state_dict, show_progress)
-        write_files(companions(checkpoint), staging)
+            add_chat_template(files, checkpoint.model_type)
+        write_files(files, staging)
 
 
 def companions(checkpoint: Checkpoint) -> Files:

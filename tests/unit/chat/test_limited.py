@@ -12,8 +12,8 @@ from transformers import PreTrainedTokenizerFast
 
 from chat.detect import family_of
 from chat.limited import LimitExceeded, run_limited
+from chat.template import CHATML_TEMPLATE
 from errors import ConfigError
-from export.chat import CHATML_TEMPLATE
 
 # Each runs for hours or takes gigabytes; all of them after writing a plain conversation correctly.
 HOSTILE = {

@@ -13,9 +13,10 @@ from transformers import GenerationConfig
 from chat.families import QWEN_V1
 from chat.render import encode_prompt, render, render_prompt, text_of
 from chat.stops import end_ids_of, stopping_generation_config
+from chat.template import CHATML_TEMPLATE
 from chat.turns import Turn
 from errors import ConfigError
-from export.chat import CHATML_TEMPLATE, write_chat_template, write_generation_config
+from export.chat import write_chat_template, write_generation_config
 from loading.chat_family import chat_family
 from qwen_model.tokenization_qwen import QWenTokenizer
 from tests.golden import Golden

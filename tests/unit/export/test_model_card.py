@@ -12,7 +12,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from checkpoints.opening import opening_commands
+from checkpoints.opening import published_commands
 from export.model_card import CardFacts, code, write_model_card
 
 HUB_BASE = "Qwen/Qwen-7B-Chat"
@@ -208,7 +208,8 @@ def test_code_span_ends_at_its_own_fence(text: str) -> None:
 def test_commands_of_the_card(tmp_path: Path, facts: CardFacts, layout: str) -> None:
     whole, _, _ = card_of(tmp_path / "out", replace(facts, layout=layout))
     [commands] = re.findall(r"```bash\n(.*?)```", whole, re.DOTALL)
-    assert commands.splitlines() == list(opening_commands("FOLDER", {"model_type": layout}).values())
+    published = published_commands("FOLDER", {"model_type": layout})
+    assert commands.splitlines() == [line for lines in published.values() for line in lines]
 
 
 def test_unsupported_family_has_no_scripts_ask_command(tmp_path: Path, facts: CardFacts) -> None:

@@ -12,7 +12,7 @@ import torch
 from transformers import GenerationConfig, pipeline
 
 from chat.chatml import IM_END, IM_START
-from export.chat import CHATML_TEMPLATE
+from chat.template import CHATML_TEMPLATE
 from qwen_generation_utils import decode_tokens, get_stop_words_ids, make_context
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.prompts import Prompt

@@ -186,7 +186,7 @@ def test_bfloat16_weights_with_a_float32_config_are_saved_in_float32(tmp_path: P
 def test_files_of_full_weights(tmp_path: Path) -> None:
     finetune(TINY, tmp_path / "out", "--gradient_checkpointing")  # which turns the cache off
     model = ["config.json", "generation_config.json", "model.safetensors", "qwen.tiktoken", "tokenizer_config.json"]
-    assert names_in(tmp_path / "out") == sorted([*model, *RECORDS])
+    assert names_in(tmp_path / "out") == sorted([*model, "chat_template.jinja", *RECORDS])
     config = {key: value for key, value in read_json(TINY / "config.json").items() if key != "auto_map"}
     assert read_json(tmp_path / "out" / "config.json") == config
     assert "auto_map" not in read_json(tmp_path / "out" / "tokenizer_config.json")
