@@ -8,8 +8,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from loading.checkpoint import load_checkpoint
 from tests.commands import read_json
 from tests.models import change_json, copy_checkpoint, write_later_checkpoint
+from training.config.parsing import parse_args
+from training.model import choose_embeddings, load_training_model
+from training.run_folder.saving import save_model
+from training.training_arguments import build_training_arguments
 
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -112,6 +119,19 @@ BASES: dict[str, Callable[[Path], Path]] = {
     "foreign tokenizer": write_with_foreign_tokenizer,
     "v1": write_v1,
 }
+
+
+def train(base: Path, output: Path, *flags: str) -> Path:
+    """Save a model whose trained parameters have changed at random, as a run with these flags does at its end."""
+    checkpoint, args = load_checkpoint(str(base)), parse_args(list(flags))
+    policy = choose_embeddings(args.lora, checkpoint)
+    model = load_training_model(checkpoint, args, build_training_arguments(args), policy)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02 * torch.randn_like(parameter)
+    save_model(model, checkpoint, output, show_progress=False)
+    return output
 
 
 def copy_of(folder: Path, target: Path, *left_out: str) -> Path:

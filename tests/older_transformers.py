@@ -16,7 +16,9 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
+
+import pytest
 
 from tests.golden import REPO, offline_environment
 
@@ -35,9 +37,17 @@ def install() -> Path:
             stamp.unlink(missing_ok=True)
             shutil.rmtree(packages, ignore_errors=True)
             command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            subprocess.run([*command, "--no-compile", "--target", packages, "-r", REQUIREMENTS], check=True)
+            result = subprocess.run([*command, "--no-compile", "--target", packages, "-r", REQUIREMENTS])
+            if result.returncode != 0:
+                _miss("NOT TESTED in transformers 4.57: pip cannot install it")
             stamp.write_text(wanted)
     return packages
+
+
+def _miss(reason: str) -> NoReturn:
+    if os.environ.get("CI"):
+        pytest.fail(reason)
+    pytest.skip(reason)
 
 
 def run_older(source: str, requests: Sequence[dict[str, Any]], folder: Path) -> Any:

@@ -11,14 +11,11 @@ import pytest
 import torch
 
 from loading.checkpoint import load_checkpoint, load_model
-from tests.bases import BASES, ROPE_THETA, TEMPLATE, copy_of, write_current, write_published, write_v1
+from tests.bases import BASES, ROPE_THETA, TEMPLATE, copy_of, train, write_current, write_published, write_v1
 from tests.commands import finetune_here, names_in, read_json, run_here
 from tests.merging import merge_well
 from tests.models import change_json, write_conversations
-from training.config.parsing import parse_args
-from training.model import choose_embeddings, load_training_model
 from training.run_folder.saving import save_model
-from training.training_arguments import build_training_arguments
 
 ABSENT = "is absent"
 Changes = dict[str, dict[str, Any]]
@@ -62,15 +59,6 @@ def changes(base: Path, result: Path) -> Changes:
 
 def new_names(base: Path, result: Path) -> list[str]:
     return sorted(set(names_in(result)) - set(names_in(base)))
-
-
-def train(base: Path, output: Path, *flags: str) -> None:
-    """Save what a run would have saved before its first step."""
-    checkpoint = load_checkpoint(str(base))
-    args = parse_args(list(flags))
-    policy = choose_embeddings(args.lora, checkpoint)
-    model = load_training_model(checkpoint, args, build_training_arguments(args), policy)
-    save_model(model, checkpoint, output, show_progress=False)
 
 
 @pytest.fixture(scope="module", params=BASES)

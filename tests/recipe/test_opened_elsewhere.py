@@ -16,8 +16,8 @@ import torch
 
 from loading.checkpoint import load_checkpoint, load_model
 from loading.tokenizer import PROBES
-from tests.bases import ROPE_THETA, write_published, write_v1, write_with_foreign_tokenizer
-from tests.commands import finetune_here, run_here
+from tests.bases import ROPE_THETA, train, write_published, write_v1, write_with_foreign_tokenizer
+from tests.commands import run_here
 from tests.merging import merge_well
 from tests.models import change_json, write_conversations
 from tests.older_transformers import run_older
@@ -80,26 +80,18 @@ class Opened:
     answer: dict[str, Any]
 
 
-def train(base: Path, output: Path, *flags: object) -> Path:
-    finetune_here(
-        "--model_name_or_path", base, "--data_path", write_conversations(output.parent / "data.json"), "--output_dir",
-        output, "--max_steps", 2, "--learning_rate", 1e-2, "--save_strategy", "no", *flags,
-    )  # fmt: skip
-    return output
+def call(name: str, *arguments: object) -> None:
+    assert run_here(importlib.import_module(name).main, name, arguments) == 0
 
 
 def write_results(folder: Path) -> dict[str, Path]:
     """Write a result of every command that writes a checkpoint; return the folders by name."""
     base, v1 = write_published(folder / "base", hidden_size=64), write_v1(folder / "v1")
-    train(base, folder / "adapter", "--use_lora", "--trainable_embeddings", "full", "--lora_r", 2)
+    train(base, folder / "adapter", "--use_lora", "--trainable_embeddings", "full", "--lora_r", "2")
     merge_well("--adapter", folder / "adapter", "--base", base, "--output", folder / "merged", "--no_verify")
-    main = importlib.import_module("scripts.convert_layout").main
-    assert run_here(main, "scripts.convert_layout", [v1, folder / "converted"]) == 0
-    flags = ["--data_path", folder / "data.json", "--samples", 8, "--format", "nf4"]
-    main = importlib.import_module("scripts.quantize").main
-    assert (
-        run_here(main, "scripts.quantize", ["--model_name_or_path", base, "--output_dir", folder / "nf4", *flags]) == 0
-    )
+    call("scripts.convert_layout", v1, folder / "converted")
+    flags = ("--data_path", write_conversations(folder / "data.json"), "--samples", 8, "--format", "nf4")
+    call("scripts.quantize", "--model_name_or_path", base, "--output_dir", folder / "nf4", *flags)
     foreign = write_with_foreign_tokenizer(folder / "foreign")
     rope = {"rope_theta": ROPE_THETA, "rope_type": "default"}  # all that transformers 5 writes
     change_json(base / "config.json", rope_theta=None, rope_parameters=rope)
@@ -135,7 +127,9 @@ def test_transformers_before_5_computes_the_same(results: dict[str, Opened], nam
     assert (answer["pad"], answer["end"], answer["stops"]) == (700, 702, [702, 700])
     with torch.no_grad():
         expected = load_model(checkpoint, torch.float32)(torch.tensor([IDS])).logits[0]
-    assert (torch.tensor(answer["logits"]) - expected).abs().max() <= 1e-4
+    # On a CPU bitsandbytes itself computes with rounded scales; this toolkit with those that are stored.
+    tolerance = 0.1 if name == "quantised" else 1e-4
+    assert (torch.tensor(answer["logits"]) - expected).abs().max() <= tolerance
     assert answer["rope_theta"] == (10000 if name == "converted" else ROPE_THETA)
 
 
