@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from checkpoints.base_files import CONFIG, set_values, values_of, write_files
+from checkpoints.files import save_json
 from checkpoints.folders import staged_folder
 from checkpoints.model_config import Quantization, check_bitsandbytes, result_config
 from checkpoints.names import QUANTIZATION_REPORT

@@ -1,4 +1,4 @@
-"""Folders made of the real small model, whose tokenizer is not one of Qwen: ids, and what transformers 4.57 computes."""
+"""Folders made of the real small model, whose tokenizer is not one of Qwen: ids, and logits in transformers 4.57."""
 
 from __future__ import annotations
 
