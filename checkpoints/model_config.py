@@ -37,12 +37,16 @@ def with_dtype(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     return {**config, **dict.fromkeys(keys, dtype), **flags}
 
 
+ROUNDED_AS = "base_rounded_as"
+"""Key of a merged config.json: how the linear layers of the base were rounded before the merge."""
+
+
 def result_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Return the config.json of weights that were made from a checkpoint's: its own, but for what is not true of them.
 
-    Left out are ``auto_map``, because code is not copied, and ``converted_from``, because the values have changed.
+    Left out are ``auto_map``, because code is not copied, and what describes the values, which have changed.
     """
-    kept = {key: value for key, value in config.items() if key not in ("auto_map", "converted_from")}
+    kept = {key: value for key, value in config.items() if key not in ("auto_map", "converted_from", ROUNDED_AS)}
     return with_both_rope_forms(with_dtype(kept, dtype))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.fold import Fold, WeightedAdapter, plan_fold
-from checkpoints.model_config import DTYPE_NAMES, Quantization, declared_dtype, result_config
+from checkpoints.model_config import DTYPE_NAMES, ROUNDED_AS, Quantization, declared_dtype, result_config
 from checkpoints.source import InDtype, TensorSource, View, main_dtype
 from console import python_command
 from errors import ConfigError
@@ -23,9 +23,6 @@ from export.quantized_form import as_quantized
 from qwen_model.architectures import EMBEDDING_WEIGHTS
 
 logger = logging.getLogger(__name__)
-
-ROUNDED_AS = "base_rounded_as"
-"""Key of a merged config.json: how the linear layers of the base were rounded before the merge."""
 
 
 class RoundingSource(View):
