@@ -6,13 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.commands import run_well
-from tests.nightly.training import Behaviour, behaviour
-
-
-def merge(adapter: Path, output: Path, *flags: object) -> Path:
-    run_well("merge_lora.py", "--adapter", adapter, "--output", output, *flags, timeout=900)
-    return output
+from tests.nightly.training import Behaviour, behaviour, merge
 
 
 @pytest.fixture(scope="module")
