@@ -4,8 +4,9 @@
     python merge_lora.py --adapter output/a=0.7 output/b=0.3 --output output/both
 
 The base is the one named in adapter_config.json; --base overrides it. A quantised base is dequantised. Tensors are
-streamed, computed in float32 and rounded once. The result is compared with base and adapters on a dozen prompts, block
-by block, in a staging folder: the output folder appears only when it is complete and verified.
+streamed, computed in float32 and rounded once, in a way that keeps the learnt change. The result is compared with base
+and adapters on a dozen prompts, block by block, in a staging folder: the output folder appears only when it is complete
+and verified.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoints.model_config import DTYPE_NAMES
+from checkpoints.model_config import DTYPE_NAMES, ROUNDINGS
+from checkpoints.names import MERGE_REPORT
 from commands import CommandParser, run_command, set_up_logging
 from console import show, visible
 from errors import RunError
@@ -32,6 +34,7 @@ def main(argv: Sequence[str]) -> None:
     set_up_logging()
     # torch is imported after the flags are checked, so that a wrong flag is reported at once.
     from checkpoints.base_check import check_trained_on
+    from checkpoints.files import save_json
     from checkpoints.folders import check_space, staged_folder
     from checkpoints.opening import opening_lines
     from checkpoints.writing import parse_size, save_source
@@ -54,7 +57,7 @@ def main(argv: Sequence[str]) -> None:
     check_output_folder(args.output, "--output", inputs)
     check_trained_on(base.folder, adapters, args.any_base, base_is_given=args.base is not None)
     matched = quantization_to_match(weighted, base.quantization) if args.match_quantised_base else None
-    plan = plan_merge(base, weighted, args.layout, args.dtype, matched)
+    plan = plan_merge(base, weighted, args.layout, args.dtype, args.rounding, matched)
     if args.verify:
         from export.verify.compare import check_verifiable
 
@@ -64,15 +67,20 @@ def main(argv: Sequence[str]) -> None:
         with progress_bar(plan.source, "merging") as bar:
             files = save_source(plan.source, folder, max_shard_size, bar.update)
         size = sum(file.stat().st_size for file in files)
+        plan.warn_of_loss()
         write_companion_files(plan, folder)
+        save_json(plan.report(), folder / MERGE_REPORT)
         verification = verify(plan, folder) if args.verify else ""
         differences = compare_with_training(plan, folder, args.verify)
         write_card(plan, args.output.name, verification, differences, folder)
     show(f"merged:   {plan.summary()}")
+    if kinds := plan.source.kept.describe_kinds():
+        show(f"kept:     {kinds}")
     if verification:
         print(visible(verification))
     show(f"written:  {args.output} ({size / 1e6:,.1f} MB in {len(files)} file(s), {time.monotonic() - start:.1f} s)")
-    show("contains: weights, config.json, tokenizer, generation_config.json, and README.md (the model card)")
+    files = "weights, config.json, tokenizer, generation_config.json, README.md (the model card), merge_report.json"
+    show(f"contains: {files}")
     if commands := opening_lines(args.output, plan.config):
         show(commands)
 
@@ -108,6 +116,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         choices=("auto", *DTYPE_NAMES),
         default="auto",
         help="dtype of the written weights (default: the base's)",
+    )
+    parser.add_argument(
+        "--rounding",
+        choices=ROUNDINGS,
+        default=ROUNDINGS[0],
+        help="how changed weights are rounded to 16 bits: dithered keeps the learnt change, nearest loses what is below "
+        f"half of the distance of two numbers (default: {ROUNDINGS[0]})",
     )
     parser.add_argument(
         "--layout",

@@ -60,6 +60,10 @@ class Fold(TensorSource):
         """The names of the tensors that an adapter changes."""
         return [name for name in self._names if self._edits(name)]
 
+    def before(self) -> Fold:
+        """Return the tensors as they are without the adapters, under the same names."""
+        return Fold(self.base, (), list(self._names), self._embedding, self.untied)
+
     def names(self) -> list[str]:
         return list(self._names)
 

@@ -10,7 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from checkpoints.files import is_file, load_json
 from checkpoints.names import BASE_QUANTIZATION
@@ -19,6 +19,10 @@ from errors import ConfigError
 
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """Short names (boolean flags in Qwen v1's config.json, values of ``--dtype``) -> torch's names."""
+
+Rounding = Literal["nearest", "dithered"]
+"""How changed weights are rounded to 16 bits, see ``checkpoints/rounding.py``; the first one is the default."""
+ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
 
 def declared_dtype(config: Mapping[str, Any]) -> str | None:

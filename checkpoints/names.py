@@ -23,6 +23,9 @@ BASE_QUANTIZATION = "base_quantization.json"
 QUANTIZATION_REPORT = "quantization_report.json"
 """What quantising a model cost, beside its weights."""
 
+MERGE_REPORT = "merge_report.json"
+"""What was merged into a folder's weights, and how much of the change they hold."""
+
 RUN_ARGUMENTS = "run_args.json"
 RUN_ARGUMENTS_YAML = "run_args.yaml"  # of earlier versions
 RUN_SUMMARY = "run_summary.json"

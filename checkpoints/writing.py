@@ -20,7 +20,7 @@ from torch import Tensor
 
 from checkpoints.files import save_json
 from checkpoints.shards import SAFETENSORS_DTYPES
-from checkpoints.source import TensorSource, is_finite
+from checkpoints.source import TensorSource, check_rounded
 from errors import ConfigError
 from outputs import stage, staged_file, sync
 
@@ -201,12 +201,7 @@ def _rounded_blocks(source: TensorSource, name: str) -> Iterator[Tensor]:
     dtype = source.dtype(name)
     for block in source.blocks(name):
         rounded = block.to(dtype)
-        if not is_finite(rounded):
-            if not is_finite(block):
-                what = f"{name} holds NaN or infinity"
-                raise ConfigError(what, "The checkpoint is damaged: copy or download it again")
-            what = f"{name} is not finite in {str(dtype).removeprefix('torch.')}"
-            raise ConfigError(what, "Try --dtype bf16 or fp32")
+        check_rounded(name, block, rounded)
         yield rounded
 
 

@@ -8,14 +8,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from checkpoints.fold import Fold, WeightedAdapter, plan_fold
-from checkpoints.model_config import DTYPE_NAMES, ROUNDED_AS, Quantization, declared_dtype, result_config
-from checkpoints.source import InDtype, TensorSource, View, main_dtype
+from checkpoints.model_config import (
+    DTYPE_NAMES,
+    ROUNDED_AS,
+    ROUNDINGS,
+    Quantization,
+    Rounding,
+    declared_dtype,
+    result_config,
+)
+from checkpoints.source import InDtype, main_dtype
 from console import python_command
 from errors import ConfigError
 from export.inputs import Base
+from export.kept_change import ENOUGH, RoundedTensors
 from export.layouts.config import QWEN_CONFIG
 from export.layouts.convert import convert_model
 from export.layouts.qwen2_names import layout_of_config, layout_of_names
@@ -23,29 +31,6 @@ from export.quantized_form import as_quantized
 from qwen_model.architectures import EMBEDDING_WEIGHTS
 
 logger = logging.getLogger(__name__)
-
-
-class RoundingSource(View):
-    """Computed tensors that are rounded to their dtype when written; estimates the error from a sample of rows."""
-
-    _SAMPLE = 64  # rows of each block
-
-    def __init__(self, below: TensorSource) -> None:
-        super().__init__(below)
-        self._squared_error = self._squared_value = 0.0
-
-    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        exact, dtype = self.below.rows(name, start, stop), self.dtype(name)
-        if exact.dtype != dtype:
-            values = exact[: self._SAMPLE].to(torch.float32).flatten()
-            error = values.to(dtype).to(torch.float32).sub_(values)
-            self._squared_error += float(error.dot(error))
-            self._squared_value += float(values.dot(values))
-        return exact
-
-    def relative_error(self) -> float:
-        """Return the RMS of the rounding errors divided by the RMS of the values, over the rows sampled so far."""
-        return (self._squared_error / self._squared_value) ** 0.5 if self._squared_value else 0.0
 
 
 @dataclass(frozen=True)
@@ -65,7 +50,7 @@ class MergePlan:
     adapters: Sequence[WeightedAdapter]
     fold: Fold
     fold_config: dict[str, Any]
-    source: RoundingSource
+    source: RoundedTensors
     config: dict[str, Any]
     layout: str
     matched: Quantization | None = None
@@ -81,25 +66,55 @@ class MergePlan:
         return self.fold.shape(next(name for name in EMBEDDING_WEIGHTS if name in self.fold))[0]
 
     def summary(self) -> str:
-        """Describe the merge in one line; the rounding error is known once the tensors are written."""
+        """Describe the merge in one line; what was kept of the change is known once the tensors are written."""
         text = f"{len(self.fold.changed)} of {len(self.fold.names())} tensors changed"
         if self.base.quantization:
             text += f", those of {self.base.quantization} dequantised"
         if self.matched:
             text += f", the base rounded as by {self.matched} in training"
-        if (error := self.source.relative_error()) > 1e-6:
-            text += f"; rounding to {self.dtype} moves the weights by {error:.2%}"
+        if kept := self.source.kept.describe():
+            text += f"; {self.dtype} {kept}"
         return text
+
+    def report(self) -> dict[str, Any]:
+        """Return the contents of ``merge_report.json``, once the tensors are written."""
+        return {
+            "version": 1,
+            "adapters": [{"name": each.adapter.folder.name, "weight": each.weight} for each in self.adapters],
+            "dtype": self.dtype,
+            "rounding": self.source.rounding,
+            "base_rounded_as": None if self.matched is None else str(self.matched),
+            "change": self.source.kept.report(),
+        }
+
+    def warn_of_loss(self) -> None:
+        """Log a warning if the written weights hold too little of the change that was learnt."""
+        if (share := self.source.kept.total().share) >= ENOUGH:
+            return
+        remedies = ["--rounding dithered"] if self.source.rounding == "nearest" else []
+        logger.warning(
+            "%s holds only %.1f %% of the change that the adapter learnt: the merged model answers differently. Merge "
+            "again with %s",
+            self.dtype,
+            100 * share,
+            " or ".join([*remedies, "--dtype fp32"]),
+        )
 
 
 def plan_merge(
-    base: Base, adapters: Sequence[WeightedAdapter], layout: str, dtype: str, matched: Quantization | None = None
+    base: Base,
+    adapters: Sequence[WeightedAdapter],
+    layout: str,
+    dtype: str,
+    rounding: Rounding = ROUNDINGS[0],
+    matched: Quantization | None = None,
 ) -> MergePlan:
     """Check that adapters fit the base and plan the merge; reads only headers and the adapters.
 
     Args:
         layout: ``qwen``, ``qwen2``, or ``auto`` for the base's.
         dtype: ``bf16``, ``fp16``, ``fp32``, or ``auto`` for the base's.
+        rounding: of changed tensors that are written in 16 bits.
         matched: round the base's linear layers first, as they were in the training of the adapters.
 
     Raises:
@@ -121,9 +136,10 @@ def plan_merge(
 
     # Write in the layout and dtype of the flags.
     target = base_layout if layout == "auto" else layout
+    before, _ = convert_model(fold.before(), merged_config, target)
     merged, merged_config = convert_model(fold, merged_config, target)
     stored = choose_dtype(dtype, base.config)
-    rounded = RoundingSource(merged if stored is None else InDtype(merged, stored))
+    rounded = RoundedTensors(merged if stored is None else InDtype(merged, stored), before, rounding)
 
     merged_config = result_config(merged_config, _name_of(main_dtype(rounded)))
     if matched is not None:

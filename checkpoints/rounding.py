@@ -1,0 +1,74 @@
+"""Round merged weights to 16 bits so that the learnt change survives.
+
+An adapter changes most weights by less than half of the distance between two 16-bit numbers. Rounding to nearest moves
+these back to where they were: the error of each weight is small, but all errors point against the change. ``dithered``
+rounds to the neighbour above or below a value, to each as often as it is near, so that errors cancel where outputs are
+summed. A value that 16 bits hold stays as it is.
+
+Which neighbour is taken depends on the tensor's name and on the row and column alone: the result is the same whatever
+the shards and the number of rows that are rounded at a time.
+
+Shapes: a block has R rows of C columns.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import torch
+from torch import Tensor
+
+from checkpoints.model_config import Rounding
+
+_GOLDEN = 40503
+"""2^16 divided by the golden ratio: the thresholds of neighbouring columns are far apart."""
+
+_CHUNK = 2**17
+"""Elements that are rounded at a time: half a MiB in float32, so that intermediate values stay in a core's cache."""
+
+
+def round_rows(exact: Tensor, dtype: torch.dtype, rounding: Rounding, name: str, first_row: int) -> Tensor:
+    """Round rows of a matrix.
+
+    Args:
+        exact: [R, C], float32; not changed.
+        dtype: bfloat16 or float16; other dtypes are rounded to nearest.
+        name, first_row: name under which the tensor is written, and index of the first of the rows in it.
+
+    Returns:
+        [R, C] in ``dtype``; infinite where it has no number that large.
+    """
+    if rounding == "nearest" or dtype not in (torch.bfloat16, torch.float16):
+        return exact.to(dtype)
+    rounded = torch.empty_like(exact, dtype=dtype)
+    step = max(1, _CHUNK // max(1, exact.shape[1]))
+    for start in range(0, len(exact), step):
+        part = slice(start, start + step)
+        thresholds = _thresholds(name, first_row + start, *exact[part].shape)
+        rounded[part] = _round_up_or_down(exact[part], thresholds, dtype)
+    return rounded
+
+
+def _round_up_or_down(exact: Tensor, thresholds: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return the numbers of ``dtype`` next to ``exact``, in float32; ``thresholds`` below 2^16 are overwritten."""
+    if dtype == torch.bfloat16:  # the first 16 bits of a float32
+        return thresholds.add_(exact.view(torch.int32)).bitwise_and_(-1 << 16).view(torch.float32)
+    # Below the smallest normal number, the numbers of float16 are as far apart as directly above it.
+    smallest = torch.finfo(dtype).smallest_normal
+    offset = torch.where(exact.abs() < smallest, torch.full_like(exact, smallest).copysign_(exact), 0.0)
+    bits = (exact + offset).view(torch.int32)
+    return thresholds.bitwise_right_shift_(3).add_(bits).bitwise_and_(-1 << 13).view(torch.float32).sub_(offset)
+
+
+def _thresholds(name: str, first_row: int, rows: int, columns: int) -> Tensor:
+    """Return [R, C] integers below 2^16: along a row a sequence that is spread evenly, from a random start."""
+    shifts = _mixed(torch.arange(first_row, first_row + rows) + (zlib.crc32(name.encode()) << 30))
+    steps = torch.arange(columns) * _GOLDEN
+    return ((shifts & 0xFFFF).to(torch.int32)[:, None] + (steps & 0xFFFF).to(torch.int32)).bitwise_and_(0xFFFF)
+
+
+def _mixed(keys: Tensor) -> Tensor:
+    """Hash 64-bit integers: the finaliser of SplitMix64, https://prng.di.unimi.it/splitmix64.c."""
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        keys = (keys ^ (keys >> shift)) * factor
+    return keys ^ (keys >> 31)

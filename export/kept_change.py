@@ -1,0 +1,166 @@
+"""The share of a learnt change that written weights contain: measured while they are rounded, and told to the user.
+
+For the change d that adapters make to a tensor, and the change w - b of the written weights w from the base b, the
+share that is kept is <w - b, d> / <d, d>. Rounding to nearest keeps nothing of a change that is smaller than half of
+the distance between two 16-bit numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from checkpoints.model_config import Rounding
+from checkpoints.rounding import round_rows
+from checkpoints.source import TensorSource, View, check_rounded
+
+ENOUGH = 0.95
+"""The share of the change below which a merge warns."""
+
+_MEASURED = 2**18
+"""About as many weights of a tensor are measured, in rows at equal distances: the share is known to 1 %."""
+
+
+@dataclass
+class Kept:
+    """Sums over the weights of one or several tensors.
+
+    Attributes:
+        learnt: squares of the learnt changes.
+        applied: products of the learnt and the written changes.
+        moved, weights: numbers of weights whose written value is not the base's, and of all.
+    """
+
+    learnt: float = 0.0
+    applied: float = 0.0
+    moved: int = 0
+    weights: int = 0
+
+    @property
+    def share(self) -> float:
+        """The share of the change that is kept; 1 if nothing was learnt."""
+        return self.applied / self.learnt if self.learnt else 1.0
+
+    @property
+    def moved_share(self) -> float:
+        return self.moved / self.weights if self.weights else 0.0
+
+    @classmethod
+    def sum(cls, parts: Iterable[Kept]) -> Kept:
+        total = cls()
+        for part in parts:
+            total.learnt += part.learnt
+            total.applied += part.applied
+            total.moved += part.moved
+            total.weights += part.weights
+        return total
+
+
+@dataclass
+class KeptChange:
+    """What was kept of the changes to all tensors that were rounded.
+
+    Attributes:
+        by_tensor: tensors whose change is not zero, by the names they are written under.
+    """
+
+    by_tensor: dict[str, Kept] = field(default_factory=dict)
+
+    def total(self) -> Kept:
+        return Kept.sum(self.by_tensor.values())
+
+    def by_kind(self) -> dict[str, Kept]:
+        """Return the sums over layers of the same kind, such as ``mlp.down_proj``, in the order of the model."""
+        kinds: dict[str, list[Kept]] = {}
+        for name, kept in self.by_tensor.items():
+            kinds.setdefault(_kind_of(name), []).append(kept)
+        return {kind: Kept.sum(parts) for kind, parts in kinds.items()}
+
+    def worst(self) -> tuple[str, Kept]:
+        """Return name and sums of the tensor with the smallest share."""
+        return min(self.by_tensor.items(), key=lambda item: item[1].share)
+
+    def describe(self) -> str:
+        """Describe the result in one line; empty if no change was rounded."""
+        if not self.by_tensor:
+            return ""
+        total, (name, worst) = self.total(), self.worst()
+        return (
+            f"kept {_percent(total.share)} of the change that was learnt (worst: {_short(name)} "
+            f"{_percent(worst.share)}); {_percent(total.moved_share)} of these weights moved"
+        )
+
+    def describe_kinds(self) -> str:
+        """Describe the share of each kind of layer in one line."""
+        return ", ".join(f"{kind} {_percent(kept.share)}" for kind, kept in self.by_kind().items())
+
+    def report(self) -> Mapping[str, Any]:
+        """Return the figures for ``merge_report.json``; ``kept`` is ``None`` if no change was rounded."""
+        total = self.total()
+        figures: dict[str, Any] = {"kept": round(total.share, 5), "moved": round(total.moved_share, 5)}
+        if self.by_tensor:
+            name, worst = self.worst()
+            figures["worst"] = {"name": name, "kept": round(worst.share, 5)}
+        figures["by_kind"] = {
+            kind: {"kept": round(kept.share, 5), "moved": round(kept.moved_share, 5)}
+            for kind, kept in self.by_kind().items()
+        }
+        return figures
+
+
+class RoundedTensors(View):
+    """Computed tensors, rounded to the dtype they are written in; measures what is kept of their change.
+
+    Args:
+        below: the merged tensors; tensors that are returned in the dtype they are written in are passed on.
+        base: the tensors before the change, under the same names.
+        rounding: for tensors that have changed; others are rounded to nearest.
+    """
+
+    def __init__(self, below: TensorSource, base: TensorSource, rounding: Rounding) -> None:
+        super().__init__(below)
+        self.base, self.rounding, self.kept = base, rounding, KeptChange()
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        exact, dtype = self.below.rows(name, start, stop), self.dtype(name)
+        if exact.dtype == dtype or exact.dim() == 0:
+            return exact
+        base = self.base.rows(name, start, stop)
+        if exact.dtype == base.dtype and torch.equal(exact, base):  # stored in another dtype, but not changed
+            return exact
+        exact = exact.to(torch.float32)
+        rounded = round_rows(exact.view(len(exact), -1), dtype, self.rounding, name, start).view(exact.shape)
+        check_rounded(name, exact, rounded)
+        self._measure(name, start, exact, rounded, base)
+        return rounded
+
+    def _measure(self, name: str, first: int, exact: Tensor, rounded: Tensor, base: Tensor) -> None:
+        """Add a block whose first row has the index ``first`` to the sums of its tensor; of large tensors some rows."""
+        step = max(1, math.prod(self.shape(name)) // _MEASURED)
+        parts = slice(-first % step, None, step)
+        before, written = base[parts].to(torch.float32), rounded[parts].to(torch.float32)
+        change, moved = (exact[parts] - before).flatten(), written.sub_(before).flatten()
+        if learnt := float(change.dot(change)):
+            counts = int(moved.count_nonzero()), moved.numel()
+            kept = Kept(learnt * step, float(moved.dot(change)) * step, *(count * step for count in counts))
+            self.kept.by_tensor[name] = Kept.sum([self.kept.by_tensor.get(name, Kept()), kept])
+
+
+def _kind_of(name: str) -> str:
+    """Return a layer's name without its place: ``model.layers.3.mlp.down_proj.weight`` -> ``mlp.down_proj``."""
+    return re.sub(r"^.*\.\d+\.|^(model|transformer)\.|\.weight$", "", name)
+
+
+def _short(name: str) -> str:
+    """Return a layer's name without what all names share: ``layers.3.mlp.down_proj``."""
+    return re.sub(r"^(model|transformer)\.|\.weight$", "", name)
+
+
+def _percent(share: float) -> str:
+    return f"{share:.1%}".replace("%", " %")
