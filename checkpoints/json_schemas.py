@@ -36,6 +36,7 @@ from checkpoints.names import (
     ADAPTER_WEIGHTS,
     BASE_QUANTIZATION,
     DATA_REPORT,
+    MERGE_REPORT,
     RUN_ARGUMENTS,
     RUN_SUMMARY,
     TRAINING_SAMPLES,
@@ -297,6 +298,16 @@ _SAMPLE = table(
 )  # fmt: skip
 _SAMPLES = table({"version": one_of(1), "samples": list_of(_SAMPLE, MAX_KEPT_SAMPLES)}, required=["version", "samples"])
 
+_SHARE = number(-10**6, 10**6)  # of a change, which rounding can reverse or enlarge
+_KEPT = {"kept": _SHARE, "moved": _FRACTION}
+_MERGE_REPORT = table({
+    "version": whole(1, 10**6), "adapters": list_of(table({"name": TEXT, "weight": ANY_NUMBER})), "dtype": _DTYPE,
+    "rounding": IDENTIFIER, "base_rounded_as": either(TEXT, one_of(None)),
+    "change": table({
+        **_KEPT, "worst": table({"name": TEXT, "kept": _SHARE}), "by_kind": mapping_of(table(_KEPT), 10**5),
+    }),
+}, required=["version", "change"])  # fmt: skip
+
 _STATE = mapping_of(either(BOOLEAN, ANY_NUMBER, one_of(None), mapping_of(ANY_NUMBER)))
 _CALLBACK = table({"args": _STATE, "attributes": _STATE}, required=["args", "attributes"])
 _INTERVAL = number(0, 10**12)
@@ -327,6 +338,7 @@ SCHEMAS: Mapping[str, Schema] = {
     RUN_ARGUMENTS: Schema(_ARGUMENTS, has_nan=True),
     RUN_SUMMARY: Schema(_SUMMARY, has_nan=True),
     DATA_REPORT: Schema(has_nan=True),
+    MERGE_REPORT: Schema(_MERGE_REPORT),
     TRAINING_SAMPLES: Schema(_SAMPLES),
     "manifest.json": Schema(_MANIFEST, has_nan=True),
     "trainer_state.json": Schema(_TRAINER_STATE, 2048 * MIB, has_nan=True),

@@ -33,8 +33,8 @@ def logits(folder: Path, input_ids: Tensor, attention_mask: Tensor | None = None
 
 # Files of a merged Qwen v1 folder, besides the code.
 FILES = [
-    "README.md", "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "qwen.tiktoken",
-    "tokenizer_config.json",
+    "README.md", "chat_template.jinja", "config.json", "generation_config.json", "merge_report.json",
+    "model.safetensors", "qwen.tiktoken", "tokenizer_config.json",
 ]  # fmt: skip
 AUTO_MAP = {
     "AutoConfig": "configuration_qwen.QWenConfig", "AutoModel": "modeling_qwen.QWenModel",
