@@ -4,14 +4,15 @@
     python merge_lora.py --adapter output/a=0.7 output/b=0.3 --output output/both
 
 The base is the one named in adapter_config.json; --base overrides it. A quantised base is dequantised. Tensors are
-streamed, computed in float32 and rounded once, in a way that keeps the learnt change. The result is compared with base
-and adapters on a dozen prompts, block by block, in a staging folder: the output folder appears only when it is complete
-and verified.
+streamed, computed in float32 and rounded once, in a way that keeps the learnt change. The written weights, and the
+answers to a few training samples, are compared with base and adapters in a staging folder: the output folder appears
+only when it is complete and verified.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,8 @@ from outputs import check_output_folder, parse_output
 
 if TYPE_CHECKING:
     from export.merging import MergePlan
+
+logger = logging.getLogger("merge_lora")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -138,7 +141,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--verify",
         action="store_true",
         default=True,
-        help="compare the result with base and adapters on a dozen prompts, block by block (default)",
+        help="compare the written weights, and answers to a few training samples, with base and adapters (default)",
     )
     parser.add_argument("--no_verify", dest="verify", action="store_false", help="skip the comparison")
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -149,18 +152,20 @@ def verify(plan: MergePlan, folder: Path) -> str:
     """Compare the merged folder with base and adapters; return the result as text.
 
     Raises:
-        RunError: the merged model computes something else than base and adapters do.
+        RunError: the merged model is not what base and adapters give.
     """
     from export.progress import steps_bar
     from export.verify.compare import describe, verify_merge
-    from export.verify.prompts import prompt_ids
+    from export.verify.samples import choose_samples
 
-    prompts = prompt_ids(folder, plan.vocab_size)
+    samples = choose_samples(plan.adapters, folder, plan.vocab_size)
     with steps_bar("verifying") as show:
-        verification = verify_merge(plan.fold.base, plan.fold_config, plan.adapters, folder, prompts, show)
+        verification = verify_merge(plan.fold.base, plan.fold_config, plan.adapters, folder, samples, show)
     if verification.faults:
         fix = "Nothing was kept. Merge again; if it fails again, the disk or the memory of this machine may be faulty"
-        raise RunError(f"the merged model does not compute what base and adapter do: {describe(verification)}", fix)
+        raise RunError(f"the merged model is not what base and adapter give: {describe(verification)}", fix)
+    if verification.warning:
+        logger.warning("%s", verification.warning)
     return describe(verification)
 
 

@@ -49,7 +49,7 @@ sys.stdin.readline()
 base, adapter, output = sys.argv[1:]
 merge_lora.main(["--base", base, "--adapter", adapter, "--output", output, "--no_verify"])
 """
-VERIFIED = OURS.replace("import torch,", "import export.verify.prompts, export.verify.compare, torch,").replace(
+VERIFIED = OURS.replace("import torch,", "import export.verify.samples, export.verify.compare, torch,").replace(
     ', "--no_verify"', ""
 )
 PEFT = """

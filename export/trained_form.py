@@ -27,8 +27,8 @@ from export.layouts.qwen2_names import layout_of_config
 from export.merging import MergePlan
 from export.progress import steps_bar
 from export.quantized_form import TrainedForm, as_quantized
-from export.verify.compare import verify_merge
-from export.verify.prompts import prompt_ids
+from export.verify.behaviour import compare_answers
+from export.verify.samples import choose_samples
 
 logger = logging.getLogger(__name__)
 
@@ -94,12 +94,13 @@ def _measure(plan: MergePlan, training: _Training, folder: Path) -> str:
         form = as_quantized(base, quantization, model_type)
     else:
         form = TrainedForm(base, _stored_with(training.adapter, plan).read, model_type)
-    prompts = prompt_ids(folder, plan.vocab_size)
+    samples = choose_samples(plan.adapters, folder, plan.vocab_size)
     with steps_bar("comparing") as show:
-        result = verify_merge(form, plan.fold_config, plan.adapters, folder, prompts, show)
+        result = compare_answers(form, plan.fold_config, plan.adapters, folder, samples, show)
     return (
-        f"against the quantised form: weights differ by {form.relative_error():.2%}, logits by up to "
-        f"{result.largest_difference:.2g}, same next token at {result.equal_tokens:.1%} of {result.tokens} tokens"
+        f"weights differ from the quantised form by {form.relative_error():.2%}; on {result.samples} the loss is "
+        f"{result.merged_loss:.3f} instead of {result.adapter_loss:.3f}, "
+        f"same next token at {result.merged_equal:.1%} of {result.tokens} tokens"
     )
 
 

@@ -23,7 +23,7 @@ from checkpoints.writing import save_source
 from export.layouts.config import config_to_qwen2
 from export.layouts.tensors import tensors_to_qwen2
 from export.verify.compare import Verification, describe, verify_merge
-from export.verify.prompts import prompt_ids
+from export.verify.samples import choose_samples
 from qwen_model.register import register_qwen
 from tests.models import copy_checkpoint, copy_tied, write_later_checkpoint
 
@@ -99,22 +99,21 @@ def merge(
 
 def verify(base: Path, adapters: list[WeightedAdapter], merged: Path) -> Verification:
     config = load_json(base / "config.json")
-    ids = prompt_ids(merged, config["vocab_size"])
-    return verify_merge(open_dequantized(base, torch.float16), config, adapters, merged, ids)
+    samples = choose_samples(adapters, merged, config["vocab_size"])
+    return verify_merge(open_dequantized(base, torch.float16), config, adapters, merged, samples)
 
 
 def assert_passes(base: Path, adapters: list[WeightedAdapter], merged: Path) -> Verification:
     result = verify(base, adapters, merged)
     assert not result.faults, describe(result)
-    assert 0 < result.largest_difference <= 2 * result.largest_explained + 1e-4
+    assert describe(result).startswith("verified: ")
     return result
 
 
 def assert_reports(result: Verification, name: str) -> None:
-    """Check that exactly one part is reported, besides the logits."""
-    others = [fault for fault in result.faults if not fault.startswith("logits:")]
-    assert len(others) == 1 and others[0].startswith(f"{name}: "), result.faults
-    assert "DIFFERS" in describe(result) and others[0] in describe(result)
+    """Check that exactly one tensor is reported."""
+    assert len(result.faults) == 1 and result.faults[0].startswith(f"{name}: "), result.faults
+    assert "DIFFERS" in describe(result) and result.faults[0] in describe(result)
 
 
 def change(folder: Path, edit: Callable[[dict[str, Tensor]], dict[str, Tensor]]) -> None:

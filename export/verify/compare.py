@@ -1,13 +1,12 @@
-"""Compare a merged folder with its base and adapters, block by block, so that no model is in memory as a whole.
+"""Verify a merged folder: its weights against base + adapters, its config, and its answers.
 
-Three streams of states pass from the embedding to the logits, in float32: those of the base with its adapters unmerged
-(``export.verify.reference``), of the merged folder, and of the first model with weights rounded to the dtypes of the
-folder. The difference of the third from the first is what rounding explains. Besides the final logits, every block is
-compared on its own, given the reference's input, so that one wrong tensor is located.
+Three things are compared in one pass over the layers, with at most one layer of base and folder in memory:
 
-At most one block of each model and the states are in memory.
+- every written tensor with the base's and the adapters' (``export.verify.weights``);
+- the stages of the folder's config with those of the base's, on the same weights and states;
+- what base, base + adapters and folder predict for a few samples (``export.verify.behaviour``).
 
-Shapes: P prompts, T tokens of the longest, N tokens in total, C hidden size, V vocabulary rows.
+The first two decide whether the merge is correct. The third says what its rounding did to the answers.
 """
 
 from __future__ import annotations
@@ -19,17 +18,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
+from torch import Tensor
 
 from checkpoints.files import load_json
 from checkpoints.fold import WeightedAdapter
-from checkpoints.shards import open_checkpoint
-from checkpoints.source import TensorSource, row_blocks
+from checkpoints.source import TensorSource, main_dtype, row_blocks
 from errors import ConfigError
-from export.verify.layered_model import LayeredModel, round_weights
-from export.verify.tolerance import END_FACTOR, END_FLOOR, PartCheck, RunningArgmax, States
-from qwen_model.architectures import ARCHITECTURES, HEAD, HEAD_WEIGHT
+from export.layouts.convert import convert_model
+from export.layouts.qwen2_names import layout_of_config
+from export.verify.behaviour import NOTICEABLE_LOSS, Behaviour, Comparison
+from export.verify.reference import AdaptedParameters
+from export.verify.samples import Samples
+from export.verify.weights import TensorCheck
+from qwen_model.architectures import ARCHITECTURES, HEAD_WEIGHT
 from qwen_model.block_runner import run_block
+
+CONFIG_TOKENS = 16
+"""Tokens of the first sample on which the stages of two configs are compared."""
+
+CONFIG_SHARE = 1e-3
+"""Allowed difference of a stage's output under two configs, as a share of what the stage adds, for float32."""
+
+STATES_SHARE = 1e-5
+"""The same, as a share of the states that a block adds to."""
 
 
 @dataclass(frozen=True)
@@ -37,37 +48,41 @@ class Verification:
     """Result of the comparison of a merged folder.
 
     Attributes:
-        largest_difference: largest difference of logits between the merged folder and base + adapters; infinite if
-            the folder's tensors do not fit its config.
-        largest_explained: the same between base + adapters with weights rounded to ``dtype`` and unrounded.
-        equal_tokens, equal_explained: shares of positions with the same most likely next token, in the same two pairs.
-        tokens, prompts: numbers compared.
+        tensors: number of tensors compared.
+        kept: share of the adapters' change that is in the written weights; 1 if they change nothing.
         dtype: dtype of most of the folder's weights.
-        faults: differences beyond the bounds, by parts of the merged folder; empty if the merge is correct.
+        behaviour: of the folder beside base + adapters; ``None`` if its tensors do not fit its config.
+        faults: differences that rounding cannot cause; empty if the merge is correct.
     """
 
-    largest_difference: float
-    largest_explained: float
-    equal_tokens: float
-    equal_explained: float
-    tokens: int
-    prompts: int
+    tensors: int
+    kept: float
     dtype: torch.dtype
+    behaviour: Behaviour | None
     faults: list[str] = field(default_factory=list)
+
+    @property
+    def warning(self) -> str:
+        """What a correct merge lost by its dtype, and the remedy; empty if it is not noticeable."""
+        if self.faults or self.behaviour is None or (lost := self.behaviour.lost_share) < NOTICEABLE_LOSS:
+            return ""
+        return (
+            f"the merged model gives back {1 - lost:.0%} of what the adapter learnt on its training samples (loss "
+            f"{self.behaviour.merged_loss:.3f} instead of {self.behaviour.adapter_loss:.3f}; untuned "
+            f"{self.behaviour.base_loss:.3f}): {_name(self.dtype)} holds {self.kept:.0%} of the adapter's change. "
+            "Merge again without --rounding nearest, or with --dtype fp32"
+        )
 
 
 def describe(verification: Verification) -> str:
     """Describe a result in a few lines for a user."""
-    dtype = str(verification.dtype).removeprefix("torch.")
-    lines = [
-        f"{'DIFFERS' if verification.faults else 'verified'}: {verification.prompts} prompts, "
-        f"{verification.tokens} tokens: largest logit difference {verification.largest_difference:.2g} "
-        f"(rounding to {dtype} explains {verification.largest_explained:.2g}); same next token "
-        f"at {100 * verification.equal_tokens:.1f} % ({100 * verification.equal_explained:.1f} %)"
-    ]
-    shown = verification.faults[:5]
-    lines += [f"  {fault}" for fault in shown]
-    if more := len(verification.faults) - len(shown):
+    faults = verification.faults
+    if not faults:
+        result = f"verified: {verification.tensors} tensors are base + adapter, rounded to {_name(verification.dtype)}"
+        return "\n".join([result, *([f"  {verification.behaviour}"] if verification.behaviour else [])])
+    lines = [f"DIFFERS: {len(faults)} of {verification.tensors} tensors or stages"]
+    lines += [f"  {fault}" for fault in faults[:5]]
+    if more := len(faults) - 5 if len(faults) > 5 else 0:
         lines.append(f"  and {more} more")
     return "\n".join(lines)
 
@@ -88,7 +103,7 @@ def verify_merge(
     base_config: Mapping[str, Any],
     adapters: Sequence[WeightedAdapter],
     merged: Path,
-    token_ids: Sequence[Sequence[int]],
+    samples: Samples,
     on_progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Verification:
     """Compare a merged folder with its base and the adapters that were merged.
@@ -98,127 +113,115 @@ def verify_merge(
         base_config: contents of its config.json.
         adapters: in the base's layout.
         merged: the merged folder, in any layout.
-        token_ids: the prompts, each of at least one id; cut to the length that both models were trained for.
+        samples: to compare answers on; cut to the length that both models were trained for.
         on_progress: called with the number of finished steps (about one per layer) and their total.
 
     Raises:
         ConfigError: tensors of the base, or files of the folder, are missing.
     """
-    reference = LayeredModel(base, base_config, adapters)
-    result = LayeredModel(open_checkpoint(merged), load_json(merged / "config.json"))
-    if faults := reference.faults():
-        raise ConfigError(f"the base: {faults[0]}", "Copy or download its config.json and weights again")
-    limit = min(reference.trained_length, result.trained_length)
-    prompts = [list(ids[:limit]) for ids in token_ids]
-    faults = result.faults()
-    if reference.sizes != result.sizes:
-        faults.append(f"vocabulary, width and number of layers are {result.sizes}, the base's {reference.sizes}")
+    comparison = Comparison(base, base_config, adapters, merged, samples)
+    faults = comparison.result.faults(comparison.written)
+    reference, result = comparison.reference.sizes, comparison.result.sizes
+    if reference != result:
+        faults.append(f"vocabulary, width and number of layers are {result}, the base's {reference}")
     if faults:
-        return Verification(math.inf, 0.0, 0.0, 1.0, sum(map(len, prompts)), len(prompts), result.dtype, faults)
-    return _Comparison(reference, result, prompts).run(on_progress)
+        return Verification(len(comparison.result.shapes), 1.0, main_dtype(comparison.written), None, faults)
+    return _Verifier(comparison, base_config, load_json(merged / "config.json")).run(on_progress)
 
 
-class _Comparison:
-    """Passes the prompts through both models, stage by stage, and collects the faults.
+class _Verifier:
+    """Compares weights, configs and answers, stage by stage."""
 
-    Attributes:
-        ids: [P, T], padded on the right, where causal attention of real tokens does not reach.
-        is_real: [P, T], False for padding.
-    """
-
-    def __init__(self, reference: LayeredModel, result: LayeredModel, prompts: Sequence[Sequence[int]]) -> None:
-        self.reference, self.result = reference, result
-        rows = [torch.tensor(prompt) for prompt in prompts]
-        self.ids = pad_sequence(rows, batch_first=True)
-        self.is_real = pad_sequence([torch.ones(len(row), dtype=torch.bool) for row in rows], batch_first=True)
-        self.faults: list[str] = []
+    def __init__(self, comparison: Comparison, base_config: Mapping[str, Any], written_config: dict[str, Any]) -> None:
+        self._all = comparison
+        layout = layout_of_config(dict(base_config))
+        written, _ = convert_model(comparison.written, written_config, layout)
+        tied_to = comparison.reference.embedding if comparison.result.tied_to else None
+        # The written tensors by the names of the base's layout.
+        self._written = AdaptedParameters(written, (), tied_to, comparison.keeps_bfloat16)
+        self._tensors, self._learnt, self._lost = 0, 0.0, 0.0
+        self._faults: list[str] = []
 
     def run(self, on_progress: Callable[[int, int], object]) -> Verification:
-        steps = len(self.reference.stages) + 2
-        states = self._embed()
+        all_, steps = self._all, len(self._all.stages) + 2
+        self._check(all_.reference.embedding)
+        streams = all_.start()
+        same_states = _SameStates(all_, self._written, streams.states[1])
         on_progress(1, steps)
-        mask = self.is_real.long()
-        reference_arguments = self.reference.stage_arguments(states.reference, mask)
-        result_arguments = self.result.stage_arguments(states.merged, mask)
-        for index, arguments in enumerate(zip(reference_arguments, result_arguments, strict=True)):
-            states = self._run_stage(index, states, *arguments)
+        for index, stage in enumerate(all_.stages):
+            all_.hold(stage)
+            for name in all_.reference.tensors_of(stage):
+                self._check(name)
+            self._faults += same_states.faults(index, streams.states[1])
+            streams.run_stage(index)
             on_progress(index + 2, steps)
-        verification = self._compare_logits(States(*(each[self.is_real] for each in states)))
+        behaviour = all_.behaviour(streams)
+        if not (all_.reference.tied_to and all_.result.tied_to):
+            self._check(HEAD_WEIGHT)
+        if not self._faults and math.isfinite(behaviour.adapter_loss) and not math.isfinite(behaviour.merged_loss):
+            self._faults.append("its predictions are not finite")
         on_progress(steps, steps)
-        return verification
+        kept = 1 + self._lost / self._learnt if self._learnt else 1.0
+        return Verification(self._tensors, kept, main_dtype(all_.written), behaviour, self._faults)
 
-    def _embed(self) -> States:
-        """Return the embedded prompts, [P, T, C]; compare all rows of the two embeddings."""
-        (name, merged_name), (rows, width, _) = (self.reference.embedding, self.result.embedding), self.reference.sizes
-        check = PartCheck(merged_name.removesuffix(".weight"), "row")
-        states = States(*(torch.empty(*self.ids.shape, width) for _ in range(3)))
-        for start, stop in row_blocks(rows, width):
-            values = self.reference.parameters.embedding_rows(name, start, stop)
-            rounded = values.to(self.result.source.dtype(merged_name)).to(torch.float32)
-            block = States(values, self.result.parameters.stored_rows(merged_name, start, stop), rounded)
-            check.compare(States(*(each.T for each in block)), values.T, start)
-            in_block = (self.ids >= start) & (self.ids < stop)
-            for target, source in zip(states, block, strict=True):
-                target[in_block] = source[self.ids[in_block] - start]
-        self.faults += check.faults()
-        return states
+    def _check(self, name: str) -> None:
+        """Compare a tensor, named as in the base's layout."""
+        check = check_tensor(name, self._all.adapted, self._written)
+        self._faults += check.faults()
+        self._tensors += 1
+        self._learnt += check.learnt
+        self._lost += check.lost
 
-    def _run_stage(
-        self,
-        index: int,
-        states: States,
-        reference_arguments: Mapping[str, Any],
-        result_arguments: Mapping[str, Any],
-    ) -> States:
-        """Return the states after a block, or after the final norm; compare its outputs for the reference's input."""
-        name = self.result.stages[index]
-        stage = self.reference.load_stage(self.reference.stages[index])
-        reference = run_block(stage, states.reference, reference_arguments)
-        result_stage = self.result.load_stage(name)
-        merged = run_block(result_stage, states.merged, result_arguments)
-        merged_output = run_block(result_stage, states.reference, result_arguments)
-        del result_stage
-        round_weights(stage, self.result.dtypes(name))
-        rounded = run_block(stage, states.rounded, reference_arguments)
-        rounded_output = run_block(stage, states.reference, reference_arguments)
-        is_block = index < len(self.result.stages) - 1
-        contribution = reference - states.reference if is_block else reference
-        check = PartCheck(name, "channel")
-        outputs = States(reference, merged_output, rounded_output)
-        check.compare(States(*(each[self.is_real] for each in outputs)), contribution[self.is_real])
-        self.faults += check.faults()
-        return States(reference, merged, rounded)
 
-    def _compare_logits(self, states: States) -> Verification:
-        """Compare the heads and the logits of states [N, C], a slice of the vocabulary at a time."""
-        check = PartCheck(HEAD, "row")
-        best = [RunningArgmax(len(each)) for each in states]
-        largest = torch.zeros(3)  # of merged - reference, rounded - reference, and the reference itself
-        dtype = {2: self.result.source.dtype(self.result.parameters.stored_name(HEAD_WEIGHT))}
-        rows, width, _ = self.reference.sizes
-        for start, stop in row_blocks(rows, width):
-            head = self.reference.parameters.linear_rows(HEAD_WEIGHT, start, stop)
-            result_head = self.result.parameters.linear_rows(HEAD_WEIGHT, start, stop)
-            reference, merged = head(states.reference), result_head(states.merged)
-            merged_output = result_head(states.reference)
-            round_weights(head, dtype)
-            rounded, rounded_output = head(states.rounded), head(states.reference)
-            check.compare(States(reference, merged_output, rounded_output), reference, start)
-            differences = (merged - reference, rounded - reference, reference)
-            largest = torch.maximum(largest, torch.stack([each.abs().max() for each in differences]))
-            for argmax, logits in zip(best, (reference, merged, rounded), strict=True):
-                argmax.update(logits, start)
-        self.faults += check.faults()
-        difference, explained, highest = largest.tolist()
-        if not difference <= (bound := END_FACTOR * explained + END_FLOOR * highest):  # NaN is a fault
-            self.faults.append(f"logits: off by up to {difference:.2g}, allowed {bound:.2g}")
-        return Verification(
-            largest_difference=difference,
-            largest_explained=explained,
-            equal_tokens=best[0].agreement(best[1]),
-            equal_explained=best[0].agreement(best[2]),
-            tokens=len(states.reference),
-            prompts=len(self.ids),
-            dtype=self.result.dtype,
-            faults=self.faults,
-        )
+def check_tensor(name: str, adapted: AdaptedParameters, written: AdaptedParameters) -> TensorCheck:
+    """Compare a written tensor with base + adapters.
+
+    Args:
+        written: the folder's tensors by the names of the base's layout.
+    """
+    stored, written_name = adapted.stored_name(name), written.stored_name(name)
+    check = TensorCheck(name, written.source.dtype(written_name))
+    shape = adapted.source.shape(stored)
+    if len(shape) == 1:
+        check.compare_vector(adapted.source.read(stored), adapted.vector(name), written.source.read(written_name))
+        return check
+    for start, stop in row_blocks(*shape):
+        rows = adapted.source.rows(stored, start, stop)
+        check.compare(rows, adapted.changes(name, start, stop), written.source.rows(written_name, start, stop), start)
+    return check
+
+
+class _SameStates:
+    """The stages of the base's config and of the folder's, with the same written weights and input states."""
+
+    def __init__(self, comparison: Comparison, written: AdaptedParameters, states: Tensor) -> None:
+        self._models = ((comparison.reference, written), (comparison.result, comparison.merged))
+        self._length = min(CONFIG_TOKENS, states.shape[1], len(comparison.samples.items[0].ids))
+        states = states[:1, : self._length]
+        mask = torch.ones(states.shape[:2], dtype=torch.long)
+        self._arguments = [model.stage_arguments(states, mask) for model, _ in self._models]
+
+    def faults(self, index: int, states: Tensor) -> list[str]:
+        """Run a stage of both on the first tokens of ``states`` [P, T, C]; describe a difference."""
+        states = states[:1, : self._length]
+        outputs = []
+        for (model, parameters), arguments in zip(self._models, self._arguments, strict=True):
+            stage = model.load_stage(model.stages[index], parameters)
+            outputs.append(run_block(stage, states, arguments[index]))
+        expected, output = outputs
+        difference = _rms(output - expected)
+        allowed = CONFIG_SHARE * _rms(expected - states) + STATES_SHARE * _rms(states)
+        if difference <= allowed or not expected.isfinite().all():
+            return []
+        name = self._models[1][0].stages[index]
+        return [
+            f"{name}: config.json gives other states than the base's (off by {difference:.2g}, {allowed:.2g} allowed)"
+        ]
+
+
+def _rms(values: Tensor) -> float:
+    return float(values.square().mean().sqrt())
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

@@ -1,45 +1,69 @@
-"""A model whose layers are loaded one at a time, with unmerged adapters if there are any.
+"""A model whose layers are loaded one at a time, from the parameters of a base, of base + adapters, or of a folder.
 
-Shapes: P prompts, T tokens of the longest, C hidden size, V vocabulary rows.
+Shapes: P samples, T tokens of the longest, C hidden size, V vocabulary rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from checkpoints.fold import WeightedAdapter
-from checkpoints.source import TensorSource, main_dtype
+from checkpoints.source import TensorSource, View
 from export.verify.reference import AdaptedLinear, AdaptedParameters
 from qwen_model.architectures import HEAD_WEIGHT, architecture_of
 from qwen_model.block_runner import blocks_of, capture_block_inputs
 from qwen_model.lean_models import build_on_meta
 
 
-class LayeredModel:
-    """A model on the meta device, and the source of its parameters.
+class HeldTensors(View):
+    """A source of which some tensors are kept in memory, so that they are read, and dequantised, once.
 
     Args:
-        source: the tensors by the names of the model's layout.
+        keeps_bfloat16: keep bfloat16 as stored (a view of the file) instead of as float32.
+    """
+
+    def __init__(self, below: TensorSource, keeps_bfloat16: bool) -> None:
+        super().__init__(below)
+        self._keeps_bfloat16 = keeps_bfloat16
+        self._held: dict[str, Tensor] = {}
+
+    def hold(self, names: Iterable[str]) -> None:
+        """Read these tensors, and forget those held before."""
+        self._held.clear()
+        self._held.update((name, self._read(name)) for name in names)
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self.below.read(name)
+        if self._keeps_bfloat16 and tensor.dtype == torch.bfloat16:
+            return tensor
+        return tensor.to(torch.float32)
+
+    def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        return self._held[name][start:stop] if name in self._held else self.below.rows(name, start, stop)
+
+
+class LayeredModel:
+    """A model on the meta device.
+
+    Args:
         config: contents of its config.json.
-        adapters: in the same layout.
+        source: the tensors by the names of its layout; tells whether the head is tied if the config does not.
 
     Attributes:
-        parameters: the parameters with the adapters applied.
         embedding: name of the embedding's weight.
         stages: names of the modules after the embedding: each block, then the final norm.
+        shapes: of the stored tensors by their names, without a tied head.
+        tied_to: name of the embedding's weight if the head is tied to it.
         trained_length: number of tokens that the model was trained for.
 
     Raises:
         ConfigError: a ``model_type`` that is not Qwen's.
     """
 
-    def __init__(
-        self, source: TensorSource, config: Mapping[str, Any], adapters: Sequence[WeightedAdapter] = ()
-    ) -> None:
+    def __init__(self, config: Mapping[str, Any], source: TensorSource) -> None:
         architecture = architecture_of(config.get("model_type"))
         self._model: Any = build_on_meta({"tie_word_embeddings": HEAD_WEIGHT not in source, **config})
         settings = self._model.config
@@ -48,43 +72,30 @@ class LayeredModel:
             self._model.base_model.rotary_emb = type(rotary)(settings)
         self.embedding = architecture.embedding_weight
         self.stages = [*(f"{architecture.blocks}.{i}" for i in range(len(blocks_of(self._model)))), architecture.norm]
-        self.parameters = AdaptedParameters(source, adapters, self.embedding if settings.tie_word_embeddings else None)
+        self.tied_to = self.embedding if settings.tie_word_embeddings else None
         shapes = {name: tuple(tensor.shape) for name, tensor in self._model.state_dict().items()}
-        self._shapes = {name: shape for name, shape in shapes.items() if self.parameters.stored_name(name) == name}
+        self.shapes = {name: shape for name, shape in shapes.items() if not (self.tied_to and name == HEAD_WEIGHT)}
+        self._stage: tuple[str, nn.Module] = ("", nn.Identity())
         self.trained_length: int = getattr(settings, "seq_length", None) or settings.max_position_embeddings
-
-    @property
-    def source(self) -> TensorSource:
-        return self.parameters.source
 
     @property
     def sizes(self) -> tuple[int, int, int]:
         """V, C and number of blocks."""
-        return *self._shapes[self.embedding], len(self.stages) - 1
+        return *self.shapes[self.embedding], len(self.stages) - 1
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """Dtype that most floats are stored in."""
-        return main_dtype(self.source)
+    def tensors_of(self, stage: str) -> list[str]:
+        """Names of a stage's tensors."""
+        return [name for name in self.shapes if name.startswith(f"{stage}.")]
 
-    def faults(self) -> list[str]:
+    def faults(self, source: TensorSource) -> list[str]:
         """Describe the model's tensors that its files lack or contain in another shape."""
         faults = []
-        for name, shape in self._shapes.items():
-            if name not in self.source:
+        for name, shape in self.shapes.items():
+            if name not in source:
                 faults.append(f"{name} is missing")
-            elif (stored := self.source.shape(name)) != shape:
+            elif (stored := source.shape(name)) != shape:
                 faults.append(f"{name} has shape {stored}, config.json requires {shape}")
         return faults
-
-    def dtypes(self, stage: str) -> dict[int, torch.dtype]:
-        """Return the stored dtype of a stage's tensors by their number of dimensions: the coarsest if they differ."""
-        coarsest: dict[int, torch.dtype] = {}
-        for name, shape in self._shapes.items():
-            if name.startswith(f"{stage}."):
-                dtypes = (self.source.dtype(name), coarsest.get(len(shape), torch.float32))
-                coarsest[len(shape)] = max(dtypes, key=lambda dtype: torch.finfo(dtype).eps)
-        return coarsest
 
     def stage_arguments(self, states: Tensor, mask: Tensor) -> list[Mapping[str, Any]]:
         """Return the arguments of each stage besides the states.
@@ -95,35 +106,31 @@ class LayeredModel:
         """
         norm_name = self.stages[-1]
         norm = self._model.get_submodule(norm_name)
-        self._model.set_submodule(norm_name, nn.Identity())  # the norm has no values yet
+        self._model.set_submodule(norm_name, nn.Identity())  # the norm has no values
         block_arguments = capture_block_inputs(self._model, inputs_embeds=states, attention_mask=mask)[1]
         self._model.set_submodule(norm_name, norm)
         return [*block_arguments, {}]
 
-    def load_stage(self, stage: str) -> nn.Module:
-        """Load a stage in float32, once: the model keeps no reference, so the caller can free its memory."""
-        module: nn.Module = self._model.get_submodule(stage)
-        self._model.set_submodule(stage, nn.Identity())
-        names = {name: f"{stage}.{name}" for name, _ in module.named_parameters()}
-        values = {
-            name: self.parameters.vector(full) if len(self._shapes[full]) == 1 else self.parameters.stored_rows(full)
-            for name, full in names.items()
-        }
+    def load_stage(self, stage: str, parameters: AdaptedParameters) -> nn.Module:
+        """Load a stage; vectors are float32, weights of linear layers as ``parameters.weight`` returns them.
+
+        The module is used again by the next call, so that no stage stays in memory.
+        """
+        if self._stage[0] != stage:
+            module: nn.Module = self._model.get_submodule(stage)
+            self._model.set_submodule(stage, nn.Identity())
+            for name, layer in list(module.named_modules()):
+                if isinstance(layer, nn.Linear):
+                    module.set_submodule(name, AdaptedLinear(layer.weight.data, layer.bias, ()))
+            self._stage = stage, module
+        module = self._stage[1]
+        values = {}
+        for name, _ in module.named_parameters():
+            full = f"{stage}.{name}"
+            is_vector = len(self.shapes[full]) == 1
+            values[name] = parameters.vector(full) if is_vector else parameters.weight(full)
         module.load_state_dict(values, assign=True)
-        for name, layer in list(module.named_modules()):
-            if isinstance(layer, nn.Linear) and (changes := self.parameters.changes(f"{stage}.{name}.weight")):
-                module.set_submodule(name, AdaptedLinear(layer.weight.data, layer.bias, changes))
+        for name, layer in module.named_modules():
+            if isinstance(layer, AdaptedLinear):
+                layer.changes = parameters.changes(f"{stage}.{name}.weight")
         return module
-
-
-def round_weights(module: nn.Module, dtypes: Mapping[int, torch.dtype]) -> None:
-    """Merge the adapters of a module and round its weights to ``dtypes``, in float32.
-
-    Args:
-        dtypes: by number of dimensions, see :meth:`LayeredModel.dtypes`.
-    """
-    for layer in module.modules():
-        if isinstance(layer, AdaptedLinear):
-            layer.merge()
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtypes[parameter.dim()]).to(torch.float32)

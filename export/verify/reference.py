@@ -9,7 +9,7 @@ Shapes: a linear weight is [O, I], an embedding [V, C]; R is a rank.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +29,7 @@ class MatrixChange:
         weight: the adapter's weight in the merge.
         replacement: [O, I], replaces W.
         down, up: [R, I] and [O, R], whose product is added; ``up`` includes the adapter's scale.
-        factor: DoRA's, on the outputs [O], or [I, 1] on the inputs of an embedding's rows.
+        factor: DoRA's, [O, 1] on the outputs, or [1, I] on the columns of an embedding.
         rows: [N, I], replaces the rows ``indices`` [N].
     """
 
@@ -41,38 +41,68 @@ class MatrixChange:
     rows: Tensor | None = None
     indices: Tensor | None = None
 
-    def apply(self, x: Tensor | None, unchanged: Tensor) -> Tensor:
+    @property
+    def is_empty(self) -> bool:
+        """Whether the rows stay as they are."""
+        has_rows = self.indices is not None and len(self.indices) > 0
+        return self.replacement is None and self.up is None and self.factor is None and not has_rows
+
+    def apply(self, x: Tensor, unchanged: Tensor) -> Tensor:
         """Return the changed matrix times ``x``, [..., O].
 
         Args:
-            x: [..., I]; ``None`` stands for the identity, so that the result is the transposed matrix.
+            x: [..., I].
             unchanged: W times ``x``.
         """
-        y = unchanged if self.replacement is None else _multiply(self.replacement, x)
+        y = unchanged if self.replacement is None else x @ self.replacement.T
         if self.down is not None and self.up is not None:
-            y = y + _multiply(self.down, x) @ self.up.T
+            y = y + x @ self.down.T @ self.up.T
+        if self.factor is not None:
+            y = y * self.factor.T
+        if self.rows is not None and self.indices is not None:
+            y = y.index_copy(-1, self.indices, x @ self.rows.T)
+        return y
+
+    def matrix(self, unchanged: Tensor) -> Tensor:
+        """Return the changed matrix [O, I] for W in float32."""
+        y = unchanged if self.replacement is None else self.replacement
+        if self.down is not None and self.up is not None:
+            y = torch.addmm(y, self.up, self.down)
         if self.factor is not None:
             y = y * self.factor
         if self.rows is not None and self.indices is not None:
-            y = y.index_copy(-1, self.indices, _multiply(self.rows, x))
+            y = y.index_copy(0, self.indices, self.rows)
         return y
 
+    def part(self, start: int, stop: int) -> MatrixChange:
+        """Return the change to the rows ``start`` to ``stop`` of this matrix."""
 
-def _multiply(matrix: Tensor, x: Tensor | None) -> Tensor:
-    return matrix.T if x is None else x @ matrix.T
+        def cut(tensor: Tensor | None) -> Tensor | None:
+            return tensor if tensor is None or tensor.shape[0] == 1 else tensor[start:stop]
+
+        rows, indices = self.rows, self.indices
+        if rows is not None and indices is not None:
+            inside = (indices >= start) & (indices < stop)
+            rows, indices = rows[inside], indices[inside] - start
+        replacement, up, factor = map(cut, (self.replacement, self.up, self.factor))
+        return replace(self, replacement=replacement, up=up, factor=factor, rows=rows, indices=indices)
 
 
-def _apply_all(changes: Sequence[MatrixChange], x: Tensor | None, unchanged: Tensor) -> Tensor:
-    """Return ``unchanged`` (W times ``x``) plus the weighted difference that each change makes to it."""
-    rest = 1 - sum(change.weight for change in changes)
-    result = unchanged * rest if rest else torch.zeros_like(unchanged)
+def changed_matrix(changes: Sequence[MatrixChange], unchanged: Tensor) -> Tensor:
+    """Return W, in float32, plus the weighted difference that each change makes to it."""
+    if [change.weight for change in changes] == [1.0]:
+        return changes[0].matrix(unchanged)
+    result = unchanged * (1 - sum(change.weight for change in changes))
     for change in changes:
-        result.add_(change.apply(x, unchanged), alpha=change.weight)
+        result.add_(change.matrix(unchanged), alpha=change.weight)
     return result
 
 
 class AdaptedLinear(nn.Module):
-    """A linear layer, or some of its outputs, with unmerged adapters."""
+    """A linear layer, or some of its outputs, with unmerged adapters.
+
+    The weight is multiplied in its own dtype; inputs, outputs and adapters have the dtype of the states.
+    """
 
     def __init__(self, weight: Tensor, bias: Tensor | None, changes: Sequence[MatrixChange]) -> None:
         super().__init__()
@@ -81,16 +111,14 @@ class AdaptedLinear(nn.Module):
         self.changes = list(changes)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.changes:
-            return F.linear(x, self.weight, self.bias)
-        y = _apply_all(self.changes, x, F.linear(x, self.weight))
-        return y if self.bias is None else y + self.bias
-
-    def merge(self) -> None:
-        """Merge the changes into the weight."""
+        unchanged = F.linear(x.to(self.weight.dtype), self.weight).to(x.dtype)
+        y = unchanged
         if self.changes:
-            self.weight.data = _apply_all(self.changes, None, self.weight.data.T).T
-            self.changes.clear()
+            rest = 1 - sum(change.weight for change in self.changes)
+            y = unchanged * rest if rest else torch.zeros_like(unchanged)
+            for change in self.changes:
+                y.add_(change.apply(x, unchanged), alpha=change.weight)
+        return y if self.bias is None else y + self.bias
 
 
 class AdaptedParameters:
@@ -100,12 +128,18 @@ class AdaptedParameters:
         source: the base's tensors.
         adapters: in the base's layout; none for a model without adapters.
         tied_to: name of the embedding's weight if the head is tied to it.
+        keeps_bfloat16: compute linear layers that are stored in bfloat16 in that dtype.
     """
 
     def __init__(
-        self, source: TensorSource, adapters: Sequence[WeightedAdapter] = (), tied_to: str | None = None
+        self,
+        source: TensorSource,
+        adapters: Sequence[WeightedAdapter],
+        tied_to: str | None,
+        keeps_bfloat16: bool = False,
     ) -> None:
-        self.source, self._adapters, self._tied_to = source, adapters, tied_to
+        self.source, self.adapters, self._tied_to = source, adapters, tied_to
+        self._keeps_bfloat16 = keeps_bfloat16
         self._norms: dict[tuple[str, int], Tensor] = {}
 
     def stored_name(self, name: str) -> str:
@@ -115,6 +149,12 @@ class AdaptedParameters:
     def stored_rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Read rows of a parameter without its adapters. Do not change them in place: they may be a view of a file."""
         return self.source.rows(self.stored_name(name), start, stop).to(torch.float32)
+
+    def weight(self, name: str) -> Tensor:
+        """Return a linear layer's weight without its adapters, in float32 unless bfloat16 is kept."""
+        stored = self.source.read(name)
+        keeps = self._keeps_bfloat16 and stored.dtype == torch.bfloat16
+        return stored if keeps else stored.to(torch.float32)
 
     def vector(self, name: str) -> Tensor:
         """Return a bias or the weight of a norm, with the adapters applied."""
@@ -128,22 +168,23 @@ class AdaptedParameters:
         return value
 
     def linear_rows(self, weight: str, start: int, stop: int) -> AdaptedLinear:
-        """Return the outputs ``start`` to ``stop`` of a linear layer without bias."""
+        """Return the outputs ``start`` to ``stop`` of a linear layer without bias, in float32."""
         return AdaptedLinear(self.stored_rows(weight, start, stop), None, self.changes(weight, start, stop))
 
     def embedding_rows(self, name: str, start: int, stop: int) -> Tensor:
         """Return rows of an embedding with the adapters applied."""
         stored = self.stored_rows(name, start, stop)
         changes = self.changes(name, start, stop)
-        return _apply_all(changes, None, stored.T).T if changes else stored
+        return changed_matrix(changes, stored) if changes else stored
 
     def changes(self, name: str, start: int = 0, stop: int | None = None) -> list[MatrixChange]:
-        """Return each adapter's change to rows of a matrix."""
+        """Return each adapter's change to rows of a matrix; none if no adapter changes one of them."""
         start, stop, _ = slice(start, stop).indices(self.source.shape(self.stored_name(name))[0])
-        return [self._change(name, adapter, edit, start, stop) for adapter, edit in self._edits(name)]
+        changes = [self._change(name, adapter, edit, start, stop) for adapter, edit in self._edits(name)]
+        return [] if all(change.is_empty for change in changes) else changes
 
     def _edits(self, name: str) -> Iterator[tuple[WeightedAdapter, Edit]]:
-        for adapter in self._adapters:
+        for adapter in self.adapters:
             edit = adapter.adapter.edits.get(name)
             if edit is None and (tied := self.stored_name(name)) != name:
                 # Trained tokens of a tied embedding apply to the head too; other changes to the trained module only.
@@ -167,13 +208,13 @@ class AdaptedParameters:
             if "magnitude" in roles:
                 matrix = self.stored_rows(name, start, stop) if replacement is None else replacement
                 norms = torch.linalg.vector_norm(torch.addmm(matrix, up, down), dim=1)
-                factor = self._read(adapter, edit, "magnitude", start, stop) / norms
+                factor = (self._read(adapter, edit, "magnitude", start, stop) / norms)[:, None]
         if "embedding_A" in roles:
             # In an embedding A [R, V] has a column per token, and B [C, R] gives the states.
             up = adapter.adapter.tensors.read(roles["embedding_A"])[:, start:stop].T.to(torch.float32) * edit.scale
             down = self._read(adapter, edit, "embedding_B").T
             if "magnitude" in roles:
-                factor = (self._read(adapter, edit, "magnitude") / self._column_norms(name, adapter, edit))[:, None]
+                factor = (self._read(adapter, edit, "magnitude") / self._column_norms(name, adapter, edit))[None]
         if "rows" in roles:
             selected = [index for index, row in enumerate(edit.row_indices) if start <= row < stop]
             indices = torch.tensor([edit.row_indices[index] - start for index in selected], dtype=torch.long)
@@ -190,6 +231,6 @@ class AdaptedParameters:
             squares = torch.zeros(width, dtype=torch.float64)
             for start, stop in row_blocks(rows, width):
                 change = self._change(name, adapter, lora_only, start, stop)
-                squares += change.apply(None, self.stored_rows(name, start, stop).T).double().square().sum(1)
+                squares += change.matrix(self.stored_rows(name, start, stop)).double().square().sum(0)
             self._norms[key] = squares.sqrt().float()
         return self._norms[key]

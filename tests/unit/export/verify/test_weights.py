@@ -1,4 +1,4 @@
-"""One wrong tensor is reported as the one part that differs."""
+"""One wrong tensor is reported as the one that differs; correct rounding of any kind is not."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints.fold import WeightedAdapter
+from export.verify.reference import MatrixChange
+from export.verify.weights import TensorCheck
 from tests.verification import (
     assert_passes,
     assert_reports,
@@ -97,10 +99,7 @@ def test_one_wrong_tensor_is_reported(tmp_path: Path, family: str, dtype: str) -
         changed = corrupt(before[name].clone())
         assert not torch.equal(changed, before[name])
         save_file({**before, name: changed}, merged / "model.safetensors", metadata={"format": "pt"})
-        part = name.removesuffix(".weight")
-        if ".layers." in name or ".h." in name:
-            part = ".".join(name.split(".")[:3])
-        assert_reports(verify(base, adapters, merged), part)
+        assert_reports(verify(base, adapters, merged), name)
 
 
 def test_missing_lora_of_one_layer_is_reported(tmp_path: Path) -> None:
@@ -111,4 +110,71 @@ def test_missing_lora_of_one_layer_is_reported(tmp_path: Path) -> None:
     partial = [WeightedAdapter(replace(whole, edits=edits))]
     merged = merge(base, partial, tmp_path / "merged", "bfloat16")
     assert_passes(base, partial, merged)
-    assert_reports(verify(base, adapters, merged), "model.layers.1")
+    assert_reports(verify(base, adapters, merged), "model.layers.1.mlp.up_proj.weight")
+
+
+ROWS, COLUMNS, RANK = 256, 640, 4
+
+
+def by_chance(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round up or down so that the expected value is the exact one."""
+    nearest = exact.to(dtype)
+    above = torch.where(nearest.float() < exact, math.inf, -math.inf).to(dtype)
+    other = torch.nextafter(nearest, above)
+    probability = (exact - nearest.float()).abs() / (other.float() - nearest.float()).abs()
+    generator = torch.Generator().manual_seed(5)
+    return torch.where(torch.rand(exact.shape, generator=generator) < probability, other, nearest)
+
+
+ROUNDINGS = {"nearest": Tensor.to, "by chance": by_chance}
+
+
+def matrix(size: float, dtype: torch.dtype) -> tuple[Tensor, MatrixChange]:
+    """A matrix of a layer, and a change of ``size`` relative to its values."""
+    generator = torch.Generator().manual_seed(4)
+    base = torch.randn(ROWS, COLUMNS, generator=generator) * 0.02
+    up, down = torch.randn(ROWS, RANK, generator=generator), torch.randn(RANK, COLUMNS, generator=generator)
+    return base.to(dtype), MatrixChange(1.0, up=up * size * 0.01, down=down)
+
+
+def faults_of(base: Tensor, change: MatrixChange, written: Tensor) -> list[str]:
+    check = TensorCheck("layer", written.dtype)
+    for first in range(0, ROWS, 100):
+        rows = slice(first, min(first + 100, ROWS))
+        check.compare(base[rows], [change.part(rows.start, rows.stop)], written[rows], first)
+    return check.faults()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("size", [1e-5, 1e-3, 1.0])
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_correct_rounding_is_not_reported(rounding: str, size: float, dtype: torch.dtype) -> None:
+    if (rounding, dtype) == ("by chance", torch.float32):
+        rounding = "nearest"
+    base, change = matrix(size, dtype)
+    assert faults_of(base, change, ROUNDINGS[rounding](change.matrix(base.float()), dtype)) == []
+
+
+@pytest.mark.parametrize(
+    ("rounding", "factor"),
+    [("nearest", 0.0), ("nearest", 0.5), *(("by chance", factor) for factor in (0.0, 0.5, 1.5, 2.0))],
+)
+def test_small_change_with_another_scale_is_reported(rounding: str, factor: float) -> None:
+    """The change is below the distance of neighbouring values, so no single value tells."""
+    base, change = matrix(2e-3, torch.bfloat16)
+    assert change.up is not None
+    scaled = replace(change, up=factor * change.up)
+    written = ROUNDINGS[rounding](scaled.matrix(base.float()), torch.bfloat16)
+    (fault,) = faults_of(base, change, written)
+    assert fault.startswith("layer: ") and "% of the adapter's change, rounding leaves" in fault
+
+
+@pytest.mark.parametrize("rounding", ROUNDINGS)
+def test_unchanged_row_of_a_changed_matrix_is_compared_bit_for_bit(rounding: str) -> None:
+    base, change = matrix(1e-2, torch.bfloat16)
+    assert change.up is not None
+    change.up[130] = 0
+    written = ROUNDINGS[rounding](change.matrix(base.float()), torch.bfloat16)
+    assert faults_of(base, change, written) == []
+    written[130, 7] = torch.nextafter(written[130, 7], torch.tensor(1.0, dtype=torch.bfloat16))
+    assert faults_of(base, change, written) == ["layer: row 130 differs from the base's, and no adapter changes it"]

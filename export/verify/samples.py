@@ -1,0 +1,101 @@
+"""What a merged model is asked: a few training samples of its adapters, or conversations of everyday topics."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+
+from checkpoints.fold import WeightedAdapter
+from checkpoints.training_samples import TrainingSamples
+from errors import ConfigError
+from export.verify.prompts import prompt_ids
+
+logger = logging.getLogger(__name__)
+
+MAX_TOKENS = 128
+"""Tokens of all samples together, padding included: with these a merge of any size takes about as long as its proof."""
+
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A conversation.
+
+    Attributes:
+        ids: its tokens.
+        labels: as long as ``ids``: the id where the model's prediction counts, -100 elsewhere.
+    """
+
+    ids: list[int]
+    labels: list[int]
+
+    def cut(self, length: int) -> Sample:
+        """Return at most ``length`` tokens: the first ones, or those around the start of an answer far from them."""
+        first = next(position for position, label in enumerate(self.labels) if label != IGNORED)
+        start = 0 if first <= 3 * length // 4 else first - length // 2
+        return Sample(self.ids[start : start + length], self.labels[start : start + length])
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Conversations to compare models on.
+
+    Attributes:
+        are_trained: they are training samples of the adapters.
+    """
+
+    items: tuple[Sample, ...]
+    are_trained: bool
+
+    def cut(self, length: int) -> Samples:
+        """Return samples of at most ``length`` tokens each."""
+        return Samples(tuple(sample.cut(length) for sample in self.items), self.are_trained)
+
+    def __str__(self) -> str:
+        count = f"{len(self.items)} training sample" if self.are_trained else f"{len(self.items)} everyday conversation"
+        return count if len(self.items) == 1 else f"{count}s"
+
+
+def choose_samples(adapters: Sequence[WeightedAdapter], merged: Path, vocab_size: int) -> Samples:
+    """Return training samples that lie beside the adapters, else everyday conversations.
+
+    Args:
+        merged: folder whose tokenizer encodes the conversations.
+        vocab_size: rows of the embedding; every id is smaller.
+    """
+    trained = [_trained(each.adapter.folder, vocab_size) for each in adapters]
+    in_turn = (sample for samples in zip_longest(*trained) for sample in samples if sample is not None)
+    if chosen := _fit(in_turn):
+        return Samples(chosen, are_trained=True)
+    # The first token has no prediction.
+    everyday = (Sample(ids, [IGNORED, *ids[1:]]) for ids in sorted(prompt_ids(merged, vocab_size), key=len))
+    return Samples(_fit(everyday), are_trained=False)
+
+
+def _trained(folder: Path, vocab_size: int) -> list[Sample]:
+    """Return an adapter's samples, the shortest first."""
+    try:
+        samples = [Sample(sample.ids, sample.labels) for sample in TrainingSamples.read(folder).samples]
+    except ConfigError as error:
+        logger.warning("%s: verifying without them", error)
+        return []
+    fitting = [sample for sample in samples if max(sample.ids, default=vocab_size) < vocab_size]
+    if len(fitting) < len(samples):
+        logger.warning("%s: its training samples contain ids beyond the model's %d rows", folder, vocab_size)
+    with_targets = (sample for sample in fitting if any(label != IGNORED for label in sample.labels[1:]))
+    return sorted(with_targets, key=lambda sample: len(sample.ids))
+
+
+def _fit(samples: Iterable[Sample]) -> tuple[Sample, ...]:
+    """Return the first samples that are at most ``MAX_TOKENS`` together when padded to one length; at least one."""
+    chosen: list[Sample] = []
+    for sample in samples:
+        lengths = [min(len(each.ids), MAX_TOKENS) for each in (*chosen, sample)]
+        if max(lengths) * len(lengths) > MAX_TOKENS:
+            break
+        chosen.append(sample.cut(MAX_TOKENS))
+    return tuple(chosen)
