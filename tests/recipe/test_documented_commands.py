@@ -32,6 +32,10 @@ TINY = SMALL / "tiny-qwen-small"
 # Commands, by their start, that another test runs or that cannot run here.
 ELSEWHERE = {
     "bash scripts/quickstart.sh": "tests/recipe/test_identity.py",
+    "python -m scripts.make_small_qwen": "tests/nightly/test_readme_example.py",
+    "sh finetune/finetune_lora_single_gpu.sh -m build/small": "tests/nightly/test_readme_example.py",
+    "python merge_lora.py --adapter output/small": "tests/nightly/test_readme_example.py",
+    "python -m scripts.ask --model_name_or_path output/small": "tests/nightly/test_readme_example.py",
     "sh finetune/finetune_ds.sh": "tests/recipe/test_launchers.py",
     "sh finetune/finetune_fsdp.sh": "tests/recipe/test_launchers.py",
     "sh finetune/finetune_lora_ds.sh": "tests/recipe/test_launchers.py",
@@ -47,6 +51,7 @@ NOT_RUN = {
     "HYPOTHESIS_PROFILE=nightly": "takes an hour",
     "python -m benchmarks": "measures for minutes",
     "pip install": "changes the environment",
+    "source .venv/bin/activate && pip install": "changes the environment",
     "deepspeed": "needs other hosts; tests/unit/training/distributed/test_launch.py tests its variables",
     "accelerate launch": "needs other hosts; tests/unit/training/distributed/test_launch.py tests its variables",
     "export": "part of the command that follows",
