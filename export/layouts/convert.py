@@ -23,6 +23,7 @@ def convert_model(
     """
     if layout_of_config(config) == layout:
         return source, config
-    if layout == "qwen2":
-        return tensors_to_qwen2(source, config), config_to_qwen2(config, dynamic_ntk)
-    return tensors_to_qwen(source, config), config_to_qwen(config)
+    # The config first: what a layout cannot express is said in the config's words.
+    converted = config_to_qwen2(config, dynamic_ntk) if layout == "qwen2" else config_to_qwen(config)
+    tensors = tensors_to_qwen2(source, config) if layout == "qwen2" else tensors_to_qwen(source, config)
+    return tensors, converted

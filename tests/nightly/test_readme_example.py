@@ -15,7 +15,7 @@ COMMANDS = [each.text for each in commands_in(REPO / "README.md") if "small" in 
 PROGRAMS = ("scripts.make_small_qwen", "finetune_lora_single_gpu.sh", "merge_lora.py", "scripts.ask")
 
 
-def test_the_model_learns_who_made_it(tmp_path: Path) -> None:
+def test_the_model_learns_who_it_is(tmp_path: Path) -> None:
     assert all(program in command for program, command in zip(PROGRAMS, COMMANDS, strict=True))
     prepare(tmp_path, "README.md", None)
     path = f"{tmp_path}/.venv/bin{os.pathsep}{os.environ['PATH']}"
