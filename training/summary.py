@@ -26,6 +26,7 @@ from loading.quantized import count_elements, count_weights
 from training.callbacks import RunLog
 from training.config.args import RunArguments
 from training.data import save_reports
+from training.learnt import describe_learnt, measure_learnt, warn_of_little
 from training.ornaments import ornament
 from training.progress import peak_memory
 from training.run_folder.changes import facts_from_args
@@ -34,6 +35,8 @@ from training.samples import keep_samples
 from training.trainer import QwenTrainer
 
 logger = logging.getLogger(__name__)
+
+FEW_STEPS = 20  # with which `benchmarks.teach` taught nothing
 
 
 def count_parameters(model: nn.Module | None) -> tuple[int, int]:
@@ -50,6 +53,7 @@ def record_start(
     if trainer.is_world_process_zero():
         save_arguments(args)
         logger.info("Fine-tuning\n%s", describe_run(trainer, args, sets["train"], policy))
+        warn_of_few_steps(trainer, sets["train"])
         save_reports({name: examples.report for name, examples in sets.items()}, args.output_dir)
         keep_samples(sets["train"], args.options.keep_samples, args.trainer_value("seed"), args.output_dir)
 
@@ -70,9 +74,13 @@ def record_end(
         seconds: of training.
     """
     if trainer.is_world_process_zero():
-        summary = save_summary(trainer, args, log, sets, policy, seconds)
+        learnt: dict[str, Any] = {}
+        with ornament("the comparison with training samples"):
+            learnt = measure_learnt(trainer, sets["train"], args.options.keep_samples, seconds)
+        summary = save_summary(trainer, args, log, sets, policy, seconds, learnt)
         with ornament("the loss curve"):
             plot_losses({"": log.rows}, args.output_dir / LOSS_CURVE, f"Loss of {args.output_dir.absolute().name}")
+        warn_of_little(learnt, log.losses(), trainer.args.learning_rate)
         logger.info("Done: %s\n%s", describe_result(summary), describe_output(args, trainer.checkpoint))
     trainer.ornaments.end()
     with ornament("the end of --report_to"):
@@ -85,8 +93,7 @@ def describe_run(
     """Return the start-up block: model, mode, trained parameters, data, steps."""
     training, checkpoint = trainer.args, trainer.checkpoint
     trained, total = count_parameters(trainer.model)
-    batch = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
-    per_epoch, steps = count_steps(len(examples), batch, training.num_train_epochs, training.max_steps)
+    batch, per_epoch, steps = _steps_of(trainer, examples)
     mode = "LoRA" if isinstance(trainer.model, PeftModel) else "all parameters"
     if quantization := checkpoint.quantization or args.lora.quantization:
         mode = f"LoRA on quantised weights ({quantization})"
@@ -110,6 +117,24 @@ def describe_run(
     return "\n".join(f"  {name:<11}{value}" for name, value in rows)
 
 
+def _steps_of(trainer: QwenTrainer, examples: ExampleSet) -> tuple[int, int, int]:
+    """Return the conversations of an optimizer step, the steps of an epoch, and those of the run."""
+    flags = trainer.args
+    batch = flags.train_batch_size * flags.gradient_accumulation_steps * flags.world_size
+    return batch, *count_steps(len(examples), batch, flags.num_train_epochs, flags.max_steps)
+
+
+def warn_of_few_steps(trainer: QwenTrainer, examples: ExampleSet) -> None:
+    """Warn if small data gives too few optimizer steps to learn anything, unless ``--max_steps`` asks for them."""
+    batch, _, steps = _steps_of(trainer, examples)
+    if steps < FEW_STEPS and trainer.args.max_steps <= 0:
+        logger.warning(
+            "The run has only %d optimizer steps, of %d conversations each, which teach little. Lower "
+            "--gradient_accumulation_steps %d or raise --num_train_epochs %g; docs/training.md has a recipe",
+            steps, batch, trainer.args.gradient_accumulation_steps, trainer.args.num_train_epochs,
+        )  # fmt: skip
+
+
 def _source_rows(report: DataReport) -> list[tuple[str, str]]:
     if len(report.sources) == 1:
         return []
@@ -126,12 +151,12 @@ def result_step(trainer: QwenTrainer) -> int:
 
 
 def describe_result(summary: dict[str, Any]) -> str:
-    """Return the summary of ``save_summary`` in one line."""
+    """Return the summary of ``save_summary`` in a few lines."""
     line = f"{summary['steps']} steps in {summary['seconds']:.0f} s"
     if summary["first_loss"] is not None:
         line += f", loss {summary['first_loss']:.4g} -> {summary['last_loss']:.4g}"
         line += f", token accuracy {summary['last_token_accuracy']:.1%}"
-    return line
+    return "\n  learnt     ".join([line, *describe_learnt(summary["learnt"])])
 
 
 def describe_output(args: RunArguments, checkpoint: Checkpoint) -> str:
@@ -198,6 +223,7 @@ def save_summary(
     sets: dict[str, ExampleSet],
     policy: EmbeddingsPolicy | None,
     seconds: float,
+    learnt: dict[str, Any],
 ) -> dict[str, Any]:
     """Write ``run_summary.json`` and return its content."""
     trained, total = count_parameters(trainer.model)
@@ -221,6 +247,7 @@ def save_summary(
         "last_loss": losses[-1] if losses else None,
         "last_eval_loss": eval_losses[-1] if eval_losses else None,
         "last_token_accuracy": accuracies[-1] if accuracies else None,
+        "learnt": learnt,
         "padding": round(trainer.progress.total.padding, 4),
         "seconds": round(seconds, 3),
         "trained_tokens_per_second": round(trainer.progress.total.targets / seconds, 1),

@@ -16,7 +16,7 @@ from tests.commands import run_here
 from tests.golden import SMALL
 from tests.models import TINY, write_conversations
 
-BENCHMARKS = ("data", "engines", "kill_resume", "llama_cpp", "loss", "merge", "qlora", "startup")
+BENCHMARKS = ("data", "engines", "kill_resume", "llama_cpp", "loss", "merge", "qlora", "startup", "teach")
 
 
 class Command(NamedTuple):
@@ -32,6 +32,10 @@ class Command(NamedTuple):
     inputs: tuple[str, ...] = ()
 
 
+BENCHMARK_INPUTS = {
+    "llama_cpp": "--model_name_or_path {in}/model ",
+    "teach": "--model_name_or_path {in}/model --general {in}/train.jsonl ",
+}
 _RUN = "--model_name_or_path {in}/model --data_path {in}/train.jsonl"
 FOLDERS = {
     "finetune": Command("finetune", f"{_RUN} --use_lora --output_dir", ("model",)),
@@ -49,9 +53,7 @@ FILES = {
     "plot_runs": Command("scripts.plot_runs", "{in}/run --output", ("run/training_log.jsonl",)),
     "draw_masks": Command("scripts.draw_masks", "--output"),
     **{
-        f"benchmarks.{name}": Command(
-            f"benchmarks.{name}", ("--model_name_or_path {in}/model " if name == "llama_cpp" else "") + "--output"
-        )
+        f"benchmarks.{name}": Command(f"benchmarks.{name}", BENCHMARK_INPUTS.get(name, "") + "--output")
         for name in BENCHMARKS
     },
 }
