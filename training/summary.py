@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,7 @@ def describe_result(summary: dict[str, Any]) -> str:
     """Return the summary of ``save_summary`` in a few lines."""
     line = f"{summary['steps']} steps in {summary['seconds']:.0f} s"
     if summary["first_loss"] is not None:
-        line += f", loss {summary['first_loss']:.4g} -> {summary['last_loss']:.4g}"
+        line += f", loss {summary['first_loss']:.4g} at first, {summary['end_loss']:.4g} over the last fifth"
         line += f", token accuracy {summary['last_token_accuracy']:.1%}"
     return "\n  learnt     ".join([line, *describe_learnt(summary["learnt"])])
 
@@ -245,6 +246,7 @@ def save_summary(
         "trained_tokens": trainer.progress.total.targets,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
+        "end_loss": statistics.fmean(end) if (end := losses[-max(1, len(losses) // 5) :]) else None,
         "last_eval_loss": eval_losses[-1] if eval_losses else None,
         "last_token_accuracy": accuracies[-1] if accuracies else None,
         "learnt": learnt,

@@ -56,6 +56,8 @@ def test_the_summary_counts_the_answers_that_greedy_decoding_repeats(
     assert 1 <= learnt["reproduced"] == repeated
     assert learnt["samples"] == len(samples) == 4
     assert learnt["targets"] == sum(label >= 0 for sample in samples for label in sample.labels[1:])
+    end_loss = read_json(tmp_path / "out" / "run_summary.json")["end_loss"]
+    assert end_loss == pytest.approx(sum(run.losses()[-8:]) / 8)
     line = f"{repeated} of 4 training samples reproduced (greedy); {learnt['correct'] / learnt['targets']:.1%} of their"
     end = capfd.readouterr().err.split(" INFO Saving to ")[1]
     assert line in end.split(" INFO Done: ")[1] and "WARNING" not in end
