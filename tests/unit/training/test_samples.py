@@ -13,7 +13,7 @@ from data_utils.examples import ExampleSet
 from loading.checkpoint import load_checkpoint
 from tests.commands import finetune_here, names_in, run_here
 from tests.data import load
-from tests.models import CONVERSATIONS, TINY, write_conversations
+from tests.models import CONVERSATIONS, TINY, copy_checkpoint, write_conversations
 from training.samples import MAX_TOKENS, choose_samples
 
 NAME = "training_samples.json"
@@ -86,7 +86,9 @@ def encode_all(run: Path) -> ExampleSet:
 
 
 def test_a_merged_folder_has_none(run: Path, tmp_path: Path) -> None:
-    words = ["--adapter", run, "--base", TINY, "--output", tmp_path / "merged"]
+    base = copy_checkpoint(tmp_path / "base")
+    TrainingSamples.read(run).write(base)  # the result of a run on all parameters has them, too
+    words = ["--adapter", run, "--base", base, "--output", tmp_path / "merged"]
     assert run_here(merge_lora.main, "merge_lora.py", words) == 0
     assert NAME not in names_in(tmp_path / "merged")
 
