@@ -158,8 +158,8 @@ def warn_of_little(figures: dict[str, Any], losses: Sequence[float], learning_ra
     if change and change["median_steps"] < 0.5:
         logger.warning(
             "The adapter's change is small: its median is %.2g of the step between values of %s, so a merge that "
-            "rounds to nearest keeps %.0f %% of it. merge_lora.py --rounding dithered or --dtype fp32 keep all of it, as "
-            "does the adapter; a larger --learning_rate or --lora_alpha, or more epochs enlarge it",
+            "rounds to nearest keeps %.0f %% of it. --rounding dithered and --dtype fp32 of merge_lora.py keep all of "
+            "it, as does the adapter; a larger --learning_rate or --lora_alpha, or more epochs enlarge it",
             change["median_steps"], change["dtype"], 100 * change["kept_by_nearest"],
         )  # fmt: skip
 
