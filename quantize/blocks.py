@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -96,52 +95,32 @@ def _to_device(value: Any, device: torch.device) -> Any:
     return value
 
 
-@dataclass
-class InputStatistics:
-    """Statistics of a layer's inputs ``x`` over all tokens.
+class _SeenError(Exception):
+    """Ends a block's run: the input that is to be measured was seen."""
 
-    Attributes:
-        gram: [I, I], the mean of ``x x^T``.
-        mean_abs: [I], the mean of ``|x|``.
+
+def measure_gram(samples: SampleStates, index: int, block: nn.Module, name: str) -> Tensor:
+    """Run all samples through block ``index``, up to the named layer; return the Gram matrix [I, I] of its inputs.
+
+    It is the mean of ``x x^T / |x|^2`` over the inputs ``x``, so that all tokens count equally. In some layers of
+    pretrained models the first token alone has nearly all the energy (Sun et al. 2024, "Massive activations"): with
+    equal weights for equal energy the layer would be fitted to that token and the others would be worse than rounded
+    to nearest.
     """
+    layer: Any = block.get_submodule(name)
+    gram = torch.zeros(layer.in_features, layer.in_features, device=samples.device)
 
-    gram: Tensor
-    mean_abs: Tensor
+    def add(module: nn.Module, inputs: tuple[Tensor]) -> None:
+        x = inputs[0].flatten(0, -2).float()
+        x = x / x.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        gram.addmm_(x.T, x)
+        raise _SeenError
 
-
-class _AllMeasuredError(Exception):
-    """Ends a block's run: all inputs that are to be measured were seen."""
-
-
-def measure_inputs(
-    samples: SampleStates, index: int, block: nn.Module, names: Sequence[str]
-) -> dict[str, InputStatistics]:
-    """Return statistics of the inputs of the named layers of block ``index``, which runs up to the last of them."""
-    sums: dict[str, InputStatistics] = {}
-    missing: set[str] = set()
-
-    def measure(name: str, x: Tensor) -> None:
-        x = x.flatten(0, -2).float()
-        if name not in sums:
-            width = x.shape[1]
-            sums[name] = InputStatistics(x.new_zeros(width, width), x.new_zeros(width))
-        sums[name].gram.addmm_(x.T, x)
-        sums[name].mean_abs.add_(x.abs().sum(0))
-        missing.discard(name)
-        if not missing:
-            raise _AllMeasuredError
-
-    def hook(name: str) -> Any:
-        return lambda module, inputs: measure(name, inputs[0])
-
-    handles = [block.get_submodule(name).register_forward_pre_hook(hook(name)) for name in names]
+    handle = layer.register_forward_pre_hook(add)
     try:
         for sample in range(len(samples.states)):
-            missing.update(names)
-            with suppress(_AllMeasuredError):
+            with suppress(_SeenError):
                 samples.output(sample, index, block)
     finally:
-        for handle in handles:
-            handle.remove()
-    num_tokens = sum(states.shape[1] for states in samples.states)
-    return {name: InputStatistics(of.gram / num_tokens, of.mean_abs / num_tokens) for name, of in sums.items()}
+        handle.remove()
+    return gram / sum(states.shape[1] for states in samples.states)

@@ -25,6 +25,7 @@ from loading.checkpoint import Checkpoint, load_checkpoint, load_model
 from loading.quantized import compute_in_float32
 from quantize.blocks import SampleStates, pop_blocks, stored_tensors
 from quantize.calibration import Samples
+from quantize.gptq import is_symmetric
 from quantize.packed import Measurements, check_sizes, max_inputs, quantize_weights
 from quantize.perplexity import AnswerLosses
 
@@ -89,7 +90,7 @@ def quantize_checkpoint(
             before, nearest, errors, quantization_config = write(checkpoint, quantization, samples, folder, device)
             _save_companion_files(checkpoint, quantization_config, folder)
             # Of the written folder, as it will be loaded.
-            after = _measure_losses(load_model(load_checkpoint(str(folder)), torch.float32), samples.held_out, device)
+            after = measure_losses(load_model(load_checkpoint(str(folder)), torch.float32), samples.held_out, device)
         except torch.OutOfMemoryError as error:
             raise RunError(f"out of memory ({one_line(error)})", "Lower --model_max_length") from error
         if not (math.isfinite(before.perplexity) and math.isfinite(after.perplexity)):
@@ -151,7 +152,7 @@ def _write_packed(
 def _write_by_bitsandbytes(
     checkpoint: Checkpoint, quantization: Quantization, samples: Samples, folder: Path, device: torch.device
 ) -> _Written:
-    before = _measure_losses(_load_unquantised(checkpoint), samples.held_out, device)
+    before = measure_losses(_load_unquantised(checkpoint), samples.held_out, device)
     model = load_model(checkpoint, torch.float32, quantize=quantization)
     save_checkpoint(((name, tensor.cpu()) for name, tensor in stored_tensors(model)), folder, MAX_SHARD_SIZE)
     config = model.config.quantization_config.to_dict()
@@ -166,7 +167,7 @@ def _load_unquantised(checkpoint: Checkpoint) -> Any:
     return model
 
 
-def _measure_losses(model: Any, examples: Sequence[UnweightedExample], device: torch.device) -> AnswerLosses:
+def measure_losses(model: Any, examples: Sequence[UnweightedExample], device: torch.device) -> AnswerLosses:
     """Return the losses of a model; its blocks are freed on the way."""
     states = SampleStates(model, examples, device)
     for index, block in pop_blocks(model, device, "Measuring"):
@@ -187,7 +188,7 @@ def _packed_config(quantization: Quantization) -> dict[str, Any]:
     config = {"quant_method": quantization.method, "bits": quantization.bits, "group_size": quantization.group_size}
     if quantization.method == "awq":
         return {**config, "version": "gemm", "zero_point": True, "modules_to_not_convert": None}
-    layout = {"checkpoint_format": "gptq", "desc_act": False, "sym": True, "static_groups": False}
+    layout = {"checkpoint_format": "gptq", "desc_act": False, "sym": is_symmetric(quantization), "static_groups": False}
     return {**config, **layout, "true_sequential": True, "lm_head": False}
 
 

@@ -8,18 +8,24 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from checkpoints.model_config import Quantization
 from checkpoints.packed_weights import IntegerWeight
 from errors import RunError
 
 DAMPING = 0.01
 """Share of its mean diagonal that is added to the Gram matrix, so that it can be inverted."""
 
-_NUM_SCALES = 16  # tried per group, from the full range of its weights down to 0.53 of it
+_NUM_RANGES = 16  # tried per group, from the full range of its weights down to 0.53 of it
+
+
+def is_symmetric(quantization: Quantization) -> bool:
+    """Whether all zero points are the middle value: 8 bits lose nothing by it, and some kernels read no others."""
+    return quantization.bits == 8
 
 
 @torch.no_grad()
-def quantize_gptq(weight: Tensor, gram: Tensor, bits: int, group_size: int) -> IntegerWeight:
-    """Round a weight so that the layer's outputs change least: symmetric, one scale per group of inputs.
+def quantize_gptq(weight: Tensor, gram: Tensor, quantization: Quantization) -> IntegerWeight:
+    """Round a weight so that the layer's outputs change least: a scale and a zero point per group of inputs.
 
     Groups with the largest inputs are rounded first, and within a group the largest inputs: the earlier a column is
     rounded, the more columns remain to compensate for its error. Groups consist of consecutive inputs in the result,
@@ -27,32 +33,32 @@ def quantize_gptq(weight: Tensor, gram: Tensor, bits: int, group_size: int) -> I
 
     Args:
         weight: [O, I].
-        gram: [I, I], the mean of ``x x^T`` over the layer's inputs ``x``.
+        gram: [I, I], see ``blocks.measure_gram``.
 
     Raises:
         RunError: inputs that are not finite, or that give no positive definite Gram matrix.
     """
+    group_size, max_value = quantization.group_size, (1 << quantization.bits) - 1
     order = _order(gram.diagonal(), group_size)
-    importance = gram.diagonal()[order]
     factor = _inverse_factor(gram[order][:, order])
+    # The cost of an error in a column, after all later columns have compensated for it.
+    importance = factor.diagonal() ** -2
     # [I, O], so that a column is contiguous.
     columns = weight.float().T[order].contiguous()
-    middle = 1 << (bits - 1)
     values = torch.empty_like(columns, dtype=torch.int32)
-    scales = columns.new_empty(len(columns) // group_size, columns.shape[1])
+    scales, zeros = torch.empty(2, len(columns) // group_size, columns.shape[1], device=columns.device)
     for group, start in enumerate(range(0, len(columns), group_size)):
         end = start + group_size
-        scale = scales[group] = _choose_scale(columns[start:end], importance[start:end], middle)
+        scale, zero = _choose_grid(columns[start:end], importance[start:end], quantization)
+        scales[group], zeros[group] = scale, zero
         errors = torch.empty_like(columns[start:end])
         for i in range(start, end):
-            rounded = (columns[i] / scale).round_().clamp_(-middle, middle - 1)
-            values[i] = rounded + middle
-            error = errors[i - start] = (columns[i] - rounded * scale) / factor[i, i]
+            value = values[i] = _nearest(columns[i], scale, zero, max_value)
+            error = errors[i - start] = (columns[i] - (value - zero) * scale) / factor[i, i]
             columns[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1)
         columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
-    group_order = order[::group_size].div(group_size, rounding_mode="floor")
-    scales = scales[group_order.argsort()].T
-    return IntegerWeight(values[order.argsort()].T, scales.half(), torch.full_like(scales, middle, dtype=torch.int32))
+    group_order = order[::group_size].div(group_size, rounding_mode="floor").argsort()
+    return IntegerWeight(values[order.argsort()].T, scales[group_order].T.half(), zeros[group_order].T.int())
 
 
 def _order(importance: Tensor, group_size: int) -> Tensor:
@@ -85,8 +91,8 @@ def _inverse_factor(gram: Tensor) -> Tensor:
     )
 
 
-def _choose_scale(columns: Tensor, importance: Tensor, middle: int) -> Tensor:
-    """Choose the scale of each output [O] with the least error, at or below the scale that covers its largest weight.
+def _choose_grid(columns: Tensor, importance: Tensor, quantization: Quantization) -> tuple[Tensor, Tensor]:
+    """Choose scale and zero point of each output [O] with the least error; their range is at most that of the weights.
 
     Scales are rounded to float16 as they are stored, so that the remaining columns compensate for that error too.
 
@@ -94,15 +100,29 @@ def _choose_scale(columns: Tensor, importance: Tensor, middle: int) -> Tensor:
         columns: [g, O].
         importance: [g], the weight of an error in each column.
     """
-    largest = columns.abs().amax(0)
-    largest[largest == 0] = 1
-    best_error = torch.full_like(largest, torch.inf)
-    best = torch.empty_like(largest)
-    for step in range(_NUM_SCALES):
-        scale = (largest / (middle - 0.5) * (1 - step / (2 * _NUM_SCALES))).half().float().clamp(min=2**-24)
-        rounded = (columns / scale).round_().clamp_(-middle, middle - 1) * scale
+    max_value = (1 << quantization.bits) - 1
+    # The range contains zero: a zero point of the same number of bits cannot express any other.
+    lowest, highest = columns.amin(0).clamp(max=0), columns.amax(0).clamp(min=0)
+    if is_symmetric(quantization):
+        highest = torch.maximum(highest, -lowest)
+        lowest = -highest
+    width = highest - lowest
+    width[width == 0] = 1
+    best_error = torch.full_like(width, torch.inf)
+    best_scale, best_zero = torch.empty_like(width), torch.empty_like(width)
+    for step in range(_NUM_RANGES):
+        share = 1 - step / (2 * _NUM_RANGES)
+        scale = (width * share / max_value).half().float().clamp(min=2**-24)
+        zero = (-lowest * share / scale).round_().clamp_(quantization.zero_offset, max_value)
+        if is_symmetric(quantization):
+            zero.fill_((max_value + 1) // 2)
+        rounded = (_nearest(columns, scale, zero, max_value) - zero) * scale
         error = importance @ (rounded - columns).square_()
         is_better = error < best_error
         best_error = torch.where(is_better, error, best_error)
-        best = torch.where(is_better, scale, best)
-    return best
+        best_scale, best_zero = torch.where(is_better, scale, best_scale), torch.where(is_better, zero, best_zero)
+    return best_scale, best_zero
+
+
+def _nearest(columns: Tensor, scale: Tensor, zero: Tensor, max_value: int) -> Tensor:
+    return (columns / scale).round_().add_(zero).clamp_(0, max_value)

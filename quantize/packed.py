@@ -1,4 +1,4 @@
-"""Quantise the weights of a whole model with GPTQ or AWQ, block by block.
+"""Quantise the weights of a whole model with GPTQ, block by block, for the file formats of GPTQ and AWQ.
 
 A block is calibrated on the outputs of the quantised blocks before it, so that it compensates for part of their error.
 """
@@ -18,15 +18,11 @@ from checkpoints.model_config import Quantization
 from checkpoints.packed_weights import IntegerWeight, pack_weight, unpack_weight
 from checkpoints.shards import CheckpointReader
 from errors import ConfigError
-from quantize.awq import quantize_awq, search_scales
-from quantize.blocks import InputStatistics, SampleStates, measure_inputs, pop_blocks, stored_tensors
+from quantize.blocks import SampleStates, measure_gram, pop_blocks, stored_tensors
 from quantize.gptq import quantize_gptq
 from quantize.rounding import relative_error, round_to_nearest
-from qwen_model.architectures import LinearGroup, architecture_of
+from qwen_model.architectures import architecture_of
 from qwen_model.block_runner import architecture_of_model, blocks_of
-
-Measure = Callable[[Sequence[str]], dict[str, InputStatistics]]
-"""Layers of a block -> statistics of their inputs."""
 
 NF4_BLOCK = 64
 """Weights that share a scale in bitsandbytes."""
@@ -101,13 +97,12 @@ def quantize_weights(
         RunError: weights or inputs that cannot be quantised, see ``quantize.gptq``.
     """
     architecture, last = architecture_of_model(model), len(blocks_of(model)) - 1
-    quantize = _quantize_gptq if quantization.method == "gptq" else _quantize_awq
     for index, block in pop_blocks(model, calibration.device, "Quantising"):
         measured.original.advance(index, block)
         with _rounded_to_nearest(block, architecture.linear_layers, quantization):
             measured.nearest.advance(index, block)
-        packed = quantize(
-            block, architecture.linear_groups, partial(measure_inputs, calibration, index, block), quantization, dtype
+        packed = _quantize_block(
+            block, architecture.linear_groups, partial(measure_gram, calibration, index, block), quantization
         )
         if index < last:
             calibration.advance(index, block)
@@ -143,72 +138,30 @@ class _Packed(NamedTuple):
     error: float
 
 
-def _quantize_gptq(
-    block: nn.Module, groups: Sequence[LinearGroup], measure: Measure, quantization: Quantization, dtype: torch.dtype
+def _quantize_block(
+    block: nn.Module, groups: Sequence[Sequence[str]], measure: Callable[[str], Tensor], quantization: Quantization
 ) -> dict[str, _Packed]:
-    """Quantise the layers of a block in place, each calibrated on the quantised layers before it."""
+    """Quantise the layers of a block in place, each calibrated on the quantised layers before it.
+
+    Args:
+        measure: the name of a layer -> the Gram matrix of its inputs.
+    """
     packed = {}
     for group in groups:
-        inputs = measure(group.layers[:1])[group.layers[0]]
+        gram = measure(group[0])
         for name, layer in _linear_layers(block, group).items():
-            weight = quantize_gptq(layer.weight, inputs.gram, quantization.bits, quantization.group_size)
-            packed[name] = _set_weight(layer, weight, inputs.gram, quantization)
+            weight = quantize_gptq(layer.weight, gram, quantization)
+            packed[name] = _set_weight(layer, weight, gram, quantization)
     return packed
 
 
-def _quantize_awq(
-    block: nn.Module, groups: Sequence[LinearGroup], measure: Measure, quantization: Quantization, dtype: torch.dtype
-) -> dict[str, _Packed]:
-    """Scale and quantise the layers of a block in place."""
-    statistics = measure([group.layers[0] for group in groups])
-    for group in groups:
-        if group.scaled_by is not None:
-            inputs, layers = statistics[group.layers[0]], [*_linear_layers(block, group).values()]
-            weights = [layer.weight for layer in layers]
-            scales = search_scales(weights, inputs.gram, inputs.mean_abs, quantization.group_size)
-            move_scales(block.get_submodule(group.scaled_by), layers, inputs, scales, dtype)
-    packed = {}
-    for group in groups:
-        inputs = statistics[group.layers[0]]
-        for name, layer in _linear_layers(block, group).items():
-            weight = quantize_awq(layer.weight, inputs.gram, quantization.group_size)
-            packed[name] = _set_weight(layer, weight, inputs.gram, quantization)
-    return packed
-
-
-def _linear_layers(block: nn.Module, group: LinearGroup) -> dict[str, nn.Linear]:
+def _linear_layers(block: nn.Module, group: Sequence[str]) -> dict[str, nn.Linear]:
     layers = {}
-    for name in group.layers:
+    for name in group:
         layer = block.get_submodule(name)
         assert isinstance(layer, nn.Linear), f"{name} is not a linear layer"
         layers[name] = layer
     return layers
-
-
-@torch.no_grad()
-def move_scales(
-    previous: Any, layers: list[nn.Linear], inputs: InputStatistics, scales: Tensor, dtype: torch.dtype
-) -> None:
-    """Divide the outputs of the previous layer by ``scales`` [I] and multiply the columns of ``layers`` by them.
-
-    Args:
-        previous: a norm or a linear layer.
-        inputs: statistics of the inputs of ``layers``; ``gram`` is scaled too.
-        dtype: in which a norm is stored.
-    """
-    if previous.weight.dim() == 1:
-        # The quotient is rounded to ``dtype``: derive the scales from what the norm can store.
-        divided = (previous.weight / scales).to(dtype).float()
-        is_usable = (previous.weight != 0) & (divided != 0) & divided.isfinite()
-        scales = torch.where(is_usable, previous.weight / divided, 1)
-        previous.weight.copy_(torch.where(is_usable, divided, previous.weight))
-    else:
-        previous.weight.div_(scales[:, None])
-        if previous.bias is not None:
-            previous.bias.div_(scales)
-    for layer in layers:
-        layer.weight.mul_(scales)
-    inputs.gram.div_(scales[:, None]).div_(scales)
 
 
 @torch.no_grad()

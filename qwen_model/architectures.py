@@ -11,7 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 from errors import ConfigError
 
@@ -20,19 +20,6 @@ HEAD = "lm_head"
 HEAD_WEIGHT = f"{HEAD}.weight"
 
 Shapes = dict[str, tuple[int, int]]
-
-
-class LinearGroup(NamedTuple):
-    """Linear layers of a block with the same input, which are quantised together.
-
-    Attributes:
-        layers: their names within the block.
-        scaled_by: the norm or linear layer whose output channels are proportional to the channels of this input, so
-            that AWQ can move scales between them; ``None`` if there is none.
-    """
-
-    layers: tuple[str, ...]
-    scaled_by: str | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +32,8 @@ class Architecture:
         model_class: class in ``lean_models.py`` that the toolkit loads.
         embedding, blocks, norm: modules of the model: token embedding, list of blocks, final norm.
         block_returns_tuple: whether a block returns a tuple that begins with the states.
-        linear_groups: all linear layers of a block, in the order of their computation.
+        linear_groups: all linear layers of a block, in the order of their computation; those of a group have the same
+            input.
         biased_layers: those of them that have a bias.
         shapes: config.json -> [O, I] of these layers by their names within a block.
         brings_chat_template: whether checkpoints bring a chat template; Qwen v1 has one fixed format instead.
@@ -61,7 +49,7 @@ class Architecture:
     blocks: str
     norm: str
     block_returns_tuple: bool = False
-    linear_groups: tuple[LinearGroup, ...]
+    linear_groups: tuple[tuple[str, ...], ...]
     biased_layers: tuple[str, ...]
     shapes: Callable[[Mapping[str, Any]], Shapes]
     brings_chat_template: bool = True
@@ -71,7 +59,7 @@ class Architecture:
     @property
     def linear_layers(self) -> tuple[str, ...]:
         """Names within a block of its linear layers, in the order of their computation."""
-        return tuple(name for group in self.linear_groups for name in group.layers)
+        return tuple(name for group in self.linear_groups for name in group)
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -120,10 +108,10 @@ _QWEN = Architecture(
     norm="transformer.ln_f",
     block_returns_tuple=True,
     linear_groups=(
-        LinearGroup(("attn.c_attn",), "ln_1"),
-        LinearGroup(("attn.c_proj",), None),
-        LinearGroup(("mlp.w1", "mlp.w2"), "ln_2"),
-        LinearGroup(("mlp.c_proj",), "mlp.w1"),
+        ("attn.c_attn",),
+        ("attn.c_proj",),
+        ("mlp.w1", "mlp.w2"),
+        ("mlp.c_proj",),
     ),
     biased_layers=("attn.c_attn",),
     shapes=_qwen_shapes,
@@ -140,10 +128,10 @@ _QWEN2 = Architecture(
     blocks="model.layers",
     norm="model.norm",
     linear_groups=(
-        LinearGroup(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "input_layernorm"),
-        LinearGroup(("self_attn.o_proj",), None),
-        LinearGroup(("mlp.gate_proj", "mlp.up_proj"), "post_attention_layernorm"),
-        LinearGroup(("mlp.down_proj",), "mlp.up_proj"),
+        ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        ("self_attn.o_proj",),
+        ("mlp.gate_proj", "mlp.up_proj"),
+        ("mlp.down_proj",),
     ),
     biased_layers=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
     shapes=_qwen2_shapes,

@@ -184,7 +184,7 @@ def test_written_folder_is_a_complete_checkpoint(
     written = config.pop("quantization_config")
     assert config == read_json(source / "config.json")
     expected = {
-        "gptq": {"quant_method": "gptq", "bits": bits, "group_size": 32, "desc_act": False, "sym": True},
+        "gptq": {"quant_method": "gptq", "bits": bits, "group_size": 32, "desc_act": False, "sym": bits == 8},
         "awq": {"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True},
         "nf4": {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"},
     }[format_]

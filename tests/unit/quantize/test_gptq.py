@@ -1,20 +1,19 @@
-"""GPTQ and AWQ of one weight: packing round-trips, and the layer's outputs change less than with plain rounding."""
+"""GPTQ of one weight, for both file formats: packing round-trips, and outputs change less than with plain rounding."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from checkpoints.model_config import Quantization
+from checkpoints.model_config import Method, Quantization
 from checkpoints.packed_weights import IntegerWeight, pack_weight, unpack_weight
 from errors import RunError
-from quantize.awq import quantize_awq, search_scales
 from quantize.gptq import quantize_gptq
+from quantize.rounding import round_to_nearest
 
 OUTPUTS, INPUTS, GROUP = 48, 128, 32
+METHODS: tuple[Method, ...] = ("gptq", "awq")
 
 
 @pytest.fixture
@@ -40,68 +39,64 @@ def dequantised(rounded: IntegerWeight) -> Tensor:
     return (rounded.values - zeros) * scales
 
 
-def round_to_nearest(weight: Tensor, bits: int) -> Tensor:
-    """Round symmetrically with a scale per group that covers the largest weight."""
-    groups, middle = weight.view(OUTPUTS, -1, GROUP), 1 << (bits - 1)
-    scales = groups.abs().amax(-1, keepdim=True) / (middle - 0.5)
-    return ((groups / scales).round().clamp(-middle, middle - 1) * scales).view_as(weight)
-
-
 def output_error(weight: Tensor, quantised: Tensor, inputs: Tensor) -> float:
     """Mean square of the change of the outputs relative to that of the outputs."""
     return float(((quantised - weight) @ inputs.T).square().mean() / (weight @ inputs.T).square().mean())
 
 
-def by_gptq(weight: Tensor, inputs: Tensor, bits: int = 4) -> Tensor:
-    return dequantised(quantize_gptq(weight, gram_of(inputs), bits, GROUP))
+def settings(method: Method = "gptq", bits: int = 4) -> Quantization:
+    return Quantization(method, bits, GROUP, zero_offset=int(method == "gptq"))
 
 
-def by_awq(weight: Tensor, inputs: Tensor) -> Tensor:
-    """Quantise with input scales that the preceding layer would absorb."""
-    scales = search_scales([weight], gram_of(inputs), inputs.abs().mean(0), GROUP)
-    return dequantised(quantize_awq(weight * scales, gram_of(inputs / scales), GROUP)) / scales
+def by_gptq(weight: Tensor, inputs: Tensor, method: Method = "gptq", bits: int = 4) -> Tensor:
+    return dequantised(quantize_gptq(weight, gram_of(inputs), settings(method, bits)))
 
 
 @pytest.mark.parametrize(("bits", "share"), [(4, 0.35), (8, 0.6)])
-def test_gptq_changes_the_outputs_less_than_rounding(weight: Tensor, inputs: Tensor, bits: int, share: float) -> None:
-    plain = output_error(weight, round_to_nearest(weight, bits), inputs)
-    assert output_error(weight, by_gptq(weight, inputs, bits), inputs) < share * plain
+def test_outputs_change_less_than_with_rounding_to_nearest(
+    weight: Tensor, inputs: Tensor, bits: int, share: float
+) -> None:
+    plain = output_error(weight, round_to_nearest(weight, bits, GROUP), inputs)
+    assert output_error(weight, by_gptq(weight, inputs, bits=bits), inputs) < share * plain
 
 
-def test_gptq_uses_the_inputs(weight: Tensor, inputs: Tensor) -> None:
+def test_inputs_are_used(weight: Tensor, inputs: Tensor) -> None:
     """A weight calibrated for uncorrelated inputs of equal size has a larger error on the real ones."""
     fitted = output_error(weight, by_gptq(weight, inputs), inputs)
-    assert fitted < 0.7 * output_error(weight, dequantised(quantize_gptq(weight, torch.eye(INPUTS), 4, GROUP)), inputs)
+    without = dequantised(quantize_gptq(weight, torch.eye(INPUTS), settings()))
+    assert fitted < 0.7 * output_error(weight, without, inputs)
 
 
-def test_awq_changes_the_outputs_less_than_rounding(weight: Tensor, inputs: Tensor) -> None:
-    plain = output_error(weight, round_to_nearest(weight, 4), inputs)
-    assert output_error(weight, by_awq(weight, inputs), inputs) < 0.6 * plain
+@pytest.mark.parametrize("method", METHODS)
+def test_zero_points_can_be_stored(weight: Tensor, inputs: Tensor, method: Method) -> None:
+    """GPTQ stores them minus one: in programs that add the one to words, 0 would change the zero point beside it."""
+    weight[0] = weight[0].abs()  # its best zero point is 0
+    weight[1] = -weight[1].abs()  # its best zero point is 15
+    zeros = quantize_gptq(weight, gram_of(inputs), settings(method)).zeros
+    assert int(zeros.min()) == (1 if method == "gptq" else 0) and int(zeros.max()) == 15
+    assert len(zeros.unique()) > 4, "groups differ"
+    quantised = by_gptq(weight, inputs, method)
+    for row in range(3):
+        assert output_error(weight[row : row + 1], quantised[row : row + 1], inputs) < 0.02
 
 
-def test_awq_uses_scales_and_ranges(weight: Tensor, inputs: Tensor) -> None:
-    gram = gram_of(inputs)
-    unscaled = output_error(weight, dequantised(quantize_awq(weight, gram, GROUP)), inputs)
-    assert output_error(weight, by_awq(weight, inputs), inputs) < 0.8 * unscaled
-    without_inputs = dequantised(quantize_awq(weight, torch.eye(INPUTS), GROUP))
-    assert unscaled < output_error(weight, without_inputs, inputs)
+def test_8_bits_are_symmetric(weight: Tensor, inputs: Tensor) -> None:
+    assert quantize_gptq(weight, gram_of(inputs), settings(bits=8)).zeros.unique().tolist() == [128]
 
 
 def test_arguments_are_not_modified(weight: Tensor, inputs: Tensor) -> None:
     before, gram = weight.clone(), gram_of(inputs)
     gram_before = gram.clone()
-    quantize_gptq(weight, gram, 4, GROUP)
-    quantize_awq(weight, gram, GROUP)
+    quantize_gptq(weight, gram, settings())
     assert torch.equal(weight, before) and torch.equal(gram, gram_before)
 
 
 @pytest.mark.parametrize(("method", "bits"), [("gptq", 4), ("gptq", 8), ("awq", 4)])
-def test_packed_weight_round_trips(weight: Tensor, inputs: Tensor, method: str, bits: int) -> None:
-    gram = gram_of(inputs)
-    rounded = quantize_gptq(weight, gram, bits, GROUP) if method == "gptq" else quantize_awq(weight, gram, GROUP)
+def test_packed_weight_round_trips(weight: Tensor, inputs: Tensor, method: Method, bits: int) -> None:
+    quantization = settings(method, bits)
+    rounded = quantize_gptq(weight, gram_of(inputs), quantization)
     assert int(rounded.values.min()) >= 0 and int(rounded.values.max()) < 1 << bits
     assert len(rounded.values.unique()) > (1 << bits) / 2, "most values occur"
-    quantization = Quantization("awq" if method == "awq" else "gptq", bits, GROUP, zero_offset=int(method == "gptq"))
     parts = pack_weight(rounded, quantization)
     torch.testing.assert_close(unpack_weight(parts, quantization), dequantised(rounded), rtol=1e-6, atol=1e-7)
     shapes = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in parts.items()}
@@ -135,26 +130,23 @@ def test_packed_words_of_a_small_weight() -> None:
     assert [word & 0xFFFFFFFF for word in parts["qzeros"][0].tolist()] == [0x88888888]
 
 
-METHODS: list[Callable[[Tensor, Tensor], Tensor]] = [by_gptq, by_awq]
-
-
-@pytest.mark.parametrize("quantise", METHODS)
-def test_input_channels_of_zeros(weight: Tensor, inputs: Tensor, quantise: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_input_channels_of_zeros(weight: Tensor, inputs: Tensor, method: Method) -> None:
     inputs[:, 5:40] = 0
-    assert output_error(weight, quantise(weight, inputs), inputs) < 0.02
+    assert output_error(weight, by_gptq(weight, inputs, method), inputs) < 0.02
 
 
-@pytest.mark.parametrize("quantise", METHODS)
-def test_fewer_samples_than_inputs(weight: Tensor, inputs: Tensor, quantise: Callable[..., Tensor]) -> None:
-    assert output_error(weight, quantise(weight, inputs[:10]), inputs) < 0.02
+@pytest.mark.parametrize("method", METHODS)
+def test_fewer_samples_than_inputs(weight: Tensor, inputs: Tensor, method: Method) -> None:
+    assert output_error(weight, by_gptq(weight, inputs[:10], method), inputs) < 0.02
 
 
-@pytest.mark.parametrize("quantise", METHODS)
-def test_constant_rows(weight: Tensor, inputs: Tensor, quantise: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("method", METHODS)
+def test_constant_rows(weight: Tensor, inputs: Tensor, method: Method) -> None:
     weight[0] = 0
     weight[1] = 0.25
     weight[2] = -0.25
-    quantised = quantise(weight, inputs)
+    quantised = by_gptq(weight, inputs, method)
     assert quantised[0].count_nonzero() == 0
     for row in (1, 2):
         assert output_error(weight[row : row + 1], quantised[row : row + 1], inputs) < 0.02
@@ -163,4 +155,4 @@ def test_constant_rows(weight: Tensor, inputs: Tensor, quantise: Callable[..., T
 def test_nan_in_the_inputs_is_refused(weight: Tensor, inputs: Tensor) -> None:
     inputs[3, 7] = torch.nan
     with pytest.raises(RunError, match="not finite"):
-        quantize_gptq(weight, gram_of(inputs), 4, GROUP)
+        quantize_gptq(weight, gram_of(inputs), settings())
