@@ -16,7 +16,7 @@ from tests.commands import run_here
 from tests.golden import SMALL
 from tests.models import TINY, write_conversations
 
-BENCHMARKS = ("data", "engines", "kill_resume", "llama_cpp", "loss", "merge", "qlora", "startup", "teach")
+BENCHMARKS = ("data", "engines", "kill_resume", "llama_cpp", "loss", "merge", "qlora", "quantize", "startup", "teach")
 
 
 class Command(NamedTuple):
@@ -34,6 +34,7 @@ class Command(NamedTuple):
 
 BENCHMARK_INPUTS = {
     "llama_cpp": "--model_name_or_path {in}/model ",
+    "quantize": "--model_name_or_path {in}/model --data_path {in}/train.jsonl ",
     "teach": "--model_name_or_path {in}/model --general {in}/train.jsonl ",
 }
 _RUN = "--model_name_or_path {in}/model --data_path {in}/train.jsonl"
