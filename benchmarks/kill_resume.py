@@ -41,7 +41,7 @@ from training.run_folder.names import STAGING
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "kill_resume.json"
 MODEL = ROOT / "tests" / "references" / "qwen_v1_small" / "tiny-qwen-small"
-STEPS, EVERY = 60, 2
+STEPS, SHORT_STEPS, EVERY = 60, 24, 2
 PHASES = ("loading", "step", "evaluation", "saving")
 MODES: dict[str, tuple[int, list[str]]] = {
     "one": (1, []),
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kill_resume", description=__doc__, formatter_class=HelpFormatter
     )
-    parser.add_argument("--short", action="store_true", help="4 kills of one process")
+    parser.add_argument("--short", action="store_true", help=f"4 kills of one process, in {SHORT_STEPS} steps")
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--seed", type=int, default=7)
     args = parse_args(parser, argv, RESULTS)
@@ -77,8 +77,9 @@ def main(argv: Sequence[str]) -> None:
     all_identical = True
     for mode in modes:
         kills = SHORT_KILLS if args.short else KILLS.get(mode, KILLS_OF_OTHER_MODES)
+        steps = SHORT_STEPS if args.short else STEPS
         with tempfile.TemporaryDirectory() as folder:
-            row = compare(Path(folder), mode, kills, args.seed)
+            row = compare(Path(folder), mode, kills, steps, args.seed)
         print(describe(row), flush=True)
         save_row({"command": command_of(args, mode), **row}, args.output)
         all_identical &= row["identical"]
@@ -110,13 +111,13 @@ def describe(row: dict[str, Any]) -> str:
     )
 
 
-def compare(folder: Path, mode: str, kills: int, seed: int) -> dict[str, Any]:
+def compare(folder: Path, mode: str, kills: int, steps: int, seed: int) -> dict[str, Any]:
     """Train without and with kills, and compare."""
     write_data(folder)
     started, draw = time.monotonic(), random.Random(f"{seed} {mode}")
-    uninterrupted = Run(folder, "uninterrupted", mode)
+    uninterrupted = Run(folder, "uninterrupted", mode, steps)
     seconds_to_load = uninterrupted.finish()
-    run = Run(folder, "killed", mode)
+    run = Run(folder, "killed", mode, steps)
     done = []
     phases = [PHASES[number % len(PHASES)] for number in range(kills)]
     draw.shuffle(phases)
@@ -132,7 +133,7 @@ def compare(folder: Path, mode: str, kills: int, seed: int) -> dict[str, Any]:
     return {
         "mode": mode,
         "processes": MODES[mode][0],
-        "steps": STEPS,
+        "steps": steps,
         "kills": [asdict(kill) for kill in done],
         "starts": run.starts,
         "resumed": run.resumed,
@@ -158,14 +159,15 @@ def write_data(folder: Path) -> None:
 class Run:
     """A command that is started again until it succeeds."""
 
-    def __init__(self, folder: Path, name: str, mode: str) -> None:
+    def __init__(self, folder: Path, name: str, mode: str, steps: int) -> None:
+        self.steps = steps
         self.output, self.errors = folder / name, folder / f"{name}.txt"
         self.processes, flags = MODES[mode]
         self.starts = self.resumed = 0
         self.command = [
             "finetune.py", "--model_name_or_path", MODEL, "--data_path", folder / "a.json", folder / "b.json",
             "--eval_data_path", folder / "eval.json", "--output_dir", self.output, "--use_lora", "--lora_dropout", 0.1,
-            "--learning_rate", 1e-3, "--max_steps", STEPS, "--per_device_train_batch_size", 2,
+            "--learning_rate", 1e-3, "--max_steps", steps, "--per_device_train_batch_size", 2,
             "--gradient_accumulation_steps", 2, "--per_device_eval_batch_size", 1, "--logging_steps", 1,
             "--eval_strategy", "steps", "--eval_steps", EVERY, "--save_strategy", "steps", "--save_steps", EVERY,
             "--save_total_limit", 3, "--disable_tqdm", "True", "--use_cpu", "True", "--resume_from_checkpoint", "auto",
@@ -224,7 +226,7 @@ class Run:
             is_in_phase: Callable[[], bool] = {
                 "step": self.is_in_step, "evaluation": self.is_evaluating, "saving": self.is_saving,
             }[phase]  # fmt: skip
-            spare = max(0, (STEPS - before) // EVERY - 1 - remaining)  # checkpoints that later kills do not need
+            spare = max(0, (self.steps - before) // EVERY - 1 - remaining)  # checkpoints that later kills do not need
             target = before + EVERY * (1 + draw.randint(0, min(spare, 2 * spare // remaining)))
             deadline = time.monotonic() + TIMEOUT
             while not (self.newest_checkpoint() >= target and is_in_phase()):
@@ -233,7 +235,7 @@ class Run:
                     raise SystemExit(
                         f"the run ended before it was killed: exit code {process.poll()}\n{self.errors.read_text()}"
                     )
-                time.sleep(0.0005)
+                time.sleep(0.002)
             time.sleep(0.02 * delay)
         if whom == "all":
             end(process)

@@ -108,7 +108,7 @@ def finetune_here(*arguments: object) -> Recorder:
         recorders.append(Recorder(folder, progress, resumes))
         return recorders[-1]
 
-    with pytest.MonkeyPatch.context() as patch, restored_log_handlers():
+    with pytest.MonkeyPatch.context() as patch, fork_server.restored_environment(), restored_log_handlers():
         patch.setattr("training.build.RunLog", record)
         plain = () if "--config" in arguments else PLAIN
         finetune.main([*plain, *map(str, arguments), "--disable_tqdm", "True", "--use_cpu", "True"])
@@ -131,7 +131,7 @@ def run_here(main: Callable[[Sequence[str]], int | None], name: str, arguments: 
     """Run a command's ``main`` through ``run_command`` in this process, and return the exit code."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as exit_:
         patch.setattr("sys.argv", [name, *map(str, arguments)])
-        with restored_log_handlers():
+        with fork_server.restored_environment(), restored_log_handlers():
             run_command(main, name)
     return int(exit_.value.code or 0)
 

@@ -17,7 +17,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 
@@ -32,6 +33,19 @@ def environment() -> dict[str, str]:
     return {**offline_environment(), "OMP_WAIT_POLICY": "passive", "CUDA_VISIBLE_DEVICES": ""}
 
 
+@contextmanager
+def restored_environment() -> Iterator[None]:
+    """Restore the environment after a command in this process: commands and libraries set variables for themselves,
+    which processes that are started later would inherit."""
+    before = dict(os.environ)
+    try:
+        yield
+    finally:
+        if os.environ != before:
+            os.environ.clear()
+            os.environ |= before
+
+
 # As it is before any test changes it.
 _ENVIRONMENT = environment()
 
@@ -41,7 +55,7 @@ def python() -> str:
     """Return the executable, after starting the server at the first call."""
     if not hasattr(os, "pidfd_open") or os.environ.get("FORK_SERVER") == "0":
         return sys.executable
-    folder = Path(tempfile.mkdtemp(prefix="fork-"))
+    folder = Path(tempfile.mkdtemp(prefix="fork-", dir="/tmp"))  # the path of a socket has 107 bytes at most
     address, log = folder / "socket", folder / "log"
     with log.open("w") as file:
         server = subprocess.Popen(

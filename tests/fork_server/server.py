@@ -92,7 +92,7 @@ def can_fork(request: Request, imported: dict[str, str]) -> bool:
         and bool(words)
         and (words[0] in ("-c", "-m") or not words[0].startswith("-"))
         and read_at_import(request.variables) == imported
-        and not any(name.startswith(("OMPI_", "PMIX_")) for name in request.variables)  # they inherit more than streams
+        and not any(name.startswith(("PMI_", "PMIX_")) for name in request.variables)  # they inherit more than streams
         and not os.isatty(request.descriptors[2])
         and all(resource.prlimit(request.client, limit) == resource.getrlimit(limit) for limit in LIMITS)
     )

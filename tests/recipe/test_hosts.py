@@ -17,7 +17,7 @@ from tests.hosts import NOT_INSTALLED, Host, two_hosts, wait_for_line, why_no_ho
 from tests.models import TINY, write_conversations
 
 STEPS, SAVE_STEPS = 24, 6
-TIMEOUT = 15  # seconds of --heartbeat_timeout
+TIMEOUT = 8  # seconds of --heartbeat_timeout
 MASTER_PORT = 29400  # free: no other program runs on these hosts
 
 

@@ -98,10 +98,10 @@ def test_mpirun_and_srun_give_the_same_losses(tmp_path: Path) -> None:
 def test_single_process_does_not_import_mpi4py(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """mpirun started one process, and importing mpi4py fails."""
     (tmp_path / "mpi4py.py").write_text("raise SystemError('mpi4py was imported')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("OMPI_COMM_WORLD_RANK", "0")
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "1")
-    result = run(*arguments(tmp_path)[1:])
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import finetune; finetune.main(sys.argv[1:])"
+    result = run("-c", code, *arguments(tmp_path)[2:])
     assert result.returncode == 0, result.stderr
 
 
