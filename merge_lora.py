@@ -39,7 +39,6 @@ def main(argv: Sequence[str]) -> None:
     from checkpoints.base_check import check_trained_on
     from checkpoints.files import save_json
     from checkpoints.folders import check_space, staged_folder
-    from checkpoints.opening import opening_lines
     from checkpoints.writing import parse_size, save_source
     from export.companion_files import write_card, write_companion_files
     from export.inputs import find_base, load_adapters, open_base
@@ -47,6 +46,7 @@ def main(argv: Sequence[str]) -> None:
     from export.progress import progress_bar
     from export.quantized_form import quantization_to_match
     from export.trained_form import compare_with_training
+    from loading.opened_by import opening_lines
 
     start = time.monotonic()
     named = [Path(name) for value in args.adapter for name in (value, value.rpartition("=")[0]) if name]

@@ -18,7 +18,8 @@ from yaml import YAMLError  # type: ignore[import-untyped]
 from checkpoints.companions import copy_companion, find_licenses
 from checkpoints.files import load_json_or_empty, save_text
 from checkpoints.names import DATA_REPORT, RUN_SUMMARY
-from checkpoints.opening import published_commands
+from loading.opened_by import published_commands
+from loading.tokenizer import is_rebuilt_otherwise
 from qwen_model.architectures import ARCHITECTURES
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
@@ -64,7 +65,7 @@ def write_model_card(folder: Path, facts: CardFacts) -> Path:
         _summary(facts),
         _section("Training", _training_lines(facts)),
         _section("Checkpoint", _checkpoint_lines(facts)),
-        _usage(facts),
+        _usage(folder, facts),
         _section("Licence", _license_lines(facts, licenses)),
     ]
     path = folder / "README.md"
@@ -188,12 +189,14 @@ def _checkpoint_lines(facts: CardFacts) -> list[str]:
     return lines
 
 
-def _usage(facts: CardFacts) -> str:
+def _usage(folder: Path, facts: CardFacts) -> str:
+    config = {"model_type": facts.layout}
+    tokenizer = "PreTrainedTokenizerFast" if is_rebuilt_otherwise(folder, config) else "AutoTokenizer"
     trust_argument = ", trust_remote_code=True" if facts.layout == "qwen" else ""
     snippet = "\n".join(
         [
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n",
-            f'tokenizer = AutoTokenizer.from_pretrained("FOLDER"{trust_argument})',
+            f"from transformers import AutoModelForCausalLM, {tokenizer}\n",
+            f'tokenizer = {tokenizer}.from_pretrained("FOLDER"{trust_argument})',
             f'model = AutoModelForCausalLM.from_pretrained("FOLDER", dtype="auto", device_map="auto"{trust_argument})',
             'messages = [{"role": "user", "content": "Who are you?"}]',
             "inputs = tokenizer.apply_chat_template(",
@@ -203,9 +206,7 @@ def _usage(facts: CardFacts) -> str:
             'print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))',
         ]
     )
-    commands = "\n".join(
-        line for lines in published_commands("FOLDER", {"model_type": facts.layout}).values() for line in lines
-    )
+    commands = "\n".join(line for lines in published_commands(folder, config).values() for line in lines)
     note = "`FOLDER` is this folder, or its name on the hub."
     note += " It contains the model's code, which `trust_remote_code` runs." if trust_argument else ""
     shell = f"\n```bash\n{commands}\n```\n" if commands else ""

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
 from checkpoints.files import open_regular
 from loading.opening import library_errors
@@ -67,15 +68,35 @@ def load_tokenizer(folder: Path, place: str) -> Any:
     return stated
 
 
+def is_rebuilt_otherwise(folder: Path, config: Mapping[str, Any]) -> bool:
+    """Return whether transformers 5 normalises or splits texts otherwise than a folder's ``tokenizer.json`` states.
+
+    Nothing large is loaded.
+
+    Args:
+        config: config.json of the folder.
+    """
+    file = folder / "tokenizer.json"
+    if config.get("model_type") != "qwen2" or not file.is_file():
+        return False
+    return not _splits_as_stated(Qwen2Tokenizer().backend_tokenizer, _without_vocabulary(file))
+
+
+def _splits_as_stated(built: Any, stated: dict[str, Any]) -> bool:
+    for name in ("normalizer", "pre_tokenizer"):
+        part = getattr(built, name)
+        if _of_ids(None if part is None else json.loads(part.__getstate__())) != _of_ids(stated.get(name)):
+            return False
+    return True
+
+
 def _is_built_as_stated(built: Any, stated: dict[str, Any]) -> bool:
     """Return whether a loaded tokenizer of the tokenizers library splits and merges texts as its file states.
 
     Vocabulary and merges are the file's in any case.
     """
-    for name in ("normalizer", "pre_tokenizer"):
-        part = getattr(built, name)
-        if _of_ids(None if part is None else json.loads(part.__getstate__())) != _of_ids(stated.get(name)):
-            return False
+    if not _splits_as_stated(built, stated):
+        return False
     options = stated.get("model") or {}
     if any((getattr(built.model, name, None) or None) != (options.get(name) or None) for name in _MODEL_OPTIONS):
         return False

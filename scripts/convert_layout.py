@@ -19,7 +19,6 @@ from checkpoints.files import is_file, load_json
 from checkpoints.input_folders import check_name
 from checkpoints.model_config import DTYPE_NAMES
 from checkpoints.names import ADAPTER_CONFIG
-from checkpoints.opening import opening_lines
 from commands import CommandParser, run_command, set_up_logging
 from console import python_command, show
 from errors import ConfigError
@@ -37,6 +36,7 @@ def main(argv: Sequence[str]) -> None:
     # torch is imported after the flags are checked, so that a wrong flag is reported at once.
     from checkpoints.writing import parse_size
     from export.conversion import Conversion, convert_adapter, convert_checkpoint
+    from loading.opened_by import opening_lines
 
     start = time.monotonic()
     convert = convert_adapter if is_adapter else convert_checkpoint

@@ -92,9 +92,9 @@ def main(argv: Sequence[str]) -> None:
     # torch is imported after the flags are checked, so that a wrong flag is reported at once.
     from checkpoints.files import load_json
     from checkpoints.model_config import Quantization
-    from checkpoints.opening import opening_lines
     from data_utils.encode import EncodeOptions
     from loading.checkpoint import load_checkpoint
+    from loading.opened_by import opening_lines
     from quantize.calibration import draw_samples
     from quantize.checkpoint import check_quantizable, quantize_checkpoint
 

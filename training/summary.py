@@ -16,13 +16,13 @@ from torch import nn
 
 from checkpoints.files import save_json
 from checkpoints.names import DATA_REPORT_PAGE, LOSS_CURVE, RUN_ARGUMENTS, RUN_SUMMARY, TRAINING_LOG
-from checkpoints.opening import opening_commands
 from checkpoints.shards import fingerprint
 from console import python_command
 from data_utils.examples import ExampleSet
 from data_utils.report.data_report import DataReport, count_steps
 from loading.adapters import EmbeddingsPolicy
 from loading.checkpoint import Checkpoint
+from loading.opened_by import opening_commands
 from loading.quantized import count_elements, count_weights
 from training.callbacks import RunLog
 from training.config.args import RunArguments

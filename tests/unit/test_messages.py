@@ -11,7 +11,7 @@ from tests.unit.test_imports import ALL_SOURCES, parse
 
 BARE = re.compile(r"(?<![\w./-])(?:python3? (?:-m |\w+\.py)|pip install)")
 # Where the functions are, and commands for readers of a published model, who have no checkout.
-EXCEPT = {"console.py", "checkpoints/opening.py"}
+EXCEPT = {"console.py", "loading/opened_by.py"}
 
 
 def texts_of(tree: ast.AST) -> Iterator[tuple[int, str]]:

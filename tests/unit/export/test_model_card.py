@@ -12,8 +12,8 @@ import pytest
 import yaml
 from huggingface_hub import ModelCard
 
-from checkpoints.opening import published_commands
 from export.model_card import CardFacts, code, write_model_card
+from loading.opened_by import published_commands
 
 HUB_BASE = "Qwen/Qwen-7B-Chat"
 HOSTILE = "a: b\n---\n# c `` ` [x](y) <b> {{z}} \u202e|"
@@ -208,7 +208,7 @@ def test_code_span_ends_at_its_own_fence(text: str) -> None:
 def test_commands_of_the_card(tmp_path: Path, facts: CardFacts, layout: str) -> None:
     whole, _, _ = card_of(tmp_path / "out", replace(facts, layout=layout))
     [commands] = re.findall(r"```bash\n(.*?)```", whole, re.DOTALL)
-    published = published_commands("FOLDER", {"model_type": layout})
+    published = published_commands(tmp_path / "out", {"model_type": layout})
     assert commands.splitlines() == [line for lines in published.values() for line in lines]
 
 

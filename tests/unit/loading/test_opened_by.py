@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from checkpoints.opening import opening_commands
+from loading.opened_by import opening_commands
+from tests.bases import write_published, write_with_foreign_tokenizer
 from tests.golden import REPO
 
 
@@ -24,6 +25,12 @@ def test_commands_name_the_folder_and_come_after_their_installation(model_type: 
 def test_quantised_weights_are_not_converted_for_llama_cpp() -> None:
     config = {"model_type": "qwen2", "quantization_config": {"quant_method": "gptq"}}
     assert list(opening_commands(Path("out"), config)) == ["ask", "serve"]
+
+
+def test_a_tokenizer_that_transformers_changes_is_not_served_by_it(tmp_path: Path) -> None:
+    config = {"model_type": "qwen2"}
+    assert list(opening_commands(write_published(tmp_path / "qwen"), config)) == ["ask", "serve", "convert"]
+    assert list(opening_commands(write_with_foreign_tokenizer(tmp_path / "foreign"), config)) == ["ask", "convert"]
 
 
 def test_no_command_is_named_that_was_not_tried() -> None:

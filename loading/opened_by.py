@@ -1,7 +1,4 @@
-"""Commands that open a written checkpoint: only those that were tried, which docs/export.md lists with versions.
-
-Needs no torch.
-"""
+"""Commands that open a written checkpoint: only those that were tried, which docs/export.md lists with versions."""
 
 from __future__ import annotations
 
@@ -12,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from console import python_command, shown_path
+from loading.tokenizer import is_rebuilt_otherwise
 from qwen_model.architectures import ARCHITECTURES
 
 Commands = dict[str, list[str]]
@@ -25,12 +23,12 @@ def opening_commands(folder: Path, config: Mapping[str, Any]) -> Commands:
         config: its config.json; there are no commands for families that this toolkit cannot load.
     """
     python = shlex.quote(shown_path(Path(sys.executable)))
-    return _commands(shlex.quote(str(folder)), config, python, python_command("-m scripts.ask"))
+    return _commands(folder, config, shlex.quote(str(folder)), python, python_command("-m scripts.ask"))
 
 
-def published_commands(folder: str, config: Mapping[str, Any]) -> Commands:
-    """Return the commands that open a checkpoint's folder, for a reader with another machine."""
-    return _commands(folder, config, "python", "python -m scripts.ask")
+def published_commands(folder: Path, config: Mapping[str, Any]) -> Commands:
+    """Return the commands for a reader with another machine; they call the folder FOLDER."""
+    return _commands(folder, config, "FOLDER", "python", "python -m scripts.ask")
 
 
 def opening_lines(folder: Path, config: Mapping[str, Any]) -> str:
@@ -39,12 +37,13 @@ def opening_lines(folder: Path, config: Mapping[str, Any]) -> str:
     return "\n  ".join(["next:", *lines]) if lines else ""
 
 
-def _commands(name: str, config: Mapping[str, Any], python: str, ask: str) -> Commands:
+def _commands(folder: Path, config: Mapping[str, Any], name: str, python: str, ask: str) -> Commands:
     model_type = config.get("model_type")
     if model_type not in ARCHITECTURES:
         return {}
     commands = {"ask": [f'{ask} --model_name_or_path {name} "Who are you?"']}
-    if model_type != "qwen":  # it knows only the classes within transformers
+    # It knows only the classes within transformers, and takes the tokenizer's class that they choose.
+    if model_type != "qwen" and not is_rebuilt_otherwise(folder, config):
         install = f'{python} -m pip install "transformers[serving]"'
         commands["serve"] = [install, f"{python} -m transformers.cli.transformers serve {name}"]
     if not config.get("quantization_config"):
