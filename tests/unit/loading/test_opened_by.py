@@ -22,9 +22,10 @@ def test_commands_name_the_folder_and_come_after_their_installation(model_type: 
         assert name == "ask" or any("install" in words for words in installation)
 
 
-def test_quantised_weights_are_not_converted_for_llama_cpp() -> None:
-    config = {"model_type": "qwen2", "quantization_config": {"quant_method": "gptq"}}
-    assert list(opening_commands(Path("out"), config)) == ["ask", "serve"]
+@pytest.mark.parametrize(("method", "is_converted"), [("gptq", True), ("awq", False), ("bitsandbytes", False)])
+def test_quantised_weights_that_llama_cpp_cannot_read_are_not_converted(method: str, is_converted: bool) -> None:
+    config = {"model_type": "qwen2", "quantization_config": {"quant_method": method}}
+    assert ("convert" in opening_commands(Path("out"), config)) == is_converted
 
 
 def test_a_tokenizer_that_transformers_changes_is_not_served_by_it(tmp_path: Path) -> None:
