@@ -46,7 +46,8 @@ def _commands(folder: Path, config: Mapping[str, Any], name: str, python: str, a
     if model_type != "qwen" and not is_rebuilt_otherwise(folder, config):
         install = f'{python} -m pip install "transformers[serving]"'
         commands["serve"] = [install, f"{python} -m transformers.cli.transformers serve {name}"]
-    if (config.get("quantization_config") or {}).get("quant_method", "gptq") == "gptq":  # or not quantised
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method is None or (method == "gptq" and model_type != "qwen"):
         # Its requirements are older than this toolkit's, hence the environment of its own.
         commands["convert"] = [
             f"git clone --depth 1 https://github.com/ggml-org/llama.cpp && {python} -m venv llama.cpp/.venv",
