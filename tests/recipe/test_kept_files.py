@@ -87,7 +87,9 @@ def test_training_and_merging_keep_the_files_of_the_base(base: tuple[str, Path],
         assert merged == {"generation_config.json": STOPS[kind]["generation_config.json"]}
     else:
         assert merged == STOPS[kind] | CONFIG.get(kind, {})
-        assert new_names(folder, tmp_path / "merged") == sorted([*template, *NEW.get(kind, []), "README.md"])
+        assert new_names(folder, tmp_path / "merged") == sorted(
+            [*template, *NEW.get(kind, []), "README.md", "merge_report.json"]
+        )
 
 
 @pytest.mark.parametrize("kind", ["published", "current"])
