@@ -22,12 +22,14 @@ def trained(small_model: Path, identity: Path, adapter: Path) -> Behaviour:
     return behaviour(small_model, identity, adapter)
 
 
+@pytest.mark.parametrize(("dtype", "equal"), [("fp32", 0.95), ("bf16", 0.7)])
 def test_matched_merge_answers_as_the_adapter(
-    identity: Path, adapter: Path, trained: Behaviour, tmp_path: Path
+    identity: Path, adapter: Path, trained: Behaviour, tmp_path: Path, dtype: str, equal: float
 ) -> None:
-    merged = behaviour(merge(adapter, tmp_path / "merged", "--match_quantised_base"), identity)
+    """In bfloat16 the rounded base is rounded again: NF4's values need more digits than it has."""
+    merged = behaviour(merge(adapter, tmp_path / "merged", "--match_quantised_base", "--dtype", dtype), identity)
     assert merged.loss == pytest.approx(trained.loss, abs=0.02)
-    assert merged.equal(trained) >= 0.85
+    assert merged.equal(trained) >= equal
 
 
 def test_plain_merge_says_what_the_loss_becomes(
