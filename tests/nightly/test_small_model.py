@@ -16,7 +16,9 @@ def test_both_layouts_give_the_same_answers(small_model: Path, small_qwen: Path,
     data = write_conversations(
         tmp_path / "data.json", [[("user", each), ("assistant", "Paris.")] for each in questions]
     )
-    ours, theirs = (behaviour(folder, data, system="Answer briefly.") for folder in (small_model, small_qwen))
+    ours, theirs = (
+        behaviour(folder, data, system="You are a helpful assistant.") for folder in (small_model, small_qwen)
+    )
     assert "Paris" in ours.answers[0]
     assert ours.answers == theirs.answers
     assert ours.loss == pytest.approx(theirs.loss, abs=0.01)
