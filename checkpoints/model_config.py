@@ -20,7 +20,7 @@ from errors import ConfigError
 DTYPE_NAMES = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
 """Short names (boolean flags in Qwen v1's config.json, values of ``--dtype``) -> torch's names."""
 
-Rounding = Literal["nearest", "dithered"]
+Rounding = Literal["dithered", "nearest"]
 """How changed weights are rounded to 16 bits, see ``checkpoints/rounding.py``; the first one is the default."""
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 

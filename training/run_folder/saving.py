@@ -22,8 +22,9 @@ from transformers import PreTrainedModel
 from chat.stops import stopping_generation_config
 from checkpoints.base_files import CONFIG, GENERATION_CONFIG, Files, set_values, values_of, write_files
 from checkpoints.files import save_json
-from checkpoints.model_config import result_config
+from checkpoints.model_config import Rounding, result_config
 from checkpoints.names import ADAPTER_SAFETENSORS, ADAPTER_WEIGHTS, BASE_QUANTIZATION, WEIGHTS
+from checkpoints.rounding import round_rows
 from checkpoints.shards import open_checkpoint
 from checkpoints.source import is_finite
 from checkpoints.writing import save_checkpoint, save_tensors
@@ -185,14 +186,18 @@ def save_full(
 
 
 def _to_disk(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
-    tensor = tensor.detach().to("cpu")
+    tensor = tensor.detach().to("cpu").contiguous()
     if tensor.is_floating_point():
-        tensor = tensor.to(dtype or tensor.dtype)
+        if dtype is not None and dtype != tensor.dtype:
+            # Rounded to nearest, most of the base's weights would not have changed; LoRA's have no base.
+            rounding: Rounding = "nearest" if ".lora_" in name else "dithered"
+            rows = tensor.view(tensor.shape[0] if tensor.dim() else 1, -1)
+            tensor = round_rows(rows.to(torch.float32), dtype, rounding, name, 0).view(tensor.shape)
         if not is_finite(tensor):
             raise RunError(
                 f"{name} holds NaN or infinity: the run diverged, and nothing was saved", "Lower --learning_rate"
             )
-    return tensor.contiguous()
+    return tensor
 
 
 def _check_saved(tensors: Iterable[tuple[str, Tensor]], folder: Path, names: tuple[str, ...]) -> None:
