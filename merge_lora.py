@@ -82,8 +82,8 @@ def main(argv: Sequence[str]) -> None:
     if verification:
         print(visible(verification))
     show(f"written:  {args.output} ({size / 1e6:,.1f} MB in {len(files)} file(s), {time.monotonic() - start:.1f} s)")
-    files = "weights, config.json, tokenizer, generation_config.json, README.md (the model card), merge_report.json"
-    show(f"contains: {files}")
+    contents = "weights, config.json, tokenizer, generation_config.json, README.md (the model card), merge_report.json"
+    show(f"contains: {contents}")
     if commands := opening_lines(args.output, plan.config):
         show(commands)
 
@@ -125,7 +125,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         choices=ROUNDINGS,
         default=ROUNDINGS[0],
         help="how changed weights are rounded to 16 bits: dithered keeps the learnt change, nearest loses what is below "
-        f"half of the distance of two numbers (default: {ROUNDINGS[0]})",
+        f"half the distance of two numbers (default: {ROUNDINGS[0]})",
     )
     parser.add_argument(
         "--layout",

@@ -103,7 +103,8 @@ def compare_random() -> list[dict[str, Any]]:
         exact = base + size / 4 * torch.randn(1024, 16) @ torch.randn(16, 1024)
         for name, way in ways().items():
             rounded = {"w": way("w", exact, base)}
-            rows.append({"weights": f"random, change {size:g}", "way": name} | figures({"w": exact}, {"w": base}, rounded))
+            row = {"weights": f"random, change {size:g}", "way": name}
+            rows.append(row | figures({"w": exact}, {"w": base}, rounded))
     return rows
 
 
