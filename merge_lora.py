@@ -124,8 +124,8 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--rounding",
         choices=ROUNDINGS,
         default=ROUNDINGS[0],
-        help="how changed weights are rounded to 16 bits: dithered keeps the learnt change, nearest loses what is below "
-        f"half the distance of two numbers (default: {ROUNDINGS[0]})",
+        help="how changed weights are rounded to 16 bits: dithered keeps the learnt change, nearest loses all below "
+        f"half of what two numbers differ by (default: {ROUNDINGS[0]})",
     )
     parser.add_argument(
         "--layout",
