@@ -137,9 +137,7 @@ def compare_real(model_folder: Path, adapter: Path, data: Path) -> list[dict[str
     for name, weights in {"base": base, **{name: None for name in ways()}}.items():
         rounded = weights or {each: ways()[name](each, value, base[each]) for each, value in exact.items()}
         other, other_loss, other_texts = behaviour(rounded)
-        divergence = torch.nn.functional.kl_div(
-            other.log_softmax(-1), expected, log_target=True, reduction="batchmean"
-        )
+        divergence = torch.nn.functional.kl_div(other.log_softmax(-1), expected, log_target=True, reduction="batchmean")
         rows.append(
             {"weights": model_folder.name, "way": name} | figures(exact, base, rounded) | {
                 "loss": round(other_loss, 4), "loss_in_float32": round(loss, 4),

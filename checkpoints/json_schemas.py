@@ -298,7 +298,7 @@ _SAMPLE = table(
 )  # fmt: skip
 _SAMPLES = table({"version": one_of(1), "samples": list_of(_SAMPLE, MAX_KEPT_SAMPLES)}, required=["version", "samples"])
 
-_SHARE = number(-10**6, 10**6)  # of a change, which rounding can reverse or enlarge
+_SHARE = number(-(10**6), 10**6)  # of a change, which rounding can reverse or enlarge
 _KEPT = {"kept": _SHARE, "moved": _FRACTION}
 _MERGE_REPORT = table({
     "version": whole(1, 10**6), "adapters": list_of(table({"name": TEXT, "weight": ANY_NUMBER})), "dtype": _DTYPE,
