@@ -130,7 +130,8 @@ def test_dtype_auto_keeps_the_dtype_of_the_base(golden: Golden, chat_adapter: Pa
     exact = load_file(tmp_path / "fp32" / "model.safetensors")
     for name, tensor in load_file(tmp_path / "auto" / "model.safetensors").items():
         assert tensor.dtype == torch.bfloat16
-        assert torch.equal(tensor, exact[name].to(torch.bfloat16)), name
+        # Between the numbers next to the exact value; the test of plan_merge in unit/export says more.
+        assert ((tensor.float() - exact[name]).abs() <= 2**-7 * exact[name].abs()).all(), name
 
 
 def test_shards_contain_the_same_tensors(golden: Golden, chat_adapter: Path, tmp_path: Path) -> None:
