@@ -17,6 +17,16 @@ from qwen_model.architectures import HEAD_WEIGHT, architecture_of
 from qwen_model.block_runner import blocks_of, capture_block_inputs
 from qwen_model.lean_models import build_on_meta
 
+_WITHOUT_EFFECT = (
+    "dtype",
+    "torch_dtype",
+    "tie_word_embeddings",
+    "transformers_version",
+    "architectures",
+    "_name_or_path",
+)
+"""Keys of a config that change nothing between the embedding and the head."""
+
 
 class HeldTensors(View):
     """A source of which some tensors are kept in memory, so that they are read, and dequantised, once.
@@ -82,6 +92,12 @@ class LayeredModel:
     def sizes(self) -> tuple[int, int, int]:
         """V, C and number of blocks."""
         return *self.shapes[self.embedding], len(self.stages) - 1
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """Everything in the config that its computations depend on, defaults included."""
+        settings: dict[str, Any] = self._model.config.to_dict()
+        return {key: value for key, value in settings.items() if key not in _WITHOUT_EFFECT}
 
     def tensors_of(self, stage: str) -> list[str]:
         """Names of a stage's tensors."""

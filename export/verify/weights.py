@@ -115,7 +115,7 @@ class TensorCheck:
 
     def _compare_unchanged(self, base: Tensor, written: Tensor, first: int) -> None:
         rounded = base.to(self.dtype)
-        if not _same_bits(rounded, written):
+        if not same_bits(rounded, written):
             self._add_unchanged((rounded != written).any(1), first)
 
     def _compare_changed(self, plain: Tensor, exact: Tensor, written: Tensor, first: int) -> None:
@@ -139,6 +139,9 @@ class TensorCheck:
             held = plain[still].to(self.dtype)
             moved = (held.to(torch.float32) == plain[still]) & (held != written[still])
             self._add_unchanged(torch.zeros_like(still).index_put((still.nonzero()[:, 0],), moved.any(1)), first)
+        if (unmerged := ((lost + learnt).abs() <= RARE * learnt) & ~still).any():
+            rows = unmerged.nonzero()[:, 0]
+            self._check_unmerged(plain[rows], exact[rows], written[rows], rows + first)
         sums = _Sums(
             lost,
             learnt,
@@ -156,6 +159,15 @@ class TensorCheck:
             row = int(excess.argmax())
             self._add(Fault(f"{self._unit} {first + row} has {sums.shares(row)}", worst, int((excess > 1).sum())))
         self._sums = self._sums.plus(sums)
+
+    def _check_unmerged(self, plain: Tensor, exact: Tensor, written: Tensor, rows: Tensor) -> None:
+        """Report rows that are the base's although unbiased rounding would almost certainly have moved a value."""
+        are_base, are_nearest = ((values.to(self.dtype) == written).all(1) for values in (plain, exact))
+        # The chance that a value moves is its change divided by the distance of its neighbours.
+        chances = ((exact - plain).abs() / (self._info.eps * exact.abs())).nan_to_num(0).clamp(max=1)
+        if (wrong := are_base & ~are_nearest & (chances.sum(1) > LOG_ODDS)).any():
+            text = f"{self._unit} {int(rows[wrong][0])} is the base's, without the adapter's change"
+            self._add(Fault(text, 1.0, int(wrong.sum())))
 
     def _is_nearest(self, exact: Tensor, error: Tensor, written: Tensor, floor: float) -> bool:
         """Return whether all values are as near to the exact ones as the nearest one is; ties may differ from it."""
@@ -246,7 +258,8 @@ def _bits(values: Tensor) -> Tensor:
     return values.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[values.dtype.itemsize])
 
 
-def _same_bits(first: Tensor, second: Tensor) -> bool:
+def same_bits(first: Tensor, second: Tensor) -> bool:
+    """Return whether two tensors of one dtype are equal bit for bit."""
     first, second = first.contiguous().flatten(), second.contiguous().flatten()
     widest = torch.int64 if first.nbytes % 8 == 0 else torch.int8
     return torch.equal(first.view(widest), second.view(widest))

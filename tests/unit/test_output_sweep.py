@@ -16,7 +16,19 @@ from tests.commands import run_here
 from tests.golden import SMALL
 from tests.models import TINY, write_conversations
 
-BENCHMARKS = ("data", "engines", "kill_resume", "llama_cpp", "loss", "merge", "qlora", "quantize", "startup", "teach")
+BENCHMARKS = (
+    "data",
+    "engines",
+    "kill_resume",
+    "llama_cpp",
+    "loss",
+    "merge",
+    "proof",
+    "qlora",
+    "quantize",
+    "startup",
+    "teach",
+)
 
 
 class Command(NamedTuple):

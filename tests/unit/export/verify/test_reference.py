@@ -52,7 +52,7 @@ def test_correct_merges_pass(tmp_path: Path, family: str, dtype: str, kind: str)
     adapters = weighted(make_adapter(base, tmp_path / "adapter", **options_of(kind, family)))
     result = assert_passes(base, adapters, merge(base, adapters, tmp_path / "merged", dtype))
     assert str(result.dtype) == f"torch.{dtype}" and result.behaviour is not None
-    assert result.behaviour.merged_loss == pytest.approx(result.behaviour.adapter_loss, abs=0.02)
+    assert result.behaviour.merged_loss == pytest.approx(result.behaviour.adapter_loss, abs=0.05)
 
 
 @pytest.mark.parametrize(

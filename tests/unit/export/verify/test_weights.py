@@ -178,3 +178,10 @@ def test_unchanged_row_of_a_changed_matrix_is_compared_bit_for_bit(rounding: str
     assert faults_of(base, change, written) == []
     written[130, 7] = torch.nextafter(written[130, 7], torch.tensor(1.0, dtype=torch.bfloat16))
     assert faults_of(base, change, written) == ["layer: row 130 differs from the base's, and no adapter changes it"]
+
+
+def test_row_without_its_small_change_is_reported() -> None:
+    base, change = matrix(2e-3, torch.bfloat16)
+    written = by_chance(change.matrix(base.float()), torch.bfloat16)
+    written[130] = base[130]
+    assert faults_of(base, change, written) == ["layer: row 130 is the base's, without the adapter's change"]
