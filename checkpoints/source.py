@@ -16,7 +16,7 @@ from torch import Tensor
 
 from errors import ConfigError
 
-# Elements of a tensor that are computed and written at a time: 4 MiB in float32, which stay in the cache of a processor.
+# Elements of a tensor that are computed and written at a time: 4 MiB in float32, which stay in a processor's cache.
 BLOCK_ELEMENTS = 2**20
 
 
