@@ -57,7 +57,8 @@ def _round_up_or_down(exact: Tensor, thresholds: Tensor, dtype: torch.dtype) -> 
     smallest = torch.finfo(dtype).smallest_normal
     offset = torch.where(exact.abs() < smallest, torch.full_like(exact, smallest).copysign_(exact), 0.0)
     bits = (exact + offset).view(torch.int32)
-    return thresholds.bitwise_right_shift_(3).add_(bits).bitwise_and_(-1 << 13).view(torch.float32).sub_(offset)
+    rounded = thresholds.bitwise_right_shift_(3).add_(bits).bitwise_and_(-1 << 13).view(torch.float32)
+    return rounded.sub_(offset).copysign_(exact)  # zero keeps its sign
 
 
 def _thresholds(name: str, first_row: int, rows: int, columns: int) -> Tensor:

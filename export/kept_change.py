@@ -120,7 +120,7 @@ class RoundedTensors(View):
     Args:
         below: the merged tensors; tensors that are returned in the dtype they are written in are passed on.
         base: the tensors before the change, under the same names.
-        rounding: for tensors that have changed; others are rounded to nearest.
+        rounding: for rows that have changed; others are rounded to nearest.
     """
 
     def __init__(self, below: TensorSource, base: TensorSource, rounding: Rounding) -> None:
@@ -132,10 +132,14 @@ class RoundedTensors(View):
         if exact.dtype == dtype or exact.dim() == 0:
             return exact
         base = self.base.rows(name, start, stop)
-        if exact.dtype == base.dtype and torch.equal(exact, base):  # stored in another dtype, but not changed
+        unchanged = torch.zeros(len(exact), dtype=torch.bool)
+        if base.dtype != dtype:  # otherwise the base's values stay, whichever way they are rounded
+            unchanged = (exact == base).view(len(exact), -1).all(1)
+        if unchanged.all():
             return exact
         exact = exact.to(torch.float32)
         rounded = round_rows(exact.view(len(exact), -1), dtype, self.rounding, name, start).view(exact.shape)
+        rounded[unchanged] = exact[unchanged].to(dtype)
         check_rounded(name, exact, rounded)
         self._measure(name, start, exact, rounded, base)
         return rounded

@@ -84,6 +84,28 @@ def test_unchanged_tensors_are_rounded_to_nearest(tmp_path: Path) -> None:
     assert set(plan.source.kept.by_kind()) == {"self_attn.q_proj"}
 
 
+@pytest.mark.parametrize(("base_dtype", "dtype"), [(torch.float32, "bf16"), (torch.float32, "fp16"), (BF16, "fp16")])
+def test_unchanged_rows_of_a_changed_tensor_are_rounded_to_nearest(
+    tmp_path: Path, base_dtype: torch.dtype, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the rows at a time: an embedding of which two rows were trained, one of them in the second block."""
+    base = make_base(tmp_path / "base", dtype=base_dtype)
+    stored = load_file(base / "model.safetensors")
+    stored[EMBEDDING][:, ::3] *= 1e-4  # some values below the smallest normal number of float16
+    save_file(stored, base / "model.safetensors", {"format": "pt"})
+    adapter = make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], trainable_token_indices=[3, 30])
+    others = [row for row in range(40) if row not in (3, 30)]
+    embeddings = []
+    for block in (2**20, 20 * 16, 48):
+        monkeypatch.setattr("checkpoints.source.BLOCK_ELEMENTS", block)
+        _, written = merged(base, tmp_path / f"out{block}", adapter, dtype=dtype)
+        embedding, expected = written[EMBEDDING], stored[EMBEDDING].to(written[EMBEDDING].dtype)
+        assert torch.equal(embedding[others], expected[others])
+        assert not torch.equal(embedding[[3, 30]], expected[[3, 30]])
+        embeddings.append(embedding)
+    assert all(torch.equal(each, embeddings[0]) for each in embeddings)
+
+
 def test_a_zero_change_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     base = make_base(tmp_path / "base", dtype=BF16)
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=LINEAR)
