@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -32,7 +33,10 @@ from tests.models import TINY, write_conversations
 from training.run_folder.curves import load_rows
 from training.run_folder.manifest import checkpoints_in, step_of
 
-MODEL = ["config.json", "generation_config.json", "model.safetensors", "qwen.tiktoken", "tokenizer_config.json"]
+MODEL = [
+    "chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "qwen.tiktoken",
+    "tokenizer_config.json",
+]  # fmt: skip
 CHECKPOINT = sorted([*MODEL, "manifest.json", "optimizer.pt", "rng_state.pth", "scheduler.pt", "trainer_state.json"])
 
 
@@ -146,11 +150,13 @@ def saved(output: Path) -> list[int]:
 
 
 @contextmanager
-def running(folder: Path, launcher: Sequence[object], words: Sequence[object]) -> Iterator[subprocess.Popen[str]]:
-    """Run a command in the background, with stderr in a file of the folder."""
+def running(
+    folder: Path, launcher: Sequence[object], words: Sequence[object], is_new: bool = False
+) -> Iterator[subprocess.Popen[str]]:
+    """Run a command in the background, with stderr in a file of the folder; a new process has its own children."""
     with (folder / "stderr").open("w") as stderr:
         process = subprocess.Popen(
-            [fork_server.python(), *map(str, [*launcher, *words])],
+            [sys.executable if is_new else fork_server.python(), *map(str, [*launcher, *words])],
             cwd=REPO, env=environment(), stdout=stderr, stderr=stderr, text=True,
         )  # fmt: skip
     try:
@@ -223,7 +229,7 @@ def test_two_ranks_save_after_the_same_step(tmp_path: Path) -> None:
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port"]
     flags = ["--save_steps", 4, "--resume_from_checkpoint", "auto"]
     words = arguments(tmp_path, 100_000, *flags)
-    with running(tmp_path, [*torchrun, free_port(), "finetune.py"], words) as process:
+    with running(tmp_path, [*torchrun, free_port(), "finetune.py"], words, is_new=True) as process:
         wait_for(process, tmp_path, lambda: len(logged(output)) > 5)
         [second] = [pid for pid in children_of(process.pid) if rank_of(pid) == 1]
         os.kill(second, signal.SIGTERM)
