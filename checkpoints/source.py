@@ -14,8 +14,6 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from errors import ConfigError
-
 # Elements of a tensor that are computed and written at a time: 4 MiB in float32, which stay in a processor's cache.
 BLOCK_ELEMENTS = 2**20
 
@@ -43,6 +41,10 @@ class TensorSource(ABC):
 
         The result may be a read-only view of a file: copy it before changing it in place.
         """
+
+    def unrounded(self) -> TensorSource:
+        """The same tensors before a source that rounds them itself; otherwise this source."""
+        return self
 
     def read(self, name: str) -> Tensor:
         """The whole tensor, in the dtype of :meth:`rows`."""
@@ -123,13 +125,3 @@ def is_finite(tensor: Tensor) -> bool:
     if tensor.dtype.itemsize == 1:  # aminmax does not support 8-bit floats
         tensor = tensor.to(torch.float32)
     return all(bool(extreme.isfinite()) for extreme in torch.aminmax(tensor))
-
-
-def check_rounded(name: str, exact: Tensor, rounded: Tensor) -> None:
-    """Raise ``ConfigError`` if a rounded value is NaN or infinite."""
-    if is_finite(rounded):
-        return
-    if not is_finite(exact):
-        raise ConfigError(f"{name} holds NaN or infinity", "The checkpoint is damaged: copy or download it again")
-    what = f"{name} is not finite in {str(rounded.dtype).removeprefix('torch.')}"
-    raise ConfigError(what, "Try --dtype bf16 or fp32")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from checkpoints.files import save_json
 from checkpoints.shards import SAFETENSORS_DTYPES
-from checkpoints.source import TensorSource, check_rounded
+from checkpoints.source import TensorSource, is_finite
 from errors import ConfigError
 from outputs import stage, staged_file, sync
 
@@ -201,8 +201,16 @@ def _rounded_blocks(source: TensorSource, name: str) -> Iterator[Tensor]:
     dtype = source.dtype(name)
     for block in source.blocks(name):
         rounded = block.to(dtype)
-        check_rounded(name, block, rounded)
+        if not is_finite(rounded):
+            raise _not_finite(source.unrounded(), name, dtype)
         yield rounded
+
+
+def _not_finite(source: TensorSource, name: str, dtype: torch.dtype) -> ConfigError:
+    if not all(map(is_finite, source.blocks(name))):
+        return ConfigError(f"{name} holds NaN or infinity", "The checkpoint is damaged: copy or download it again")
+    what = f"{name} is not finite in {str(dtype).removeprefix('torch.')}"
+    return ConfigError(what, "Try --dtype bf16 or fp32")
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path) -> None:

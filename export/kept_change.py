@@ -18,7 +18,7 @@ from torch import Tensor
 
 from checkpoints.model_config import Rounding
 from checkpoints.rounding import round_rows
-from checkpoints.source import TensorSource, View, check_rounded
+from checkpoints.source import TensorSource, View
 
 ENOUGH = 0.95
 """The share of the change below which a merge warns."""
@@ -127,6 +127,9 @@ class RoundedTensors(View):
         super().__init__(below)
         self.base, self.rounding, self.kept = base, rounding, KeptChange()
 
+    def unrounded(self) -> TensorSource:
+        return self.below
+
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         exact, dtype = self.below.rows(name, start, stop), self.dtype(name)
         if exact.dtype == dtype or exact.dim() == 0:
@@ -140,7 +143,6 @@ class RoundedTensors(View):
         exact = exact.to(torch.float32)
         rounded = round_rows(exact.view(len(exact), -1), dtype, self.rounding, name, start).view(exact.shape)
         rounded[unchanged] = exact[unchanged].to(dtype)
-        check_rounded(name, exact, rounded)
         self._measure(name, start, exact, rounded, base)
         return rounded
 
