@@ -14,6 +14,7 @@ Shapes: a block has R rows of C columns.
 from __future__ import annotations
 
 import zlib
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -24,8 +25,11 @@ from checkpoints.source import is_finite
 _GOLDEN = 40503
 """2^16 divided by the golden ratio: the thresholds of neighbouring columns are far apart."""
 
-_CHUNK = 2**20
-"""Elements that are rounded at a time: 4 MiB in float32, as much as a merge computes at a time."""
+_GROUP = 2**20
+"""Elements that are rounded at a time: with fewer, threads wait for each other longer than they compute."""
+
+_OFFSETS = 2**10
+"""Number of places in the sequence at which a group of rows may start."""
 
 
 def round_rows(exact: Tensor, dtype: torch.dtype, rounding: Rounding, name: str, first_row: int) -> Tensor:
@@ -42,30 +46,42 @@ def round_rows(exact: Tensor, dtype: torch.dtype, rounding: Rounding, name: str,
     if rounding == "nearest" or dtype not in (torch.bfloat16, torch.float16) or not is_finite(exact):
         return exact.to(dtype)  # NaN and infinity stay, for the caller to find
     rounded = torch.empty_like(exact, dtype=dtype)
-    step = max(1, _CHUNK // max(1, exact.shape[1]))
-    for start in range(0, len(exact), step):
-        part = slice(start, start + step)
-        thresholds = _thresholds(name, first_row + start, *exact[part].shape)
+    columns = exact.shape[1]
+    table = _thresholds(columns)
+    # Groups of rows start at multiples of the table's rows in the tensor, wherever the block starts.
+    start = first_row
+    while start < first_row + len(exact):
+        group, row = divmod(start, len(table))
+        stop = min((group + 1) * len(table), first_row + len(exact))
+        offset = zlib.crc32(f"{name}:{group}".encode()) % _OFFSETS
+        part = slice(start - first_row, stop - first_row)
+        thresholds = table[row : row + stop - start, offset : offset + columns]
         rounded[part] = _round_up_or_down(exact[part], thresholds, dtype)
+        start = stop
     return rounded
 
 
 def _round_up_or_down(exact: Tensor, thresholds: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the numbers of ``dtype`` next to ``exact``, in float32; ``thresholds`` below 2^16 are overwritten."""
+    """Return the numbers of ``dtype`` next to ``exact``, in float32; ``thresholds`` are below 2^16."""
     if dtype == torch.bfloat16:  # the first 16 bits of a float32
-        return thresholds.add_(exact.view(torch.int32)).bitwise_and_(-1 << 16).view(torch.float32)
+        return (exact.view(torch.int32) + thresholds).bitwise_and_(-1 << 16).view(torch.float32)
     # Below the smallest normal number, the numbers of float16 are as far apart as directly above it.
     smallest = torch.finfo(dtype).smallest_normal
     offset = torch.where(exact.abs() < smallest, torch.full_like(exact, smallest).copysign_(exact), 0.0)
     bits = (exact + offset).view(torch.int32)
-    rounded = thresholds.bitwise_right_shift_(3).add_(bits).bitwise_and_(-1 << 13).view(torch.float32)
+    rounded = (thresholds >> 3).add_(bits).bitwise_and_(-1 << 13).view(torch.float32)
     return rounded.sub_(offset).copysign_(exact)  # zero keeps its sign
 
 
-def _thresholds(name: str, first_row: int, rows: int, columns: int) -> Tensor:
-    """Return [R, C] integers below 2^16: along a row a sequence that is spread evenly, from a random start."""
-    shifts = _mixed(torch.arange(first_row, first_row + rows) + (zlib.crc32(name.encode()) << 30))
-    steps = torch.arange(columns) * _GOLDEN
+@lru_cache(maxsize=2)
+def _thresholds(columns: int) -> Tensor:
+    """Return integers below 2^16 for a group of rows, each spread evenly along the row from a random start.
+
+    Returns:
+        [rows, columns + 1024]: any ``columns`` neighbours of a row are such a sequence.
+    """
+    shifts = _mixed(torch.arange(max(1, _GROUP // max(1, columns))))
+    steps = torch.arange(columns + _OFFSETS) * _GOLDEN
     return ((shifts & 0xFFFF).to(torch.int32)[:, None] + (steps & 0xFFFF).to(torch.int32)).bitwise_and_(0xFFFF)
 
 
