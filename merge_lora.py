@@ -160,7 +160,8 @@ def verify(plan: MergePlan, folder: Path) -> str:
 
     samples = choose_samples(plan.adapters, folder, plan.vocab_size)
     with steps_bar("verifying") as show:
-        verification = verify_merge(plan.fold.base, plan.fold_config, plan.adapters, folder, samples, show)
+        inputs = (plan.fold.base, plan.fold_config, plan.adapters)
+        verification = verify_merge(*inputs, folder, samples, plan.source.rounding, show)
     if verification.faults:
         fix = "Nothing was kept. Merge again; if it fails again, the disk or the memory of this machine may be faulty"
         raise RunError(f"the merged model is not what base and adapter give: {describe(verification)}", fix)

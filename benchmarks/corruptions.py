@@ -52,7 +52,7 @@ class Corruptor:
     def faults(self, name: str, tensor: Tensor) -> list[str]:
         """Return what the verification reports; it compares every tensor by itself."""
         source = _Replaced(self.written, name, tensor)
-        return check_tensor(name, self.adapted, AdaptedParameters(source, (), self._tied_to)).faults()
+        return check_tensor(name, self.adapted, AdaptedParameters(source, (), self._tied_to), self._rounding).faults()
 
     def values(self, name: str) -> Tensor:
         """Return a copy of a written tensor."""

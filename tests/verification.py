@@ -100,7 +100,7 @@ def merge(
 def verify(base: Path, adapters: list[WeightedAdapter], merged: Path) -> Verification:
     config = load_json(base / "config.json")
     samples = choose_samples(adapters, merged, config["vocab_size"])
-    return verify_merge(open_dequantized(base, torch.float16), config, adapters, merged, samples)
+    return verify_merge(open_dequantized(base, torch.float16), config, adapters, merged, samples, "nearest")
 
 
 def assert_passes(base: Path, adapters: list[WeightedAdapter], merged: Path) -> Verification:

@@ -67,9 +67,8 @@ class Behaviour:
     def lost_share(self) -> float:
         """Share of what the adapter learnt on its samples that the merged model lacks; 0 if it is not measurable."""
         learnt, lost = self.base_loss - self.adapter_loss, self.merged_loss - self.adapter_loss
-        if not self.samples.are_trained or learnt <= 0 or lost <= SIGNIFICANCE * self.error:
-            return 0.0
-        return lost / learnt
+        is_lost = learnt > 0 and lost > SIGNIFICANCE * self.error  # false for NaN
+        return lost / learnt if self.samples.are_trained and is_lost else 0.0
 
 
 class NextTokens:

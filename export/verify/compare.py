@@ -22,6 +22,7 @@ from torch import Tensor
 
 from checkpoints.files import load_json
 from checkpoints.fold import WeightedAdapter
+from checkpoints.model_config import Rounding
 from checkpoints.source import TensorSource, main_dtype, row_blocks
 from errors import ConfigError
 from export.layouts.convert import convert_model
@@ -51,6 +52,7 @@ class Verification:
         tensors: number of tensors compared.
         kept: share of the adapters' change that is in the written weights; 1 if they change nothing.
         dtype: dtype of most of the folder's weights.
+        rounding: with which changed values were rounded to 16 bits.
         behaviour: of the folder beside base + adapters; ``None`` if its tensors do not fit its config.
         faults: differences that rounding cannot cause; empty if the merge is correct.
     """
@@ -58,6 +60,7 @@ class Verification:
     tensors: int
     kept: float
     dtype: torch.dtype
+    rounding: Rounding
     behaviour: Behaviour | None
     faults: list[str] = field(default_factory=list)
 
@@ -70,7 +73,7 @@ class Verification:
             f"the merged model gives back {1 - lost:.0%} of what the adapter learnt on its training samples (loss "
             f"{self.behaviour.merged_loss:.3f} instead of {self.behaviour.adapter_loss:.3f}; untuned "
             f"{self.behaviour.base_loss:.3f}): {_name(self.dtype)} holds {self.kept:.0%} of the adapter's change. "
-            "Merge again without --rounding nearest, or with --dtype fp32"
+            f"Merge again {'without --rounding nearest, or ' if self.rounding == 'nearest' else ''}with --dtype fp32"
         )
 
 
@@ -104,6 +107,7 @@ def verify_merge(
     adapters: Sequence[WeightedAdapter],
     merged: Path,
     samples: Samples,
+    rounding: Rounding,
     on_progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Verification:
     """Compare a merged folder with its base and the adapters that were merged.
@@ -113,6 +117,7 @@ def verify_merge(
         base_config: contents of its config.json.
         adapters: in the base's layout.
         merged: the merged folder, in any layout.
+        rounding: with which changed values were rounded to 16 bits.
         samples: to compare answers on; cut to the length that both models were trained for.
         on_progress: called with the number of finished steps (about one per layer) and their total.
 
@@ -125,15 +130,17 @@ def verify_merge(
     if reference != result:
         faults.append(f"vocabulary, width and number of layers are {result}, the base's {reference}")
     if faults:
-        return Verification(len(comparison.result.shapes), 1.0, main_dtype(comparison.written), None, faults)
-    return _Verifier(comparison, base_config, load_json(merged / "config.json")).run(on_progress)
+        return Verification(len(comparison.result.shapes), 1.0, main_dtype(comparison.written), rounding, None, faults)
+    return _Verifier(comparison, base_config, load_json(merged / "config.json"), rounding).run(on_progress)
 
 
 class _Verifier:
     """Compares weights, configs and answers, stage by stage."""
 
-    def __init__(self, comparison: Comparison, base_config: Mapping[str, Any], written_config: dict[str, Any]) -> None:
-        self._all = comparison
+    def __init__(
+        self, comparison: Comparison, base_config: Mapping[str, Any], written_config: dict[str, Any], rounding: Rounding
+    ) -> None:
+        self._all, self._rounding = comparison, rounding
         layout = layout_of_config(dict(base_config))
         written, _ = convert_model(comparison.written, written_config, layout)
         tied_to = comparison.reference.embedding if comparison.result.tied_to else None
@@ -165,25 +172,25 @@ class _Verifier:
             self._faults.append("its predictions are not finite")
         on_progress(steps, steps)
         kept = 1 + self._lost / self._learnt if self._learnt else 1.0
-        return Verification(self._tensors, kept, main_dtype(all_.written), behaviour, self._faults)
+        return Verification(self._tensors, kept, main_dtype(all_.written), self._rounding, behaviour, self._faults)
 
     def _check(self, name: str) -> None:
         """Compare a tensor, named as in the base's layout."""
-        check = check_tensor(name, self._all.adapted, self._written)
+        check = check_tensor(name, self._all.adapted, self._written, self._rounding)
         self._faults += check.faults()
         self._tensors += 1
         self._learnt += check.learnt
         self._lost += check.lost
 
 
-def check_tensor(name: str, adapted: AdaptedParameters, written: AdaptedParameters) -> TensorCheck:
+def check_tensor(name: str, adapted: AdaptedParameters, written: AdaptedParameters, rounding: Rounding) -> TensorCheck:
     """Compare a written tensor with base + adapters.
 
     Args:
         written: the folder's tensors by the names of the base's layout.
     """
     stored, written_name = adapted.stored_name(name), written.stored_name(name)
-    check = TensorCheck(name, written.source.dtype(written_name))
+    check = TensorCheck(name, written.source.dtype(written_name), rounding)
     shape = adapted.source.shape(stored)
     if len(shape) == 1:
         check.compare_vector(adapted.source.read(stored), adapted.vector(name), written.source.read(written_name))

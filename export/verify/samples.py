@@ -79,15 +79,25 @@ def choose_samples(adapters: Sequence[WeightedAdapter], merged: Path, vocab_size
 def _trained(folder: Path, vocab_size: int) -> list[Sample]:
     """Return an adapter's samples, the shortest first."""
     try:
-        samples = [Sample(sample.ids, sample.labels) for sample in TrainingSamples.read(folder).samples]
+        samples = [
+            Sample(sample.ids, [IGNORED, *sample.labels[1:]])  # the first token has no prediction
+            for sample in TrainingSamples.read(folder).samples
+            if sample.ids
+        ]
     except ConfigError as error:
         logger.warning("%s: verifying without them", error)
         return []
-    fitting = [sample for sample in samples if max(sample.ids, default=vocab_size) < vocab_size]
+    fitting = [sample for sample in samples if _is_usable(sample, vocab_size)]
     if len(fitting) < len(samples):
-        logger.warning("%s: its training samples contain ids beyond the model's %d rows", folder, vocab_size)
-    with_targets = (sample for sample in fitting if any(label != IGNORED for label in sample.labels[1:]))
+        what = "%s: some of its training samples have ids beyond the model's %d rows, or labels that are not their ids"
+        logger.warning(what, folder, vocab_size)
+    with_targets = (sample for sample in fitting if any(label != IGNORED for label in sample.labels))
     return sorted(with_targets, key=lambda sample: len(sample.ids))
+
+
+def _is_usable(sample: Sample, vocab_size: int) -> bool:
+    pairs = zip(sample.ids, sample.labels, strict=True)
+    return all(0 <= id_ < vocab_size and label in (IGNORED, id_) for id_, label in pairs)
 
 
 def _fit(samples: Iterable[Sample]) -> tuple[Sample, ...]:

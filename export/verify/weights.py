@@ -1,10 +1,10 @@
 """Written tensors against base + adapters, row by row, value by value and along the adapter's change.
 
-A written value is off by less than the distance of two neighbours in the written dtype. Where an adapter changes values
-by less than that this proves little, because the base's value is as near. So the errors are also multiplied with the
-change and summed over each row and over the tensor: rounding to nearest leaves each value at its nearest neighbour, and
-unbiased rounding leaves sums that Bernstein's inequality bounds. A layer without its change, or with another scale,
-does neither.
+A value that is rounded to nearest is as near to the exact one as a number of the written dtype can be. A dithered value
+is off by less than the distance of its two neighbours. Where an adapter changes values by less than that, this proves
+little, because the base's value is as near. So the errors of dithered values are also multiplied with the change and
+summed over each row and over the tensor: dithering is unbiased, so Bernstein's inequality bounds the sums. A layer
+without its change, or with another scale, exceeds them.
 
 Rows that no adapter changes are compared bit for bit.
 
@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from checkpoints.model_config import Rounding
 from export.verify.reference import MatrixChange, changed_matrix
 
 CHECKED_ELEMENTS = 2**17
@@ -37,8 +38,8 @@ SUM_FLOOR = 1e-6
 SHARE = 0.01
 """Allowed difference of the share of the change that is written from 1."""
 
-RARE = 0.01
-"""Share of values up to which those that differ from the nearest one are looked at one by one (ties)."""
+UNMERGED = 0.01
+"""Rows that lack all of the change but for this share are compared with the base's."""
 
 
 @dataclass
@@ -61,17 +62,18 @@ class TensorCheck:
     Args:
         name: of the tensor, for messages.
         dtype: in which it is written.
+        rounding: with which 16-bit values are written.
 
     Attributes:
         learnt: squared norm of the change that the adapters make.
         lost: scalar product of the errors with that change; ``1 + lost / learnt`` is the share of it that was written.
     """
 
-    def __init__(self, name: str, dtype: torch.dtype) -> None:
+    def __init__(self, name: str, dtype: torch.dtype, rounding: Rounding) -> None:
         self.name, self.dtype = name, dtype
         self.learnt = self.lost = 0.0
         self._info, self._dtype_name = torch.finfo(dtype), str(dtype).removeprefix("torch.")
-        self._may_be_nearest = True
+        self._is_nearest = rounding == "nearest" or dtype not in (torch.bfloat16, torch.float16)
         self._sums = _Sums.none()
         self._fault: Fault | None = None
         self._unit = "row"
@@ -125,59 +127,47 @@ class TensorCheck:
         lost = terms.sum(1)
         self.learnt += float(learnt.sum(dtype=torch.float64))
         self.lost += float(lost.sum(dtype=torch.float64))
-        largest = _largest(exact)
+        size = exact.abs()
+        largest = size.amax(1)
         floor = FLOOR * largest + self._info.smallest_normal * self._info.eps
-        if self._may_be_nearest and self._is_nearest(exact, error, written, float(floor.max())):
+        if self._is_nearest:
+            allowed = (exact.to(self.dtype).to(torch.float32) - exact).abs_()
+        else:
+            allowed = size.mul_(self._info.eps)  # at least the distance of the neighbours
+        excess = error.abs().sub_(allowed).amax(1)
+        if (wrong := ~(excess <= floor)).any():
+            self._add_wrong(wrong, error, allowed, first)
             return
-        self._may_be_nearest = False  # so that the other rows are tested for it only if they seem wrong
-        # The neighbours of a value are less than ``eps`` times its size away.
-        excess = _largest(error) / (self._info.eps * largest + floor)
-        if (wrong := ~(excess <= 1)).any():
-            self._add_wrong(wrong, excess, error, self._info.eps * largest, first)
+        if self._is_nearest and self._info.eps > FLOOR:  # nothing can be nearer
             return
         if (still := learnt == 0).any():
             held = plain[still].to(self.dtype)
             moved = (held.to(torch.float32) == plain[still]) & (held != written[still])
             self._add_unchanged(torch.zeros_like(still).index_put((still.nonzero()[:, 0],), moved.any(1)), first)
-        if (unmerged := ((lost + learnt).abs() <= RARE * learnt) & ~still).any():
+        if (unmerged := ((lost + learnt).abs() <= UNMERGED * learnt) & ~still).any():
             rows = unmerged.nonzero()[:, 0]
             self._check_unmerged(plain[rows], exact[rows], written[rows], rows + first)
         sums = _Sums(
             lost,
             learnt,
             variance=torch.linalg.vecdot(terms, terms),
-            term=self._info.eps * largest * _largest(change),
+            term=self._info.eps * largest * torch.maximum(change.amax(1), -change.amin(1)),
             floor=SUM_FLOOR * largest * (learnt * change.shape[1]).sqrt(),
         )
         excess = sums.excess()
-        if (excess > 1).any():
-            distance = (exact.to(self.dtype).to(torch.float32) - exact).abs_()
-            is_nearest = (error.abs() - distance <= floor[:, None]).all(1)
-            excess[is_nearest] = 0
-            sums = sums.without(is_nearest)
         if (worst := float(excess.max())) > 1:
             row = int(excess.argmax())
             self._add(Fault(f"{self._unit} {first + row} has {sums.shares(row)}", worst, int((excess > 1).sum())))
         self._sums = self._sums.plus(sums)
 
     def _check_unmerged(self, plain: Tensor, exact: Tensor, written: Tensor, rows: Tensor) -> None:
-        """Report rows that are the base's although unbiased rounding would almost certainly have moved a value."""
-        are_base, are_nearest = ((values.to(self.dtype) == written).all(1) for values in (plain, exact))
+        """Report rows that are the base's although dithering would almost certainly have moved a value."""
+        are_base = (plain.to(self.dtype) == written).all(1)
         # The chance that a value moves is its change divided by the distance of its neighbours.
         chances = ((exact - plain).abs() / (self._info.eps * exact.abs())).nan_to_num(0).clamp(max=1)
-        if (wrong := are_base & ~are_nearest & (chances.sum(1) > LOG_ODDS)).any():
+        if (wrong := are_base & (chances.sum(1) > LOG_ODDS)).any():
             text = f"{self._unit} {int(rows[wrong][0])} is the base's, without the adapter's change"
             self._add(Fault(text, 1.0, int(wrong.sum())))
-
-    def _is_nearest(self, exact: Tensor, error: Tensor, written: Tensor, floor: float) -> bool:
-        """Return whether all values are as near to the exact ones as the nearest one is; ties may differ from it."""
-        rounded = exact.to(self.dtype)
-        difference = _bits(rounded) - _bits(written)
-        if (count := int(difference.count_nonzero())) > RARE * difference.numel() + 1:
-            return False
-        differs = difference != 0
-        distance = (rounded[differs].to(torch.float32) - exact[differs]).abs_()
-        return count == 0 or bool((error[differs].abs() - distance <= floor).all())
 
     def _add_unchanged(self, moved: Tensor, first: int) -> None:
         if moved.any():
@@ -185,12 +175,12 @@ class TensorCheck:
             text = f"{self._unit} {row} differs from the base's, and no adapter changes it"
             self._add(Fault(text, math.inf, int(moved.sum())))
 
-    def _add_wrong(self, wrong: Tensor, excess: Tensor, error: Tensor, explained: Tensor, first: int) -> None:
-        row = int(excess.nan_to_num(math.inf).argmax())
-        off = float(error[row].abs().nan_to_num(math.inf).max())
+    def _add_wrong(self, wrong: Tensor, error: Tensor, allowed: Tensor, first: int) -> None:
+        row = int(wrong.nonzero()[0])
+        value = int((error[row].abs() - allowed[row]).nan_to_num(math.inf).argmax())
         text = (
-            f"{self._unit} {first + row} is off by {off:.2g}, rounding to {self._dtype_name} explains "
-            f"{float(explained[row]):.2g}"
+            f"{self._unit} {first + row} is off by {float(error[row, value].abs()):.2g}, rounding to "
+            f"{self._dtype_name} explains {float(allowed[row, value]):.2g}"
         )
         self._add(Fault(text, math.inf, int(wrong.sum())))
 
@@ -205,7 +195,7 @@ class TensorCheck:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Sums of errors times changes over rows that are not rounded to nearest, and what bounds them.
+    """Sums of errors times changes over rows, and what bounds them.
 
     Attributes:
         lost, learnt: sums of error x change and of change squared.
@@ -239,23 +229,10 @@ class _Sums:
         share, width = 1 + lost / learnt, bound / learnt
         return f"{share:.0%} of the adapter's change, rounding leaves {max(0.0, 1 - width):.0%} to {1 + width:.0%}"
 
-    def without(self, rows: Tensor) -> _Sums:
-        """Return these sums with zeros for some rows."""
-        return _Sums(*(getattr(self, each.name).masked_fill(rows, 0) for each in fields(self)))
-
     def plus(self, rows: _Sums) -> _Sums:
         """Return the sums over these and more rows."""
         total = {each.name: getattr(self, each.name) + getattr(rows, each.name).sum().double() for each in fields(self)}
         return _Sums(**total | {"term": torch.maximum(self.term, rows.term.max().double())})
-
-
-def _largest(values: Tensor) -> Tensor:
-    """The largest absolute value of each row."""
-    return torch.maximum(values.amax(1), -values.amin(1))
-
-
-def _bits(values: Tensor) -> Tensor:
-    return values.view({8: torch.int64, 4: torch.int32, 2: torch.int16}[values.dtype.itemsize])
 
 
 def same_bits(first: Tensor, second: Tensor) -> bool:

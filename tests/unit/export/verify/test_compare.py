@@ -141,7 +141,7 @@ def test_prompts_are_cut_to_the_trained_length(tmp_path: Path) -> None:
 def test_description_contains_the_figures() -> None:
     samples = Samples(4 * (Sample([1, 2], [-100, 2]),), are_trained=True)
     behaviour = Behaviour(2.4722, 2.1081, 2.1099, 0.71, 0.991, 0.001, 96, samples)
-    result = Verification(290, 0.9998, torch.bfloat16, behaviour)
+    result = Verification(290, 0.9998, torch.bfloat16, "dithered", behaviour)
     assert describe(result) == (
         "verified: 290 tensors are base + adapter, rounded to bfloat16\n"
         "  the adapter's answers on 4 training samples: loss 2.108, merged 2.110; same next token at 99.1% of "
@@ -161,11 +161,12 @@ def test_lost_answers_are_a_warning_with_the_remedy(merged_loss: float, error: f
     """More than a quarter of what was learnt, beyond the error of the mean."""
     samples = Samples((Sample([1, 2], [-100, 2]),), are_trained=True)
     behaviour = Behaviour(2.472, 2.108, merged_loss, 0.71, 0.83, error, 96, samples)
-    result = Verification(290, 0.497, torch.bfloat16, behaviour)
+    result = Verification(290, 0.497, torch.bfloat16, "nearest", behaviour)
     assert (result.warning == "") == (not warns)
     if warns:
         assert result.warning.startswith("the merged model gives back 35% of what the adapter learnt")
         assert "bfloat16 holds 50% of the adapter's change" in result.warning and "--dtype fp32" in result.warning
+        assert "--rounding" in result.warning and "--rounding" not in replace(result, rounding="dithered").warning
     everyday = replace(behaviour, samples=replace(samples, are_trained=False))
     assert replace(result, behaviour=everyday).warning == ""
 
@@ -176,5 +177,5 @@ def test_progress_counts_every_stage(tmp_path: Path) -> None:
     merged = merge(base, [], tmp_path / "merged")
     config = load_json(base / "config.json")
     samples = Samples((Sample([1, 2, 3], [-100, 2, 3]),), are_trained=False)
-    verify_merge(open_checkpoint(base), config, [], merged, samples, lambda *step: steps.append(step))
+    verify_merge(open_checkpoint(base), config, [], merged, samples, "nearest", lambda *step: steps.append(step))
     assert steps == [(number, 5) for number in range(1, 6)]

@@ -70,7 +70,8 @@ def run(base, folders, merged):
     ids = [[(7 * index + number) % 512 for index in range(30)] for number in range(4)]
     samples = Samples(tuple(Sample(each, [-100, *each[1:]]) for each in ids), True)
     adapters = [WeightedAdapter(read_adapter(folder)) for folder in folders]
-    result = verify_merge(open_checkpoint(base), load_json(Path(base) / "config.json"), adapters, Path(merged), samples)
+    config = load_json(Path(base) / "config.json")
+    result = verify_merge(open_checkpoint(base), config, adapters, Path(merged), samples, "nearest")
     assert not result.faults, result
 
 small, base, adapter, merged = sys.argv[1:]

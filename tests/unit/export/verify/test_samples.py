@@ -54,4 +54,4 @@ def test_ids_beyond_the_vocabulary_and_damaged_files_are_not_used(
     with caplog.at_level(logging.WARNING):
         samples = choose_samples([beyond, damaged], base, 768)
     assert not samples.are_trained and str(samples).endswith("everyday conversations")
-    assert "contain ids beyond" in caplog.text and "verifying without them" in caplog.text
+    assert "have ids beyond" in caplog.text and "verifying without them" in caplog.text

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from checkpoints.fold import WeightedAdapter
+from checkpoints.model_config import Rounding
 from export.verify.reference import MatrixChange
 from export.verify.weights import TensorCheck
 from tests.verification import (
@@ -126,19 +127,20 @@ def by_chance(exact: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.where(torch.rand(exact.shape, generator=generator) < probability, other, nearest)
 
 
-ROUNDINGS = {"nearest": Tensor.to, "by chance": by_chance}
+WRITTEN: dict[Rounding, Callable[[Tensor, torch.dtype], Tensor]] = {"nearest": Tensor.to, "dithered": by_chance}
 
 
 def matrix(size: float, dtype: torch.dtype) -> tuple[Tensor, MatrixChange]:
-    """A matrix of a layer, and a change of ``size`` relative to its values."""
+    """A matrix whose values are 2^-6 to 2^-5, and a change of ``size`` relative to them."""
     generator = torch.Generator().manual_seed(4)
-    base = torch.randn(ROWS, COLUMNS, generator=generator) * 0.02
+    base = 2**-6 * (1 + torch.rand(ROWS, COLUMNS, generator=generator))
+    base *= torch.randn(ROWS, COLUMNS, generator=generator).sign()
     up, down = torch.randn(ROWS, RANK, generator=generator), torch.randn(RANK, COLUMNS, generator=generator)
     return base.to(dtype), MatrixChange(1.0, up=up * size * 0.01, down=down)
 
 
-def faults_of(base: Tensor, change: MatrixChange, written: Tensor) -> list[str]:
-    check = TensorCheck("layer", written.dtype)
+def faults_of(base: Tensor, change: MatrixChange, written: Tensor, rounding: Rounding = "dithered") -> list[str]:
+    check = TensorCheck("layer", written.dtype, rounding)
     for first in range(0, ROWS, 100):
         rows = slice(first, min(first + 100, ROWS))
         check.compare(base[rows], [change.part(rows.start, rows.stop)], written[rows], first)
@@ -147,41 +149,58 @@ def faults_of(base: Tensor, change: MatrixChange, written: Tensor) -> list[str]:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("size", [1e-5, 1e-3, 1.0])
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_correct_rounding_is_not_reported(rounding: str, size: float, dtype: torch.dtype) -> None:
-    if (rounding, dtype) == ("by chance", torch.float32):
-        rounding = "nearest"
+@pytest.mark.parametrize("rounding", WRITTEN)
+def test_correct_rounding_is_not_reported(rounding: Rounding, size: float, dtype: torch.dtype) -> None:
+    write = Tensor.to if dtype == torch.float32 else WRITTEN[rounding]
     base, change = matrix(size, dtype)
-    assert faults_of(base, change, ROUNDINGS[rounding](change.matrix(base.float()), dtype)) == []
+    assert faults_of(base, change, write(change.matrix(base.float()), dtype), rounding) == []
 
 
 @pytest.mark.parametrize(
     ("rounding", "factor"),
-    [("nearest", 0.0), ("nearest", 0.5), *(("by chance", factor) for factor in (0.0, 0.5, 1.5, 2.0))],
+    [("nearest", 0.0), ("nearest", 0.5), *(("dithered", factor) for factor in (0.0, 0.5, 1.5, 2.0))],
 )
-def test_small_change_with_another_scale_is_reported(rounding: str, factor: float) -> None:
+def test_small_change_with_another_scale_is_reported(rounding: Rounding, factor: float) -> None:
     """The change is below the distance of neighbouring values, so no single value tells."""
-    base, change = matrix(2e-3, torch.bfloat16)
+    base, change = matrix(5e-4, torch.bfloat16)
     assert change.up is not None
     scaled = replace(change, up=factor * change.up)
-    written = ROUNDINGS[rounding](scaled.matrix(base.float()), torch.bfloat16)
-    (fault,) = faults_of(base, change, written)
-    assert fault.startswith("layer: ") and "% of the adapter's change, rounding leaves" in fault
+    written = WRITTEN[rounding](scaled.matrix(base.float()), torch.bfloat16)
+    (fault,) = faults_of(base, change, written, rounding)
+    assert fault.startswith("layer: ")
+    if (rounding, factor) == ("dithered", 0.0):
+        assert "has 0% of the adapter's change, rounding leaves" in fault
 
 
-@pytest.mark.parametrize("rounding", ROUNDINGS)
-def test_unchanged_row_of_a_changed_matrix_is_compared_bit_for_bit(rounding: str) -> None:
+@pytest.mark.parametrize("rounding", WRITTEN)
+def test_unchanged_row_of_a_changed_matrix_is_compared_bit_for_bit(rounding: Rounding) -> None:
     base, change = matrix(1e-2, torch.bfloat16)
     assert change.up is not None
     change.up[130] = 0
-    written = ROUNDINGS[rounding](change.matrix(base.float()), torch.bfloat16)
-    assert faults_of(base, change, written) == []
+    written = WRITTEN[rounding](change.matrix(base.float()), torch.bfloat16)
+    assert faults_of(base, change, written, rounding) == []
     written[130, 7] = torch.nextafter(written[130, 7], torch.tensor(1.0, dtype=torch.bfloat16))
-    assert faults_of(base, change, written) == ["layer: row 130 differs from the base's, and no adapter changes it"]
+    (fault,) = faults_of(base, change, written, rounding)
+    assert fault.startswith("layer: row 130 ")
 
 
 def test_row_without_its_small_change_is_reported() -> None:
-    base, change = matrix(2e-3, torch.bfloat16)
+    base, change = matrix(1e-3, torch.bfloat16)
     written = by_chance(change.matrix(base.float()), torch.bfloat16)
     written[130] = base[130]
     assert faults_of(base, change, written) == ["layer: row 130 is the base's, without the adapter's change"]
+
+
+def test_small_value_with_the_wrong_sign_is_reported() -> None:
+    base, change = matrix(1e-2, torch.bfloat16)
+    written = by_chance(change.matrix(base.float()), torch.bfloat16)
+    smallest = int(written[130].abs().argsort()[5])
+    written[130, smallest] *= -1
+    (fault,) = faults_of(base, change, written)
+    assert fault.startswith("layer: row 130 is off by ")
+
+
+def test_layer_of_the_base_is_no_dithered_merge_of_a_tiny_change() -> None:
+    """The change is a hundredth of the distance of two values: rounded to nearest, it would move almost none."""
+    base, change = matrix(5e-5, torch.bfloat16)
+    assert faults_of(base, change, base, "dithered") != []
