@@ -4,8 +4,9 @@
 
 Calibration and held-out conversations are drawn from the data with a fixed seed, and are the same for all rows. Each
 run quantises in groups of 64 in a process of its own, with the sources of its revision (an archive of the repository),
-and includes what that revision measures. Memory is the peak of RssAnon above its value after the imports. The
-perplexity is measured afterwards, from the written files. The second model is a tiny one that is trained on the data.
+and includes what that revision measures. Seconds are those of all threads on the CPU; memory is the peak of RssAnon
+above its value after the imports. The perplexity is measured afterwards, from the written files. The second model is a
+tiny one that is trained on the data.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ FORMATS = ("gptq", "awq")
 # The last revision with symmetric GPTQ and with AWQ's own search.
 BEFORE = "f91ef3c"
 TINY_SHAPE = {"hidden_size": 128, "num_hidden_layers": 4, "intermediate_size": 512, "num_attention_heads": 4}
-TINY_STEPS = 400
+TINY_STEPS = 150
 
 QUANTIZE = """
-import json, sys
+import json, sys, time
 from pathlib import Path
 import torch, transformers
 from checkpoints.model_config import Quantization
@@ -49,9 +50,10 @@ samples = Samples(**json.loads(Path(samples).read_text()))
 quantization = Quantization(format_, 4, int(group_size), zero_offset=int(format_ == "gptq"))
 print("ready", flush=True)
 sys.stdin.readline()
+started = time.process_time()
 measured = quantize_checkpoint(load_checkpoint(model), quantization, samples, Path(output))
-nearest = getattr(measured, "nearest", None)
-Path(result).write_text(json.dumps(nearest and [nearest.sums, nearest.counts]))
+seconds, nearest = time.process_time() - started, getattr(measured, "nearest", None)
+Path(result).write_text(json.dumps([seconds, nearest and [nearest.sums, nearest.counts]]))
 """
 MEASURE = """
 import json, sys
@@ -80,8 +82,8 @@ def main(argv: Sequence[str]) -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         check_out(args.before, folder / "before")
-        models = {"pretrained": args.model_name_or_path, "tiny": str(train_tiny(args.data_path, folder))}
-        rows = [row for name, model in models.items() for row in compare(name, model, args, folder / name)]
+        rows = compare("pretrained", args.model_name_or_path, args, folder / "pretrained")
+        rows += compare("tiny", str(train_tiny(args.data_path, folder)), args, folder / "tiny")
     command = f"python -m benchmarks.quantize --model_name_or_path DIR --data_path {Path(args.data_path).name}"
     settings = {"samples": args.samples, "bits": 4, "group_size": GROUP_SIZE, "before": args.before}
     save_results({"command": command, "machine": machine(), **settings, "rows": rows}, args.output)
@@ -120,9 +122,11 @@ def compare(name: str, model: str, args: argparse.Namespace, folder: Path) -> li
         for when, sources in (("before", folder.parent / "before"), ("now", ROOT)):
             row, output = f"{format_} {when}", folder / f"{format_}-{when}"
             result = folder / "result.json"
-            costs[row] = time_run(sources, [model, format_, GROUP_SIZE, samples, output, result])
+            memory = run_and_watch(sources, [model, format_, GROUP_SIZE, samples, output, result])
             losses[row] = measure_losses(output, samples)
-            if (nearest := json.loads(result.read_text())) is not None:
+            seconds, nearest = json.loads(result.read_text())
+            costs[row] = {"cpu_seconds": round(seconds, 1), "memory_mib": memory}
+            if nearest is not None:
                 losses["nearest"] = AnswerLosses(*map(tuple, nearest))
     rows = []
     for row, measured in losses.items():
@@ -172,8 +176,8 @@ def environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "passive"}
 
 
-def time_run(sources: Path, arguments: Sequence[object]) -> dict[str, float]:
-    """Quantise with the sources of a revision; return seconds and peak memory."""
+def run_and_watch(sources: Path, arguments: Sequence[object]) -> int:
+    """Quantise with the sources of a revision; return the peak of anonymous memory above that of the imports (MiB)."""
     command = [sys.executable, "-c", QUANTIZE, *map(str, arguments)]
     process = subprocess.Popen(
         command, cwd=sources, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -182,16 +186,14 @@ def time_run(sources: Path, arguments: Sequence[object]) -> dict[str, float]:
     while process.stdout.readline() not in ("ready\n", ""):  # libraries may print first
         pass
     floor = peak = anonymous_memory(process.pid)
-    started = time.perf_counter()
     process.stdin.write("\n")
     process.stdin.flush()
     while process.poll() is None:
         peak = max(peak, anonymous_memory(process.pid))
         time.sleep(0.02)
-    seconds = time.perf_counter() - started
     if process.returncode != 0:
         raise RuntimeError(f"quantising with the sources in {sources} failed")
-    return {"seconds": round(seconds, 1), "memory_mib": round(peak - floor)}
+    return round(peak - floor)
 
 
 def machine() -> dict[str, Any]:
