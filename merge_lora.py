@@ -155,13 +155,14 @@ def verify(plan: MergePlan, folder: Path) -> str:
         RunError: the merged model is not what base and adapters give.
     """
     from export.progress import steps_bar
+    from export.verify.behaviour import Comparison
     from export.verify.compare import describe, verify_merge
     from export.verify.samples import choose_samples
 
     samples = choose_samples(plan.adapters, folder, plan.vocab_size)
+    comparison = Comparison(plan.fold.base, plan.fold_config, plan.adapters, folder, samples)
     with steps_bar("verifying") as show:
-        inputs = (plan.fold.base, plan.fold_config, plan.adapters)
-        verification = verify_merge(*inputs, folder, samples, plan.source.rounding, show)
+        verification = verify_merge(comparison, plan.source.rounding, show)
     if verification.faults:
         fix = "Nothing was kept. Merge again; if it fails again, the disk or the memory of this machine may be faulty"
         raise RunError(f"the merged model is not what base and adapter give: {describe(verification)}", fix)

@@ -25,9 +25,14 @@ Rounding = Literal["dithered", "nearest"]
 ROUNDINGS: tuple[Rounding, ...] = get_args(Rounding)
 
 
+def dtype_name(dtype: object) -> str:
+    """Return a torch dtype's name without its module, as config.json has it: ``bfloat16``."""
+    return str(dtype).removeprefix("torch.")
+
+
 def declared_dtype(config: Mapping[str, Any]) -> str | None:
     """Return the dtype that a config.json declares by name or flag, as torch's name; ``None`` if it declares none."""
-    declared = str(config.get("dtype") or config.get("torch_dtype") or "").removeprefix("torch.")
+    declared = dtype_name(config.get("dtype") or config.get("torch_dtype") or "")
     if declared in DTYPE_NAMES.values():
         return declared
     return next((name for flag, name in DTYPE_NAMES.items() if config.get(flag)), None)

@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from checkpoints.model_config import Quantization
+from checkpoints.model_config import Quantization, dtype_name
 from errors import ConfigError
 
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
@@ -161,7 +161,7 @@ def check_packed(layer: str, parts: Mapping[str, Header], quantization: Quantiza
 def check_group_indices(name: str, groups: Tensor, number: int) -> None:
     """Raise ``ConfigError`` unless each value of a ``g_idx`` is one of ``number`` groups."""
     if groups.is_floating_point() or groups.dtype == torch.bool:
-        raise ConfigError(f"{name} is stored as {_name_of(groups.dtype)}, not as integers", _COPY_AGAIN)
+        raise ConfigError(f"{name} is stored as {dtype_name(groups.dtype)}, not as integers", _COPY_AGAIN)
     if groups.numel() and not 0 <= int(groups.min()) <= int(groups.max()) < number:
         wrong = int(groups.min()) if int(groups.min()) < 0 else int(groups.max())
         raise ConfigError(f"{name} names group {wrong}, the layer has groups 0 to {number - 1}", _COPY_AGAIN)
@@ -173,14 +173,10 @@ def _check_headers(layer: str, parts: Mapping[str, Header], expected: Mapping[st
         shape, stored = parts[part]
         name = f"{layer}.{part}" if part else layer
         if stored != dtype if dtype is not None else not stored.is_floating_point:
-            needed = "a floating-point dtype" if dtype is None else _name_of(dtype)
-            raise ConfigError(f"{name} is stored as {_name_of(stored)}, its quantisation needs {needed}", _COPY_AGAIN)
+            needed = "a floating-point dtype" if dtype is None else dtype_name(dtype)
+            raise ConfigError(f"{name} is stored as {dtype_name(stored)}, its quantisation needs {needed}", _COPY_AGAIN)
         if len(shape) != dimensions or 0 in shape:
             raise ConfigError(f"{name} has the shape {list(shape)}, not {dimensions} dimension(s)", _COPY_AGAIN)
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def is_in_order(groups: Tensor, quantization: Quantization) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from checkpoints.files import save_json
+from checkpoints.model_config import dtype_name
 from checkpoints.shards import SAFETENSORS_DTYPES
 from checkpoints.source import TensorSource, is_finite
 from errors import ConfigError
@@ -209,7 +210,7 @@ def _rounded_blocks(source: TensorSource, name: str) -> Iterator[Tensor]:
 def _not_finite(source: TensorSource, name: str, dtype: torch.dtype) -> ConfigError:
     if not all(map(is_finite, source.blocks(name))):
         return ConfigError(f"{name} holds NaN or infinity", "The checkpoint is damaged: copy or download it again")
-    what = f"{name} is not finite in {str(dtype).removeprefix('torch.')}"
+    what = f"{name} is not finite in {dtype_name(dtype)}"
     return ConfigError(what, "Try --dtype bf16 or fp32")
 
 

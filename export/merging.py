@@ -17,6 +17,7 @@ from checkpoints.model_config import (
     Quantization,
     Rounding,
     declared_dtype,
+    dtype_name,
     result_config,
 )
 from checkpoints.source import InDtype, main_dtype
@@ -58,7 +59,7 @@ class MergePlan:
     @property
     def dtype(self) -> str:
         """Name of the dtype that most weights are written in."""
-        return _name_of(main_dtype(self.source))
+        return dtype_name(main_dtype(self.source))
 
     @property
     def vocab_size(self) -> int:
@@ -141,7 +142,7 @@ def plan_merge(
     stored = choose_dtype(dtype, base.config)
     rounded = RoundedTensors(merged if stored is None else InDtype(merged, stored), before, rounding)
 
-    merged_config = result_config(merged_config, _name_of(main_dtype(rounded)))
+    merged_config = result_config(merged_config, dtype_name(main_dtype(rounded)))
     if matched is not None:
         merged_config[ROUNDED_AS] = str(matched)
     if QWEN_CONFIG in merged_config:
@@ -169,7 +170,3 @@ def _common_layout(adapters: Sequence[WeightedAdapter], default: str) -> str:
         fix = f"Convert them to one layout with {python_command('-m scripts.convert_layout')}"
         raise ConfigError(f"--adapter: the adapters have names of different layouts: {listed}", fix)
     return next(iter(layouts.values()))
-
-
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -27,7 +27,7 @@ from export.layouts.qwen2_names import layout_of_config
 from export.merging import MergePlan
 from export.progress import steps_bar
 from export.quantized_form import TrainedForm, as_quantized
-from export.verify.behaviour import compare_answers
+from export.verify.behaviour import Comparison, compare_answers
 from export.verify.samples import choose_samples
 
 logger = logging.getLogger(__name__)
@@ -95,8 +95,9 @@ def _measure(plan: MergePlan, training: _Training, folder: Path) -> str:
     else:
         form = TrainedForm(base, _stored_with(training.adapter, plan).read, model_type)
     samples = choose_samples(plan.adapters, folder, plan.vocab_size)
+    comparison = Comparison(form, plan.fold_config, plan.adapters, folder, samples)
     with steps_bar("comparing") as show:
-        result = compare_answers(form, plan.fold_config, plan.adapters, folder, samples, show)
+        result = compare_answers(comparison, show)
     return (
         f"weights differ from the quantised form by {form.relative_error():.2%}; on {result.samples} the loss is "
         f"{result.merged_loss:.3f} instead of {result.adapter_loss:.3f}, "

@@ -24,7 +24,7 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from checkpoints.model_config import Quantization, check_bitsandbytes
+from checkpoints.model_config import Quantization, check_bitsandbytes, dtype_name
 from checkpoints.packed_weights import PARTS, is_in_order, unpack_weight
 from checkpoints.shards import CheckpointReader, open_checkpoint
 from errors import ConfigError
@@ -216,7 +216,7 @@ def loading_arguments(
     arguments["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     if saved is not None:
         # AutoConfig keeps it as a dictionary.
-        arguments["config"].quantization_config["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
+        arguments["config"].quantization_config["bnb_4bit_compute_dtype"] = dtype_name(dtype)
     elif quantization.method == "int8":
         arguments["quantization_config"] = BitsAndBytesConfig(load_in_8bit=True)
     else:

@@ -14,7 +14,7 @@ import torch
 from checkpoints.base_files import CONFIG, set_values, values_of, write_files
 from checkpoints.files import save_json
 from checkpoints.folders import staged_folder
-from checkpoints.model_config import Quantization, check_bitsandbytes, result_config
+from checkpoints.model_config import Quantization, check_bitsandbytes, dtype_name, result_config
 from checkpoints.names import QUANTIZATION_REPORT
 from checkpoints.shards import open_checkpoint
 from checkpoints.writing import save_checkpoint
@@ -156,7 +156,7 @@ def _write_by_bitsandbytes(
     model = load_model(checkpoint, torch.float32, quantize=quantization)
     save_checkpoint(((name, tensor.cpu()) for name, tensor in stored_tensors(model)), folder, MAX_SHARD_SIZE)
     config = model.config.quantization_config.to_dict()
-    return _Written(before, None, {}, {**config, "bnb_4bit_compute_dtype": _name_of(checkpoint.dtype)})
+    return _Written(before, None, {}, {**config, "bnb_4bit_compute_dtype": dtype_name(checkpoint.dtype)})
 
 
 def _load_unquantised(checkpoint: Checkpoint) -> Any:
@@ -179,10 +179,6 @@ def _size_of_weights(folder: Path) -> int:
     return sum(file.stat().st_size for file in open_checkpoint(folder).files)
 
 
-def _name_of(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
 def _packed_config(quantization: Quantization) -> dict[str, Any]:
     """Return ``quantization_config`` with the keys that other libraries read."""
     config = {"quant_method": quantization.method, "bits": quantization.bits, "group_size": quantization.group_size}
@@ -195,7 +191,7 @@ def _packed_config(quantization: Quantization) -> dict[str, Any]:
 def _save_companion_files(checkpoint: Checkpoint, quantization_config: dict[str, Any], folder: Path) -> None:
     """Write the base's tokenizer and settings as they are, and its config.json with the quantisation."""
     files = dict(checkpoint.files)
-    config = result_config(values_of(files, CONFIG), _name_of(checkpoint.dtype))
+    config = result_config(values_of(files, CONFIG), dtype_name(checkpoint.dtype))
     set_values(files, CONFIG, config | {"quantization_config": quantization_config})
     add_chat_template(files, checkpoint.model_type)
     write_files(files, folder)

@@ -22,6 +22,7 @@ from checkpoints.source import InDtype
 from checkpoints.writing import save_source
 from export.layouts.config import config_to_qwen2
 from export.layouts.tensors import tensors_to_qwen2
+from export.verify.behaviour import Comparison
 from export.verify.compare import Verification, describe, verify_merge
 from export.verify.samples import choose_samples
 from qwen_model.register import register_qwen
@@ -100,7 +101,8 @@ def merge(
 def verify(base: Path, adapters: list[WeightedAdapter], merged: Path) -> Verification:
     config = load_json(base / "config.json")
     samples = choose_samples(adapters, merged, config["vocab_size"])
-    return verify_merge(open_dequantized(base, torch.float16), config, adapters, merged, samples, "nearest")
+    source = open_dequantized(base, torch.float16)
+    return verify_merge(Comparison(source, config, adapters, merged, samples), "nearest")
 
 
 def assert_passes(base: Path, adapters: list[WeightedAdapter], merged: Path) -> Verification:

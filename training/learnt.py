@@ -17,6 +17,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from checkpoints.model_config import dtype_name
 from checkpoints.training_samples import TrainingSample
 from data_utils.examples import ExampleSet
 from loading.sharding import is_sharded
@@ -103,8 +104,8 @@ def measure_change(model: nn.Module, dtype: torch.dtype) -> dict[str, Any] | Non
         learnt += float((change * change).sum())
     if not learnt:
         return None
-    name = str(dtype).removeprefix("torch.")
-    return {"dtype": name, "median_steps": float(torch.cat(steps).median()), "kept_by_nearest": applied / learnt}
+    median = float(torch.cat(steps).median())
+    return {"dtype": dtype_name(dtype), "median_steps": median, "kept_by_nearest": applied / learnt}
 
 
 def _lora_layers(model: nn.Module) -> Iterator[Any]:

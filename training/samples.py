@@ -37,7 +37,7 @@ def choose_samples(examples: ExampleSet, count: int, seed: int) -> TrainingSampl
     return TrainingSamples([*chosen.values()])
 
 
-def keep_samples(examples: ExampleSet, count: int, seed: int, folder: Path) -> TrainingSamples:
+def keep_samples(examples: ExampleSet, count: int, seed: int, folder: Path) -> None:
     """Write ``training_samples.json`` and log what it contains; with ``count`` 0, remove that of an earlier start."""
     samples = choose_samples(examples, count, seed)
     samples.write(folder)
@@ -46,4 +46,3 @@ def keep_samples(examples: ExampleSet, count: int, seed: int, folder: Path) -> T
             "%s contains %d of your conversations; --keep_samples 0 leaves it out",
             TRAINING_SAMPLES, len(samples.samples),
         )  # fmt: skip
-    return samples

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from chat.label_mask import IGNORE_INDEX
 from checkpoints.files import load_json
 from checkpoints.fold import WeightedAdapter
 from checkpoints.shards import open_checkpoint
@@ -22,7 +23,7 @@ from checkpoints.source import TensorSource, main_dtype, row_blocks
 from errors import ConfigError
 from export.verify.layered_model import HeldTensors, LayeredModel
 from export.verify.reference import AdaptedParameters
-from export.verify.samples import IGNORED, Samples
+from export.verify.samples import Samples
 from export.verify.weights import same_bits
 from qwen_model.architectures import HEAD_WEIGHT
 from qwen_model.block_runner import run_block
@@ -112,8 +113,8 @@ class Streams:
         self._models = models
         self.ids = pad_sequence([torch.tensor(sample.ids) for sample in samples.items], batch_first=True)
         labels = [torch.tensor(sample.labels) for sample in samples.items]
-        targets = pad_sequence(labels, batch_first=True, padding_value=IGNORED)[:, 1:]
-        self._counts = targets != IGNORED
+        targets = pad_sequence(labels, batch_first=True, padding_value=IGNORE_INDEX)[:, 1:]
+        self._counts = targets != IGNORE_INDEX
         self._targets = targets[self._counts]
         # Padding is on the right, where causal attention of real tokens does not reach.
         mask = pad_sequence([torch.ones(len(sample.ids)) for sample in samples.items], batch_first=True).long()
@@ -160,9 +161,20 @@ class Streams:
 class Comparison:
     """Base, base + adapters, and a merged folder, in three streams of the same samples.
 
+    Args:
+        base: the base's tensors by the names of its layout, dequantised.
+        base_config: contents of its config.json.
+        adapters: in the base's layout.
+        merged: the merged folder, in any layout.
+        samples: to compare answers on; cut to the length that both models were trained for.
+
     Attributes:
+        base_config, written_config: contents of the base's config.json and of the folder's.
         reference, result: module structures of the base's config and of the folder's.
         base, adapted, merged: parameters of the three models.
+
+    Raises:
+        ConfigError: tensors of the base, or files of the folder, are missing.
     """
 
     def __init__(
@@ -173,13 +185,15 @@ class Comparison:
         merged: Path,
         samples: Samples,
     ) -> None:
-        self.written, written_config = open_checkpoint(merged), load_json(merged / "config.json")
-        same_layout = base_config["model_type"] == written_config.get("model_type")
+        self.written = open_checkpoint(merged)
+        self.base_config, self.written_config = base_config, load_json(merged / "config.json")
+        same_layout = base_config["model_type"] == self.written_config.get("model_type")
         dtypes = {main_dtype(base), main_dtype(self.written)}
         fast = computes_bfloat16() and same_layout and dtypes == {torch.bfloat16}
         self.keeps_bfloat16 = fast
         self.source = HeldTensors(base, fast)
-        self.reference, self.result = LayeredModel(base_config, base), LayeredModel(written_config, self.written)
+        self.reference = LayeredModel(base_config, base)
+        self.result = LayeredModel(self.written_config, self.written)
         tied_to = self.reference.tied_to
         self.base = AdaptedParameters(self.source, (), tied_to, fast)
         self.adapted = AdaptedParameters(self.source, adapters, tied_to, fast)
@@ -222,26 +236,13 @@ class Comparison:
 
 @torch.no_grad()
 def compare_answers(
-    base: TensorSource,
-    base_config: Mapping[str, Any],
-    adapters: Sequence[WeightedAdapter],
-    merged: Path,
-    samples: Samples,
-    on_progress: Callable[[int, int], object] = lambda done, total: None,
+    comparison: Comparison, on_progress: Callable[[int, int], object] = lambda done, total: None
 ) -> Behaviour:
     """Compare the predictions of a merged folder with those of base + adapters, without checking its weights.
 
     Args:
-        base: the base's tensors by the names of its layout, dequantised.
-        base_config: contents of its config.json.
-        adapters: in the base's layout.
-        merged: the merged folder, in any layout.
         on_progress: called with the number of finished steps (about one per layer) and their total.
-
-    Raises:
-        ConfigError: tensors of the base, or files of the folder, are missing.
     """
-    comparison = Comparison(base, base_config, adapters, merged, samples)
     streams, steps = comparison.start(), len(comparison.stages) + 1
     for index, stage in enumerate(comparison.stages):
         comparison.hold(stage)

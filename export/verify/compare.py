@@ -12,24 +12,19 @@ The first two decide whether the merge is correct. The third says what its round
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from checkpoints.files import load_json
-from checkpoints.fold import WeightedAdapter
-from checkpoints.model_config import Rounding
-from checkpoints.source import TensorSource, main_dtype, row_blocks
+from checkpoints.model_config import Rounding, dtype_name
+from checkpoints.source import main_dtype, row_blocks
 from errors import ConfigError
 from export.layouts.convert import convert_model
 from export.layouts.qwen2_names import layout_of_config
 from export.verify.behaviour import NOTICEABLE_LOSS, Behaviour, Comparison
 from export.verify.reference import AdaptedParameters
-from export.verify.samples import Samples
 from export.verify.weights import TensorCheck
 from qwen_model.architectures import ARCHITECTURES, HEAD_WEIGHT
 from qwen_model.block_runner import run_block
@@ -72,7 +67,7 @@ class Verification:
         return (
             f"the merged model gives back {1 - lost:.0%} of what the adapter learnt on its training samples (loss "
             f"{self.behaviour.merged_loss:.3f} instead of {self.behaviour.adapter_loss:.3f}; untuned "
-            f"{self.behaviour.base_loss:.3f}): {_name(self.dtype)} holds {self.kept:.0%} of the adapter's change. "
+            f"{self.behaviour.base_loss:.3f}): {dtype_name(self.dtype)} holds {self.kept:.0%} of the adapter's change. "
             f"Merge again {'without --rounding nearest, or ' if self.rounding == 'nearest' else ''}with --dtype fp32"
         )
 
@@ -81,12 +76,13 @@ def describe(verification: Verification) -> str:
     """Describe a result in a few lines for a user."""
     faults = verification.faults
     if not faults:
-        result = f"verified: {verification.tensors} tensors are base + adapter, rounded to {_name(verification.dtype)}"
+        dtype = dtype_name(verification.dtype)
+        result = f"verified: {verification.tensors} tensors are base + adapter, rounded to {dtype}"
         return "\n".join([result, *([f"  {verification.behaviour}"] if verification.behaviour else [])])
     lines = [f"DIFFERS: {len(faults)} of {verification.tensors} tensors or stages"]
     lines += [f"  {fault}" for fault in faults[:5]]
-    if more := len(faults) - 5 if len(faults) > 5 else 0:
-        lines.append(f"  and {more} more")
+    if len(faults) > 5:
+        lines.append(f"  and {len(faults) - 5} more")
     return "\n".join(lines)
 
 
@@ -102,47 +98,30 @@ def check_verifiable(model_type: str) -> None:
 
 @torch.no_grad()
 def verify_merge(
-    base: TensorSource,
-    base_config: Mapping[str, Any],
-    adapters: Sequence[WeightedAdapter],
-    merged: Path,
-    samples: Samples,
-    rounding: Rounding,
-    on_progress: Callable[[int, int], object] = lambda done, total: None,
+    comparison: Comparison, rounding: Rounding, on_progress: Callable[[int, int], object] = lambda done, total: None
 ) -> Verification:
     """Compare a merged folder with its base and the adapters that were merged.
 
     Args:
-        base: the base's tensors by the names of its layout, dequantised.
-        base_config: contents of its config.json.
-        adapters: in the base's layout.
-        merged: the merged folder, in any layout.
         rounding: with which changed values were rounded to 16 bits.
-        samples: to compare answers on; cut to the length that both models were trained for.
         on_progress: called with the number of finished steps (about one per layer) and their total.
-
-    Raises:
-        ConfigError: tensors of the base, or files of the folder, are missing.
     """
-    comparison = Comparison(base, base_config, adapters, merged, samples)
     faults = comparison.result.faults(comparison.written)
     reference, result = comparison.reference.sizes, comparison.result.sizes
     if reference != result:
         faults.append(f"vocabulary, width and number of layers are {result}, the base's {reference}")
     if faults:
         return Verification(len(comparison.result.shapes), 1.0, main_dtype(comparison.written), rounding, None, faults)
-    return _Verifier(comparison, base_config, load_json(merged / "config.json"), rounding).run(on_progress)
+    return _Verifier(comparison, rounding).run(on_progress)
 
 
 class _Verifier:
     """Compares weights, configs and answers, stage by stage."""
 
-    def __init__(
-        self, comparison: Comparison, base_config: Mapping[str, Any], written_config: dict[str, Any], rounding: Rounding
-    ) -> None:
+    def __init__(self, comparison: Comparison, rounding: Rounding) -> None:
         self._all, self._rounding = comparison, rounding
-        layout = layout_of_config(dict(base_config))
-        written, _ = convert_model(comparison.written, written_config, layout)
+        layout = layout_of_config(dict(comparison.base_config))
+        written, _ = convert_model(comparison.written, comparison.written_config, layout)
         tied_to = comparison.reference.embedding if comparison.result.tied_to else None
         # The written tensors by the names of the base's layout.
         self._written = AdaptedParameters(written, (), tied_to, comparison.keeps_bfloat16)
@@ -231,7 +210,3 @@ class _SameStates:
 
 def _rms(values: Tensor) -> float:
     return float(values.square().mean().sqrt())
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
+from chat.label_mask import IGNORE_INDEX
 from checkpoints.fold import WeightedAdapter
 from checkpoints.training_samples import TrainingSamples
 from errors import ConfigError
@@ -16,9 +17,7 @@ from export.verify.prompts import prompt_ids
 logger = logging.getLogger(__name__)
 
 MAX_TOKENS = 128
-"""Tokens of all samples together, padding included: with these a merge of any size takes about as long as its proof."""
-
-IGNORED = -100
+"""Tokens of all samples together, padding included: the time of a verification grows with them."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,7 @@ class Sample:
 
     def cut(self, length: int) -> Sample:
         """Return at most ``length`` tokens: the first ones, or those around the start of an answer far from them."""
-        first = next(position for position, label in enumerate(self.labels) if label != IGNORED)
+        first = next(position for position, label in enumerate(self.labels) if label != IGNORE_INDEX)
         start = 0 if first <= 3 * length // 4 else first - length // 2
         return Sample(self.ids[start : start + length], self.labels[start : start + length])
 
@@ -72,7 +71,7 @@ def choose_samples(adapters: Sequence[WeightedAdapter], merged: Path, vocab_size
     if chosen := _fit(in_turn):
         return Samples(chosen, are_trained=True)
     # The first token has no prediction.
-    everyday = (Sample(ids, [IGNORED, *ids[1:]]) for ids in sorted(prompt_ids(merged, vocab_size), key=len))
+    everyday = (Sample(ids, [IGNORE_INDEX, *ids[1:]]) for ids in sorted(prompt_ids(merged, vocab_size), key=len))
     return Samples(_fit(everyday), are_trained=False)
 
 
@@ -80,7 +79,7 @@ def _trained(folder: Path, vocab_size: int) -> list[Sample]:
     """Return an adapter's samples, the shortest first."""
     try:
         samples = [
-            Sample(sample.ids, [IGNORED, *sample.labels[1:]])  # the first token has no prediction
+            Sample(sample.ids, [IGNORE_INDEX, *sample.labels[1:]])  # the first token has no prediction
             for sample in TrainingSamples.read(folder).samples
             if sample.ids
         ]
@@ -91,13 +90,13 @@ def _trained(folder: Path, vocab_size: int) -> list[Sample]:
     if len(fitting) < len(samples):
         what = "%s: some of its training samples have ids beyond the model's %d rows, or labels that are not their ids"
         logger.warning(what, folder, vocab_size)
-    with_targets = (sample for sample in fitting if any(label != IGNORED for label in sample.labels))
+    with_targets = (sample for sample in fitting if any(label != IGNORE_INDEX for label in sample.labels))
     return sorted(with_targets, key=lambda sample: len(sample.ids))
 
 
 def _is_usable(sample: Sample, vocab_size: int) -> bool:
     pairs = zip(sample.ids, sample.labels, strict=True)
-    return all(0 <= id_ < vocab_size and label in (IGNORED, id_) for id_, label in pairs)
+    return all(0 <= id_ < vocab_size and label in (IGNORE_INDEX, id_) for id_, label in pairs)
 
 
 def _fit(samples: Iterable[Sample]) -> tuple[Sample, ...]:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from checkpoints.model_config import Rounding
+from checkpoints.model_config import Rounding, dtype_name
 from export.verify.reference import MatrixChange, changed_matrix
 
 CHECKED_ELEMENTS = 2**17
@@ -72,7 +72,7 @@ class TensorCheck:
     def __init__(self, name: str, dtype: torch.dtype, rounding: Rounding) -> None:
         self.name, self.dtype = name, dtype
         self.learnt = self.lost = 0.0
-        self._info, self._dtype_name = torch.finfo(dtype), str(dtype).removeprefix("torch.")
+        self._info, self._dtype_name = torch.finfo(dtype), dtype_name(dtype)
         self._is_nearest = rounding == "nearest" or dtype not in (torch.bfloat16, torch.float16)
         self._sums = _Sums.none()
         self._fault: Fault | None = None

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from chat.stops import stopping_generation_config
 from checkpoints.base_files import CONFIG, GENERATION_CONFIG, Files, set_values, values_of, write_files
 from checkpoints.files import save_json
-from checkpoints.model_config import Rounding, result_config
+from checkpoints.model_config import Rounding, dtype_name, result_config
 from checkpoints.names import ADAPTER_SAFETENSORS, ADAPTER_WEIGHTS, BASE_QUANTIZATION, WEIGHTS
 from checkpoints.rounding import round_rows
 from checkpoints.shards import open_checkpoint
@@ -86,7 +86,7 @@ def companions(checkpoint: Checkpoint) -> Files:
 def trained_config(checkpoint: Checkpoint, dtype: torch.dtype) -> Files:
     """Return the base's config.json, but for what training changed."""
     files = {CONFIG: checkpoint.files[CONFIG]}
-    config = result_config(values_of(files, CONFIG), str(dtype).removeprefix("torch."))
+    config = result_config(values_of(files, CONFIG), dtype_name(dtype))
     if qwen_config := config.get("qwen_config"):  # Qwen v1 in Qwen2's layout: now a chat model
         config["qwen_config"] = {**qwen_config, "chat_format": "chatml"}
     # Other programs find their class by it.

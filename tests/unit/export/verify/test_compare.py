@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from checkpoints.files import load_json
 from checkpoints.shards import open_checkpoint
 from errors import ConfigError
-from export.verify.behaviour import Behaviour
+from export.verify.behaviour import Behaviour, Comparison
 from export.verify.compare import Verification, check_verifiable, describe, verify_merge
 from export.verify.samples import Sample, Samples, choose_samples
 from qwen_model.register import register_qwen
@@ -177,5 +177,6 @@ def test_progress_counts_every_stage(tmp_path: Path) -> None:
     merged = merge(base, [], tmp_path / "merged")
     config = load_json(base / "config.json")
     samples = Samples((Sample([1, 2, 3], [-100, 2, 3]),), are_trained=False)
-    verify_merge(open_checkpoint(base), config, [], merged, samples, "nearest", lambda *step: steps.append(step))
+    comparison = Comparison(open_checkpoint(base), config, [], merged, samples)
+    verify_merge(comparison, "nearest", lambda *step: steps.append(step))
     assert steps == [(number, 5) for number in range(1, 6)]

@@ -52,6 +52,7 @@ from checkpoints.fold import WeightedAdapter
 from checkpoints.files import load_json
 from checkpoints.shards import open_checkpoint
 from export.verify import behaviour
+from export.verify.behaviour import Comparison
 from export.verify.compare import verify_merge
 from export.verify.samples import Sample, Samples
 
@@ -71,7 +72,7 @@ def run(base, folders, merged):
     samples = Samples(tuple(Sample(each, [-100, *each[1:]]) for each in ids), True)
     adapters = [WeightedAdapter(read_adapter(folder)) for folder in folders]
     config = load_json(Path(base) / "config.json")
-    result = verify_merge(open_checkpoint(base), config, adapters, Path(merged), samples, "nearest")
+    result = verify_merge(Comparison(open_checkpoint(base), config, adapters, Path(merged), samples), "nearest")
     assert not result.faults, result
 
 small, base, adapter, merged = sys.argv[1:]
