@@ -1,21 +1,17 @@
-"""The share of a learnt change that written weights contain: measured while they are rounded, and told to the user.
-
-For the change d that adapters make to a tensor, and the change w - b of the written weights w from the base b, the
-share that is kept is <w - b, d> / <d, d>. Rounding to nearest keeps nothing of a change that is smaller than half of
-the distance between two 16-bit numbers.
-"""
+"""The share of a learnt change that written weights contain: measured while they are rounded, and told to the user."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from checkpoints.kept import Kept
 from checkpoints.model_config import Rounding
 from checkpoints.rounding import round_rows
 from checkpoints.source import TensorSource, View
@@ -25,41 +21,6 @@ ENOUGH = 0.95
 
 _MEASURED = 2**18
 """About as many weights of a tensor are measured, in rows at equal distances: the share is known to 1 %."""
-
-
-@dataclass
-class Kept:
-    """Sums over the weights of one or several tensors.
-
-    Attributes:
-        learnt: squares of the learnt changes.
-        applied: products of the learnt and the written changes.
-        moved, weights: numbers of weights whose written value is not the base's, and of all.
-    """
-
-    learnt: float = 0.0
-    applied: float = 0.0
-    moved: int = 0
-    weights: int = 0
-
-    @property
-    def share(self) -> float:
-        """The share of the change that is kept; 1 if nothing was learnt."""
-        return self.applied / self.learnt if self.learnt else 1.0
-
-    @property
-    def moved_share(self) -> float:
-        return self.moved / self.weights if self.weights else 0.0
-
-    @classmethod
-    def sum(cls, parts: Iterable[Kept]) -> Kept:
-        total = cls()
-        for part in parts:
-            total.learnt += part.learnt
-            total.applied += part.applied
-            total.moved += part.moved
-            total.weights += part.weights
-        return total
 
 
 @dataclass
@@ -150,11 +111,7 @@ class RoundedTensors(View):
         """Add a block whose first row has the index ``first`` to the sums of its tensor; of large tensors some rows."""
         step = max(1, math.prod(self.shape(name)) // _MEASURED)
         parts = slice(-first % step, None, step)
-        before, written = base[parts].to(torch.float32), rounded[parts].to(torch.float32)
-        change, moved = (exact[parts] - before).flatten(), written.sub_(before).flatten()
-        if learnt := float(change.dot(change)):
-            counts = int(moved.count_nonzero()), moved.numel()
-            kept = Kept(learnt * step, float(moved.dot(change)) * step, *(count * step for count in counts))
+        if (kept := Kept.of(base[parts], exact[parts], rounded[parts]).times(step)).learnt:
             self.kept.by_tensor[name] = Kept.sum([self.kept.by_tensor.get(name, Kept()), kept])
 
 

@@ -73,7 +73,7 @@ class RunLog(TrainerCallback, ExportableState):
 
     Each line has ``step``, ``elapsed`` (seconds of training), ``tokens`` (targets so far), ``epoch`` and either
     ``eval_loss`` and ``eval_token_accuracy``, or ``loss``, ``token_accuracy``, ``lr``, ``grad_norm``,
-    ``tokens_per_second``, ``padding`` (a share), ``peak_memory_gib`` and ``eta_seconds``.
+    ``tokens_per_second`` (all but padding), ``padding`` (a share), ``peak_memory_gib`` and ``eta_seconds``.
     """
 
     def __init__(self, folder: str | Path, progress: Progress, resumes: bool = False) -> None:

@@ -17,6 +17,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from checkpoints.kept import Kept
 from checkpoints.model_config import dtype_name
 from checkpoints.training_samples import TrainingSample
 from data_utils.examples import ExampleSet
@@ -95,17 +96,16 @@ def measure_change(model: nn.Module, dtype: torch.dtype) -> dict[str, Any] | Non
     if not isinstance(model, PeftModel) or dtype not in (torch.bfloat16, torch.float16):
         return None
     layers = [*_lora_layers(model)]
-    steps, applied, learnt = list[Tensor](), 0.0, 0.0
+    steps, kept = list[Tensor](), Kept()
     for layer in layers[:: max(1, len(layers) // _LAYERS)]:
         weight, change = _some_rows(layer, dtype)
-        rounded = (weight + change).to(dtype).float()
         steps.append((change.abs() / _distance(weight, dtype)).flatten())
-        applied += float(((rounded - weight) * change).sum())
-        learnt += float((change * change).sum())
-    if not learnt:
+        exact = weight + change
+        kept = Kept.sum([kept, Kept.of(weight, exact, exact.to(dtype))])
+    if not kept.learnt:
         return None
     median = float(torch.cat(steps).median())
-    return {"dtype": dtype_name(dtype), "median_steps": median, "kept_by_nearest": applied / learnt}
+    return {"dtype": dtype_name(dtype), "median_steps": median, "kept_by_nearest": kept.share}
 
 
 def _lora_layers(model: nn.Module) -> Iterator[Any]:

@@ -89,7 +89,7 @@ class Progress:
         figures = {
             "loss": window.loss / window.steps,
             "token_accuracy": round(window.token_accuracy, 6),
-            "tokens_per_second": round(window.targets / (now - self.window_started), 1),
+            "tokens_per_second": round(window.tokens / (now - self.window_started), 1),
             "padding": round(window.padding, 4),
             "peak_memory_gib": peaks.get("gpu_gib", peaks["cpu_gib"]),
             "eta_seconds": round(self.seconds_left(steps_left), 1),

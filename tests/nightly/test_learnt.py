@@ -23,4 +23,5 @@ def test_figures_at_the_end_of_a_run_are_those_of_the_saved_adapter(small_model:
     assert abs(found["correct"] - said["correct"]) <= 0.03 * found["targets"]
     assert found["loss"] == pytest.approx(said["loss"], rel=0.02)
     change = measure_change(model, checkpoint.dtype)
-    assert change is not None and change == pytest.approx(said["change"], rel=0.01)
+    assert change is not None and change.pop("dtype") == said["change"].pop("dtype") == "bfloat16"
+    assert change == pytest.approx(said["change"], rel=0.01)

@@ -130,6 +130,13 @@ def test_the_bar_of_a_resumed_run_counts_only_steps_of_this_process(
     assert log_line(state, {**LOGS, **figures}).endswith(", 0:04:00 left")
 
 
+def test_speed_counts_all_tokens_but_padding(monkeypatch: pytest.MonkeyPatch) -> None:
+    progress = Progress()
+    progress.add(Counts(steps=1, loss=1.0, targets=10, tokens=600, slots=800))
+    monkeypatch.setattr(time, "monotonic", lambda: progress.window_started + 2)
+    assert progress.end_window(steps_left=0)["tokens_per_second"] == 300
+
+
 def test_no_bar_is_drawn_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert (draws_bars(None), draws_bars(False), draws_bars(True)) == (False, True, False)
     state: Any = TrainerState(global_step=2, max_steps=5)
