@@ -39,12 +39,23 @@ def visible(text: str) -> str:
     return text.translate(_REPLACEMENTS)
 
 
+_final_names: dict[str, str] = {}
+
+
+def show_as_final(temporary: Path, final: Path) -> None:
+    """Name ``final`` in every message about a temporary folder, which is gone when the user reads it."""
+    _final_names[str(temporary)] = str(final)
+
+
 def visible_lines(text: object, newline: str = "␊") -> str:
     """Return a message of possibly several lines that no name or value in it can forge.
 
     Every line after the first is indented by two spaces, as in numbered lists; other newlines are replaced.
     """
-    first, *others = visible(str(text)).split("\n")
+    message = str(text)
+    for temporary, final in _final_names.items():
+        message = message.replace(temporary, final)
+    first, *others = visible(message).split("\n")
     return first + "".join(("\n" if line.startswith("  ") else newline) + line for line in others)
 
 

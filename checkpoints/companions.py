@@ -19,6 +19,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json", "qwen.tiktoken", "qwen_extra.tiktoken", "tokenizer.json", "vocab.json", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+_VOCABULARIES = ("qwen.tiktoken", "tokenizer.json", "vocab.json")
 LICENSES = re.compile(r"(LICEN[SC]E|NOTICE)\b", re.IGNORECASE)
 """Beginning of the names of licence files."""
 
@@ -31,6 +32,11 @@ _NAMES = {
 def is_companion(name: str) -> bool:
     """Return whether files of this name are read or copied as companions."""
     return name in _NAMES or LICENSES.match(name) is not None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Return whether a folder has a vocabulary; without one transformers makes an empty tokenizer with other ids."""
+    return any((folder / name).is_file() for name in _VOCABULARIES)
 
 
 def find_companion(folder: Path, name: str) -> Path | None:

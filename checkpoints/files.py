@@ -65,7 +65,7 @@ def is_file(path: Path) -> bool:
     return True
 
 
-def read_text(path: Path, most_bytes: int) -> str:
+def read_text(path: Path, most_bytes: int, fix: str = _COPY_AGAIN) -> str:
     """Read a UTF-8 text file.
 
     Raises:
@@ -75,13 +75,13 @@ def read_text(path: Path, most_bytes: int) -> str:
         try:
             content = file.read(most_bytes + 1)
         except OSError as error:
-            raise ConfigError(f"cannot read {path}: {error.strerror}", _COPY_AGAIN) from error
+            raise ConfigError(f"cannot read {path}: {error.strerror}", fix) from error
     if len(content) > most_bytes:
-        raise ConfigError(f"{path} is larger than {most_bytes:,} bytes, the limit for this file", _COPY_AGAIN)
+        raise ConfigError(f"{path} is larger than {most_bytes:,} bytes, the limit for this file", fix)
     try:
         return content.decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not UTF-8 (byte {error.start:,})", _COPY_AGAIN) from error
+        raise ConfigError(f"{path} is not UTF-8 (byte {error.start:,})", fix) from error
 
 
 def load_json(path: Path, schema: Schema | None = None) -> dict[str, Any]:
@@ -95,20 +95,21 @@ def load_json(path: Path, schema: Schema | None = None) -> dict[str, Any]:
             or a key does not follow the schema.
     """
     schema = schema or schema_of(path.name)
-    text = read_text(path, schema.most_bytes)
+    fix = schema.fix or _COPY_AGAIN
+    text = read_text(path, schema.most_bytes, fix)
 
     limits: dict[str, Any] = {} if schema.has_nan else {"parse_constant": _refuse_constant, "parse_float": _finite}
     try:
         value = json.loads(text, object_pairs_hook=_without_repeated_keys, **limits)
     except RecursionError as error:
-        raise ConfigError(f"{path} is nested more than {_MOST_LEVELS} levels deep", _COPY_AGAIN) from error
+        raise ConfigError(f"{path} is nested more than {_MOST_LEVELS} levels deep", fix) from error
     except ValueError as error:
-        raise ConfigError(f"{path} is not JSON: {error}", _COPY_AGAIN) from error
+        raise ConfigError(f"{path} is not JSON: {error}", fix) from error
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a {type(value).__name__}, not a JSON object", _COPY_AGAIN)
+        raise ConfigError(f"{path} holds a {type(value).__name__}, not a JSON object", fix)
     _check_values(value, path, has_surrogates=_SURROGATE.search(text) is not None)
     if fault := schema.rule.find_fault(value, ""):
-        raise ConfigError(f"{path}: {fault}", "Copy it again from the original checkpoint")
+        raise ConfigError(f"{path}: {fault}", schema.fix or "Copy it again from the original checkpoint")
     return value
 
 

@@ -39,6 +39,7 @@ class Fold(TensorSource):
     ``W_adapter`` is the tensor merged with that adapter alone. Built by :func:`plan_fold`.
 
     Attributes:
+        moved: names of the tensors read so far whose values are not all the base's.
         untied: the base shares embedding and head, but the merged checkpoint stores both; its config must contain
             ``tie_word_embeddings: false``.
     """
@@ -52,12 +53,13 @@ class Fold(TensorSource):
         untied: bool,
     ) -> None:
         self.base, self.adapters, self.untied = base, adapters, untied
+        self.moved: set[str] = set()
         self._names, self._embedding = dict.fromkeys(names), embedding
         self._norms: dict[tuple[str, int], Tensor] = {}
 
     @property
     def changed(self) -> list[str]:
-        """The names of the tensors that an adapter changes."""
+        """The names of the tensors that an adapter has values for."""
         return [name for name in self._names if self._edits(name)]
 
     def before(self) -> Fold:
@@ -81,12 +83,18 @@ class Fold(TensorSource):
         if not edits:
             return self.base.rows(source, start, stop)
         window = slice(*slice(start, stop).indices(self.shape(name)[0]))
+        plain = self.base.rows(source, window.start, window.stop)
         if [weighted.weight for weighted, _ in edits] == [1.0]:
-            return self._edited(source, *edits[0], window)
-        plain = self.base.rows(source, window.start, window.stop).to(torch.float32)
-        merged = plain.clone()
-        for weighted, edit in edits:
-            merged.add_(self._edited(source, weighted, edit, window).sub_(plain), alpha=weighted.weight)
+            merged = self._edited(source, *edits[0], window)
+        else:
+            # The changes are summed first, so that opposite ones cancel exactly.
+            plain = plain.to(torch.float32)
+            merged = torch.zeros_like(plain)
+            for weighted, edit in edits:
+                merged.add_(self._edited(source, weighted, edit, window).sub_(plain), alpha=weighted.weight)
+            merged.add_(plain)
+        if name not in self.moved and not torch.equal(merged, plain.to(torch.float32)):
+            self.moved.add(name)
         return merged
 
     def _source(self, name: str) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from console import show_as_final
 from errors import ConfigError
 from outputs import check_output_folder, stage, sync
 from ownership import make_temporary_folder
@@ -60,6 +61,7 @@ def staged_folder(path: str | Path, flag: str = "--output") -> Iterator[Path]:
     try:
         check_output_folder(path, flag)  # another process may have completed it meanwhile
         staging.mkdir()
+        show_as_final(staging, path)
         yield staging
         sync_files(staging)
         sync(staging)
@@ -67,6 +69,7 @@ def staged_folder(path: str | Path, flag: str = "--output") -> Iterator[Path]:
             os.replace(staging, final)
         except OSError as error:
             is_kept = True  # it is complete
+            show_as_final(staging, staging)
             fix = f"The complete result is in {staging}: move it by hand"
             raise ConfigError(f"{flag} {path} cannot be replaced by the result: {error.strerror}", fix) from error
         sync(final.parent)

@@ -55,11 +55,13 @@ class Schema:
         rule: for the object that the file is.
         most_bytes: of the file.
         has_nan: whether NaN and infinity may occur, as in the log of a run.
+        fix: what to do about a faulty file, if not to copy it again.
     """
 
     rule: Rule = OBJECT
     most_bytes: int = 64 * MIB
     has_nan: bool = False
+    fix: str = ""
 
 
 MAX_LAYERS = 1000
@@ -339,7 +341,7 @@ SCHEMAS: Mapping[str, Schema] = {
     RUN_SUMMARY: Schema(_SUMMARY, has_nan=True),
     DATA_REPORT: Schema(has_nan=True),
     MERGE_REPORT: Schema(_MERGE_REPORT),
-    TRAINING_SAMPLES: Schema(_SAMPLES),
+    TRAINING_SAMPLES: Schema(_SAMPLES, fix="Remove it: a merge is then compared on everyday conversations"),
     "manifest.json": Schema(_MANIFEST, has_nan=True),
     "trainer_state.json": Schema(_TRAINER_STATE, 2048 * MIB, has_nan=True),
 }

@@ -154,7 +154,7 @@ def check_bitsandbytes(needed_by: str) -> None:
     if importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
             f"{needed_by} needs bitsandbytes, which is not installed",
-            pip_command("requirements_qlora.txt"),
+            f"Install it: {pip_command('requirements_qlora.txt')}",
         )
 
 

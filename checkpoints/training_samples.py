@@ -12,8 +12,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from checkpoints.companions import find_companion
-from checkpoints.files import load_json, save_text
+from checkpoints.companions import check_inside
+from checkpoints.files import is_file, load_json, save_text
 from checkpoints.names import TRAINING_SAMPLES
 
 VERSION = 1
@@ -47,12 +47,14 @@ class TrainingSamples:
         Returns:
             No samples if there is no file: the run was told to write none, or is of an earlier version.
         Raises:
-            ConfigError: a file that does not follow its schema, or is a link out of its folder.
+            ConfigError: something else than a file, one that does not follow its schema, or a link out of its folder.
         """
         folder = Path(os.path.abspath(folder))
         folders = [folder, folder.parent] if folder.name.startswith("checkpoint-") else [folder]
         for each in folders:
-            if (path := find_companion(each, TRAINING_SAMPLES)) is not None:
+            path = each / TRAINING_SAMPLES
+            if is_file(path):
+                check_inside(path, each)
                 content = load_json(path)
                 rows = ((row["source"], row["ids"], row["labels"]) for row in content["samples"])
                 return cls([TrainingSample(*row) for row in rows])

@@ -10,6 +10,7 @@ from chat.chatml import END_OF_TEXT, IM_END
 from chat.stops import end_ids_of, stopping_generation_config
 from chat.template import CHATML_TEMPLATE
 from checkpoints.base_files import update_json
+from checkpoints.companions import has_tokenizer
 from checkpoints.files import load_json, save_text
 from loading.opening import library_errors
 from qwen_model.architectures import ARCHITECTURES
@@ -17,8 +18,6 @@ from qwen_model.tokenization_qwen import QWenTokenizer
 
 logger = logging.getLogger(__name__)
 
-# If all of them are missing, transformers makes an empty tokenizer with other ids than the model's.
-_VOCABULARIES = ("qwen.tiktoken", "tokenizer.json", "vocab.json")
 _ADDED_TOKENS = '"added_tokens":'
 _TEMPLATE = "chat_template.jinja"
 _TOKENIZER_CONFIG = "tokenizer_config.json"
@@ -58,7 +57,7 @@ def write_generation_config(folder: Path) -> None:
     Raises:
         ConfigError: a file cannot be read.
     """
-    if not any((folder / name).is_file() for name in _VOCABULARIES):
+    if not has_tokenizer(folder):
         logger.warning(
             "generation_config.json is unchanged: there is no tokenizer, so the ids that end an answer are unknown"
         )

@@ -19,9 +19,13 @@ from checkpoints.folder_kind import fix_for_no_model
 from checkpoints.input_folders import check_model_files
 from checkpoints.model_config import Quantization, declared_dtype, find_quantization
 from checkpoints.source import TensorSource
+from checkpoints.training_samples import TrainingSamples
 from errors import ConfigError
 from loading.config_files import find_cached_folder
 from loading.tensor_check import check_tensors
+
+MAX_WEIGHT = 10**6
+"""Of an adapter's change. Squares of the changes must be numbers in float32, for the merge to be measured."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,8 @@ def load_adapters(values: Sequence[str]) -> list[WeightedAdapter]:
     An existing folder whose name contains ``=`` is taken literally, with weight 1.
 
     Raises:
-        ConfigError: a weight that is no finite number, a folder given twice or without a readable adapter.
+        ConfigError: a weight that is no number or beyond ``MAX_WEIGHT``, a folder given twice or without a readable
+            adapter.
     """
     adapters = []
     for value in values:
@@ -61,9 +66,11 @@ def load_adapters(values: Sequence[str]) -> list[WeightedAdapter]:
             factor = float(weight)
         except ValueError:
             factor = math.nan
-        if not math.isfinite(factor):
-            raise ConfigError(f"--adapter {value}: {weight!r} is not a weight", "Write it like --adapter output/a=0.7")
+        if not abs(factor) <= MAX_WEIGHT:  # true for NaN
+            fix = f"Write a number of at most {MAX_WEIGHT:,}, like --adapter output/a=0.7"
+            raise ConfigError(f"--adapter {value}: {weight!r} is not a weight", fix)
         adapters.append(WeightedAdapter(read_adapter(folder), factor))
+        TrainingSamples.read(adapters[-1].adapter.folder)  # a checkpoint's are in the run's folder: refused here too
     folders = [each.adapter.folder.resolve() for each in adapters]
     if duplicate := next((folder for folder in folders if folders.count(folder) > 1), None):
         raise ConfigError(f"--adapter {duplicate} is given twice", "Give it once, with the sum of its weights")

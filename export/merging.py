@@ -26,7 +26,7 @@ from errors import ConfigError
 from export.inputs import Base
 from export.kept_change import ENOUGH, RoundedTensors
 from export.layouts.config import QWEN_CONFIG
-from export.layouts.convert import convert_model
+from export.layouts.convert import convert_model, convert_tensors
 from export.layouts.qwen2_names import layout_of_config, layout_of_names
 from export.quantized_form import as_quantized
 from qwen_model.architectures import EMBEDDING_WEIGHTS
@@ -68,7 +68,7 @@ class MergePlan:
 
     def summary(self) -> str:
         """Describe the merge in one line; what was kept of the change is known once the tensors are written."""
-        text = f"{len(self.fold.changed)} of {len(self.fold.names())} tensors changed"
+        text = f"{len(self.fold.moved)} of {len(self.fold.names())} tensors changed"
         if self.base.quantization:
             text += f", those of {self.base.quantization} dequantised"
         if self.matched:
@@ -89,14 +89,21 @@ class MergePlan:
         }
 
     def warn_of_loss(self) -> None:
-        """Log a warning if the written weights hold too little of the change that was learnt."""
-        if (share := self.source.kept.total().share) >= ENOUGH:
+        """Log a warning if no weight changed, or if the written weights hold another change than was learnt."""
+        if not self.fold.moved:
+            logger.warning(
+                "No weight changed, so the merged model is its base: what --adapter adds is zero. Merge a trained "
+                "adapter, and check the weights behind ="
+            )
+            return
+        if (share := self.source.kept.total().share) >= ENOUGH and share <= 2 - ENOUGH:
             return
         remedies = ["--rounding dithered"] if self.source.rounding == "nearest" else []
         logger.warning(
-            "%s holds only %.1f %% of the change that the adapter learnt: the merged model answers differently. Merge "
+            "%s holds %s%.1f %% of the change that the adapter learnt: the merged model answers differently. Merge "
             "again with %s",
             self.dtype,
+            "only " if share < 1 else "",
             100 * share,
             " or ".join([*remedies, "--dtype fp32"]),
         )
@@ -137,7 +144,7 @@ def plan_merge(
 
     # Write in the layout and dtype of the flags.
     target = base_layout if layout == "auto" else layout
-    before, _ = convert_model(fold.before(), merged_config, target)
+    before = convert_tensors(fold.before(), merged_config, target)
     merged, merged_config = convert_model(fold, merged_config, target)
     stored = choose_dtype(dtype, base.config)
     rounded = RoundedTensors(merged if stored is None else InDtype(merged, stored), before, rounding)

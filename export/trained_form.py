@@ -22,7 +22,7 @@ from checkpoints.shards import fingerprint
 from checkpoints.source import TensorSource
 from errors import ConfigError
 from export.inputs import find_base
-from export.layouts.convert import convert_model
+from export.layouts.convert import convert_tensors
 from export.layouts.qwen2_names import layout_of_config
 from export.merging import MergePlan
 from export.progress import steps_bar
@@ -46,6 +46,13 @@ class _Training:
         """Whether the same weights can be computed from the unquantised ones."""
         return self.quantization is not None and not self.quantization.is_packed
 
+    @property
+    def unmeasured(self) -> str:
+        """Why the weights of the training could not be had, for readers on other machines."""
+        if self.can_be_matched:
+            return "bitsandbytes was not installed"
+        return "the checkpoint of its training was not at hand"
+
 
 def compare_with_training(plan: MergePlan, folder: Path, measures: bool) -> list[str]:
     """Describe, and log as warnings, how a merged folder differs from what its adapters were trained as.
@@ -65,13 +72,15 @@ def compare_with_training(plan: MergePlan, folder: Path, measures: bool) -> list
             f"{training.adapter.folder.name} was trained beside weights quantised as {training.title}, and this model "
             f"has the unquantised weights of {plan.base.folder.name}: it answers differently from what was trained"
         )
+        said = published = "not measured: --no_verify"
         try:
-            measured = _measure(plan, training, folder) if measures else "not measured: --no_verify"
-        except ConfigError as error:
-            measured = f"not measured: {error}"
-        lines.append(f"{line} ({measured})")
+            if measures:
+                said = published = _measure(plan, training, folder)
+        except ConfigError as error:  # may name paths and commands of this machine
+            said, published = f"not measured: {error}", f"not measured: {training.unmeasured}"
+        lines.append(f"{line} ({published})")
         fix = ". --match_quantised_base merges into the weights of the training" if training.can_be_matched else ""
-        logger.warning("%s%s", lines[-1], fix)
+        logger.warning("%s (%s)%s", line, said, fix)
     return lines
 
 
@@ -98,9 +107,11 @@ def _measure(plan: MergePlan, training: _Training, folder: Path) -> str:
     comparison = Comparison(form, plan.fold_config, plan.adapters, folder, samples)
     with steps_bar("comparing") as show:
         result = compare_answers(comparison, show)
+    weights = f"weights differ from the quantised form by {form.relative_error():.2%}"
+    if not result.tokens:
+        return weights
     return (
-        f"weights differ from the quantised form by {form.relative_error():.2%}; on {result.samples} the loss is "
-        f"{result.merged_loss:.3f} instead of {result.adapter_loss:.3f}, "
+        f"{weights}; on {result.samples} the loss is {result.merged_loss:.3f} instead of {result.adapter_loss:.3f}, "
         f"same next token at {result.merged_equal:.1%} of {result.tokens} tokens"
     )
 
@@ -109,15 +120,11 @@ def _stored_with(adapter: Adapter, plan: MergePlan) -> TensorSource:
     """Open the quantised checkpoint that an adapter was trained on, in the layout of the merge.
 
     Raises:
-        ConfigError: it cannot be read on this machine; the message contains no path, because the model card quotes it.
+        ConfigError: it is not on this machine, or cannot be read.
     """
+    base = find_base(None, adapter.folder, adapter.config)
     recorded = load_json_or_empty(adapter.folder / RUN_SUMMARY).get("base_fingerprint")
-    try:
-        base = find_base(None, adapter.folder, adapter.config)
-        if recorded not in (None, fingerprint(base)):
-            raise ConfigError(f"{base} is not the checkpoint that {adapter.folder} was trained on")
-        source = open_dequantized(base, torch.float16)
-        return convert_model(source, load_json(base / "config.json"), layout_of_config(plan.fold_config))[0]
-    except ConfigError as error:
-        logger.info("%s", error)
-        raise ConfigError("the checkpoint of its training is not on this machine") from error
+    if recorded not in (None, fingerprint(base)):
+        raise ConfigError(f"{base} is not the checkpoint that {adapter.folder} was trained on")
+    source = open_dequantized(base, torch.float16)
+    return convert_tensors(source, load_json(base / "config.json"), layout_of_config(plan.fold_config))

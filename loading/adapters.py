@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -233,14 +232,8 @@ def _build_config(
         target_modules=targets,
         bias=settings.bias,
         task_type="CAUSAL_LM",
-        base_model_name_or_path=_absolute(checkpoint.name),
         **embeddings,
     )
-
-
-def _absolute(name: str) -> str:
-    """Return the absolute path of a folder, which holds wherever the adapter is opened; a hub id is unchanged."""
-    return os.path.abspath(name) if os.path.isdir(name) else name
 
 
 def _check_targets(model: PreTrainedModel, targets: list[str]) -> None:

@@ -8,6 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from checkpoints.companions import has_tokenizer
+from checkpoints.files import load_json_or_empty
+from checkpoints.names import TEMPLATES_FOLDER
 from console import python_command, shown_path
 from loading.tokenizer import is_rebuilt_otherwise
 from qwen_model.architectures import ARCHITECTURES
@@ -20,7 +23,8 @@ def opening_commands(folder: Path, config: Mapping[str, Any]) -> Commands:
     """Return the commands that open a checkpoint's folder, for the user who wrote it.
 
     Args:
-        config: its config.json; there are no commands for families that this toolkit cannot load.
+        config: its config.json; there are no commands for families that this toolkit cannot load, and without a
+            tokenizer.
     """
     python = shlex.quote(shown_path(Path(sys.executable)))
     return _commands(folder, config, shlex.quote(str(folder)), python, python_command("-m scripts.ask"))
@@ -39,11 +43,13 @@ def opening_lines(folder: Path, config: Mapping[str, Any]) -> str:
 
 def _commands(folder: Path, config: Mapping[str, Any], name: str, python: str, ask: str) -> Commands:
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if model_type not in ARCHITECTURES or not has_tokenizer(folder):
         return {}
-    commands = {"ask": [f'{ask} --model_name_or_path {name} "Who are you?"']}
+    commands = {}
+    if is_prompted := _has_default_template(folder, str(model_type)):
+        commands["ask"] = [f'{ask} --model_name_or_path {name} "Who are you?"']
     # It knows only the classes within transformers, and takes the tokenizer's class that they choose.
-    if model_type != "qwen" and not is_rebuilt_otherwise(folder, config):
+    if is_prompted and model_type != "qwen" and not is_rebuilt_otherwise(folder, config):
         install = f'{python} -m pip install "transformers[serving]"'
         commands["serve"] = [install, f"{python} -m transformers.cli.transformers serve {name}"]
     method = (config.get("quantization_config") or {}).get("quant_method")
@@ -55,3 +61,16 @@ def _commands(folder: Path, config: Mapping[str, Any], name: str, python: str, a
             f"llama.cpp/.venv/bin/python llama.cpp/convert_hf_to_gguf.py {name} --outfile model.gguf",
         ]
     return commands
+
+
+def _has_default_template(folder: Path, model_type: str) -> bool:
+    """Return whether conversations have a format: a template for those without tools, or one of the family."""
+    architecture = ARCHITECTURES[model_type]
+    if not architecture.brings_chat_template or (folder / "chat_template.jinja").is_file():
+        return True
+    if named := [path.stem for path in (folder / TEMPLATES_FOLDER).glob("*.jinja")]:
+        return "default" in named  # transformers then ignores those of tokenizer_config.json
+    inline = load_json_or_empty(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(inline, list):
+        return any(template.get("name") == "default" for template in inline)
+    return bool(inline) or architecture.base_system is not None

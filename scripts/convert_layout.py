@@ -58,8 +58,8 @@ def main(argv: Sequence[str]) -> None:
     if is_adapter:
         merged = Path(f"{output}-merged")
         show(f"next:      {python_command('merge_lora.py --adapter', output, '--output', merged)}")
-    else:
-        show(opening_lines(output, load_json(output / "config.json")))
+    elif commands := opening_lines(output, load_json(output / "config.json")):
+        show(commands)
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:

@@ -25,5 +25,15 @@ def convert_model(
         return source, config
     # The config first: what a layout cannot express is said in the config's words.
     converted = config_to_qwen2(config, dynamic_ntk) if layout == "qwen2" else config_to_qwen(config)
-    tensors = tensors_to_qwen2(source, config) if layout == "qwen2" else tensors_to_qwen(source, config)
-    return tensors, converted
+    return convert_tensors(source, config, layout), converted
+
+
+def convert_tensors(source: TensorSource, config: dict[str, Any], layout: str) -> TensorSource:
+    """Convert the tensors alone, without warnings about what the config of ``layout`` cannot express.
+
+    Args:
+        config: config.json of ``source``.
+    """
+    if layout_of_config(config) == layout:
+        return source
+    return tensors_to_qwen2(source, config) if layout == "qwen2" else tensors_to_qwen(source, config)

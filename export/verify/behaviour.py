@@ -57,6 +57,8 @@ class Behaviour:
     samples: Samples
 
     def __str__(self) -> str:
+        if not self.tokens:
+            return "no answers compared: config.json allows texts of one token only"
         what = "the adapter's answers on" if self.samples.are_trained else "base + adapter on"
         return (
             f"{what} {self.samples}: loss {self.adapter_loss:.3f}, merged {self.merged_loss:.3f}; same next token at "

@@ -21,7 +21,7 @@ from torch import Tensor
 from checkpoints.model_config import Rounding, dtype_name
 from checkpoints.source import main_dtype, row_blocks
 from errors import ConfigError
-from export.layouts.convert import convert_model
+from export.layouts.convert import convert_tensors
 from export.layouts.qwen2_names import layout_of_config
 from export.verify.behaviour import NOTICEABLE_LOSS, Behaviour, Comparison
 from export.verify.reference import AdaptedParameters
@@ -121,7 +121,7 @@ class _Verifier:
     def __init__(self, comparison: Comparison, rounding: Rounding) -> None:
         self._all, self._rounding = comparison, rounding
         layout = layout_of_config(dict(comparison.base_config))
-        written, _ = convert_model(comparison.written, comparison.written_config, layout)
+        written = convert_tensors(comparison.written, comparison.written_config, layout)
         tied_to = comparison.reference.embedding if comparison.result.tied_to else None
         # The written tensors by the names of the base's layout.
         self._written = AdaptedParameters(written, (), tied_to, comparison.keeps_bfloat16)

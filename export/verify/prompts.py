@@ -10,6 +10,7 @@ import torch
 from chat.chatml import IM_END, IM_START
 from chat.render import control_ids_of, encode_prompt, render
 from chat.turns import Turn
+from checkpoints.companions import has_tokenizer
 from checkpoints.files import load_json
 from errors import ConfigError, one_line
 from loading.chat_family import chat_family
@@ -56,8 +57,10 @@ def prompt_ids(folder: Path, vocab_size: int) -> list[list[int]]:
 
 
 def _encode(folder: Path, vocab_size: int) -> list[list[int]]:
+    if not has_tokenizer(folder):
+        raise ValueError("it has no files")
     tokenizer = load_tokenizer(folder, str(folder))
-    if len(set(control_ids_of(tokenizer).values())) < 2:  # transformers makes an empty tokenizer if there are no files
+    if len(set(control_ids_of(tokenizer).values())) < 2:
         raise ValueError(f"it lacks {IM_START} and {IM_END}")
     family = chat_family(load_json(folder / "config.json")["model_type"], tokenizer)
     conversations = ([Turn("user", question), Turn("assistant", answer)] for question, answer in PROMPTS)

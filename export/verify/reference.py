@@ -92,10 +92,10 @@ def changed_matrix(changes: Sequence[MatrixChange], unchanged: Tensor) -> Tensor
     """Return W, in float32, plus the weighted difference that each change makes to it."""
     if [change.weight for change in changes] == [1.0]:
         return changes[0].matrix(unchanged)
-    result = unchanged * (1 - sum(change.weight for change in changes))
+    result = torch.zeros_like(unchanged)
     for change in changes:
-        result.add_(change.matrix(unchanged), alpha=change.weight)
-    return result
+        result.add_(change.matrix(unchanged) - unchanged, alpha=change.weight)
+    return result.add_(unchanged)  # at the end: opposite changes cancel
 
 
 class AdaptedLinear(nn.Module):

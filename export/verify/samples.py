@@ -11,7 +11,6 @@ from pathlib import Path
 from chat.label_mask import IGNORE_INDEX
 from checkpoints.fold import WeightedAdapter
 from checkpoints.training_samples import TrainingSamples
-from errors import ConfigError
 from export.verify.prompts import prompt_ids
 
 logger = logging.getLogger(__name__)
@@ -77,15 +76,11 @@ def choose_samples(adapters: Sequence[WeightedAdapter], merged: Path, vocab_size
 
 def _trained(folder: Path, vocab_size: int) -> list[Sample]:
     """Return an adapter's samples, the shortest first."""
-    try:
-        samples = [
-            Sample(sample.ids, [IGNORE_INDEX, *sample.labels[1:]])  # the first token has no prediction
-            for sample in TrainingSamples.read(folder).samples
-            if sample.ids
-        ]
-    except ConfigError as error:
-        logger.warning("%s: verifying without them", error)
-        return []
+    samples = [
+        Sample(sample.ids, [IGNORE_INDEX, *sample.labels[1:]])  # the first token has no prediction
+        for sample in TrainingSamples.read(folder).samples
+        if sample.ids
+    ]
     fitting = [sample for sample in samples if _is_usable(sample, vocab_size)]
     if len(fitting) < len(samples):
         what = "%s: some of its training samples have ids beyond the model's %d rows, or labels that are not their ids"

@@ -50,13 +50,14 @@ def behaviour(
 ) -> Behaviour:
     """Ask the first questions of a file of single-turn conversations, one at a time, and measure its answers' loss.
 
+    All is computed in float32: in bfloat16 an adapter beside its base and the same weights merged answer differently.
     The loss is that of the same questions' answers, with the token that ends them.
 
     Args:
         system: system message (default: that of the model's format).
     """
     checkpoint = load_checkpoint(str(model_folder))
-    model = load_for_inference(checkpoint, None if adapter is None else str(adapter))
+    model = load_for_inference(checkpoint, None if adapter is None else str(adapter)).float()
     answers, losses, tokens = [], 0.0, 0
     for record in json.loads(data.read_text(encoding="utf-8"))[:count]:
         question, answer = (turn["value"] for turn in record["conversations"])

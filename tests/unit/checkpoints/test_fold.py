@@ -131,7 +131,12 @@ def test_merge_equals_peft(tmp_path: Path, case: str) -> None:
     assert_equals_peft(base, adapter, merged)
     unchanged = load_file(base / "model.safetensors")
     changed = [name for name in merged if not torch.equal(merged[name], unchanged[name])]
-    assert sorted(changed) == sorted(plan(base, adapter).changed), "Fold.changed lists the tensors that differ"
+    planned = plan(base, adapter)
+    assert sorted(changed) == sorted(planned.changed), "Fold.changed lists the tensors that differ"
+    assert not planned.moved
+    for name in planned.names():
+        planned.read(name)
+    assert sorted(changed) == sorted(planned.moved), "Fold.moved lists those that have been found to differ"
 
 
 @pytest.mark.parametrize("case", TIED_CASES)

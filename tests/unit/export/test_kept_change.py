@@ -13,6 +13,7 @@ from torch import Tensor
 
 from checkpoints.adapter import read_adapter
 from checkpoints.fold import WeightedAdapter
+from checkpoints.kept import Kept
 from checkpoints.model_config import Rounding
 from checkpoints.writing import save_source
 from errors import ConfigError
@@ -111,7 +112,8 @@ def test_a_zero_change_loses_nothing(tmp_path: Path, caplog: pytest.LogCaptureFi
     adapter = make_adapter(base, tmp_path / "adapter", target_modules=LINEAR)
     plan, written = merged(base, tmp_path / "out", adapter, weight=0.0)
     plan.warn_of_loss()
-    assert not caplog.records and plan.source.kept.describe() == "" and plan.report()["change"]["kept"] == 1
+    assert [message[:17] for message in caplog.messages] == ["No weight changed"]
+    assert plan.source.kept.describe() == "" and plan.report()["change"]["kept"] == 1
     for name, tensor in load_file(base / "model.safetensors").items():
         assert torch.equal(written[name], tensor)
 
@@ -153,6 +155,18 @@ def test_words_name_the_worst_layer_and_the_remedy(tmp_path: Path, caplog: pytes
         plan.warn_of_loss()
     assert "--rounding dithered or --dtype fp32" in caplog.text
     assert "of the change that the adapter learnt" in caplog.text
+
+
+@pytest.mark.parametrize(("share", "text"), [(0.94, "holds only 94.0 %"), (1.06, "holds 106.0 %"), (1.04, "")])
+def test_a_share_far_from_the_whole_is_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, share: float, text: str
+) -> None:
+    base = make_base(tmp_path / "base", dtype=BF16)
+    plan, _ = merged(base, tmp_path / "out", make_adapter(base, tmp_path / "adapter", target_modules=["q_proj"]))
+    plan.source.kept.by_tensor.clear()
+    plan.source.kept.by_tensor["x"] = Kept(1.0, share, 1, 1)
+    plan.warn_of_loss()
+    assert text in caplog.text and bool(caplog.records) == bool(text)
 
 
 def test_overflow_names_tensor_and_remedy(tmp_path: Path) -> None:

@@ -206,6 +206,8 @@ def test_code_span_ends_at_its_own_fence(text: str) -> None:
 
 @pytest.mark.parametrize("layout", ["qwen", "qwen2"])
 def test_commands_of_the_card(tmp_path: Path, facts: CardFacts, layout: str) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "vocab.json").write_text("{}")
     whole, _, _ = card_of(tmp_path / "out", replace(facts, layout=layout))
     [commands] = re.findall(r"```bash\n(.*?)```", whole, re.DOTALL)
     published = published_commands(tmp_path / "out", {"model_type": layout})

@@ -50,6 +50,15 @@ def finetune(model: Path, output: Path, *flags: object) -> Recorder:
     )  # fmt: skip
 
 
+def test_attaching_to_a_relative_folder_warns_of_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, recwarn: pytest.WarningsRecorder
+) -> None:
+    copy_checkpoint(tmp_path / "base")
+    monkeypatch.chdir(tmp_path)
+    build(load_checkpoint("base"))
+    assert not [str(warning.message) for warning in recwarn if "base_model_name_or_path" in str(warning.message)]
+
+
 # --------------------------------------------------------------------------------------------------- embeddings policy
 
 

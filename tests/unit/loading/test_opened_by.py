@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 from pathlib import Path
 
@@ -12,9 +13,20 @@ from tests.bases import write_published, write_with_foreign_tokenizer
 from tests.golden import REPO
 
 
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a vocabulary and a chat template, by a relative name."""
+    monkeypatch.chdir(tmp_path)
+    path = Path("my models/it's")
+    path.mkdir(parents=True)
+    (path / "vocab.json").write_text("{}")
+    (path / "chat_template.jinja").write_text("{{ messages }}")
+    return path
+
+
 @pytest.mark.parametrize("model_type", ["qwen", "qwen2", "qwen3"])
-def test_commands_name_the_folder_and_come_after_their_installation(model_type: str) -> None:
-    commands = opening_commands(Path("my models/it's"), {"model_type": model_type})
+def test_commands_name_the_folder_and_come_after_their_installation(folder: Path, model_type: str) -> None:
+    commands = opening_commands(folder, {"model_type": model_type})
     assert list(commands) == (["ask", "convert"] if model_type == "qwen" else ["ask", "serve", "convert"])
     for name, lines in commands.items():
         *installation, last = map(shlex.split, lines)
@@ -23,9 +35,35 @@ def test_commands_name_the_folder_and_come_after_their_installation(model_type: 
 
 
 @pytest.mark.parametrize(("method", "is_converted"), [("gptq", True), ("awq", False), ("bitsandbytes", False)])
-def test_quantised_weights_that_llama_cpp_cannot_read_are_not_converted(method: str, is_converted: bool) -> None:
+def test_quantised_weights_that_llama_cpp_cannot_read_are_not_converted(
+    folder: Path, method: str, is_converted: bool
+) -> None:
     config = {"model_type": "qwen2", "quantization_config": {"quant_method": method}}
-    assert ("convert" in opening_commands(Path("out"), config)) == is_converted
+    assert ("convert" in opening_commands(folder, config)) == is_converted
+
+
+@pytest.mark.parametrize(("model_type", "is_asked"), [("qwen", True), ("qwen2", True), ("qwen3", False)])
+def test_without_a_template_only_families_of_a_known_format_are_asked(
+    folder: Path, model_type: str, is_asked: bool
+) -> None:
+    (folder / "chat_template.jinja").unlink()
+    assert ("ask" in opening_commands(folder, {"model_type": model_type})) == is_asked
+
+
+@pytest.mark.parametrize(("names", "is_asked"), [(["tools"], False), (["default", "tools"], True)])
+def test_named_templates_without_a_default_one_are_not_asked(folder: Path, names: list[str], is_asked: bool) -> None:
+    (folder / "chat_template.jinja").unlink()
+    inline = [{"name": name, "template": "{{ messages }}"} for name in names]
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": inline}))
+    assert ("ask" in opening_commands(folder, {"model_type": "qwen2"})) == is_asked
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
+    assert [*opening_commands(folder, {"model_type": "qwen2"})] == ["convert"]
+
+
+def test_a_folder_without_a_tokenizer_is_opened_by_nothing(folder: Path) -> None:
+    (folder / "vocab.json").unlink()
+    assert opening_commands(folder, {"model_type": "qwen2"}) == {}
 
 
 def test_a_tokenizer_that_transformers_changes_is_not_served_by_it(tmp_path: Path) -> None:
@@ -34,9 +72,9 @@ def test_a_tokenizer_that_transformers_changes_is_not_served_by_it(tmp_path: Pat
     assert list(opening_commands(write_with_foreign_tokenizer(tmp_path / "foreign"), config)) == ["ask", "convert"]
 
 
-def test_no_command_is_named_that_was_not_tried() -> None:
+def test_no_command_is_named_that_was_not_tried(folder: Path) -> None:
     """docs/export.md has a row, with versions, for each program."""
     table = (REPO / "docs" / "export.md").read_text()
     for program in ("scripts.ask", "transformers serve", "convert_hf_to_gguf.py"):
         assert f"| `{program}" in table
-    assert opening_commands(Path("out"), {"model_type": "llama"}) == {}
+    assert opening_commands(folder, {"model_type": "llama"}) == {}

@@ -6,16 +6,16 @@ import logging
 from pathlib import Path
 
 import pytest
-from transformers import AutoTokenizer
 
 from export.verify.prompts import prompt_ids
+from loading.tokenizer import load_tokenizer
 from tests.verification import make_base
 
 
 @pytest.mark.parametrize("family", ["qwen", "qwen2", "qwen3"])
 def test_prompts_are_rendered_as_conversations(tmp_path: Path, family: str) -> None:
     base = make_base(tmp_path / "base", family)
-    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer = load_tokenizer(base, "base")
     ids = prompt_ids(base, 960)
     assert len(ids) == 12 and all(10 <= len(each) <= 64 for each in ids)
     text = tokenizer.decode(ids[4])
