@@ -32,6 +32,8 @@ class Architecture:
         model_class: class in ``lean_models.py`` that the toolkit loads.
         embedding, blocks, norm: modules of the model: token embedding, list of blocks, final norm.
         block_returns_tuple: whether a block returns a tuple that begins with the states.
+        why_padded: why its batches are padded rows of one sample each: what a block carries from token to token beside
+            attention would reach the next sample of a row. Empty: samples can share a row.
         linear_groups: all linear layers of a block, in the order of their computation; those of a group have the same
             input.
         biased_layers: those of them that have a bias.
@@ -49,6 +51,7 @@ class Architecture:
     blocks: str
     norm: str
     block_returns_tuple: bool = False
+    why_padded: str = ""
     linear_groups: tuple[tuple[str, ...], ...]
     biased_layers: tuple[str, ...]
     shapes: Callable[[Mapping[str, Any]], Shapes]

@@ -20,6 +20,7 @@ from qwen_model.head import why_opaque
 from qwen_model.lean_loss import CausalLMLossOutput, full_logits_loss, lean_causal_lm_loss
 from qwen_model.loss import causal_lm_loss
 from qwen_model.modeling_qwen import QWenLMHeadModel
+from qwen_model.sample_attention import NO_MASKS, check_takes_rows
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ def with_lean_loss(parent_forward: Callable[..., Any]) -> Callable[..., Any]:
             that the lean loss does not know, from all logits.
         num_items_in_batch, loss_weights, label_smoothing, num_targets: see ``lean_causal_lm_loss``; the last two are
             used with ``loss_only`` alone.
+        sequence_lengths: the input is a row of samples of these lengths, see ``sample_attention.py``.
     """
 
     @wraps(parent_forward)
@@ -49,6 +51,9 @@ def with_lean_loss(parent_forward: Callable[..., Any]) -> Callable[..., Any]:
         num_targets: int | None = None,
         **kwargs: Any,
     ) -> Any:
+        if kwargs.get("sequence_lengths") is not None:
+            check_takes_rows(self)
+            kwargs["attention_mask"] = NO_MASKS
         if labels is None or not loss_only:
             outputs = parent_forward(self, *args, **kwargs)
             if labels is not None:

@@ -6,6 +6,7 @@ Shapes: B batch, T tokens of this call, H heads, D head size, C hidden size, V v
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -53,12 +54,14 @@ def eager_attention(
     """Compute attention step by step; the only backend that returns the attention weights.
 
     Args:
-        query, key, value: [B, H, T, D]; keys and values over the length of the cache.
+        query, key, value: [B, H, T, D]; keys and values over the length of the cache, and possibly of fewer heads.
         attention_mask: added to the scores, broadcast to [B, H, T, keys].
 
     Returns:
         Output [B, T, H, D] and weights [B, H, T, keys].
     """
+    if (shared := query.shape[1] // key.shape[1]) > 1:
+        key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
     weights = query @ key.transpose(2, 3) * scaling
     if attention_mask is not None:
         weights = weights + attention_mask
@@ -201,23 +204,26 @@ class QWenModel(QWenPreTrainedModel):
     def forward(
         self,
         input_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
+        attention_mask: Tensor | Mapping[str, Tensor | None] | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
+        sequence_lengths: Sequence[int] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Compute the hidden states of each position.
 
         Args:
             input_ids: [B, T]; or ``inputs_embeds`` [B, T, C].
-            attention_mask: [B, cached + T], 1 for real tokens and 0 for padding, on either side.
+            attention_mask: [B, cached + T], 1 for real tokens and 0 for padding, on either side; or, as
+                ``full_attention`` of a mapping, what the attention gets.
             position_ids: [B, T]; by default each row counts from its first real token. Without an attention mask,
                 positions that restart at 0 separate packed conversations.
             past_key_values: keys and values of the preceding tokens.
+            sequence_lengths: of the conversations of a row; the attention must keep them apart.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -229,17 +235,25 @@ class QWenModel(QWenPreTrainedModel):
         with_weights = self.config.output_attentions if output_attentions is None else output_attentions
 
         cached = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        padding_mask = attention_mask if attention_mask is not None and attention_mask.dim() == 2 else None
-        causal_mask = create_causal_mask(
-            config=self.config,
-            inputs_embeds=hidden_states,
-            attention_mask=attention_mask,
-            past_key_values=past_key_values,
-            position_ids=position_ids,  # those of the caller: restarts in them mark packed conversations
-        )
+        padding_mask = attention_mask if isinstance(attention_mask, Tensor) and attention_mask.dim() == 2 else None
+        causal_mask: Any
+        if isinstance(attention_mask, Mapping):
+            causal_mask = attention_mask["full_attention"]
+        else:
+            causal_mask = create_causal_mask(
+                config=self.config,
+                inputs_embeds=hidden_states,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,  # those of the caller: restarts in them mark packed conversations
+            )
         if position_ids is None:
             position_ids = _positions(hidden_states, padding_mask, cached)
-        rotary, query_scale = self._evaluation_tables(position_ids, padding_mask, past_key_values, cached)
+        if sequence_lengths is None:
+            rotary, query_scale = self._evaluation_tables(position_ids, padding_mask, past_key_values, cached)
+        else:
+            rotary, query_scale = self._tables_by_sample(position_ids, sequence_lengths)
+            kwargs["sequence_lengths"] = sequence_lengths
 
         hidden_states = self.drop(hidden_states)
         all_states: tuple[Tensor, ...] = ()
@@ -291,6 +305,20 @@ class QWenModel(QWenPreTrainedModel):
             # generate() repeated the cache for several continuations of each prompt.
             alpha = alpha.repeat_interleave(position_ids.shape[0] // alpha.shape[0])
         return rotary_tables(position_ids, config.rotary_dim, config.rotary_emb_base, alpha), query_scale
+
+    def _tables_by_sample(self, position_ids: Tensor, lengths: Sequence[int]) -> tuple[RotaryTables, Tensor | None]:
+        """Compute the tables of a row [1, T] with samples of these lengths; dynamic NTK is that of each sample."""
+        config = self.config
+        alpha = query_scale = None
+        if not self.training and (config.use_dynamic_ntk or config.use_logn_attn):
+            seq_length, counts = config.trained_length(), torch.tensor(lengths, device=position_ids.device)
+            if config.use_dynamic_ntk and max(lengths) > seq_length:
+                alpha = ntk_alpha(counts.repeat_interleave(counts), seq_length)
+            if config.use_logn_attn and max(lengths) > seq_length:
+                query_scale = logn_scale(position_ids, seq_length)
+        # Factors are those of rows, so each token is one.
+        cos, sin = rotary_tables(position_ids.T, config.rotary_dim, config.rotary_emb_base, alpha)
+        return (cos.transpose(0, 1), sin.transpose(0, 1)), query_scale
 
 
 class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, GenerationMixin):

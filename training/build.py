@@ -52,7 +52,7 @@ def build_trainer(
         world=world,
         model=model,
         args=training_arguments,
-        data_collator=build_collator(checkpoint),
+        data_collator=build_collator(args, checkpoint),
         train_dataset=sets["train"],
         eval_dataset=sets.get("eval"),
         callbacks=[*build_callbacks(args, log), HeartbeatCallback(heartbeat.status)],

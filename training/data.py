@@ -30,6 +30,7 @@ from training.display import draws_bars
 from training.distributed.agreement import check_same_data
 from training.distributed.shared_data import load_shared
 from training.distributed.world import World
+from training.rows import why_padded
 from training.training_arguments import check_training_arguments
 
 logger = logging.getLogger(__name__)
@@ -137,7 +138,7 @@ def build_reader(
         world_size=count_processes(),
         epochs=flags.num_train_epochs,
         max_steps=flags.max_steps,
-        batching="grouped" if flags.train_sampling_strategy == "group_by_length" else "dynamic",
+        batching=_batching(args, checkpoint, flags.train_sampling_strategy == "group_by_length"),
     )
     flags_of_sets = {"train": ("--data_path", data.data_path), "eval": ("--eval_data_path", data.eval_data_path)}
     return DataReader(
@@ -150,9 +151,18 @@ def build_reader(
     )
 
 
-def build_collator(checkpoint: Checkpoint) -> Collator:
-    """Return a collator that pads with end-of-text. Padding is masked by length, so the id has no effect."""
-    return Collator(checkpoint.end_ids[-1])
+def _batching(args: RunArguments, checkpoint: Checkpoint, is_grouped: bool) -> str:
+    if not why_padded(args, checkpoint.config.to_dict()):
+        return "rows"
+    return "grouped" if is_grouped else "dynamic"
+
+
+def build_collator(args: RunArguments, checkpoint: Checkpoint) -> Collator:
+    """Return the collator of a run. It pads with end-of-text; padding is masked by length, so the id has no effect."""
+    reason = why_padded(args, checkpoint.config.to_dict())
+    if reason and args.data.padding_free:
+        logger.info("Batches are padded: %s", reason)
+    return Collator(checkpoint.end_ids[-1], is_padded=bool(reason))
 
 
 def show_reports(reports: Mapping[str, DataReport]) -> int:

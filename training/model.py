@@ -10,7 +10,9 @@ from transformers import TrainingArguments, set_seed
 from loading.adapter_check import check_adapter, warn_of_other_form
 from loading.adapters import EmbeddingsPolicy, LoraSettings, attach_lora, continue_lora, embeddings_policy
 from loading.checkpoint import Checkpoint, load_model
+from qwen_model.sample_attention import take_rows
 from training.config.args import LoraArguments, RunArguments
+from training.rows import why_padded
 
 
 def choose_embeddings(lora: LoraArguments, checkpoint: Checkpoint) -> EmbeddingsPolicy | None:
@@ -46,6 +48,8 @@ def load_training_model(
     quantize = None if checkpoint.quantization else args.lora.quantization
     dtype = weights_dtype(training_arguments, args.lora.use_lora, args.options.pure_bf16)
     model = load_model(checkpoint, dtype, args.model.attn_implementation, quantize)
+    if not why_padded(args, checkpoint.config.to_dict()):
+        take_rows(model)
     # The Trainer would set these itself, with a warning.
     for config in (model.config, model.generation_config):
         config.pad_token_id, config.eos_token_id = checkpoint.tokenizer.pad_token_id, checkpoint.tokenizer.eos_token_id

@@ -118,6 +118,12 @@ def count_targets(batch: Mapping[str, Any]) -> Tensor:
     return (batch["labels"][:, 1:] != IGNORE_INDEX).sum()
 
 
+def count_tokens(batch: Mapping[str, Any]) -> Tensor | int:
+    """Return the number of positions that are not padding; a batch without a mask has none."""
+    mask = batch.get("attention_mask")
+    return batch["input_ids"].numel() if mask is None else mask.sum()
+
+
 def weigh_targets(batch: Mapping[str, Any]) -> Tensor:
     """Return the sum of the targets' ``loss_weights``, or the number of targets if the batch has none."""
     if (weights := batch.get("loss_weights")) is None:

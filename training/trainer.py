@@ -28,7 +28,7 @@ from training.distributed.heartbeat import RankStatus
 from training.distributed.world import World
 from training.first_loss import check_first_loss
 from training.ornaments import Ornaments
-from training.progress import Counts, Progress, count_correct, count_targets, weigh_targets
+from training.progress import Counts, Progress, count_correct, count_targets, count_tokens, weigh_targets
 from training.samplers import PaddedDataset, build_sampler
 from training.signals import Signals, StopRequest
 from training.trainer_checkpoints import CheckpointTrainer
@@ -145,7 +145,7 @@ class QwenTrainer(CheckpointTrainer):
         self._batch_indices = [batch.pop("index", []) for batch in batches]
         self._step_counts = [
             sum(count_targets(batch) for batch in batches),
-            sum(batch["attention_mask"].sum() for batch in batches),
+            sum(count_tokens(batch) for batch in batches),
             sum(batch["input_ids"].numel() for batch in batches),
         ]
         return batches, weight

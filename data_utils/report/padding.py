@@ -15,6 +15,7 @@ STRATEGIES = {
     "fixed": "all padded to --model_max_length",
     "dynamic": "random batches padded to their longest sample",
     "grouped": "batches of samples of similar length",
+    "rows": "the samples of a batch in one row",
 }
 # The share of grouped batches depends on the shuffle, so it is simulated with this many samples.
 _SIMULATED_SAMPLES = 65_536
@@ -28,7 +29,7 @@ def padding_shares(
     """Return the share of padding of each of ``STRATEGIES``; empty without samples.
 
     ``fixed`` pads every sample to ``max_length``; ``dynamic`` pads random batches to their longest sample; ``grouped``
-    does so after sorting by length like transformers' ``group_by_length``.
+    does so after sorting by length like transformers' ``group_by_length``; ``rows`` pads nothing.
 
     Args:
         lengths: number of samples of each length.
@@ -44,6 +45,7 @@ def padding_shares(
         "fixed": 1 - tokens / (sum(lengths.values()) * max(max_length, *lengths)),
         "dynamic": 1 - tokens / _dynamic_positions(lengths, batch_size),
         "grouped": _grouped_share(_shuffled(lengths), batch_size, batch_size * accumulation),
+        "rows": 0.0,
     }
     return {strategy: max(0.0, share) for strategy, share in shares.items()}
 

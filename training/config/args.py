@@ -70,6 +70,9 @@ class DataArguments:
     model_max_length: int = _flag(
         MODEL_MAX_LENGTH, "maximum tokens of a sample; the default is lowered to the model's limit"
     )
+    padding_free: bool = _flag(
+        True, "the samples of a batch form one row without padding; false: rows padded to the longest sample"
+    )
     truncation: Literal["turns", "turns_left", "cut", "drop", "error"] = _flag(
         "turns",
         "samples longer than --model_max_length; turns: drop the last turns; turns_left: drop the oldest turns; "

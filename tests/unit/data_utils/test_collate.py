@@ -70,3 +70,34 @@ def test_attention_mask_differs_from_the_original_only_for_end_of_text_in_texts(
             assert any("<|endoftext|>" in text for text in texts), case["tag"]
             masked_by_original += 1
     assert masked_by_original or any_golden.name == "large"
+
+
+def test_a_row_holds_the_samples_one_after_the_other_without_padding() -> None:
+    examples: list[Example] = [
+        {"input_ids": [5, 6, 7], "labels": [5, 6, -100], "loss_weights": [1.0, 0.5, 2.0], "index": 4},
+        {"input_ids": [8], "labels": [8]},  # a blank of the last batch
+        {"input_ids": [3, 4], "labels": [-100, 4], "index": 0},
+    ]
+    batch = Collator(9, is_padded=False)(examples)
+    tensors = {name: batch.pop(name) for name in list(batch) if isinstance(batch[name], torch.Tensor)}
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
+        "input_ids": [[5, 6, 7, 8, 3, 4]],
+        "labels": [[-100, 6, -100, -100, -100, 4]],  # a sample's first token is predicted from nothing
+        "loss_weights": [[1.0, 0.5, 2.0, 1.0, 1.0, 1.0]],
+        "position_ids": [[0, 1, 2, 0, 0, 1]],
+        "cu_seq_lens_q": [0, 3, 4, 6],
+        "cu_seq_lens_k": [0, 3, 4, 6],
+    }
+    assert [tensors[name].dtype for name in ("position_ids", "cu_seq_lens_q")] == [torch.int64, torch.int32]
+    assert batch == {
+        "sequence_lengths": (3, 1, 2), "max_length_q": 3, "max_length_k": 3, "num_targets": 2, "index": [4, 0],
+    }  # fmt: skip
+
+
+def test_samples_of_a_pack_are_samples_of_the_row() -> None:
+    examples: list[Example] = [
+        {"input_ids": [at] * at, "labels": [-100] + [at] * (at - 1), "index": at} for at in (2, 3, 4)
+    ]
+    packed = Collator(9, is_padded=False)([examples[:2], examples[2]])
+    for name, value in Collator(9, is_padded=False)(examples).items():
+        assert torch.equal(packed[name], value) if isinstance(value, torch.Tensor) else packed[name] == value

@@ -42,7 +42,7 @@ def output(tmp_path_factory: pytest.TempPathFactory, data: Path, held_out: Path)
         "--model_name_or_path", TINY, "--data_path", data, "--eval_data_path", held_out, "--output_dir", output,
         "--use_lora", "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 2, "--num_train_epochs", 3,
         "--logging_steps", 2, "--eval_strategy", "epoch", "--model_max_length", MAX_LENGTH,
-        "--learning_rate", 1e-3, "--lr_scheduler_type", "constant", "--save_strategy", "no",
+        "--learning_rate", 1e-3, "--lr_scheduler_type", "constant", "--save_strategy", "no", "--padding_free", False,
     )  # fmt: skip
     return output
 

@@ -62,7 +62,7 @@ def build_trainer(data: Path, output: Path, *flags: object, model: Path = TINY) 
         data_mixing=args.data.data_mixing,
         model=load_training_model(checkpoint, args, training_arguments),
         args=training_arguments,
-        data_collator=build_collator(checkpoint),
+        data_collator=build_collator(args, checkpoint),
         train_dataset=sets["train"],
         eval_dataset=sets.get("eval"),
     )
@@ -128,7 +128,7 @@ def test_lean_and_full_loss_log_the_same_for_later_families(data: Path, tmp_path
 
 
 def test_log_line_covers_the_steps_since_the_last_one(data: Path, tmp_path: Path) -> None:
-    flags = ("--per_device_train_batch_size", 2, "--num_train_epochs", 1)
+    flags = ("--per_device_train_batch_size", 2, "--num_train_epochs", 1, "--padding_free", False)
     single, double = build_trainer(data, tmp_path / "1", *flags), build_trainer(data, tmp_path / "2", *flags)
     double.args.logging_steps = 2
     for trainer in (single, double):
@@ -170,8 +170,8 @@ def test_loss_weights_are_normalised_over_the_step(data: Path, tmp_path: Path) -
 
     def weigh(examples: Any) -> dict[str, Any]:
         batch = collate(examples)
-        weights = [[0.01 if each["index"] < 4 else 0.001] * batch["labels"].shape[1] for each in examples]
-        return {**batch, "loss_weights": torch.tensor(weights)}
+        weights = [w for each in examples for w in [0.01 if each["index"] < 4 else 0.001] * len(each["input_ids"])]
+        return {**batch, "loss_weights": torch.tensor([weights])}
 
     trainer.data_collator = weigh
     parts = [logits_of(trainer, index) for index in range(8)]

@@ -15,7 +15,7 @@ from data_utils.report.padding import STRATEGIES, padding_shares
 
 def test_shares_of_fixed_padding_and_of_single_sample_batches() -> None:
     shares = padding_shares({10: 3, 30: 1}, max_length=40, batch_size=1)
-    assert list(shares) == ["fixed", "dynamic", "grouped"] == list(STRATEGIES)
+    assert list(shares) == ["fixed", "dynamic", "grouped", "rows"] == list(STRATEGIES)
     assert shares["fixed"] == pytest.approx(1 - 60 / 160)
     assert (shares["dynamic"], shares["grouped"]) == (0, 0)
     assert padding_shares({}, max_length=40) == {}

@@ -109,6 +109,7 @@ def test_tables_of_a_report() -> None:
         "fixed     72.5%  ██████████████████████░░░░░░░░  all padded to --model_max_length",
         "dynamic    8.3%  ███░░░░░░░░░░░░░░░░░░░░░░░░░░░  this run: random batches padded to their longest sample",
         "grouped    8.3%  ███░░░░░░░░░░░░░░░░░░░░░░░░░░░  batches of samples of similar length",
+        "rows       0.0%  ░░░░░░░░░░░░░░░░░░░░░░░░░░░░░░  the samples of a batch in one row",
         "",
         "Optimizer steps",
         "───────────────",

@@ -1,0 +1,141 @@
+"""Attention within each sample of a row that holds several samples, one after the other, without padding.
+
+The samples' lengths come as ``sequence_lengths`` with the other arguments of ``forward``. Without them the functions
+below are transformers' own, so a model that takes such rows also takes padded batches and generates.
+
+Shapes: S samples, N tokens of the row, n samples of one length, L tokens of a sample, H heads, K heads of keys and
+values, D head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qwen_model.modeling_qwen import eager_attention
+
+Attend = Callable[..., tuple[Tensor, Tensor | None]]
+
+NO_MASKS = {"full_attention": None, "sliding_attention": None}
+"""``attention_mask`` of a row: masks that are ready. Without them transformers builds one of [N, N] from positions."""
+
+_FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # they read the lengths themselves
+_FUNCTIONS: dict[str, Attend] = {"sdpa": sdpa_attention_forward, "eager": eager_attention}
+_NAMES = {name: f"{name}_by_sample" for name in _FUNCTIONS}
+
+
+def take_rows(model: Any) -> None:
+    """Make a model take rows of several samples, beside what it takes already.
+
+    Its attention gets another name in memory; what is saved does not contain it.
+    """
+    for name, own_name in _NAMES.items():
+        ALL_ATTENTION_FUNCTIONS.register(own_name, partial(attend_by_sample, _FUNCTIONS[name]))
+        ALL_MASK_ATTENTION_FUNCTIONS.register(own_name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    name = model.config._attn_implementation
+    if name in _NAMES:
+        model.set_attn_implementation(_NAMES[name])
+
+
+def check_takes_rows(model: Any) -> None:
+    """Raise unless a model's attention keeps the samples of a row apart."""
+    name = model.config._attn_implementation
+    if name not in (*_NAMES.values(), *_FLASH):
+        raise ValueError(f"attention {name!r} would mix the samples of a row; call take_rows(model) first")
+
+
+def attend_by_sample(
+    attend: Attend,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    sequence_lengths: Sequence[int] | None = None,
+    cu_seq_lens_q: Tensor | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """Compute causal attention within each sample; samples of equal length in one call.
+
+    Args:
+        attend: transformers' function for a batch.
+        query: [1, H, N, D].
+        key, value: [1, K, N, D].
+        attention_mask: used without ``sequence_lengths`` alone.
+        sequence_lengths: S lengths, whose sum is N; ``None``: attend to the batch [B, ...] as it is.
+        cu_seq_lens_q: int32 [S + 1], where each sample begins; without it each sample takes a kernel of its own.
+        kwargs: those of ``attend``.
+
+    Returns:
+        [1, N, H, D]; no weights if there are ``sequence_lengths``.
+    """
+    if sequence_lengths is None:
+        return attend(module, query, key, value, attention_mask, **kwargs)
+    window = kwargs.get("sliding_window")
+    if attend is sdpa_attention_forward and cu_seq_lens_q is not None and _runs_varlen(query, kwargs.get("dropout", 0)):
+        longest = max(sequence_lengths)
+        return _attend_varlen(query, key, value, cu_seq_lens_q, longest, kwargs.get("scaling"), window), None
+    by_length: dict[int, list[int]] = {}
+    for sample, length in enumerate(sequence_lengths):
+        by_length.setdefault(length, []).append(sample)
+    # A split has one gradient, slices would have a zero-filled one of the whole row each.
+    pieces = [states.split(list(sequence_lengths), dim=2) for states in (query, key, value)]
+    outputs: dict[int, Tensor] = {}
+    for length, samples in by_length.items():
+        batch = [
+            torch.cat([piece[sample] for sample in samples]) if samples[1:] else piece[samples[0]] for piece in pieces
+        ]
+        is_masked = attend is eager_attention or (window is not None and length > window)
+        output, _ = attend(module, *batch, _sample_mask(length, window, query) if is_masked else None, **kwargs)
+        outputs |= zip(samples, output.split(1), strict=True)
+    return torch.cat([outputs[sample] for sample in range(len(outputs))], dim=1), None
+
+
+def _sample_mask(length: int, window: int | None, states: Tensor) -> Tensor:
+    """Return the mask [L, L] that is added to the scores of a sample: causal, within a sliding window."""
+    positions = torch.arange(length, device=states.device)
+    distances = positions[:, None] - positions
+    hidden = distances < 0 if window is None else (distances < 0) | (distances >= window)
+    return torch.zeros(hidden.shape, dtype=states.dtype, device=states.device).masked_fill(
+        hidden, torch.finfo(states.dtype).min
+    )
+
+
+def _runs_varlen(query: Tensor, dropout: float) -> bool:
+    """Return whether one kernel of torch computes all samples: on NVIDIA's GPUs, in half precision."""
+    return (
+        query.is_cuda
+        and not dropout
+        and _kernel_dtype(query) in (torch.float16, torch.bfloat16)
+        and query.shape[-1] % 8 == 0
+        and query.shape[-1] <= 256
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _kernel_dtype(states: Tensor) -> torch.dtype:
+    device = states.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else states.dtype
+
+
+def _attend_varlen(
+    query: Tensor, key: Tensor, value: Tensor, starts: Tensor, longest: int, scale: float | None, window: int | None
+) -> Tensor:
+    """Compute the attention of all samples with one kernel, [1, N, H, D]."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    dtype, is_grouped = _kernel_dtype(query), query.shape[1] != key.shape[1]
+    query, key, value = (states[0].transpose(0, 1).to(dtype) for states in (query, key, value))
+    left = -1 if window is None else window - 1
+    output = varlen_attn(
+        query, key, value, starts, starts, longest, longest, scale=scale, window_size=(left, 0), enable_gqa=is_grouped
+    )
+    assert isinstance(output, Tensor)
+    return output[None]

@@ -1,0 +1,36 @@
+"""Whether a run's batches are rows without padding."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from qwen_model.architectures import architecture_of
+from training.config.args import RunArguments
+
+# The attention that keeps the samples of a row apart; None: transformers' default, which is sdpa or eager.
+_ATTENTION = (None, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+_COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+
+
+def why_padded(args: RunArguments, config: Mapping[str, Any]) -> str:
+    """Return why the batches of a run are padded; empty if they are rows without padding.
+
+    Args:
+        config: the values of the model's config.json; its ``model_type`` is supported.
+    """
+    if not args.data.padding_free:
+        return "--padding_free False"
+    architecture, attention = architecture_of(config["model_type"]), args.model.attn_implementation
+    if architecture.why_padded:
+        return f"{architecture.display_name} {architecture.why_padded}"
+    if attention not in _ATTENTION:
+        return f"--attn_implementation {attention} does not keep samples of one row apart"
+    if config.get("output_attentions"):
+        return "output_attentions of config.json asks for the attention weights of rows"
+    for name in _COMPILE:
+        if value := args.trainer_value(name):
+            return f"--{name} {value} would compile anew for the lengths of every batch"
+    if noise := args.trainer_value("neftune_noise_alpha"):
+        return f"--neftune_noise_alpha {noise:g} makes noise by the length of a row"
+    return ""
