@@ -126,8 +126,9 @@ class Subject:
     def __init__(self, model: str, facts: Sequence[Fact], held_out: Sequence[dict[str, str]], folder: Path) -> None:
         import torch
 
-        from data_utils.dataset import DataOptions, DataReader, load_examples
+        from data_utils.dataset import DataOptions, DataReader
         from data_utils.encode import EncodeOptions, Encoder
+        from data_utils.prepared import load_examples
         from data_utils.sources import parse_source
         from loading.checkpoint import load_checkpoint
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from data_utils.encode import EncodedConversation, Encoder
-from data_utils.examples import ExampleSet, KeptConversation
+from data_utils.examples import KeptConversation
 from data_utils.files import Location, data_files, read_records
 from data_utils.formats import FIELDS, FORMATS, Format, recognise
 from data_utils.report.counts import DuplicateIndex
@@ -88,6 +88,7 @@ class DataReader:
 
     Attributes:
         reports: the report of each set, complete when ``read`` is exhausted.
+        settings: those that the reports show.
     """
 
     def __init__(
@@ -102,15 +103,25 @@ class DataReader:
     ) -> None:
         self.encoder = encoder
         self.options = options or DataOptions()
-        self._sources = [(set_name, source) for set_name, of_set in sources.items() for source in of_set]
+        self.sources = [(set_name, source) for set_name, of_set in sources.items() for source in of_set]
+        self.max_samples = max_samples
         self._show_progress = show_progress
         self._faults: list[DataError] = []
         self._placeholders: set[str] = set()
         self._skipped = 0
-        settings = settings or report_settings(encoder)
+        self.settings = settings or report_settings(encoder)
         set_names = [*sources, *(["eval"] if self.options.eval_share else [])]
         index = DuplicateIndex()  # shared, to find samples that are both trained and evaluated
-        self.reports = {name: DataReport(name, settings, max_samples, duplicate_index=index) for name in set_names}
+        self.reports = {name: DataReport(name, self.settings, max_samples, duplicate_index=index) for name in set_names}
+
+    @cached_property
+    def files(self) -> list[list[Path]]:
+        """The data files of each source.
+
+        Raises:
+            DataError: a source without any, or one that cannot be read.
+        """
+        return [data_files(source.path) for _, source in self.sources]
 
     def read(self) -> Iterator[KeptConversation]:
         """Check all records, then yield the conversations that are used, source by source.
@@ -118,7 +129,7 @@ class DataReader:
         Raises:
             DataError: records that cannot be used, up to 20 of them in one message, or a file that cannot be read.
         """
-        files = [data_files(source.path) for _, source in self._sources]
+        files = self.files
         size = sum(path.stat().st_size for path in itertools.chain.from_iterable(files))
         # The bar appears after a delay: if a quick check finds a fault, the fault is all that is printed.
         with self._progress("Checking", size, delay=_CHECKING_DELAY, leave=False) as advance:
@@ -128,7 +139,7 @@ class DataReader:
         for path, format_ in itertools.chain.from_iterable(source.files for source in checked):
             logger.info("%s: read as %s%s", path, "no known format" if format_ is None else format_.name, reason)
         with self._progress("Tokenising", size) as advance:
-            for (set_name, source), checked_source in zip(self._sources, checked, strict=True):
+            for (set_name, source), checked_source in zip(self.sources, checked, strict=True):
                 yield from self._read_source(set_name, source, checked_source, advance)
         self._raise_faults()
         for report in self.reports.values():
@@ -269,36 +280,3 @@ class DataReader:
         if any(turn.weight == 0 for turn in conversation.turns if turn.role == "assistant"):
             return "none of its turns is to be trained"
         return f"chat format {self.encoder.family.name!r} has no inference prompt for any of its answers"
-
-
-def load_examples(reader: DataReader) -> dict[str, ExampleSet]:
-    """Read, check and tokenise all sources, and log a warning for what is skipped or shortened.
-
-    Raises:
-        DataError: records that cannot be used, or a set without any example.
-    """
-    sets = {name: ExampleSet(report) for name, report in reader.reports.items()}
-    for kept in reader.read():
-        sets[kept.set_name].add(kept)
-    for name, examples in sets.items():
-        for line in examples.report.warnings():
-            logger.warning(line)
-        if not len(examples):
-            raise _nothing_left(name, examples.report)
-    return sets
-
-
-def _nothing_left(set_name: str, report: DataReport) -> DataError:
-    counts: Counter[str] = Counter()
-    for source in report.sources:
-        counts.update(source.skipped.counts)
-    reasons = "; ".join(f"{count} skipped, {reason}" for reason, count in counts.items())
-    total = sum(source.read for source in report.sources)
-    fix = (
-        "Raise --model_max_length, or shorten the conversations"
-        if any("--model_max_length" in reason for reason in counts)
-        else "Put a user turn before each answer, and use a checkpoint whose prompt does not open a <think> block"
-    )
-    purpose = "train" if set_name == "train" else "evaluate"
-    names = ", ".join(source.name for source in report.sources)
-    return DataError(names, f"nothing is left to {purpose} on: {total} conversations read, {reasons}", fix)

@@ -1,11 +1,10 @@
-"""The examples of a run as a few flat arrays, which the processes of a host can share through files."""
+"""The examples of a run as a few flat columns in files, which the processes of a host share."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from array import array
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from data_utils.encode import EncodedConversation, Example
 from data_utils.files import Location
 from data_utils.report.data_report import DataReport
 from data_utils.schema import Conversation
+from data_utils.store import ColumnWriter, open_columns
 
 # Columns that define the examples, with their array types: all ids; the runs of ids with the same weight; per example
 # its number of ids, the offsets of its first id and its first run, and its number of runs. Copies share ids and runs.
@@ -24,7 +24,7 @@ _CONTENT = {
 }  # fmt: skip
 # Origin of each example: index of its path, line, and number of its record (0: unknown).
 _PLACES = {"paths": "i", "lines": "q", "records": "q"}
-_REST = "examples.json"
+_FLUSHED_ITEMS = 1 << 18
 
 
 class KeptConversation(NamedTuple):
@@ -43,33 +43,25 @@ class KeptConversation(NamedTuple):
     encoded: EncodedConversation
 
 
-class ExampleSet:
-    """The examples of a set, as a torch dataset. All ids are in one array, loss weights are runs.
+class ExampleWriter:
+    """Writes the examples of a set to the files of a new folder, while they are added."""
 
-    Attributes:
-        source_sizes: number of examples of each source; the examples are in the order of the sources.
-        report: what happened to the records; without sources if another process has read them.
-        is_weighted: some labels have a weight other than 1.
-    """
-
-    def __init__(self, report: DataReport) -> None:
-        self.report = report
-        self.source_sizes: list[int] = []
-        self.is_weighted = False
-        # Python arrays, which can grow, while examples are added; numpy arrays, mapped from files, after ``load``.
-        self._columns: dict[str, Any] = {name: array(code) for name, code in (_CONTENT | _PLACES).items()}
+    def __init__(self, folder: Path) -> None:
+        self._columns = ColumnWriter(folder, _CONTENT | _PLACES)
         self._paths: dict[str, int] = {}
+        self._source_sizes: list[int] = []
+        self._is_weighted = False
 
     def add(self, kept: KeptConversation) -> None:
         """Append an example, ``copies`` times."""
-        encoded, columns = kept.encoded, self._columns
-        start, run = len(columns["ids"]), len(columns["run_lengths"])
+        encoded, writer = kept.encoded, self._columns
+        columns, start, run = writer.buffers, writer.count("ids"), writer.count("run_lengths")
         columns["ids"].extend(encoded.input_ids)
-        columns["run_lengths"].extend(span.length for span in encoded.spans)
-        columns["run_weights"].extend(span.weight for span in encoded.spans)
-        self.is_weighted |= any(span.weight not in (0, 1) for span in encoded.spans)
-        self.source_sizes.extend([0] * (kept.source + 1 - len(self.source_sizes)))
-        self.source_sizes[kept.source] += kept.copies
+        columns["run_lengths"].extend([span.length for span in encoded.spans])
+        columns["run_weights"].extend([span.weight for span in encoded.spans])
+        self._is_weighted |= any(span.weight not in (0, 1) for span in encoded.spans)
+        self._source_sizes.extend([0] * (kept.source + 1 - len(self._source_sizes)))
+        self._source_sizes[kept.source] += kept.copies
         where = kept.conversation.where
         place = where if isinstance(where, Location) else Location(where)
         example = {
@@ -83,6 +75,45 @@ class ExampleSet:
         }
         for name, value in example.items():
             columns[name].extend([value] * kept.copies)
+        if max(len(columns["ids"]), len(columns["lengths"])) >= _FLUSHED_ITEMS:
+            writer.flush()
+
+    def finish(self) -> dict[str, Any]:
+        """Complete the files, and return what ``ExampleSet`` needs beside them; JSON can represent it."""
+        return {
+            "columns": self._columns.close(),
+            "source_sizes": self._source_sizes,
+            "is_weighted": self._is_weighted,
+            "paths": list(self._paths),
+        }
+
+
+class ExampleSet:
+    """The examples of a set, as a torch dataset over memory-mapped files, which all processes of a host share.
+
+    All ids are in one array, loss weights are runs. The examples stay readable after the folder has been removed.
+
+    Args:
+        folder: where an ``ExampleWriter`` has written.
+        description: what it has returned, and optionally their ``digest``.
+        report: what happened to the records; without sources if another process has read them.
+        verify: compare the checksums of the files.
+
+    Attributes:
+        source_sizes: number of examples of each source; the examples are in the order of the sources.
+        is_weighted: some labels have a weight other than 1.
+
+    Raises:
+        DamagedError: a file is not as it was written.
+    """
+
+    def __init__(self, folder: Path, description: Mapping[str, Any], report: DataReport, verify: bool = True) -> None:
+        self.report = report
+        self.source_sizes: list[int] = description["source_sizes"]
+        self.is_weighted: bool = description["is_weighted"]
+        self._paths: list[str] = description["paths"]
+        self._digest: str | None = description.get("digest")
+        self._columns = open_columns(folder, description["columns"], verify)
 
     @property
     def lengths(self) -> list[int]:
@@ -111,41 +142,18 @@ class ExampleSet:
     def where(self, index: int) -> str:
         """Return the place of an example: ``file.jsonl:12`` or ``file.json:40 (record 3)``."""
         path, line, record = (int(self._columns[name][index]) for name in _PLACES)
-        return str(Location(list(self._paths)[path], line or None, record or None))
+        return str(Location(self._paths[path], line or None, record or None))
 
     def digest(self) -> str:
         """Return the SHA-256, 64 hex digits, of the examples in their order, and of the sources' sizes.
 
         It covers ids, weights and copies, but not the paths of the files.
         """
-        digest = hashlib.sha256(json.dumps(self.source_sizes).encode())
-        for name in _CONTENT:
-            column = self._columns[name]
-            digest.update(f" {name} {len(column)} ".encode())
-            digest.update(memoryview(column))
-        return digest.hexdigest()
-
-    def save(self, folder: Path) -> None:
-        """Create a folder and write the examples to it as numpy files and JSON, without their report."""
-        folder.mkdir(parents=True)
-        for name, column in self._columns.items():
-            np.save(folder / f"{name}.npy", np.asarray(column), allow_pickle=False)
-        rest = {"source_sizes": self.source_sizes, "is_weighted": self.is_weighted, "paths": list(self._paths)}
-        (folder / _REST).write_text(json.dumps(rest), encoding="utf-8")
-
-    @classmethod
-    def load(cls, folder: Path, report: DataReport) -> ExampleSet:
-        """Open the examples of a folder, memory-mapped.
-
-        All processes share its files. The examples stay readable after the folder has been removed.
-        """
-        examples = cls(report)
-        # As plain arrays over the same pages: reading one element of a numpy.memmap is several times slower.
-        examples._columns = {
-            name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
-            for name in examples._columns
-        }
-        rest = json.loads((folder / _REST).read_text(encoding="utf-8"))
-        examples.source_sizes, examples.is_weighted = rest["source_sizes"], rest["is_weighted"]
-        examples._paths = {path: number for number, path in enumerate(rest["paths"])}
-        return examples
+        if self._digest is None:
+            digest = hashlib.sha256(json.dumps(self.source_sizes).encode())
+            for name in _CONTENT:
+                column = self._columns[name]
+                digest.update(f" {name} {len(column)} ".encode())
+                digest.update(memoryview(column))
+            self._digest = digest.hexdigest()
+        return self._digest

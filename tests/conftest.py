@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,6 +14,11 @@ from typing import TYPE_CHECKING
 # Before torch is imported, because libgomp reads them once. Threads that spin while waiting slow down parallel runs.
 os.environ.setdefault("OMP_NUM_THREADS", "2")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Prepared data is kept for this session only; matplotlib's list of fonts stays in the user's cache.
+os.environ.setdefault(
+    "MPLCONFIGDIR", os.path.join(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "matplotlib")
+)
+os.environ["XDG_CACHE_HOME"] = tempfile.mkdtemp(prefix="qwen-tests-cache-")
 
 import pytest
 import torch
@@ -26,6 +34,7 @@ if TYPE_CHECKING:
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TRANSFORMERS_OFFLINE"] = "1"
 torch.set_num_threads(2)
+atexit.register(shutil.rmtree, os.environ["XDG_CACHE_HOME"], ignore_errors=True)
 
 
 def pytest_collection_finish() -> None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from data_utils.dataset import DataOptions, DataReader, load_examples
+from data_utils.dataset import DataOptions, DataReader
 from data_utils.encode import Encoder
 from data_utils.examples import ExampleSet
+from data_utils.prepared import load_examples
 from data_utils.sources import parse_source
 
 

@@ -15,9 +15,10 @@ from checkpoints.files import save_json, save_text
 from checkpoints.names import DATA_REPORT, DATA_REPORT_PAGE
 from console import wants_color
 from data_utils.collate import Collator
-from data_utils.dataset import DataOptions, DataReader, load_examples, report_settings
+from data_utils.dataset import DataOptions, DataReader, report_settings
 from data_utils.encode import EncodeOptions, Encoder
 from data_utils.examples import ExampleSet, KeptConversation
+from data_utils.prepared import Prepared, prepare_temporary
 from data_utils.report.data_report import DataReport
 from data_utils.report.page import render_html
 from data_utils.report.terminal import render_report
@@ -25,7 +26,9 @@ from data_utils.sources import parse_fill, parse_source
 from loading.checkpoint import Checkpoint, load_checkpoint
 from loading.config_files import load_model_config, max_positions
 from processes import count_processes, is_first
+from training.cache_entries import usable_folder
 from training.config.args import RunArguments
+from training.data_cache import find_or_prepare
 from training.display import draws_bars
 from training.distributed.agreement import check_same_data
 from training.distributed.shared_data import load_shared
@@ -44,7 +47,7 @@ def load_shared_data(
     Raises:
         ConfigError: a file or a record that cannot be used, or hosts with different data; on all ranks.
     """
-    sets = load_shared(world, lambda: load_data(args, training_arguments, checkpoint))
+    sets = load_shared(world, lambda: prepare_data(args, training_arguments, checkpoint))
     check_same_data(world, sets)
     return sets
 
@@ -52,20 +55,30 @@ def load_shared_data(
 def load_data(
     args: RunArguments, training_arguments: TrainingArguments, checkpoint: Checkpoint
 ) -> dict[str, ExampleSet]:
-    """Return the ``train`` set and, if there is evaluation data, the ``eval`` set.
+    """Return the ``train`` set and, if there is evaluation data, the ``eval`` set; see ``prepare_data``."""
+    prepared = prepare_data(args, training_arguments, checkpoint)
+    prepared.release()
+    return prepared.sets
+
+
+def prepare_data(args: RunArguments, training_arguments: TrainingArguments, checkpoint: Checkpoint) -> Prepared:
+    """Open the data of a run in the cache of prepared data, or prepare it.
 
     Raises:
         DataError: a file or a record that cannot be used.
     """
     if args.data.lazy_preprocess:
         logger.info("--lazy_preprocess has no effect: conversations are checked and tokenised before the first step")
-    sets = load_examples(build_reader(args, training_arguments, checkpoint))
+    reader = build_reader(args, training_arguments, checkpoint)
+    cache = None if args.data.no_data_cache else usable_folder(args.data.data_cache_dir)
+    prepared = prepare_temporary(reader) if cache is None else find_or_prepare(cache, reader, checkpoint)
+    sets = prepared.sets
     if "eval" in sets and training_arguments.eval_strategy == "no" and not training_arguments.eval_on_start:
         logger.warning(
             "%d conversations are held out for evaluation, but the run never evaluates. Give --eval_strategy",
             len(sets["eval"]),
         )
-    return sets
+    return prepared
 
 
 def preview_data(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import resource
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator, Sequence
@@ -18,7 +19,7 @@ from unittest.mock import patch
 from chat.label_mask import IGNORE_INDEX
 from data_utils import files, json_stream, parquet
 from data_utils.dataset import BAD_RECORD, DataOptions, DataReader
-from data_utils.examples import ExampleSet
+from data_utils.examples import ExampleSet, ExampleWriter
 from data_utils.report.terminal import render_report
 from data_utils.sources import parse_source
 from errors import DataError
@@ -101,16 +102,17 @@ def read(path: Path, skip_bad: bool) -> Reading:
     """Read a file like a training run."""
     reading = Reading()
     sources, options = {"train": [parse_source(str(path))]}, DataOptions(skip_bad=skip_bad)
-    with _recorded_errors(reading):
+    with _recorded_errors(reading), tempfile.TemporaryDirectory() as folder:
         reader = DataReader(sources, encoder(), options, max_samples=2, show_progress=False)
-        examples = ExampleSet(reader.reports["train"])
+        writer = ExampleWriter(Path(folder, "train"))
         try:
             for taken in reader.read():
-                examples.add(taken)
+                writer.add(taken)
         except DataError as error:
             reading.is_refused = True
             _read_message(str(error), path, reading)
-        else:
+        examples = ExampleSet(Path(folder, "train"), writer.finish(), reader.reports["train"])
+        if not reading.is_refused:
             _read_report(examples, path, reading)
         _read_examples(examples, path, reading)
     return reading

@@ -78,6 +78,11 @@ class DataArguments:
         "samples longer than --model_max_length; turns: drop the last turns; turns_left: drop the oldest turns; "
         "cut: cut off the rest, as the original script; drop: skip the sample; error: refuse the data",
     )
+    data_cache_dir: str | None = _flag(
+        None, "folder in which prepared data is kept for later runs (default: qwen-finetuning in your cache folder)"
+    )
+    no_data_cache: bool = _flag(False, "keep no prepared data, and use none")
+    dataset_num_proc: int = _flag(1, "processes that check and tokenise the data side by side")
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,8 @@ if TYPE_CHECKING:
 # Flags that may differ between ranks. For a flag with a path the files are compared instead.
 _MAY_DIFFER = {
     "local_rank", "model_name_or_path", "lora_weight_path", "data_path", "eval_data_path", "deepspeed", "fsdp_config",
-    "cache_dir", "logging_dir", "hub_token", "debug", "log_level", "log_level_replica", "disable_tqdm",
+    "cache_dir", "data_cache_dir", "no_data_cache", "dataset_num_proc", "logging_dir", "hub_token", "debug",
+    "log_level", "log_level_replica", "disable_tqdm",
 }  # fmt: skip
 _ONE_TIME_FLAGS = ("overwrite_output_dir", "allow_resume_changes", "dry_run")
 _PACKAGES = (
@@ -55,7 +56,9 @@ _SOURCES = (
     "training",
 )
 # Files that a run reads from a checkpoint folder besides the weights.
-_CONFIG_FILES = ("config.json", "generation_config.json", "*token*", "vocab.json", "merges.txt", "*.jinja")
+CONFIG_FILES = (
+    "config.json", "generation_config.json", "*token*", "vocab.json", "merges.txt", "*.jinja", "chat_template*",
+)  # fmt: skip
 _MAX_SHOWN = 20
 
 RankInputs = dict[str, Any]
@@ -141,13 +144,13 @@ def _process_inputs(args: RunArguments, device: str) -> RankInputs:
 
 def _host_inputs(args: RunArguments, checkpoint: Checkpoint) -> RankInputs:
     inputs: RankInputs = {
-        "this toolkit's sources": _digest_sources(Path(__file__).parents[2]),
+        "this toolkit's sources": digest_sources(Path(__file__).parents[2])[:12],
         "weights of --model_name_or_path": fingerprint(checkpoint.folder)[:12],
-        "config of --model_name_or_path": _digest_files(checkpoint.folder, *_CONFIG_FILES),
+        "config of --model_name_or_path": digest_files(checkpoint.folder, *CONFIG_FILES)[:12],
     }
     if adapter := args.lora.lora_weight_path:
         inputs["weights of --lora_weight_path"] = fingerprint(adapter, ADAPTER_WEIGHTS)[:12]
-        inputs["config of --lora_weight_path"] = _digest_files(Path(adapter), ADAPTER_CONFIG)
+        inputs["config of --lora_weight_path"] = digest_files(Path(adapter), ADAPTER_CONFIG)[:12]
     flags = args.to_dict()
     for name in ("deepspeed", "fsdp_config"):
         value = flags[name]
@@ -158,14 +161,14 @@ def _host_inputs(args: RunArguments, checkpoint: Checkpoint) -> RankInputs:
     return inputs
 
 
-def _digest_sources(root: Path) -> str:
-    """Return a digest of the Python files that affect training, as 12 hex digits."""
-    paths = [path for name in _SOURCES for path in sorted([root / name, *(root / name).rglob("*.py")])]
+def digest_sources(root: Path, names: Iterable[str] = _SOURCES) -> str:
+    """Return the SHA-256 of the Python files of some modules and packages, by default of all that affect training."""
+    paths = [path for name in names for path in sorted([root / name, *(root / name).rglob("*.py")])]
     return _digest([path for path in paths if path.is_file()], root)
 
 
-def _digest_files(folder: Path, *patterns: str) -> str:
-    """Return a digest of the files in ``folder`` that match one of the patterns, as 12 hex digits."""
+def digest_files(folder: Path, *patterns: str) -> str:
+    """Return the SHA-256 of the files in ``folder`` that match one of the patterns."""
     paths = {path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}
     return _digest(sorted(paths), folder)
 
@@ -176,4 +179,4 @@ def _digest(paths: list[Path], root: Path) -> str:
         content = path.read_bytes()
         digest.update(f"{path.relative_to(root).as_posix()} {len(content)} ".encode())
         digest.update(content)
-    return digest.hexdigest()[:12]
+    return digest.hexdigest()

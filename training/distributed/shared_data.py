@@ -1,22 +1,19 @@
-"""Data that is read and tokenised once per host; the ranks of a host share the result through memory-mapped files."""
+"""Data that is prepared once per host; the ranks of a host share the result through memory-mapped files."""
 
 from __future__ import annotations
 
-import errno
-import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from data_utils.examples import ExampleSet
-from data_utils.report.data_report import DataReport
+from data_utils.prepared import Prepared, open_prepared
 from errors import ConfigError, DataError, shared
 from training.distributed.world import World
 
 
-def load_shared(world: World, load: Callable[[], dict[str, ExampleSet]]) -> dict[str, ExampleSet]:
-    """Return the result of ``load``, which only one rank of each host calls.
+def load_shared(world: World, load: Callable[[], Prepared]) -> dict[str, ExampleSet]:
+    """Return the sets that ``load`` prepares, which only one rank of each host calls.
 
     The other ranks of a host get the same examples with an empty data report. They wait without a time-out.
 
@@ -25,52 +22,28 @@ def load_shared(world: World, load: Callable[[], dict[str, ExampleSet]]) -> dict
         RunError: a rank failed for another reason.
     """
     if world.size == 1:
-        return load()
-    sets: dict[str, ExampleSet] = {}
+        prepared = load()
+        prepared.release()
+        return prepared.sets
+    own: Prepared | None = None
     message: dict[str, Any] = {}
-    folder, own_error = None, None
+    own_error = None
     try:
         if world.is_local_rank0:
             try:
-                sets = load()
+                own = load()
             except (DataError, ConfigError) as error:
                 own_error, message = error, {"error": str(error)}
             else:
-                if _count_ranks_here(world) > 1:
-                    folder = Path(tempfile.mkdtemp(prefix="qwen-data-"))
-                    message = {"folder": str(folder), "sets": _save(sets, folder)}
+                message = {"folder": str(own.folder)}
         messages = world.gather("reading data", message)
         for rank, received in enumerate(messages):
             if "error" in received:
                 prefix = f"{world.describe(rank)}: " if rank else ""
                 raise shared(ConfigError(prefix + received["error"])) from own_error
-        if "folder" in messages[world.local_rank0]:
-            sets = _open(messages[world.local_rank0], sets)
+        sets = open_prepared(Path(messages[world.local_rank0]["folder"]), verify=False) if own is None else own.sets
         world.barrier("opening data")
     finally:
-        if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)  # mapped files stay readable
+        if own is not None:
+            own.release()
     return sets
-
-
-def _count_ranks_here(world: World) -> int:
-    return world.hosts.count(world.hosts[world.rank])
-
-
-def _save(sets: Mapping[str, ExampleSet], folder: Path) -> list[str]:
-    try:
-        for name, examples in sets.items():
-            examples.save(folder / name)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise OSError(error.errno, error.strerror, f"{folder} (set TMPDIR to use another folder)") from error
-        raise
-    return list(sets)
-
-
-def _open(message: Mapping[str, Any], own: Mapping[str, ExampleSet]) -> dict[str, ExampleSet]:
-    """Open the sets of a folder; the rank that read the data keeps its reports."""
-    return {
-        name: ExampleSet.load(Path(message["folder"], name), own[name].report if name in own else DataReport(name))
-        for name in message["sets"]
-    }

@@ -13,11 +13,12 @@ from torch.utils.data import DataLoader
 
 from chat.families import ANSWER_STYLES, QWEN_V1
 from data_utils.collate import Collator
-from data_utils.dataset import DataReader, load_examples
+from data_utils.dataset import DataReader
 from data_utils.encode import EncodeOptions, Encoder
 from data_utils.examples import ExampleSet
 from data_utils.files import read_records
 from data_utils.formats import FORMATS
+from data_utils.prepared import load_examples
 from data_utils.sources import parse_source
 from errors import DataError
 from qwen_model.tokenization_qwen import QWenTokenizer

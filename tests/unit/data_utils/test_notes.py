@@ -11,8 +11,8 @@ import pytest
 
 from chat.families import ANSWER_STYLES, QWEN_V1, Family
 from chat.tools_hermes import HERMES_FORMS
-from data_utils.dataset import load_examples
 from data_utils.encode import EncodeOptions, Encoder
+from data_utils.prepared import load_examples
 from data_utils.report.page import render_html
 from data_utils.report.terminal import render_report
 from errors import ConfigError

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from data_utils.dataset import DataReader, load_examples
+from data_utils.dataset import DataReader
 from data_utils.encode import EncodeOptions, Encoder
+from data_utils.prepared import load_examples
 from data_utils.sources import parse_source
 from errors import DataError
 from loading.checkpoint import Checkpoint, load_checkpoint

@@ -136,13 +136,13 @@ def test_digest_of_sources_changes_with_python_files_only(tmp_path: Path) -> Non
     for name in ("errors.py", "training/loop.py"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x = 1\n")
-    before = agreement._digest_sources(tmp_path)
-    assert agreement._digest_sources(tmp_path) == before
+    before = agreement.digest_sources(tmp_path)
+    assert agreement.digest_sources(tmp_path) == before
     (tmp_path / "notes.txt").write_text("no source")
-    assert agreement._digest_sources(tmp_path) == before
+    assert agreement.digest_sources(tmp_path) == before
     (tmp_path / "training/loop.py").write_text("x = 2\n")
-    assert agreement._digest_sources(tmp_path) != before
-    assert len(agreement._digest_sources(REPO)) == 12
+    assert agreement.digest_sources(tmp_path) != before
+    assert len(agreement.digest_sources(REPO)) == 64
 
 
 # -------------------------------------------------------------------------------------------------------- connecting

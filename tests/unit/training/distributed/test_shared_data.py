@@ -14,10 +14,9 @@ from torch.utils.data import DataLoader, RandomSampler
 
 from chat.families import QWEN_V1
 from data_utils.collate import Collator
-from data_utils.dataset import load_examples
 from data_utils.encode import EncodeOptions, Encoder
 from data_utils.examples import ExampleSet
-from data_utils.report.data_report import DataReport
+from data_utils.prepared import Prepared, open_prepared, prepare_temporary
 from errors import ConfigError, DataError, RunError
 from qwen_model.tokenization_qwen import QWenTokenizer
 from tests.data import load, reader
@@ -51,17 +50,17 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
-def copies(path: Path, encoder: Encoder, name: str = "train") -> dict[str, ExampleSet]:
-    return {name: load(encoder, f"{path}@x2")}
+def copies(path: Path, encoder: Encoder) -> Prepared:
+    return prepare_temporary(reader(encoder, f"{path}@x2"))
 
 
-def test_saved_examples_load_unchanged(data: Path, tmp_path: Path, encoder: Encoder) -> None:
-    examples = load(encoder, f"{data}@x2")
+def test_examples_of_another_process_are_the_same(data: Path, temporary: Path, encoder: Encoder) -> None:
+    prepared = copies(data, encoder)
+    examples = prepared.sets["train"]
     assert examples.is_weighted
-    examples.save(tmp_path / "saved")
-    opened = ExampleSet.load(tmp_path / "saved", DataReport("train"))
-    for file in (tmp_path / "saved").iterdir():
-        file.unlink()  # as the rank that wrote it does at once
+    opened = open_prepared(prepared.folder)["train"]
+    prepared.release()  # as the rank that prepared them does at once
+    assert list(temporary.iterdir()) == []
     assert list(opened) == list(examples)
     assert len(opened) == 2 * len(CONVERSATIONS)
     assert opened.lengths == examples.lengths
@@ -96,7 +95,7 @@ def test_one_rank_per_host_reads_the_data(data: Path, encoder: Encoder, temporar
     readers: list[int] = []
 
     def work(world: World) -> dict[str, ExampleSet]:
-        def read() -> dict[str, ExampleSet]:
+        def read() -> Prepared:
             readers.append(world.rank)
             return copies(data, encoder)
 
@@ -106,26 +105,21 @@ def test_one_rank_per_host_reads_the_data(data: Path, encoder: Encoder, temporar
 
     results = run_on_ranks(3, work, ["a", "a", "b"])
     assert sorted(readers) == [0, 2]
-    expected = copies(data, encoder)["train"]
+    expected = load(encoder, f"{data}@x2")
     for sets in results:
         assert sets.keys() == {"train"}
         assert list(sets["train"]) == list(expected)
         assert sets["train"].where(3) == expected.where(3)
     assert [sets["train"].report.total().kept for sets in results] == [16, 0, 16]
-    # Two ranks of a host share mapped files; a single rank keeps the data in its own memory.
-    shared = [isinstance(_base(sets["train"]), np.memmap) for sets in results]
-    assert shared == [True, True, False]
+    # Mapped files belong to no process.
+    assert all(isinstance(sets["train"]._columns["ids"].base, np.memmap) for sets in results)
     assert list(temporary.iterdir()) == []
 
 
-def _base(examples: ExampleSet) -> Any:
-    ids = examples._columns["ids"]
-    return ids.base if isinstance(ids, np.ndarray) else ids
-
-
 def test_single_process_reads_for_itself(data: Path, encoder: Encoder, temporary: Path) -> None:
-    sets = copies(data, encoder)
-    assert load_shared(World(), lambda: sets) is sets
+    sets = load_shared(World(), lambda: copies(data, encoder))
+    assert len(sets["train"]) == 16
+    assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.parametrize("bad", [0, 2])
@@ -133,7 +127,7 @@ def test_bad_record_raises_the_same_error_on_all_ranks(data: Path, encoder: Enco
     """Whichever host finds it; rank 0 reports it."""
 
     def work(world: World) -> None:
-        def read() -> dict[str, ExampleSet]:
+        def read() -> Prepared:
             if world.rank == bad:
                 raise DataError("a.json:3", "no turns", "Remove it")
             return copies(data, encoder)
@@ -148,7 +142,7 @@ def test_bad_record_raises_the_same_error_on_all_ranks(data: Path, encoder: Enco
 
 
 def test_other_failure_reaches_waiting_ranks(temporary: Path) -> None:
-    def read() -> dict[str, ExampleSet]:
+    def read() -> Prepared:
         raise OSError(5, "Input/output error", "a.json")
 
     first, second = run_on_ranks(2, lambda world: load_shared(world, read), ["a", "a"])
@@ -171,12 +165,11 @@ def test_host_with_different_data_is_reported(data: Path, encoder: Encoder) -> N
 
 
 def test_order_is_independent_of_the_number_of_workers(
-    data: Path, tmp_path: Path, encoder: Encoder, caplog: pytest.LogCaptureFixture
+    data: Path, encoder: Encoder, caplog: pytest.LogCaptureFixture
 ) -> None:
     """Examples of mapped files in the order of a seed, read by 0, 1 or 2 worker processes."""
     with caplog.at_level(logging.ERROR):
-        load_examples(reader(encoder, data))["train"].save(tmp_path / "saved")
-    examples: Any = ExampleSet.load(tmp_path / "saved", DataReport("train"))
+        examples: Any = load(encoder, data)
 
     def batches(workers: int) -> list[Any]:
         import torch

@@ -1,0 +1,110 @@
+"""The entries of the cache of prepared data: where they are, what is among them, and their removal.
+
+Imports nothing heavy.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import re
+import shutil
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from errors import ConfigError
+from outputs import check_writable
+from ownership import has_mark, make_temporary_folder
+
+logger = logging.getLogger(__name__)
+
+FLAG = "--data_cache_dir"
+ABOUT = "about.json"
+"""File of an entry that describes it. Its time of change is that of the last use; users of the entry lock it."""
+
+PARTIAL = ".partial"
+FORMAT = "qwen-finetuning data 1"
+_NAME = re.compile(r"[0-9a-f]{32}(\.partial)?")
+
+
+def default_folder() -> Path:
+    """Return the folder of the cache in the user's cache folder."""
+    base = os.environ.get("XDG_CACHE_HOME")
+    return Path(base if base and os.path.isabs(base) else Path("~/.cache").expanduser()) / "qwen-finetuning" / "data"
+
+
+def usable_folder(given: str | None) -> Path | None:
+    """Return the folder of ``--data_cache_dir``, or the default; ``None`` if the default cannot be written to.
+
+    Raises:
+        ConfigError: the given folder cannot be written to.
+    """
+    folder = default_folder() if given is None else Path(given)
+    try:
+        check_writable(folder, f"{FLAG} {folder}")
+    except ConfigError as error:
+        if given is not None:
+            raise
+        logger.warning("Prepared data is not kept: %s", error)
+        return None
+    return folder
+
+
+@dataclass(frozen=True)
+class Entry:
+    """An entry of the cache, or what a process leaves that died while it prepared one.
+
+    Attributes:
+        size: bytes of its files.
+        used: time of its last use, in seconds since the epoch.
+        sources: its data, each with the name of its set.
+    """
+
+    path: Path
+    size: int
+    used: float
+    model: str
+    sources: list[str]
+
+    def remove(self) -> None:
+        """Remove it.
+
+        Raises:
+            ConfigError: a process uses it.
+        """
+        if self.path.suffix == PARTIAL:
+            make_temporary_folder(self.path, str(self.path)).remove()
+            return
+        descriptor = os.open(self.path / ABOUT, os.O_RDONLY)
+        try:
+            with suppress(OSError):
+                try:
+                    fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    raise ConfigError(f"{self.path} is in use", "Wait for the end of that process") from None
+            shutil.rmtree(self.path)
+        finally:
+            os.close(descriptor)
+
+
+def find_entries(cache: Path) -> list[Entry]:
+    """Return the entries of a cache, the one that was used last first. Other files and folders are left out."""
+    entries = [entry for path in cache.glob("*") if _NAME.fullmatch(path.name) and (entry := _read_entry(path))]
+    return sorted(entries, key=lambda entry: entry.used, reverse=True)
+
+
+def _read_entry(path: Path) -> Entry | None:
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    if path.suffix == PARTIAL:
+        return Entry(path, size, path.stat().st_mtime, "", ["not complete"]) if has_mark(path) else None
+    try:
+        about = json.loads((path / ABOUT).read_text(encoding="ascii"))
+        used = (path / ABOUT).stat().st_mtime
+    except (OSError, ValueError):
+        return None
+    if not isinstance(about, dict) or about.get("format") != FORMAT:
+        return None
+    return Entry(path, size, used, str(about["model"]), [str(source) for source in about["sources"]])
