@@ -10,6 +10,10 @@ Tool = dict[str, Any]
 own keys (``name_for_model``, ``description_for_model``...)."""
 
 
+TEXT = "text"
+"""Role of the only turn of a plain text, which belongs to no conversation and is written without a chat format."""
+
+
 class ToolCall(NamedTuple):
     """A function call. ``arguments`` is any JSON value; a string is the arguments' text, used verbatim."""
 
@@ -25,7 +29,7 @@ class Turn(NamedTuple):
     """One message.
 
     Attributes:
-        role: ``system``, ``user``, ``assistant`` or ``tool`` (the result of a call).
+        role: ``system``, ``user``, ``assistant``, ``tool`` (the result of a call) or ``TEXT``.
         content: its text; may be empty if there are ``calls``.
         calls: function calls of an assistant turn. The ``tool`` turns after it are their results, in this order.
         weight: loss weight of each of its tokens, overriding the label mask; 0 does not train it. ``None`` leaves the

@@ -50,7 +50,7 @@ class ExampleWriter:
         self._columns = ColumnWriter(folder, _CONTENT | _PLACES)
         self._paths: dict[str, int] = {}
         self._source_sizes: list[int] = []
-        self._is_weighted = False
+        self._is_weighted = self._has_text = False
 
     def add(self, kept: KeptConversation) -> None:
         """Append an example, ``copies`` times."""
@@ -60,6 +60,7 @@ class ExampleWriter:
         columns["run_lengths"].extend([span.length for span in encoded.spans])
         columns["run_weights"].extend([span.weight for span in encoded.spans])
         self._is_weighted |= any(span.weight not in (0, 1) for span in encoded.spans)
+        self._has_text |= kept.conversation.is_text
         self._source_sizes.extend([0] * (kept.source + 1 - len(self._source_sizes)))
         self._source_sizes[kept.source] += kept.copies
         where = kept.conversation.where
@@ -84,6 +85,7 @@ class ExampleWriter:
             "columns": self._columns.close(),
             "source_sizes": self._source_sizes,
             "is_weighted": self._is_weighted,
+            "has_text": self._has_text,
             "paths": list(self._paths),
         }
 
@@ -102,6 +104,7 @@ class ExampleSet:
     Attributes:
         source_sizes: number of examples of each source; the examples are in the order of the sources.
         is_weighted: some labels have a weight other than 1.
+        has_text: some examples are plain text.
 
     Raises:
         DamagedError: a file is not as it was written.
@@ -111,6 +114,7 @@ class ExampleSet:
         self.report = report
         self.source_sizes: list[int] = description["source_sizes"]
         self.is_weighted: bool = description["is_weighted"]
+        self.has_text: bool = description["has_text"]
         self._paths: list[str] = description["paths"]
         self._digest: str | None = description.get("digest")
         self._columns = open_columns(folder, description["columns"], verify)

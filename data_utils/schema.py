@@ -8,7 +8,7 @@ from itertools import islice
 from math import isfinite
 from typing import TYPE_CHECKING, Any
 
-from chat.turns import Tool, Turn
+from chat.turns import TEXT, Tool, Turn
 
 if TYPE_CHECKING:
     from data_utils.location import Location
@@ -43,12 +43,19 @@ class Conversation:
         where: the location of the record.
         tools: descriptions of the functions that may be called.
         notes: see ``Notes``; sorted.
+        is_continued: a plain text that goes on in the next record, so that no end of text follows it.
     """
 
     turns: tuple[Turn, ...]
     where: Location | str
     tools: tuple[Tool, ...] = ()
     notes: tuple[str, ...] = field(default=(), compare=False)
+    is_continued: bool = False
+
+    @property
+    def is_text(self) -> bool:
+        """Whether it is a plain text, the only turn."""
+        return self.turns[0].role == TEXT
 
 
 class InvalidRecord(Exception):
@@ -160,6 +167,9 @@ UNSUPPORTED_IN_TURNS: UnsupportedFields = {
 }
 SYSTEM_FIELDS = ("system", "system_prompt")
 """Fields of a record that contain its system message."""
+
+WEIGHT_FIELDS = _WEIGHTS
+"""Fields of a turn or a plain text that give it a weight."""
 
 READ_IN_TURNS = frozenset({*_THINKING, *_WEIGHTS})
 """Fields of a turn, besides author and text, that every format reads."""

@@ -12,7 +12,7 @@ from data_utils.examples import ExampleSet
 from loading.checkpoint import Checkpoint
 from training.callbacks import RunLog, build_callbacks, set_tensorboard_folder
 from training.config.args import RunArguments
-from training.data import build_collator
+from training.data import build_collator, build_train_dataset
 from training.distributed.heartbeat import Heartbeat, HeartbeatCallback
 from training.distributed.world import World
 from training.progress import Progress
@@ -53,7 +53,7 @@ def build_trainer(
         model=model,
         args=training_arguments,
         data_collator=build_collator(args, checkpoint),
-        train_dataset=sets["train"],
+        train_dataset=build_train_dataset(args, checkpoint, sets["train"]),
         eval_dataset=sets.get("eval"),
         callbacks=[*build_callbacks(args, log), HeartbeatCallback(heartbeat.status)],
     )

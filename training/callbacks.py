@@ -71,8 +71,8 @@ class EarlyStopping(EarlyStoppingCallback):
 class RunLog(TrainerCallback, ExportableState):
     """The run's log: appends every logged step to ``training_log.jsonl``.
 
-    Each line has ``step``, ``elapsed`` (seconds of training), ``tokens`` (targets so far), ``epoch`` and either
-    ``eval_loss`` and ``eval_token_accuracy``, or ``loss``, ``token_accuracy``, ``lr``, ``grad_norm``,
+    Each line has ``step``, ``elapsed`` (seconds of training), ``tokens`` (targets) and ``samples`` so far, ``epoch``,
+    and either ``eval_loss`` and ``eval_token_accuracy``, or ``loss``, ``token_accuracy``, ``lr``, ``grad_norm``,
     ``tokens_per_second`` (all but padding), ``padding`` (a share), ``peak_memory_gib`` and ``eta_seconds``.
     """
 
@@ -112,7 +112,8 @@ class RunLog(TrainerCallback, ExportableState):
         if not logs or not is_measured(logs):
             return
         values = {key: float(logs[name]) for name, (key, _) in KEYS.items() if name in logs}
-        counts = {"elapsed": self.progress.elapsed(), "tokens": self.progress.total.targets}
+        total = self.progress.total
+        counts = {"elapsed": self.progress.elapsed(), "tokens": total.targets, "samples": total.samples}
         row = {"step": state.global_step, **values, **counts}
         self.rows.append(row)
         if state.is_world_process_zero:

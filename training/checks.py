@@ -19,6 +19,7 @@ from errors import ConfigError, numbered
 from loading.config_files import find_local_folder, load_model_config, max_positions, module_names
 from outputs import check_shared_folder
 from processes import has_gpu, is_first
+from qwen_model.architectures import ARCHITECTURES
 from training.config.args import LoraArguments, RunArguments, parse_profile_steps
 from training.config.flags import did_you_mean, nearest
 from training.config.intervals import evaluation_steps
@@ -26,6 +27,7 @@ from training.data_workers import check_workers
 from training.engine_checks import check_engine
 from training.flag_checks import check_flags, warn_of_ignored_flags
 from training.optimizer_checks import check_optimizer, check_schedule
+from training.rows import choose_packing
 from training.run_folder.prepare import check_output
 from training.run_folder.start import check_start
 
@@ -111,6 +113,12 @@ def _check_data(args: RunArguments) -> Faults:
     if data.data_mixing != "mixed" and strategy != "random":
         what = f"--data_mixing {data.data_mixing} and --train_sampling_strategy {strategy} are different orders"
         yield ConfigError(what, "Give one of them")
+    if data.packing is True and strategy == "group_by_length":
+        what = "--packing True and --train_sampling_strategy group_by_length are two ways to form batches"
+        yield ConfigError(what, "Give one of them: packs are all of about the same length")
+    config = load_model_config(_model_folder(args))
+    if config.get("model_type") in ARCHITECTURES:
+        yield from _faults_of(choose_packing, args, config)
 
 
 def _check_numbers(args: RunArguments) -> Faults:

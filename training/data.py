@@ -33,7 +33,8 @@ from training.display import draws_bars
 from training.distributed.agreement import check_same_data
 from training.distributed.shared_data import load_shared
 from training.distributed.world import World
-from training.rows import why_padded
+from training.rows import choose_packing, why_padded
+from training.samplers import PackedExamples
 from training.training_arguments import check_training_arguments
 
 logger = logging.getLogger(__name__)
@@ -151,6 +152,8 @@ def build_reader(
         world_size=count_processes(),
         epochs=flags.num_train_epochs,
         max_steps=flags.max_steps,
+        packing=choose_packing(args, checkpoint.config.to_dict()),
+        by_source=data.data_mixing == "sequential",
         batching=_batching(args, checkpoint, flags.train_sampling_strategy == "group_by_length"),
     )
     flags_of_sets = {"train": ("--data_path", data.data_path), "eval": ("--eval_data_path", data.eval_data_path)}
@@ -168,6 +171,21 @@ def _batching(args: RunArguments, checkpoint: Checkpoint, is_grouped: bool) -> s
     if not why_padded(args, checkpoint.config.to_dict()):
         return "rows"
     return "grouped" if is_grouped else "dynamic"
+
+
+def packs_samples(args: RunArguments, checkpoint: Checkpoint, examples: ExampleSet) -> bool:
+    """Return whether the training examples are packed."""
+    packing = choose_packing(args, checkpoint.config.to_dict())
+    return examples.has_text if packing is None else packing
+
+
+def build_train_dataset(
+    args: RunArguments, checkpoint: Checkpoint, examples: ExampleSet
+) -> ExampleSet | PackedExamples:
+    """Return the training examples, packed as ``--packing`` says."""
+    if not packs_samples(args, checkpoint, examples):
+        return examples
+    return PackedExamples(examples, args.data.model_max_length, by_source=args.data.data_mixing == "sequential")
 
 
 def build_collator(args: RunArguments, checkpoint: Checkpoint) -> Collator:

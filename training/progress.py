@@ -26,6 +26,7 @@ class Counts:
         loss: sum of the steps' losses.
         correct: targets whose most likely token is the right one, out of ``targets``.
         tokens: positions that are not padding, out of ``slots``.
+        samples: examples, of which a pack has several.
     """
 
     steps: int = 0
@@ -34,6 +35,7 @@ class Counts:
     targets: int = 0
     tokens: int = 0
     slots: int = 0
+    samples: int = 0
 
     def add(self, other: Counts) -> None:
         for name, value in vars(other).items():

@@ -1,10 +1,11 @@
-"""Whether a run's batches are rows without padding."""
+"""Whether a run's batches are rows without padding, and whether these are packed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import Any
 
+from errors import ConfigError
 from qwen_model.architectures import architecture_of
 from training.config.args import RunArguments
 
@@ -34,3 +35,20 @@ def why_padded(args: RunArguments, config: Mapping[str, Any]) -> str:
     if noise := args.trainer_value("neftune_noise_alpha"):
         return f"--neftune_noise_alpha {noise:g} makes noise by the length of a row"
     return ""
+
+
+def choose_packing(args: RunArguments, config: Mapping[str, Any]) -> bool | None:
+    """Return whether ``--packing`` packs the training samples; ``None``: if any of them is plain text.
+
+    Args:
+        config: see ``why_padded``.
+
+    Raises:
+        ConfigError: ``--packing``, but batches are padded.
+    """
+    packing, reason = args.data.packing, why_padded(args, config)
+    if packing is True and reason:
+        raise ConfigError(f"--packing True needs rows without padding: {reason}", "Remove one of them")
+    if packing != "auto":
+        return packing
+    return False if reason or args.trainer_value("train_sampling_strategy") == "group_by_length" else None

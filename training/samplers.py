@@ -1,4 +1,4 @@
-"""The order in which a run sees its examples; it depends on the seed and the epoch only.
+"""The items of a run (examples, or packs of them) and their order, which depends on the seed and the epoch only.
 
 So a run that resumes in the middle of an epoch continues in the same order, and all ranks draw the same one.
 """
@@ -9,13 +9,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils.data import Dataset, Sampler
 from transformers import TrainingArguments
 from transformers.trainer_pt_utils import get_length_grouped_indices
 
 from chat.label_mask import IGNORE_INDEX
+from data_utils.encode import Example
 from data_utils.examples import ExampleSet
+from data_utils.packing import Packs, pack
 
 Order = Callable[[torch.Generator], list[int]]
 """Draws the indices of one epoch with the generator it is called with."""
@@ -46,7 +49,7 @@ class EpochSampler(Sampler[int]):
 
 
 def build_sampler(
-    args: TrainingArguments, data_mixing: str, examples: ExampleSet, padded_length: int
+    args: TrainingArguments, data_mixing: str, examples: ExampleSet | PackedExamples, padded_length: int
 ) -> EpochSampler | None:
     """Return the sampler of ``--data_mixing`` and ``--train_sampling_strategy``; ``None`` for other strategies."""
     if data_mixing == "sequential":
@@ -55,7 +58,7 @@ def build_sampler(
         order = shuffled(len(examples))
     elif args.train_sampling_strategy == "sequential":
         order = in_order(len(examples))
-    elif args.train_sampling_strategy == "group_by_length":
+    elif args.train_sampling_strategy == "group_by_length" and isinstance(examples, ExampleSet):
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         order = grouped(examples.lengths, batch)
     else:
@@ -95,13 +98,53 @@ def by_source(sizes: Sequence[int]) -> Order:
     return order
 
 
+class PackedExamples(Dataset[Any]):
+    """A dataset whose items are packs: lists of the examples of a set, each of them in one pack.
+
+    Args:
+        capacity: most tokens of a pack.
+        by_source: pack each source by itself.
+
+    Attributes:
+        source_sizes: number of packs of each source, or of all sources as one; the packs are in this order.
+    """
+
+    def __init__(self, examples: ExampleSet, capacity: int, by_source: bool = False) -> None:
+        self.examples, self.capacity = examples, capacity
+        lengths, start = np.asarray(examples.lengths, dtype=np.int64), 0
+        parts: list[Packs] = []
+        for size in examples.source_sizes if by_source else [len(examples)]:
+            samples, starts = pack(lengths[start : start + size], capacity)
+            parts.append(Packs(samples + start, starts[:-1] + start))
+            start += size
+        self.source_sizes = [len(part.starts) for part in parts]
+        self._samples = np.concatenate([part.samples for part in parts])
+        self._starts = np.concatenate([*(part.starts for part in parts), [start]])
+
+    @property
+    def fill(self) -> float:
+        """Share of the packs' capacity that samples take."""
+        return sum(self.examples.lengths) / (len(self) * self.capacity)
+
+    def __len__(self) -> int:
+        return len(self._starts) - 1
+
+    def __getitem__(self, index: int) -> list[Example]:
+        index = range(len(self))[index]
+        return [self.examples[int(sample)] for sample in self._samples[self._starts[index] : self._starts[index + 1]]]
+
+    def where(self, sample: int) -> str:
+        """Return the place of an example, by its index in the set."""
+        return self.examples.where(sample)
+
+
 class PaddedDataset(Dataset[Any]):
-    """Examples followed by blank ones: one token that is not a target, so that no figure changes.
+    """Items followed by blank ones: one token that is not a target, so that no figure changes.
 
     Padded to a multiple of the global batch, it gives every rank the same number of batches, and no example twice.
     """
 
-    def __init__(self, examples: ExampleSet, multiple: int, token: int) -> None:
+    def __init__(self, examples: ExampleSet | PackedExamples, multiple: int, token: int) -> None:
         self.examples = examples
         self.length = math.ceil(len(examples) / multiple) * multiple
         self.blank = {"input_ids": [token], "labels": [IGNORE_INDEX]}

@@ -26,12 +26,13 @@ from loading.opened_by import opening_commands
 from loading.quantized import count_elements, count_weights
 from training.callbacks import RunLog
 from training.config.args import RunArguments
-from training.data import save_reports
+from training.data import packs_samples, save_reports
 from training.learnt import describe_learnt, measure_learnt, warn_of_little
 from training.ornaments import ornament
 from training.progress import peak_memory
 from training.run_folder.changes import facts_from_args
 from training.run_folder.curves import plot_losses
+from training.samplers import PackedExamples
 from training.samples import keep_samples
 from training.trainer import QwenTrainer
 
@@ -54,7 +55,7 @@ def record_start(
     if trainer.is_world_process_zero():
         save_arguments(args)
         logger.info("Fine-tuning\n%s", describe_run(trainer, args, sets["train"], policy))
-        warn_of_few_steps(trainer, sets["train"])
+        warn_of_few_steps(trainer)
         save_reports({name: examples.report for name, examples in sets.items()}, args.output_dir)
         keep_samples(sets["train"], args.options.keep_samples, args.trainer_value("seed"), args.output_dir)
 
@@ -94,7 +95,7 @@ def describe_run(
     """Return the start-up block: model, mode, trained parameters, data, steps."""
     training, checkpoint = trainer.args, trainer.checkpoint
     trained, total = count_parameters(trainer.model)
-    batch, per_epoch, steps = _steps_of(trainer, examples)
+    batch, per_epoch, steps = _steps_of(trainer)
     mode = "LoRA" if isinstance(trainer.model, PeftModel) else "all parameters"
     if quantization := checkpoint.quantization or args.lora.quantization:
         mode = f"LoRA on quantised weights ({quantization})"
@@ -109,30 +110,50 @@ def describe_run(
         ("mode", f"{mode}, {precision} on {training.device}"),
         ("embeddings", f"{policy.mode} ({policy.reason})" if policy else "trained with the rest"),
         ("trained", f"{trained:,} of {total:,} parameters ({trained / total:.2%})"),
-        ("data", f"{report.kept:,} of {report.read:,} conversations, {report.tokens:,} tokens"),
+        ("data", f"{report.kept:,} of {report.read:,} {report.noun}, {report.tokens:,} tokens"),
         *_source_rows(examples.report),
         ("targets", f"{report.trained_tokens:,} tokens ({report.trained_tokens / report.tokens:.1%})"),
-        ("steps", f"{steps:,} of {batch} conversations ({per_epoch:,} per epoch)"),
+        *_packing_rows(trainer, args, batch),
+        ("steps", f"{steps:,} of {batch} {_items_of(trainer)} ({per_epoch:,} per epoch)"),
         ("output", str(args.output_dir)),
     ]
     return "\n".join(f"  {name:<11}{value}" for name, value in rows)
 
 
-def _steps_of(trainer: QwenTrainer, examples: ExampleSet) -> tuple[int, int, int]:
-    """Return the conversations of an optimizer step, the steps of an epoch, and those of the run."""
-    flags = trainer.args
+def _steps_of(trainer: QwenTrainer) -> tuple[int, int, int]:
+    """Return the conversations or packs of an optimizer step, the steps of an epoch, and those of the run."""
+    flags, items = trainer.args, trainer.train_dataset
     batch = flags.train_batch_size * flags.gradient_accumulation_steps * flags.world_size
-    return batch, *count_steps(len(examples), batch, flags.num_train_epochs, flags.max_steps)
+    return batch, *count_steps(len(items), batch, flags.num_train_epochs, flags.max_steps)  # type: ignore[arg-type]
 
 
-def warn_of_few_steps(trainer: QwenTrainer, examples: ExampleSet) -> None:
+def _items_of(trainer: QwenTrainer) -> str:
+    packed = isinstance(trainer.train_dataset, PackedExamples)
+    return "packs" if packed else "conversations"
+
+
+def _packing_rows(trainer: QwenTrainer, args: RunArguments, batch: int) -> list[tuple[str, str]]:
+    """Return what ``--packing`` has made of the examples, in which a batch of N is N packs."""
+    packs = trainer.train_dataset
+    if not isinstance(packs, PackedExamples):
+        return []
+    reason = " (--packing auto: there is plain text)" if args.data.packing == "auto" else ""
+    capacity, size = packs.capacity, trainer.args.train_batch_size
+    tokens = round(batch * capacity * packs.fill)
+    return [
+        ("packing", f"{len(packs):,} packs of up to {capacity:,} tokens, {packs.fill:.1%} filled{reason}"),
+        ("", f"--per_device_train_batch_size {size}: {size * capacity:,} tokens; about {tokens:,} per optimizer step"),
+    ]
+
+
+def warn_of_few_steps(trainer: QwenTrainer) -> None:
     """Warn if small data gives too few optimizer steps to learn anything, unless ``--max_steps`` asks for them."""
-    batch, _, steps = _steps_of(trainer, examples)
+    batch, _, steps = _steps_of(trainer)
     if steps < FEW_STEPS and trainer.args.max_steps <= 0:
         logger.warning(
-            "The run has only %d optimizer steps, of %d conversations each, which teach little. Lower "
+            "The run has only %d optimizer steps, of %d %s each, which teach little. Lower "
             "--gradient_accumulation_steps %d or raise --num_train_epochs %g; docs/training.md has a recipe",
-            steps, batch, trainer.args.gradient_accumulation_steps, trainer.args.num_train_epochs,
+            steps, batch, _items_of(trainer), trainer.args.gradient_accumulation_steps, trainer.args.num_train_epochs,
         )  # fmt: skip
 
 
@@ -198,6 +219,7 @@ def run_facts(
         "embeddings": None if policy is None else policy.mode,
         "base": fingerprint(checkpoint.folder),
         "data": {name: examples.digest() for name, examples in sets.items()},
+        "packs": args.data.model_max_length if packs_samples(args, checkpoint, sets["train"]) else 0,
         "versions": versions(),
     }
 
@@ -244,6 +266,7 @@ def save_summary(
         "steps": trainer.state.global_step,
         "result_step": result_step(trainer),
         "trained_tokens": trainer.progress.total.targets,
+        "trained_samples": trainer.progress.total.samples,
         "first_loss": losses[0] if losses else None,
         "last_loss": losses[-1] if losses else None,
         "end_loss": statistics.fmean(end) if (end := losses[-max(1, len(losses) // 5) :]) else None,

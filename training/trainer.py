@@ -65,7 +65,7 @@ class QwenTrainer(CheckpointTrainer):
     # This rank's share of the current optimizer step: a value per micro-batch, sums on the device.
     _losses: list[Tensor]
     _batch_indices: list[list[int]]  # of the examples
-    _step_counts: list[Tensor | int]  # targets, tokens, slots
+    _step_counts: list[Tensor | int]  # targets, tokens, slots, samples
     _step_correct: Tensor
     # This rank's share of the current evaluation, on the device: summed loss, its weight, correct, targets.
     _evaluated: Tensor
@@ -147,6 +147,7 @@ class QwenTrainer(CheckpointTrainer):
             sum(count_targets(batch) for batch in batches),
             sum(count_tokens(batch) for batch in batches),
             sum(batch["input_ids"].numel() for batch in batches),
+            sum(map(len, self._batch_indices)),
         ]
         return batches, weight
 
@@ -219,7 +220,7 @@ class QwenTrainer(CheckpointTrainer):
         ]  # fmt: skip
         values = torch.stack([torch.as_tensor(value, device=self.args.device).to(dtype) for value in local])
         rows = self.accelerator.gather(values[None]).tolist()
-        losses, correct, targets, tokens, slots, norms, requests = zip(*rows, strict=True)
+        losses, correct, targets, tokens, slots, samples, norms, requests = zip(*rows, strict=True)
         self.signals.agree(requests)
         if not all(map(math.isfinite, losses)):
             raise self._divergence("loss", next(loss for loss in losses if not math.isfinite(loss)))
@@ -228,7 +229,7 @@ class QwenTrainer(CheckpointTrainer):
         if norm is not None and not scales and not math.isfinite(norms[0]):
             raise self._divergence("gradient norm", norms[0])
         # Each rank's loss is its part of the mean, times the number of ranks.
-        counts = (int(sum(per_rank)) for per_rank in (correct, targets, tokens, slots))
+        counts = (int(sum(per_rank)) for per_rank in (correct, targets, tokens, slots, samples))
         step = Counts(1, sum(losses) / len(losses), *counts)
         if self.state.global_step == 0 and self.is_world_process_zero():
             check_first_loss(self.accelerator.unwrap_model(self.model), step.loss)

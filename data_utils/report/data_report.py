@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from functools import reduce
 from typing import Any
 
+from chat.turns import TEXT
+from data_utils.packing import count_packs
 from data_utils.report.counts import DuplicateIndex
 from data_utils.report.padding import padding_shares
 from data_utils.report.samples import Sample, visible_line
@@ -27,6 +29,8 @@ class ReportSettings:
         batch_size: samples per device and batch.
         batching: the batching strategy of the run, a key of ``padding.STRATEGIES``.
         positions: the most tokens of a sample that the model allows, if that is known.
+        packing: training samples are packed; ``None``: if any of them is plain text.
+        by_source: each source is packed by itself.
     """
 
     model: str = ""
@@ -41,6 +45,8 @@ class ReportSettings:
     max_steps: int = -1
     batching: str = "dynamic"
     positions: int | None = None
+    packing: bool | None = False
+    by_source: bool = False
 
     def data_flags(self, separator: str = " ") -> str:
         """Return the flags that decide which tokens are trained, with their values."""
@@ -48,13 +54,14 @@ class ReportSettings:
         return separator.join(f"--{name} {getattr(self, name)}" for name in names)
 
 
-def count_steps(samples: int, samples_per_step: int, epochs: float, max_steps: int) -> tuple[int, int]:
-    """Return the optimizer steps of an epoch and of the run. The last step of an epoch may use fewer samples.
+def count_steps(items: int, items_per_step: int, epochs: float, max_steps: int) -> tuple[int, int]:
+    """Return the optimizer steps of an epoch and of the run. The last step of an epoch may use fewer items.
 
     Args:
+        items: samples, or packs of them.
         max_steps: replaces ``epochs`` if positive.
     """
-    per_epoch = max(1, math.ceil(samples / samples_per_step))
+    per_epoch = max(1, math.ceil(items / items_per_step))
     return per_epoch, max_steps if max_steps > 0 else math.ceil(per_epoch * epochs)
 
 
@@ -105,26 +112,64 @@ class DataReport:
         return padding_shares(lengths, settings.model_max_length, settings.batch_size, settings.accumulation)
 
     @property
-    def samples_per_step(self) -> int:
+    def is_packed(self) -> bool:
+        """Whether the samples are packed; those of an evaluation never are."""
+        packing = self.settings.packing
+        has_text = any(source.tokens_by_role[TEXT] for source in self.sources)
+        return self.name == "train" and (has_text if packing is None else packing)
+
+    def packs(self) -> int:
+        """Return the number of packs; 0 if samples are not packed."""
+        if not self.is_packed:
+            return 0
+        parts = [source.lengths for source in self.sources] if self.settings.by_source else [self.total().lengths]
+        return sum(count_packs(lengths, self.settings.model_max_length) for lengths in parts)
+
+    def packing(self) -> dict[str, Any] | None:
+        """Return the number of packs, their capacity in tokens and the share of it that samples fill, for JSON."""
+        if not (packs := self.packs()):
+            return None
+        capacity = self.settings.model_max_length
+        return {"packs": packs, "capacity": capacity, "fill": round(self.total().tokens / (packs * capacity), 6)}
+
+    def describe_packing(self) -> str:
+        """Describe the packs in one sentence; empty without packs."""
+        if not (packing := self.packing()):
+            return ""
+        return (
+            f"{self.total().samples:,} samples in {packing['packs']:,} packs of up to "
+            f"{packing['capacity']:,} tokens, {packing['fill']:.1%} filled"
+        )
+
+    @property
+    def items_per_step(self) -> int:
+        """Samples, or packs of them, of an optimizer step."""
         settings = self.settings
         return settings.batch_size * settings.accumulation * settings.world_size
 
+    def _count_items(self) -> int:
+        return self.packs() or self.total().samples
+
     def steps(self) -> tuple[int, int]:
         """Return the optimizer steps of an epoch and of the run."""
-        kept = sum(source.kept for source in self.sources)
-        return count_steps(kept, self.samples_per_step, self.settings.epochs, self.settings.max_steps)
+        return count_steps(self._count_items(), self.items_per_step, self.settings.epochs, self.settings.max_steps)
 
     def describe_steps(self) -> str:
-        """Describe the number of optimizer steps and the samples of each in two sentences."""
+        """Describe the number of optimizer steps and the items of each in two sentences."""
         settings = self.settings
         per_epoch, steps = self.steps()
         epochs = "1 epoch" if settings.epochs == 1 else f"{settings.epochs:g} epochs"
         reason = f"--max_steps {settings.max_steps}" if settings.max_steps > 0 else epochs
         devices = "1 device" if settings.world_size == 1 else f"{settings.world_size:,} devices"
         return (
-            f"{steps:,} in total ({reason}), {per_epoch:,} per epoch. A step uses {self.samples_per_step:,} samples: "
+            f"{steps:,} in total ({reason}), {per_epoch:,} per epoch. "
+            f"A step uses {self.items_per_step:,} {self._items}: "
             f"{settings.batch_size} per device x {settings.accumulation} accumulation steps x {devices}."
         )
+
+    @property
+    def _items(self) -> str:
+        return f"packs of up to {self.settings.model_max_length:,} tokens" if self.is_packed else "samples"
 
     def _step_flags(self) -> str:
         """Return the flags that decide how many samples a step uses, with their values."""
@@ -142,6 +187,7 @@ class DataReport:
         return {
             **self.total().as_dict(),
             **steps,
+            "packing": self.packing(),
             "padding": {strategy: round(share, 6) for strategy, share in self.padding().items()},
             "settings": {
                 key: visible_line(value) if isinstance(value, str) else value for key, value in settings.items()
@@ -156,7 +202,7 @@ class DataReport:
         total = self.total()
         if not total.kept:
             reasons = "; ".join(f"{count:,} skipped, {reason}" for reason, count in total.skipped.counts.items())
-            return [f"none of {total.read:,} conversations can be used{': ' + reasons if reasons else ''}"]
+            return [f"none of {total.read:,} {total.noun} can be used{': ' + reasons if reasons else ''}"]
         problems = []
         if not total.trained_tokens:
             problems.append(
@@ -170,7 +216,7 @@ class DataReport:
         if total.answers and total.empty_answers.total == total.answers:
             problems.append(f"all {total.answers:,} answers are empty. Check which field of the data has the answers")
         if total.distinct == 1 and total.duplicates.total:
-            problems.append(f"all {total.kept:,} samples are identical. Check the data")
+            problems.append(f"all {total.samples:,} samples are identical. Check the data")
         return problems
 
     def warnings(self, with_locations: bool = True) -> list[str]:
@@ -179,11 +225,11 @@ class DataReport:
         kept = sum(source.kept for source in self.sources)
         if kept:
             unused = (source for source in self.sources if source.read and not source.kept)
-            lines += [f"{source.name}: none of its conversations can be used" for source in unused]
-        if self.name == "train" and 0 < kept < self.samples_per_step:
+            lines += [f"{source.name}: none of its {source.noun} can be used" for source in unused]
+        if self.name == "train" and 0 < (count := self._count_items()) < self.items_per_step:
             lines.append(
-                f"a step uses {self.samples_per_step:,} samples, but there are only {kept:,}: an epoch is one step. "
-                f"Lower {self._step_flags()} for more steps"
+                f"a step uses {self.items_per_step:,} {self._items}, but there are only {count:,}: "
+                f"an epoch is one step. Lower {self._step_flags()} for more steps"
             )
         return lines
 

@@ -40,6 +40,8 @@ def render_report(report: DataReport, *, color: bool, width: int = 100) -> str:
     parts.append(_sources(report, total, paint, width))
     if total.kept:
         parts += [_lengths(total, paint, width), _roles(total, paint, width), _padding(report, paint, width)]
+    if packing := report.describe_packing():
+        parts.append([*heading("Packing", paint, width), *wrap(f"{packing}.", width)])
     if total.kept and report.name == "train":
         parts.append([*heading("Optimizer steps", paint, width), *wrap(report.describe_steps(), width)])
     parts.append(_findings(report, paint, width))
@@ -89,6 +91,11 @@ def _sources(report: DataReport, total: SourceReport, paint: Painter, width: int
             # "300 read, 287 kept": no line break between a number and its name.
             pairs = ", ".join(f"{value} {head}".replace(" ", "\u00a0") for head, value in zip(heads, row, strict=True))
             lines += [line.replace("\u00a0", " ") for line in wrap(f"  {pairs}", width, "  ")]
+    if total.samples != total.kept:
+        what = (
+            f"{total.kept:,} {total.noun} give {total.samples:,} samples: texts longer than --model_max_length are cut"
+        )
+        lines += wrap(what, width)
     return lines
 
 

@@ -29,6 +29,7 @@ CASES: dict[str, tuple[str, list[object], list[int]]] = {
     "full": ("bfloat16", ["--bf16", "--data_mixing", "sequential"], [4, 8]),
     "full, pure_bf16": ("bfloat16", ["--pure_bf16"], [4]),
     "full, float32": ("float32", ["--train_sampling_strategy", "group_by_length", *EVALUATE], [4, 8]),
+    "packing": ("float32", [*LORA, "--packing", "--model_max_length", 80], [4]),
     "workers": ("float32", [*LORA, "--dataloader_num_workers", 2], [4]),
     "best": ("float32", [*LORA, *BEST, "--learning_rate", 1e-2], [2, 4]),
     "stopped early": ("float32", [*LORA, *BEST, "--metric_for_best_model", "token_accuracy"], [2, 4, 6]),

@@ -38,12 +38,12 @@ class ModelArguments:
 class DataArguments:
     data_path: list[str] | None = _flag(
         None,
-        "training conversations: .json, .jsonl (also .gz) or .parquet files, or folders of them; FILE#N draws N "
-        "records, FILE@xF uses each record F times",
+        "training conversations or texts: .json, .jsonl, .txt (also .gz) or .parquet files, or folders of them; FILE#N "
+        "draws N records, FILE@xF uses each record F times",
     )
     eval_data_path: list[str] | None = _flag(None, "evaluation conversations, in the same forms")
     eval_split: float = _flag(0.0, "fraction of --data_path to hold out for evaluation, such as 0.05")
-    data_format: Literal["auto", "conversations", "messages", "alpaca", "pairs"] = _flag(
+    data_format: Literal["auto", "conversations", "messages", "alpaca", "pairs", "text"] = _flag(
         "auto", "format of all data files; auto detects it for each file"
     )
     data_mixing: Literal["mixed", "sequential"] = _flag(
@@ -72,6 +72,11 @@ class DataArguments:
     )
     padding_free: bool = _flag(
         True, "the samples of a batch form one row without padding; false: rows padded to the longest sample"
+    )
+    packing: bool | Literal["auto"] = _flag(
+        "auto",
+        "fill each row of a batch with whole samples, up to --model_max_length tokens: a batch of "
+        "--per_device_train_batch_size N has N packs; auto: if the training data contains plain text",
     )
     truncation: Literal["turns", "turns_left", "cut", "drop", "error"] = _flag(
         "turns",

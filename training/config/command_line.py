@@ -131,8 +131,8 @@ def _lora_default(flag: Flag) -> str:
 
 
 def _metavar(flag: Flag) -> str:
-    if 0 < len(flag.choices) <= 6:
-        return "{" + ",".join(flag.choices) + "}"
+    if 0 < len(flag.words) <= 6:
+        return "{" + ",".join(flag.words) + "}"
     return next(metavar for kind, metavar in _METAVARS.items() if kind in flag.kinds)
 
 

@@ -48,10 +48,15 @@ class Flag:
     hint: str = ""
 
     @property
+    def words(self) -> tuple[str, ...]:
+        """The strings that it accepts, if it is limited to some."""
+        return self.choices and (*self.choices, *(("true", "false") if "bool" in self.kinds else ()))
+
+    @property
     def expected(self) -> str:
         """The accepted values, for messages."""
         if self.choices:
-            return f"one of {', '.join(self.choices)}"
+            return f"one of {', '.join(self.words)}"
         return " or ".join(title for kind, title in _KINDS.items() if kind in self.kinds)
 
     def convert(self, value: Any) -> Any:

@@ -22,6 +22,7 @@ _NAMES: dict[str, str] = {
     "model_max_length": "cutoff_len max_seq_length max_seq_len max_length max_len sequence_len sequence_length "
     "seq_length seq_len block_size context_length max_source_length max_tokens",
     "truncation": "truncation_strategy truncation_side",
+    "packing": "neat_packing sample_packing pack_sequences pack_dataset pack multipack_sampler multipack",
     "use_lora": "lora finetuning_type train_type tuner_type sft_type use_peft peft tuner tuner_backend peft_type",
     "q_lora": "qlora use_qlora load_in_4bit quantization_bit quant_bits bits quantize",
     "quant_type": "quantization_type bnb_4bit_quant_type quant_method quantization_method",
@@ -70,8 +71,6 @@ _EXPLAINED: dict[str, str] = {
     "model_type": "the architecture is read from the checkpoint",
     "stage": "it always fine-tunes on conversations",
     "task": "it always fine-tunes on conversations",
-    "packing": "packing is not supported; --train_sampling_strategy group_by_length saves padding",
-    "neat_packing": "packing is not supported; --train_sampling_strategy group_by_length saves padding",
     "max_samples": "--data_path FILE#N draws N records",
     "num_samples": "--data_path FILE#N draws N records",
     "mix_strategy": "--data_path FILE@xF repeats a file, --data_mixing orders them",

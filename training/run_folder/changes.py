@@ -6,6 +6,7 @@ A run's facts are a dict of JSON values, saved in the manifest of its checkpoint
     embeddings   which embedding rows train beside an adapter: full, chatml_tokens or none
     base         fingerprint of the base model's weights
     data         digest of each set's examples
+    packs        most tokens of a pack of training samples; 0 if they are not packed
     world_size   number of processes
     engine       how they share the model: none, ddp, zero1 to zero3, fsdp2
     arguments    every flag with its value
@@ -39,8 +40,8 @@ _ENCODING = frozenset({
 _PARAMETERS = frozenset({
     "lora_r", "lora_alpha", "lora_target_modules", "lora_bias", "quant_type", "load_in_8bit", "pure_bf16", "optim",
 })  # fmt: skip
-# Compared as `mode` and `embeddings`.
-_MODE = frozenset({"use_lora", "q_lora", "trainable_embeddings"})
+# Compared as `mode`, `embeddings` and `packs`.
+_MODE = frozenset({"use_lora", "q_lora", "trainable_embeddings", "packing"})
 # The order of examples.
 _ORDER = frozenset({"seed", "data_seed", "data_mixing", "train_sampling_strategy", "dataloader_drop_last"})
 _BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
@@ -137,6 +138,9 @@ def compare(facts: RunFacts, saved: RunFacts) -> Differences:
         elif name not in {*_INPUT_PATHS, *_ENCODING, *_MODE, *_BATCH} and not _is_harmless(name):
             result.warned.append(line)
     _compare_data(new, old, arguments, result)
+    if new.get("packs") != old.get("packs"):
+        lines = [f"packs of {side['packs']} tokens" if side["packs"] else "no packing" for side in (new, old)]
+        result.needs_permission.append(f"training samples: {lines[0]}, not {lines[1]}")
     _compare_batch(facts, saved, result)
     for name, version in new.get("versions", {}).items():
         if (other := old["versions"].get(name, version)) != version:

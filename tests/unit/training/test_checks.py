@@ -73,6 +73,14 @@ def test_missing_data_file_is_refused(tmp_path: Path) -> None:
         (["--data_mixing", "sequential", "--train_sampling_strategy", "group_by_length"],
          "--data_mixing sequential and --train_sampling_strategy group_by_length are different orders. "
          "Give one of them"),
+        (["--packing", "--train_sampling_strategy", "group_by_length"],
+         "--packing True and --train_sampling_strategy group_by_length are two ways to form batches. Give one of them: "
+         "packs are all of about the same length"),
+        (["--packing", "--padding_free", "false"],
+         "--packing True needs rows without padding: --padding_free False. Remove one of them"),
+        (["--packing", "--neftune_noise_alpha", 5],
+         "--packing True needs rows without padding: --neftune_noise_alpha 5 makes noise by the length of a row. "
+         "Remove one of them"),
     ],
 )  # fmt: skip
 def test_invalid_data_flags_are_refused(flags: list[object], message: str, tmp_path: Path) -> None:

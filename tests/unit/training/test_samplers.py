@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
-from training.samplers import EpochSampler, Order, by_source, grouped, in_order, shuffled
+from training.samplers import EpochSampler, Order, PackedExamples, PaddedDataset, by_source, grouped, in_order, shuffled
 
 LENGTHS = [7, 3, 9, 1, 5, 8, 2, 6, 4, 10]
 ORDERS = {
@@ -56,3 +58,41 @@ def test_sources_are_not_mixed_and_groups_have_similar_lengths() -> None:
     indices = list(EpochSampler(grouped(LENGTHS, 5), 10, seed=1, padded_length=10))
     lengths = [LENGTHS[index] for index in indices]
     assert lengths[0] == 10  # the longest first, so that a lack of memory shows at once
+
+
+class Examples:
+    """Stands for an ``ExampleSet`` of two sources."""
+
+    lengths, source_sizes = LENGTHS, [4, 0, 6]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        return {"input_ids": [0] * self.lengths[index], "labels": [0] * self.lengths[index], "index": index}
+
+    def where(self, index: int) -> str:
+        return f"a.jsonl:{index + 1}"
+
+
+@pytest.mark.parametrize("separate", [False, True])
+def test_items_are_packs_of_whole_examples(separate: bool) -> None:
+    examples: Any = Examples()
+    packs = PackedExamples(examples, 10, by_source=separate)
+    contents = [[example["index"] for example in packs[index]] for index in range(len(packs))]
+    assert sorted(index for indices in contents for index in indices) == list(range(10))
+    assert all(sum(LENGTHS[index] for index in indices) <= 10 for indices in contents)
+    if separate:
+        first = [indices for indices in contents if indices[0] < 4]
+        assert packs.source_sizes == [len(first), 0, len(contents) - len(first)] and contents[: len(first)] == first
+        assert all(index < 4 for indices in first for index in indices)
+    else:
+        assert packs.source_sizes == [6] == [len(packs)] and packs.fill == sum(LENGTHS) / 60
+    assert packs[-1] == packs[len(packs) - 1] and packs.where(3) == "a.jsonl:4"
+
+
+def test_blank_items_complete_the_batches_of_packs() -> None:
+    examples: Any = Examples()
+    padded = PaddedDataset(PackedExamples(examples, 10), 4, token=5)
+    assert len(padded) == 8 and isinstance(padded[5], list)
+    assert padded[6] == padded[7] == {"input_ids": [5], "labels": [-100]}

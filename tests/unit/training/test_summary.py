@@ -53,7 +53,7 @@ def test_log_has_a_row_per_logged_step(output: Path) -> None:
     assert [row["step"] for row in training] == [2, 4, 6, 8]
     keys = {
         "step", "loss", "token_accuracy", "lr", "grad_norm", "tokens_per_second", "padding", "peak_memory_gib",
-        "eta_seconds", "elapsed", "tokens", "epoch",
+        "eta_seconds", "elapsed", "tokens", "samples", "epoch",
     }  # fmt: skip
     assert all(row.keys() == keys for row in training)
     assert all(isinstance(value, (int, float)) for row in rows for value in row.values())
@@ -64,7 +64,8 @@ def test_log_has_a_row_per_logged_step(output: Path) -> None:
 def test_log_has_a_row_per_evaluation(output: Path) -> None:
     rows = [row for row in read_log(output) if "eval_loss" in row]
     assert [row["step"] for row in rows] == [3, 6, 9]
-    assert all(row.keys() == {"step", "eval_loss", "eval_token_accuracy", "elapsed", "tokens", "epoch"} for row in rows)
+    names = {"step", "eval_loss", "eval_token_accuracy", "elapsed", "tokens", "samples", "epoch"}
+    assert all(row.keys() == names for row in rows)
     assert all(6 < row["eval_loss"] < 8 for row in rows)
 
 

@@ -20,7 +20,7 @@ from loading.checkpoint import load_checkpoint
 from tests.commands import PLAIN, finetune_here
 from tests.models import TINY, write_conversations, write_later_checkpoint
 from training.config.parsing import parse_args
-from training.data import build_collator, load_data
+from training.data import build_collator, build_train_dataset, load_data
 from training.display import LogLines, ProgressBar, describe_logs
 from training.model import load_training_model
 from training.trainer import QwenTrainer
@@ -63,7 +63,7 @@ def build_trainer(data: Path, output: Path, *flags: object, model: Path = TINY) 
         model=load_training_model(checkpoint, args, training_arguments),
         args=training_arguments,
         data_collator=build_collator(args, checkpoint),
-        train_dataset=sets["train"],
+        train_dataset=build_train_dataset(args, checkpoint, sets["train"]),
         eval_dataset=sets.get("eval"),
     )
 

@@ -12,6 +12,8 @@ import pytest
 
 from chat.turns import Turn
 from data_utils.report.data_report import DataReport, ReportSettings
+from data_utils.report.page import render_html
+from data_utils.report.terminal import render_report
 from tests.golden import REPO
 from tests.reports import exchange, report_of_lengths, spans
 
@@ -197,3 +199,36 @@ def test_report_can_be_pickled() -> None:
 def test_report_does_not_import_torch() -> None:
     code = "import sys; import data_utils.report.page, data_utils.report.terminal; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=REPO, check=False).returncode == 0
+
+
+def test_packs_are_counted_and_replace_samples_in_steps() -> None:
+    lengths = [60, 40, 30, 30, 20, 10, 10]
+    run = {"model_max_length": 100, "batch_size": 2, "accumulation": 2, "packing": True}
+    report = report_of_lengths(lengths, **run)
+    assert report.packs() == 2 and report.steps() == (1, 1)
+    assert report.as_dict()["packing"] == {"packs": 2, "capacity": 100, "fill": 1.0}
+    assert report.describe_packing() == "7 samples in 2 packs of up to 100 tokens, 100.0% filled"
+    assert "A step uses 4 packs of up to 100 tokens: 2 per device x 2" in report.describe_steps()
+    assert report.warnings() == [
+        "a step uses 4 packs of up to 100 tokens, but there are only 2: an epoch is one step. Lower "
+        "--per_device_train_batch_size 2 or --gradient_accumulation_steps 2 for more steps"
+    ]
+    for text in (render_report(report, color=False), render_html([report])):
+        assert "7 samples in 2 packs of up to 100 tokens, 100.0% filled." in text
+    report.name = "eval"
+    assert report.packs() == 0 and report.as_dict()["packing"] is None and report.describe_packing() == ""
+
+
+def test_sources_in_sequence_are_packed_separately() -> None:
+    report = DataReport("train", ReportSettings(model_max_length=100, packing=True, by_source=True))
+    for name in ("a.json", "b.json"):
+        report.add_source(name).keep(f"{name}:1", exchange(10, 20))
+    assert report.packs() == 2
+
+
+def test_plain_text_decides_whether_samples_are_packed() -> None:
+    report = DataReport("train", ReportSettings(model_max_length=100, packing=None))
+    report.add_source("a.json", "messages").keep("a.json:1", exchange(10, 20))
+    assert report.packs() == 0
+    report.add_source("b.jsonl", "text").keep("b.jsonl:1", spans((30, "text", 1.0)))
+    assert report.packs() == 1

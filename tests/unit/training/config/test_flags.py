@@ -28,6 +28,7 @@ def test_parsing_and_checking_import_neither_torch_nor_transformers() -> None:
 BOOL = flag_of("switch", "bool", False)
 INT, FLOAT, STR = flag_of("count", "int", 1), flag_of("rate", "float", 1.0), flag_of("name", "str", "")
 MAYBE, NAMES = flag_of("steps", "float | None"), flag_of("layers", "list[str] | None")
+PACK = flag_of("pack", "bool | Literal['auto']", "auto")
 CHOICE = flag_of("mask", "Literal['assistant', 'qwen']", "qwen")
 OBJECT = flag_of("options", "dict[str, Any] | str | None")
 
@@ -39,6 +40,7 @@ OBJECT = flag_of("options", "dict[str, Any] | str | None")
         (INT, "-3", -3), (INT, 8, 8), (FLOAT, "3e-4", 3e-4), (FLOAT, 2, 2.0), (STR, "5", "5"), (STR, "", ""),
         (STR, True, "True"), (MAYBE, None, None), (MAYBE, "none", None), (MAYBE, "0.5", 0.5),
         (NAMES, ["a", "b"], ["a", "b"]), (NAMES, ["a"], ["a"]), (NAMES, "a", ["a"]), (NAMES, None, None),
+        (PACK, "auto", "auto"), (PACK, "true", True), (PACK, False, False),
         (CHOICE, "assistant", "assistant"), (OBJECT, '{"a": [1, true]}', {"a": [1, True]}),
         (OBJECT, {"b": 1}, {"b": 1}), (flag_of("seen", "str | bool", "no"), "no", "no"),
         (OBJECT, "config.json", "config.json"),
@@ -52,6 +54,7 @@ def test_valid_values_are_converted(flag: Flag, value: Any, expected: Any) -> No
 @pytest.mark.parametrize(
     ("flag", "value", "message"),
     [
+        (PACK, "maybe", "expected one of auto, true, false"),
         (BOOL, "perhaps", "expected true or false"), (BOOL, 1, "expected true or false"),
         (BOOL, None, "expected true or false"), (INT, "many", "expected a whole number"),
         (INT, "1.5", "expected a whole number"), (INT, 2.0, "expected a whole number"),

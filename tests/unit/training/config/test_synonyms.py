@@ -32,7 +32,7 @@ def test_every_hint_names_a_flag_and_hides_none() -> None:
         ("max_length", "model_max_length"), ("dataset", "data_path"), ("model", "model_name_or_path"),
         ("lora_target", "lora_target_modules"), ("batch_size", "per_device_train_batch_size"), ("lr", "learning_rate"),
         ("epochs", "num_train_epochs"), ("adapter_name_or_path", "lora_weight_path"), ("val_size", "eval_split"),
-        ("LORA-RANK", "lora_r"),
+        ("LORA-RANK", "lora_r"), ("neat_packing", "packing"),
     ],
 )  # fmt: skip
 def test_names_of_other_toolkits_lead_to_the_flag(name: str, flag: str, tmp_path: Path) -> None:

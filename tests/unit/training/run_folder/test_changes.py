@@ -104,6 +104,17 @@ def test_changes_that_need_permission_are_listed_together_and_accepted_with_it()
     assert accepted == [*needs_permission, "--learning_rate 1.0, not 1e-05"]
 
 
+def test_other_packs_need_permission() -> None:
+    """Packs depend on the maximum length, even if no sample does; the flag alone does not say whether there are any."""
+    saved = facts_of(arguments(Path("a"), "--packing"), packs=2048)
+    same = compare(facts_of(arguments(Path("a")), packs=2048), saved)
+    longer = compare(facts_of(arguments(Path("a"), "--packing", "--model_max_length", 64), packs=64), saved)
+    none = compare(facts_of(arguments(Path("a"), "--packing", "false"), packs=0), saved)
+    assert same == changes.Differences()
+    assert longer.needs_permission == ["training samples: packs of 64 tokens, not packs of 2048 tokens"]
+    assert none.needs_permission == ["training samples: no packing, not packs of 2048 tokens"]
+
+
 def test_other_changes_are_warnings() -> None:
     new = ("--learning_rate", "1e-3", "--weight_decay", "0.2", "--max_steps", 9)
     assert differences((), new, data={**DATA, "eval": "d8"}, versions={"torch": "3.0"}) == {

@@ -1,0 +1,153 @@
+"""Runs on packed samples: the same step as without packing, complete epochs, and counts of samples."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from errors import RunError
+from tests.commands import finetune_here, read_json, read_log
+from tests.models import CONVERSATIONS, TINY
+from tests.unit.training.test_trainer import build_trainer, logs_of
+from training.config.parsing import parse_args
+from training.rows import choose_packing
+from training.samplers import PackedExamples
+from training.trainer import QwenTrainer
+
+ONE_STEP = (
+    "--num_train_epochs", 1, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 8,
+    "--max_grad_norm", 0,
+)  # fmt: skip
+PACKED = ("--packing", "--model_max_length", 80)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Conversations of which every third has answers of another weight, and a text."""
+    path = tmp_path_factory.mktemp("data") / "train.jsonl"
+    lines = []
+    for number, turns in enumerate(CONVERSATIONS):
+        weight = {"weight": 0.5} if number % 3 == 0 else {}
+        entries = [
+            {"from": author, "value": text, **(weight if author == "assistant" else {})} for author, text in turns
+        ]
+        lines.append(json.dumps({"conversations": entries}))
+    path.write_text("\n".join(lines))
+    return path
+
+
+def packs_of(trainer: QwenTrainer) -> list[list[int]]:
+    packs: Any = trainer.train_dataset
+    assert isinstance(packs, PackedExamples)
+    return [[example["index"] for example in packs[index]] for index in range(len(packs))]
+
+
+class Gradients(TrainerCallback):
+    """Keeps the gradients of the last optimizer step."""
+
+    def __init__(self) -> None:
+        self.values: dict[str, torch.Tensor] = {}
+
+    def on_pre_optimizer_step(self, *args: Any, model: Any, **kwargs: Any) -> None:
+        self.values = {name: tensor.grad.clone() for name, tensor in model.named_parameters()}
+
+
+def test_a_packed_epoch_is_the_step_of_an_unpacked_one(data: Path, tmp_path: Path) -> None:
+    """One optimizer step of an epoch: loss, counts, gradients and the evaluation are the same."""
+    evaluate = ("--eval_data_path", data, "--per_device_eval_batch_size", 3)
+    plain = build_trainer(data, tmp_path / "1", "--model_max_length", 80, *ONE_STEP)
+    packed = build_trainer(data, tmp_path / "2", *PACKED, *ONE_STEP, *evaluate)
+    assert 1 < len(packs_of(packed)) < 8
+    gradients = [Gradients(), Gradients()]
+    for trainer, each in zip((plain, packed), gradients, strict=True):
+        trainer.add_callback(each)
+        trainer.train()
+    [one], [other] = logs_of(plain), logs_of(packed)
+    assert other["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    assert other["token_accuracy"] == one["token_accuracy"]
+    for name in ("targets", "tokens", "samples", "steps"):
+        assert getattr(packed.progress.total, name) == getattr(plain.progress.total, name), name
+    assert packed.progress.total.samples == 8
+    for name, expected in gradients[0].values.items():
+        assert (gradients[1].values[name] - expected).norm() <= 1e-5 * expected.norm() > 0, name
+    losses = [trainer.evaluate(packed.eval_dataset)["eval_loss"] for trainer in (packed, plain)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_every_epoch_has_every_sample_once_in_another_order_of_the_same_packs(data: Path, tmp_path: Path) -> None:
+    flags = ("--train_sampling_strategy", "random", "--num_train_epochs", 3, "--per_device_train_batch_size", 2)
+    trainer = build_trainer(data, tmp_path, *PACKED, *flags)
+    seen: list[list[int]] = []
+    collate: Any = trainer.data_collator
+
+    def record(items: Any) -> Any:
+        seen.extend([example["index"] for example in item] for item in items)
+        return collate(items)
+
+    trainer.data_collator = record
+    trainer.train()
+    packs = packs_of(trainer)
+    epochs = [seen[start : start + len(packs)] for start in range(0, len(seen), len(packs))]
+    assert len(epochs) == 3 and all(sorted(epoch) == sorted(packs) for epoch in epochs)
+    assert epochs[0] != epochs[1] or epochs[1] != epochs[2]
+    assert trainer.state.max_steps == 3 * math.ceil(len(packs) / 2) and trainer.progress.total.samples == 24
+
+
+def test_a_divergence_names_the_samples_of_the_pack(data: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(data, tmp_path, *PACKED, "--max_steps", 1, "--per_device_train_batch_size", 1)
+    model: Any = trainer.model
+    with torch.no_grad():
+        model.transformer.wte.weight.fill_(math.nan)
+    with pytest.raises(RunError) as stopped:
+        trainer.train()
+    places = ", ".join(f"{data}:{index + 1}" for index in packs_of(trainer)[0])
+    assert f"its samples: {places}. Check" in str(stopped.value) and places.count(", ") > 0
+
+
+def test_texts_are_packed_with_conversations_and_each_keeps_its_way(
+    data: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """``--packing auto`` packs because of the text; the log, the receipt and the summary say so."""
+    text = tmp_path / "a.txt"
+    text.write_text("Once there was a small model, and it read a text. " * 6)
+    trainer = build_trainer(data, tmp_path / "1", "--data_path", data, text, "--model_max_length", 80)
+    examples: Any = trainer.train_dataset
+    assert isinstance(examples, PackedExamples) and examples.examples.has_text
+    for index, example in enumerate(examples.examples):
+        is_text = examples.where(index).startswith(str(text))
+        trained = [label for label in example["labels"][1:] if label >= 0]
+        assert (len(trained) == len(example["labels"]) - 1) == is_text
+    finetune_here(
+        "--model_name_or_path", TINY, "--data_path", data, text, "--output_dir", tmp_path / "out", "--use_cpu", "True",
+        "--model_max_length", 80, "--num_train_epochs", 1, "--data_mixing", "sequential",
+        "--per_device_train_batch_size", 1,
+    )  # fmt: skip
+    receipt, summary = (read_json(tmp_path / "out" / name) for name in ("data_receipt.json", "run_summary.json"))
+    packing, start = receipt["train"]["packing"], capfd.readouterr().err
+    assert (
+        f"  {packing['packs']} packs of up to 80 tokens, {packing['fill']:.1%} filled (--packing auto: there" in start
+    )
+    assert "--per_device_train_batch_size 1: 80 tokens; about" in start
+    assert "of 1 packs (" in start and "optimizer steps, of 1 packs each" in start
+    assert summary["steps"] == packing["packs"] == receipt["train"]["steps"]
+    samples = receipt["train"]["samples"]
+    assert summary["trained_samples"] == samples == read_log(tmp_path / "out")[-1]["samples"] > receipt["train"]["kept"]
+    kept = read_json(tmp_path / "out" / "training_samples.json")["samples"]
+    assert any(sample["source"].startswith(str(text)) for sample in kept)
+
+
+@pytest.mark.parametrize(
+    ("flags", "packing"),
+    [
+        ([], None), (["--packing"], True), (["--packing", "false"], False), (["--padding_free", "false"], False),
+        (["--train_sampling_strategy", "group_by_length"], False),
+    ],
+)  # fmt: skip
+def test_packing_is_left_to_the_data_where_nothing_prevents_it(flags: list[str], packing: bool | None) -> None:
+    assert choose_packing(parse_args(flags), {"model_type": "qwen"}) is packing
