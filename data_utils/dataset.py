@@ -236,7 +236,7 @@ class DataReader:
     def _encode(
         self, conversation: Conversation, source_report: SourceReport, set_name: str, copies: int
     ) -> Iterator[KeptConversation]:
-        """Encode a checked conversation and report on it; yield it if any of it is trained."""
+        """Encode a checked conversation or plain text and report on it; yield its samples of which any is trained."""
         where, fill = conversation.where, self.options.fill
         turns, placeholders = fill_turns(conversation.turns, fill)
         self._placeholders |= placeholders
@@ -244,35 +244,51 @@ class DataReader:
             if placeholders & fill.keys():
                 conversation = replace(conversation, turns=turns)
                 self.encoder.check_conversation(conversation)  # again, because its texts have changed
-            encoded = self.encoder.encode_conversation(conversation)
+            pieces = self.encoder.encode(conversation)
         except DataError as error:
             self._add_fault(error)
             source_report.skip(where, BAD_RECORD, copies)
             return
-        if encoded.full_length:
-            kept_length = len(encoded.input_ids) if encoded.trained_tokens else 0
-            source_report.count_too_long(encoded.full_length, kept_length, copies)
-        if not encoded.trained_tokens:
-            source_report.skip(where, self._skip_reason(conversation, encoded), copies)
+        if (full_length := pieces[0].full_length) > 0:
+            kept_length = len(pieces[0].input_ids) if pieces[0].trained_tokens else 0
+            source_report.count_too_long(full_length, kept_length, copies)
+        if not pieces[0].trained_tokens:
+            source_report.skip(where, self._skip_reason(conversation, pieces[0]), copies)
             return
+        report = self.reports[set_name]
+        for encoded in pieces:
+            is_first = encoded is pieces[0]
+            self._report_kept(conversation, encoded, source_report, copies, placeholders - fill.keys(), is_first)
+            if report.accepts_samples:
+                encoder = self.encoder
+                report.add_sample(build_sample(where, source_report.name, encoded, encoder.decode, encoder.control_ids))
+            yield KeptConversation(set_name, len(report.sources) - 1, copies, conversation, encoded)
+
+    def _report_kept(
+        self,
+        conversation: Conversation,
+        encoded: EncodedConversation,
+        source_report: SourceReport,
+        copies: int,
+        unfilled: set[str],
+        is_first: bool,
+    ) -> None:
         truncated = f"longer than --model_max_length {self.encoder.options.max_length}"
         source_report.keep(
-            where,
+            conversation.where,
             encoded,
             copies=copies,
-            turns=turns,
+            turns=conversation.turns,
             truncated=truncated if encoded.turns_dropped else None,
-            unfilled=placeholders - fill.keys(),
-            notes=self.encoder.notes(conversation),
+            unfilled=unfilled,
+            notes=self.encoder.notes(conversation) if is_first else (),
+            is_first=is_first,
         )
-        report = self.reports[set_name]
-        if report.accepts_samples:
-            encoder = self.encoder
-            report.add_sample(build_sample(where, source_report.name, encoded, encoder.decode, encoder.control_ids))
-        yield KeptConversation(set_name, len(report.sources) - 1, copies, conversation, encoded)
 
     def _skip_reason(self, conversation: Conversation, encoded: EncodedConversation) -> str:
         options = self.encoder.options
+        if conversation.is_text:
+            return "its weight is 0" if conversation.turns[0].weight == 0 else "it has a single token"
         if encoded.turns_dropped:
             if options.truncation == "drop":
                 return f"longer than --model_max_length {options.max_length} (--truncation drop)"

@@ -13,6 +13,7 @@ from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypedDict
 
 from chat.answers import Answers
+from chat.chatml import END_OF_TEXT
 from chat.families import THINK, THINK_END, Family
 from chat.label_mask import LabelMask, labels_from_weights
 from chat.render import check_tools, control_ids_of, encode_segment, plain_encoder, render
@@ -129,13 +130,15 @@ class Encoder:
         self._special_tokens = find_special_tokens(tokenizer, options.allow_special_tokens)
         self._plain_tokens = any_of(self._special_tokens.plain)
         encode_text = encoder_with(plain_encoder(tokenizer), self._special_tokens.allowed)
+        self._encode_uncached = encode_text
         self._encode_text = lru_cache(maxsize=_CACHED_TEXTS)(encode_text)
         self._control_ids = control_ids_of(tokenizer)
+        self._end_of_text = int(tokenizer.convert_tokens_to_ids(END_OF_TEXT))
 
     @property
     def control_ids(self) -> frozenset[int]:
         """Ids of the control tokens that rendering places, and of the allowed special tokens."""
-        return frozenset([*self._control_ids.values(), *self._special_tokens.allowed.values()])
+        return frozenset([*self._control_ids.values(), self._end_of_text, *self._special_tokens.allowed.values()])
 
     def check_rows(self, rows: int) -> None:
         """Check that the model has a row for each allowed special token.
@@ -160,7 +163,7 @@ class Encoder:
                 write.
         """
         where, turns = conversation.where, conversation.turns
-        if self.options.needs_answer and all(turn.role != "assistant" for turn in turns):
+        if self.options.needs_answer and not conversation.is_text and all(turn.role != "assistant" for turn in turns):
             raise DataError(where, "the conversation has no assistant turn to train", "Remove the record")
         for number, turn in enumerate(turns, 1):
             if self._check_text is not None:
@@ -198,7 +201,7 @@ class Encoder:
         if conversation.tools and family.tool_form is not None:
             lost = family.tool_form.lost_fields(conversation.tools)
             notes += (f"describe tools with {short_repr(name)}, which {format_} does not write" for name in lost)
-        if family.has_thinking and Answers(conversation.turns, family).loses_thinking():
+        if family.has_thinking and not conversation.is_text and Answers(conversation.turns, family).loses_thinking():
             notes.append(f"contain thinking that {format_} leaves out at its place")
         if self._plain_tokens is not None:
             found = {token for text in _texts(conversation) for token in self._plain_tokens.findall(text)}
@@ -208,6 +211,30 @@ class Encoder:
                 for token in sorted(found)
             )
         return notes
+
+    def encode(self, conversation: Conversation) -> list[EncodedConversation]:
+        """Encode what ``check_conversation`` accepts: one sample of a conversation, or the pieces of a plain text.
+
+        Raises:
+            DataError: see ``encode_conversation``.
+        """
+        return self._encode_pieces(conversation) if conversation.is_text else [self.encode_conversation(conversation)]
+
+    def _encode_pieces(self, conversation: Conversation) -> list[EncodedConversation]:
+        """Encode a plain text, which ends with the end of text, as pieces of at most ``max_length`` ids.
+
+        A piece begins with the last id of the one before: so every id but the first of the text is predicted once.
+        """
+        [turn] = conversation.turns
+        try:
+            ids = self._encode_uncached(turn.content)
+        except ValueError as error:
+            raise DataError(conversation.where, str(error), "Shorten the text, or leave the record out") from None
+        ids = ids if conversation.is_continued else [*ids, self._end_of_text]
+        most, weight = self.options.max_length, 1.0 if turn.weight is None else turn.weight
+        starts = range(0, max(1, len(ids) - 1), max(1, most - 1))
+        pieces = (ids[start : start + most] for start in starts)
+        return [EncodedConversation(piece, [Span(len(piece), turn.role, weight)]) for piece in pieces]
 
     def encode_conversation(self, conversation: Conversation) -> EncodedConversation:
         """Encode a conversation that ``check_conversation`` accepts, shortened if it is longer than ``max_length``.

@@ -1,6 +1,7 @@
-"""Read records with their locations from .json, .jsonl, .ndjson (also .gz) and .parquet files, or a folder of them.
+"""Read records with their locations from data files (``SUFFIXES``), or a folder of them.
 
-The content of a file decides how it is read, not its name. Files are streamed: memory does not grow with their size.
+The content of a file decides how it is read, not its name, except for plain text. Files are streamed: memory does not
+grow with their size.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import logging
 import os
 import stat
 import zlib
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from io import BufferedReader
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from data_utils.json_stream import FORMAT, json_records
 from data_utils.location import Location
 from data_utils.other_files import ARROW_FIX, check_kind
 from data_utils.parquet import parquet_records
+from data_utils.text_file import is_text_file, text_records
 from errors import DataError, one_line
 
 __all__ = ["SUFFIXES", "Location", "data_files", "read_records"]
@@ -25,7 +27,8 @@ __all__ = ["SUFFIXES", "Location", "data_files", "read_records"]
 logger = logging.getLogger(__name__)
 
 _JSON_SUFFIXES = (".json", ".jsonl", ".ndjson")
-SUFFIXES = (*_JSON_SUFFIXES, *(f"{suffix}.gz" for suffix in _JSON_SUFFIXES), ".parquet")
+_TEXT_SUFFIXES = (".txt", ".txt.gz")
+SUFFIXES = (*_JSON_SUFFIXES, *(f"{suffix}.gz" for suffix in _JSON_SUFFIXES), ".parquet", *_TEXT_SUFFIXES)
 CHUNK_BYTES = 1 << 18
 
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
@@ -37,7 +40,8 @@ _MOST_PEEKED = 4096
 def data_files(path: str | Path) -> list[Path]:
     """Return a file itself, or the data files in a folder and its subfolders, sorted by path.
 
-    Hidden files and folders are ignored. Other files and links to folders are ignored and logged.
+    Hidden files and folders are ignored. Other files and links to folders are ignored and logged; so are texts beside
+    files of other kinds, which are most often about the data.
 
     Raises:
         DataError: no such file; one that is no regular file; a folder that cannot be read or contains no data files.
@@ -49,17 +53,24 @@ def data_files(path: str | Path) -> list[Path]:
         files, ignored = _walk(path)
     except OSError as error:
         raise _cannot_read(Path(error.filename or path), error) from None
+    texts = [file for file in files if file.name.lower().endswith(_TEXT_SUFFIXES)]
+    if 0 < len(texts) < len(files):
+        logger.warning(f"{path}: left out {_names(texts, path)}, beside other data. Name a text file to train on it")
+        files = [file for file in files if file not in texts]
     for file in files:
         check_readable(file)
     if any(file.suffix == ".arrow" for file in ignored) and all(file.name in _SAVED_DATASET for file in files):
         raise DataError(str(path), "is a data set saved by the datasets library", ARROW_FIX)
     if ignored:
-        names = ", ".join(repr(str(file.relative_to(path))) for file in ignored[:_LOGGED_NAMES])
-        more = ", ..." if len(ignored) > _LOGGED_NAMES else ""
-        logger.info(f"{path}: ignored {len(ignored)} entries that are not data files: {names}{more}")
+        logger.info(f"{path}: ignored {len(ignored)} entries that are not data files: {_names(ignored, path)}")
     if not files:
         raise DataError(str(path), "the folder contains no data files", f"Their names end in {', '.join(SUFFIXES)}")
     return files
+
+
+def _names(files: Sequence[Path], folder: Path) -> str:
+    names = ", ".join(repr(str(file.relative_to(folder))) for file in files[:_LOGGED_NAMES])
+    return names + (", ..." if len(files) > _LOGGED_NAMES else "")
 
 
 def check_readable(path: Path) -> int:
@@ -109,8 +120,8 @@ def read_records(
 ) -> Iterator[tuple[Location, object]]:
     """Read the records of a data file, each with its location.
 
-    JSON that starts with ``[`` is one list; otherwise there is one value per line, and blank lines are skipped. Table
-    rows become objects without their null columns and null struct members.
+    A .txt file is one document, in parts. JSON that starts with ``[`` is one list; otherwise there is one value per
+    line, and blank lines are skipped. Table rows become objects without their null columns and null struct members.
 
     Args:
         path: one file.
@@ -166,17 +177,19 @@ def _records(
     if start.startswith(_PARQUET):
         return parquet_records(file, path, advance, fields)
     check_kind(start, path, path.name)
-    chunks = _read_chunks(file, advance)
+    chunks, name = _read_chunks(file, advance), path.name
     if start.startswith(_GZIP):
-        chunks = _unpack(chunks, path)
+        chunks, name = _unpack(chunks, path), path.name.removesuffix(".gz")
         first = next(chunks, b"")
-        check_kind(first[:_MOST_PEEKED], path, path.name.removesuffix(".gz"))
+        start = first[:_MOST_PEEKED]
+        check_kind(start, path, name)
         chunks = itertools.chain([first] if first else [], chunks)
     elif start and path.suffix.lower() in (".gz", ".parquet"):
         kind = "gzip" if path.suffix.lower() == ".gz" else "Parquet"
         what = f"the name ends in {path.suffix}, but the content is not a {kind} file"
         raise DataError(str(path), what, "Download or write the file again, or rename it")
-    return json_records(chunks, str(path))
+    read = text_records if is_text_file(name, start) else json_records
+    return read(chunks, str(path))
 
 
 def _read_chunks(file: BufferedReader, advance: Callable[[int], object]) -> Iterator[bytes]:

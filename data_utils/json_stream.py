@@ -16,6 +16,7 @@ from typing import Any
 
 from data_utils.json_layout import VALUES, Layout, WrappedList, find_layout, is_record
 from data_utils.location import Location
+from data_utils.other_files import check_encoding
 from data_utils.schema import short_repr
 from errors import DataError
 
@@ -31,13 +32,6 @@ _SPACES = re.compile(r"[ \t\r\n]*")
 _NUMBER = frozenset("0123456789+-.eE")
 # This close to the end of the text read so far, a truncated word or escape looks invalid or shorter than it is.
 _NEAR_END = 16
-# Byte order marks; UTF-32 first, whose mark starts with that of UTF-16.
-_OTHER_ENCODINGS = {
-    codecs.BOM_UTF32_LE: "UTF-32",
-    codecs.BOM_UTF32_BE: "UTF-32",
-    codecs.BOM_UTF16_LE: "UTF-16",
-    codecs.BOM_UTF16_BE: "UTF-16",
-}
 
 
 class _RepeatedKey(Exception):
@@ -71,9 +65,7 @@ def json_records(chunks: Iterator[bytes], path: str) -> Iterator[tuple[Location,
         DataError: nothing after the fault can be read; its location is ``path:line:column``.
     """
     head = _read_head(chunks, path)
-    for mark, encoding in _OTHER_ENCODINGS.items():
-        if head.startswith(mark):
-            raise DataError(path, f"the file is {encoding}, not UTF-8", "Save the file as UTF-8")
+    check_encoding(head, path)
     text = head.removeprefix(codecs.BOM_UTF8)
     offset = len(head) - len(text)
     start = text.lstrip(_SPACE)[:1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 from pathlib import Path
 
 from errors import DataError
@@ -32,12 +33,11 @@ _STARTS: dict[bytes, tuple[str, str]] = {
     b"%PDF": ("a PDF document", _SAVE_AS),
     **{bytes([0x80, version]): _PICKLE for version in range(2, 6)},
 }
-_TEXT_FIX = "Write conversations as JSON, one object per line; docs/data.md describes the formats"
+_TEXT_FIX = "Name it .txt to train on it as plain text, or write conversations as JSON, one object per line"
 # The ending of a text file -> what it is, and what to do.
 _TEXTS: dict[str, tuple[str, str]] = {
     ".csv": ("a CSV table, not JSON", _TO_JSON.replace("{reader}", "read_csv")),
     ".tsv": ("a table, not JSON", _TO_JSON.replace("{reader}({name!r})", "read_csv({name!r}, sep='\\t')")),
-    ".txt": ("plain text, not JSON", _TEXT_FIX),
     ".md": ("plain text, not JSON", _TEXT_FIX),
     ".yaml": ("YAML, not JSON", _SAVE_AS),
     ".yml": ("YAML, not JSON", _SAVE_AS),
@@ -47,6 +47,13 @@ _TEXTS: dict[str, tuple[str, str]] = {
     ".pkl": _PICKLE,
     ".pickle": _PICKLE,
     ".pt": _PICKLE,
+}
+# Byte order marks; UTF-32 first, whose mark starts with that of UTF-16.
+_OTHER_ENCODINGS = {
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
 }
 _ARCHIVES = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tar.xz", ".zip", ".rar", ".zst", ".bz2", ".xz", ".7z")
 _TABLES = (".xlsx", ".xls", ".ods")
@@ -74,3 +81,14 @@ def check_kind(start: bytes, path: Path, name: str) -> None:
     if found is not None:
         what, fix = found
         raise DataError(str(path), f"is {what}", fix.replace("{name!r}", repr(path.name)))
+
+
+def check_encoding(start: bytes, path: str) -> None:
+    """Check that a text does not begin with the byte order mark of another encoding than UTF-8.
+
+    Raises:
+        DataError: it does.
+    """
+    for mark, encoding in _OTHER_ENCODINGS.items():
+        if start.startswith(mark):
+            raise DataError(path, f"the file is {encoding}, not UTF-8", "Save the file as UTF-8")

@@ -179,12 +179,17 @@ def _nothing_left(set_name: str, report: DataReport) -> DataError:
     for source in report.sources:
         counts.update(source.skipped.counts)
     reasons = "; ".join(f"{count} skipped, {reason}" for reason, count in counts.items())
-    total = sum(source.read for source in report.sources)
+    total, noun = report.total().read, report.total().noun
+    purpose = "train" if set_name == "train" else "evaluate"
+    names = ", ".join(source.name for source in report.sources)
+    if not total:
+        what = f"nothing is left to {purpose} on: --eval_split holds out every record"
+        return DataError(names, what, "Give more records, or --eval_data_path")
     fix = (
         "Raise --model_max_length, or shorten the conversations"
         if any("--model_max_length" in reason for reason in counts)
+        else "Give longer texts, or remove their weight"
+        if noun == "texts"
         else "Put a user turn before each answer, and use a checkpoint whose prompt does not open a <think> block"
     )
-    purpose = "train" if set_name == "train" else "evaluate"
-    names = ", ".join(source.name for source in report.sources)
-    return DataError(names, f"nothing is left to {purpose} on: {total} conversations read, {reasons}", fix)
+    return DataError(names, f"nothing is left to {purpose} on: {total} {noun} read, {reasons}", fix)

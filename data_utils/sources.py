@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 
-from chat.turns import Turn
+from chat.turns import TEXT, Turn
 from data_utils.files import check_readable
 from errors import ConfigError, DataError
 
@@ -144,7 +144,7 @@ _PLACEHOLDER = re.compile(r"\{\{\s*([^\W\d]\w*)\s*\}\}")
 def fill_turns(turns: Sequence[Turn], fill: Mapping[str, str]) -> tuple[tuple[Turn, ...], set[str]]:
     """Return the turns with every placeholder of ``fill`` replaced, and the names of all placeholders found.
 
-    Replacements are not searched for placeholders, and control tokens in them stay text.
+    Replacements are not searched for placeholders, and control tokens in them stay text. A plain text has none.
     """
     found: set[str] = set()
 
@@ -156,6 +156,10 @@ def fill_turns(turns: Sequence[Turn], fill: Mapping[str, str]) -> tuple[tuple[Tu
         return _PLACEHOLDER.sub(replacement, text) if "{{" in text else text
 
     return tuple(
-        turn._replace(content=filled(turn.content), thinking=None if turn.thinking is None else filled(turn.thinking))
+        turn
+        if turn.role == TEXT
+        else turn._replace(
+            content=filled(turn.content), thinking=None if turn.thinking is None else filled(turn.thinking)
+        )
         for turn in turns
     ), found

@@ -177,6 +177,10 @@ def parse_files(
                 else:
                     # Raises if the first record has no known format: then no other record of the file can be checked.
                     source = source or recognise(record, where)
+                    if source.name == "text":
+                        raise DataError(
+                            str(where), "is plain text, which has no turns to convert", "Train on it as it is"
+                        )
                     try:
                         conversation = source.parse(record, where)
                     except DataError as error:

@@ -8,21 +8,23 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from data_utils.formats import pairs, turns, writing
+from data_utils.formats import pairs, text, turns, writing
 from data_utils.formats.tools import tool_names
 from data_utils.schema import (
     SYSTEM_FIELDS,
     UNDECLARED_CALLS,
     UNSUPPORTED_IN_RECORDS,
+    UNSUPPORTED_MEDIA,
     UNSUPPORTED_PREFERENCES,
     Conversation,
     InvalidRecord,
     Notes,
     ParsedRecord,
     Record,
+    UnsupportedFields,
     check_unsupported,
     short_repr,
 )
@@ -47,6 +49,7 @@ class Format:
         matches: return whether a record has the fields of this format; cheap.
         read: parse a record to turns and tools, and add to its notes; raises ``InvalidRecord``.
         fields: return the names of a record's fields that ``read`` uses.
+        unsupported: fields that are refused.
         write: build a record from a conversation and other fields; ``None`` if the format cannot be written.
     """
 
@@ -57,6 +60,7 @@ class Format:
     read: Callable[[Record, Notes], ParsedRecord]
     fields: Callable[[Record], Iterable[str]]
     write: Callable[[Conversation, Record], Record] | None = None
+    unsupported: UnsupportedFields = field(default_factory=lambda: UNSUPPORTED_IN_RECORDS)
 
     def fits(self, record: object) -> bool:
         """Return whether a record has this format, judged by its fields and its first turn."""
@@ -75,7 +79,7 @@ class Format:
         try:
             if not isinstance(record, dict):
                 raise InvalidRecord(f"a record must be an object, not {short_repr(record)}", self.example)
-            check_unsupported(record, UNSUPPORTED_IN_RECORDS, "the record")
+            check_unsupported(record, self.unsupported, "the record")
             notes: Notes = set()
             parsed_turns, tools = self.read(record, notes)
             _check_function_names(parsed_turns, tools)
@@ -83,7 +87,7 @@ class Format:
             raise DataError(str(where), f"{error.what} (read as {self.name})", error.fix) from None
         if _calls_undeclared(parsed_turns, tools):
             notes.add(UNDECLARED_CALLS)
-        return Conversation(tuple(parsed_turns), where, tools, tuple(sorted(notes)))
+        return Conversation(tuple(parsed_turns), where, tools, tuple(sorted(notes)), text.is_continued(record))
 
 
 def _check_function_names(turns: Iterable[Turn], tools: Iterable[Tool]) -> None:
@@ -137,6 +141,15 @@ FORMATS: dict[str, Format] = {
             pairs.parse_pair,
             pairs.pair_fields,
         ),
+        Format(
+            "text",
+            '"text", a document',
+            text.TEXT_EXAMPLE,
+            text.looks_like_text,
+            text.parse_text,
+            text.text_fields,
+            unsupported={**UNSUPPORTED_MEDIA, **UNSUPPORTED_PREFERENCES},
+        ),
     )
 }
 
@@ -145,6 +158,7 @@ FIELDS = frozenset(
     {
         *("conversations", "messages", "instruction", "input", "output", "history", "label"),
         *(name for pair in pairs.PAIRS for name in pair),
+        "text",
         *("tools", "functions", *SYSTEM_FIELDS, *UNSUPPORTED_IN_RECORDS),
     }
 )
@@ -155,11 +169,16 @@ def recognise(record: object, where: Location | str) -> Format:
     """Return the first of ``FORMATS`` that a record has.
 
     Raises:
-        DataError: none of them; shows the record and describes the formats.
+        DataError: none of them, which shows the record and describes the formats; or a list of turns beside a text.
     """
-    for format_ in FORMATS.values():
-        if format_.fits(record):
-            return format_
+    fitting = [format_ for format_ in FORMATS.values() if format_.fits(record)]
+    # Alpaca's own files and some tables of pairs have a text as well, rendered from the other fields.
+    names = [format_.name for format_ in fitting]
+    if isinstance(record, dict) and names[-1:] == ["text"] and names[0] in ("conversations", "messages"):
+        what = f'the record has a list of turns and "text" ({short_repr(record["text"])})'
+        raise DataError(str(where), what, f"Give --data_format {names[0]} or --data_format text")
+    if fitting:
+        return fitting[0]
     if isinstance(record, dict):
         try:
             check_unsupported(record, UNSUPPORTED_PREFERENCES, "the record")

@@ -29,10 +29,10 @@ class SourceReport:
 
     Attributes:
         name: as given on the command line: ``a.json#500@x2``.
-        format: conversations, messages, alpaca or pairs.
+        format: conversations, messages, alpaca, pairs or text.
         in_file: records in its files.
-        read: conversations taken from it. One that is repeated three times counts as three, here and in all counts
-            below except ``distinct`` and ``duplicates``.
+        read: conversations or texts taken from it. One that is repeated three times counts as three, here and in all
+            counts below except ``distinct`` and ``duplicates``.
         skipped: by reason.
         truncated: kept conversations that were shortened, by reason.
         duplicates: exact copies of an earlier sample of any source; requested repeats do not count.
@@ -43,7 +43,8 @@ class SourceReport:
         tokens: all ids; ``tokens_by_role`` splits them by the role of the turn.
         trained_tokens: ids with weight > 0 that are not the first of a sample; ``trained_weight`` is the sum of their
             weights.
-        lengths: number of samples of each length; ``trained_lengths``: of each number of trained tokens.
+        lengths: number of samples of each length; ``trained_lengths``: of each number of trained tokens. A text that
+            is cut has several samples.
         too_long: conversations with more than the maximum number of ids, which are shortened or skipped;
             ``lost_tokens``: the ids that this costs; ``longest``: the ids of the longest one.
     """
@@ -76,6 +77,17 @@ class SourceReport:
     def __post_init__(self) -> None:
         self.name = visible_line(self.name)
 
+    @property
+    def samples(self) -> int:
+        """Number of samples: of a conversation one, of a plain text one for each piece."""
+        return self.lengths.total()
+
+    @property
+    def noun(self) -> str:
+        """What its records are."""
+        formats = set(self.format.split(", "))
+        return "conversations" if "text" not in formats else "texts" if formats == {"text"} else "records"
+
     def skip(self, where: object, reason: str, copies: int = 1) -> None:
         """Count a conversation that is left out."""
         self.read += copies
@@ -97,8 +109,9 @@ class SourceReport:
         turns: Sequence[Turn] = (),
         truncated: str | None = None,
         notes: Iterable[str] = (),
+        is_first: bool = True,
     ) -> None:
-        """Count a sample. Call this once for each record.
+        """Count a sample. Call this once for each record, and for each further piece of a text.
 
         Args:
             unfilled: names of placeholders in it that have no value.
@@ -106,11 +119,12 @@ class SourceReport:
             turns: its conversation, in which empty answers are counted.
             notes: sentences that follow "conversations ...".
             truncated: how it was shortened; by default ``encoded.turns_dropped`` decides whether it was.
+            is_first: not a further piece of the text that was counted before.
         """
         length = len(encoded.input_ids)
         assert copies > 0 and length == sum(span[0] for span in encoded.spans), "the spans do not cover the ids"
-        self.read += copies
-        self.kept += copies
+        self.read += copies if is_first else 0
+        self.kept += copies if is_first else 0
         self.tokens += length * copies
         self.lengths[length] += copies
         self._count_spans(encoded.spans, copies)
@@ -157,9 +171,9 @@ class SourceReport:
         percentiles, cumulated = list(_PERCENTILES), 0
         for length, count in ordered:
             cumulated += count
-            while percentiles and cumulated * 100 >= percentiles[0] * self.kept:
+            while percentiles and cumulated * 100 >= percentiles[0] * self.samples:
                 summary[f"{percentiles.pop(0)}%"] = length
-        return summary | {"max": ordered[-1][0], "mean": round(self.tokens / self.kept, 1)}
+        return summary | {"max": ordered[-1][0], "mean": round(self.tokens / self.samples, 1)}
 
     def as_dict(self) -> dict[str, Any]:
         """Return the counts and the first 100 locations of each reason, for JSON."""
@@ -180,6 +194,7 @@ class SourceReport:
             "trained_weight": round(self.trained_weight, 6),
             "tokens_by_role": dict(sorted(self.tokens_by_role.items())),
             "trained_by_role": dict(sorted(self.trained_by_role.items())),
+            "samples": self.samples,
             "lengths": self.length_summary(),
             "skipped_by_reason": dict(self.skipped.counts),
             "truncated_by_kind": dict(self.truncated.counts),
@@ -195,7 +210,7 @@ class SourceReport:
 
     def warnings(self, with_locations: bool = True) -> list[str]:
         """Return a line for each kind of finding: how many conversations, the reason, the first locations."""
-        of = f"of {self.read:,} conversations"
+        of = f"of {self.read:,} {self.noun}"
         findings = [
             *((f"skipped {n:,} {of}, {reason}", self.skipped, reason) for reason, n in self.skipped.counts.items()),
             *(

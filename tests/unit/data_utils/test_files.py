@@ -81,7 +81,8 @@ def test_ending_that_does_not_match_the_content_is_refused(tmp_path: Path, name:
 def test_missing_file_and_folder(tmp_path: Path) -> None:
     assert fault(tmp_path / "nowhere.json") == f"{tmp_path}/nowhere.json: no such file. Check the path"
     assert fault(tmp_path) == (
-        f"{tmp_path}: is a folder. Name a file: .json, .jsonl, .ndjson, .json.gz, .jsonl.gz, .ndjson.gz, .parquet"
+        f"{tmp_path}: is a folder. Name a file: .json, .jsonl, .ndjson, .json.gz, .jsonl.gz, .ndjson.gz, .parquet, "
+        ".txt, .txt.gz"
     )
     below_a_file = write(tmp_path / "a.json", "[1]") / "b.json"
     assert fault(below_a_file) == f"{below_a_file}: cannot be read (Not a directory)"
@@ -179,7 +180,7 @@ def test_data_files_of_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture
     (tmp_path / "empty").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "b", target_is_directory=True)
     names = ["b/2.jsonl", "b/10.JSON.gz", "a.ndjson", "z.parquet"]
-    others = [".hidden.json", "b/.cache/x.json", "README.md", "b/\x1b.txt", "b/x.json.bak", "json", "n1", "n2"]
+    others = [".hidden.json", "b/.cache/x.json", "README.md", "b/\x1b.md", "b/x.json.bak", "json", "n1", "n2"]
     for name in names + others:
         write(tmp_path / name, "[1]")
     (tmp_path / "b" / "linked.json").symlink_to(tmp_path / "a.ndjson")
@@ -190,7 +191,7 @@ def test_data_files_of_a_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture
     ]
     assert caplog.messages == [
         f"{tmp_path}: ignored 7 entries that are not data files: "
-        "'README.md', 'b/\\x1b.txt', 'b/x.json.bak', 'json', 'link', ..."
+        "'README.md', 'b/\\x1b.md', 'b/x.json.bak', 'json', 'link', ..."
     ]
 
 
@@ -200,12 +201,12 @@ def test_a_file_is_a_data_file_whatever_its_name(tmp_path: Path) -> None:
 
 
 def test_folder_without_data_files(tmp_path: Path) -> None:
-    write(tmp_path / "a.txt", "[1]")
+    write(tmp_path / "a.md", "[1]")
     with pytest.raises(DataError) as error:
         data_files(tmp_path)
     assert str(error.value) == (
         f"{tmp_path}: the folder contains no data files. Their names end in .json, .jsonl, .ndjson, .json.gz, "
-        ".jsonl.gz, .ndjson.gz, .parquet"
+        ".jsonl.gz, .ndjson.gz, .parquet, .txt, .txt.gz"
     )
     with pytest.raises(DataError, match=r"/nowhere: no such file\. Check the path$"):
         data_files(tmp_path / "nowhere")

@@ -99,7 +99,7 @@ KINDS: dict[str, tuple[Callable[[Path], Path], str]] = {
         "is a table, not JSON. Convert it with pandas: read_csv('table.tsv', sep=",
     ),
     "table.xlsx": (_xlsx, "is a zip archive or an Excel table. Unpack it, or save the table as CSV"),
-    "text.txt": (_with(b"User: Hi\n"), "is plain text, not JSON. Write conversations as JSON"),
+    "text.md": (_with(b"User: Hi\n"), "is plain text, not JSON. Name it .txt to train on it as plain text"),
     "data.pkl": (_with(pickle.dumps([1])), "is a pickle, which can run code when it is opened. Save the data as JSON"),
     "data.arrow": (_arrow, "is an Arrow file of the datasets library. Write it with its to_json("),
     "data.jsonl.zst": (_with(b"\x28\xb5\x2f\xfd\x00"), "is compressed with zstd. Unpack it first"),

@@ -306,11 +306,11 @@ def test_first_20_faults_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture
     folder.mkdir()
     write_records(folder / "a.jsonl", EVERY_FORMAT["pairs"], *range(15))
     for number in range(10):  # without a known format
-        write_records(folder / f"b{number}.jsonl", {"text": "a"}, {"text": "b"})
+        write_records(folder / f"b{number}.jsonl", {"body": "a"}, {"body": "b"})
     first, *others = refusal(capsys, folder, tmp_path / "out.jsonl").splitlines()
     assert first == "11 files: the first 20 faults, nothing is written:" and len(others) == 20
     assert others[14].startswith(f"  15. {folder}/a.jsonl:16: a record must be an object, not 14 (read as pairs).")
-    assert others[15].startswith(f"  16. {folder}/b0.jsonl:1: the record has no known format: {{'text': 'a'}}. Looked")
+    assert others[15].startswith(f"  16. {folder}/b0.jsonl:1: the record has no known format: {{'body': 'a'}}. Looked")
     assert others[16].startswith(f"  17. {folder}/b1.jsonl:1: ")
 
 

@@ -78,7 +78,7 @@ def test_reasoning_is_read_under_each_of_its_names(field: str) -> None:
 
 
 def test_formats_and_their_order() -> None:
-    assert list(FORMATS) == ["conversations", "messages", "alpaca", "pairs"]
+    assert list(FORMATS) == ["conversations", "messages", "alpaca", "pairs", "text"]
     assert [name for name, format_ in FORMATS.items() if format_.name == name and format_.write] == [
         "conversations",
         "messages",

@@ -166,7 +166,7 @@ def test_invalid_alpaca_and_pairs(name: str, record: object, message: str) -> No
     refused(record, name, message)
 
 
-@pytest.mark.parametrize("name", FORMATS)
+@pytest.mark.parametrize("name", EVERY_FORMAT)
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
@@ -197,7 +197,7 @@ def test_unknown_and_empty_fields_are_ignored() -> None:
         (3, "3"),
         (["\x1b[2J"], r"['\x1b[2J']"),
         ({}, "{}"),
-        ({"text": "x" * 999, "n": 1}, "{'text': '" + "x" * 150 + "...', 'n': 1}"),
+        ({"body": "x" * 999, "n": 1}, "{'body': '" + "x" * 150 + "...', 'n': 1}"),
         ({"instruction": "a", "answer": "b"}, "{'instruction': 'a', 'answer': 'b'}"),
         ({"conversations": "x"}, "{'conversations': 'x'}"),
         ({"conversations": ["x"]}, "{'conversations': ['x']}"),

@@ -91,7 +91,7 @@ def test_records_of_toolkits_are_read(name: str) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "plain text": ({"text": "Once"}, "the record has no known format: {'text': 'Once'}"),
+    "plain text": ({"content": "Once"}, "the record has no known format: {'content': 'Once'}"),
     "token ids": ({"input_ids": [1], "labels": [1]}, "the record has no known format"),
     "segments": ({"segments": [{"label": True, "text": "a"}]}, "the record has no known format"),
     "contents and parts": (
