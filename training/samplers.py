@@ -107,6 +107,7 @@ class PackedExamples(Dataset[Any]):
 
     Attributes:
         source_sizes: number of packs of each source, or of all sources as one; the packs are in this order.
+        fill: share of the packs' capacity that samples take.
     """
 
     def __init__(self, examples: ExampleSet, capacity: int, by_source: bool = False) -> None:
@@ -120,11 +121,7 @@ class PackedExamples(Dataset[Any]):
         self.source_sizes = [len(part.starts) for part in parts]
         self._samples = np.concatenate([part.samples for part in parts])
         self._starts = np.concatenate([*(part.starts for part in parts), [start]])
-
-    @property
-    def fill(self) -> float:
-        """Share of the packs' capacity that samples take."""
-        return sum(self.examples.lengths) / (len(self) * self.capacity)
+        self.fill = float(lengths.sum()) / (len(self) * capacity)
 
     def __len__(self) -> int:
         return len(self._starts) - 1
