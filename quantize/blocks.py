@@ -36,6 +36,10 @@ def stored_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
     return ((name, tensor) for name, tensor in model.state_dict().items() if name not in tied)
 
 
+_FIRST_TOKEN = 0.2
+"""Weight of a sample's first token in addition to that of any other, as a share of the sample's tokens."""
+
+
 class SampleStates:
     """Hidden states of samples between two blocks of a model. Samples are run one by one, without padding.
 
@@ -57,6 +61,10 @@ class SampleStates:
             states, arguments = capture_block_inputs(model, input_ids=input_ids)
             self.states.append(states.cpu())
             self._arguments.append([_to_device(of_block, torch.device("cpu")) for of_block in arguments])
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(states.shape[1] for states in self.states)
 
     @torch.no_grad()
     def output(self, sample: int, index: int, block: nn.Module) -> Tensor:
@@ -102,17 +110,14 @@ class _SeenError(Exception):
 def measure_gram(samples: SampleStates, index: int, block: nn.Module, name: str) -> Tensor:
     """Run all samples through block ``index``, up to the named layer; return the Gram matrix [I, I] of its inputs.
 
-    It is the mean of ``x x^T / |x|^2`` over the inputs ``x``, so that all tokens count equally. In some layers of
-    pretrained models the first token alone has nearly all the energy (Sun et al. 2024, "Massive activations"): with
-    equal weights for equal energy the layer would be fitted to that token and the others would be worse than rounded
-    to nearest.
+    It is the mean of ``weight * x x^T`` over the inputs ``x``, with the weights of :func:`token_weights`.
     """
     layer: Any = block.get_submodule(name)
     gram = torch.zeros(layer.in_features, layer.in_features, device=samples.device)
 
     def add(module: nn.Module, inputs: tuple[Tensor]) -> None:
         x = inputs[0].flatten(0, -2).float()
-        x = x / x.norm(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        x = x * token_weights(x).sqrt()[:, None]
         gram.addmm_(x.T, x)
         raise _SeenError
 
@@ -123,4 +128,20 @@ def measure_gram(samples: SampleStates, index: int, block: nn.Module, name: str)
                 samples.output(sample, index, block)
     finally:
         handle.remove()
-    return gram / sum(states.shape[1] for states in samples.states)
+    return gram / samples.num_tokens
+
+
+def token_weights(x: Tensor) -> Tensor:
+    """Return what an error in the outputs of each token [T] of a sample counts, from the inputs [T, I] of a layer.
+
+    In some layers of pretrained models one token, mostly the first, has nearly all the energy (Sun et al. 2024,
+    "Massive activations"). With equal weights for equal energy a layer would be fitted to that token and the others
+    would be worse than rounded to nearest; with equal weights for all tokens it would be as wrong as rounded to
+    nearest for the one on which the states of all later blocks depend. The weights are the sum of both. The first
+    token counts more also where it is as small as the others, because later tokens attend to it (Xiao et al. 2024,
+    "attention sinks").
+    """
+    energy = x.square().sum(1).clamp(min=torch.finfo(torch.float32).tiny)
+    weights = 1 / energy + 1 / energy.mean()
+    weights[0] += _FIRST_TOKEN * len(x) / energy[0]
+    return weights

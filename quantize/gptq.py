@@ -11,9 +11,11 @@ from torch import Tensor
 from checkpoints.model_config import Quantization
 from checkpoints.packed_weights import IntegerWeight
 from errors import RunError
+from quantize.descent import descend
 
-DAMPING = 0.01
-"""Share of its mean diagonal that is added to the Gram matrix, so that it can be inverted."""
+MIN_DAMPING = 0.01
+"""Share of its median diagonal that is added to the Gram matrix, so that it can be inverted, at least."""
+_MAX_DOUBLINGS = 10  # of the damping, if the matrix cannot be inverted
 
 _NUM_RANGES = 16  # tried per group, from the full range of its weights down to 0.53 of it
 
@@ -24,28 +26,32 @@ def is_symmetric(quantization: Quantization) -> bool:
 
 
 @torch.no_grad()
-def quantize_gptq(weight: Tensor, gram: Tensor, quantization: Quantization) -> IntegerWeight:
+def quantize_gptq(weight: Tensor, gram: Tensor, num_tokens: int, quantization: Quantization) -> IntegerWeight:
     """Round a weight so that the layer's outputs change least: a scale and a zero point per group of inputs.
 
     Groups with the largest inputs are rounded first, and within a group the largest inputs: the earlier a column is
     rounded, the more columns remain to compensate for its error. Groups consist of consecutive inputs in the result,
-    so that it needs no act-order.
+    so that it needs no act-order. Coordinate descent follows.
+
+    The Gram matrix is damped by twice the number of inputs per token: the fewer tokens were seen, the more of what it
+    says is chance.
 
     Args:
         weight: [O, I].
         gram: [I, I], see ``blocks.measure_gram``.
+        num_tokens: on which the Gram matrix was measured.
 
     Raises:
         RunError: inputs that are not finite, or that give no positive definite Gram matrix.
     """
     group_size, max_value = quantization.group_size, (1 << quantization.bits) - 1
     order = _order(gram.diagonal(), group_size)
-    factor = _inverse_factor(gram[order][:, order])
+    gram, factor = _damp(gram[order][:, order], max(MIN_DAMPING, 2 * len(order) / num_tokens))
     # The cost of an error in a column, after all later columns have compensated for it.
     importance = factor.diagonal() ** -2
     # [I, O], so that a column is contiguous.
-    columns = weight.float().T[order].contiguous()
-    values = torch.empty_like(columns, dtype=torch.int32)
+    original = weight.float().T[order].contiguous()
+    columns, values = original.clone(), torch.empty_like(original)
     scales, zeros = torch.empty(2, len(columns) // group_size, columns.shape[1], device=columns.device)
     for group, start in enumerate(range(0, len(columns), group_size)):
         end = start + group_size
@@ -57,8 +63,9 @@ def quantize_gptq(weight: Tensor, gram: Tensor, quantization: Quantization) -> I
             error = errors[i - start] = (columns[i] - (value - zero) * scale) / factor[i, i]
             columns[i + 1 : end].addr_(factor[i, i + 1 : end], error, alpha=-1)
         columns[end:].addmm_(factor[start:end, end:].T, errors, alpha=-1)
+    descend(original, values, scales, zeros, gram, max_value)
     group_order = order[::group_size].div(group_size, rounding_mode="floor").argsort()
-    return IntegerWeight(values[order.argsort()].T, scales[group_order].T.half(), zeros[group_order].T.int())
+    return IntegerWeight(values[order.argsort()].T.int(), scales[group_order].T.half(), zeros[group_order].T.int())
 
 
 def _order(importance: Tensor, group_size: int) -> Tensor:
@@ -69,22 +76,26 @@ def _order(importance: Tensor, group_size: int) -> Tensor:
     return (first + within)[groups.amax(1).argsort(descending=True, stable=True)].flatten()
 
 
-def _inverse_factor(gram: Tensor) -> Tensor:
-    """Return the upper Cholesky factor [I, I] of the inverse of the damped Gram matrix."""
+def _damp(gram: Tensor, damping: float) -> tuple[Tensor, Tensor]:
+    """Return the damped Gram matrix [I, I] and the upper Cholesky factor [I, I] of its inverse.
+
+    Args:
+        damping: relative to the median diagonal; in the mean a few large inputs would drown all others.
+    """
     gram = gram.clone()
     diagonal = gram.diagonal()
-    diagonal[diagonal == 0] = 1  # inputs that are always zero
-    mean = diagonal.mean()
-    if not torch.isfinite(mean):
+    if not torch.isfinite(diagonal).all():
         raise RunError("the inputs of a layer to be quantised are not finite", "Check the weights of the checkpoint")
-    damping = DAMPING
-    while damping < 10:
-        diagonal += damping * mean
+    is_zero = diagonal == 0  # inputs that are always zero
+    median = 1.0 if is_zero.all() else float(diagonal[~is_zero].median())
+    diagonal[is_zero] = median
+    for _ in range(_MAX_DOUBLINGS):
+        diagonal += damping * median
         lower, failed = torch.linalg.cholesky_ex(gram)
         if not failed:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not failed:
-                return upper
+                return gram, upper
         damping *= 2
     raise RunError(
         "the inputs of a layer give no positive definite Gram matrix", "Give more --samples, or another --data_path"

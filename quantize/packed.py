@@ -5,10 +5,9 @@ A block is calibrated on the outputs of the quantised blocks before it, so that 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -101,9 +100,7 @@ def quantize_weights(
         measured.original.advance(index, block)
         with _rounded_to_nearest(block, architecture.linear_layers, quantization):
             measured.nearest.advance(index, block)
-        packed = _quantize_block(
-            block, architecture.linear_groups, partial(measure_gram, calibration, index, block), quantization
-        )
+        packed = _quantize_block(index, block, architecture.linear_groups, calibration, quantization)
         if index < last:
             calibration.advance(index, block)
         prefix = f"{architecture.blocks}.{index}"
@@ -139,18 +136,18 @@ class _Packed(NamedTuple):
 
 
 def _quantize_block(
-    block: nn.Module, groups: Sequence[Sequence[str]], measure: Callable[[str], Tensor], quantization: Quantization
+    index: int,
+    block: nn.Module,
+    groups: Sequence[Sequence[str]],
+    calibration: SampleStates,
+    quantization: Quantization,
 ) -> dict[str, _Packed]:
-    """Quantise the layers of a block in place, each calibrated on the quantised layers before it.
-
-    Args:
-        measure: the name of a layer -> the Gram matrix of its inputs.
-    """
+    """Quantise the layers of block ``index`` in place, each calibrated on the quantised layers before it."""
     packed = {}
     for group in groups:
-        gram = measure(group[0])
+        gram = measure_gram(calibration, index, block, group[0])
         for name, layer in _linear_layers(block, group).items():
-            weight = quantize_gptq(layer.weight, gram, quantization)
+            weight = quantize_gptq(layer.weight, gram, calibration.num_tokens, quantization)
             packed[name] = _set_weight(layer, weight, gram, quantization)
     return packed
 

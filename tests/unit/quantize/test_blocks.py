@@ -15,7 +15,7 @@ from data_utils.encode import UnweightedExample
 from errors import ConfigError
 from loading.checkpoint import Checkpoint, load_checkpoint, load_model
 from loading.quantized import compute_in_float32
-from quantize.blocks import SampleStates, measure_gram, pop_blocks, stored_tensors
+from quantize.blocks import SampleStates, measure_gram, pop_blocks, stored_tensors, token_weights
 from quantize.packed import Measurements, check_sizes, max_inputs, quantize_weights
 from qwen_model.block_runner import architecture_of_model, blocks_of
 from tests.models import TINY, write_later_checkpoint
@@ -94,16 +94,26 @@ def test_16_bit_model_computes_in_float32(
 
 
 def test_gram_matrix_is_that_of_the_layers_inputs(model: Any, examples: list[UnweightedExample]) -> None:
-    """Of each input divided by its norm: an input of any size counts as much as the others."""
     block, names = blocks_of(model)[0], architecture_of_model(model).linear_layers
     seen: list[Tensor] = []
     for name in names:
         block.get_submodule(name).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
     logits(model, examples)
     for i, name in enumerate(names):
-        inputs = torch.nn.functional.normalize(torch.cat(seen[i : 3 * len(names) : len(names)]))
+        samples = seen[i : 3 * len(names) : len(names)]
+        inputs = torch.cat([x * token_weights(x).sqrt()[:, None] for x in samples])
         measured = measure_gram(SampleStates(model, examples, CPU), 0, block, name)
         torch.testing.assert_close(measured, inputs.T @ inputs / len(inputs))
+
+
+def test_token_weights() -> None:
+    """Half by token, half by energy: without a massive token both are the same. The first token counts more."""
+    inputs = torch.nn.functional.normalize(torch.randn(50, 8, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(token_weights(inputs), torch.tensor([12.0] + 49 * [2.0]))
+    inputs[7] *= 100
+    shares = token_weights(inputs) * inputs.square().sum(1)
+    assert shares[7] / shares.sum() == pytest.approx(0.5, abs=0.1)
+    assert all(share > 0.9 for share in shares), "no other token is ignored"
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq"])

@@ -9,6 +9,8 @@ from torch import Tensor
 from checkpoints.model_config import Method, Quantization
 from checkpoints.packed_weights import IntegerWeight, pack_weight, unpack_weight
 from errors import RunError
+from quantize import gptq
+from quantize.blocks import token_weights
 from quantize.gptq import quantize_gptq
 from quantize.rounding import round_to_nearest
 
@@ -49,7 +51,7 @@ def settings(method: Method = "gptq", bits: int = 4) -> Quantization:
 
 
 def by_gptq(weight: Tensor, inputs: Tensor, method: Method = "gptq", bits: int = 4) -> Tensor:
-    return dequantised(quantize_gptq(weight, gram_of(inputs), settings(method, bits)))
+    return dequantised(quantize_gptq(weight, gram_of(inputs), len(inputs), settings(method, bits)))
 
 
 @pytest.mark.parametrize(("bits", "share"), [(4, 0.35), (8, 0.6)])
@@ -63,8 +65,31 @@ def test_outputs_change_less_than_with_rounding_to_nearest(
 def test_inputs_are_used(weight: Tensor, inputs: Tensor) -> None:
     """A weight calibrated for uncorrelated inputs of equal size has a larger error on the real ones."""
     fitted = output_error(weight, by_gptq(weight, inputs), inputs)
-    without = dequantised(quantize_gptq(weight, torch.eye(INPUTS), settings()))
+    without = dequantised(quantize_gptq(weight, torch.eye(INPUTS), len(inputs), settings()))
     assert fitted < 0.7 * output_error(weight, without, inputs)
+
+
+def test_few_tokens_are_trusted_less(weight: Tensor, inputs: Tensor) -> None:
+    """Chance correlations between the inputs of a few tokens are no reason to compensate one error by another."""
+    few, others = inputs[:64], inputs[300:]
+    damped = output_error(weight, by_gptq(weight, few), others)
+    trusted = dequantised(quantize_gptq(weight, gram_of(few), 10**9, settings()))
+    assert damped < 0.8 * output_error(weight, trusted, others)
+
+
+def test_descent_lowers_the_error(weight: Tensor, inputs: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_descent = output_error(weight, by_gptq(weight, inputs), inputs)
+    monkeypatch.setattr(gptq, "descend", lambda *_: None)
+    assert with_descent < 0.95 * output_error(weight, by_gptq(weight, inputs), inputs)
+
+
+def test_neither_a_massive_token_nor_the_others_are_sacrificed(weight: Tensor, inputs: Tensor) -> None:
+    inputs[0] *= 300
+    weighted = inputs * token_weights(inputs).sqrt()[:, None]
+    quantised = dequantised(quantize_gptq(weight, gram_of(weighted), len(inputs), settings()))
+    nearest = round_to_nearest(weight, 4, GROUP)
+    for tokens, share in ((inputs[:1], 0.1), (inputs[1:], 0.5)):
+        assert output_error(weight, quantised, tokens) < share * output_error(weight, nearest, tokens)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -72,7 +97,7 @@ def test_zero_points_can_be_stored(weight: Tensor, inputs: Tensor, method: Metho
     """GPTQ stores them minus one: in programs that add the one to words, 0 would change the zero point beside it."""
     weight[0] = weight[0].abs()  # its best zero point is 0
     weight[1] = -weight[1].abs()  # its best zero point is 15
-    zeros = quantize_gptq(weight, gram_of(inputs), settings(method)).zeros
+    zeros = quantize_gptq(weight, gram_of(inputs), len(inputs), settings(method)).zeros
     assert int(zeros.min()) == (1 if method == "gptq" else 0) and int(zeros.max()) == 15
     assert len(zeros.unique()) > 4, "groups differ"
     quantised = by_gptq(weight, inputs, method)
@@ -81,20 +106,21 @@ def test_zero_points_can_be_stored(weight: Tensor, inputs: Tensor, method: Metho
 
 
 def test_8_bits_are_symmetric(weight: Tensor, inputs: Tensor) -> None:
-    assert quantize_gptq(weight, gram_of(inputs), settings(bits=8)).zeros.unique().tolist() == [128]
+    rounded = quantize_gptq(weight, gram_of(inputs), len(inputs), settings(bits=8))
+    assert rounded.zeros.unique().tolist() == [128]
 
 
 def test_arguments_are_not_modified(weight: Tensor, inputs: Tensor) -> None:
     before, gram = weight.clone(), gram_of(inputs)
     gram_before = gram.clone()
-    quantize_gptq(weight, gram, settings())
+    quantize_gptq(weight, gram, len(inputs), settings())
     assert torch.equal(weight, before) and torch.equal(gram, gram_before)
 
 
 @pytest.mark.parametrize(("method", "bits"), [("gptq", 4), ("gptq", 8), ("awq", 4)])
 def test_packed_weight_round_trips(weight: Tensor, inputs: Tensor, method: Method, bits: int) -> None:
     quantization = settings(method, bits)
-    rounded = quantize_gptq(weight, gram_of(inputs), quantization)
+    rounded = quantize_gptq(weight, gram_of(inputs), len(inputs), quantization)
     assert int(rounded.values.min()) >= 0 and int(rounded.values.max()) < 1 << bits
     assert len(rounded.values.unique()) > (1 << bits) / 2, "most values occur"
     parts = pack_weight(rounded, quantization)
@@ -155,4 +181,4 @@ def test_constant_rows(weight: Tensor, inputs: Tensor, method: Method) -> None:
 def test_nan_in_the_inputs_is_refused(weight: Tensor, inputs: Tensor) -> None:
     inputs[3, 7] = torch.nan
     with pytest.raises(RunError, match="not finite"):
-        quantize_gptq(weight, gram_of(inputs), settings())
+        quantize_gptq(weight, gram_of(inputs), len(inputs), settings())
