@@ -53,7 +53,9 @@ sys.stdin.readline()
 started = time.process_time()
 measured = quantize_checkpoint(load_checkpoint(model), quantization, samples, Path(output))
 seconds, nearest = time.process_time() - started, getattr(measured, "nearest", None)
-Path(result).write_text(json.dumps([seconds, nearest and [nearest.sums, nearest.counts]]))
+worst = getattr(measured, "worst_layer", None)
+worst = worst and {"worst_layer": worst, "worst_layer_error": round(measured.errors[worst], 4)}
+Path(result).write_text(json.dumps([seconds, nearest and [nearest.sums, nearest.counts], worst]))
 """
 MEASURE = """
 import json, sys
@@ -117,15 +119,17 @@ def compare(name: str, model: str, args: argparse.Namespace, folder: Path) -> li
     samples = folder / "samples.json"
     counts = draw(model, args.data_path, args.samples, samples)
     losses: dict[str, AnswerLosses] = {"float": measure_losses(model, samples)}
-    costs: dict[str, dict[str, float]] = {}
+    costs: dict[str, dict[str, Any]] = {}
     for format_ in FORMATS:
         for when, sources in (("before", folder.parent / "before"), ("now", ROOT)):
             row, output = f"{format_} {when}", folder / f"{format_}-{when}"
             result = folder / "result.json"
             memory = run_and_watch(sources, [model, format_, GROUP_SIZE, samples, output, result])
             losses[row] = measure_losses(output, samples)
-            seconds, nearest = json.loads(result.read_text())
-            costs[row] = {"cpu_seconds": round(seconds, 1), "memory_mib": memory}
+            seconds, nearest, worst = json.loads(result.read_text())
+            costs[row] = {"cpu_seconds": round(seconds, 1), "memory_mib": memory, **(worst or {})}
+            if when == "now":
+                costs[row]["time_to_before"] = round(seconds / costs[f"{format_} before"]["cpu_seconds"], 2)
             if nearest is not None:
                 losses["nearest"] = AnswerLosses(*map(tuple, nearest))
     rows = []
