@@ -106,8 +106,9 @@ def main(argv: Sequence[str]) -> None:
     options = EncodeOptions(max_length=choose_length(args, checkpoint.folder), system_message=args.system_message)
     samples = draw_samples(checkpoint, args.data_path, args.samples, options, args.data_format, args.seed)
     result = quantize_checkpoint(checkpoint, quantization, samples, args.output_dir)
+    calibrated = f"calibrated: on {len(samples.calibration):,} conversations, {samples.calibration_tokens:,} tokens"
     for line in (
-        f"calibrated: on {len(samples.calibration):,} conversations, {samples.calibration_tokens:,} tokens",
+        *([calibrated] if quantization.is_packed else []),  # others only round
         *perplexity_lines(result, samples),
         f"written:    {args.output_dir} ({quantization}), {result.bytes_after / 1e6:,.1f} MB of weights "
         f"instead of {result.bytes_before / 1e6:,.1f}",

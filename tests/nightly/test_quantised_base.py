@@ -22,7 +22,7 @@ def trained(small_model: Path, identity: Path, adapter: Path) -> Behaviour:
     return behaviour(small_model, identity, adapter)
 
 
-@pytest.mark.parametrize(("dtype", "equal"), [("fp32", 0.95), ("bf16", 0.7)])
+@pytest.mark.parametrize(("dtype", "equal"), [("fp32", 0.95), ("bf16", 0.85)])
 def test_matched_merge_answers_as_the_adapter(
     identity: Path, adapter: Path, trained: Behaviour, tmp_path: Path, dtype: str, equal: float
 ) -> None:

@@ -348,5 +348,5 @@ def test_bitsandbytes_not_installed(tmp_path: Path) -> None:
     assert result.returncode == 2
     assert result.stderr == (
         "finetune.py: error: --q_lora (NF4 by bitsandbytes) needs bitsandbytes, which is not installed. "
-        f"{pip_command('requirements_qlora.txt')}\n"
+        f"Install it: {pip_command('requirements_qlora.txt')}\n"
     )

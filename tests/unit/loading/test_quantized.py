@@ -121,5 +121,6 @@ def test_bitsandbytes_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError) as error:
         check_bitsandbytes("NF4")
     assert (
-        str(error.value) == f"NF4 needs bitsandbytes, which is not installed. {pip_command('requirements_qlora.txt')}"
+        str(error.value)
+        == f"NF4 needs bitsandbytes, which is not installed. Install it: {pip_command('requirements_qlora.txt')}"
     )
