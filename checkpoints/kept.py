@@ -51,7 +51,7 @@ class Kept:
         if not math.isfinite(learnt):  # beyond float32
             change, moved = change.double(), moved.double()
             learnt = float(change.dot(change))
-        return cls(learnt, float(moved.dot(change)), int(moved.count_nonzero()), moved.numel())
+        return cls(learnt, float(moved.dot(change)), int(moved.ne(0).count_nonzero()), moved.numel())
 
     @classmethod
     def sum(cls, parts: Iterable[Kept]) -> Kept:

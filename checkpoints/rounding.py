@@ -56,21 +56,24 @@ def round_rows(exact: Tensor, dtype: torch.dtype, rounding: Rounding, name: str,
         offset = zlib.crc32(f"{name}:{group}".encode()) % _OFFSETS
         part = slice(start - first_row, stop - first_row)
         thresholds = table[row : row + stop - start, offset : offset + columns]
-        rounded[part] = _round_up_or_down(exact[part], thresholds, dtype)
+        _round_up_or_down(exact[part], thresholds, rounded[part])
         start = stop
     return rounded
 
 
-def _round_up_or_down(exact: Tensor, thresholds: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the numbers of ``dtype`` next to ``exact``, in float32; ``thresholds`` are below 2^16."""
+def _round_up_or_down(exact: Tensor, thresholds: Tensor, rounded: Tensor) -> None:
+    """Write the numbers next to ``exact`` to ``rounded``; ``thresholds`` are below 2^16."""
+    dtype = rounded.dtype
     if dtype == torch.bfloat16:  # the first 16 bits of a float32
-        return (exact.view(torch.int32) + thresholds).bitwise_and_(-1 << 16).view(torch.float32)
+        bits = torch.add(exact.view(torch.int32), thresholds).bitwise_right_shift_(16)
+        rounded.view(torch.int16).copy_(bits)
+        return
     # Below the smallest normal number, the numbers of float16 are as far apart as directly above it.
     smallest = torch.finfo(dtype).smallest_normal
     offset = torch.where(exact.abs() < smallest, torch.full_like(exact, smallest).copysign_(exact), 0.0)
     bits = (exact + offset).view(torch.int32)
-    rounded = (thresholds >> 3).add_(bits).bitwise_and_(-1 << 13).view(torch.float32)
-    return rounded.sub_(offset).copysign_(exact)  # zero keeps its sign
+    numbers = (thresholds >> 3).add_(bits).bitwise_and_(-1 << 13).view(torch.float32)
+    rounded.copy_(numbers.sub_(offset).copysign_(exact))  # zero keeps its sign
 
 
 @lru_cache(maxsize=2)

@@ -40,6 +40,7 @@ class _SafetensorsFile:
         except (SafetensorError, OSError) as error:
             raise _broken(path, error) from error
         self.names = list(self._file.keys())
+        self._last: tuple[str, Tensor] = ("", torch.empty(0))
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._file.get_slice(name).get_shape())
@@ -49,7 +50,10 @@ class _SafetensorsFile:
         return SAFETENSORS_DTYPES[code] if code in SAFETENSORS_DTYPES else self.read(name).dtype
 
     def read(self, name: str) -> Tensor:
-        return self._file.get_tensor(name)
+        last = self._last
+        if last[0] != name:  # a tensor is read in many blocks of rows
+            last = self._last = name, self._file.get_tensor(name)
+        return last[1]
 
 
 def load_pickle(path: Path) -> Any:

@@ -21,7 +21,7 @@ from torch import Tensor
 from checkpoints.files import save_json
 from checkpoints.model_config import dtype_name
 from checkpoints.shards import SAFETENSORS_DTYPES
-from checkpoints.source import TensorSource, is_finite
+from checkpoints.source import TensorSource, is_finite, reuse_freed_memory
 from errors import ConfigError
 from outputs import stage, staged_file, sync
 
@@ -94,6 +94,7 @@ def save_source(
     Raises:
         ConfigError: a value is NaN or infinite, or becomes so in the dtype it is written in.
     """
+    reuse_freed_memory()
     entries = (_Entry.from_source(source, name) for name in source.names())
     return _save(entries, Path(folder), max_shard_size, on_written)
 
