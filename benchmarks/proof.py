@@ -5,7 +5,7 @@
 Cost: merge_lora.py with and without verification, on the inputs of benchmarks.merge (Qwen2.5-0.5B's shape, 8 training
 samples of 40 random ids beside the adapter), interleaved; figures are medians of 5.
 
-Power: a merge is corrupted in one tensor, 200 times for each rounding (100 times for a trained model), with fixed
+Power: a merge is corrupted in one tensor, 200 times for each rounding and model, with fixed
 seeds: the kinds are in ``benchmarks/corruptions.py``, in turn, each on a tensor drawn by chance. A corruption is found
 if the verification reports a fault. It changes an answer if one of the greedy answers, of up to 16 tokens in float32,
 to the questions of the three shortest training samples is no longer that of the right merge. Models: a random Qwen2 of
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "proof.json"
 ANSWER_TOKENS, QUESTIONS = 16, 3
-COUNTS = {"random": 200, "trained": 100}
+CORRUPTIONS = 200
 SMALL: dict[str, Any] = {
     "vocab_size": 2000, "hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "tie_word_embeddings": True, "pad_token_id": None,
@@ -66,7 +66,7 @@ def main(argv: Sequence[str]) -> None:
             models["trained"] = (base, adapter)
         for title, (base, adapter) in models.items():
             for rounding in ROUNDINGS if title == "random" else ("dithered",):
-                rows.append(measure_power(title, base, adapter, rounding, folder, 20 if args.quick else COUNTS[title]))
+                rows.append(measure_power(title, base, adapter, rounding, folder, 20 if args.quick else CORRUPTIONS))
                 print(*(f"{key} {value}" for key, value in rows[-1].items()), sep="  ")
         cost = measure_cost(folder, 1 if args.quick else 5)
         print(*(f"{key} {value}" for key, value in cost.items()), sep="  ")

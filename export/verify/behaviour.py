@@ -155,7 +155,8 @@ class Streams:
     def _have_one_head(self, start: int, stop: int) -> bool:
         """Return whether rows of the head are the same in all models."""
         parameters = [each for _, each in self._models]
-        first, *others = (each.source.rows(each.stored_name(HEAD_WEIGHT), start, stop) for each in parameters)
+        sources = {id(each.source): each for each in parameters}.values()  # base and adapter read the same one
+        first, *others = (each.source.rows(each.stored_name(HEAD_WEIGHT), start, stop) for each in sources)
         same = all(each.dtype == first.dtype and same_bits(each, first) for each in others)
         return same and not any(each.changes(HEAD_WEIGHT, start, stop) for each in parameters)
 

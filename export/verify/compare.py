@@ -25,7 +25,7 @@ from export.layouts.convert import convert_tensors
 from export.layouts.qwen2_names import layout_of_config
 from export.verify.behaviour import NOTICEABLE_LOSS, Behaviour, Comparison
 from export.verify.reference import AdaptedParameters
-from export.verify.weights import TensorCheck
+from export.verify.weights import SUMMED, TensorCheck
 from qwen_model.architectures import ARCHITECTURES, HEAD_WEIGHT
 from qwen_model.block_runner import run_block
 
@@ -158,8 +158,9 @@ class _Verifier:
         check = check_tensor(name, self._all.adapted, self._written, self._rounding)
         self._faults += check.faults()
         self._tensors += 1
-        self._learnt += check.learnt
-        self._lost += check.lost
+        learnt, lost = check.change()
+        self._learnt += learnt
+        self._lost += lost
 
 
 def check_tensor(name: str, adapted: AdaptedParameters, written: AdaptedParameters, rounding: Rounding) -> TensorCheck:
@@ -169,8 +170,9 @@ def check_tensor(name: str, adapted: AdaptedParameters, written: AdaptedParamete
         written: the folder's tensors by the names of the base's layout.
     """
     stored, written_name = adapted.stored_name(name), written.stored_name(name)
-    check = TensorCheck(name, written.source.dtype(written_name), rounding)
     shape = adapted.source.shape(stored)
+    step = max(1, math.prod(shape) // SUMMED)
+    check = TensorCheck(name, written.source.dtype(written_name), rounding, step)
     if len(shape) == 1:
         check.compare_vector(adapted.source.read(stored), adapted.vector(name), written.source.read(written_name))
         return check

@@ -9,7 +9,7 @@ Shapes: a linear weight is [O, I], an embedding [V, C]; R is a rank.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -74,18 +74,19 @@ class MatrixChange:
             y = y.index_copy(0, self.indices, self.rows)
         return y
 
-    def part(self, start: int, stop: int) -> MatrixChange:
-        """Return the change to the rows ``start`` to ``stop`` of this matrix."""
+    @property
+    def is_product(self) -> bool:
+        """Whether ``up @ down`` is all that changes."""
+        return self.up is not None and self.replacement is None and self.factor is None and self.rows is None
 
-        def cut(tensor: Tensor | None) -> Tensor | None:
-            return tensor if tensor is None or tensor.shape[0] == 1 else tensor[start:stop]
-
-        rows, indices = self.rows, self.indices
-        if rows is not None and indices is not None:
-            inside = (indices >= start) & (indices < stop)
-            rows, indices = rows[inside], indices[inside] - start
-        replacement, up, factor = map(cut, (self.replacement, self.up, self.factor))
-        return replace(self, replacement=replacement, up=up, factor=factor, rows=rows, indices=indices)
+    def factors(self, rows: slice) -> tuple[Tensor, Tensor] | None:
+        """Return the matrices [N, R] and [R, I] whose product is added to some rows; ``None`` without a low rank."""
+        if self.up is None or self.down is None:
+            return None
+        up, down, factor = self.up[rows] * self.weight, self.down, self.factor
+        if factor is None:
+            return up, down
+        return (up * factor[rows], down) if factor.shape[1] == 1 else (up, down * factor)
 
 
 def changed_matrix(changes: Sequence[MatrixChange], unchanged: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from export.verify.prompts import prompt_ids
 
 logger = logging.getLogger(__name__)
 
-MAX_TOKENS = 128
+MAX_TOKENS = 64
 """Tokens of all samples together, padding included: the time of a verification grows with them."""
 
 

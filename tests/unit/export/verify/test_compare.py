@@ -85,7 +85,7 @@ def test_figures_equal_those_of_whole_models(tmp_path: Path, family: str, monkey
         targets = torch.tensor([id_ for each in samples.items for id_ in each.ids[1:]])
         losses.append(torch.nn.functional.cross_entropy(logits, targets).item())
         best.append(logits.argmax(-1))
-    assert behaviour.tokens == len(best[0]) > 50
+    assert behaviour.tokens == len(best[0]) > 40
     assert [behaviour.adapter_loss, behaviour.base_loss, behaviour.merged_loss] == pytest.approx(losses, rel=1e-4)
     equal = [(best[0] == each).float().mean().item() for each in best[1:]]
     assert [behaviour.base_equal, behaviour.merged_equal] == pytest.approx(equal) and equal[1] > 0.5

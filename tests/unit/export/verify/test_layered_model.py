@@ -103,5 +103,5 @@ def test_peak_memory_is_about_two_layers_of_each_model(tmp_path: Path) -> None:
     done = run_python(["-c", MEASURE, *map(str, (TINY, base, adapter, merged))])
     assert done.returncode == 0, done.stderr
     used = float(done.stdout.splitlines()[-1])
-    activations = 16
-    assert layer < used < 4 * layer + activations < 6 * layer, f"{used:.0f} MiB, a layer is {layer:.0f} MiB"
+    activations_and_blocks = 54  # of at most 4 MiB each
+    assert layer < used < 4 * layer + activations_and_blocks < 6 * layer, f"{used:.0f} MiB, a layer is {layer:.0f} MiB"

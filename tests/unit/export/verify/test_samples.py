@@ -30,8 +30,8 @@ def lengths_of(*adapters: WeightedAdapter) -> list[int]:
 
 def test_shortest_training_samples_are_taken_from_each_adapter_in_turn(tmp_path: Path) -> None:
     first, second = adapter_with(tmp_path / "a", 40, 20, 30), adapter_with(tmp_path / "b", 25, 200)
-    assert lengths_of(first) == [20, 30, 40]
-    assert lengths_of(first, second) == [20, 25, 30]
+    assert lengths_of(first) == [20, 30]
+    assert lengths_of(first, second) == [20, 25]
     assert lengths_of(adapter_with(tmp_path / "c", 300)) == [MAX_TOKENS]
 
 
@@ -48,5 +48,5 @@ def test_ids_beyond_the_vocabulary_are_not_used(tmp_path: Path, caplog: pytest.L
     beyond = adapter_with(tmp_path / "beyond", 800)
     with caplog.at_level(logging.WARNING):
         samples = choose_samples([beyond], base, 768)
-    assert not samples.are_trained and str(samples).endswith("everyday conversations")
+    assert not samples.are_trained and "everyday conversation" in str(samples)
     assert "have ids beyond" in caplog.text
