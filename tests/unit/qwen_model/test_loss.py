@@ -277,3 +277,21 @@ def _with_gradients(
     loss.backward()
     results = {"loss": loss.detach(), "hidden": hidden.grad}
     return results | ({"weight": head.weight.grad} if trained else {})
+
+
+@pytest.mark.parametrize("vocabulary", [1, 7, 48, 960, 1187])
+def test_the_most_likely_token_is_the_first_of_equal_ones(vocabulary: int) -> None:
+    generator = torch.Generator().manual_seed(vocabulary)
+    logits = torch.randint(0, 4, (20, vocabulary), generator=generator).float()  # many are equal
+    largest, best = lean_loss._find_largest(logits)
+    assert torch.equal(largest, logits.amax(1, keepdim=True))
+    assert best.tolist() == [[row.index(max(row))] for row in logits.tolist()]
+
+
+def test_a_target_that_is_all_but_impossible_has_a_finite_loss() -> None:
+    head = nn.Linear(1, 32, bias=False)
+    with torch.no_grad():
+        head.weight.copy_(torch.linspace(-500, 500, 32)[:, None])
+    hidden = torch.ones(1, 2, 1, requires_grad=True)
+    loss, correct = lean_causal_lm_loss(hidden, head, torch.tensor([[0, 0]]))
+    assert loss.item() == pytest.approx(1000) and correct == 0
