@@ -29,7 +29,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -275,8 +275,9 @@ class Process:
 
     def _send(self) -> None:
         assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
+        with suppress(BrokenPipeError):  # it has ended: reading says why
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
 
     def _read(self) -> str:
         assert self.process.stdout is not None
@@ -303,7 +304,7 @@ def started(task: Task, threads: int) -> Iterator[Process]:
             contender.stop()
         finally:
             process.kill()
-            process.wait()
+            process.communicate()
 
 
 def others_during(work: Any) -> float:

@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from benchmarks.step_inputs import MAX_LENGTH, data_flags, has_flags
 
@@ -83,8 +84,9 @@ class Task:
 
 
 def main() -> None:
-    protocol = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # what libraries print does not reach the parent
+    # Copies: finetune.py sets up its own streams, and what libraries print must not reach the parent.
+    orders, reports = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
     task = Task(**json.loads(sys.argv[1]))
     kind = CONTENDERS[task.name].kind
     import peft  # noqa: F401
@@ -98,19 +100,20 @@ def main() -> None:
         import datasets  # noqa: F401
         import trl  # noqa: F401
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    print("imported", file=protocol)
-    sys.stdin.readline()
-    follow_steps(transformers.trainer, protocol)
+    print("imported", file=reports)
+    orders.readline()
+    follow_steps(transformers.trainer, orders, reports)
     {"ours": run_ours, "hf": run_hf, "trl": run_trl}[kind](task)
     raise RuntimeError("the run ended before its parent ended it")
 
 
-def follow_steps(trainer: Any, protocol: Any) -> None:
-    """Let every Trainer report each optimizer step and wait for the next line of stdin; at its end the process ends.
+def follow_steps(trainer: Any, orders: TextIO, reports: TextIO) -> None:
+    """Let every Trainer report each optimizer step and wait for the next order.
 
     Args:
         trainer: transformers' module ``trainer``.
-        protocol: stream to which a step is written: its seconds, CPU seconds and counts.
+        orders: one line per step; at its end the process ends.
+        reports: a line per step: its seconds, CPU seconds and counts.
     """
     counts: dict[str, int] = {}
     get_batches = trainer.Trainer.get_batch_samples
@@ -126,8 +129,8 @@ def follow_steps(trainer: Any, protocol: Any) -> None:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             times = {"seconds": time.perf_counter() - self.started, "cpu_seconds": time.process_time() - self.used}
-            print(json.dumps({**times, **counts}), file=protocol)
-            if not sys.stdin.readline():
+            print(json.dumps({**times, **counts}), file=reports)
+            if not orders.readline():
                 os._exit(0)  # without saving
             self.started, self.used = time.perf_counter(), time.process_time()
 
@@ -147,8 +150,6 @@ def count(batch: Any) -> dict[str, int]:
 
 
 def run_ours(task: Task) -> None:
-    import finetune
-
     flags = {
         "--output_dir": task.output, "--max_steps": MANY_STEPS, "--per_device_train_batch_size": task.batch,
         "--gradient_accumulation_steps": task.accumulation, "--gradient_checkpointing": False,
@@ -162,7 +163,8 @@ def run_ours(task: Task) -> None:
         argv += own
     if has_flags(["--no_data_cache"]):
         argv.append("--no_data_cache")
-    finetune.main(argv)
+    sys.argv = ["finetune.py", *argv]
+    runpy.run_path(str(Path(__file__).parents[1] / "finetune.py"), run_name="__main__")
 
 
 def run_hf(task: Task) -> None:

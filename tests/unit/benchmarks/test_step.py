@@ -73,15 +73,14 @@ def test_steps_wait_for_their_line_and_report_what_they_trained(monkeypatch: pyt
         TrainerCallback=object,
         DEFAULT_CALLBACKS=[],
     )
-    protocol = io.StringIO()
-    monkeypatch.setattr("sys.stdin", io.StringIO("\n"))
+    orders, reports = io.StringIO("\n"), io.StringIO()
     ended: list[int] = []
     monkeypatch.setattr("os._exit", ended.append)
-    step_contenders.follow_steps(trainer, protocol)
+    step_contenders.follow_steps(trainer, orders, reports)
     for _ in range(2):
         assert trainer.Trainer().get_batch_samples() == ([batch, batch], 1)
         trainer.DEFAULT_CALLBACKS[0].on_step_end(None, None, None)
-    first, second = (json.loads(line) for line in protocol.getvalue().splitlines())
+    first, second = (json.loads(line) for line in reports.getvalue().splitlines())
     assert ended == [0]  # no line was left for a third step
     counts = {"samples": 4, "real_tokens": 16, "trained_tokens": 12, "positions": 16}
     assert {name: first[name] for name in counts} == {name: second[name] for name in counts} == counts
