@@ -6,8 +6,9 @@ Every contender trains the same random model (vocabulary of 151,936) on the same
 them per optimizer step, at most 512 tokens each, in float32 and without gradient checkpointing. Only packs take other
 samples: those of the whole file, in steps of about as many tokens. Each contender is a process of its own that lives
 through the run and does one optimizer step per round, in turn with the others; on the shape ``real``, whose processes
-need up to 5 GB each, it is started anew in every round, so that only one exists at a time. Start, loading and the first
-step are not counted. Figures are medians over rounds, memory is the peak of RssAnon during the counted steps above its
+need up to 5 GB each, it is started anew in every round, so that only one exists at a time (``--keep_alive``: if all fit
+into memory, where each has weights and optimizer state between its steps). Start, loading and the first step are not
+counted. Figures are medians over rounds, memory is the peak of RssAnon during the counted steps above its
 value after the imports.
 
 It refuses to begin a round while other processes use the machine; ``--busy`` measures all the same and records that.
@@ -42,7 +43,6 @@ from benchmarks.step_inputs import (
     SHAPES,
     STEP_SAMPLES,
     Samples,
-    has_flags,
     read_samples,
     write_model,
     write_tokenizer,
@@ -71,6 +71,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     parser.add_argument("--contenders", nargs="+", choices=CONTENDERS, default=list(CONTENDERS))
     parser.add_argument("--rounds", type=int, default=5, help="optimizer steps of each contender (default: 5)")
+    parser.add_argument("--keep_alive", action="store_true", help="keep all contenders alive on every shape")
     parser.add_argument("--add", action="store_true", help="add the rounds to those in the file of results")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of a process (default: all CPUs)")
     parser.add_argument("--busy", action="store_true", help="measure although others use the machine")
@@ -82,7 +83,7 @@ def main(argv: Sequence[str]) -> int:
         help="folder of Qwen v1, whose tokenizer is used",
     )
     args = parse_args(parser, argv, RESULTS)
-    names = [name for name in args.contenders if not explain_absence(name)]
+    names = [name for name in args.contenders if is_installed(name)]
     if not args.busy:
         check_others(others_during(lambda: time.sleep(3)))
     complete = []
@@ -97,17 +98,12 @@ def main(argv: Sequence[str]) -> int:
     return 0 if all(complete) else 1
 
 
-def explain_absence(name: str) -> bool:
-    """Print why a contender cannot run here; return whether there is a reason."""
-    contender = CONTENDERS[name]
-    reason = ""
-    if not has_flags(contender.needs):
-        reason = f"finetune.py has no {' '.join(contender.needs)}"
-    if contender.kind == "trl" and importlib.util.find_spec("trl") is None:
-        reason = "trl is not installed (pip install trl)"
-    if reason:
-        print(f"{name}: left out: {reason}", flush=True)
-    return bool(reason)
+def is_installed(name: str) -> bool:
+    """Return whether a contender's library is installed; print a line if it is not."""
+    if CONTENDERS[name].kind != "trl" or importlib.util.find_spec("trl") is not None:
+        return True
+    print(f"{name}: left out: trl is not installed (pip install trl)", flush=True)
+    return False
 
 
 class Measurement:
@@ -128,7 +124,8 @@ class Measurement:
     def run(self) -> bool:
         """Measure the rounds; return whether every contender could run."""
         samples = read_samples(self.model, self.args.data_path, self.first, self.args.rounds)
-        is_lone, run_id = self.shape in LONE_SHAPES, time.strftime("%Y-%m-%dT%H:%M:%S")
+        is_lone = self.shape in LONE_SHAPES and not self.args.keep_alive
+        run_id = time.strftime("%Y-%m-%dT%H:%M:%S")
         with tempfile.TemporaryDirectory() as temporary, ExitStack() as stack:
             processes: dict[str, Process] = {}
             for number in range(self.first, self.first + self.args.rounds):

@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-from benchmarks.step_inputs import MAX_LENGTH, data_flags, has_flags
+from benchmarks.step_inputs import MAX_LENGTH, data_flags
 
 RANK, ALPHA, DROPOUT = 64, 16, 0.05
 MANY_STEPS = 1000
@@ -37,21 +37,19 @@ class Contender:
         kind: ``ours``, ``hf`` or ``trl``.
         order: of its samples, see ``Samples.write``.
         packed: a row is a pack of several samples; then a step takes about as many tokens as 16 samples have.
-        needs: flags of finetune.py without which it cannot run.
-        flags: of finetune.py; those that it does not have are left out.
+        flags: of finetune.py.
     """
 
     kind: str
     order: str = "same"
     packed: bool = False
-    needs: tuple[str, ...] = ()
     flags: tuple[str, ...] = ()
 
 
 CONTENDERS = {
-    "ours_padded": Contender("ours", flags=("--padding_free", "false")),
-    "ours_flat": Contender("ours", needs=("--padding_free",), flags=("--padding_free", "true")),
-    "ours_packed": Contender("ours", "whole", True, needs=("--packing",), flags=("--packing", "true")),
+    "ours_padded": Contender("ours", flags=("--padding_free", "False")),
+    "ours_flat": Contender("ours", flags=("--padding_free", "True")),
+    "ours_packed": Contender("ours", "whole", True, flags=("--packing", "True")),
     "original": Contender("hf"),
     "hf_dynamic": Contender("hf"),
     "hf_grouped": Contender("hf", "grouped"),
@@ -157,12 +155,7 @@ def run_ours(task: Task) -> None:
         "--train_sampling_strategy": "random" if CONTENDERS[task.name].packed else "sequential",
     }  # fmt: skip
     argv = [*data_flags(Path(task.model), Path(task.samples) / "records.jsonl"), *MODES[task.mode]]
-    argv += [str(word) for flag in flags.items() for word in flag]
-    own = CONTENDERS[task.name].flags
-    if own and has_flags(own[:1]):
-        argv += own
-    if has_flags(["--no_data_cache"]):
-        argv.append("--no_data_cache")
+    argv += [*CONTENDERS[task.name].flags, *(str(word) for flag in flags.items() for word in flag)]
     sys.argv = ["finetune.py", *argv]
     runpy.run_path(str(Path(__file__).parents[1] / "finetune.py"), run_name="__main__")
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -146,15 +145,5 @@ def data_flags(model: Path, data: Path) -> list[str]:
     """Return the flags of finetune.py that decide how records become samples."""
     return [
         "--model_name_or_path", str(model), "--data_path", str(data), "--model_max_length", str(MAX_LENGTH),
-        "--disable_tqdm", "True",
+        "--no_data_cache", "--disable_tqdm", "True",
     ]  # fmt: skip
-
-
-def has_flags(flags: Sequence[str]) -> bool:
-    """Return whether finetune.py has all of some flags of its own."""
-    from dataclasses import fields
-
-    from training.config.args import GROUPS
-
-    known = {f"--{item.name}" for group in GROUPS.values() for item in fields(group)}
-    return all(flag in known for flag in flags)

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
-from benchmarks.step import explain_absence, started
+from benchmarks.step import started
 from benchmarks.step_contenders import CONTENDERS, Task
 from benchmarks.step_inputs import STEP_SAMPLES, Samples, read_samples
 from tests.golden import REPO
 from tests.models import write_later_checkpoint
 
 ROUNDS = 2
+CASES = [(name, "lora") for name in CONTENDERS]
+CASES += [(name, mode) for name in ("ours_flat", "hf_flat") for mode in ("full", "lora_embeddings")]
 
 
 @pytest.fixture(scope="module")
@@ -23,15 +24,13 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Samples]:
     return model, read_samples(model, REPO / "examples" / "identity.json", 0, ROUNDS)
 
 
-@pytest.mark.parametrize("mode", ["full", "lora", "lora_embeddings"])
-@pytest.mark.parametrize("name", CONTENDERS)
+@pytest.mark.parametrize(("name", "mode"), CASES)
 def test_a_contender_trains_the_samples_of_each_round(
     name: str, mode: str, inputs: tuple[Path, Samples], tmp_path: Path
 ) -> None:
     contender = CONTENDERS[name]
-    if explain_absence(name):
-        assert name.startswith("trl") and importlib.util.find_spec("trl") is None
-        pytest.skip("trl is not installed")
+    if contender.kind == "trl":
+        pytest.importorskip("trl")
     model, samples = inputs
     samples.write(contender.order, 0, tmp_path / "samples")
     batch, accumulation = (1, 2) if contender.packed else (2, STEP_SAMPLES // 2)

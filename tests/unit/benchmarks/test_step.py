@@ -113,15 +113,10 @@ def test_a_busy_machine_is_refused_with_the_flag_that_measures_all_the_same() ->
         step.check_others(0.8)
 
 
-def test_contenders_whose_flag_or_library_is_missing_are_left_out_with_the_reason(
+def test_trl_is_left_out_with_the_reason_where_it_is_not_installed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    absent = step_contenders.Contender("ours", needs=("--no_such_flag",))
-    monkeypatch.setitem(step_contenders.CONTENDERS, "absent", absent)
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    assert [name for name in ("ours_padded", "hf_flat", "absent", "trl_flat") if not step.explain_absence(name)] == [
-        "ours_padded", "hf_flat",
-    ]  # fmt: skip
-    reasons = capsys.readouterr().out
-    assert "absent: left out: finetune.py has no --no_such_flag" in reasons
-    assert "trl_flat: left out: trl is not installed" in reasons
+    names = [name for name in step_contenders.CONTENDERS if step.is_installed(name)]
+    assert set(step_contenders.CONTENDERS) - set(names) == {"trl_flat", "trl_packed"}
+    assert "trl_flat: left out: trl is not installed (pip install trl)" in capsys.readouterr().out
