@@ -23,6 +23,7 @@ _NAMES: dict[str, str] = {
     "seq_length seq_len block_size context_length max_source_length max_tokens",
     "truncation": "truncation_strategy truncation_side",
     "packing": "neat_packing sample_packing pack_sequences pack_dataset pack multipack_sampler multipack",
+    "padding_free": "remove_padding use_remove_padding use_padding_free flattening unpad_inputs",
     "use_lora": "lora finetuning_type train_type tuner_type sft_type use_peft peft tuner tuner_backend peft_type",
     "q_lora": "qlora use_qlora load_in_4bit quantization_bit quant_bits bits quantize",
     "quant_type": "quantization_type bnb_4bit_quant_type quant_method quantization_method",
