@@ -19,6 +19,7 @@ from chat.label_mask import LabelMask, labels_from_weights
 from chat.render import check_tools, control_ids_of, encode_segment, plain_encoder, render
 from chat.segments import Message, Segment
 from chat.turns import Tool, Turn
+from data_utils.byte_pairs import faster
 from data_utils.files import Location
 from data_utils.schema import Conversation, short_repr
 from data_utils.special_tokens import any_of, encoder_with, find_special_tokens
@@ -129,7 +130,8 @@ class Encoder:
         self._check_text = getattr(tokenizer, "check_text", None)  # only Qwen v1's tokenizer has limits
         self._special_tokens = find_special_tokens(tokenizer, options.allow_special_tokens)
         self._plain_tokens = any_of(self._special_tokens.plain)
-        encode_text = encoder_with(plain_encoder(tokenizer), self._special_tokens.allowed)
+        plain = faster(tokenizer, plain_encoder(tokenizer))
+        encode_text = encoder_with(plain, self._special_tokens.allowed)
         self._encode_uncached = encode_text
         self._encode_text = lru_cache(maxsize=_CACHED_TEXTS)(encode_text)
         self._control_ids = control_ids_of(tokenizer)

@@ -17,6 +17,8 @@ _LONG_RUN = re.compile(f"[{SAFE}]?[^{SAFE}]{{200,}}")
 
 def normalize_nfc(text: str) -> str:
     """Return what ``unicodedata.normalize("NFC", text)`` would."""
+    if text.isascii():
+        return text
     pieces, start = [], 0
     for run in _LONG_RUN.finditer(text):
         pieces += [unicodedata.normalize("NFC", text[start : run.start()]), _normalize_run(run[0])]
