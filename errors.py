@@ -44,6 +44,15 @@ class DataError(ValueError):
         super().__init__(f"{where}: {what}. {fix}" if fix else f"{where}: {what}")
         self.where = str(where)
 
+    def __reduce__(self) -> tuple[object, ...]:  # otherwise it would be built again from its whole text
+        return _restored, (type(self), self.where, str(self))
+
+
+def _restored(type_: type[DataError], where: str, text: str) -> DataError:
+    error = type_.__new__(type_, text)
+    error.where = where
+    return error
+
 
 class RunError(RuntimeError):
     """A run that had started and cannot continue, for a known reason: a diverged loss, a full disk.

@@ -30,10 +30,11 @@ class Answers:
 
     def written_turns(self) -> list[Turn]:
         """Return the turns, with the content of answers replaced by their rendered text."""
-        return [
-            turn._replace(content=self._rendered(index)) if turn.role == "assistant" else turn
-            for index, turn in enumerate(self._turns)
-        ]
+        turns = list(self._turns)
+        for index, turn in enumerate(turns):
+            if turn.role == "assistant" and (text := self._rendered(index)) != turn.content:
+                turns[index] = turn._replace(content=text)
+        return turns
 
     def loses_thinking(self) -> bool:
         """Return whether the family writes an answer without the thinking that it has."""

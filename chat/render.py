@@ -132,11 +132,11 @@ def _framed(
     header = f"{content.role}\n"
     if content.role == "assistant":
         # The header is part of the prompt, whose ids the model continues at inference.
-        if first.text.startswith(family.prompt_suffix):
+        if family.prompt_suffix and first.text.startswith(family.prompt_suffix):
             header += family.prompt_suffix
             first = first._replace(text=first.text.removeprefix(family.prompt_suffix))
     elif family.joins_header:
-        first = first._replace(text=header + first.text, weight=first.weight or frame.header)
+        first = Segment(header + first.text, first.is_control, first.weight or frame.header, role)
         header = ""
     headers = [Segment(header, False, frame.header, role)] if header else []
     ends = [] if is_open else [Segment(IM_END, True, frame.end, role), Segment("\n", False, frame.end, role)]

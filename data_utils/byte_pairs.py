@@ -31,25 +31,30 @@ _SPACES = re.compile(r"[^\S\r\n]+")
 _TEXTS_BEFORE = 2_000
 
 
-def faster(tokenizer: Any, encode_text: EncodeText, texts_before: int = _TEXTS_BEFORE) -> EncodeText:
-    """Return a function with the results of ``encode_text``, which encodes texts as ``tokenizer`` does.
+class FasterEncoder:
+    """Encodes texts with the results of ``encode_text``, which encodes them as ``tokenizer`` does.
 
     Args:
         texts_before: number of texts that are still encoded with ``encode_text``.
     """
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        return encode_text
-    left, chosen = texts_before, encode_text
 
-    def encode(text: str) -> list[int]:
-        nonlocal left, chosen
-        if left == 0:
-            chosen = _by_tiktoken(backend, encode_text) or encode_text
-        left -= 1
-        return chosen(text)
+    def __init__(self, tokenizer: Any, encode_text: EncodeText, texts_before: int = _TEXTS_BEFORE) -> None:
+        self._backend = getattr(tokenizer, "backend_tokenizer", None)
+        self._slow = self._encode = encode_text
+        self._left = texts_before
 
-    return encode
+    def __call__(self, text: str) -> list[int]:
+        if self._backend is not None:
+            if self._left == 0:
+                self.convert()
+            self._left -= 1
+        return self._encode(text)
+
+    def convert(self) -> None:
+        """Use tiktoken from now on, if it gives the same ids."""
+        if self._backend is not None:
+            self._encode = _by_tiktoken(self._backend, self._slow) or self._slow
+            self._backend = None
 
 
 def _by_tiktoken(backend: Any, encode_text: EncodeText) -> EncodeText | None:

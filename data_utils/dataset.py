@@ -11,23 +11,25 @@ import itertools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from data_utils.encode import EncodedConversation, Encoder
+from data_utils.encode import Encoder
 from data_utils.examples import KeptConversation
 from data_utils.files import Location, data_files, read_records
 from data_utils.formats import FIELDS, FORMATS, Format, recognise
+from data_utils.json_stream import JsonLine
+from data_utils.records import EncodedRecord, Record, RecordEncoder
 from data_utils.report.counts import DuplicateIndex
 from data_utils.report.data_report import DataReport, ReportSettings
 from data_utils.report.samples import build_sample
 from data_utils.report.source_report import SourceReport
-from data_utils.schema import Conversation
-from data_utils.sources import RecordSampler, Source, fill_turns
+from data_utils.sources import RecordSampler, Source
+from data_utils.workers import Workers
 from errors import DataError, numbered
 
 logger = logging.getLogger(__name__)
@@ -36,6 +38,8 @@ _MAX_LISTED_FAULTS = 20
 _MAX_LOGGED_FAULTS = 5
 _CHECKING_DELAY = 1.0  # seconds
 BAD_RECORD = "invalid record"
+# Of a block of records, which a process checks or tokenises.
+_BLOCK_RECORDS, _BLOCK_BYTES = 128, 1 << 18
 
 
 @dataclass(frozen=True)
@@ -69,12 +73,22 @@ def report_settings(encoder: Encoder, **run: Any) -> ReportSettings:
 
 
 @dataclass
-class _CheckedSource:
-    """Result of the checking pass over a source: its files with their formats, and the number of records."""
+class _CheckedFile:
+    """Result of the checking pass over a file.
 
-    files: list[tuple[Path, Format | None]] = field(default_factory=list)
-    usable: int = 0
-    bad: int = 0
+    Attributes:
+        usable: for each record, whether it can be used.
+        fault: why nothing after these records can be read.
+    """
+
+    path: Path
+    format: Format | None
+    usable: bytearray = field(default_factory=bytearray)
+    fault: DataError | None = None
+
+    @property
+    def format_name(self) -> str | None:
+        return None if self.format is None else self.format.name
 
 
 class DataReader:
@@ -85,6 +99,7 @@ class DataReader:
         settings: the run's settings for the reports; by default those of the encoder.
         max_samples: maximum number of samples to show in each report.
         show_progress: draw progress bars on stderr.
+        processes: number of processes that check and tokenise. The result is always the same.
 
     Attributes:
         reports: the report of each set, complete when ``read`` is exhausted.
@@ -100,12 +115,13 @@ class DataReader:
         *,
         max_samples: int = 0,
         show_progress: bool = True,
+        processes: int = 1,
     ) -> None:
         self.encoder = encoder
         self.options = options or DataOptions()
         self.sources = [(set_name, source) for set_name, of_set in sources.items() for source in of_set]
         self.max_samples = max_samples
-        self._show_progress = show_progress
+        self._show_progress, self._processes = show_progress, processes
         self._faults: list[DataError] = []
         self._placeholders: set[str] = set()
         self._skipped = 0
@@ -131,16 +147,19 @@ class DataReader:
         """
         files = self.files
         size = sum(path.stat().st_size for path in itertools.chain.from_iterable(files))
-        # The bar appears after a delay: if a quick check finds a fault, the fault is all that is printed.
-        with self._progress("Checking", size, delay=_CHECKING_DELAY, leave=False) as advance:
-            checked = [self._check_source(paths, advance) for paths in files]
-        self._raise_faults()
-        reason = "" if self.options.data_format == "auto" else " (--data_format)"
-        for path, format_ in itertools.chain.from_iterable(source.files for source in checked):
-            logger.info("%s: read as %s%s", path, "no known format" if format_ is None else format_.name, reason)
-        with self._progress("Tokenising", size) as advance:
-            for (set_name, source), checked_source in zip(self.sources, checked, strict=True):
-                yield from self._read_source(set_name, source, checked_source, advance)
+        if self._processes > 1:
+            self.encoder.prepare_for_many()  # before the processes are forked
+        with Workers(RecordEncoder(self.encoder, self.options.fill), self._processes) as workers:
+            # The bar appears after a delay: if a quick check finds a fault, the fault is all that is printed.
+            with self._progress("Checking", size, delay=_CHECKING_DELAY, leave=False) as advance:
+                checked = [self._check_source(paths, advance, workers) for paths in files]
+            self._raise_faults()
+            reason = "" if self.options.data_format == "auto" else " (--data_format)"
+            for file in itertools.chain.from_iterable(checked):
+                logger.info("%s: read as %s%s", file.path, file.format_name or "no known format", reason)
+            with self._progress("Tokenising", size) as advance:
+                for (set_name, source), of_source in zip(self.sources, checked, strict=True):
+                    yield from self._read_source(set_name, source, of_source, advance, workers)
         self._raise_faults()
         for report in self.reports.values():
             report.close()
@@ -155,36 +174,23 @@ class DataReader:
 
     # Checking pass
 
-    def _check_source(self, files: Sequence[Path], advance: Callable[[int], object]) -> _CheckedSource:
-        checked = _CheckedSource()
-        for path in files:
-            format_ = None if self.options.data_format == "auto" else FORMATS[self.options.data_format]
-            try:
-                for where, record in read_records(path, advance, FIELDS):
-                    try:
-                        if format_ is None and not isinstance(record, DataError):
-                            format_ = recognise(record, where)
-                        self._parse(record, where, format_)
-                    except DataError as error:
-                        checked.bad += 1
-                        self._add_fault(error)
-                    else:
-                        checked.usable += 1
+    def _check_source(
+        self, paths: Sequence[Path], advance: Callable[[int], object], workers: Workers
+    ) -> list[_CheckedFile]:
+        checked: list[_CheckedFile] = []
+        for path in paths:
+            file = _CheckedFile(path, None if self.options.data_format == "auto" else FORMATS[self.options.data_format])
+            for _, faults in workers.map("check", _blocks_to_check(file, advance)):
+                for fault in faults:
+                    file.usable.append(fault is None)
+                    if fault is not None:
+                        self._add_fault(fault)
                     if len(self._faults) == _MAX_LISTED_FAULTS:
                         return checked
-            except DataError as error:  # the rest of the file cannot be read, so this fault cannot be skipped
-                self._faults.append(error)
-            checked.files.append((path, format_))
+            if file.fault is not None:  # the rest of the file cannot be read, so this fault cannot be skipped
+                self._faults.append(file.fault)
+            checked.append(file)
         return checked
-
-    def _parse(self, record: object, where: Location, format_: Format | None) -> Conversation:
-        if isinstance(record, DataError):
-            raise record
-        if format_ is None:
-            format_ = recognise(record, where)
-        conversation = format_.parse(record, where)
-        self.encoder.check_conversation(conversation)
-        return conversation
 
     def _add_fault(self, error: DataError) -> None:
         """Add a fault to those that are raised, or with ``skip_bad`` count it and log the first few."""
@@ -208,91 +214,137 @@ class DataReader:
     # Second pass
 
     def _read_source(
-        self, set_name: str, source: Source, checked: _CheckedSource, advance: Callable[[int], object]
+        self,
+        set_name: str,
+        source: Source,
+        files: Sequence[_CheckedFile],
+        advance: Callable[[int], object],
+        workers: Workers,
     ) -> Iterator[KeptConversation]:
         eval_share = self.options.eval_share if set_name == "train" else 0.0
-        sampler = RecordSampler(source, checked.usable, eval_share, self.options.seed)
-        formats = ", ".join(sorted({format_.name for _, format_ in checked.files if format_ is not None}))
+        usable, total = sum(sum(file.usable) for file in files), sum(len(file.usable) for file in files)
+        sampler = RecordSampler(source, usable, eval_share, self.options.seed)
+        formats = ", ".join(sorted({file.format.name for file in files if file.format is not None}))
         reports = {
-            name: self.reports[name].add_source(source.name, formats, checked.usable + checked.bad)
+            name: self.reports[name].add_source(source.name, formats, total)
             for name in ({set_name, "eval"} if eval_share else {set_name})
         }
-        if source.sample is not None and source.sample > checked.usable:
-            logger.warning("%s: only %d records can be drawn", source.name, checked.usable)
-        for path, format_ in checked.files:
-            for where, record in read_records(path, advance, FIELDS):
-                try:
-                    conversation = self._parse(record, where, format_)
-                except DataError:
-                    reports[set_name].skip(where, BAD_RECORD)
-                    continue
-                train_copies, eval_copies = sampler.next_copies()
-                if train_copies or eval_copies:
-                    name = "eval" if eval_copies else set_name
-                    yield from self._encode(conversation, reports[name], name, train_copies or eval_copies)
-                if len(self._faults) == _MAX_LISTED_FAULTS:
-                    return
+        if source.sample is not None and source.sample > usable:
+            logger.warning("%s: only %d records can be drawn", source.name, usable)
+        for file in files:
+            for places, encoded in workers.map("encode", _blocks_to_encode(file, sampler, set_name, advance)):
+                results = iter(encoded)
+                for where, name, copies in places:
+                    if copies == 0:
+                        reports[set_name].skip(where, BAD_RECORD)
+                    else:
+                        yield from self._report(next(results), reports[name], name, copies)
+                    if len(self._faults) == _MAX_LISTED_FAULTS:
+                        return
 
-    def _encode(
-        self, conversation: Conversation, source_report: SourceReport, set_name: str, copies: int
+    def _report(
+        self, record: EncodedRecord, source_report: SourceReport, set_name: str, copies: int
     ) -> Iterator[KeptConversation]:
-        """Encode a checked conversation or plain text and report on it; yield its samples of which any is trained."""
-        where, fill = conversation.where, self.options.fill
-        turns, placeholders = fill_turns(conversation.turns, fill)
-        self._placeholders |= placeholders
-        try:
-            if placeholders & fill.keys():
-                conversation = replace(conversation, turns=turns)
-                self.encoder.check_conversation(conversation)  # again, because its texts have changed
-            pieces = self.encoder.encode(conversation)
-        except DataError as error:
-            self._add_fault(error)
+        """Report on a record; yield its samples if any of it is trained."""
+        where, encoder = record.where, self.encoder
+        self._placeholders |= record.placeholders
+        if record.fault is not None:
+            self._add_fault(record.fault)
             source_report.skip(where, BAD_RECORD, copies)
             return
-        if (full_length := pieces[0].full_length) > 0:
-            kept_length = len(pieces[0].input_ids) if pieces[0].trained_tokens else 0
-            source_report.count_too_long(full_length, kept_length, copies)
-        if not pieces[0].trained_tokens:
-            source_report.skip(where, self._skip_reason(conversation, pieces[0]), copies)
+        first, _ = record.pieces[0]
+        if first.full_length:
+            source_report.count_too_long(first.full_length, 0 if record.skipped else len(first.input_ids), copies)
+        if record.skipped:
+            source_report.skip(where, record.skipped, copies)
             return
-        report = self.reports[set_name]
-        for encoded in pieces:
-            is_first = encoded is pieces[0]
-            self._report_kept(conversation, encoded, source_report, copies, placeholders - fill.keys(), is_first)
+        report, unfilled = self.reports[set_name], record.placeholders - self.options.fill.keys()
+        for encoded, digest in record.pieces:
+            source_report.keep(
+                where,
+                encoded,
+                copies=copies,
+                answers=record.answers,
+                truncated=f"longer than --model_max_length {encoder.options.max_length}"
+                if encoded.turns_dropped
+                else None,
+                unfilled=unfilled,
+                notes=record.notes if encoded is first else (),
+                is_first=encoded is first,
+                digest=digest,
+            )
             if report.accepts_samples:
-                encoder = self.encoder
                 report.add_sample(build_sample(where, source_report.name, encoded, encoder.decode, encoder.control_ids))
-            yield KeptConversation(set_name, len(report.sources) - 1, copies, conversation, encoded)
+            yield KeptConversation(set_name, len(report.sources) - 1, copies, where, record.is_text, encoded)
 
-    def _report_kept(
-        self,
-        conversation: Conversation,
-        encoded: EncodedConversation,
-        source_report: SourceReport,
-        copies: int,
-        unfilled: set[str],
-        is_first: bool,
-    ) -> None:
-        truncated = f"longer than --model_max_length {self.encoder.options.max_length}"
-        source_report.keep(
-            conversation.where,
-            encoded,
-            copies=copies,
-            turns=conversation.turns,
-            truncated=truncated if encoded.turns_dropped else None,
-            unfilled=unfilled,
-            notes=self.encoder.notes(conversation) if is_first else (),
-            is_first=is_first,
-        )
 
-    def _skip_reason(self, conversation: Conversation, encoded: EncodedConversation) -> str:
-        options = self.encoder.options
-        if conversation.is_text:
-            return "its weight is 0" if conversation.turns[0].weight == 0 else "it has a single token"
-        if encoded.turns_dropped:
-            if options.truncation == "drop":
-                return f"longer than --model_max_length {options.max_length} (--truncation drop)"
-            return f"no answer fits within --model_max_length {options.max_length}"
-        if any(turn.weight == 0 for turn in conversation.turns if turn.role == "assistant"):
-            return "none of its turns is to be trained"
-        return f"chat format {self.encoder.family.name!r} has no inference prompt for any of its answers"
+def _blocks_to_check(
+    file: _CheckedFile, advance: Callable[[int], object]
+) -> Iterator[tuple[None, tuple[str | None, list[Record]]]]:
+    """Yield the records of a file in blocks, with the name of their format, and complete what is known of the file."""
+    records: list[Record] = []
+    size = 0
+    try:
+        for record in read_records(file.path, advance, FIELDS, parses_lines=False):
+            if file.format is None and (found := _recognised(record)) is not None:
+                if records:  # none of them has a known format
+                    yield None, (None, records)
+                records, size, file.format = [], 0, found
+            records.append(record)
+            size += _size_of(record[1])
+            if len(records) == _BLOCK_RECORDS or size >= _BLOCK_BYTES:
+                yield None, (file.format_name, records)
+                records, size = [], 0
+    except DataError as error:
+        file.fault = error
+    if records:
+        yield None, (file.format_name, records)
+
+
+def _blocks_to_encode(
+    file: _CheckedFile, sampler: RecordSampler, set_name: str, advance: Callable[[int], object]
+) -> Iterator[tuple[list[tuple[Location, str, int]], tuple[str | None, list[Record]]]]:
+    """Yield the records of a file that are used, in blocks.
+
+    The label of a block has the place, the set and the number of copies of each of its records, in order, and of those
+    between them that cannot be used: 0 copies.
+    """
+    places: list[tuple[Location, str, int]] = []
+    records: list[Record] = []
+    size = 0
+    for (where, value), is_usable in zip(
+        read_records(file.path, advance, FIELDS, parses_lines=False), file.usable, strict=False
+    ):
+        train_copies, eval_copies = sampler.next_copies() if is_usable else (0, 0)
+        if train_copies or eval_copies:
+            places.append((where, "eval" if eval_copies else set_name, train_copies or eval_copies))
+            records.append((where, value))
+            size += _size_of(value)
+        elif not is_usable:
+            places.append((where, set_name, 0))
+        if len(places) == _BLOCK_RECORDS or size >= _BLOCK_BYTES:
+            yield places, (file.format_name, records)
+            places, records, size = [], [], 0
+    if places:
+        yield places, (file.format_name, records)
+
+
+def _recognised(record: Record) -> Format | None:
+    """Return the format of a record, if it has a known one."""
+    where, value = record
+    value = value.parse() if isinstance(value, JsonLine) else value
+    try:
+        return None if isinstance(value, DataError) else recognise(value, where)
+    except DataError:
+        return None
+
+
+def _size_of(value: object) -> int:
+    """Return the characters of the texts in a record."""
+    if isinstance(value, JsonLine):
+        return len(value.text)
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, (dict, list)):
+        return sum(map(_size_of, value.values() if isinstance(value, dict) else value))
+    return 0

@@ -43,15 +43,15 @@ def example_record(kept: KeptConversation, source: str, decode: Callable[[list[i
     encoded = kept.encoded
     pieces, start = [], 0
     for length, role, weight in encoded.spans:
-        ids = encoded.input_ids[start : start + length]
+        ids = list(encoded.input_ids[start : start + length])
         pieces.append({"role": role, "weight": weight, "tokens": length, "text": decode(ids)})
         start += length
     return {
         "set": kept.set_name,
         "source": source,
-        "where": str(kept.conversation.where),
+        "where": str(kept.where),
         "copies": kept.copies,
         "pieces": pieces,
-        "input_ids": encoded.input_ids,
+        "input_ids": list(encoded.input_ids),
         "labels": encoded.labels,
     }

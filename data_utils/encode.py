@@ -19,7 +19,7 @@ from chat.label_mask import LabelMask, labels_from_weights
 from chat.render import check_tools, control_ids_of, encode_segment, plain_encoder, render
 from chat.segments import Message, Segment
 from chat.turns import Tool, Turn
-from data_utils.byte_pairs import faster
+from data_utils.byte_pairs import FasterEncoder
 from data_utils.files import Location
 from data_utils.schema import Conversation, short_repr
 from data_utils.special_tokens import any_of, encoder_with, find_special_tokens
@@ -95,7 +95,7 @@ class EncodedConversation:
         full_length: ids of the whole conversation; 0 if none are missing.
     """
 
-    input_ids: list[int]
+    input_ids: Sequence[int]
     spans: list[Span]
     turns_dropped: int = 0
     full_length: int = field(default=0, compare=False)
@@ -130,8 +130,8 @@ class Encoder:
         self._check_text = getattr(tokenizer, "check_text", None)  # only Qwen v1's tokenizer has limits
         self._special_tokens = find_special_tokens(tokenizer, options.allow_special_tokens)
         self._plain_tokens = any_of(self._special_tokens.plain)
-        plain = faster(tokenizer, plain_encoder(tokenizer))
-        encode_text = encoder_with(plain, self._special_tokens.allowed)
+        self._plain = FasterEncoder(tokenizer, plain_encoder(tokenizer))
+        encode_text = encoder_with(self._plain, self._special_tokens.allowed)
         self._encode_uncached = encode_text
         self._encode_text = lru_cache(maxsize=_CACHED_TEXTS)(encode_text)
         self._control_ids = control_ids_of(tokenizer)
@@ -141,6 +141,10 @@ class Encoder:
     def control_ids(self) -> frozenset[int]:
         """Ids of the control tokens that rendering places, and of the allowed special tokens."""
         return frozenset([*self._control_ids.values(), self._end_of_text, *self._special_tokens.allowed.values()])
+
+    def prepare_for_many(self) -> None:
+        """Do at once what otherwise waits until it is worth its time: many conversations will be encoded."""
+        self._plain.convert()
 
     def check_rows(self, rows: int) -> None:
         """Check that the model has a row for each allowed special token.
@@ -155,7 +159,7 @@ class Encoder:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of ids, including control tokens."""
-        return str(self._decode(ids, skip_special_tokens=False))
+        return str(self._decode(list(ids), skip_special_tokens=False))
 
     def check_conversation(self, conversation: Conversation) -> None:
         """Check all that can be checked without rendering or tokenising.
@@ -213,6 +217,19 @@ class Encoder:
                 for token in sorted(found)
             )
         return notes
+
+    def skip_reason(self, conversation: Conversation, encoded: EncodedConversation) -> str:
+        """Return why nothing of a conversation is trained."""
+        options = self.options
+        if conversation.is_text:
+            return "its weight is 0" if conversation.turns[0].weight == 0 else "it has a single token"
+        if encoded.turns_dropped:
+            if options.truncation == "drop":
+                return f"longer than --model_max_length {options.max_length} (--truncation drop)"
+            return f"no answer fits within --model_max_length {options.max_length}"
+        if any(turn.weight == 0 for turn in conversation.turns if turn.role == "assistant"):
+            return "none of its turns is to be trained"
+        return f"chat format {self.family.name!r} has no inference prompt for any of its answers"
 
     def encode(self, conversation: Conversation) -> list[EncodedConversation]:
         """Encode what ``check_conversation`` accepts: one sample of a conversation, or the pieces of a plain text.
@@ -296,17 +313,28 @@ class Encoder:
         return encode_segment(segment, self._encode_text, self._control_ids)
 
     def _encode(self, messages: Sequence[Message]) -> EncodedConversation:
-        """Encode messages up to the first that exceeds ``max_length``; it and all after it count as dropped."""
+        """Encode messages up to the first that exceeds ``max_length``; it and all after it count as dropped.
+
+        Neighbouring ids of the same author and weight are one span.
+        """
         ids: list[int] = []
         spans: list[Span] = []
+        start, role, weight = 0, "", 0.0  # of the last span
+        dropped = 0
         for number, message in enumerate(messages):
             for segment in message.segments:
                 segment_ids = self._segment_ids(segment)
+                if segment_ids and (segment.role != role or segment.weight != weight):
+                    if len(ids) > start:
+                        spans.append(Span(len(ids) - start, role, weight))
+                    start, role, weight = len(ids), segment.role, segment.weight
                 ids += segment_ids
-                spans.append(Span(len(segment_ids), segment.role, segment.weight))
             if len(ids) > self.options.max_length:
-                return EncodedConversation(ids, list(_merged(spans)), len(messages) - number)
-        return EncodedConversation(ids, list(_merged(spans)))
+                dropped = len(messages) - number
+                break
+        if len(ids) > start:
+            spans.append(Span(len(ids) - start, role, weight))
+        return EncodedConversation(ids, spans, dropped)
 
     def _keep_oldest(
         self, turns: Sequence[Turn], tools: Sequence[Tool], messages: Sequence[Message]
@@ -369,20 +397,6 @@ def _texts(conversation: Conversation) -> Iterator[str]:
 
 def _has_answer(turns: Sequence[Turn]) -> bool:
     return any(turn.role == "assistant" for turn in turns)
-
-
-def _merged(spans: Iterable[Span]) -> Iterable[Span]:
-    """Join neighbouring spans of the same author and weight, and drop empty ones."""
-    last: Span | None = None
-    for span in spans:
-        if last is not None and span[1:] == last[1:]:
-            last = last._replace(length=last.length + span.length)
-        elif span.length:
-            if last is not None:
-                yield last
-            last = span
-    if last is not None:
-        yield last
 
 
 def _cut(spans: Iterable[Span], length: int) -> list[Span]:

@@ -14,7 +14,6 @@ from chat.label_mask import labels_from_weights
 from data_utils.encode import EncodedConversation, Example
 from data_utils.files import Location
 from data_utils.report.data_report import DataReport
-from data_utils.schema import Conversation
 from data_utils.store import ColumnWriter, open_columns
 
 # Columns that define the examples, with their array types: all ids; the runs of ids with the same weight; per example
@@ -25,6 +24,7 @@ _CONTENT = {
 # Origin of each example: index of its path, line, and number of its record (0: unknown).
 _PLACES = {"paths": "i", "lines": "q", "records": "q"}
 _FLUSHED_ITEMS = 1 << 18
+_PLAIN_WEIGHTS = frozenset({0.0, 1.0})
 
 
 class KeptConversation(NamedTuple):
@@ -34,12 +34,15 @@ class KeptConversation(NamedTuple):
         set_name: ``train`` or ``eval``.
         source: index of its source in the set.
         copies: number of times it is used.
+        where: the location of its record.
+        is_text: it is a piece of a plain text.
     """
 
     set_name: str
     source: int
     copies: int
-    conversation: Conversation
+    where: Location | str
+    is_text: bool
     encoded: EncodedConversation
 
 
@@ -57,13 +60,14 @@ class ExampleWriter:
         encoded, writer = kept.encoded, self._columns
         columns, start, run = writer.buffers, writer.count("ids"), writer.count("run_lengths")
         columns["ids"].extend(encoded.input_ids)
+        weights = [span.weight for span in encoded.spans]
         columns["run_lengths"].extend([span.length for span in encoded.spans])
-        columns["run_weights"].extend([span.weight for span in encoded.spans])
-        self._is_weighted |= any(span.weight not in (0, 1) for span in encoded.spans)
-        self._has_text |= kept.conversation.is_text
+        columns["run_weights"].extend(weights)
+        self._is_weighted |= not _PLAIN_WEIGHTS.issuperset(weights)
+        self._has_text |= kept.is_text
         self._source_sizes.extend([0] * (kept.source + 1 - len(self._source_sizes)))
         self._source_sizes[kept.source] += kept.copies
-        where = kept.conversation.where
+        where = kept.where
         place = where if isinstance(where, Location) else Location(where)
         example = {
             "lengths": len(encoded.input_ids),

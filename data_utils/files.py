@@ -116,7 +116,10 @@ def _raise(error: OSError) -> None:
 
 
 def read_records(
-    path: str | Path, advance: Callable[[int], object] | None = None, fields: Collection[str] | None = None
+    path: str | Path,
+    advance: Callable[[int], object] | None = None,
+    fields: Collection[str] | None = None,
+    parses_lines: bool = True,
 ) -> Iterator[tuple[Location, object]]:
     """Read the records of a data file, each with its location.
 
@@ -127,6 +130,7 @@ def read_records(
         path: one file.
         fields: columns of a table that are read; ``None``, or a table without any of them, reads all.
         advance: called with the bytes of the file read since the last call; the sum of all calls is the file's size.
+        parses_lines: see ``json_records``.
 
     Yields:
         The location and the value of a record. If only this record cannot be read (a broken line, a repeated key), its
@@ -144,7 +148,7 @@ def read_records(
             mode = os.fstat(file.fileno()).st_mode
             if not stat.S_ISREG(mode):
                 raise _no_regular_file(path, mode)
-            for record in _records(file, path, advance or _ignore, fields):
+            for record in _records(file, path, advance or _ignore, fields, parses_lines):
                 empty = False
                 yield record
     except OSError as error:
@@ -171,7 +175,11 @@ def _cannot_read(path: Path, error: OSError | ValueError) -> DataError:
 
 
 def _records(
-    file: BufferedReader, path: Path, advance: Callable[[int], object], fields: Collection[str] | None
+    file: BufferedReader,
+    path: Path,
+    advance: Callable[[int], object],
+    fields: Collection[str] | None,
+    parses_lines: bool,
 ) -> Iterator[tuple[Location, object]]:
     start = file.peek(len(_PARQUET))
     if start.startswith(_PARQUET):

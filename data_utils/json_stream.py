@@ -12,7 +12,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from data_utils.json_layout import VALUES, Layout, WrappedList, find_layout, is_record
 from data_utils.location import Location
@@ -49,7 +49,26 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique)
 _ANY_KEYS_DECODER = json.JSONDecoder()
 
 
-def json_records(chunks: Iterator[bytes], path: str) -> Iterator[tuple[Location, object]]:
+class JsonLine(NamedTuple):
+    """A line that is not parsed yet: the same file is then read more quickly, and its lines by several processes.
+
+    Attributes:
+        text: without white space at its ends.
+        indent: characters before it on the line.
+        offset: bytes before it in the file.
+    """
+
+    text: bytes
+    location: Location
+    indent: int
+    offset: int
+
+    def parse(self) -> object:
+        """Return the value, or its fault as a ``DataError``."""
+        return _parse_line(self.text, self.location, self.indent, self.offset)
+
+
+def json_records(chunks: Iterator[bytes], path: str, parses_lines: bool = True) -> Iterator[tuple[Location, object]]:
     """Yield the records of a text: of a list if it starts with ``[``, otherwise of every line that is not blank.
 
     If it starts with an object over several lines, or with a list of records in an object, these are read.
@@ -57,6 +76,7 @@ def json_records(chunks: Iterator[bytes], path: str) -> Iterator[tuple[Location,
     Args:
         chunks: the bytes of the text, no chunk empty; may start with the byte order mark of UTF-8.
         path: the file's name in locations and errors.
+        parses_lines: yield values; otherwise a record that is one line is a ``JsonLine``.
 
     Yields:
         The location and the value of a record; the value is a ``DataError`` if only this record cannot be read.
@@ -81,7 +101,8 @@ def json_records(chunks: Iterator[bytes], path: str) -> Iterator[tuple[Location,
     elif layout == VALUES:
         yield from _value_records(_Text(chunks, path, offset), path)
     else:
-        yield from _line_records(chunks, path, offset)
+        for line in _lines(chunks, path, offset):
+            yield line.location, line.parse() if parses_lines else line
 
 
 def _find_layout(text: bytes, chunks: Iterator[bytes]) -> tuple[Layout | None, Iterator[bytes]]:
@@ -124,7 +145,7 @@ def _read_head(chunks: Iterator[bytes], path: str) -> bytes:
     return bytes(head)
 
 
-def _line_records(chunks: Iterator[bytes], path: str, offset: int) -> Iterator[tuple[Location, object]]:
+def _lines(chunks: Iterator[bytes], path: str, offset: int) -> Iterator[JsonLine]:
     number = blank = 0  # lines read; bytes since the last line that was not blank
     for block in _complete_lines(chunks):
         if not block.strip(_SPACE):  # counted at once: millions of blank lines would take minutes one by one
@@ -140,8 +161,7 @@ def _line_records(chunks: Iterator[bytes], path: str, offset: int) -> Iterator[t
                 raise _too_long(path, number)
             if text:
                 indent = len(line) - len(line.lstrip(_SPACE))
-                location = Location(path, number)
-                yield location, _parse_line(text, location, indent, offset + indent)
+                yield JsonLine(text, Location(path, number), indent, offset + indent)
             offset += len(line) + 1
 
 

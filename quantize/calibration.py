@@ -83,7 +83,7 @@ def draw_samples(
             "Give more data, or raise --model_max_length",
         )
     random.shuffle(drawn)
-    examples: list[UnweightedExample] = [{"input_ids": each.input_ids, "labels": each.labels} for each in drawn]
+    examples: list[UnweightedExample] = [{"input_ids": list(each.input_ids), "labels": each.labels} for each in drawn]
     limit, num_tokens, num_held_out = max(len(examples) - count, int(_MAX_HELD_OUT * len(examples)), 1), 0, 0
     while num_held_out < limit and num_tokens < HELD_OUT_TOKENS:
         num_tokens += _count_targets(examples[num_held_out])

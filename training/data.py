@@ -164,6 +164,7 @@ def build_reader(
         settings,
         max_samples=max_samples,
         show_progress=draws_bars(flags.disable_tqdm) and is_first(),
+        processes=data.dataset_num_proc,
     )
 
 

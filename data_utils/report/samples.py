@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple, Protocol
 
 from console import visible
 
-Decode = Callable[[list[int]], str]
+Decode = Callable[[Sequence[int]], str]
 
 # Tokens of a piece: a long sample is shortened in steps of this size.
 _PIECE_TOKENS = 16
@@ -24,7 +24,7 @@ class Encoded(Protocol):
     """The fields of ``data_utils.encode.EncodedConversation`` that reports read. A span is (length, role, weight)."""
 
     @property
-    def input_ids(self) -> list[int]: ...
+    def input_ids(self) -> Sequence[int]: ...
     @property
     def spans(self) -> Sequence[tuple[int, str, float]]: ...
     @property

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from itertools import groupby
+from operator import itemgetter
 from typing import Any
 
 from chat.turns import Turn
@@ -106,20 +107,22 @@ class SourceReport:
         unfilled: Iterable[str] = (),
         copies: int = 1,
         *,
-        turns: Sequence[Turn] = (),
+        answers: tuple[int, int] = (0, 0),
         truncated: str | None = None,
         notes: Iterable[str] = (),
         is_first: bool = True,
+        digest: bytes = b"",
     ) -> None:
         """Count a sample. Call this once for each record, and for each further piece of a text.
 
         Args:
             unfilled: names of placeholders in it that have no value.
             copies: how many times the sample is used.
-            turns: its conversation, in which empty answers are counted.
+            answers: see ``count_answers``.
             notes: sentences that follow "conversations ...".
             truncated: how it was shortened; by default ``encoded.turns_dropped`` decides whether it was.
             is_first: not a further piece of the text that was counted before.
+            digest: see ``digest_of``; computed if it is empty.
         """
         length = len(encoded.input_ids)
         assert copies > 0 and length == sum(span[0] for span in encoded.spans), "the spans do not cover the ids"
@@ -134,12 +137,10 @@ class SourceReport:
             self.unfilled.add(name, where, copies)
         for note in notes:
             self.notes.add(note, where, copies)
-        answers = [turn for turn in turns if turn.role == "assistant" and turn.weight != 0]
-        empty = sum(not turn.content.strip() and not turn.calls for turn in answers)
-        self.answers += len(answers) * copies
-        if empty:
-            self.empty_answers.add("empty answer", where, empty * copies)
-        original = self.duplicate_index.add(_digest(encoded), visible_line(where))
+        self.answers += answers[0] * copies
+        if answers[1]:
+            self.empty_answers.add("empty answer", where, answers[1] * copies)
+        original = self.duplicate_index.add(digest or digest_of(encoded), visible_line(where))
         if original is None:
             self.distinct += 1
         else:
@@ -237,10 +238,17 @@ class SourceReport:
         ]
 
 
-def _digest(encoded: Encoded) -> bytes:
+def count_answers(turns: Iterable[Turn]) -> tuple[int, int]:
+    """Return the number of answers that may be trained, and how many of them have neither text nor calls."""
+    answers = [turn for turn in turns if turn.role == "assistant" and turn.weight != 0]
+    return len(answers), sum(not turn.calls and not turn.content.strip() for turn in answers)
+
+
+def digest_of(encoded: Encoded) -> bytes:
     """Hash the ids and their weights, independently of how spans divide them."""
-    digest = blake2b(array("i", encoded.input_ids), digest_size=16)
-    for weight, spans in groupby(encoded.spans, key=lambda span: span[2]):
+    ids = encoded.input_ids
+    digest = blake2b(ids if isinstance(ids, array) else array("i", ids), digest_size=16)
+    for weight, spans in groupby(encoded.spans, key=itemgetter(2)):
         digest.update(struct.pack("<qd", sum(span[0] for span in spans), weight))
     return digest.digest()
 

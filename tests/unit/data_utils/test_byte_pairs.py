@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerFast
 
 from chat.render import plain_encoder
 from data_utils import byte_pairs
-from data_utils.byte_pairs import QWEN_PATTERN, faster
+from data_utils.byte_pairs import QWEN_PATTERN, FasterEncoder
 from tests.models import CONVERSATIONS
 
 TEXTS = [text for turns in CONVERSATIONS for _, text in turns] * 3 + [
@@ -128,7 +128,7 @@ def test_first_texts_are_not_worth_a_conversion(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(byte_pairs, "_by_tiktoken", lambda *arguments: built.append(1))
     tokenizer = build(None)
     plain = plain_encoder(tokenizer)
-    encode = faster(tokenizer, plain, texts_before=3)
+    encode = FasterEncoder(tokenizer, plain, texts_before=3)
     assert [encode(text) for text in TEXTS[:3]] == [plain(text) for text in TEXTS[:3]]
     assert built == []
     assert [encode(text) for text in TEXTS] == [plain(text) for text in TEXTS]

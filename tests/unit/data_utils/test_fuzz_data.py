@@ -109,7 +109,7 @@ def lines_at(*numbers: int) -> str:
 def test_wrong_records_are_found(
     change: Callable[[list[Any]], object], found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def read(*arguments: Any) -> Iterator[tuple[Location, object]]:
+    def read(*arguments: Any, **options: Any) -> Iterator[tuple[Location, object]]:
         items = list(read_records(*arguments))
         change(items)
         yield from items

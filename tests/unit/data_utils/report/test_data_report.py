@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from chat.turns import Turn
 from data_utils.report.data_report import DataReport, ReportSettings
 from data_utils.report.page import render_html
 from data_utils.report.terminal import render_report
@@ -157,9 +156,13 @@ def test_problem_all_answers_empty() -> None:
     report = DataReport("train")
     source = report.add_source("a")
     for number in range(2):
-        source.keep(f"a:{number}", exchange(3, 2, first_id=number), turns=[Turn("user", "Hi"), Turn("assistant", "")])
+        source.keep(
+            f"a:{number}",
+            exchange(3, 2, first_id=number),
+            answers=(1, 1),
+        )
     assert report.problems() == ["all 2 answers are empty. Check which field of the data has the answers"]
-    source.keep("a:3", exchange(3, 5), turns=[Turn("assistant", "Hello")])
+    source.keep("a:3", exchange(3, 5), answers=(1, 0))
     assert report.problems() == []
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from chat.turns import ToolCall, Turn
-from data_utils.report.source_report import SourceReport
+from data_utils.report.source_report import SourceReport, count_answers
 from tests.reports import exchange, spans
 
 
@@ -45,12 +45,14 @@ def test_empty_answers_are_counted() -> None:
     source = SourceReport("a.json")
     asked, untrained = Turn("user", "Hi"), Turn("assistant", "", weight=0.0)
     call = Turn("assistant", "", calls=(ToolCall("f", {}),))
-    source.keep("a.json:1", exchange(1, 1), turns=[asked, Turn("assistant", " \n"), untrained, call])
-    source.keep("a.json:2", exchange(1, 2), turns=[asked, Turn("assistant", "Hello")])
+    source.keep("a.json:1", exchange(1, 1), answers=count_answers([asked, Turn("assistant", " \n"), untrained, call]))
+    source.keep("a.json:2", exchange(1, 2), answers=count_answers([asked, Turn("assistant", "Hello")]))
     assert source.answers == 3
     assert source.empty_answers.total == 1
     assert source.warnings() == ["a.json: 1 of 3 answers are empty: a.json:1"]
-    source.keep("a.json:3", exchange(1, 3), copies=4, turns=[Turn("assistant", ""), Turn("assistant", "Hello")])
+    source.keep(
+        "a.json:3", exchange(1, 3), copies=4, answers=count_answers([Turn("assistant", ""), Turn("assistant", "Hello")])
+    )
     assert source.answers == 3 + 4 * 2
     assert source.empty_answers.total == 1 + 4
 
