@@ -181,8 +181,8 @@ def measure(folder: Path, model: str, rounds: int, gigabytes: float) -> Iterator
     times = {name: round(each["thousand_tokens_per_second"] / first, 2) for name, each in figures.items()}
     yield "records_20000", {**figures, "times_the_original": times}
     write(large.path, 200_000)
-    figures = interleaved({f"{count} processes": lambda count=count: large.prepare(count) for count in (1, 2)}, 1)
-    share = figures["2 processes"]["seconds"] / figures["1 processes"]["seconds"]
+    figures = interleaved({"one process": lambda: large.prepare(1), "two processes": lambda: large.prepare(2)}, 1)
+    share = figures["two processes"]["seconds"] / figures["one process"]["seconds"]
     large.open_cached(folder / "cache")
     opened = interleaved({"prepared before": lambda: large.open_cached(folder / "cache")}, rounds)
     yield "records_200000", {**figures, **opened, "share_of_two": round(share, 3)}
