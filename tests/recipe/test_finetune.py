@@ -146,9 +146,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     reports = ["--report_to", "tensorboard"] if importlib.util.find_spec("tensorboard") else []
     variants: dict[str, list[object]] = {
         "plain": [],
+        "padded": ["--padding_free", "False"],
         "checkpointing": ["--gradient_checkpointing", "True"],
         "bf16": ["--bf16", "True"],
-        "grouped": ["--train_sampling_strategy", "group_by_length", *evaluation, *reports],
+        "grouped": ["--train_sampling_strategy", "group_by_length", "--padding_free", "False", *evaluation, *reports],
     }
     commands: list[list[object]] = [
         [
@@ -179,9 +180,16 @@ def test_bfloat16_keeps_the_losses_up_to_rounding(runs: dict[str, Path]) -> None
 
 def test_grouping_by_length_trains_the_same_conversations_with_no_more_padding(runs: dict[str, Path]) -> None:
     """``tests/unit/training/test_samplers.py`` tests the order; eight conversations have few possible orders."""
-    plain, grouped = ([row for row in read_log(runs[name]) if "loss" in row] for name in ("plain", "grouped"))
-    assert grouped[-1]["tokens"] == plain[-1]["tokens"]
-    assert sum(row["padding"] for row in grouped) <= sum(row["padding"] for row in plain)
+    padded, grouped = ([row for row in read_log(runs[name]) if "loss" in row] for name in ("padded", "grouped"))
+    assert grouped[-1]["tokens"] == padded[-1]["tokens"]
+    assert sum(row["padding"] for row in grouped) <= sum(row["padding"] for row in padded) > 0
+
+
+def test_rows_without_padding_train_as_padded_batches_do(runs: dict[str, Path]) -> None:
+    assert logged_losses(runs["plain"]) == pytest.approx(logged_losses(runs["padded"]), rel=1e-5)
+    assert set(logged_losses(runs["plain"], "padding")) == {0}
+    adapters = [load_file(runs[name] / "adapter_model.safetensors") for name in ("plain", "padded")]
+    assert all((adapters[1][key] - tensor).abs().max() <= 1e-4 for key, tensor in adapters[0].items())
 
 
 def test_evaluation_is_logged(runs: dict[str, Path]) -> None:
