@@ -2,8 +2,8 @@
 
     python -m benchmarks.engines [--modes full lora ...] [--engines ddp zero3 ...] [--output FILE]
 
-For each mode one process trains with batches of 8, and under each engine two processes with batches of 4: a tiny Qwen
-v1 in float32 on the CPU, on conversations of many lengths whose last batch is not full. Twenty steps of AdamW,
+For each mode one process trains with batches of 8, and under each engine two processes with batches of 4 (packed: 2 packs
+and 1 pack): a tiny Qwen v1 in float32 on the CPU, on conversations of many lengths whose last batch is not full. Twenty steps of AdamW,
 evaluated twice, give the differences of the loss curves; one step of SGD with a huge learning rate gives the gradients
 of the first step, for what it leaves of the weights is the gradient. Then the files of both results are compared, and
 adapters merged. A combination that is refused is one whose command ended with exit code 2 before a model was loaded.
@@ -36,13 +36,14 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "engines.json"
 MODEL = ROOT / "tests" / "references" / "qwen_v1_small" / "tiny-qwen-small"
 TRAINED, EVALUATED = 19, 5  # conversations: neither fills its last batch
-STEPS, BATCH, WORLD = 20, 8, 2
+STEPS, BATCH, PACKS, WORLD = 20, 8, 2, 2
 # A power of two: the weights after the step are exactly as many gradients, but for what they were before.
 GRADIENT_RATE = 2.0**20
 
 MODES: dict[str, list[str]] = {
     "full": [],
     "lora": ["--use_lora", "--trainable_embeddings", "none"],
+    "lora_packed": ["--use_lora", "--trainable_embeddings", "none", "--packing", "--model_max_length", "128"],
     "lora_embeddings": ["--use_lora", "--trainable_embeddings", "full"],
     "lora_chatml_tokens": ["--use_lora", "--trainable_embeddings", "chatml_tokens"],
     "q_lora_nf4": ["--use_lora", "--q_lora", "--trainable_embeddings", "none"],
@@ -108,12 +109,12 @@ class Runs:
     def run(self, name: str, mode: Sequence[object], engine: Sequence[object] | None, *flags: object) -> Result:
         """Train; without an engine in one process, else in two."""
         output = self.folder / name
-        processes = 1 if engine is None else WORLD
+        processes, batch = 1 if engine is None else WORLD, PACKS if "--packing" in mode else BATCH
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", WORLD] if processes > 1 else []
         words = [
             python(), *start, "finetune.py", "--model_name_or_path", MODEL, "--data_path",
             self.folder / "train.json", "--eval_data_path", self.folder / "eval.json", "--output_dir", output,
-            "--per_device_train_batch_size", BATCH // processes, "--gradient_accumulation_steps", 1, "--weight_decay",
+            "--per_device_train_batch_size", batch // processes, "--gradient_accumulation_steps", 1, "--weight_decay",
             0, "--per_device_eval_batch_size", 2, "--lora_dropout", 0, "--logging_steps", 1, "--save_strategy", "no",
             "--lr_scheduler_type", "constant", "--use_cpu", "--disable_tqdm", "True", "--gradient_checkpointing",
             "False", *mode, *(engine or ()), *flags,

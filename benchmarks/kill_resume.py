@@ -1,6 +1,6 @@
 """Kill runs again and again, and compare the result with an uninterrupted run.
 
-    python -m benchmarks.kill_resume [--short] [--modes one ddp zero2 zero3] [--seed 7] [--output FILE]
+    python -m benchmarks.kill_resume [--short] [--modes one packed ddp ...] [--seed 7] [--output FILE]
 
 A run of 60 steps trains a LoRA adapter for a tiny Qwen v1 on two sources, with dropout and accumulation, and evaluates
 and saves every other step. A second run gets SIGKILL at moments drawn from a seed: while it loads, in a step, in an
@@ -45,7 +45,9 @@ STEPS, SHORT_STEPS, EVERY = 60, 24, 2
 PHASES = ("loading", "step", "evaluation", "saving")
 MODES: dict[str, tuple[int, list[str]]] = {
     "one": (1, []),
+    "packed": (1, ["--packing", "--model_max_length", "256", "--dataloader_num_workers", "1"]),
     "ddp": (2, []),
+    "packed_ddp": (2, ["--packing", "--model_max_length", "256"]),
     "zero2": (2, ["--deepspeed", str(ROOT / "finetune" / "ds_config_zero2.json")]),
     "zero3": (2, ["--deepspeed", str(ROOT / "finetune" / "ds_config_zero3.json")]),
 }
@@ -106,7 +108,7 @@ def describe(row: dict[str, Any]) -> str:
     whom = Counter(kill["whom"] for kill in row["kills"])
     verdict = "bit-identical" if row["identical"] else "DIFFERENT: " + ", ".join(row["differing"])
     return (
-        f"{row['mode']:<6} {row['processes']} processes, {len(row['kills'])} kills ({phases}; of {dict(whom)}), "
+        f"{row['mode']:<10} {row['processes']} processes, {len(row['kills'])} kills ({phases}; of {dict(whom)}), "
         f"{row['resumed']} of {row['starts']} starts resumed, {row['seconds']:.0f} s: {verdict}"
     )
 

@@ -42,7 +42,7 @@ $summary${needs:+
 Needs: $(shown "$python") -m pip install -r $(shown "$root/$needs") -c $(shown "$root/constraints.txt")}
 
   -m, --model MODEL    checkpoint folder, or model id on a hub
-  -d, --data DATA      training conversations: .json, .jsonl (also .gz) or .parquet, or a folder of such files
+  -d, --data DATA      training conversations or texts: .json, .jsonl, .txt (also .gz) or .parquet, or a folder of them
   -o, --output OUTPUT  output folder (default: output_qwen)
   --preview            show what the run would train on, and exit; -- may be followed by flags of scripts.preview_data
   -h, --help           show this help

@@ -12,8 +12,10 @@ from qwen_model.tokenization_qwen import QWenTokenizer
 
 
 def check_and_encode(encoder: Encoder, conversation: Conversation) -> EncodedConversation:
+    """Encode a conversation, or a plain text of one piece."""
     encoder.check_conversation(conversation)
-    return encoder.encode_conversation(conversation)
+    [encoded] = encoder.encode(conversation)
+    return encoded
 
 
 def weights_of(encoded: EncodedConversation) -> list[float]:

@@ -30,7 +30,7 @@ TOOL_FIELDS = (
     "input_schema",
 )
 CALL_FIELDS = ("arguments", "id", "type", "tool_calls", "function_call", "tool_call_id")
-TEXT_FIELDS = ("from", "value", "role", "content", "instruction", "output", "prompt", "response")
+TEXT_FIELDS = ("from", "value", "role", "content", "instruction", "output", "prompt", "response", "text")
 ALL_FIELDS = (
     *(*RECORD_FIELDS, *TURN_FIELDS, *TOOL_FIELDS, *CALL_FIELDS, *TEXT_FIELDS),
     *("messages", "conversations", "Value"),
@@ -125,7 +125,13 @@ def _pair(n: int) -> Record:
     return {"prompt": f"Question {n}?\n", "response": f"Réponse {n}", "source": {"page": n}}
 
 
-FORMATS = {"chats": _chat, "tools": _tool_chat, "messages": _openai_chat, "alpaca": _alpaca, "pairs": _pair}
+def _document(n: int) -> Record:
+    return {"text": f"Kapitel {n}: <|im_end|>\r\n{{{{name}}}} 北京 🙂", "id": n, **({} if n % 2 else {"weight": 0.5})}
+
+
+FORMATS = {
+    "chats": _chat, "tools": _tool_chat, "messages": _openai_chat, "alpaca": _alpaca, "pairs": _pair, "texts": _document,
+}  # fmt: skip
 
 
 def _as_row(record: Record) -> Record:

@@ -12,23 +12,23 @@ from tests.commands import PLAIN, finetune_here, free_port, logged_losses, names
 from tests.models import CONVERSATIONS, TINY, write_conversations
 
 
-@pytest.mark.parametrize("mode", ["full", "weighted"])
+@pytest.mark.parametrize("mode", ["full", "weighted, packed"])
 def test_two_ranks_with_batch_two_equal_one_with_batch_four(tmp_path: Path, mode: str) -> None:
     """The conversations differ in length, so the ranks differ in targets; they fill the last step.
 
-    Rank 1 gets one evaluation example less: none counts twice. In ``weighted`` each answer has a weight of its own, so
-    the ranks' sums of weights differ as well.
+    Rank 1 gets one evaluation example less: none counts twice. In ``weighted, packed`` each answer has a weight of its
+    own, so the ranks' sums of weights differ as well, and the 7 packs do not fill the last step.
     """
     data = write_conversations(tmp_path / "train.json")
     held_out = write_conversations(tmp_path / "eval.json", CONVERSATIONS[:3])
-    for path in (data, held_out) if mode == "weighted" else ():
+    for path in (data, held_out) if mode != "full" else ():
         records = json.loads(path.read_text(encoding="utf-8"))
         for number, record in enumerate(records):
             record["conversations"][1]["weight"] = 0.25 + number
         path.write_text(json.dumps(records), encoding="utf-8")
 
     def arguments(output: str, batch: int) -> list[object]:
-        lora = [] if mode == "full" else ["--use_lora", "--lora_dropout", 0]
+        lora = [] if mode == "full" else ["--use_lora", "--lora_dropout", 0, "--packing", "--model_max_length", 80]
         return [
             *PLAIN, "--model_name_or_path", TINY, "--data_path", data, "--eval_data_path", held_out, "--output_dir",
             tmp_path / output, "--per_device_train_batch_size", batch, "--num_train_epochs", 2, "--learning_rate", 1e-3,
@@ -49,7 +49,8 @@ def test_two_ranks_with_batch_two_equal_one_with_batch_four(tmp_path: Path, mode
         assert len(logged_losses(one, name)) >= 2
     for name in ("token_accuracy", "eval_token_accuracy"):
         assert logged_losses(two, name) == pytest.approx(logged_losses(one, name), abs=1e-6)
-    assert [row["tokens"] for row in read_log(two)] == [row["tokens"] for row in read_log(one)]
+    for name in ("tokens", "samples"):
+        assert [row[name] for row in read_log(two)] == [row[name] for row in read_log(one)]
     assert names_in(two) == names_in(one)
     file = "model.safetensors" if mode == "full" else "adapter_model.safetensors"
     expected, trained = load_file(one / file), load_file(two / file)
