@@ -23,6 +23,7 @@ from data_utils.byte_pairs import FasterEncoder
 from data_utils.files import Location
 from data_utils.schema import Conversation, short_repr
 from data_utils.special_tokens import any_of, encoder_with, find_special_tokens
+from data_utils.text_file import parts_of
 from errors import ConfigError, DataError
 
 Truncation = Literal["turns", "turns_left", "cut", "drop", "error"]
@@ -246,7 +247,7 @@ class Encoder:
         """
         [turn] = conversation.turns
         try:
-            ids = self._encode_uncached(turn.content)
+            ids = [id_ for part in parts_of(turn.content) for id_ in self._encode_uncached(part)]
         except ValueError as error:
             raise DataError(conversation.where, str(error), "Shorten the text, or leave the record out") from None
         ids = ids if conversation.is_continued else [*ids, self._end_of_text]

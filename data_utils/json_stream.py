@@ -409,4 +409,4 @@ def _broken_json(where: str, what: str) -> DataError:
 def _too_long(path: str, line: int, limit: int | None = None) -> DataError:
     limit = limit or MAX_RECORD_BYTES
     what = f"one record, or the white space before it, has more than {limit / 2**20:g} MiB of text"
-    return DataError(f"{path}:{line}", what, "Check the file, or split the record")
+    return DataError(f"{path}:{line}", what, "Check the file, or split the record; a document can be a .txt file")

@@ -1,4 +1,4 @@
-"""Read a .txt file as one document, in parts, so that memory does not grow with its size."""
+"""Long texts in parts: a .txt file is read as one document without holding it, and tokenising takes a part at a time."""
 
 from __future__ import annotations
 
@@ -57,6 +57,15 @@ def text_records(chunks: Iterator[bytes], path: str) -> Iterator[tuple[Location,
         yield where, DataError(str(where), "the text is empty", "Leave the file out")
     else:
         yield where, {"text": TextPart(text)}
+
+
+def parts_of(text: str) -> Iterator[str]:
+    """Yield a text in parts."""
+    while len(text) > PART:
+        end = _cut(text)
+        yield text[:end]
+        text = text[end:]
+    yield text
 
 
 def _cut(text: str) -> int:

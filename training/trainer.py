@@ -253,6 +253,7 @@ class QwenTrainer(CheckpointTrainer):
         samples = [examples.where(index) for index in indices]
         if self.args.world_size > 1 and not (self.is_deepspeed_enabled and quantity == "loss"):
             samples = gather_object(samples)
+        samples = [*dict.fromkeys(samples)]  # copies, and pieces of a text, have the same place
         more = f" and {len(samples) - _MAX_NAMED_SAMPLES} more" if len(samples) > _MAX_NAMED_SAMPLES else ""
         return RunError(
             f"Optimizer step {self.state.global_step + 1}: the {quantity} is {value}, and {effect}; "

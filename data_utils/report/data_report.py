@@ -242,7 +242,7 @@ class DataReport:
         keeps = "keeps all of them" if enough == total.longest else "is the most that the model allows"
         advice = f". --model_max_length {enough} {keeps}" if enough > settings.model_max_length else ""
         return [
-            f"{total.too_long:,} of {total.read:,} conversations are longer than --model_max_length "
+            f"{total.too_long:,} of {total.read:,} {total.noun} are longer than --model_max_length "
             f"{settings.model_max_length}: {total.lost_tokens / (total.tokens + total.lost_tokens):.1%} of all tokens "
             f"are left out{advice}"
         ]

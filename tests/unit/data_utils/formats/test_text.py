@@ -182,6 +182,7 @@ def test_a_long_text_is_read_in_parts_without_an_end_between_them(
     examples = load(encoder_of(tokenizer), path)
     ends = [example["input_ids"][-1] == end for example in examples]
     assert ends == [False] * (len(examples) - 1) + [True]
+    assert [*text_file.parts_of(content)] == parts
     again = pickle.loads(pickle.dumps(parts[0]))
     assert isinstance(again, TextPart) and again == parts[0] and not again.is_last
 
