@@ -2,8 +2,9 @@
 
     python -m benchmarks.engines [--modes full lora ...] [--engines ddp zero3 ...] [--output FILE]
 
-For each mode one process trains with batches of 8, and under each engine two processes with batches of 4 (packed: 2 packs
-and 1 pack): a tiny Qwen v1 in float32 on the CPU, on conversations of many lengths whose last batch is not full. Twenty steps of AdamW,
+For each mode one process trains with batches of 8, and under each engine two processes with batches of 4 (packed: 2
+packs, and 1): a tiny Qwen v1 in float32 on the CPU, on conversations of many lengths whose last batch is not full.
+Twenty steps of AdamW,
 evaluated twice, give the differences of the loss curves; one step of SGD with a huge learning rate gives the gradients
 of the first step, for what it leaves of the weights is the gradient. Then the files of both results are compared, and
 adapters merged. A combination that is refused is one whose command ended with exit code 2 before a model was loaded.

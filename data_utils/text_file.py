@@ -1,4 +1,4 @@
-"""Long texts in parts: a .txt file is read as one document without holding it, and tokenising takes a part at a time."""
+"""Long texts in parts: a .txt file is one document that is never held whole, and parts are tokenised one by one."""
 
 from __future__ import annotations
 

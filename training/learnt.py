@@ -139,10 +139,14 @@ def describe_learnt(figures: dict[str, Any]) -> list[str]:
     if "skipped" in figures:
         return [f"not compared with training samples: {figures['skipped']}"]
     right = figures["correct"] / max(figures["targets"], 1)
-    lines = [
-        f"{figures['reproduced']} of {figures['samples']} training samples reproduced (greedy); "
-        f"{right:.1%} of their tokens right, loss {figures['loss']:.3g}"
-    ]
+    lines = (
+        ["no training sample is short enough to be compared"]
+        if not figures["samples"]
+        else [
+            f"{figures['reproduced']} of {figures['samples']} training samples reproduced (greedy); "
+            f"{right:.1%} of their tokens right, loss {figures['loss']:.3g}"
+        ]
+    )
     if change := figures.get("change"):
         lines.append(
             f"the median change is {change['median_steps']:.2g} of {change['dtype']}'s step; rounding to nearest keeps "

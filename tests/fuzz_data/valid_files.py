@@ -130,7 +130,8 @@ def _document(n: int) -> Record:
 
 
 FORMATS = {
-    "chats": _chat, "tools": _tool_chat, "messages": _openai_chat, "alpaca": _alpaca, "pairs": _pair, "texts": _document,
+    "chats": _chat, "tools": _tool_chat, "messages": _openai_chat, "alpaca": _alpaca, "pairs": _pair,
+    "texts": _document,
 }  # fmt: skip
 
 
