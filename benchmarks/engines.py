@@ -4,10 +4,10 @@
 
 For each mode one process trains with batches of 8, and under each engine two processes with batches of 4 (packed: 2
 packs, and 1): a tiny Qwen v1 in float32 on the CPU, on conversations of many lengths whose last batch is not full.
-Twenty steps of AdamW,
-evaluated twice, give the differences of the loss curves; one step of SGD with a huge learning rate gives the gradients
-of the first step, for what it leaves of the weights is the gradient. Then the files of both results are compared, and
-adapters merged. A combination that is refused is one whose command ended with exit code 2 before a model was loaded.
+Twenty steps of AdamW, evaluated twice, give the differences of the loss curves; one step of SGD with a huge learning
+rate gives the gradients of the first step, for what it leaves of the weights is the gradient. Then the files of both
+results are compared, and adapters merged. A combination that is refused is one whose command ended with exit code 2
+before a model was loaded.
 """
 
 from __future__ import annotations
