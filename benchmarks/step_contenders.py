@@ -81,7 +81,7 @@ class Task:
         return json.dumps(asdict(self))
 
 
-def main() -> None:
+def run_task() -> None:
     # Copies: finetune.py sets up its own streams, and what libraries print must not reach the parent.
     orders, reports = os.fdopen(os.dup(0)), os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -241,4 +241,4 @@ def load_samples(task: Task) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    run_task()
