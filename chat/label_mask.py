@@ -18,6 +18,7 @@ the mask: 0 does not train the turn, 0.5 halves its share of the loss.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence, Set
+from functools import lru_cache
 from typing import Literal, NamedTuple
 
 from chat.turns import Turn
@@ -54,6 +55,7 @@ class FrameWeights(NamedTuple):
     end: float
 
 
+@lru_cache(maxsize=256)
 def frame_weights(
     own_weight: float | None, last_weight: float, label_mask: LabelMask, awaits_result: bool
 ) -> FrameWeights:

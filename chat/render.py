@@ -97,8 +97,9 @@ def _render(
     tools: Sequence[Tool],
     is_prompt: bool,
 ) -> list[Message]:
-    check_tools(turns, family, tools)
     form = _tool_form(turns, family, tools)
+    if form is not None:
+        form.check(turns, tools)
     complete = add_system_turn(turns, family, system_message)
     if form is not None:
         complete = form.describe(complete, tools)

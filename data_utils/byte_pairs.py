@@ -27,8 +27,8 @@ _NO_ID = 1 << 30
 # tiktoken crashes on a million spaces in a row.
 _MOST_SPACES = 900_000
 _SPACES = re.compile(r"[^\S\r\n]+")
-# Texts until the vocabulary is converted, which takes as long as encoding so many.
-_TEXTS_BEFORE = 2_000
+# Texts until the vocabulary is converted, which takes as long as encoding some thousands.
+_TEXTS_BEFORE = 500
 
 
 class FasterEncoder:

@@ -321,14 +321,14 @@ class Encoder:
         ids: list[int] = []
         spans: list[Span] = []
         start, role, weight = 0, "", 0.0  # of the last span
-        dropped = 0
+        dropped, encode_text, control_ids = 0, self._encode_text, self._control_ids
         for number, message in enumerate(messages):
-            for segment in message.segments:
-                segment_ids = self._segment_ids(segment)
-                if segment_ids and (segment.role != role or segment.weight != weight):
+            for text, is_control, own_weight, own_role in message.segments:
+                segment_ids = [control_ids[text]] if is_control else encode_text(text)
+                if segment_ids and (own_role != role or own_weight != weight):
                     if len(ids) > start:
                         spans.append(Span(len(ids) - start, role, weight))
-                    start, role, weight = len(ids), segment.role, segment.weight
+                    start, role, weight = len(ids), own_role, own_weight
                 ids += segment_ids
             if len(ids) > self.options.max_length:
                 dropped = len(messages) - number

@@ -196,8 +196,9 @@ def _records(
         kind = "gzip" if path.suffix.lower() == ".gz" else "Parquet"
         what = f"the name ends in {path.suffix}, but the content is not a {kind} file"
         raise DataError(str(path), what, "Download or write the file again, or rename it")
-    read = text_records if is_text_file(name, start) else json_records
-    return read(chunks, str(path))
+    if is_text_file(name, start):
+        return text_records(chunks, str(path))
+    return json_records(chunks, str(path), parses_lines)
 
 
 def _read_chunks(file: BufferedReader, advance: Callable[[int], object]) -> Iterator[bytes]:

@@ -55,7 +55,7 @@ class RecordEncoder:
         faults: list[DataError | None] = []
         for where, value in records:
             try:
-                self._parse(format_name, where, value)
+                self._encoder.check_conversation(_parse(format_name, where, value))
             except DataError as error:
                 faults.append(error)
             else:
@@ -64,17 +64,7 @@ class RecordEncoder:
 
     def encode(self, format_name: str | None, records: Sequence[Record]) -> list[EncodedRecord]:
         """Tokenise records that ``check`` accepts."""
-        return [self._encode(self._parse(format_name, where, value)) for where, value in records]
-
-    def _parse(self, format_name: str | None, where: Location, value: object) -> Conversation:
-        if isinstance(value, JsonLine):
-            value = value.parse()
-        if isinstance(value, DataError):
-            raise value
-        format_ = recognise(value, where) if format_name is None else FORMATS[format_name]
-        conversation = format_.parse(value, where)
-        self._encoder.check_conversation(conversation)
-        return conversation
+        return [self._encode(_parse(format_name, where, value)) for where, value in records]
 
     def _encode(self, conversation: Conversation) -> EncodedRecord:
         where, fill, encoder = conversation.where, self._fill, self._encoder
@@ -103,3 +93,12 @@ class RecordEncoder:
             answers=count_answers(conversation.turns),
             notes=encoder.notes(conversation),
         )
+
+
+def _parse(format_name: str | None, where: Location, value: object) -> Conversation:
+    if isinstance(value, JsonLine):
+        value = value.parse()
+    if isinstance(value, DataError):
+        raise value
+    format_ = recognise(value, where) if format_name is None else FORMATS[format_name]
+    return format_.parse(value, where)

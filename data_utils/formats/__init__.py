@@ -7,7 +7,7 @@ because tables cannot leave a field out.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -90,8 +90,10 @@ class Format:
         return Conversation(tuple(parsed_turns), where, tools, tuple(sorted(notes)), text.is_continued(record))
 
 
-def _check_function_names(turns: Iterable[Turn], tools: Iterable[Tool]) -> None:
+def _check_function_names(turns: Sequence[Turn], tools: Sequence[Tool]) -> None:
     """Raise ``InvalidRecord`` for a name that would end the line or string in which a call names its function."""
+    if not tools and not any(turn.calls for turn in turns):
+        return
     names = {call.name for turn in turns for call in turn.calls} | {name for tool in tools for name in tool_names(tool)}
     if bad := next((name for name in sorted(names) if _ENDS_A_NAME.search(name)), None):
         what = f"the function name {short_repr(bad)} contains a quotation mark, a backslash or a control character"
