@@ -2,7 +2,7 @@
 
     python -m benchmarks.preparation --model_name_or_path DIR
 
-Prepares 20,000 short conversations that all differ: with the original's way (one record at a time, each piece
+Prepares 20,000 short conversations of random sentences that all differ: with the original's way (one record at a time, each piece
 tokenised by itself, padded to the maximum), then as a run does, in one process and in two; each five times, in turns.
 With 200,000 records it compares one process with two and measures how long a run takes to open prepared data. Peak
 memory is RssAnon above what is there before, for --gigabytes of JSON lines. The results are written to
@@ -31,13 +31,14 @@ from benchmarks.results_file import parse_args, save_results
 from commands import HelpFormatter
 
 ROOT = Path(__file__).parents[1]
+EXAMPLES = [ROOT / "examples" / f"{name}.json" for name in ("identity", "multi_turn", "system_prompts")]
 MAX_LENGTH = 512
 LIBRARIES = ("torch", "transformers", "tokenizers", "tiktoken")
 
 
-def write(path: Path, records: int, sentences: int = 3, least_bytes: float = 0) -> None:
+def write(path: Path, files: Sequence[Path], records: int, sentences: int = 3, least_bytes: float = 0) -> None:
     """Write conversations of one exchange, numbered so that all differ, until there are enough records and bytes."""
-    random, texts = Random(0), _sentences()
+    random, texts = Random(0), _sentences(files)
     with path.open("w", encoding="utf-8") as file:
         number = 0
         while number < records or file.tell() < least_bytes:
@@ -47,12 +48,19 @@ def write(path: Path, records: int, sentences: int = 3, least_bytes: float = 0) 
             number += 1
 
 
-def _sentences() -> list[str]:
+def _sentences(files: Sequence[Path]) -> list[str]:
+    """Return the different sentences of data files, lists of records of any format."""
     found: dict[str, None] = {}
-    for name in ("identity.json", "multi_turn.json", "system_prompts.json"):
-        for record in json.loads((ROOT / "examples" / name).read_text(encoding="utf-8")):
-            for turn in record["conversations"]:
-                found |= dict.fromkeys(re.split(r"(?<=[.?!])\s+", turn["value"]))
+
+    def add(value: object) -> None:
+        if isinstance(value, str):
+            found.update(dict.fromkeys(re.split(r"(?<=[.?!])\s+", value)))
+        elif isinstance(value, (dict, list)):
+            for item in value.values() if isinstance(value, dict) else value:
+                add(item)
+
+    for file in files:
+        add(json.loads(file.read_text(encoding="utf-8")))
     return list(found)
 
 
@@ -161,16 +169,18 @@ def _anonymous() -> float:
     return int(match[1]) / 2**10 if match else 0.0
 
 
-def measure(folder: Path, model: str, rounds: int, gigabytes: float) -> Iterator[tuple[str, Any]]:
+def measure(
+    folder: Path, model: str, texts: Sequence[Path], rounds: int, gigabytes: float
+) -> Iterator[tuple[str, Any]]:
     from loading.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(model)
     small, large, huge = (Case(folder / f"{name}.jsonl", checkpoint) for name in ("small", "large", "huge"))
     if gigabytes:
-        write(huge.path, 0, 40, gigabytes * 1e9)
+        write(huge.path, texts, 0, 10, gigabytes * 1e9)
         yield "growth_mib", {"gigabytes": gigabytes, "one process": peak_growth(lambda: huge.prepare(1))}
         huge.path.unlink()
-    write(small.path, 20_000)
+    write(small.path, texts, 20_000)
     ways: dict[str, Callable[[], int]] = {
         "the original's way": lambda: original_way(small.path, checkpoint.tokenizer),
         "one process": lambda: small.prepare(1),
@@ -180,7 +190,7 @@ def measure(folder: Path, model: str, rounds: int, gigabytes: float) -> Iterator
     first = figures["the original's way"]["thousand_tokens_per_second"]
     times = {name: round(each["thousand_tokens_per_second"] / first, 2) for name, each in figures.items()}
     yield "records_20000", {**figures, "times_the_original": times}
-    write(large.path, 200_000)
+    write(large.path, texts, 200_000)
     figures = interleaved({"one process": lambda: large.prepare(1), "two processes": lambda: large.prepare(2)}, 1)
     share = figures["two processes"]["seconds"] / figures["one process"]["seconds"]
     large.open_cached(folder / "cache")
@@ -193,6 +203,7 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m benchmarks.preparation", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("--model_name_or_path", required=True, help="a checkpoint with a real vocabulary")
+    parser.add_argument("--texts", type=Path, nargs="+", default=[*EXAMPLES], help="data files with the sentences")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--gigabytes", type=float, default=1.0, help="of JSON lines, for the memory; 0: not measured")
     args = parse_args(parser, argv, ROOT / "benchmarks" / "results" / "preparation.json")
@@ -203,7 +214,7 @@ def main(argv: Sequence[str]) -> None:
         "versions": {name: version(name) for name in LIBRARIES},
     }
     with tempfile.TemporaryDirectory() as name:
-        for key, value in measure(Path(name), args.model_name_or_path, args.rounds, args.gigabytes):
+        for key, value in measure(Path(name), args.model_name_or_path, args.texts, args.rounds, args.gigabytes):
             summary[key] = value
             print(key, json.dumps(value), flush=True)
     save_results(summary, args.output)

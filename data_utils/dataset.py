@@ -39,7 +39,7 @@ _MAX_LOGGED_FAULTS = 5
 _CHECKING_DELAY = 1.0  # seconds
 BAD_RECORD = "invalid record"
 # Of a block of records, which a process checks or tokenises.
-_BLOCK_RECORDS, _BLOCK_BYTES = 128, 1 << 18
+_BLOCK_RECORDS, _BLOCK_BYTES = 512, 1 << 20
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ in a later run. What was logged on the way is part of it and is logged again.
 from __future__ import annotations
 
 import errno
+import gc
 import hashlib
 import json
 import logging
@@ -90,6 +91,7 @@ def prepare(reader: DataReader, folder: Path) -> None:
     Raises:
         DataError: records that cannot be used.
     """
+    gc.freeze()  # else the garbage collector looks at all that was imported again and again, a tenth of the time
     writers = {name: ExampleWriter(folder / name) for name in reader.reports}
     with _recorded() as messages:
         for kept in reader.read():
