@@ -2,8 +2,9 @@
 
     python -m benchmarks.preparation --model_name_or_path DIR
 
-Prepares 20,000 short conversations of random sentences that all differ: with the original's way (one record at a time, each piece
-tokenised by itself, padded to the maximum), then as a run does, in one process and in two; each five times, in turns.
+Prepares 20,000 short conversations of random sentences that all differ: with the original's way (one record at a time,
+each piece tokenised by itself, padded to the maximum), then as a run does, in one process and in two; each five times,
+in turns.
 With 200,000 records it compares one process with two and measures how long a run takes to open prepared data. Peak
 memory is RssAnon above what is there before, for --gigabytes of JSON lines. The results are written to
 benchmarks/results/preparation.json.

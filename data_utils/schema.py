@@ -55,7 +55,7 @@ class Conversation:
     @property
     def is_text(self) -> bool:
         """Whether it is a plain text, the only turn."""
-        return self.turns[0].role == TEXT
+        return any(turn.role == TEXT for turn in self.turns[:1])
 
 
 class InvalidRecord(Exception):
