@@ -120,16 +120,18 @@ def read_samples(model: Path, data: Path, first: int, count: int) -> Samples:
         ConfigError: fewer samples than the rounds need, or arguments that finetune.py refuses.
     """
     from chat.label_mask import labels_from_weights
+    from data_utils.dataset import DataReader
+    from data_utils.examples import KeptConversation
     from data_utils.files import read_records
     from training.config.parsing import parse_args
     from training.data import preview_data
 
-    all_records = {where: record for where, record in read_records(data)}
+    all_records: dict[Any, object] = dict(read_records(data))
     records: list[Any] = []
     examples: list[dict[str, list[int]]] = []
 
-    def keep(reader: Any, kept: Any) -> None:
-        records.append(all_records[kept.conversation.where])
+    def keep(reader: DataReader, kept: KeptConversation) -> None:
+        records.append(all_records[kept.where])
         ids = list(kept.encoded.input_ids)
         labels = labels_from_weights(ids, [(span.length, span.weight) for span in kept.encoded.spans])
         examples.append({"input_ids": ids, "labels": labels})
