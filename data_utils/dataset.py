@@ -149,7 +149,8 @@ class DataReader:
         size = sum(path.stat().st_size for path in itertools.chain.from_iterable(files))
         if self._processes > 1:
             self.encoder.prepare_for_many()  # before the processes are forked
-        with Workers(RecordEncoder(self.encoder, self.options.fill), self._processes) as workers:
+        encoder = RecordEncoder(self.encoder, self.options.fill, self.options.data_format != "auto")
+        with Workers(encoder, self._processes) as workers:
             # The bar appears after a delay: if a quick check finds a fault, the fault is all that is printed.
             with self._progress("Checking", size, delay=_CHECKING_DELAY, leave=False) as advance:
                 checked = [self._check_source(paths, advance, workers) for paths in files]

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from data_utils.encode import EncodedConversation, Encoder
-from data_utils.formats import FORMATS, recognise
+from data_utils.formats import FORMATS, check_unambiguous, recognise
 from data_utils.json_stream import JsonLine
 from data_utils.location import Location
 from data_utils.report.source_report import count_answers, digest_of
@@ -45,17 +45,18 @@ class RecordEncoder:
 
     Args:
         fill: replacements for ``{{name}}`` in messages.
+        is_given: the format of the records was given, not recognised.
     """
 
-    def __init__(self, encoder: Encoder, fill: Mapping[str, str]) -> None:
-        self._encoder, self._fill = encoder, fill
+    def __init__(self, encoder: Encoder, fill: Mapping[str, str], is_given: bool = False) -> None:
+        self._encoder, self._fill, self._is_given = encoder, fill, is_given
 
     def check(self, format_name: str | None, records: Sequence[Record]) -> list[DataError | None]:
         """Return the fault of each record, if it has one."""
         faults: list[DataError | None] = []
         for where, value in records:
             try:
-                self._encoder.check_conversation(_parse(format_name, where, value))
+                self._encoder.check_conversation(_parse(format_name, where, value, self._is_given))
             except DataError as error:
                 faults.append(error)
             else:
@@ -95,10 +96,12 @@ class RecordEncoder:
         )
 
 
-def _parse(format_name: str | None, where: Location, value: object) -> Conversation:
+def _parse(format_name: str | None, where: Location, value: object, is_given: bool = True) -> Conversation:
     if isinstance(value, JsonLine):
         value = value.parse()
     if isinstance(value, DataError):
         raise value
     format_ = recognise(value, where) if format_name is None else FORMATS[format_name]
+    if not is_given:
+        check_unambiguous(value, where)
     return format_.parse(value, where)

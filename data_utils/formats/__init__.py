@@ -167,20 +167,31 @@ FIELDS = frozenset(
 """Fields of a record that a format reads or refuses."""
 
 
+def check_unambiguous(record: object, where: Location | str) -> None:
+    """Check that a record has no list of turns beside a text.
+
+    Alpaca's own files and some tables of pairs have a text as well, rendered from the other fields.
+
+    Raises:
+        DataError: it has.
+    """
+    if not isinstance(record, dict) or record.get("text") is None:
+        return
+    if name := next((name for name in ("conversations", "messages") if FORMATS[name].fits(record)), None):
+        what = f'the record has a list of turns and "text" ({short_repr(record["text"])})'
+        raise DataError(str(where), what, f"Give --data_format {name} or --data_format text")
+
+
 def recognise(record: object, where: Location | str) -> Format:
     """Return the first of ``FORMATS`` that a record has.
 
     Raises:
         DataError: none of them, which shows the record and describes the formats; or a list of turns beside a text.
     """
-    fitting = [format_ for format_ in FORMATS.values() if format_.fits(record)]
-    # Alpaca's own files and some tables of pairs have a text as well, rendered from the other fields.
-    names = [format_.name for format_ in fitting]
-    if isinstance(record, dict) and names[-1:] == ["text"] and names[0] in ("conversations", "messages"):
-        what = f'the record has a list of turns and "text" ({short_repr(record["text"])})'
-        raise DataError(str(where), what, f"Give --data_format {names[0]} or --data_format text")
-    if fitting:
-        return fitting[0]
+    check_unambiguous(record, where)
+    for format_ in FORMATS.values():
+        if format_.fits(record):
+            return format_
     if isinstance(record, dict):
         try:
             check_unsupported(record, UNSUPPORTED_PREFERENCES, "the record")

@@ -200,6 +200,8 @@ class DataReport:
     def problems(self) -> list[str]:
         """Return a line for each finding that makes the run worthless."""
         total = self.total()
+        if total.in_file and not total.read:
+            return [f"none of {total.in_file:,} records is left: --eval_split holds out, or #N and @xF leave out, all"]
         if not total.kept:
             reasons = "; ".join(f"{count:,} skipped, {reason}" for reason, count in total.skipped.counts.items())
             return [f"none of {total.read:,} {total.noun} can be used{': ' + reasons if reasons else ''}"]
@@ -226,6 +228,11 @@ class DataReport:
         if kept:
             unused = (source for source in self.sources if source.read and not source.kept)
             lines += [f"{source.name}: none of its {source.noun} can be used" for source in unused]
+            lines += [
+                f"{source.name}: none of its {source.in_file:,} records is used for this set"
+                for source in self.sources
+                if source.in_file and not source.read
+            ]
         if self.name == "train" and 0 < (count := self._count_items()) < self.items_per_step:
             lines.append(
                 f"a step uses {self.items_per_step:,} {self._items}, but there are only {count:,}: "

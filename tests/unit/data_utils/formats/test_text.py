@@ -77,6 +77,13 @@ def test_a_text_beside_turns_is_refused_unless_the_format_is_given(name: str, tu
     assert parse(record, "text").turns == (Turn(TEXT, "rendered"),) and len(parse(record, name).turns) == len(turns)
 
 
+def test_a_later_record_with_turns_is_refused_too(tokenizer: QWenTokenizer, tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", {"text": "a b"}, {"text": "c d", "messages": [ASK]})
+    with pytest.raises(DataError, match=r"a\.jsonl:2: the record has a list of turns and \"text\""):
+        load(encoder_of(tokenizer), path)
+    assert len(load(encoder_of(tokenizer), path, data_format="text")) == 2
+
+
 def test_text_is_not_converted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(DataError, match="is plain text, which has no turns to convert"):
         convert_data.main([str(write(tmp_path / "a.jsonl", {"text": "a"})), str(tmp_path / "b.jsonl")])

@@ -235,3 +235,11 @@ def test_plain_text_decides_whether_samples_are_packed() -> None:
     assert report.packs() == 0
     report.add_source("b.jsonl", "text").keep("b.jsonl:1", spans((30, "text", 1.0)))
     assert report.packs() == 1
+
+
+def test_sources_of_which_nothing_is_drawn_are_named() -> None:
+    report = DataReport("train", ReportSettings())
+    report.add_source("a.txt@x0.3", "text", 1)
+    assert report.problems() == ["none of 1 records is left: --eval_split holds out, or #N and @xF leave out, all"]
+    report.add_source("b.json", "messages", 1).keep("b.json:1", exchange(10, 20))
+    assert report.warnings() == ["a.txt@x0.3: none of its 1 records is used for this set"]
