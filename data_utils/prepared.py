@@ -6,7 +6,6 @@ in a later run. What was logged on the way is part of it and is logged again.
 
 from __future__ import annotations
 
-import errno
 import gc
 import hashlib
 import json
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from console import DISK_FULL
 from data_utils.dataset import DataReader
 from data_utils.examples import ExampleSet, ExampleWriter
 from data_utils.report.data_report import DataReport
@@ -80,7 +80,7 @@ def explained_full_disk(folder: Path, fix: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in DISK_FULL:
             raise OSError(error.errno, error.strerror, f"{folder} ({fix})") from error
         raise
 

@@ -42,7 +42,7 @@ def usable_folder(given: str | None) -> Path | None:
     Raises:
         ConfigError: the given folder cannot be written to.
     """
-    folder = default_folder() if given is None else Path(given)
+    folder = default_folder() if given is None else Path(given).expanduser()
     try:
         check_writable(folder, f"{FLAG} {folder}")
     except ConfigError as error:

@@ -100,7 +100,7 @@ def _check_data(args: RunArguments) -> Faults:
             yield from _faults_of(parse_source, name, flag)
     yield from _faults_of(parse_fill, data.fill or ())
     if data.data_cache_dir is not None and not data.no_data_cache:
-        yield from _faults_of(check_shared_folder, Path(data.data_cache_dir), "--data_cache_dir")
+        yield from _faults_of(check_shared_folder, Path(data.data_cache_dir).expanduser(), "--data_cache_dir")
     if not 0 <= data.eval_split < 1:
         yield ConfigError(f"--eval_split {data.eval_split:g} is out of range", "Give a fraction from 0 to below 1")
     if data.eval_split and data.eval_data_path:

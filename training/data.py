@@ -13,7 +13,7 @@ from transformers import TrainingArguments
 
 from checkpoints.files import save_json, save_text
 from checkpoints.names import DATA_REPORT, DATA_REPORT_PAGE
-from console import wants_color
+from console import DISK_FULL, wants_color
 from data_utils.collate import Collator
 from data_utils.dataset import DataOptions, DataReader, report_settings
 from data_utils.encode import EncodeOptions, Encoder
@@ -70,9 +70,17 @@ def prepare_data(args: RunArguments, training_arguments: TrainingArguments, chec
     """
     if args.data.lazy_preprocess:
         logger.info("--lazy_preprocess has no effect: conversations are checked and tokenised before the first step")
-    reader = build_reader(args, training_arguments, checkpoint)
     cache = None if args.data.no_data_cache else usable_folder(args.data.data_cache_dir)
-    prepared = prepare_temporary(reader) if cache is None else find_or_prepare(cache, reader, checkpoint)
+    prepared: Prepared | None = None
+    if cache is not None:
+        try:
+            prepared = find_or_prepare(cache, build_reader(args, training_arguments, checkpoint), checkpoint)
+        except OSError as error:
+            if args.data.data_cache_dir is not None or error.errno not in DISK_FULL:
+                raise
+            logger.warning("Prepared data is not kept: %s", error)  # nobody has asked for this folder
+    if prepared is None:
+        prepared = prepare_temporary(build_reader(args, training_arguments, checkpoint))
     sets = prepared.sets
     if "eval" in sets and training_arguments.eval_strategy == "no" and not training_arguments.eval_on_start:
         logger.warning(

@@ -135,9 +135,9 @@ def _staging(cache: Path, entry: Path) -> OwnedFolder:
             return make_temporary_folder(entry.with_suffix(PARTIAL), f"{FLAG} {cache}")
         except NotOursError:
             raise
-        except ConfigError as error:
+        except ConfigError:
             if not is_waiting:
-                logger.info("Waiting for the data that another process prepares: %s", error)
+                logger.info("Waiting for another process, which prepares the same data in %s", cache)
             is_waiting = True
             time.sleep(_WAIT)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import importlib.metadata
 import json
 import logging
@@ -30,6 +31,8 @@ from tests.golden import REPO
 from tests.models import CONVERSATIONS, copy_checkpoint
 from training import data_cache as data_cache_module
 from training.cache_entries import ABOUT, find_entries
+from training.config.parsing import parse_args
+from training.data import load_data
 from training.data_cache import find_or_prepare, fingerprint, ingredients
 
 
@@ -309,3 +312,22 @@ def test_entries_are_listed_and_removed(case: Case, capsys: pytest.CaptureFixtur
     used.release()
     data_cache(["--data_cache_dir", str(case.cache), "--remove", case.key()[:6]])
     assert [path.name for path in case.cache.iterdir()] == ["mine"]
+
+
+def test_full_disk_in_the_default_folder_does_not_end_a_run(
+    case: Case, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fill(*arguments: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(data_cache_module, "prepare", fill)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(case.folder))
+    monkeypatch.chdir(case.folder)
+    argv = ["--model_name_or_path", str(case.checkpoint.folder), "--data_path", str(case.data), "--output_dir", "out"]
+    argv += ["--on_bad_record", "skip"]
+    args = parse_args(argv)
+    assert len(load_data(args, args.trainer_values(), case.checkpoint)["train"]) == len(CONVERSATIONS) + 1  # type: ignore[arg-type]
+    assert any(message.startswith("Prepared data is not kept: ") for message in caplog.messages)
+    args = parse_args([*argv, "--data_cache_dir", "given"])
+    with pytest.raises(OSError, match="set --data_cache_dir to use another folder"):
+        load_data(args, args.trainer_values(), case.checkpoint)  # type: ignore[arg-type]
