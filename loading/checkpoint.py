@@ -143,9 +143,10 @@ def load_model(
                 **arguments,
             )
     except ConfigError as error:
-        if attn_implementation is not None and attn_implementation in str(error.__cause__):
-            what = f"--attn_implementation {attn_implementation}: {one_line(error.__cause__ or error)}"
-            raise ConfigError(what) from error
+        cause = one_line(error.__cause__ or error)
+        if attn_implementation is not None and attn_implementation.replace("_", "") in cause.lower().replace("_", ""):
+            what = f"--attn_implementation {attn_implementation}: {cause.rstrip('.')}"
+            raise ConfigError(what, "Install what it needs, or give sdpa") from error
         raise
     _check_finite(model, checkpoint)
     if "device_map" in arguments:

@@ -306,7 +306,7 @@ def test_weights_that_do_not_fit_the_config(tmp_path: Path) -> None:
 
 def test_unavailable_attention_implementation() -> None:
     for name in ("magic", "flash_attention_2"):
-        refuses_weights(TINY, "--", attn_implementation=name)
+        refuses_weights(TINY, f"--attn_implementation {name}: ", attn_implementation=name)
     checkpoint = load_checkpoint(str(TINY))
     models = [load_model(checkpoint, torch.float32, name).eval() for name in ("eager", "sdpa")]
     with torch.no_grad():
