@@ -33,7 +33,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-    cache = default_folder() if args.data_cache_dir is None else Path(args.data_cache_dir)
+    cache = default_folder() if args.data_cache_dir is None else Path(args.data_cache_dir).expanduser()
+    if args.data_cache_dir is not None and not cache.is_dir():
+        raise ConfigError(f"--data_cache_dir {cache}: no such folder", "Give the folder that the runs were given")
     entries = find_entries(cache)
     chosen = choose(entries, args.remove or (), args.remove_unused)
     for entry in entries:
@@ -53,9 +55,11 @@ def choose(entries: Sequence[Entry], names: Sequence[str], days: float | None) -
     """Return the entries to remove.
 
     Raises:
-        ConfigError: a name that is the start of none or of several entries.
+        ConfigError: a negative number of days, or a name that is the start of none or of several entries.
     """
     if days is not None:
+        if not days >= 0:
+            raise ConfigError(f"--remove_unused {days:g} is out of range", "Give 0 or more days")
         return [entry for entry in entries if entry.used < time.time() - days * _DAY]
     chosen = []
     for name in names:

@@ -23,7 +23,7 @@ from data_utils.encode import EncodeOptions, Encoder
 from data_utils.examples import ExampleSet
 from data_utils.prepared import load_examples
 from data_utils.sources import parse_source
-from errors import DataError
+from errors import ConfigError, DataError
 from loading.checkpoint import Checkpoint, load_checkpoint
 from ownership import make_temporary_folder
 from scripts.data_cache import main as data_cache
@@ -312,6 +312,16 @@ def test_entries_are_listed_and_removed(case: Case, capsys: pytest.CaptureFixtur
     used.release()
     data_cache(["--data_cache_dir", str(case.cache), "--remove", case.key()[:6]])
     assert [path.name for path in case.cache.iterdir()] == ["mine"]
+
+
+@pytest.mark.parametrize("days", ["-1", "nan"])
+def test_wrong_ages_and_folders_remove_nothing(case: Case, days: str) -> None:
+    case.load()
+    with pytest.raises(ConfigError, match="out of range"):
+        data_cache(["--data_cache_dir", str(case.cache), "--remove_unused", days])
+    with pytest.raises(ConfigError, match="no such folder"):
+        data_cache(["--data_cache_dir", str(case.folder / "other")])
+    assert len(find_entries(case.cache)) == 1
 
 
 def test_full_disk_in_the_default_folder_does_not_end_a_run(
