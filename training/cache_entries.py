@@ -39,14 +39,18 @@ def default_folder() -> Path:
 def usable_folder(given: str | None) -> Path | None:
     """Return the folder of ``--data_cache_dir``, or the default; ``None`` if the default cannot be written to.
 
+    A given folder that cannot be written to is returned if it has entries, which can be used.
+
     Raises:
-        ConfigError: the given folder cannot be written to.
+        ConfigError: the given folder cannot be written to, and has no entries.
     """
     folder = default_folder() if given is None else Path(given).expanduser()
     try:
         check_writable(folder, f"{FLAG} {folder}")
     except ConfigError as error:
         if given is not None:
+            if find_entries(folder):
+                return folder
             raise
         logger.warning("Prepared data is not kept: %s", error)
         return None
@@ -78,7 +82,11 @@ class Entry:
         if self.path.suffix == PARTIAL:
             make_temporary_folder(self.path, str(self.path)).remove()
             return
-        descriptor = os.open(self.path / ABOUT, os.O_RDONLY)
+        try:
+            descriptor = os.open(self.path / ABOUT, os.O_RDONLY)
+        except FileNotFoundError:  # damaged, and so in use by nobody
+            shutil.rmtree(self.path)
+            return
         try:
             with suppress(OSError):
                 try:
@@ -100,11 +108,19 @@ def _read_entry(path: Path) -> Entry | None:
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     if path.suffix == PARTIAL:
         return Entry(path, size, path.stat().st_mtime, "", ["not complete"]) if has_mark(path) else None
+    if not is_entry(path):
+        return None
     try:
-        about = json.loads((path / ABOUT).read_text(encoding="ascii"))
         used = (path / ABOUT).stat().st_mtime
-    except (OSError, ValueError):
-        return None
-    if not isinstance(about, dict) or about.get("format") != FORMAT:
-        return None
-    return Entry(path, size, used, str(about["model"]), [str(source) for source in about["sources"]])
+        about = json.loads((path / ABOUT).read_text(encoding="ascii"))
+        model, sources = str(about["model"]), [str(source) for source in about["sources"]]
+    except (OSError, ValueError, KeyError, TypeError):
+        return Entry(path, size, path.stat().st_mtime, "", ["damaged"])
+    return Entry(path, size, used, model, sources)
+
+
+def is_entry(path: Path) -> bool:
+    """Return whether a path is a folder with the files of an entry, possibly damaged."""
+    from data_utils.prepared import INDEX
+
+    return path.is_dir() and not path.is_symlink() and any((path / name).is_file() for name in (ABOUT, INDEX))

@@ -24,8 +24,9 @@ from data_utils.dataset import DataReader
 from data_utils.prepared import Prepared, explained_full_disk, log_again, open_prepared, prepare, report_on
 from data_utils.store import DamagedError
 from errors import ConfigError, DataError
+from outputs import check_writable
 from ownership import NotOursError, OwnedFolder, make_temporary_folder
-from training.cache_entries import ABOUT, FLAG, FORMAT, PARTIAL
+from training.cache_entries import ABOUT, FLAG, FORMAT, PARTIAL, is_entry
 from training.distributed.agreement import CONFIG_FILES, digest_files, digest_sources
 
 if TYPE_CHECKING:
@@ -102,6 +103,8 @@ def find_or_prepare(cache: Path, reader: DataReader, checkpoint: Checkpoint) -> 
     entry, prepared, is_new = cache / fingerprint(values), None, False
     with suppress(DamagedError):
         prepared = _open(entry, reader)
+    if prepared is None:
+        _check_free(cache, entry)
     while prepared is None:
         with _staging(cache, entry) as staging, explained_full_disk(cache, f"set {FLAG} to use another folder"):
             try:
@@ -120,6 +123,17 @@ def find_or_prepare(cache: Path, reader: DataReader, checkpoint: Checkpoint) -> 
         prepared.release()
         raise
     return prepared
+
+
+def _check_free(cache: Path, entry: Path) -> None:
+    """Check that an entry can be written: the folder is writable, and nothing else has the entry's name.
+
+    Raises:
+        ConfigError: names what is in the way.
+    """
+    check_writable(cache, f"{FLAG} {cache}, which has no entry for this data")
+    if os.path.lexists(entry) and not is_entry(entry):
+        raise ConfigError(f"{FLAG} {cache}: {entry} is no entry of the cache", "Move it away, or give another folder")
 
 
 def _staging(cache: Path, entry: Path) -> OwnedFolder:

@@ -29,6 +29,7 @@ from ownership import make_temporary_folder
 from scripts.data_cache import main as data_cache
 from tests.golden import REPO
 from tests.models import CONVERSATIONS, copy_checkpoint
+from training import cache_entries
 from training import data_cache as data_cache_module
 from training.cache_entries import ABOUT, find_entries
 from training.config.parsing import parse_args
@@ -341,3 +342,51 @@ def test_full_disk_in_the_default_folder_does_not_end_a_run(
     args = parse_args([*argv, "--data_cache_dir", "given"])
     with pytest.raises(OSError, match="set --data_cache_dir to use another folder"):
         load_data(args, args.trainer_values(), case.checkpoint)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["link", "file", "folder"])
+def test_entries_never_replace_what_is_not_theirs(case: Case, prepared: list[Path], kind: str) -> None:
+    entry, elsewhere = case.cache / case.key(), case.folder / "elsewhere"
+    case.cache.mkdir()
+    if kind == "file":
+        entry.write_text("mine")
+    else:
+        folder = elsewhere if kind == "link" else entry
+        folder.mkdir()
+        (folder / "mine.txt").write_text("mine")
+        if kind == "link":
+            entry.symlink_to(folder)
+    with pytest.raises(ConfigError, match=f"{entry.name} is no entry of the cache"):
+        case.load()
+    assert not prepared, "it is found before the work"
+    assert (entry if kind == "file" else entry / "mine.txt").read_text() == "mine"
+
+
+def test_read_only_folder_serves_its_entries(
+    case: Case, prepared: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path, label: str) -> None:
+        raise ConfigError(f"{label}: {folder} is not writable", "Choose a writable folder")
+
+    monkeypatch.setattr(cache_entries, "check_writable", refuse)
+    monkeypatch.setattr(data_cache_module, "check_writable", refuse)
+    with pytest.raises(ConfigError, match="is not writable"):
+        cache_entries.usable_folder(str(case.cache))
+    monkeypatch.undo()
+    case.load()
+    monkeypatch.setattr(cache_entries, "check_writable", refuse)
+    monkeypatch.setattr(data_cache_module, "check_writable", refuse)
+    assert cache_entries.usable_folder(str(case.cache)) == case.cache
+    assert len(case.load()) > 0
+    case.options = dataclasses.replace(case.options, seed=9)
+    with pytest.raises(ConfigError, match="has no entry for this data: .* is not writable"):
+        case.load()
+
+
+def test_damaged_descriptions_are_listed_and_removed(case: Case) -> None:
+    case.load()
+    (case.cache / case.key() / "about.json").write_text("{")
+    [entry] = cache_entries.find_entries(case.cache)
+    assert entry.sources == ["damaged"]
+    entry.remove()
+    assert not cache_entries.find_entries(case.cache)
