@@ -120,7 +120,7 @@ class EncodedConversation:
 def _restored(
     ids: Sequence[int], spans: list[tuple[int, str, float]], turns_dropped: int, full_length: int
 ) -> EncodedConversation:
-    return EncodedConversation(ids, list(map(Span._make, spans)), turns_dropped, full_length)
+    return EncodedConversation(ids, [Span(*span) for span in spans], turns_dropped, full_length)
 
 
 class Encoder:

@@ -98,7 +98,7 @@ def test_missing_bitsandbytes_is_refused(tmp_path: Path, quantised: Path, monkey
     monkeypatch.setattr(
         "importlib.util.find_spec", lambda name, *rest: None if name == "bitsandbytes" else find(name, *rest)
     )
-    missing = f"needs bitsandbytes, which is not installed. {pip_command('requirements_qlora.txt')}"
+    missing = f"needs bitsandbytes, which is not installed. Install it: {pip_command('requirements_qlora.txt')}"
     assert complaint(tmp_path, *Q_LORA) == f"--q_lora (NF4 by bitsandbytes) {missing}"
     assert complaint(tmp_path, *Q_LORA, "--load_in_8bit") == f"--q_lora (8-bit by bitsandbytes) {missing}"
     saved = copy_checkpoint(tmp_path / "nf4", quantization_config=NF4)

@@ -362,9 +362,7 @@ def test_entries_never_replace_what_is_not_theirs(case: Case, prepared: list[Pat
     assert (entry if kind == "file" else entry / "mine.txt").read_text() == "mine"
 
 
-def test_read_only_folder_serves_its_entries(
-    case: Case, prepared: list[Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_read_only_folder_serves_its_entries(case: Case, prepared: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(folder: Path, label: str) -> None:
         raise ConfigError(f"{label}: {folder} is not writable", "Choose a writable folder")
 
@@ -379,7 +377,7 @@ def test_read_only_folder_serves_its_entries(
     assert cache_entries.usable_folder(str(case.cache)) == case.cache
     assert len(case.load()) > 0
     case.options = dataclasses.replace(case.options, seed=9)
-    with pytest.raises(ConfigError, match="has no entry for this data: .* is not writable"):
+    with pytest.raises(ConfigError, match=r"has no entry for this data: .* is not writable"):
         case.load()
 
 

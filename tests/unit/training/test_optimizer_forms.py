@@ -103,11 +103,11 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path, flags: tup
 
 @pytest.mark.parametrize("flags", [(), ("--save_only_model",)])
 def test_the_best_model_is_the_evaluation_form_of_its_step(tmp_path: Path, flags: tuple[object, ...]) -> None:
-    result = run(tmp_path / "best", 4, *BEST, *flags, rate=30)
+    result = run(tmp_path / "best", 4, *BEST, *flags, rate=100)
     losses = logged_losses(tmp_path / "best", "eval_loss")
     best = 1 + losses.index(min(losses))
     assert best < 4
-    assert equal(result, run(tmp_path / "short", best, rate=30))
+    assert equal(result, run(tmp_path / "short", best, rate=100))
     assert equal(result, adapter(tmp_path / "best" / f"checkpoint-{best}")) == bool(flags)
 
 

@@ -149,7 +149,7 @@ def test_log_line_covers_the_steps_since_the_last_one(data: Path, tmp_path: Path
     assert single.progress.total.padding == double.progress.total.padding == pytest.approx(
         1 - sum(lengths) / sum(2 * max(lengths[at : at + 2]) for at in range(0, 8, 2))
     )  # fmt: skip
-    assert ones[0]["eta_seconds"] > ones[1]["eta_seconds"] > ones[-1]["eta_seconds"] == 0
+    assert ones[0]["eta_seconds"] >= ones[1]["eta_seconds"] >= ones[-1]["eta_seconds"] == 0  # steps take milliseconds
     assert all(row["tokens_per_second"] > 0 and 0.05 < row["peak_memory_gib"] < 64 for row in ones)
 
 
