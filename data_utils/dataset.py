@@ -79,12 +79,14 @@ class _CheckedFile:
     Attributes:
         usable: for each record, whether it can be used.
         fault: why nothing after these records can be read.
+        is_text: the user says that it is plain text.
     """
 
     path: Path
     format: Format | None
     usable: bytearray = field(default_factory=bytearray)
     fault: DataError | None = None
+    is_text: bool = False
 
     @property
     def format_name(self) -> str | None:
@@ -180,7 +182,8 @@ class DataReader:
     ) -> list[_CheckedFile]:
         checked: list[_CheckedFile] = []
         for path in paths:
-            file = _CheckedFile(path, None if self.options.data_format == "auto" else FORMATS[self.options.data_format])
+            name = self.options.data_format
+            file = _CheckedFile(path, None if name == "auto" else FORMATS[name], is_text=name == "text")
             for _, faults in workers.map("check", _blocks_to_check(file, advance)):
                 for fault in faults:
                     file.usable.append(fault is None)
@@ -286,7 +289,7 @@ def _blocks_to_check(
     records: list[Record] = []
     size = 0
     try:
-        for record in read_records(file.path, advance, FIELDS, parses_lines=False):
+        for record in read_records(file.path, advance, FIELDS, parses_lines=False, is_text=file.is_text):
             if file.format is None and (found := _recognised(record)) is not None:
                 if records:  # none of them has a known format
                     yield None, (None, records)
@@ -314,7 +317,7 @@ def _blocks_to_encode(
     records: list[Record] = []
     size = 0
     for (where, value), is_usable in zip(
-        read_records(file.path, advance, FIELDS, parses_lines=False), file.usable, strict=False
+        read_records(file.path, advance, FIELDS, parses_lines=False, is_text=file.is_text), file.usable, strict=False
     ):
         train_copies, eval_copies = sampler.next_copies() if is_usable else (0, 0)
         if train_copies or eval_copies:

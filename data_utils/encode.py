@@ -188,7 +188,8 @@ class Encoder:
                     self._check_text(turn.content)
                 except ValueError as error:
                     fix = "Shorten it, or leave the record out"
-                    raise DataError(where, f"turn {number} contains {error}", fix) from None
+                    owner = "the text" if conversation.is_text else f"turn {number}"
+                    raise DataError(where, f"{owner} contains {error}", fix) from None
             if turn.thinking or (turn.role == "assistant" and (THINK in turn.content or THINK_END in turn.content)):
                 self._check_thinking(turn, number, where)
         try:

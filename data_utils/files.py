@@ -120,6 +120,7 @@ def read_records(
     advance: Callable[[int], object] | None = None,
     fields: Collection[str] | None = None,
     parses_lines: bool = True,
+    is_text: bool = False,
 ) -> Iterator[tuple[Location, object]]:
     """Read the records of a data file, each with its location.
 
@@ -131,6 +132,7 @@ def read_records(
         fields: columns of a table that are read; ``None``, or a table without any of them, reads all.
         advance: called with the bytes of the file read since the last call; the sum of all calls is the file's size.
         parses_lines: see ``json_records``.
+        is_text: a .txt file is plain text, even if it begins like JSON.
 
     Yields:
         The location and the value of a record. If only this record cannot be read (a broken line, a repeated key), its
@@ -148,7 +150,7 @@ def read_records(
             mode = os.fstat(file.fileno()).st_mode
             if not stat.S_ISREG(mode):
                 raise _no_regular_file(path, mode)
-            for record in _records(file, path, advance or _ignore, fields, parses_lines):
+            for record in _records(file, path, advance or _ignore, fields, parses_lines, is_text):
                 empty = False
                 yield record
     except OSError as error:
@@ -180,6 +182,7 @@ def _records(
     advance: Callable[[int], object],
     fields: Collection[str] | None,
     parses_lines: bool,
+    is_text: bool,
 ) -> Iterator[tuple[Location, object]]:
     start = file.peek(len(_PARQUET))
     if start.startswith(_PARQUET):
@@ -196,7 +199,7 @@ def _records(
         kind = "gzip" if path.suffix.lower() == ".gz" else "Parquet"
         what = f"the name ends in {path.suffix}, but the content is not a {kind} file"
         raise DataError(str(path), what, "Download or write the file again, or rename it")
-    if is_text_file(name, start):
+    if is_text_file(name, start, is_text):
         return text_records(chunks, str(path))
     return json_records(chunks, str(path), parses_lines)
 

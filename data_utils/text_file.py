@@ -19,13 +19,14 @@ _LINE_START, _SPACE = re.compile(r"(?s:.*)\n(?=\S)"), re.compile(r"(?s:.*\S)(?=\
 _JSON = re.compile(rb'\s*(\{\s*"|\[\s*\{)')
 
 
-def is_text_file(name: str, start: bytes) -> bool:
+def is_text_file(name: str, start: bytes, is_given: bool = False) -> bool:
     """Return whether a file is plain text: it is named .txt and does not begin like JSON.
 
     Args:
         start: its first bytes, unpacked.
+        is_given: the user says that it is plain text, however it begins.
     """
-    is_json = _JSON.match(start.removeprefix(codecs.BOM_UTF8))
+    is_json = not is_given and _JSON.match(start.removeprefix(codecs.BOM_UTF8))
     return name.lower().endswith(".txt") and not is_json
 
 
@@ -37,13 +38,16 @@ def text_records(chunks: Iterator[bytes], path: str) -> Iterator[tuple[Location,
         path: the file's name in locations and errors.
 
     Yields:
-        For a blank text a ``DataError`` instead of a record.
+        A ``DataError`` as the last value, if the text is blank, not UTF-8 or no text.
 
     Raises:
-        DataError: not UTF-8, or no text.
+        DataError: the chunks cannot be read.
     """
     text, line, is_blank = "", 1, True
     for more in _decoded(chunks, path):
+        if isinstance(more, DataError):
+            yield Location(path, line), more
+            return
         text += more
         while len(text) > PART:
             end = _cut(text)
@@ -74,21 +78,27 @@ def _cut(text: str) -> int:
     return match.end() if match else PART
 
 
-def _decoded(chunks: Iterator[bytes], path: str) -> Iterator[str]:
+def _decoded(chunks: Iterator[bytes], path: str) -> Iterator[str | DataError]:
+    """Yield the text, or its fault at last."""
     decoder, line, is_first = codecs.getincrementaldecoder("utf-8")(), 1, True
     try:
         for chunk in chunks:
             if is_first:
-                check_encoding(chunk, path)
+                try:
+                    check_encoding(chunk, path)
+                except DataError as error:
+                    yield error
+                    return
                 chunk, is_first = chunk.removeprefix(codecs.BOM_UTF8), False
             text = decoder.decode(chunk)
             if "\0" in text:
                 line += text[: text.index("\0")].count("\n")
-                raise DataError(f"{path}:{line}", "contains a zero byte, so it is no text", "Leave the file out")
+                yield DataError(f"{path}:{line}", "contains a zero byte, so it is no text", "Leave the file out")
+                return
             line += text.count("\n")
             yield text
         decoder.decode(b"", final=True)
     except UnicodeDecodeError as error:
         line += error.object[: error.start].count(b"\n")
         byte = error.object[error.start]
-        raise DataError(f"{path}:{line}", f"is not UTF-8 (byte 0x{byte:02x})", "Save the file as UTF-8") from None
+        yield DataError(f"{path}:{line}", f"is not UTF-8 (byte 0x{byte:02x})", "Save the file as UTF-8")

@@ -162,6 +162,7 @@ def build_reader(
         max_steps=flags.max_steps,
         packing=choose_packing(args, checkpoint.config.to_dict()),
         by_source=data.data_mixing == "sequential",
+        drop_last=flags.dataloader_drop_last,
         batching=_batching(args, checkpoint, flags.train_sampling_strategy == "group_by_length"),
     )
     flags_of_sets = {"train": ("--data_path", data.data_path), "eval": ("--eval_data_path", data.eval_data_path)}

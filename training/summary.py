@@ -26,6 +26,7 @@ from loading.opened_by import opening_commands
 from loading.quantized import count_elements, count_weights
 from training.callbacks import RunLog
 from training.config.args import RunArguments
+from training.config.schedules import SCHEDULES
 from training.data import packs_samples, save_reports
 from training.learnt import describe_learnt, measure_learnt, warn_of_little
 from training.ornaments import ornament
@@ -123,8 +124,10 @@ def describe_run(
 def _steps_of(trainer: QwenTrainer) -> tuple[int, int, int]:
     """Return the conversations or packs of an optimizer step, the steps of an epoch, and those of the run."""
     flags, items = trainer.args, trainer.train_dataset
-    batch = flags.train_batch_size * flags.gradient_accumulation_steps * flags.world_size
-    return batch, *count_steps(len(items), batch, flags.num_train_epochs, flags.max_steps)  # type: ignore[arg-type]
+    accumulation = flags.gradient_accumulation_steps
+    batch = flags.train_batch_size * accumulation * flags.world_size
+    schedule = (flags.num_train_epochs, flags.max_steps, accumulation, flags.dataloader_drop_last)
+    return batch, *count_steps(len(items), batch, *schedule)  # type: ignore[arg-type]
 
 
 def _items_of(trainer: QwenTrainer) -> str:
@@ -147,13 +150,30 @@ def _packing_rows(trainer: QwenTrainer, args: RunArguments, batch: int) -> list[
 
 
 def warn_of_few_steps(trainer: QwenTrainer) -> None:
-    """Warn if small data gives too few optimizer steps to learn anything, unless ``--max_steps`` asks for them."""
+    """Warn if small data gives too few optimizer steps to learn anything, unless ``--max_steps`` asks for them.
+
+    A single step is always warned about if it is one of warm-up, which begins with the learning rate 0.
+    """
     batch, _, steps = _steps_of(trainer)
-    if steps < FEW_STEPS and trainer.args.max_steps <= 0:
+    flags, schedule = trainer.args, trainer.args.lr_scheduler_type
+    warms_up = SCHEDULES[name].warms_up if (name := str(getattr(schedule, "value", schedule))) in SCHEDULES else True
+    if steps == 1 and warms_up and flags.get_warmup_steps(steps):
         logger.warning(
-            "The run has only %d optimizer steps, of %d %s each, which teach little. Lower "
-            "--gradient_accumulation_steps %d or raise --num_train_epochs %g; docs/training.md has a recipe",
-            steps, batch, _items_of(trainer), trainer.args.gradient_accumulation_steps, trainer.args.num_train_epochs,
+            "The only optimizer step has the learning rate 0, with which --warmup_steps %g begins: nothing is trained. "
+            "Give --warmup_steps 0, or more steps",
+            flags.warmup_steps,
+        )
+    if steps < FEW_STEPS and flags.max_steps <= 0:
+        sizes = {
+            "gradient_accumulation_steps": flags.gradient_accumulation_steps,
+            "per_device_train_batch_size": flags.train_batch_size,
+            "model_max_length": getattr(trainer.train_dataset, "capacity", 1),
+        }
+        lower = " or ".join(f"--{name} {value}" for name, value in sizes.items() if value > 1)
+        logger.warning(
+            "The run has only %d optimizer steps, of %d %s each, which teach little. %s --num_train_epochs %g; "
+            "docs/training.md has a recipe",
+            steps, batch, _items_of(trainer), f"Lower {lower}, or raise" if lower else "Raise", flags.num_train_epochs,
         )  # fmt: skip
 
 

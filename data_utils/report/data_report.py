@@ -31,6 +31,7 @@ class ReportSettings:
         positions: the most tokens of a sample that the model allows, if that is known.
         packing: training samples are packed; ``None``: if any of them is plain text.
         by_source: each source is packed by itself.
+        drop_last: items that fill no batch are left out of each epoch.
     """
 
     model: str = ""
@@ -47,6 +48,7 @@ class ReportSettings:
     positions: int | None = None
     packing: bool | None = False
     by_source: bool = False
+    drop_last: bool = False
 
     def data_flags(self, separator: str = " ") -> str:
         """Return the flags that decide which tokens are trained, with their values."""
@@ -54,13 +56,17 @@ class ReportSettings:
         return separator.join(f"--{name} {getattr(self, name)}" for name in names)
 
 
-def count_steps(items: int, items_per_step: int, epochs: float, max_steps: int) -> tuple[int, int]:
+def count_steps(
+    items: int, items_per_step: int, epochs: float, max_steps: int, accumulation: int = 1, drop_last: bool = False
+) -> tuple[int, int]:
     """Return the optimizer steps of an epoch and of the run. The last step of an epoch may use fewer items.
 
     Args:
         items: samples, or packs of them.
         max_steps: replaces ``epochs`` if positive.
+        drop_last: leave out the items that fill no batch on all devices, of which a step has ``accumulation``.
     """
+    items -= items % (items_per_step // accumulation) if drop_last else 0
     per_epoch = max(1, math.ceil(items / items_per_step))
     return per_epoch, max_steps if max_steps > 0 else math.ceil(per_epoch * epochs)
 
@@ -152,7 +158,9 @@ class DataReport:
 
     def steps(self) -> tuple[int, int]:
         """Return the optimizer steps of an epoch and of the run."""
-        return count_steps(self._count_items(), self.items_per_step, self.settings.epochs, self.settings.max_steps)
+        settings = self.settings
+        schedule = (settings.epochs, settings.max_steps, settings.accumulation, settings.drop_last)
+        return count_steps(self._count_items(), self.items_per_step, *schedule)
 
     def describe_steps(self) -> str:
         """Describe the number of optimizer steps and the items of each in two sentences."""
@@ -174,9 +182,11 @@ class DataReport:
     def _step_flags(self) -> str:
         """Return the flags that decide how many samples a step uses, with their values."""
         settings = self.settings
-        flags = [f"--per_device_train_batch_size {settings.batch_size}"]
-        flags += [f"--gradient_accumulation_steps {settings.accumulation}"] if settings.accumulation > 1 else []
-        return " or ".join(flags)
+        flags = {
+            "per_device_train_batch_size": settings.batch_size,
+            "gradient_accumulation_steps": settings.accumulation,
+        }
+        return " or ".join(f"--{name} {value}" for name, value in flags.items() if value > 1) or "the number of devices"
 
     def as_dict(self) -> dict[str, Any]:
         """Return the sum of the sources, then each source, for JSON."""
@@ -238,6 +248,13 @@ class DataReport:
                 f"a step uses {self.items_per_step:,} {self._items}, but there are only {count:,}: "
                 f"an epoch is one step. Lower {self._step_flags()} for more steps"
             )
+        if self.name == "train" and self.settings.drop_last:
+            count, batch = self._count_items(), self.settings.batch_size * self.settings.world_size
+            if dropped := count % batch:
+                lines.append(
+                    f"--dataloader_drop_last leaves out {dropped:,} of {count:,} {self._items} in each epoch, which do "
+                    f"not fill a batch of {batch:,}"
+                )
         return lines
 
     def _lost_tokens(self) -> list[str]:

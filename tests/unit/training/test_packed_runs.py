@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from data_utils.report.data_report import count_steps
 from errors import RunError
 from tests.commands import finetune_here, read_json, read_log
 from tests.models import CONVERSATIONS, TINY
@@ -18,6 +19,7 @@ from tests.unit.training.test_trainer import build_trainer, logs_of
 from training.config.parsing import parse_args
 from training.rows import choose_packing
 from training.samplers import PackedExamples
+from training.summary import warn_of_few_steps
 from training.trainer import QwenTrainer
 
 ONE_STEP = (
@@ -153,3 +155,27 @@ def test_texts_are_packed_with_conversations_and_each_keeps_its_way(
 )  # fmt: skip
 def test_packing_is_left_to_the_data_where_nothing_prevents_it(flags: list[str], packing: bool | None) -> None:
     assert choose_packing(parse_args(flags), {"model_type": "qwen"}) is packing
+
+
+def test_a_single_step_of_warm_up_is_warned_about_with_possible_advice(
+    data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trainer = build_trainer(
+        data, tmp_path, "--packing", "--model_max_length", 500, "--per_device_train_batch_size", 1,
+        "--num_train_epochs", 1, "--lr_scheduler_type", "cosine", "--warmup_steps", 0.01,
+    )  # fmt: skip
+    assert len(packs_of(trainer)) == 1
+    warn_of_few_steps(trainer)
+    few, zero = caplog.messages[::-1][:2]
+    assert zero.startswith("The only optimizer step has the learning rate 0, with which --warmup_steps 0.01 begins")
+    assert few.endswith("Lower --model_max_length 500, or raise --num_train_epochs 1; docs/training.md has a recipe")
+
+
+def test_a_run_drops_as_many_packs_as_its_steps_say(data: Path, tmp_path: Path) -> None:
+    trainer = build_trainer(
+        data, tmp_path, *PACKED, "--per_device_train_batch_size", 2, "--dataloader_drop_last", "True",
+        "--num_train_epochs", 2,
+    )  # fmt: skip
+    expected = count_steps(len(packs_of(trainer)), 2, 2, -1, drop_last=True)
+    trainer.train()
+    assert trainer.state.global_step == expected[1] == 2 * (len(packs_of(trainer)) // 2)

@@ -152,18 +152,37 @@ def test_json_in_a_text_file_is_json(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"a\nb\0c", ":2: contains a zero byte, so it is no text"),
+        (b"a\nb\0c", ":2: contains a zero byte, so it is no text"), (b"a\xc3", ":1: is not UTF-8 (byte 0xc3)"),
         (b"a\nb\nc\xff", ":3: is not UTF-8 (byte 0xff). Save the file as UTF-8"),
-        (b"a\xc3", ":1: is not UTF-8 (byte 0xc3)"), ("a".encode("utf-16"), ": the file is UTF-16, not UTF-8"),
-        (b"PK\x03\x04rest", "is a zip archive"), (b"%PDF-1.7", "is a PDF document"),
+        ("a".encode("utf-16"), ": the file is UTF-16, not UTF-8"),
     ],
 )  # fmt: skip
-def test_what_is_no_text_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
-    path = tmp_path / "a.txt"
-    path.write_bytes(content)
-    with pytest.raises(DataError) as error:
-        list(read_records(path))
-    assert message in str(error.value)
+def test_a_text_that_cannot_be_read_is_a_bad_record(
+    content: bytes, message: str, tmp_path: Path, tokenizer: QWenTokenizer
+) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    (tmp_path / "b.txt").write_text("good text")
+    [(_, fault)] = read_records(tmp_path / "a.txt")
+    assert isinstance(fault, DataError) and message in str(fault)
+    with pytest.raises(DataError, match=r"a\.txt"):
+        load(encoder_of(tokenizer), tmp_path)
+    assert len(load(encoder_of(tokenizer), tmp_path, skip_bad=True)) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"PK\x03\x04rest", "a zip archive"), (b"%PDF-1.7", "a PDF document")]
+)
+def test_another_file_named_text_is_refused(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        list(read_records(tmp_path / "a.txt"))
+
+
+def test_a_text_may_begin_like_json_if_its_format_is_given(tmp_path: Path, tokenizer: QWenTokenizer) -> None:
+    (tmp_path / "a.txt").write_text('{"curly text')
+    with pytest.raises(DataError, match="not valid JSON"):
+        load(encoder_of(tokenizer), tmp_path / "a.txt")
+    assert len(load(encoder_of(tokenizer), tmp_path / "a.txt", data_format="text")) == 1
 
 
 @pytest.mark.parametrize("content", ["", " \n"])

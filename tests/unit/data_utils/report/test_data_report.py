@@ -243,3 +243,13 @@ def test_sources_of_which_nothing_is_drawn_are_named() -> None:
     assert report.problems() == ["none of 1 records is left: --eval_split holds out, or #N and @xF leave out, all"]
     report.add_source("b.json", "messages", 1).keep("b.json:1", exchange(10, 20))
     assert report.warnings() == ["a.txt@x0.3: none of its 1 records is used for this set"]
+
+
+def test_dropped_items_are_named_and_do_not_count_in_steps() -> None:
+    report = report_of_lengths([5] * 8, batch_size=3, drop_last=True)
+    assert report.steps() == (2, 2)
+    assert report.warnings() == [
+        "--dataloader_drop_last leaves out 2 of 8 samples in each epoch, which do not fill a batch of 3"
+    ]
+    report = report_of_lengths([5] * 8, batch_size=2, accumulation=3, world_size=1, drop_last=True)
+    assert report.steps() == (2, 2) and report.warnings() == []
