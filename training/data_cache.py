@@ -159,7 +159,6 @@ def _staging(cache: Path, entry: Path) -> OwnedFolder:
 def _prepare(folder: Path, entry: Path, reader: DataReader, checkpoint: Checkpoint, values: dict[str, Any]) -> None:
     """Prepare an entry in ``folder``, and rename it."""
     folder.mkdir()
-    logger.info("Prepared data is kept in %s (--no_data_cache keeps none)", entry)
     prepare(reader, folder)
     if ingredients(reader, checkpoint) != values:
         raise DataError("--data_path", "a file changed while it was read", "Start again when nothing writes to it")
@@ -169,6 +168,7 @@ def _prepare(folder: Path, entry: Path, reader: DataReader, checkpoint: Checkpoi
     if os.path.lexists(entry):  # damaged
         shutil.rmtree(entry)
     os.rename(folder, entry)
+    logger.info("Prepared data is kept in %s (--no_data_cache keeps none)", entry)
 
 
 def _open(entry: Path, reader: DataReader) -> Prepared | None:

@@ -85,6 +85,7 @@ def test_saved_arguments_repeat_the_run(tmp_path: Path) -> None:
         "--output_dir", first, "--use_lora", "--max_steps", 3, "--learning_rate", 1e-2, "--logging_steps", 1,
         "--warmup_ratio", 0.5, "--system_message", "“Kurz” 😀", "--group_by_length", "--save_strategy", "no",
         "--lr_scheduler_type", "cosine_with_min_lr", "--lr_scheduler_kwargs", '{"min_lr": 1e-4}', "--bf16",
+        "--no_data_cache",
         is_new=True,
     )  # fmt: skip
     repeated = run_well("finetune.py", "--config", first / "run_args.json", "--output_dir", second)

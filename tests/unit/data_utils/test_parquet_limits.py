@@ -132,7 +132,7 @@ def test_memory_and_time_are_bounded(tmp_path: Path) -> None:
     bomb_of_messages(paths[1], 7_000_000, 1000)
     unused = same("a" * 7_000_000, 1000)
     used = {name: pa.array([str(number) for number in range(1000)]) for name in ("prompt", "response")}
-    pq.write_table(pa.table({**used, "text": unused}), paths[2])
+    pq.write_table(pa.table({**used, "page": unused}), paths[2])
     assert all(path.stat().st_size < 400_000 for path in paths)
     lines = [line.split("\t") for line in run_well("-c", READ, *paths, is_new=True).stdout.splitlines()]
     for _, _, message in lines[:2]:
@@ -152,8 +152,8 @@ def test_only_used_columns_are_read(tmp_path: Path) -> None:
     twice = pa.Table.from_arrays([*map(pa.array, GOOD.values()), pa.array([1, 2]), pa.array([3, 4])], [*GOOD, "x", "x"])
     pq.write_table(twice, path)
     assert [record for _, record in read_records(path, fields=FIELDS)] == rows
-    pq.write_table(pa.table({"text": ["a"], "note": ["b"]}), path)  # none is used: all are shown in the message
-    assert [record for _, record in read_records(path, fields=FIELDS)] == [{"text": "a", "note": "b"}]
+    pq.write_table(pa.table({"page": ["a"], "note": ["b"]}), path)  # none is used: all are shown in the message
+    assert [record for _, record in read_records(path, fields=FIELDS)] == [{"page": "a", "note": "b"}]
 
 
 def test_large_row_is_a_fault_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
