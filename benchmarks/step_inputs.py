@@ -120,8 +120,8 @@ def read_samples(model: Path, data: Path, first: int, count: int) -> Samples:
         ConfigError: fewer samples than the rounds need, or arguments that finetune.py refuses.
     """
     from chat.label_mask import labels_from_weights
+    from data_utils.blocks import KeptConversation
     from data_utils.dataset import DataReader
-    from data_utils.examples import KeptConversation
     from data_utils.files import read_records
     from training.config.parsing import parse_args
     from training.data import preview_data

@@ -18,12 +18,12 @@ from typing import Any
 
 from tqdm import tqdm
 
+from data_utils.blocks import EncodedBlock, KeptConversation, Record, Records
 from data_utils.encode import Encoder
-from data_utils.examples import KeptConversation
-from data_utils.files import Location, data_files, read_records
+from data_utils.files import data_files, read_records
 from data_utils.formats import FIELDS, FORMATS, Format, recognise
 from data_utils.json_stream import JsonLine
-from data_utils.records import EncodedRecord, Record, RecordEncoder
+from data_utils.records import RecordEncoder
 from data_utils.report.counts import DuplicateIndex
 from data_utils.report.data_report import DataReport, ReportSettings
 from data_utils.report.samples import build_sample
@@ -37,7 +37,6 @@ logger = logging.getLogger(__name__)
 _MAX_LISTED_FAULTS = 20
 _MAX_LOGGED_FAULTS = 5
 _CHECKING_DELAY = 1.0  # seconds
-BAD_RECORD = "invalid record"
 # Of a block of records, which a process checks or tokenises.
 _BLOCK_RECORDS, _BLOCK_BYTES = 512, 1 << 20
 
@@ -129,8 +128,10 @@ class DataReader:
         self._skipped = 0
         self.settings = settings or report_settings(encoder)
         set_names = [*sources, *(["eval"] if self.options.eval_share else [])]
-        index = DuplicateIndex()  # shared, to find samples that are both trained and evaluated
-        self.reports = {name: DataReport(name, self.settings, max_samples, duplicate_index=index) for name in set_names}
+        self._duplicates = DuplicateIndex()  # shared, to find samples that are both trained and evaluated
+        self.reports = {
+            name: DataReport(name, self.settings, max_samples, duplicate_index=self._duplicates) for name in set_names
+        }
 
     @cached_property
     def files(self) -> list[list[Path]]:
@@ -143,6 +144,15 @@ class DataReader:
 
     def read(self) -> Iterator[KeptConversation]:
         """Check all records, then yield the conversations that are used, source by source.
+
+        Raises:
+            DataError: see ``read_blocks``.
+        """
+        for block in self.read_blocks():
+            yield from block.conversations()
+
+    def read_blocks(self) -> Iterator[EncodedBlock]:
+        """Do the same with blocks of them, each of one file.
 
         Raises:
             DataError: records that cannot be used, up to 20 of them in one message, or a file that cannot be read.
@@ -184,13 +194,12 @@ class DataReader:
         for path in paths:
             name = self.options.data_format
             file = _CheckedFile(path, None if name == "auto" else FORMATS[name], is_text=name == "text")
-            for _, faults in workers.map("check", _blocks_to_check(file, advance)):
+            for usable, faults in workers.map("check", _blocks_to_check(file, advance)):
+                file.usable += usable
                 for fault in faults:
-                    file.usable.append(fault is None)
-                    if fault is not None:
-                        self._add_fault(fault)
-                    if len(self._faults) == _MAX_LISTED_FAULTS:
-                        return checked
+                    self._add_fault(fault)
+                if len(self._faults) >= _MAX_LISTED_FAULTS:
+                    return checked
             if file.fault is not None:  # the rest of the file cannot be read, so this fault cannot be skipped
                 self._faults.append(file.fault)
             checked.append(file)
@@ -224,7 +233,7 @@ class DataReader:
         files: Sequence[_CheckedFile],
         advance: Callable[[int], object],
         workers: Workers,
-    ) -> Iterator[KeptConversation]:
+    ) -> Iterator[EncodedBlock]:
         eval_share = self.options.eval_share if set_name == "train" else 0.0
         usable, total = sum(sum(file.usable) for file in files), sum(len(file.usable) for file in files)
         sampler = RecordSampler(source, usable, eval_share, self.options.seed)
@@ -236,101 +245,80 @@ class DataReader:
         if source.sample is not None and source.sample > usable:
             logger.warning("%s: only %d records can be drawn", source.name, usable)
         for file in files:
-            for places, encoded in workers.map("encode", _blocks_to_encode(file, sampler, set_name, advance)):
-                results = iter(encoded)
-                for where, name, copies in places:
-                    if copies == 0:
-                        reports[set_name].skip(where, BAD_RECORD)
-                    else:
-                        yield from self._report(next(results), reports[name], name, copies)
-                    if len(self._faults) == _MAX_LISTED_FAULTS:
-                        return
+            for block in workers.map("encode", _blocks_to_encode(file, sampler, set_name, advance)):
+                self._report(block, reports)
+                yield block
+                if len(self._faults) >= _MAX_LISTED_FAULTS:
+                    return
 
-    def _report(
-        self, record: EncodedRecord, source_report: SourceReport, set_name: str, copies: int
-    ) -> Iterator[KeptConversation]:
-        """Report on a record; yield its samples if any of it is trained."""
-        where, encoder = record.where, self.encoder
-        self._placeholders |= record.placeholders
-        if record.fault is not None:
-            self._add_fault(record.fault)
-            source_report.skip(where, BAD_RECORD, copies)
-            return
-        first, _ = record.pieces[0]
-        if first.full_length:
-            source_report.count_too_long(first.full_length, 0 if record.skipped else len(first.input_ids), copies)
-        if record.skipped:
-            source_report.skip(where, record.skipped, copies)
-            return
-        report, unfilled = self.reports[set_name], record.placeholders - self.options.fill.keys()
-        for encoded, digest in record.pieces:
-            source_report.keep(
-                where,
-                encoded,
-                copies=copies,
-                answers=record.answers,
-                truncated=f"longer than --model_max_length {encoder.options.max_length}"
-                if encoded.turns_dropped
-                else None,
-                unfilled=unfilled,
-                notes=record.notes if encoded is first else (),
-                is_first=encoded is first,
-                digest=digest,
-            )
+    def _report(self, block: EncodedBlock, source_reports: dict[str, SourceReport]) -> None:
+        """Report on a block of the source that is last in the report of each set."""
+        self._placeholders |= block.placeholders
+        for fault in block.faults:
+            self._add_fault(fault)
+        for set_name, part in block.reports.items():
+            source_reports[set_name] += part
+        originals = self._duplicates.add(block.digests, block.locations)
+        for set_name, where, original in zip(block.set_names, block.locations, originals, strict=True):
+            source_reports[set_name].count_copy(where, original)
+        block.sources = {set_name: len(self.reports[set_name].sources) - 1 for set_name in source_reports}
+        if any(self.reports[set_name].accepts_samples for set_name in set(block.set_names)):
+            self._add_samples(block)
+
+    def _add_samples(self, block: EncodedBlock) -> None:
+        decode, control_ids = self.encoder.decode, self.encoder.control_ids
+        for kept in block.conversations():
+            report = self.reports[kept.set_name]
             if report.accepts_samples:
-                report.add_sample(build_sample(where, source_report.name, encoded, encoder.decode, encoder.control_ids))
-            yield KeptConversation(set_name, len(report.sources) - 1, copies, where, record.is_text, encoded)
+                source = report.sources[kept.source].name
+                report.add_sample(build_sample(kept.where, source, kept.encoded, decode, control_ids))
 
 
 def _blocks_to_check(
     file: _CheckedFile, advance: Callable[[int], object]
-) -> Iterator[tuple[None, tuple[str | None, list[Record]]]]:
+) -> Iterator[tuple[str | None, Records]]:
     """Yield the records of a file in blocks, with the name of their format, and complete what is known of the file."""
-    records: list[Record] = []
+    records = Records()
     size = 0
     try:
         for record in read_records(file.path, advance, FIELDS, parses_lines=False, is_text=file.is_text):
             if file.format is None and (found := _recognised(record)) is not None:
                 if records:  # none of them has a known format
-                    yield None, (None, records)
-                records, size, file.format = [], 0, found
+                    yield None, records
+                records, size, file.format = Records(), 0, found
             records.append(record)
             size += _size_of(record[1])
             if len(records) == _BLOCK_RECORDS or size >= _BLOCK_BYTES:
-                yield None, (file.format_name, records)
-                records, size = [], 0
+                yield file.format_name, records
+                records, size = Records(), 0
     except DataError as error:
         file.fault = error
     if records:
-        yield None, (file.format_name, records)
+        yield file.format_name, records
 
 
 def _blocks_to_encode(
     file: _CheckedFile, sampler: RecordSampler, set_name: str, advance: Callable[[int], object]
-) -> Iterator[tuple[list[tuple[Location, str, int]], tuple[str | None, list[Record]]]]:
-    """Yield the records of a file that are used, in blocks.
-
-    The label of a block has the place, the set and the number of copies of each of its records, in order, and of those
-    between them that cannot be used: 0 copies.
-    """
-    places: list[tuple[Location, str, int]] = []
-    records: list[Record] = []
+) -> Iterator[tuple[str | None, Records, list[str], list[int]]]:
+    """Yield the records of a file in blocks, for ``RecordEncoder.encode``: those that are used or cannot be used."""
+    records, set_names, copies = Records(), list[str](), list[int]()
     size = 0
-    for (where, value), is_usable in zip(
+    for record, is_usable in zip(
         read_records(file.path, advance, FIELDS, parses_lines=False, is_text=file.is_text), file.usable, strict=False
     ):
         train_copies, eval_copies = sampler.next_copies() if is_usable else (0, 0)
-        if train_copies or eval_copies:
-            places.append((where, "eval" if eval_copies else set_name, train_copies or eval_copies))
-            records.append((where, value))
-            size += _size_of(value)
-        elif not is_usable:
-            places.append((where, set_name, 0))
-        if len(places) == _BLOCK_RECORDS or size >= _BLOCK_BYTES:
-            yield places, (file.format_name, records)
-            places, records, size = [], [], 0
-    if places:
-        yield places, (file.format_name, records)
+        if is_usable and not (train_copies or eval_copies):
+            continue  # not drawn
+        records.append(record)
+        set_names.append("eval" if eval_copies else set_name)
+        copies.append(train_copies or eval_copies)
+        size += _size_of(record[1])
+        if len(records) == _BLOCK_RECORDS or size >= _BLOCK_BYTES:
+            yield file.format_name, records, set_names, copies
+            records, set_names, copies = Records(), [], []
+            size = 0
+    if records:
+        yield file.format_name, records, set_names, copies
 
 
 def _recognised(record: Record) -> Format | None:

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from data_utils.blocks import KeptConversation
 from data_utils.dataset import DataReader
-from data_utils.examples import KeptConversation
 
 
 class ExampleDump:

@@ -101,10 +101,6 @@ class EncodedConversation:
     turns_dropped: int = 0
     full_length: int = field(default=0, compare=False)
 
-    def __reduce__(self) -> tuple[Any, ...]:  # spans as plain tuples, which other processes get three times as fast
-        spans = [tuple(span) for span in self.spans]
-        return _restored, (self.input_ids, spans, self.turns_dropped, self.full_length)
-
     @property
     def labels(self) -> list[int]:
         """The T labels."""
@@ -115,12 +111,6 @@ class EncodedConversation:
         """Number of trained ids. The first id of a sample is never predicted, so it does not count."""
         first = 1 if self.spans and self.spans[0].weight > 0 else 0
         return sum(span.length for span in self.spans if span.weight > 0) - first
-
-
-def _restored(
-    ids: Sequence[int], spans: list[tuple[int, str, float]], turns_dropped: int, full_length: int
-) -> EncodedConversation:
-    return EncodedConversation(ids, [Span(*span) for span in spans], turns_dropped, full_length)
 
 
 class Encoder:

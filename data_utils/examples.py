@@ -6,12 +6,13 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from chat.label_mask import labels_from_weights
-from data_utils.encode import EncodedConversation, Example
+from data_utils.blocks import EncodedBlock
+from data_utils.encode import Example
 from data_utils.files import Location
 from data_utils.report.data_report import DataReport
 from data_utils.store import ColumnWriter, open_columns
@@ -24,26 +25,6 @@ _CONTENT = {
 # Origin of each example: index of its path, line, and number of its record (0: unknown).
 _PLACES = {"paths": "i", "lines": "q", "records": "q"}
 _FLUSHED_ITEMS = 1 << 18
-_PLAIN_WEIGHTS = frozenset({0.0, 1.0})
-
-
-class KeptConversation(NamedTuple):
-    """A conversation that is used.
-
-    Attributes:
-        set_name: ``train`` or ``eval``.
-        source: index of its source in the set.
-        copies: number of times it is used.
-        where: the location of its record.
-        is_text: it is a piece of a plain text.
-    """
-
-    set_name: str
-    source: int
-    copies: int
-    where: Location | str
-    is_text: bool
-    encoded: EncodedConversation
 
 
 class ExampleWriter:
@@ -55,32 +36,35 @@ class ExampleWriter:
         self._source_sizes: list[int] = []
         self._is_weighted = self._has_text = False
 
-    def add(self, kept: KeptConversation) -> None:
-        """Append an example, ``copies`` times."""
-        encoded, writer = kept.encoded, self._columns
-        columns, start, run = writer.buffers, writer.count("ids"), writer.count("run_lengths")
-        columns["ids"].extend(encoded.input_ids)
-        weights = [span.weight for span in encoded.spans]
-        columns["run_lengths"].extend([span.length for span in encoded.spans])
-        columns["run_weights"].extend(weights)
-        self._is_weighted |= not _PLAIN_WEIGHTS.issuperset(weights)
-        self._has_text |= kept.is_text
-        self._source_sizes.extend([0] * (kept.source + 1 - len(self._source_sizes)))
-        self._source_sizes[kept.source] += kept.copies
-        where = kept.where
-        place = where if isinstance(where, Location) else Location(where)
-        example = {
-            "lengths": len(encoded.input_ids),
-            "starts": start,
-            "runs": run,
-            "run_counts": len(encoded.spans),
-            "paths": self._paths.setdefault(place.path, len(self._paths)),
-            "lines": place.line or 0,
-            "records": place.record or 0,
+    def add(self, block: EncodedBlock, set_name: str) -> None:
+        """Append the examples of a block that belong to a set, each as often as it is used."""
+        chosen = np.array([name == set_name for name in block.set_names], bool)
+        if not chosen.any():
+            return
+        writer, all_lengths, all_counts = self._columns, np.asarray(block.lengths), np.asarray(block.run_counts)
+        runs = np.repeat(chosen, all_counts)
+        weights = np.asarray(block.run_weights)[runs]
+        copies, lengths, counts = np.asarray(block.copies)[chosen], all_lengths[chosen], all_counts[chosen]
+        per_example = {
+            "lengths": lengths,
+            "starts": writer.count("ids") + lengths.cumsum() - lengths,
+            "runs": writer.count("run_lengths") + counts.cumsum() - counts,
+            "run_counts": counts,
+            "paths": np.full(len(copies), self._paths.setdefault(block.path, len(self._paths))),
+            "lines": np.array(block.lines)[chosen],
+            "records": np.array(block.records)[chosen],
         }
-        for name, value in example.items():
-            columns[name].extend([value] * kept.copies)
-        if max(len(columns["ids"]), len(columns["lengths"])) >= _FLUSHED_ITEMS:
+        columns = {name: np.repeat(values, copies) for name, values in per_example.items()}
+        columns["ids"] = np.asarray(block.ids)[np.repeat(chosen, all_lengths)]
+        columns["run_lengths"], columns["run_weights"] = np.asarray(block.run_lengths)[runs], weights
+        for name, buffer in writer.buffers.items():
+            buffer.frombytes(columns[name].astype(buffer.typecode).tobytes())
+        self._is_weighted |= bool(((weights != 0) & (weights != 1)).any())
+        self._has_text |= block.is_text
+        source = block.sources[set_name]
+        self._source_sizes.extend([0] * (source + 1 - len(self._source_sizes)))
+        self._source_sizes[source] += int(copies.sum())
+        if max(len(writer.buffers[name]) for name in ("ids", "lengths")) >= _FLUSHED_ITEMS:
             writer.flush()
 
     def finish(self) -> dict[str, Any]:

@@ -94,8 +94,9 @@ def prepare(reader: DataReader, folder: Path) -> None:
     gc.freeze()  # else the garbage collector looks at all that was imported again and again, a tenth of the time
     writers = {name: ExampleWriter(folder / name) for name in reader.reports}
     with _recorded() as messages:
-        for kept in reader.read():
-            writers[kept.set_name].add(kept)
+        for block in reader.read_blocks():
+            for name, writer in writers.items():
+                writer.add(block, name)
     sets = {}
     for name, writer in writers.items():
         description = writer.finish()

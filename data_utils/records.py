@@ -5,39 +5,19 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
+from data_utils.blocks import EncodedBlock, Records
 from data_utils.encode import EncodedConversation, Encoder
 from data_utils.formats import FORMATS, check_unambiguous, recognise
 from data_utils.json_stream import JsonLine
 from data_utils.location import Location
+from data_utils.report.samples import visible_line
 from data_utils.report.source_report import count_answers, digest_of
 from data_utils.schema import Conversation
 from data_utils.sources import fill_turns
 from errors import DataError
 
-Record = tuple[Location, object]
-"""The location of a record and its value; the value is a ``JsonLine`` if it is not parsed yet."""
-
-
-class EncodedRecord(NamedTuple):
-    """What a report and a set need to know of a record.
-
-    Attributes:
-        pieces: its samples with their digests; if the first is not trained, ``skipped`` has the reason.
-        fault: why it cannot be used; then there are no pieces.
-        placeholders: the names of all that it contains.
-        answers: number of its answers that may be trained, and how many of them are empty.
-    """
-
-    where: Location | str
-    is_text: bool = False
-    pieces: Sequence[tuple[EncodedConversation, bytes]] = ()
-    fault: DataError | None = None
-    skipped: str = ""
-    placeholders: frozenset[str] = frozenset()
-    answers: tuple[int, int] = (0, 0)
-    notes: Sequence[str] = ()
+BAD_RECORD = "invalid record"
 
 
 class RecordEncoder:
@@ -51,49 +31,76 @@ class RecordEncoder:
     def __init__(self, encoder: Encoder, fill: Mapping[str, str], is_given: bool = False) -> None:
         self._encoder, self._fill, self._is_given = encoder, fill, is_given
 
-    def check(self, format_name: str | None, records: Sequence[Record]) -> list[DataError | None]:
-        """Return the fault of each record, if it has one."""
-        faults: list[DataError | None] = []
-        for where, value in records:
+    def check(self, format_name: str | None, records: Records) -> tuple[bytearray, list[DataError]]:
+        """Return for each record whether it can be used, and the faults of those that cannot."""
+        usable = bytearray(len(records))
+        faults: list[DataError] = []
+        for index, (where, value) in enumerate(records):
             try:
                 self._encoder.check_conversation(_parse(format_name, where, value, self._is_given))
+                usable[index] = True
             except DataError as error:
                 faults.append(error)
+        return usable, faults
+
+    def encode(
+        self, format_name: str | None, records: Records, set_names: Sequence[str], copies: Sequence[int]
+    ) -> EncodedBlock:
+        """Tokenise records of one file.
+
+        Args:
+            set_names: the set that each record belongs to.
+            copies: how often each is used there; 0 for those that ``check`` does not accept.
+        """
+        block = EncodedBlock(records[0][0].path)
+        for (where, value), set_name, count in zip(records, set_names, copies, strict=True):
+            if count:
+                self._encode(_parse(format_name, where, value), where, set_name, count, block)
             else:
-                faults.append(None)
-        return faults
+                block.report_of(set_name).skip(where, BAD_RECORD)
+        return block
 
-    def encode(self, format_name: str | None, records: Sequence[Record]) -> list[EncodedRecord]:
-        """Tokenise records that ``check`` accepts."""
-        return [self._encode(_parse(format_name, where, value)) for where, value in records]
-
-    def _encode(self, conversation: Conversation) -> EncodedRecord:
-        where, fill, encoder = conversation.where, self._fill, self._encoder
+    def _encode(
+        self, conversation: Conversation, where: Location, set_name: str, copies: int, block: EncodedBlock
+    ) -> None:
+        """Tokenise a conversation, and add it to a block and its counts."""
+        fill, encoder, report = self._fill, self._encoder, block.report_of(set_name)
         turns, names = fill_turns(conversation.turns, fill)
-        placeholders = frozenset(names)
+        block.placeholders |= names
         try:
-            if placeholders & fill.keys():
+            if names & fill.keys():
                 conversation = replace(conversation, turns=turns)
                 encoder.check_conversation(conversation)  # again, because its texts have changed
             pieces = encoder.encode(conversation)
         except DataError as error:
-            return EncodedRecord(where, fault=error, placeholders=placeholders)
-        # As arrays, which are quick to digest, to write, and to send to another process.
-        pieces = [
-            EncodedConversation(array("i", piece.input_ids), piece.spans, piece.turns_dropped, piece.full_length)
-            for piece in pieces
-        ]
-        if not pieces[0].trained_tokens:
-            skipped = encoder.skip_reason(conversation, pieces[0])
-            return EncodedRecord(where, conversation.is_text, [(pieces[0], b"")], None, skipped, placeholders)
-        return EncodedRecord(
-            where,
-            conversation.is_text,
-            [(piece, digest_of(piece)) for piece in pieces],
-            placeholders=placeholders,
-            answers=count_answers(conversation.turns),
-            notes=encoder.notes(conversation),
-        )
+            block.faults.append(error)
+            report.skip(where, BAD_RECORD, copies)
+            return
+        first = pieces[0]
+        is_trained = bool(first.trained_tokens)
+        if first.full_length:
+            report.count_too_long(first.full_length, len(first.input_ids) if is_trained else 0, copies)
+        if not is_trained:
+            report.skip(where, encoder.skip_reason(conversation, first), copies)
+            return
+        block.is_text |= conversation.is_text
+        unfilled, notes, location = sorted(names - fill.keys()), encoder.notes(conversation), visible_line(where)
+        answers = count_answers(conversation.turns)
+        for piece in pieces:
+            encoded = EncodedConversation(array("i", piece.input_ids), piece.spans, piece.turns_dropped)
+            report.keep(
+                where,
+                encoded,
+                unfilled,
+                copies,
+                answers=answers,
+                truncated=f"longer than --model_max_length {encoder.options.max_length}"
+                if piece.turns_dropped
+                else None,
+                notes=notes if piece is first else (),
+                is_first=piece is first,
+            )
+            block.add(encoded, set_name, copies, where, digest_of(encoded), location)
 
 
 def _parse(format_name: str | None, where: Location, value: object, is_given: bool = True) -> Conversation:

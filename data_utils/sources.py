@@ -147,6 +147,8 @@ def fill_turns(turns: Sequence[Turn], fill: Mapping[str, str]) -> tuple[tuple[Tu
     Replacements are not searched for placeholders, and control tokens in them stay text. A plain text has none.
     """
     found: set[str] = set()
+    if not any("{{" in turn.content or "{{" in (turn.thinking or "") for turn in turns):
+        return tuple(turns), found
 
     def replacement(match: re.Match[str]) -> str:
         found.add(match[1])

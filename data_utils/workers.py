@@ -11,11 +11,10 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing.connection import wait
-from typing import Any, TypeVar
+from typing import Any
 
 from errors import RunError
 
-Label = TypeVar("Label")
 _BLOCKS_AHEAD = 4  # for each worker
 
 # What a worker process calls; it inherits it from its parent.
@@ -44,39 +43,34 @@ class Workers:
             self._pool.shutdown(wait=True, cancel_futures=True)
             self._pool = None
 
-    def map(self, method: str, blocks: Iterable[tuple[Label, tuple[Any, ...]]]) -> Iterator[tuple[Label, Any]]:
-        """Yield the label of each block, and the result of the method for its arguments, in order.
+    def map(self, method: str, blocks: Iterable[tuple[Any, ...]]) -> Iterator[Any]:
+        """Yield the results of the method for the arguments of each block, in order.
 
         Raises:
             RunError: a worker process has died.
         """
         if self._count == 1:
-            for label, arguments in blocks:
-                yield label, getattr(self._target, method)(*arguments)
+            for arguments in blocks:
+                yield getattr(self._target, method)(*arguments)
             return
         if self._pool is None:
             self._pool = ProcessPoolExecutor(self._count, multiprocessing.get_context("fork"), _begin, (self._target,))
-        running: deque[tuple[Label, Future[Any]]] = deque()
+        running: deque[Future[Any]] = deque()
         try:
-            for label, arguments in blocks:
-                running.append((label, self._pool.submit(_call, method, arguments)))
+            for arguments in blocks:
+                running.append(self._pool.submit(_call, method, arguments))
                 if len(running) > _BLOCKS_AHEAD * self._count:
-                    yield _finished(running)
+                    yield running.popleft().result()
             while running:
-                yield _finished(running)
+                yield running.popleft().result()
         except BrokenProcessPool:
             raise RunError(
                 f"--dataset_num_proc {self._count}: a worker process has died",
                 "Most often memory ran out: give it more, or lower --dataset_num_proc",
             ) from None
         finally:
-            for _, future in running:
+            for future in running:
                 future.cancel()
-
-
-def _finished(running: deque[tuple[Label, Future[Any]]]) -> tuple[Label, Any]:
-    label, future = running.popleft()
-    return label, future.result()
 
 
 def _begin(target: Any) -> None:

@@ -14,10 +14,11 @@ from transformers import TrainingArguments
 from checkpoints.files import save_json, save_text
 from checkpoints.names import DATA_REPORT, DATA_REPORT_PAGE
 from console import DISK_FULL, wants_color
+from data_utils.blocks import KeptConversation
 from data_utils.collate import Collator
 from data_utils.dataset import DataOptions, DataReader, report_settings
 from data_utils.encode import EncodeOptions, Encoder
-from data_utils.examples import ExampleSet, KeptConversation
+from data_utils.examples import ExampleSet
 from data_utils.prepared import Prepared, prepare_temporary
 from data_utils.report.data_report import DataReport
 from data_utils.report.page import render_html

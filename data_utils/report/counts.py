@@ -8,7 +8,7 @@ import sqlite3
 import tempfile
 import weakref
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from data_utils.report.samples import visible_line
@@ -30,10 +30,14 @@ class ReasonCounts:
 
     The first 50 reasons are counted separately, later ones together. Reasons and locations are single lines without
     control characters.
+
+    Attributes:
+        most: number of reasons that are counted separately.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
     locations: dict[str, list[str]] = field(default_factory=dict)
+    most: float = field(default=_MAX_REASONS, repr=False, compare=False)
 
     @property
     def total(self) -> int:
@@ -50,7 +54,7 @@ class ReasonCounts:
         return both
 
     def _add(self, reason: str, count: int, locations: Iterable[str]) -> None:
-        if reason not in self.counts and len(self.counts) >= _MAX_REASONS:
+        if reason not in self.counts and len(self.counts) >= self.most:
             reason = OTHER_REASONS
         self.counts[reason] += count
         recorded = self.locations.setdefault(reason, [])
@@ -71,21 +75,26 @@ class DuplicateIndex:
 
     def __init__(self) -> None:
         self._database: sqlite3.Connection | None = None
+        self._count = 0
 
-    def add(self, digest: bytes, where: str) -> str | None:
-        """Record the location of a new digest; return the first location of a known one, otherwise ``None``.
+    def add(self, digests: Sequence[bytes], locations: Sequence[str]) -> list[str | None]:
+        """Record the locations of new digests; return for each digest ``None``, or the first location of a known one.
 
         Raises:
             OSError: the disk of the temporary file is full.
         """
+        numbers = range(self._count, self._count + len(digests))
+        self._count = numbers.stop
         try:
             database = self._database or self._open()
-            if database.execute("INSERT OR IGNORE INTO samples VALUES (?, ?)", (digest, where)).rowcount:
-                return None
-            (first,) = database.execute("SELECT location FROM samples WHERE digest = ?", (digest,)).fetchone()
+            rows = zip(digests, numbers, locations, strict=True)
+            if database.executemany("INSERT OR IGNORE INTO samples VALUES (?, ?, ?)", rows).rowcount == len(digests):
+                return [None] * len(digests)
+            find = "SELECT number, location FROM samples WHERE digest = ?"
+            found = [database.execute(find, (digest,)).fetchone() for digest in digests]
         except sqlite3.OperationalError as error:
             raise OSError(errno.ENOSPC, str(error), tempfile.gettempdir()) from None
-        return str(first)
+        return [None if first == number else str(where) for number, (first, where) in zip(numbers, found, strict=True)]
 
     def close(self) -> None:
         """Delete the temporary file."""
@@ -99,7 +108,7 @@ class DuplicateIndex:
         weakref.finalize(self, database.close)
         for setting in ("journal_mode = OFF", "synchronous = OFF", "cache_size = -16384"):
             database.execute(f"PRAGMA {setting}").close()
-        database.execute("CREATE TABLE samples (digest BLOB PRIMARY KEY, location TEXT) WITHOUT ROWID")
+        database.execute("CREATE TABLE samples (digest BLOB PRIMARY KEY, number INTEGER, location TEXT) WITHOUT ROWID")
         self._database = database
         return database
 

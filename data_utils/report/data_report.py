@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
-from functools import reduce
 from typing import Any
 
 from chat.turns import TEXT
@@ -13,12 +12,6 @@ from data_utils.report.counts import DuplicateIndex
 from data_utils.report.padding import padding_shares
 from data_utils.report.samples import Sample, visible_line
 from data_utils.report.source_report import SourceReport
-
-_SUMMED = (
-    *("in_file", "read", "kept", "distinct", "answers", "tokens", "trained_tokens", "trained_weight"),
-    *("tokens_by_role", "trained_by_role", "lengths", "trained_lengths", "too_long", "lost_tokens"),
-    *("skipped", "truncated", "duplicates", "empty_answers", "unfilled", "notes"),
-)
 
 
 @dataclass(frozen=True)
@@ -105,10 +98,8 @@ class DataReport:
         """Return the sum of all sources."""
         total = SourceReport("", ", ".join(dict.fromkeys(source.format for source in self.sources)))
         total.name = ", ".join(source.name for source in self.sources)  # set here so that it is not shortened
-        for name in _SUMMED:
-            values = [getattr(source, name) for source in self.sources]
-            setattr(total, name, reduce(lambda one, other: one + other, values, getattr(total, name)))
-        total.longest = max((source.longest for source in self.sources), default=0)
+        for source in self.sources:
+            total += source
         return total
 
     def padding(self) -> dict[str, float]:

@@ -6,14 +6,13 @@ each reason, and the number of samples of each length.
 
 from __future__ import annotations
 
-import struct
+import math
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from itertools import groupby
-from operator import itemgetter
+from operator import iadd
 from typing import Any
 
 from chat.turns import Turn
@@ -22,6 +21,12 @@ from data_utils.report.samples import Encoded, visible_line
 
 _TOO_LONG = "too long"
 _PERCENTILES = (5, 25, 50, 75, 95, 99)
+_REASONS = ("skipped", "truncated", "duplicates", "empty_answers", "unfilled", "notes")
+_SUMMED = (
+    *("in_file", "read", "kept", "distinct", "answers", "tokens", "trained_tokens", "trained_weight"),
+    *("tokens_by_role", "trained_by_role", "lengths", "trained_lengths", "too_long", "lost_tokens"),
+    *_REASONS,
+)
 
 
 @dataclass
@@ -73,10 +78,25 @@ class SourceReport:
     empty_answers: ReasonCounts = field(default_factory=ReasonCounts)
     unfilled: ReasonCounts = field(default_factory=ReasonCounts)
     notes: ReasonCounts = field(default_factory=ReasonCounts)
-    duplicate_index: DuplicateIndex = field(default_factory=DuplicateIndex, repr=False, compare=False)
+    duplicate_index: DuplicateIndex | None = field(default_factory=DuplicateIndex, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         self.name = visible_line(self.name)
+
+    @classmethod
+    def part(cls) -> SourceReport:
+        """Return empty counts to be added to those of a source. They do not tell copies from distinct samples."""
+        part = cls("", duplicate_index=None)
+        for name in _REASONS:
+            getattr(part, name).most = math.inf  # there are limits when they are added
+        return part
+
+    def __iadd__(self, other: SourceReport) -> SourceReport:
+        """Add the counts of what follows, of this source or of another."""
+        for name in _SUMMED:
+            setattr(self, name, iadd(getattr(self, name), getattr(other, name)))
+        self.longest = max(self.longest, other.longest)
+        return self
 
     @property
     def samples(self) -> int:
@@ -111,7 +131,6 @@ class SourceReport:
         truncated: str | None = None,
         notes: Iterable[str] = (),
         is_first: bool = True,
-        digest: bytes = b"",
     ) -> None:
         """Count a sample. Call this once for each record, and for each further piece of a text.
 
@@ -122,10 +141,9 @@ class SourceReport:
             notes: sentences that follow "conversations ...".
             truncated: how it was shortened; by default ``encoded.turns_dropped`` decides whether it was.
             is_first: not a further piece of the text that was counted before.
-            digest: see ``digest_of``; computed if it is empty.
         """
         length = len(encoded.input_ids)
-        assert copies > 0 and length == sum(span[0] for span in encoded.spans), "the spans do not cover the ids"
+        assert copies > 0 and length == sum([span[0] for span in encoded.spans]), "the spans do not cover the ids"
         self.read += copies if is_first else 0
         self.kept += copies if is_first else 0
         self.tokens += length * copies
@@ -140,7 +158,12 @@ class SourceReport:
         self.answers += answers[0] * copies
         if answers[1]:
             self.empty_answers.add("empty answer", where, answers[1] * copies)
-        original = self.duplicate_index.add(digest or digest_of(encoded), visible_line(where))
+        if self.duplicate_index is not None:
+            [original] = self.duplicate_index.add([digest_of(encoded)], [visible_line(where)])
+            self.count_copy(where, original)
+
+    def count_copy(self, where: object, original: str | None) -> None:
+        """Count a sample as a copy of an earlier one, or as distinct if there is none."""
         if original is None:
             self.distinct += 1
         else:
@@ -246,10 +269,14 @@ def count_answers(turns: Iterable[Turn]) -> tuple[int, int]:
 
 def digest_of(encoded: Encoded) -> bytes:
     """Hash the ids and their weights, independently of how spans divide them."""
-    ids = encoded.input_ids
+    ids, runs = encoded.input_ids, array("d")
+    for length, _, weight in encoded.spans:
+        if runs and runs[-1] == weight:
+            runs[-2] += length
+        else:
+            runs.extend((length, weight))
     digest = blake2b(ids if isinstance(ids, array) else array("i", ids), digest_size=16)
-    for weight, spans in groupby(encoded.spans, key=itemgetter(2)):
-        digest.update(struct.pack("<qd", sum(span[0] for span in spans), weight))
+    digest.update(runs)
     return digest.digest()
 
 

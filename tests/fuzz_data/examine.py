@@ -18,8 +18,9 @@ from unittest.mock import patch
 
 from chat.label_mask import IGNORE_INDEX
 from data_utils import files, json_stream, parquet
-from data_utils.dataset import BAD_RECORD, DataOptions, DataReader
+from data_utils.dataset import DataOptions, DataReader
 from data_utils.examples import ExampleSet, ExampleWriter
+from data_utils.records import BAD_RECORD
 from data_utils.report.terminal import render_report
 from data_utils.sources import parse_source
 from errors import DataError
@@ -106,8 +107,8 @@ def read(path: Path, skip_bad: bool) -> Reading:
         reader = DataReader(sources, encoder(), options, max_samples=2, show_progress=False)
         writer = ExampleWriter(Path(folder, "train"))
         try:
-            for taken in reader.read():
-                writer.add(taken)
+            for block in reader.read_blocks():
+                writer.add(block, "train")
         except DataError as error:
             reading.is_refused = True
             _read_message(str(error), path, reading)

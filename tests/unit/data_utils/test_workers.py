@@ -98,14 +98,14 @@ class Target:
 
 def test_dead_worker_is_one_line() -> None:
     with pytest.raises(RunError) as caught, Workers(Target(), 2) as workers:
-        list(workers.map("die", ((None, (number,)) for number in range(20))))
+        list(workers.map("die", ((number,) for number in range(20))))
     assert str(caught.value).startswith("--dataset_num_proc 2: a worker process has died. Most often memory ran out")
     assert multiprocessing.active_children() == []
 
 
 def test_interrupt_leaves_no_process() -> None:
     with pytest.raises(KeyboardInterrupt), Workers(Target(), 2) as workers:
-        for _ in workers.map("wait", ((None, ()) for _ in range(1000))):
+        for _ in workers.map("wait", (() for _ in range(1000))):
             raise KeyboardInterrupt
     assert multiprocessing.active_children() == []
 
@@ -114,7 +114,7 @@ def test_workers_end_with_a_killed_parent() -> None:
     reading, writing = os.pipe()
     if (child := os.fork()) == 0:
         with Workers(Target(), 2) as workers:
-            for _, process in workers.map("wait", ((None, ()) for _ in range(10_000))):
+            for process in workers.map("wait", (() for _ in range(10_000))):
                 os.write(writing, b"%d\n" % process)
         os._exit(0)
     os.close(writing)
