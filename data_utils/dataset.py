@@ -274,9 +274,7 @@ class DataReader:
                 report.add_sample(build_sample(kept.where, source, kept.encoded, decode, control_ids))
 
 
-def _blocks_to_check(
-    file: _CheckedFile, advance: Callable[[int], object]
-) -> Iterator[tuple[str | None, Records]]:
+def _blocks_to_check(file: _CheckedFile, advance: Callable[[int], object]) -> Iterator[tuple[str | None, Records]]:
     """Yield the records of a file in blocks, with the name of their format, and complete what is known of the file."""
     records = Records()
     size = 0
