@@ -19,7 +19,7 @@ MODES = {
     "all parameters": [],
     "LoRA": ["--use_lora"],
     "LoRA, embeddings": ["--use_lora", "--trainable_embeddings", "chatml_tokens"],
-    "one step of warm-up": ["--use_lora", "--max_steps", "1", "--warmup_steps", "2"],
+    "warm-up alone": ["--use_lora", "--max_steps", "2", "--warmup_steps", "3"],
     "bfloat16": ["--use_lora", "--bf16"],
     "evaluations": ["--eval_split", "0.25", "--eval_strategy", "steps", "--load_best_model_at_end", "--eval_steps",
                     "1", "--save_strategy", "steps", "--save_steps", "1"],
