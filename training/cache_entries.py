@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from errors import ConfigError
-from outputs import check_writable
+from outputs import check_shared_folder
 from ownership import has_mark, make_temporary_folder
 
 logger = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ def usable_folder(given: str | None) -> Path | None:
     """
     folder = default_folder() if given is None else Path(given).expanduser()
     try:
-        check_writable(folder, f"{FLAG} {folder}")
+        check_shared_folder(folder, FLAG)
     except ConfigError as error:
         if given is not None:
             if find_entries(folder):

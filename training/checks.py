@@ -17,9 +17,9 @@ from console import pip_command
 from data_utils.sources import parse_fill, parse_source
 from errors import ConfigError, numbered
 from loading.config_files import find_local_folder, load_model_config, max_positions, module_names
-from outputs import check_shared_folder
 from processes import has_gpu, is_first
 from qwen_model.architectures import ARCHITECTURES
+from training.cache_entries import usable_folder
 from training.config.args import LoraArguments, RunArguments, parse_profile_steps
 from training.config.flags import did_you_mean, nearest
 from training.config.intervals import evaluation_steps
@@ -100,7 +100,7 @@ def _check_data(args: RunArguments) -> Faults:
             yield from _faults_of(parse_source, name, flag)
     yield from _faults_of(parse_fill, data.fill or ())
     if data.data_cache_dir is not None and not data.no_data_cache:
-        yield from _faults_of(check_shared_folder, Path(data.data_cache_dir).expanduser(), "--data_cache_dir")
+        yield from _faults_of(usable_folder, data.data_cache_dir)
     if not 0 <= data.eval_split < 1:
         yield ConfigError(f"--eval_split {data.eval_split:g} is out of range", "Give a fraction from 0 to below 1")
     if data.eval_split and data.eval_data_path:

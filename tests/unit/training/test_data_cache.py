@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+import outputs
 from chat.families import ANSWER_STYLES, Family
 from data_utils.dataset import DataOptions, DataReader
 from data_utils.encode import EncodeOptions, Encoder
@@ -32,6 +33,7 @@ from tests.models import CONVERSATIONS, copy_checkpoint
 from training import cache_entries
 from training import data_cache as data_cache_module
 from training.cache_entries import ABOUT, find_entries
+from training.checks import check_args
 from training.config.parsing import parse_args
 from training.data import load_data
 from training.data_cache import find_or_prepare, fingerprint, ingredients
@@ -363,17 +365,24 @@ def test_entries_never_replace_what_is_not_theirs(case: Case, prepared: list[Pat
 
 
 def test_read_only_folder_serves_its_entries(case: Case, prepared: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(folder: Path, label: str) -> None:
-        raise ConfigError(f"{label}: {folder} is not writable", "Choose a writable folder")
+    check = outputs.check_writable
 
-    monkeypatch.setattr(cache_entries, "check_writable", refuse)
+    def refuse(folder: Path, label: str) -> None:
+        if folder == case.cache:
+            raise ConfigError(f"{label}: {folder} is not writable", "Choose a writable folder")
+        check(folder, label)
+
+    argv = ["--model_name_or_path", str(case.checkpoint.folder), "--data_path", str(case.data)]
+    argv += ["--output_dir", str(case.folder / "out"), "--data_cache_dir", str(case.cache)]
+    monkeypatch.setattr(outputs, "check_writable", refuse)
     monkeypatch.setattr(data_cache_module, "check_writable", refuse)
     with pytest.raises(ConfigError, match="is not writable"):
-        cache_entries.usable_folder(str(case.cache))
+        check_args(parse_args(argv))
     monkeypatch.undo()
     case.load()
-    monkeypatch.setattr(cache_entries, "check_writable", refuse)
+    monkeypatch.setattr(outputs, "check_writable", refuse)
     monkeypatch.setattr(data_cache_module, "check_writable", refuse)
+    check_args(parse_args(argv))
     assert cache_entries.usable_folder(str(case.cache)) == case.cache
     assert len(case.load()) > 0
     case.options = dataclasses.replace(case.options, seed=9)
