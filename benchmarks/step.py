@@ -6,8 +6,8 @@ Every contender trains the same random model (vocabulary of 151,936) on the same
 them per optimizer step, at most 512 tokens each, in float32 and without gradient checkpointing. Only packs take other
 samples: those of the whole file, in steps of about as many tokens. Each contender is a process of its own that lives
 through the run and does one optimizer step per round, in turn with the others; on the shape ``real``, whose processes
-need up to 5 GB each, it is started anew in every round, so that only one exists at a time (``--keep_alive``: if all fit
-into memory, where each has weights and optimizer state between its steps). Start, loading and the first step are not
+need up to 5 GB each, it is started anew in every round, so that only one exists at a time. ``--keep_alive`` keeps all
+of them, if memory suffices for the weights and optimizer states of all. Start, loading and the first step are not
 counted. Figures are medians over rounds, memory is the peak of RssAnon during the counted steps above its
 value after the imports.
 

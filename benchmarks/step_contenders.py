@@ -61,7 +61,7 @@ CONTENDERS = {
 
 @dataclass(frozen=True)
 class Task:
-    """What a process trains.
+    """The model, samples and mode that a contender's process trains.
 
     Attributes:
         batch, accumulation: rows of a micro-batch, micro-batches of an optimizer step.

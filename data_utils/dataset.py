@@ -152,7 +152,7 @@ class DataReader:
             yield from block.conversations()
 
     def read_blocks(self) -> Iterator[EncodedBlock]:
-        """Do the same with blocks of them, each of one file.
+        """Check all records, then yield the conversations that are used as blocks, each of one file.
 
         Raises:
             DataError: records that cannot be used, up to 20 of them in one message, or a file that cannot be read.
