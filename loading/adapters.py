@@ -25,6 +25,7 @@ from errors import ConfigError, one_line
 from loading.checkpoint import Checkpoint
 from loading.opening import library_errors
 from loading.token_rows import sharded_token_rows, use_lean_trainable_tokens
+from qwen_model.adapter_dropout import use_adapter_dropout
 from qwen_model.architectures import architecture_of
 
 logger = logging.getLogger(__name__)
@@ -125,11 +126,30 @@ def continue_lora(model: PreTrainedModel, folder: str, in_float32: bool = True) 
 
 def _prepare_for_training(adapted: PeftModel, in_float32: bool) -> PeftModel:
     use_lean_trainable_tokens(adapted)
+    use_adapter_dropout(adapted)
+    keep_input_dtype(adapted)
     if in_float32:
         for parameter in adapted.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
     return adapted
+
+
+class _OutsideAutocast:
+    """A value that is false under autocast."""
+
+    def __bool__(self) -> bool:
+        return not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"))
+
+
+def keep_input_dtype(adapted: torch.nn.Module) -> None:
+    """Keep peft from copying the input of every plain adapter to float32 where autocast casts it back for the product.
+
+    DoRA and other variants compute more than products, for which peft's float32 is kept.
+    """
+    for module in adapted.modules():
+        if hasattr(module, "cast_input_dtype_enabled") and not getattr(module, "lora_variant", {}):
+            module.cast_input_dtype_enabled = _OutsideAutocast()  # type: ignore[assignment]
 
 
 def load_adapter(

@@ -1,7 +1,7 @@
-"""The tensors of a language-model head, also inside peft's wrappers.
+"""The tensors of linear layers and of a language-model head, also inside peft's wrappers.
 
-The lean loss multiplies with the head's tensors itself: the weight, its trained rows, a low-rank adapter. Wrappers are
-recognised by their attributes, so that peft need not be installed.
+The lean loss and the projections of the blocks multiply with these tensors themselves: the weight, its trained rows, a
+low-rank adapter. Wrappers are recognised by their attributes, so that peft need not be installed.
 """
 
 from __future__ import annotations
@@ -36,6 +36,52 @@ class Head:
     def adapter_input(self, hidden: Tensor) -> Tensor | None:
         """The input [N, R] of ``adapter_output``."""
         return None if self.adapter is None else self.adapter(hidden)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """A plain LoRA adapter, which adds scale * up(down(dropout(x))) to the output of its layer.
+
+    Attributes:
+        down, up: linear layers C -> R and R -> V.
+    """
+
+    down: Any
+    up: Any
+    dropout: nn.Module
+    scale: float
+
+
+def adapter_of(layer: Any) -> Adapter | None:
+    """Return the active adapter of a wrapper that is not opaque."""
+    for name in _active(layer, layer.lora_A):
+        return Adapter(layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name])
+    return None
+
+
+def base_and_adapter(layer: nn.Module) -> tuple[Any, Adapter | None] | None:
+    """Return a linear layer without its wrapper, and the plain LoRA adapter on it; ``None`` if it has to be called.
+
+    It has to be called if its output is not computed from these parts alone, or if any of them has hooks, those of
+    engines included.
+    """
+    wrapper: Any = layer
+    if not hasattr(wrapper, "lora_A"):
+        return (layer, None) if _is_product(layer) and _is_bare(layer) else None
+    if _why_lora_is_opaque(wrapper) or (wrapper.merged and wrapper.disable_adapters):  # its call would unmerge it
+        return None
+    base, adapter = wrapper.get_base_layer(), adapter_of(wrapper)
+    parts = [wrapper, base] if adapter is None else [wrapper, base, adapter.down, adapter.up, adapter.dropout]
+    return (base, adapter) if _is_product(base) and all(map(_is_bare, parts)) else None
+
+
+def _is_product(module: nn.Module) -> bool:
+    return _is_linear(module) or (isinstance(module, nn.Linear) and hasattr(module, "dequantize"))
+
+
+def _is_bare(module: nn.Module) -> bool:
+    hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
+    return not hooks and "forward" not in vars(module)
 
 
 def why_opaque(module: nn.Module) -> str:
@@ -175,11 +221,17 @@ def _with_rows(layer: Any) -> Head:
 
 def _with_lora(layer: Any) -> Head:
     head = head_of(layer.get_base_layer())
-    if names := _active(layer, layer.lora_A):
-        name = names[0]
-        down, up, dropout, scale = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name]
+    if adapter := adapter_of(layer):
+        down, up, dropout = adapter.down, adapter.up, adapter.dropout
         head.adapter = lambda hidden: down(dropout(hidden.to(down.weight.dtype)))
-        head.adapter_output = up.weight * scale
-        if up.bias is not None:
-            head.bias = up.bias * scale if head.bias is None else head.bias + up.bias * scale
+        head.adapter_output = up.weight * adapter.scale
+        head.bias = add_bias(head.bias, adapter)
     return head
+
+
+def add_bias(bias: Tensor | None, adapter: Adapter) -> Tensor | None:
+    """Add the bias of an adapter, if it has one, to that of its layer."""
+    if adapter.up.bias is None:
+        return bias
+    scaled: Tensor = adapter.up.bias * adapter.scale
+    return scaled if bias is None else bias + scaled

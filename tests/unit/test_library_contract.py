@@ -173,6 +173,7 @@ READ = [
     Member("transformers:PreTrainedTokenizerBase._auto_class", "qwen_model/tokenization_qwen.py"),
     Member("transformers:PreTrainedConfig._attn_implementation", "qwen_model/modeling_qwen.py"),
     Member("transformers:PreTrainedConfig._attn_implementation", "qwen_model/sample_attention.py"),
+    Member("peft.tuners.lora:LoraLayer.cast_input_dtype_enabled", "loading/adapters.py"),
     Member("torch.nn:Module._buffers", "loading/quantized.py"),
     Member("torch.distributed.distributed_c10d:_get_default_store", "training/distributed/world.py", ""),
     Member("tqdm:tqdm._instances", "commands.py"),

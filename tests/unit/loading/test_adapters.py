@@ -8,10 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from errors import ConfigError
-from loading.adapters import EmbeddingsPolicy, LoraSettings, attach_lora, continue_lora, embeddings_policy
+from loading.adapters import (
+    EmbeddingsPolicy,
+    LoraSettings,
+    attach_lora,
+    continue_lora,
+    embeddings_policy,
+    keep_input_dtype,
+)
 from loading.checkpoint import Checkpoint, load_checkpoint, load_model
 from tests.commands import Recorder, finetune_here, read_json
 from tests.models import TINY, copy_checkpoint, copy_tied, write_conversations, write_later_checkpoint
@@ -270,3 +279,41 @@ def test_adapter_that_lacks_a_matrix_is_refused(tmp_path: Path, adapter: Path) -
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ConfigError, match=r"transformer\.h\.0\.mlp\.w1\.lora_A"):
         continue_lora(load_model(load_checkpoint(str(TINY)), torch.float32), str(folder))
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+def test_adapters_read_their_input_without_a_wider_copy_of_it(dropout: float) -> None:
+    """peft would copy it to float32 under autocast: the gradients are the same, bit for bit."""
+    checkpoint = load_checkpoint(str(TINY))
+    settings = LoraSettings(rank=4, dropout=dropout)
+    model: Any = attach_lora(
+        load_model(checkpoint, torch.bfloat16), checkpoint, settings, EmbeddingsPolicy("none", "")
+    ).train()
+    layers = [module for module in model.modules() if hasattr(module, "cast_input_dtype_enabled")]
+    read: set[torch.dtype] = set()
+    for layer in layers:
+        layer.lora_dropout["default"].register_forward_pre_hook(lambda _, inputs: read.add(inputs[0].dtype))
+    found = []
+    for is_copied in (False, True):
+        if is_copied:
+            for layer in layers:
+                layer.cast_input_dtype_enabled = True
+        torch.manual_seed(0)
+        read.clear()
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(torch.tensor([[5, 6, 7, 8]])).logits.square().sum().backward()
+        assert read == {torch.float32 if is_copied else torch.bfloat16}
+        found.append([parameter.grad for parameter in model.parameters() if parameter.grad is not None])
+    assert len(found[0]) == 2 * len(layers) and all(map(torch.equal, *found))
+    with torch.no_grad():  # and without autocast the copy is needed
+        assert model.eval()(torch.tensor([[5, 6]])).logits.dtype == torch.bfloat16
+
+
+def test_dora_keeps_the_wider_copy() -> None:
+    """Its magnitudes are divided by norms, which 16 bits would round."""
+    layers = nn.ModuleDict({"layer": nn.Linear(4, 4)})
+    adapted = get_peft_model(layers, LoraConfig(target_modules=["layer"], use_dora=True))  # type: ignore[arg-type]
+    keep_input_dtype(adapted)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert adapted.base_model.model.layer.cast_input_dtype_enabled  # type: ignore[union-attr]
