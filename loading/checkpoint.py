@@ -83,7 +83,7 @@ def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = 
     register_qwen()
     folder = find_folder(name_or_path, cache_dir, hub)
     check_model_files(folder)
-    config = _load_config(folder)
+    config = load_config(folder)
     try:
         source = open_dequantized(folder, torch.float16)
     except ConfigError as error:
@@ -91,7 +91,7 @@ def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = 
     tokenizer = load_tokenizer(folder, f"--model_name_or_path {folder}: its tokenizer cannot be read")
     with library_errors(f"{folder}: its chat template", "Restore the official chat template of the checkpoint"):
         family = chat_family(config.model_type, tokenizer)
-    generation_config = _load_generation_config(folder)
+    generation_config = load_generation_config(folder)
     _check_tokenizer(folder, config, tokenizer, generation_config)
     try:
         check_tensors(folder, source)
@@ -104,8 +104,8 @@ def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = 
         tokenizer=tokenizer,
         family=family,
         generation_config=generation_config,
-        dtype=_saved_dtype(source, config),
-        chat_format=_chat_format(config, generation_config),
+        dtype=saved_dtype(source, config),
+        chat_format=chat_format_of(config, generation_config),
         quantization=find_quantization(folder),
         files=read_base_files(folder),
     )
@@ -178,7 +178,12 @@ def _check_finite(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
             )
 
 
-def _load_config(folder: Path) -> Any:
+def load_config(folder: Path) -> Any:
+    """Load config.json of a supported ``model_type`` with transformers; Qwen v1 must be registered.
+
+    Raises:
+        ConfigError: it is missing, or transformers cannot use it.
+    """
     file = folder / "config.json"
     architecture_of(load_json(file).get("model_type"), file)
     fix = "Copy it again from the original checkpoint, or install a transformers that supports the model"
@@ -186,7 +191,8 @@ def _load_config(folder: Path) -> Any:
         return AutoConfig.from_pretrained(str(folder))
 
 
-def _load_generation_config(folder: Path) -> GenerationConfig:
+def load_generation_config(folder: Path) -> GenerationConfig:
+    """Load generation_config.json; that of transformers' defaults if there is none."""
     file = folder / "generation_config.json"
     if not is_file(file):
         return GenerationConfig()
@@ -194,7 +200,8 @@ def _load_generation_config(folder: Path) -> GenerationConfig:
         return GenerationConfig.from_pretrained(str(folder))
 
 
-def _chat_format(config: Any, generation_config: GenerationConfig) -> str | None:
+def chat_format_of(config: Any, generation_config: GenerationConfig) -> str | None:
+    """Return Qwen v1's ``chat_format``."""
     # Qwen v1 in Qwen2's layout keeps it in config.json: it is not a key of later families' generation configs.
     qwen_config = getattr(config, "qwen_config", None) or {}
     return getattr(generation_config, "chat_format", None) or qwen_config.get("chat_format")
@@ -220,13 +227,12 @@ def _check_tokenizer(folder: Path, config: Any, tokenizer: Any, generation_confi
         )
 
 
-def _saved_dtype(source: TensorSource, config: Any) -> torch.dtype:
-    """Return the dtype in the config, else that of the first stored matrix."""
+def saved_dtype(source: TensorSource | None, config: Any) -> torch.dtype:
+    """Return the dtype in the config, else that of the first stored matrix; float32 without a ``source``."""
     dtype = config.dtype or next((name for flag, name in DTYPE_NAMES.items() if getattr(config, flag, False)), None)
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype.removeprefix("torch."))
     if dtype is None:
-        dtype = next(
-            (dtype for name in source.names() if (dtype := source.dtype(name)).is_floating_point), torch.float32
-        )
+        dtypes = (source.dtype(name) for name in source.names()) if source else iter(())
+        dtype = next((dtype for dtype in dtypes if dtype.is_floating_point), torch.float32)
     return dtype

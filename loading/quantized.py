@@ -59,7 +59,7 @@ class QuantizedLinear(nn.Linear):
         bias = parts.get("bias")
         bias_values = None if bias is None else torch.empty(bias[0], dtype=bias[1], device="meta")
         self.register_parameter("bias", None if bias_values is None else nn.Parameter(bias_values, requires_grad=False))
-        self._is_in_order: bool | None = None
+        self.has_ordered_groups: bool | None = None
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
@@ -69,15 +69,15 @@ class QuantizedLinear(nn.Linear):
     def dequantize(self, dtype: torch.dtype) -> Tensor:
         """Return the weight [O, I], without the padding to whole words and groups."""
         parts = {name: part for name, part in self._buffers.items() if part is not None}
-        if self._is_in_order is None:  # computed once: on a GPU it synchronises
-            self._is_in_order = "g_idx" not in parts or is_in_order(parts["g_idx"], self.quantization)
-        if self._is_in_order:
+        if self.has_ordered_groups is None:  # computed once: on a GPU it synchronises
+            self.has_ordered_groups = "g_idx" not in parts or is_in_order(parts["g_idx"], self.quantization)
+        if self.has_ordered_groups:
             parts.pop("g_idx", None)
         return unpack_weight(parts, self.quantization, dtype)[: self.out_features, : self.in_features]
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] -> [..., O], in the dtype of autocast, or else of ``x``."""
-        return _multiply(self, x)
+        return multiply(self, x)
 
 
 class PackedLinear(Protocol):
@@ -91,7 +91,8 @@ class PackedLinear(Protocol):
     def dequantize(self, dtype: torch.dtype) -> Tensor: ...
 
 
-def _multiply(layer: PackedLinear, x: Tensor) -> Tensor:
+def multiply(layer: PackedLinear, x: Tensor) -> Tensor:
+    """Compute the output of a packed layer, in the dtype of autocast, or else of ``x``."""
     device = x.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
     product = _FrozenProduct.apply(x.to(dtype), layer)
@@ -257,7 +258,7 @@ def _cpu_linear_4bit() -> type[nn.Module]:
             shape, state.shape, state.dtype = state.shape, torch.Size((1, math.prod(state.shape))), dtype
             return dequantize_4bit(packed.data, state).view(shape)
 
-        forward = _multiply
+        forward = multiply
 
     return CpuLinear4bit
 

@@ -48,6 +48,20 @@ def load_training_model(
     quantize = None if checkpoint.quantization else args.lora.quantization
     dtype = weights_dtype(training_arguments, args.lora.use_lora, args.options.pure_bf16)
     model = load_model(checkpoint, dtype, args.model.attn_implementation, quantize)
+    return complete_model(model, checkpoint, args, policy)
+
+
+def complete_model(
+    model: Any, checkpoint: Checkpoint, args: RunArguments, policy: EmbeddingsPolicy | None = None
+) -> Any:
+    """Let a loaded model take the batches of the run, and attach the adapter. A rehearsal calls it on the meta device.
+
+    Args:
+        policy: see ``load_training_model``.
+
+    Raises:
+        ConfigError: the adapter cannot be attached.
+    """
     if not why_padded(args, checkpoint.config.to_dict()):
         take_rows(model)
     # The Trainer would set these itself, with a warning.

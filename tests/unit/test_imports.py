@@ -26,6 +26,10 @@ PACKAGES = {
         "errors", "console", "outputs", "processes", "chat", "qwen_model", "data_utils", "checkpoints", "loading",
     },
     "export": {"errors", "console", "outputs", "processes", "chat", "qwen_model", "checkpoints", "loading"},
+    "planning": {
+        "errors", "console", "outputs", "processes", "chat", "qwen_model", "data_utils", "checkpoints", "loading",
+        "training",
+    },
 }  # fmt: skip
 COMMANDS = ("finetune", "merge_lora", "scripts", "benchmarks")
 MAY_IMPORT: dict[str, set[str]] = {

@@ -26,6 +26,7 @@ from tests.unit.test_imports import PACKAGES, sources_of
 
 TRAINER = "training/trainer.py"
 CHECKPOINTS = "training/trainer_checkpoints.py"
+REHEARSAL = "planning/fake_run.py"
 
 
 class Member(NamedTuple):
@@ -96,6 +97,16 @@ OVERRIDDEN = [
     Member("transformers:Trainer._get_output_dir", CHECKPOINTS, "self trial"),
     Member("transformers:Trainer._save_checkpoint", CHECKPOINTS, "self model trial"),
     Member("transformers:Trainer.save_model", CHECKPOINTS, "self output_dir _internal_call"),
+    Member("transformers:Trainer._clip_grad_norm", REHEARSAL, "self model"),
+    Member("transformers:Trainer._finalize_training", REHEARSAL, "self trial num_train_samples start_time"),
+    Member(
+        "transformers:Trainer._run_epoch",
+        REHEARSAL,
+        "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
+        "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",
+    ),
+    Member("transformers:Trainer._move_model_to_device", REHEARSAL, "self model device"),
+    Member("transformers:Trainer.get_train_dataloader", REHEARSAL, "self"),
     Member("transformers:Trainer._save", CHECKPOINTS, "self output_dir state_dict"),
     Member(
         "transformers.quantizers.base:HfQuantizer._process_model_before_weight_loading",
@@ -175,6 +186,21 @@ READ = [
     Member("transformers:PreTrainedConfig._attn_implementation", "qwen_model/sample_attention.py"),
     Member("peft.tuners.lora:LoraLayer.cast_input_dtype_enabled", "loading/adapters.py"),
     Member("torch.nn:Module._buffers", "loading/quantized.py"),
+    Member("torch.nn:Module._buffers", "planning/model.py"),
+    Member("transformers:PreTrainedModel._from_config", "planning/model.py"),
+    Member("torch:UntypedStorage._cdata", "planning/memory.py"),
+    *(
+        Member(f"torch:ops.aten.{name}", "planning/memory.py")
+        for name in (
+            "_scaled_dot_product_flash_attention_for_cpu",
+            "_scaled_dot_product_flash_attention_for_cpu_backward",
+        )
+    ),
+    Member("torch.nn:Module._parameters", "planning/model.py"),
+    *(
+        Member(f"accelerate.state:{name}._shared_state", REHEARSAL)
+        for name in ("PartialState", "AcceleratorState", "GradientState")
+    ),
     Member("torch.distributed.distributed_c10d:_get_default_store", "training/distributed/world.py", ""),
     Member("tqdm:tqdm._instances", "commands.py"),
     Member("atexit:_run_exitfuncs", "commands.py"),
