@@ -31,6 +31,10 @@ def main(argv: Sequence[str]) -> int:
         from training.data import show_preview
 
         return show_preview(args)
+    if args.plan:
+        from planning.command import show_plan
+
+        return show_plan(args)
     with owned_output(args):
         run(args)
     return 0
@@ -40,6 +44,7 @@ def run(args: RunArguments) -> None:
     """Train as the arguments say, and save to the output folder, which this process owns."""
     # These imports take seconds: the arguments have been checked before.
     from loading.checkpoint import load_checkpoint
+    from planning.at_start import expected_memory
     from training.build import build_trainer
     from training.data import load_shared_data
     from training.distributed.agreement import check_agreement
@@ -64,7 +69,7 @@ def run(args: RunArguments) -> None:
     model = load_training_model(checkpoint, args, training_arguments, policy)
     prepare_output(args, start.removes_leftovers)  # removes old results, now that every check has passed
     trainer, log = build_trainer(args, training_arguments, checkpoint, model, sets, facts, start, world, heartbeat)
-    record_start(trainer, args, sets, policy)
+    record_start(trainer, args, sets, policy, expected_memory(trainer, args))
     with explain_how_to_resume(args.output_dir, args.resumes_automatically):
         with trainer.signals.handling():
             trainer.train(resume_from_checkpoint=start.checkpoint)

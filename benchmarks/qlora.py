@@ -104,7 +104,9 @@ def make_models(folder: Path) -> None:
     (folder / "data.json").write_text(json.dumps(data))
 
 
-def pack(weights: dict[str, Any], method: str, bits: int) -> Iterator[tuple[str, Any]]:
+def pack(
+    weights: dict[str, Any], method: str, bits: int, group: int = GROUP, blocks: str = ".h."
+) -> Iterator[tuple[str, Any]]:
     """Yield the model with random packed integers for the matrices of its blocks: only their shapes matter."""
     import torch
 
@@ -114,17 +116,17 @@ def pack(weights: dict[str, Any], method: str, bits: int) -> Iterator[tuple[str,
         return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, generator=generator)
 
     for name, weight in weights.items():
-        if ".h." not in name or weight.dim() != 2:
+        if blocks not in name or weight.dim() != 2:
             yield name, weight.half()
             continue
         (outputs, inputs), per_word, layer = weight.shape, 32 // bits, name.removesuffix(".weight")
-        groups = inputs // GROUP
+        groups = inputs // group
         rows, columns = (inputs, outputs // per_word) if method == "awq" else (inputs // per_word, outputs)
         yield f"{layer}.qweight", words(rows, columns)
         yield f"{layer}.qzeros", words(groups, outputs // per_word)
         yield f"{layer}.scales", torch.full((groups, outputs), 0.2 / 2 ** (bits - 1), dtype=torch.float16)
         if method == "gptq":
-            yield f"{layer}.g_idx", (torch.arange(inputs) // GROUP).int()
+            yield f"{layer}.g_idx", (torch.arange(inputs) // group).int()
 
 
 # ---------------------------------------------------------------------------------------------------------- whole runs

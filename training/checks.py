@@ -93,7 +93,7 @@ def _model_folder(args: RunArguments) -> Path:
 
 def _check_data(args: RunArguments) -> Faults:
     data, get = args.data, args.trainer_value
-    if not data.data_path:
+    if not data.data_path and not args.plan:
         yield ConfigError("--data_path is missing", "Give a file of conversations, or a folder of such files")
     for flag, names in (("--data_path", data.data_path), ("--eval_data_path", data.eval_data_path)):
         for name in names or ():
@@ -171,7 +171,7 @@ def _check_precision(args: RunArguments) -> Faults:
     get, bf16 = args.trainer_value, "--pure_bf16" if args.options.pure_bf16 else "--bf16"
     if get("fp16") and (get("bf16") or args.options.pure_bf16):
         yield ConfigError(f"--fp16 and {bf16} are two precisions", "Give one of them")
-    elif get("fp16") and (get("use_cpu") or not has_gpu()):
+    elif get("fp16") and (get("use_cpu") or not (args.plan or has_gpu())):
         yield ConfigError("--fp16 needs a GPU, and none is available", "Remove it, or use --bf16")
     if get("fp16_full_eval") and get("bf16_full_eval"):
         yield ConfigError("--fp16_full_eval and --bf16_full_eval are two precisions", "Give one of them")
@@ -340,7 +340,7 @@ def _check_reporters(args: RunArguments) -> Faults:
 
 def _check_output(args: RunArguments) -> Faults:
     """Check the output folder; its checkpoint is compared with the arguments only if the folder itself is accepted."""
-    if args.dry_run or not is_first():
+    if args.dry_run or args.plan or not is_first():
         return  # rank 0 may already be removing the files that --overwrite_output_dir discards
     yield from _faults_of(check_workers, args.trainer_value("dataloader_num_workers"))
     yield from list(_faults_of(check_output, args)) or _faults_of(check_start, args)

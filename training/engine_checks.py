@@ -41,7 +41,7 @@ def check_engine(args: RunArguments) -> Iterator[ConfigError]:
 
 def _check_deepspeed(args: RunArguments, engine: Engine) -> Iterator[ConfigError]:
     where = f"--deepspeed {show_config(args.trainer_value('deepspeed'))}"
-    if importlib.util.find_spec("deepspeed") is None:
+    if importlib.util.find_spec("deepspeed") is None and not args.plan:
         install = pip_command("requirements_distributed.txt")
         yield ConfigError(f"{where}: DeepSpeed is not installed", f"{install}, or remove --deepspeed")
     for key, value, flag, wanted in _contradictions(args, engine.config):
@@ -85,7 +85,7 @@ def _contradictions(args: RunArguments, config: dict[str, Any]) -> Iterator[tupl
 def _check_fsdp(args: RunArguments, engine: Engine) -> Iterator[ConfigError]:
     if count_processes() == 1:
         yield ConfigError("--fsdp needs several processes to shard the model over", "Start it with torchrun")
-    if engine.config.get("cpu_offload") and (args.trainer_value("use_cpu") or not has_gpu()):
+    if engine.config.get("cpu_offload") and (args.trainer_value("use_cpu") or not (args.plan or has_gpu())):
         yield ConfigError("--fsdp_config: cpu_offload needs a GPU, and none is available", "Remove cpu_offload")
     if args.trainer_value("fp16"):
         yield ConfigError("--fsdp does not support --fp16", "Give --bf16, or use DeepSpeed")

@@ -38,7 +38,7 @@ def check_flags(args: RunArguments) -> Iterator[ConfigError]:
                 yield error
     yield from _check_workers(args)
     yield from _check_best(args)
-    if get("tf32") and (get("use_cpu") or not has_gpu()):
+    if get("tf32") and (get("use_cpu") or not (args.plan or has_gpu())):
         yield ConfigError("--tf32 True needs a GPU, and none is available", "Remove --tf32")
     yield from _check_compile(args)
 

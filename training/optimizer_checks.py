@@ -33,7 +33,7 @@ def check_optimizer(args: RunArguments) -> Iterator[ConfigError]:
         yield ConfigError(f"{flag} is not supported: {optimizer.refused}", _OTHER)
         return
     yield from _check_package(flag, optimizer)
-    on_cpu = (optimizer.needs_gpu or optimizer.compiles) and (get("use_cpu") or not has_gpu())
+    on_cpu = (optimizer.needs_gpu or optimizer.compiles) and (get("use_cpu") or not (args.plan or has_gpu()))
     if optimizer.compiles and (missing := missing_for_inductor(on_cpu)):
         yield ConfigError(f"{flag} needs {missing}, which is not installed", f"Install it. {_OTHER}")
     if optimizer.needs_gpu and on_cpu:

@@ -50,12 +50,20 @@ def count_parameters(model: nn.Module | None) -> tuple[int, int]:
 
 
 def record_start(
-    trainer: QwenTrainer, args: RunArguments, sets: dict[str, ExampleSet], policy: EmbeddingsPolicy | None
+    trainer: QwenTrainer,
+    args: RunArguments,
+    sets: dict[str, ExampleSet],
+    policy: EmbeddingsPolicy | None,
+    memory: str = "",
 ) -> None:
-    """Log the start-up block, write ``run_args.json``, data reports and samples; on rank 0, which alone has reports."""
+    """Log the start-up block, write ``run_args.json``, data reports and samples; on rank 0, which alone has reports.
+
+    Args:
+        memory: what is known about the memory that a step takes.
+    """
     if trainer.is_world_process_zero():
         save_arguments(args)
-        logger.info("Fine-tuning\n%s", describe_run(trainer, args, sets["train"], policy))
+        logger.info("Fine-tuning\n%s", describe_run(trainer, args, sets["train"], policy, memory))
         warn_of_few_steps(trainer)
         save_reports({name: examples.report for name, examples in sets.items()}, args.output_dir)
         keep_samples(sets["train"], args.options.keep_samples, args.trainer_value("seed"), args.output_dir)
@@ -91,7 +99,7 @@ def record_end(
 
 
 def describe_run(
-    trainer: QwenTrainer, args: RunArguments, examples: ExampleSet, policy: EmbeddingsPolicy | None
+    trainer: QwenTrainer, args: RunArguments, examples: ExampleSet, policy: EmbeddingsPolicy | None, memory: str = ""
 ) -> str:
     """Return the start-up block: model, mode, trained parameters, data, steps."""
     training, checkpoint = trainer.args, trainer.checkpoint
@@ -116,6 +124,7 @@ def describe_run(
         ("targets", f"{report.trained_tokens:,} tokens ({report.trained_tokens / report.tokens:.1%})"),
         *_packing_rows(trainer, args, batch),
         ("steps", f"{steps:,} of {batch} {_items_of(trainer)} ({per_epoch:,} per epoch)"),
+        *([("memory", memory)] if memory else []),
         ("output", str(args.output_dir)),
     ]
     return "\n".join(f"  {name:<11}{value}" for name, value in rows)

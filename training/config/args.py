@@ -156,6 +156,7 @@ class InvocationOptions:
         False, "resume although data, seed, batch size or number of processes differ from the checkpoint's"
     )
     dry_run: bool = _flag(False, "show the data as it would be trained, and exit; writes nothing")
+    plan: bool = _flag(False, "say what a step takes on this machine and whether it fits, and exit; writes nothing")
 
 
 GROUPS: dict[str, Any] = {
@@ -214,7 +215,7 @@ class RunArguments(InvocationOptions):
         """Return every flag with its value, in the form that ``--config`` reads to repeat the run from its start.
 
         Flags of one invocation keep their defaults: the checkpoint to resume, ``--overwrite_output_dir``,
-        ``--allow_resume_changes``, ``--dry_run``, and the hub's token.
+        ``--allow_resume_changes``, ``--dry_run``, ``--plan``, and the hub's token.
         """
         values = {name: self.trainer_value(name) for name in self.trainer_defaults}
         for group in (self.model, self.data, self.lora, self.options):

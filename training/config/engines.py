@@ -72,11 +72,12 @@ class Engine:
         return f"{title} with offloading" if offloaded or self.config.get("cpu_offload") else title
 
 
-def find_engine(flags: Mapping[str, Any]) -> Engine:
+def find_engine(flags: Mapping[str, Any], processes: int | None = None) -> Engine:
     """Return the engine of ``--deepspeed`` or ``--fsdp``; without them DDP if the run has several processes.
 
     Args:
         flags: transformers' flags; defaults may be left out.
+        processes: of the run; ``None``: as the launcher has started.
 
     Raises:
         ConfigError: a config that cannot be read, or an unsupported ZeRO stage or FSDP version.
@@ -96,7 +97,7 @@ def find_engine(flags: Mapping[str, Any]) -> Engine:
     if is_set(fsdp):
         value = flags.get("fsdp_config")
         return Engine("fsdp2", {} if value is None else _load_fsdp_config(value))
-    return Engine("ddp" if count_processes() > 1 else "none")
+    return Engine("ddp" if (processes or count_processes()) > 1 else "none")
 
 
 def _load_fsdp_config(value: Any) -> dict[str, Any]:

@@ -62,6 +62,7 @@ _NAMES: dict[str, str] = {
     "seed": "random_seed",
     "overwrite_output_dir": "overwrite force",
     "dry_run": "preview print_only",
+    "plan": "estimate estimate_memory memory_plan",
 }  # fmt: skip
 
 # What is no flag here.

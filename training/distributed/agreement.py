@@ -32,7 +32,7 @@ _MAY_DIFFER = {
     "cache_dir", "data_cache_dir", "no_data_cache", "dataset_num_proc", "logging_dir", "hub_token", "debug",
     "log_level", "log_level_replica", "disable_tqdm",
 }  # fmt: skip
-_ONE_TIME_FLAGS = ("overwrite_output_dir", "allow_resume_changes", "dry_run")
+_ONE_TIME_FLAGS = ("overwrite_output_dir", "allow_resume_changes", "dry_run", "plan")
 _PACKAGES = (
     "torch", "transformers", "peft", "accelerate", "deepspeed", "bitsandbytes", "safetensors", "tokenizers", "tiktoken",
     "numpy",

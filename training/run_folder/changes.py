@@ -54,9 +54,9 @@ _HARMLESS_PREFIXES = (
     "torch_empty_", "gradient_checkpointing",
 )  # fmt: skip
 _HARMLESS = frozenset({
-    "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "allow_resume_changes", "dry_run", "debug",
-    "any_base", "cache_dir", "data_cache_dir", "no_data_cache", "dataset_num_proc", "model_hub", "disable_tqdm",
-    "do_train", "do_eval", "do_predict", "prediction_loss_only",
+    "output_dir", "resume_from_checkpoint", "overwrite_output_dir", "allow_resume_changes", "dry_run", "plan",
+    "debug", "any_base", "cache_dir", "data_cache_dir", "no_data_cache", "dataset_num_proc", "model_hub",
+    "disable_tqdm", "do_train", "do_eval", "do_predict", "prediction_loss_only",
     "local_rank", "heartbeat_timeout", "keep_samples", "profile_steps", "lazy_preprocess", "full_determinism",
     "remove_unused_columns", "label_names", "length_column_name", "accelerator_config",
     "restore_callback_states_from_checkpoint", "bf16_full_eval", "fp16_full_eval", "auto_find_batch_size", "use_cache",

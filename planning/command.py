@@ -1,0 +1,71 @@
+"""The plan of a run, as ``finetune.py --plan`` and ``scripts.plan`` print it."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from checkpoints.files import save_json
+from console import show
+from planning.advice import advise
+from planning.batches import RunBatches
+from planning.devices import find_device
+from planning.expectation import Expectation, Machine, Planner
+from planning.model import read_checkpoint
+from planning.report import gib, render, to_json
+from processes import count_processes, is_first
+from training.config.args import RunArguments
+from training.training_arguments import check_training_arguments
+
+logger = logging.getLogger(__name__)
+
+
+def show_plan(args: RunArguments, machine: Machine | None = None, file: Path | None = None) -> int:
+    """Print the plan of a run, and return 0 if it fits, else 1.
+
+    Args:
+        machine: by default this one, with as many devices as there are processes.
+        file: to write everything to, as JSON.
+
+    Raises:
+        ConfigError: arguments, a checkpoint or an engine that cannot be rehearsed.
+        DataError: data that cannot be used.
+    """
+    if not is_first():
+        return 0
+    check_training_arguments(args)
+    machine = machine or this_machine(args)
+    checkpoint = read_checkpoint(args)
+    batches = RunBatches.of_run(args, machine.processes) if args.data.data_path else None
+    planner = Planner(machine, int(checkpoint.config.hidden_size), batches)
+    logger.info("Rehearsing a step of one process, without data")
+    run = planner.expect(args)
+    logger.info("As it is: %s, after %.1f s", gib(run.share.peak_bytes), run.rehearsal.seconds_taken)
+    advice = None if run.fits else advise(planner, run)
+    title = _title(args, checkpoint, run)
+    for line in render(run, title, advice):
+        show(line)
+    if file is not None:
+        save_json(to_json(run, title, advice, shlex.join(sys.argv)), file)
+    return 0 if run.fits else 1
+
+
+def this_machine(args: RunArguments) -> Machine:
+    """Return this machine: its GPU, or the default of the table."""
+    device = find_device(None, bool(args.trainer_value("use_cpu")))
+    return Machine(device, round(device.memory_gib, 1), count_processes())
+
+
+def _title(args: RunArguments, checkpoint: Any, run: Expectation) -> str:
+    lora = args.lora
+    mode = "all parameters"
+    if lora.use_lora:
+        mode = f"LoRA of rank {lora.lora_r}"
+        if quantization := checkpoint.quantization or lora.quantization:
+            mode = f"Q-LoRA of rank {lora.lora_r} ({quantization})"
+    names = ("bf16", "fp16")
+    precision = "pure_bf16" if args.options.pure_bf16 else next(filter(args.trainer_value, names), "float32")
+    return f"{args.model.model_name_or_path} ({checkpoint.model_type}), {mode}, {precision}"

@@ -1,0 +1,117 @@
+"""A plan as a table for a terminal, and as JSON."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from planning.advice import Advice
+from planning.devices import GIB, RESERVE_GIB
+from planning.expectation import Expectation, Machine
+
+_COLUMN = 14  # of the names
+_SHOWN_BYTES = 2**14  # of a component at least
+_UNITS = ("", "k", "M", "G", "T", "P", "E")
+
+
+def render(run: Expectation, title: str, advice: Advice | None) -> list[str]:
+    """Return the lines of the table of a run, then what would make it fit.
+
+    Args:
+        title: model, mode and precision.
+        advice: for a run that does not fit.
+    """
+    shape, machine = run.shape, run.machine
+    lengths = shape.lengths
+    batch = f"{len(lengths)} x {lengths[0]:,}" if len(set(lengths)) == 1 else f"{len(lengths)} samples"
+    rows = [
+        ("model", title),
+        ("micro-batch", f"{batch}: {sum(lengths):,} tokens, {shape.targets:,} of them trained"),
+        ("devices", _devices(machine, run.engine)),
+        ("peak", f"{gib(run.share.peak_bytes)} of {machine.memory_gib:g} GiB: {_verdict(run)}"),
+        *((f"  {name}", gib(size)) for name, size in run.share.components.items() if size >= _SHOWN_BYTES),
+        *([("on the host", f"{gib(run.share.host_bytes)} per process")] if run.share.host_bytes else []),
+        ("peak is in", run.share.peak_at),
+        ("parameters", f"{run.rehearsal.parameters:,}, trained {run.rehearsal.trained_parameters:,}"),
+        ("step", _step(run)),
+        ("time", _time(run)),
+        ("sent", _sent(run)),
+        *(("not included", text) for text in run.rehearsal.not_rehearsed),
+    ]
+    lines = [f"  {name:<{_COLUMN}}{value}" for name, value in rows]
+    return [*lines, *(_advice_lines(run, advice) if advice else [])]
+
+
+def _verdict(run: Expectation) -> str:
+    spare = run.machine.usable_bytes - run.share.peak_bytes
+    reserve = f"beside {RESERVE_GIB:g} GiB for {'CUDA' if run.machine.device.kind == 'cuda' else 'Python'}"
+    return f"fits {reserve}, {gib(spare)} to spare" if run.fits else f"does not fit {reserve}: {gib(-spare)} too much"
+
+
+def _devices(machine: Machine, engine: str) -> str:
+    hosts = f" on each of {machine.hosts} hosts" if machine.hosts > 1 else ""
+    return f"{machine.gpus} x {machine.device.name} of {machine.memory_gib:g} GiB{hosts}, {engine}"
+
+
+def _step(run: Expectation) -> str:
+    forward, backward = (amount(flops) for flops in (run.rehearsal.flops_forward, run.rehearsal.flops_backward))
+    parts = run.args.trainer_value("gradient_accumulation_steps")
+    return f"{amount(run.step_flops)}FLOP per device: {parts} x ({forward} forward + {backward} backward)"
+
+
+def _time(run: Expectation) -> str:
+    device, share = run.machine.device, run.machine.rate_share
+    if run.seconds is None:
+        return f"not known: the table of devices has no rate of {device.name}"
+    return f"{run.seconds:.3g} s per step at {share:.0%} (--share {share:g}) of {device.tflops:g} TFLOP/s"
+
+
+def _sent(run: Expectation) -> str:
+    if run.machine.processes == 1:
+        return "nothing: one process"
+    return f"{gib(run.share.sent_bytes)} per step by each device"
+
+
+def _advice_lines(run: Expectation, advice: Advice) -> list[str]:
+    if not advice.proposals:
+        changes = f" ({' '.join(advice.smallest.changes)})" if advice.smallest.changes else ""
+        least = gib(advice.smallest.share.peak_bytes)
+        return [f"No change makes it fit into {run.machine.memory_gib:g} GiB: the least is {least}{changes}"]
+    lines = ["The smallest changes that make it fit, cheapest first:"]
+    for proposal in advice.proposals:
+        time = "" if proposal.seconds is None else f", {proposal.seconds:.3g} s per step"
+        lines.append(f"  {gib(proposal.share.peak_bytes):>10}{time}  {' '.join(proposal.changes)}")
+    return lines
+
+
+def to_json(run: Expectation, title: str, advice: Advice | None, command: str) -> dict[str, Any]:
+    """Return everything that is known, for ``--json``."""
+    machine = run.machine
+    moments = {where: moment.components for where, moment in run.rehearsal.moments.items()}
+    return {
+        "command": command,
+        "title": title,
+        "machine": {
+            "device": machine.device.name,
+            "memory_gib": machine.memory_gib,
+            "tflops": machine.device.tflops,
+            "share": machine.rate_share,
+            "gpus": machine.gpus,
+            "hosts": machine.hosts,
+        },
+        "run": {**run.to_dict(), "moments_of_one_process": moments, "not_included": list(run.rehearsal.not_rehearsed)},
+        "proposals": [proposal.to_dict() for proposal in advice.proposals] if advice else [],
+        "smallest": advice.smallest.to_dict() if advice else run.to_dict(),
+    }
+
+
+def gib(size: float) -> str:
+    """Return bytes in GiB; small ones in MiB."""
+    return f"{size / GIB:.2f} GiB" if abs(size) >= GIB / 100 else f"{size / 2**20:.2f} MiB"
+
+
+def amount(count: float) -> str:
+    """Return a large count with a unit's letter: ``1.24 P``."""
+    power = 0
+    while count >= 1000 and power < len(_UNITS) - 1:
+        count, power = count / 1000, power + 1
+    return f"{count:.3g} {_UNITS[power]}"
