@@ -331,12 +331,8 @@ def log_of(output: Path) -> list[dict[str, Any]]:
 
 
 def checkpoints_of(output: Path) -> list[str]:
-    """Return name and weights of each remaining checkpoint.
-
-    A kill while an old checkpoint is removed leaves a part of it, from which no run resumes.
-    """
-    folders = [folder for folder in sorted(output.glob("checkpoint-*")) if (folder / ADAPTER_SAFETENSORS).is_file()]
-    return [f"{folder.name} {weights_of(folder)}" for folder in folders]
+    """Return name and weights of each remaining checkpoint."""
+    return [f"{folder.name} {weights_of(folder)}" for folder in sorted(output.glob("checkpoint-*"))]
 
 
 if __name__ == "__main__":

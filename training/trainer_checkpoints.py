@@ -34,9 +34,9 @@ from training.trainer_resume import (
     add_missing_states,
     check_moments,
     check_types,
-    remove_superseded,
     set_learning_rate,
     settings_of,
+    superseded_by,
 )
 
 logger = logging.getLogger(__name__)
@@ -193,7 +193,11 @@ class CheckpointTrainer(Trainer):
         output, writes = Path(str(self.args.output_dir)), self.args.should_save
         final = output / f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         set_form(self.optimizer, training=not self.args.save_only_model)
-        with saving_errors(output), staged_checkpoint(final, writes) as staged:
+
+        def superseded() -> list[Path]:  # transformers' own rotation sees the hidden folder only
+            return superseded_by(final, self.args.save_total_limit, self.state.best_model_checkpoint)
+
+        with saving_errors(output), staged_checkpoint(final, writes, superseded) as staged:
             self.world.barrier("checkpoint")  # no collective: a large checkpoint may take longer than its time-out
             self._staging = staged.parent
             try:
@@ -208,9 +212,6 @@ class CheckpointTrainer(Trainer):
             if writes:
                 write_manifest(staged, self.state.global_step, self.facts)
             self.world.barrier("checkpoint")
-        if writes:
-            # transformers' own rotation saw the hidden folder only.
-            remove_superseded(final, self.args.save_total_limit, self.state.best_model_checkpoint)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save what was trained, gathered from all ranks if the engine shards it."""

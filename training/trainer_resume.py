@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -130,21 +129,20 @@ def set_learning_rate(scheduler: Any, learning_rate: float) -> None:
     scheduler._last_lr = [group["lr"] for group in groups]  # the log reads it
 
 
-def remove_superseded(saved: Path, limit: int | None, best: str | None) -> None:
-    """Remove the checkpoints that a newly saved one supersedes.
+def superseded_by(saved: Path, limit: int | None, best: str | None) -> list[Path]:
+    """Return the checkpoints that a newly saved one supersedes.
 
     Those of later steps belong to steps that are trained again, and would be taken for the newest. Of the earlier ones
-    the oldest beyond ``--save_total_limit`` are removed, but never the best.
+    the oldest beyond ``--save_total_limit`` are superfluous, but never the best.
 
     Args:
         saved: the new checkpoint, complete.
         limit: ``--save_total_limit``.
         best: the folder of the best checkpoint so far.
     """
-    checkpoints = checkpoints_in(saved.parent)
+    checkpoints = [path for path in checkpoints_in(saved.parent) if not path.is_symlink()]
     earlier = [path for path in checkpoints if step_of(path) < step_of(saved)]
     removable = [path for path in earlier if best is None or path.name != Path(best).name]
     protected = 1 + len(earlier) - len(removable)
     superfluous = [] if limit is None else removable[max(0, limit - protected) :]
-    for path in (*superfluous, *(path for path in checkpoints if step_of(path) > step_of(saved))):
-        shutil.rmtree(path, ignore_errors=True)
+    return [*superfluous, *(path for path in checkpoints if step_of(path) > step_of(saved))]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from checkpoints.folders import sync_files, temporary_folder
@@ -24,12 +24,16 @@ _CURRENT_FOLDER, _EXCHANGE = -100, 2  # AT_FDCWD and RENAME_EXCHANGE of Linux
 
 
 @contextmanager
-def staged_checkpoint(final: Path, is_writer: bool = True) -> Iterator[Path]:
+def staged_checkpoint(
+    final: Path, is_writer: bool = True, superseded: Callable[[], Iterable[Path]] = tuple
+) -> Iterator[Path]:
     """Stage a ``checkpoint-N`` in a hidden folder; it is renamed to its final path when the block succeeds.
 
     Args:
         final: final path. An earlier folder there is replaced then, not before.
         is_writer: whether this rank makes and renames the folder; the others only get its path.
+        superseded: called when it is complete; returns the checkpoints that it supersedes. They are moved to the
+            hidden folder and removed with it, so that a process that is killed leaves no part of one beside the others.
 
     Yields:
         The folder to fill, of the same name.
@@ -41,6 +45,9 @@ def staged_checkpoint(final: Path, is_writer: bool = True) -> Iterator[Path]:
         if is_writer:
             sync_files(staged)
             replace_folder(staged, final)
+            for path in superseded():
+                with suppress(OSError):
+                    os.replace(path, staging / path.name)
 
 
 @contextmanager

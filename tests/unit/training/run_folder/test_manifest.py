@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from errors import ConfigError
-from tests.commands import names_in
 from tests.models import change_json
 from training.run_folder.manifest import (
     MANIFEST_VERSION,
@@ -23,7 +22,7 @@ from training.run_folder.manifest import (
     write_manifest,
 )
 from training.run_folder.names import MANIFEST
-from training.trainer_resume import remove_superseded
+from training.trainer_resume import superseded_by
 
 FACTS = {"mode": "lora", "arguments": {"seed": 1, "output_dir": "here"}, "world_size": 2}
 
@@ -168,10 +167,13 @@ def test_newest_checkpoint_has_the_highest_step_and_a_trainer_state(tmp_path: Pa
         (6, 1, 6, [6]),
     ],
 )
-def test_a_new_checkpoint_removes_superseded_ones(
+def test_a_new_checkpoint_supersedes_later_and_old_ones(
     tmp_path: Path, saved: int, limit: int | None, best: int | None, left: list[int]
 ) -> None:
     for step in (2, 4, 6, 8, 10):
         (tmp_path / f"checkpoint-{step}").mkdir()
-    remove_superseded(tmp_path / f"checkpoint-{saved}", limit, None if best is None else f"elsewhere/checkpoint-{best}")
-    assert names_in(tmp_path) == sorted(f"checkpoint-{step}" for step in left)
+    (tmp_path / "checkpoint-1").symlink_to(tmp_path / "checkpoint-2")  # its files are elsewhere
+    superseded = superseded_by(
+        tmp_path / f"checkpoint-{saved}", limit, None if best is None else f"elsewhere/checkpoint-{best}"
+    )
+    assert {path.name for path in superseded} == {f"checkpoint-{step}" for step in {2, 4, 6, 8, 10} - {*left}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -165,3 +166,36 @@ def test_a_checkpoint_is_replaced_in_one_step_where_the_system_can(
         if not killed:
             break
     assert names_in(tmp_path / str(call)) == ["checkpoint-2"]
+
+
+def test_a_process_that_dies_while_it_removes_checkpoints_leaves_no_part_of_one(tmp_path: Path) -> None:
+    superseded = [tmp_path / f"checkpoint-{step}" for step in (2, 4)]
+    for folder in superseded:
+        fill(folder, "old")
+    if (child := os.fork()) == 0:
+
+        def die_halfway(path: str, **options: Any) -> None:
+            (Path(path) / "model.safetensors").unlink()
+            os._exit(9)
+
+        with staged_checkpoint(tmp_path / "checkpoint-6", superseded=lambda: superseded) as staged:
+            fill(staged, "new")
+            shutil.rmtree = die_halfway  # type: ignore[assignment]
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert names_in(tmp_path) == [STAGING, "checkpoint-6"]
+    assert set(content_of(tmp_path).values()) == {"new"}
+    with staged_files(tmp_path) as staged:  # also if no step is left
+        (staged / "config.json").write_text("new")
+    assert names_in(tmp_path) == ["checkpoint-6", "config.json"]
+
+
+def test_superseded_checkpoints_stay_until_the_new_one_is_complete(tmp_path: Path) -> None:
+    old = tmp_path / "checkpoint-2"
+    fill(old, "old")
+    with pytest.raises(Terminated), staged_checkpoint(tmp_path / "checkpoint-4", superseded=lambda: [old]):
+        raise Terminated
+    assert set(content_of(tmp_path).values()) == {"old"}
+    with staged_checkpoint(tmp_path / "checkpoint-4", superseded=lambda: [old]) as staged:
+        fill(staged, "new")
+    assert names_in(tmp_path) == ["checkpoint-4"]
