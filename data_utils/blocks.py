@@ -80,6 +80,7 @@ class EncodedBlock:
         faults: of the records that cannot be used.
         placeholders: the names of all that the records contain.
         sources: index of the records' source in each set, added by the reader.
+        spans: of the samples that were added last, until ``finish``.
     """
 
     path: str
@@ -101,6 +102,7 @@ class EncodedBlock:
     faults: list[DataError] = field(default_factory=list)
     placeholders: set[str] = field(default_factory=set)
     sources: dict[str, int] = field(default_factory=dict)
+    spans: list[Span] = field(default_factory=list)
 
     def report_of(self, set_name: str) -> SourceReport:
         """Return the counts of a set."""
@@ -110,16 +112,20 @@ class EncodedBlock:
         return report
 
     def add(
-        self, encoded: EncodedConversation, set_name: str, copies: int, where: Location, digest: bytes, location: str
+        self,
+        ids: array[int],
+        encoded: EncodedConversation,
+        set_name: str,
+        copies: int,
+        where: Location,
+        digest: bytes,
+        location: str,
     ) -> None:
-        """Append a sample with at least one span."""
-        lengths, roles, weights = zip(*encoded.spans, strict=True)
-        self.ids.extend(encoded.input_ids)
-        self.run_lengths.extend(lengths)
-        self.run_weights.extend(weights)
-        self.run_roles.extend(roles)
-        self.lengths.append(len(encoded.input_ids))
-        self.run_counts.append(len(lengths))
+        """Append a sample, and its ids as an array."""
+        self.ids.extend(ids)
+        self.spans += encoded.spans
+        self.lengths.append(len(ids))
+        self.run_counts.append(len(encoded.spans))
         self.turns_dropped.append(encoded.turns_dropped)
         self.copies.append(copies)
         self.set_names.append(set_name)
@@ -127,6 +133,16 @@ class EncodedBlock:
         self.records.append(where.record or 0)
         self.digests.append(digest)
         self.locations.append(location)
+
+    def finish(self) -> EncodedBlock:
+        """Make columns of the spans when all samples have been added; return the block."""
+        if self.spans:
+            lengths, roles, weights = zip(*self.spans, strict=True)
+            self.run_lengths.extend(lengths)
+            self.run_roles.extend(roles)
+            self.run_weights.extend(weights)
+            self.spans = []
+        return self
 
     def conversations(self) -> Iterator[KeptConversation]:
         """Yield the samples, in order."""

@@ -39,6 +39,8 @@ _MAX_LOGGED_FAULTS = 5
 _CHECKING_DELAY = 1.0  # seconds
 # Of a block of records, which a process checks or tokenises.
 _BLOCK_RECORDS, _BLOCK_BYTES = 512, 1 << 20
+# Of data that is certainly worth the time of ``Encoder.prepare_for_many``.
+_MANY_BYTES = 4 << 20
 
 
 @dataclass(frozen=True)
@@ -159,7 +161,7 @@ class DataReader:
         """
         files = self.files
         size = sum(path.stat().st_size for path in itertools.chain.from_iterable(files))
-        if self._processes > 1:
+        if self._processes > 1 or size > _MANY_BYTES:
             self.encoder.prepare_for_many()  # before the processes are forked
         encoder = RecordEncoder(self.encoder, self.options.fill, self.options.data_format != "auto")
         with Workers(encoder, self._processes) as workers:

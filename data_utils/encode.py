@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -22,14 +22,17 @@ from chat.turns import Tool, Turn
 from data_utils.byte_pairs import FasterEncoder
 from data_utils.files import Location
 from data_utils.schema import Conversation, short_repr
+from data_utils.shapes import Shape, build_shape, depends_on_texts
 from data_utils.special_tokens import any_of, encoder_with, find_special_tokens
 from data_utils.text_file import parts_of
+from data_utils.texts import check_characters, texts_of, texts_of_turn
 from errors import ConfigError, DataError
 
 Truncation = Literal["turns", "turns_left", "cut", "drop", "error"]
 
 # Headers, line ends and system messages repeat in every sample; the turns of a sample that is shortened repeat too.
 _CACHED_TEXTS = 256
+_CACHED_SHAPES = 1024
 
 
 class UnweightedExample(TypedDict):
@@ -110,7 +113,7 @@ class EncodedConversation:
     def trained_tokens(self) -> int:
         """Number of trained ids. The first id of a sample is never predicted, so it does not count."""
         first = 1 if self.spans and self.spans[0].weight > 0 else 0
-        return sum(span.length for span in self.spans if span.weight > 0) - first
+        return sum([length for length, _, weight in self.spans if weight > 0]) - first
 
 
 class Encoder:
@@ -136,6 +139,7 @@ class Encoder:
         self._encode_uncached = encode_text
         self._encode_text = lru_cache(maxsize=_CACHED_TEXTS)(encode_text)
         self._control_ids = control_ids_of(tokenizer)
+        self._shape_of = lru_cache(maxsize=_CACHED_SHAPES)(self._build_shape)
         self._end_of_text = int(tokenizer.convert_tokens_to_ids(END_OF_TEXT))
 
     @property
@@ -173,6 +177,8 @@ class Encoder:
         if self.options.needs_answer and not conversation.is_text and all(turn.role != "assistant" for turn in turns):
             raise DataError(where, "the conversation has no assistant turn to train", "Remove the record")
         for number, turn in enumerate(turns, 1):
+            for text in texts_of_turn(turn):
+                check_characters(text, "the text" if conversation.is_text else f"turn {number}", where)
             if self._check_text is not None:
                 try:
                     self._check_text(turn.content)
@@ -182,6 +188,8 @@ class Encoder:
                     raise DataError(where, f"{owner} contains {error}", fix) from None
             if turn.thinking or (turn.role == "assistant" and (THINK in turn.content or THINK_END in turn.content)):
                 self._check_thinking(turn, number, where)
+        if conversation.tools:
+            check_characters(json.dumps(conversation.tools, ensure_ascii=False), "the description of tools", where)
         try:
             check_tools(turns, self.family, conversation.tools)
         except ValueError as error:
@@ -209,10 +217,11 @@ class Encoder:
         if conversation.tools and family.tool_form is not None:
             lost = family.tool_form.lost_fields(conversation.tools)
             notes += (f"describe tools with {short_repr(name)}, which {format_} does not write" for name in lost)
-        if family.has_thinking and not conversation.is_text and Answers(conversation.turns, family).loses_thinking():
+        thinks = family.has_thinking and not conversation.is_text and depends_on_texts(conversation.turns, family)
+        if thinks and Answers(conversation.turns, family).loses_thinking():
             notes.append(f"contain thinking that {format_} leaves out at its place")
         if self._plain_tokens is not None:
-            found = {token for text in _texts(conversation) for token in self._plain_tokens.findall(text)}
+            found = {token for text in texts_of(conversation) for token in self._plain_tokens.findall(text)}
             notes += (
                 f"contain {short_repr(token)}, which is trained as text, not as the special token of that name "
                 f"(--allow_special_tokens {short_repr(token)} changes it)"
@@ -268,6 +277,10 @@ class Encoder:
         """
         options, turns, tools = self.options, conversation.turns, conversation.tools
         try:
+            if turns and not tools and not depends_on_texts(turns, self.family):
+                encoded = self._encode_shape(turns)
+                if len(encoded.input_ids) <= options.max_length:
+                    return encoded
             messages = self._render(turns, tools)
             encoded = self._encode(messages)
             rest = messages[len(messages) - encoded.turns_dropped + 1 :] if encoded.turns_dropped else []
@@ -284,6 +297,29 @@ class Encoder:
             )
         shortened = self._shorten(turns, tools, messages, encoded)
         return replace(shortened, full_length=len(encoded.input_ids) + rest_length)
+
+    def _build_shape(self, roles: Sequence[str], weights: Sequence[float | None]) -> Shape:
+        return build_shape(
+            roles, weights, lambda turns: self._render(turns, ()), self._encode_uncached, self._control_ids
+        )
+
+    def _encode_shape(self, turns: Sequence[Turn]) -> EncodedConversation:
+        """Encode a whole conversation whose texts do not decide how it is written, as ``_encode`` would."""
+        roles, texts, _, weights, _ = zip(*turns, strict=True)
+        encode_text = self._encode_text
+        ids: list[int] = []
+        spans: list[Span] = []
+        for role, weight, parts in self._shape_of(roles, weights):
+            start = len(ids)
+            for constant, before, turn in parts:
+                ids += constant
+                if turn is not None:
+                    ids += encode_text(before + texts[turn])
+            if (length := len(ids) - start) and spans and spans[-1][1:] == (role, weight):
+                spans[-1] = Span(spans[-1].length + length, role, weight)
+            elif length:
+                spans.append(Span(length, role, weight))
+        return EncodedConversation(ids, spans)
 
     def _shorten(
         self, turns: Sequence[Turn], tools: Sequence[Tool], messages: Sequence[Message], encoded: EncodedConversation
@@ -384,17 +420,6 @@ class Encoder:
         if longest == len(starts) or _has_answer(turns) > _has_answer(turns[starts[longest] :]):
             return None
         return from_turn(starts[longest])
-
-
-def _texts(conversation: Conversation) -> Iterator[str]:
-    """Yield the texts of a conversation that reach its ids."""
-    for turn in conversation.turns:
-        yield turn.content
-        yield turn.thinking or ""
-        for call in turn.calls:
-            yield call.name
-            yield call.arguments_text
-    yield from (json.dumps(tool, ensure_ascii=False) for tool in conversation.tools)
 
 
 def _has_answer(turns: Sequence[Turn]) -> bool:

@@ -160,7 +160,7 @@ def _lines(chunks: Iterator[bytes], path: str, offset: int) -> Iterator[JsonLine
             if max(blank, len(line)) > MAX_RECORD_BYTES:
                 raise _too_long(path, number)
             if text:
-                indent = len(line) - len(line.lstrip(_SPACE))
+                indent = 0 if line[0] not in _SPACE else len(line) - len(line.lstrip(_SPACE))
                 yield JsonLine(text, Location(path, number), indent, offset + indent)
             offset += len(line) + 1
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from data_utils.blocks import EncodedBlock, Records
-from data_utils.encode import EncodedConversation, Encoder
+from data_utils.encode import Encoder
 from data_utils.formats import FORMATS, check_unambiguous, recognise
 from data_utils.json_stream import JsonLine
 from data_utils.location import Location
@@ -18,6 +18,7 @@ from data_utils.sources import fill_turns
 from errors import DataError
 
 BAD_RECORD = "invalid record"
+_MOST_SHOWN = 150  # characters of a path that is not shortened with any line and record
 
 
 class RecordEncoder:
@@ -53,12 +54,13 @@ class RecordEncoder:
             copies: how often each is used there; 0 for those that ``check`` does not accept.
         """
         block = EncodedBlock(records[0][0].path)
+        self._shown_path = visible_line(block.path) if len(block.path) <= _MOST_SHOWN else None
         for (where, value), set_name, count in zip(records, set_names, copies, strict=True):
             if count:
                 self._encode(_parse(format_name, where, value), where, set_name, count, block)
             else:
                 block.report_of(set_name).skip(where, BAD_RECORD)
-        return block
+        return block.finish()
 
     def _encode(
         self, conversation: Conversation, where: Location, set_name: str, copies: int, block: EncodedBlock
@@ -68,7 +70,7 @@ class RecordEncoder:
         turns, names = fill_turns(conversation.turns, fill)
         block.placeholders |= names
         try:
-            if names & fill.keys():
+            if names and names & fill.keys():
                 conversation = replace(conversation, turns=turns)
                 encoder.check_conversation(conversation)  # again, because its texts have changed
             pieces = encoder.encode(conversation)
@@ -84,13 +86,16 @@ class RecordEncoder:
             report.skip(where, encoder.skip_reason(conversation, first), copies)
             return
         block.is_text |= conversation.is_text
-        unfilled, notes, location = sorted(names - fill.keys()), encoder.notes(conversation), visible_line(where)
+        unfilled, notes, location = (
+            sorted(names - fill.keys()) if names else (),
+            encoder.notes(conversation),
+            self._show(where),
+        )
         answers = count_answers(conversation.turns)
         for piece in pieces:
-            encoded = EncodedConversation(array("i", piece.input_ids), piece.spans, piece.turns_dropped)
             report.keep(
                 where,
-                encoded,
+                piece,
                 unfilled,
                 copies,
                 answers=answers,
@@ -100,7 +105,12 @@ class RecordEncoder:
                 notes=notes if piece is first else (),
                 is_first=piece is first,
             )
-            block.add(encoded, set_name, copies, where, digest_of(encoded), location)
+            ids = array("i", piece.input_ids)
+            block.add(ids, piece, set_name, copies, where, digest_of(ids, piece.spans), location)
+
+    def _show(self, where: Location) -> str:
+        """Return a location as one visible line."""
+        return visible_line(where) if self._shown_path is None else self._shown_path + str(where)[len(where.path) :]
 
 
 def _parse(format_name: str | None, where: Location, value: object, is_given: bool = True) -> Conversation:

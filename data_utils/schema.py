@@ -55,7 +55,7 @@ class Conversation:
     @property
     def is_text(self) -> bool:
         """Whether it is a plain text, the only turn."""
-        return any(turn.role == TEXT for turn in self.turns[:1])
+        return bool(self.turns) and self.turns[0].role == TEXT
 
 
 class InvalidRecord(Exception):
@@ -274,7 +274,7 @@ def prepend_system(record: Mapping[str, Any], turns: list[Turn]) -> list[Turn]:
     """
     for name in SYSTEM_FIELDS:
         system = record.get(name)
-        if is_empty(system):
+        if system is None or is_empty(system):
             continue
         if not isinstance(system, str):
             raise InvalidRecord(f'"{name}" must be a string, not {short_repr(system)}', "Write the text as a string")

@@ -36,6 +36,11 @@ class Source:
     sample: int | None = None
     factor: float = 1.0
 
+    @property
+    def is_drawn(self) -> bool:
+        """Whether the seed decides which of its records are used."""
+        return self.sample is not None or self.factor % 1 != 0
+
 
 def parse_source(name: str, flag: str = "--data_path") -> Source:
     """Parse a value of ``--data_path``. If a file with the whole value as its name exists, it is that file.
@@ -95,12 +100,15 @@ class RecordSampler:
         held_out = min(max(1, round(drawn * eval_share)), drawn) if eval_share and drawn else 0
         whole, fraction = divmod(source.factor, 1)
         self._copies = int(whole)
+        self._takes_all = drawn == total and not held_out and not fraction
         self._drawn = _Selection(random, drawn, total)
         self._held_out = _Selection(random, held_out, drawn)
         self._extra = _Selection(random, round((drawn - held_out) * fraction), drawn - held_out)
 
     def next_copies(self) -> tuple[int, int]:
         """Return how many times the next record is used for training, and how many times for evaluation."""
+        if self._takes_all:
+            return self._copies, 0
         if not self._drawn.selects_next():
             return 0, 0
         if self._held_out.selects_next():

@@ -53,7 +53,9 @@ def ingredients(reader: DataReader, checkpoint: Checkpoint) -> dict[str, Any]:
     Raises:
         DataError: a data file that cannot be read.
     """
-    encoder = reader.encoder
+    encoder, options = reader.encoder, asdict(reader.options)
+    if not reader.options.eval_share and not any(source.is_drawn for _, source in reader.sources):
+        del options["seed"]  # it decides nothing
     return {
         "format": FORMAT,
         "code": digest_sources(ROOT, _CODE),
@@ -62,7 +64,7 @@ def ingredients(reader: DataReader, checkpoint: Checkpoint) -> dict[str, Any]:
         "tokenizer": digest_files(checkpoint.folder, *CONFIG_FILES),
         "family": asdict(encoder.family),
         "encoding": asdict(encoder.options),
-        "options": asdict(reader.options),
+        "options": options,
         "max_samples": reader.max_samples,
         "sources": [
             [set_name, source.name, source.sample, source.factor, [[str(path), *_digest(path)] for path in files]]

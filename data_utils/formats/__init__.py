@@ -82,18 +82,18 @@ class Format:
             check_unsupported(record, self.unsupported, "the record")
             notes: Notes = set()
             parsed_turns, tools = self.read(record, notes)
-            _check_function_names(parsed_turns, tools)
+            names_functions = bool(tools) or any([turn.calls for turn in parsed_turns])
+            if names_functions:
+                _check_function_names(parsed_turns, tools)
         except InvalidRecord as error:
             raise DataError(str(where), f"{error.what} (read as {self.name})", error.fix) from None
-        if _calls_undeclared(parsed_turns, tools):
+        if names_functions and _calls_undeclared(parsed_turns, tools):
             notes.add(UNDECLARED_CALLS)
         return Conversation(tuple(parsed_turns), where, tools, tuple(sorted(notes)), text.is_continued(record))
 
 
 def _check_function_names(turns: Sequence[Turn], tools: Sequence[Tool]) -> None:
     """Raise ``InvalidRecord`` for a name that would end the line or string in which a call names its function."""
-    if not tools and not any(turn.calls for turn in turns):
-        return
     names = {call.name for turn in turns for call in turn.calls} | {name for tool in tools for name in tool_names(tool)}
     if bad := next((name for name in sorted(names) if _ENDS_A_NAME.search(name)), None):
         what = f"the function name {short_repr(bad)} contains a quotation mark, a backslash or a control character"

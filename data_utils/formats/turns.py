@@ -131,11 +131,28 @@ def parse_conversations(record: Record, notes: Notes) -> ParsedRecord:
     Raises:
         InvalidRecord: the record does not have this format.
     """
-    read = [
-        _parse_conversation_turn(entry, number, notes)
-        for number, entry in enumerate(_entries(record, CONVERSATIONS), 1)
-    ]
-    return prepend_system(record, match_results(_join_calls(read))), parse_tools(record, notes)
+    entries = _entries(record, CONVERSATIONS)
+    turns = _plain_turns(entries, CONVERSATIONS)
+    if turns is None:
+        read = [_parse_conversation_turn(entry, number, notes) for number, entry in enumerate(entries, 1)]
+        turns = match_results(_join_calls(read))
+    return prepend_system(record, turns), parse_tools(record, notes)
+
+
+def _plain_turns(entries: Sequence[object], style: TurnStyle) -> list[Turn] | None:
+    """Return the turns of entries that have an author, a text and nothing else, as nearly all have; else ``None``."""
+    turns: list[Turn] = []
+    for entry in entries:
+        if not isinstance(entry, dict) or len(entry) != 2:
+            return None
+        author, text = entry.get(style.author), entry.get(style.text)
+        if not isinstance(author, str) or not isinstance(text, str):
+            return None
+        role = style.roles.get(author)
+        if role is None or role == "tool" or author in CALL_AUTHORS or (role == "system" and turns):
+            return None
+        turns.append(Turn(role, text))
+    return turns
 
 
 def _parse_conversation_turn(entry: object, number: int, notes: Notes) -> tuple[str, ReadTurn]:
@@ -175,6 +192,8 @@ def parse_message_list(entries: Sequence[object], notes: Notes, untrained: int =
     Raises:
         InvalidRecord: not such messages.
     """
+    if not untrained and (turns := _plain_turns(entries, MESSAGES)) is not None:
+        return turns
     read = [_parse_message(entry, number, notes) for number, entry in enumerate(entries, 1)]
     for index, (author, item) in enumerate(read[:untrained]):
         if item.turn.role == "assistant" and item.turn.weight is None:

@@ -159,7 +159,7 @@ class SourceReport:
         if answers[1]:
             self.empty_answers.add("empty answer", where, answers[1] * copies)
         if self.duplicate_index is not None:
-            [original] = self.duplicate_index.add([digest_of(encoded)], [visible_line(where)])
+            [original] = self.duplicate_index.add([digest_of(encoded.input_ids, encoded.spans)], [visible_line(where)])
             self.count_copy(where, original)
 
     def count_copy(self, where: object, original: str | None) -> None:
@@ -264,13 +264,13 @@ class SourceReport:
 def count_answers(turns: Iterable[Turn]) -> tuple[int, int]:
     """Return the number of answers that may be trained, and how many of them have neither text nor calls."""
     answers = [turn for turn in turns if turn.role == "assistant" and turn.weight != 0]
-    return len(answers), sum(not turn.calls and not turn.content.strip() for turn in answers)
+    return len(answers), len([turn for turn in answers if not turn.calls and not turn.content.strip()])
 
 
-def digest_of(encoded: Encoded) -> bytes:
+def digest_of(ids: Sequence[int], spans: Iterable[tuple[int, str, float]]) -> bytes:
     """Hash the ids and their weights, independently of how spans divide them."""
-    ids, runs = encoded.input_ids, array("d")
-    for length, _, weight in encoded.spans:
+    runs = array("d")
+    for length, _, weight in spans:
         if runs and runs[-1] == weight:
             runs[-2] += length
         else:

@@ -1,0 +1,79 @@
+"""Conversations of one shape: the same authors and weights, and texts that do not decide how they are written.
+
+They are rendered once, with placeholders for their texts. Of each conversation only its texts are then tokenised.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from chat.families import THINK, THINK_END, Family
+from chat.render import EncodeText
+from chat.segments import Message
+from chat.turns import Turn
+
+_ROLES = {"system", "user", "assistant"}
+
+
+class Part(NamedTuple):
+    """Part of a span: ids that are always the same, then a text of a turn and what is tokenised together with it."""
+
+    ids: tuple[int, ...]
+    before: str = ""
+    turn: int | None = None
+
+
+Shape = Sequence[tuple[str, float, Sequence[Part]]]
+"""Author, weight and parts of each span."""
+
+
+def depends_on_texts(turns: Sequence[Turn], family: Family) -> bool:
+    """Return whether the texts of a conversation decide how it is written: a call, a result or thinking is in it."""
+    for role, content, calls, _, thinking in turns:
+        if calls or thinking or role not in _ROLES:
+            return True
+        if family.has_thinking or family.prompt_suffix:
+            is_marked = content.startswith(("<tool_response>", "\n")) or THINK in content or THINK_END in content
+            if is_marked:
+                return True
+    return False
+
+
+def build_shape(
+    roles: Sequence[str],
+    weights: Sequence[float | None],
+    render: Callable[[Sequence[Turn]], Sequence[Message]],
+    encode_text: EncodeText,
+    control_ids: dict[str, int],
+) -> Shape:
+    """Return the shape of the conversations with these authors and weights.
+
+    Args:
+        render: writes a conversation.
+    """
+    placeholders = {f"\0turn {index}\0": index for index in range(len(roles))}
+    turns = [Turn(role, text, (), weight) for role, text, weight in zip(roles, placeholders, weights, strict=True)]
+    spans: list[tuple[str, float, list[Part]]] = []
+    for text, is_control, weight, role in (segment for message in render(turns) for segment in message.segments):
+        if not spans or spans[-1][:2] != (role, weight):
+            spans.append((role, weight, []))
+        parts = spans[-1][2]
+        found = None if is_control else next((name for name in placeholders if name in text), None)
+        if found is not None:
+            before, _, after = text.partition(found)
+            assert not after, "nothing is tokenised together with the end of a text"
+            parts.append(Part((), before, placeholders[found]))
+        elif ids := [control_ids[text]] if is_control else encode_text(text):
+            parts.append(Part(tuple(ids)))
+    return [(role, weight, _joined(parts)) for role, weight, parts in spans if parts]
+
+
+def _joined(parts: Sequence[Part]) -> list[Part]:
+    """Return the parts, with ids of parts without a text at the start of the next one."""
+    joined: list[Part] = []
+    for part in parts:
+        if joined and joined[-1].turn is None:
+            part = part._replace(ids=joined.pop().ids + part.ids)
+        joined.append(part)
+    return joined

@@ -1,0 +1,62 @@
+"""Conversations of one shape are encoded as each of them would be by itself."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from chat.families import ANSWER_STYLES, QWEN_V1, Family
+from chat.turns import ToolCall, Turn
+from data_utils.encode import EncodeOptions, Encoder
+from data_utils.shapes import depends_on_texts
+from qwen_model.tokenization_qwen import QWenTokenizer
+from tests.chats import PROFILE
+from tests.models import TINY
+
+TEXTS = st.sampled_from(
+    ["", "Hi", "\nHi", "Hello!\n", "é", "<think>", "a </think>\n\nb", "<tool_response>x</tool_response>"]
+)
+TURNS = st.builds(
+    Turn,
+    st.sampled_from(["user", "assistant", "system"]),
+    TEXTS | st.text(max_size=5).filter(lambda text: text.isascii()),
+    st.just(()),
+    st.sampled_from([None, None, 0.0, 0.5, 1.0]),
+)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> QWenTokenizer:
+    return QWenTokenizer.from_pretrained(TINY)
+
+
+@pytest.mark.parametrize("family", [QWEN_V1, *ANSWER_STYLES], ids=lambda family: family.name)
+@PROFILE
+@given(
+    turns=st.lists(TURNS, min_size=1, max_size=5).map(tuple), mask=st.sampled_from(["assistant", "qwen", "last", "all"])
+)
+def test_a_shape_gives_what_rendering_gives(
+    family: Family, tokenizer: QWenTokenizer, turns: tuple[Turn, ...], mask: str
+) -> None:
+    encoder = Encoder(tokenizer, family, EncodeOptions(label_mask=mask))  # type: ignore[arg-type]
+    if not depends_on_texts(turns, family):
+        assert encoder._encode_shape(turns) == encoder._encode(encoder._render(turns, ()))
+
+
+def test_texts_that_decide_how_they_are_written_have_no_shape() -> None:
+    hybrid = ANSWER_STYLES[2]
+    for text in ("<think>a</think>b", "</think>", "\nHi", "<tool_response>x"):
+        assert depends_on_texts([Turn("assistant", text)], hybrid)
+        assert not depends_on_texts([Turn("assistant", text)], QWEN_V1)
+    for turn in (Turn("tool", "x"), Turn("assistant", "", (ToolCall("f", {}),)), Turn("assistant", "a", thinking="b")):
+        assert depends_on_texts([turn], QWEN_V1)
+
+
+def test_a_shape_is_rendered_once(tokenizer: QWenTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, rendered = Encoder(tokenizer, QWEN_V1, EncodeOptions()), list[int]()
+    render = encoder._render
+    monkeypatch.setattr(encoder, "_render", lambda *arguments: rendered.append(1) or render(*arguments))
+    for number in range(9):
+        encoder._encode_shape((Turn("user", f"{number}"), Turn("assistant", "Hello!")))
+    assert len(rendered) == 1
