@@ -15,9 +15,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from data_utils.sources import parse_source
 from errors import ConfigError
 from outputs import check_shared_folder
 from ownership import has_mark, make_temporary_folder
+from training.config.args import DataArguments
 
 logger = logging.getLogger(__name__)
 
@@ -36,25 +38,45 @@ def default_folder() -> Path:
     return Path(base if base and os.path.isabs(base) else Path("~/.cache").expanduser()) / "qwen-finetuning" / "data"
 
 
-def usable_folder(given: str | None) -> Path | None:
-    """Return the folder of ``--data_cache_dir``, or the default; ``None`` if the default cannot be written to.
+def usable_folder(data: DataArguments) -> Path | None:
+    """Return the folder of ``--data_cache_dir``, or the default; ``None`` if the default cannot be used.
 
     A given folder that cannot be written to is returned if it has entries, which can be used.
 
     Raises:
-        ConfigError: the given folder cannot be written to, and has no entries.
+        ConfigError: the given folder is inside a folder of data, or cannot be written to and has no entries.
     """
+    given = data.data_cache_dir
     folder = default_folder() if given is None else Path(given).expanduser()
     try:
-        check_shared_folder(folder, FLAG)
+        _check_outside_data(folder, data)
+        try:
+            check_shared_folder(folder, FLAG)
+        except ConfigError:
+            if given is None or not find_entries(folder):
+                raise
     except ConfigError as error:
         if given is not None:
-            if find_entries(folder):
-                return folder
             raise
         logger.warning("Prepared data is not kept: %s", error)
         return None
     return folder
+
+
+def _check_outside_data(folder: Path, data: DataArguments) -> None:
+    """Raise ``ConfigError`` for a folder whose entries would be read as data; those in hidden folders are not."""
+    real = Path(os.path.realpath(folder))
+    for flag, names in (("--data_path", data.data_path), ("--eval_data_path", data.eval_data_path)):
+        for name in names or ():
+            try:
+                source = Path(os.path.realpath(parse_source(name, flag).path))
+            except ConfigError:
+                continue  # reported with the other faults
+            if not source.is_dir() or not real.is_relative_to(source):
+                continue
+            if not any(part.startswith(".") for part in real.relative_to(source).parts):
+                what = f"{FLAG} {folder} is inside {flag} {name}, where it would be read as data"
+                raise ConfigError(what, "Give a folder outside of it")
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ _NOT_NEGATIVE = (
     "eval_delay", "neftune_noise_alpha",
 )  # fmt: skip
 _MOST_EPOCHS = 10**6
+_LEAST_PROCESSES = 16  # of --dataset_num_proc are accepted everywhere
 
 _EVALUATE = "Give --eval_strategy, and --eval_data_path or --eval_split"
 
@@ -100,7 +101,7 @@ def _check_data(args: RunArguments) -> Faults:
             yield from _faults_of(parse_source, name, flag)
     yield from _faults_of(parse_fill, data.fill or ())
     if data.data_cache_dir is not None and not data.no_data_cache:
-        yield from _faults_of(usable_folder, data.data_cache_dir)
+        yield from _faults_of(usable_folder, data)
     if not 0 <= data.eval_split < 1:
         yield ConfigError(f"--eval_split {data.eval_split:g} is out of range", "Give a fraction from 0 to below 1")
     if data.eval_split and data.eval_data_path:
@@ -137,6 +138,10 @@ def _check_numbers(args: RunArguments) -> Faults:
     for name, value in counts.items():
         if value is not None and value < 1:
             yield ConfigError(f"--{name} {value} is out of range", "Give 1 or more")
+    most = max(_LEAST_PROCESSES, 4 * (os.cpu_count() or 1))
+    if (count := args.data.dataset_num_proc) > most:
+        fix = f"Give 1 to {most}: only as many as there are CPU cores work at the same time"
+        yield ConfigError(f"--dataset_num_proc {count} is out of range", fix)
     for name in _NOT_NEGATIVE:
         if (value := get(name)) is not None and value < 0:
             yield ConfigError(f"--{name} {value} is out of range", "Give 0 or more")

@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shutil
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,11 +35,14 @@ from training.display import draws_bars
 from training.distributed.agreement import check_same_data
 from training.distributed.shared_data import load_shared
 from training.distributed.world import World
-from training.rows import choose_packing, why_padded
+from training.rows import choose_packing, why_padded, why_unpacked
 from training.samplers import PackedExamples
 from training.training_arguments import check_training_arguments
 
 logger = logging.getLogger(__name__)
+
+# Flags that concern conversations; --fill says itself what it does not find.
+_OF_CONVERSATIONS = ("system_message", "label_mask", "truncation")
 
 
 def load_shared_data(
@@ -71,7 +75,7 @@ def prepare_data(args: RunArguments, training_arguments: TrainingArguments, chec
     """
     if args.data.lazy_preprocess:
         logger.info("--lazy_preprocess has no effect: conversations are checked and tokenised before the first step")
-    cache = None if args.data.no_data_cache else usable_folder(args.data.data_cache_dir)
+    cache = None if args.data.no_data_cache else usable_folder(args.data)
     prepared: Prepared | None = None
     if cache is not None:
         try:
@@ -83,6 +87,7 @@ def prepare_data(args: RunArguments, training_arguments: TrainingArguments, chec
     if prepared is None:
         prepared = prepare_temporary(build_reader(args, training_arguments, checkpoint))
     sets = prepared.sets
+    _log_unused_flags(args, [examples.report for examples in sets.values()])
     if "eval" in sets and training_arguments.eval_strategy == "no" and not training_arguments.eval_on_start:
         logger.warning(
             "%d conversations are held out for evaluation, but the run never evaluates. Give --eval_strategy",
@@ -109,7 +114,16 @@ def preview_data(
     for kept in reader.read():
         if use is not None:
             use(reader, kept)
+    _log_unused_flags(args, reader.reports.values())
     return reader.reports
+
+
+def _log_unused_flags(args: RunArguments, reports: Iterable[DataReport]) -> None:
+    """Log the flags that were given and have no effect on the data, because it is plain text."""
+    flags = [item for item in fields(args.data) if item.name in _OF_CONVERSATIONS]
+    given = [f"--{item.name} {value}" for item in flags if (value := getattr(args.data, item.name)) != item.default]
+    if given and all(report.total().noun == "texts" for report in reports):
+        logger.warning("All data is plain text, on which these flags have no effect: %s", ", ".join(given))
 
 
 def show_preview(args: RunArguments) -> int:
@@ -152,6 +166,7 @@ def build_reader(
     )
     encoder = Encoder(checkpoint.tokenizer, checkpoint.family, encode_options)
     encoder.check_rows(checkpoint.config.vocab_size)
+    config = checkpoint.config.to_dict()
     settings = report_settings(
         encoder,
         model=checkpoint.name,
@@ -161,7 +176,8 @@ def build_reader(
         world_size=count_processes(),
         epochs=flags.num_train_epochs,
         max_steps=flags.max_steps,
-        packing=choose_packing(args, checkpoint.config.to_dict()),
+        packing=choose_packing(args, config),
+        unpacked=why_unpacked(args, config) if data.packing == "auto" else "",
         by_source=data.data_mixing == "sequential",
         drop_last=flags.dataloader_drop_last,
         batching=_batching(args, checkpoint, flags.train_sampling_strategy == "group_by_length"),

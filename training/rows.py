@@ -37,6 +37,18 @@ def why_padded(args: RunArguments, config: Mapping[str, Any]) -> str:
     return ""
 
 
+def why_unpacked(args: RunArguments, config: Mapping[str, Any]) -> str:
+    """Return why ``--packing auto`` packs nothing, whatever the data; empty if it packs plain text.
+
+    Args:
+        config: see ``why_padded``.
+    """
+    if args.trainer_value("train_sampling_strategy") == "group_by_length":
+        return "--train_sampling_strategy group_by_length forms batches in another way"
+    reason = why_padded(args, config)
+    return reason and f"batches are padded: {reason}"
+
+
 def choose_packing(args: RunArguments, config: Mapping[str, Any]) -> bool | None:
     """Return whether ``--packing`` packs the training samples; ``None``: if any of them is plain text.
 
@@ -51,4 +63,4 @@ def choose_packing(args: RunArguments, config: Mapping[str, Any]) -> bool | None
         raise ConfigError(f"--packing True needs rows without padding: {reason}", "Remove one of them")
     if packing != "auto":
         return packing
-    return False if reason or args.trainer_value("train_sampling_strategy") == "group_by_length" else None
+    return False if why_unpacked(args, config) else None

@@ -151,6 +151,12 @@ class QwenTrainer(CheckpointTrainer):
         ]
         return batches, weight
 
+    def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
+        """Count all tokens of rows without padding, whose end of text transformers would take for padding."""
+        if self.args.include_num_input_tokens_seen == "non_padding" and "attention_mask" not in inputs:
+            inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
+        super()._track_num_input_tokens(inputs)
+
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Return the divisor of an optimizer step's summed loss: its targets, or their weights, over all ranks.
 

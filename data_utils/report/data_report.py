@@ -23,6 +23,7 @@ class ReportSettings:
         batching: the batching strategy of the run, a key of ``padding.STRATEGIES``.
         positions: the most tokens of a sample that the model allows, if that is known.
         packing: training samples are packed; ``None``: if any of them is plain text.
+        unpacked: why plain text is not packed either, which it is by default; empty if it is, or if packing was chosen.
         by_source: each source is packed by itself.
         drop_last: items that fill no batch are left out of each epoch.
     """
@@ -40,6 +41,7 @@ class ReportSettings:
     batching: str = "dynamic"
     positions: int | None = None
     packing: bool | None = False
+    unpacked: str = ""
     by_source: bool = False
     drop_last: bool = False
 
@@ -112,8 +114,11 @@ class DataReport:
     def is_packed(self) -> bool:
         """Whether the samples are packed; those of an evaluation never are."""
         packing = self.settings.packing
-        has_text = any(source.tokens_by_role[TEXT] for source in self.sources)
-        return self.name == "train" and (has_text if packing is None else packing)
+        return self.name == "train" and (self._has_text if packing is None else packing)
+
+    @property
+    def _has_text(self) -> bool:
+        return any(source.tokens_by_role[TEXT] for source in self.sources)
 
     def packs(self) -> int:
         """Return the number of packs; 0 if samples are not packed."""
@@ -130,9 +135,17 @@ class DataReport:
         return {"packs": packs, "capacity": capacity, "fill": round(self.total().tokens / (packs * capacity), 6)}
 
     def describe_packing(self) -> str:
-        """Describe the packs in one sentence; empty without packs."""
+        """Describe the packs in one sentence, or why there are none by default; empty if packing was turned off."""
         if not (packing := self.packing()):
-            return ""
+            if self.name != "train" or not self.total().kept:
+                return ""
+            if self.settings.packing is None:
+                return "Off: --packing auto packs training data that contains plain text"
+            return (
+                f"Off, though there is plain text: {self.settings.unpacked}"
+                if self.settings.unpacked and self._has_text
+                else ""
+            )
         return (
             f"{self.total().samples:,} samples in {packing['packs']:,} packs of up to "
             f"{packing['capacity']:,} tokens, {packing['fill']:.1%} filled"

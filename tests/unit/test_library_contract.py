@@ -57,6 +57,7 @@ OVERRIDDEN = [
         "self dataset description batch_size sampler_fn is_training dataloader_key",
     ),
     Member("transformers:Trainer.get_batch_samples", TRAINER, "self epoch_iterator num_batches device"),
+    Member("transformers:Trainer._track_num_input_tokens", TRAINER, "self inputs"),
     Member("transformers:Trainer._get_num_items_in_batch", TRAINER, "self batch_samples device"),
     Member("transformers:Trainer.compute_loss", TRAINER, "self model inputs return_outputs num_items_in_batch"),
     Member("transformers:Trainer.training_step", TRAINER, "self model inputs num_items_in_batch"),

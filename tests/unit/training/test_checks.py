@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 import re
 from pathlib import Path
 
@@ -85,6 +86,13 @@ def test_missing_data_file_is_refused(tmp_path: Path) -> None:
 )  # fmt: skip
 def test_invalid_data_flags_are_refused(flags: list[object], message: str, tmp_path: Path) -> None:
     refuses(message, tmp_path, *flags)
+
+
+def test_more_data_processes_than_could_help_are_refused(tmp_path: Path) -> None:
+    check(tmp_path, "--dataset_num_proc", 16)
+    most = max(16, 4 * (os.cpu_count() or 1))
+    fix = f"Give 1 to {most}: only as many as there are CPU cores work at the same time"
+    refuses(f"--dataset_num_proc 100000 is out of range. {fix}", tmp_path, "--dataset_num_proc", 100_000)
 
 
 def test_eval_split_provides_evaluation_data(tmp_path: Path) -> None:

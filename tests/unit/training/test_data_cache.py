@@ -142,13 +142,33 @@ CHANGES: dict[str, Callable[[Case], None]] = {
     **{f"encoding: {name}": _replace("encoding", **{name: value}) for name, value in OTHER_ENCODING.items()},
     **{f"options: {name}": _replace("options", **{name: value}) for name, value in OTHER_OPTIONS.items()},
 }
+DRAWS: dict[str, Callable[[Case], None]] = {
+    "drawn records": CHANGES["drawn records"],
+    "a share of the records": lambda case: case.sources.update(train=[f"{case.data}@x1.5"]),
+    "drawn evaluation": lambda case: case.sources.update(eval=[f"{case.data}#2"]),
+    "held out": _replace("options", eval_share=0.1),
+}
 
 
 @pytest.mark.parametrize("change", CHANGES)
 def test_every_ingredient_changes_the_fingerprint(case: Case, change: str) -> None:
+    if change == "options: seed":
+        DRAWS["drawn records"](case)
     before = case.key()
     assert case.key() == before
     CHANGES[change](case)
+    assert case.key() != before
+
+
+@pytest.mark.parametrize("change", DRAWS)
+def test_seed_is_compared_where_it_draws(case: Case, change: str) -> None:
+    case.sources.update(train=[f"{case.data}@x2"])
+    before = case.key()
+    CHANGES["options: seed"](case)
+    assert case.key() == before
+    DRAWS[change](case)
+    before = case.key()
+    case.options = dataclasses.replace(case.options, seed=44)
     assert case.key() != before
 
 
@@ -383,9 +403,9 @@ def test_read_only_folder_serves_its_entries(case: Case, prepared: list[Path], m
     monkeypatch.setattr(outputs, "check_writable", refuse)
     monkeypatch.setattr(data_cache_module, "check_writable", refuse)
     check_args(parse_args(argv))
-    assert cache_entries.usable_folder(str(case.cache)) == case.cache
+    assert cache_entries.usable_folder(parse_args(argv).data) == case.cache
     assert len(case.load()) > 0
-    case.options = dataclasses.replace(case.options, seed=9)
+    case.max_samples = 9
     with pytest.raises(ConfigError, match=r"has no entry for this data: .* is not writable"):
         case.load()
 
@@ -397,3 +417,28 @@ def test_damaged_descriptions_are_listed_and_removed(case: Case) -> None:
     assert entry.sources == ["damaged"]
     entry.remove()
     assert not cache_entries.find_entries(case.cache)
+
+
+@pytest.mark.parametrize("flag", ["--data_path", "--eval_data_path"])
+def test_a_cache_that_would_be_read_as_data_is_refused(case: Case, flag: str) -> None:
+    folder = case.folder / "data"
+    folder.mkdir()
+    case.data.rename(folder / case.data.name)
+    argv = ["--model_name_or_path", str(case.checkpoint.folder), "--data_path", str(folder / case.data.name)]
+    argv += ["--output_dir", str(case.folder / "out"), flag, f"{folder}@x2"]
+    cache = folder / "more" / "cache"
+    with pytest.raises(ConfigError) as caught:
+        check_args(parse_args([*argv, "--data_cache_dir", str(cache)]))
+    what = f"--data_cache_dir {cache} is inside {flag} {folder}@x2, where it would be read as data"
+    assert what in str(caught.value)
+    check_args(parse_args([*argv, "--data_cache_dir", str(folder / ".cache")]))  # hidden folders are not read
+    check_args(parse_args([*argv, "--data_cache_dir", str(cache), "--no_data_cache"]))
+    assert not cache.exists()
+
+
+def test_a_default_cache_that_would_be_read_as_data_is_not_used(
+    case: Case, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(case.folder))
+    assert cache_entries.usable_folder(parse_args(["--data_path", str(case.folder)]).data) is None
+    assert any("Prepared data is not kept: " in message for message in caplog.messages)

@@ -17,6 +17,7 @@ from tests.commands import finetune_here, read_json, read_log
 from tests.models import CONVERSATIONS, TINY
 from tests.unit.training.test_trainer import build_trainer, logs_of
 from training.config.parsing import parse_args
+from training.data import preview_data
 from training.rows import choose_packing
 from training.samplers import PackedExamples
 from training.summary import warn_of_few_steps
@@ -155,6 +156,37 @@ def test_texts_are_packed_with_conversations_and_each_keeps_its_way(
 )  # fmt: skip
 def test_packing_is_left_to_the_data_where_nothing_prevents_it(flags: list[str], packing: bool | None) -> None:
     assert choose_packing(parse_args(flags), {"model_type": "qwen"}) is packing
+
+
+@pytest.mark.parametrize("packing", [(), ("--packing",)])
+def test_tokens_seen_are_those_of_the_samples_also_the_end_of_text(tmp_path: Path, packing: tuple[str, ...]) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text("".join(json.dumps({"text": "a b c" * number}) + "\n" for number in range(1, 5)))
+    trainer = build_trainer(
+        path, tmp_path / "out", "--include_num_input_tokens_seen", "non_padding", "--num_train_epochs", 1,
+        "--packing", bool(packing), *PACKED[1:],
+    )  # fmt: skip
+    trainer.train()
+    examples: Any = trainer.train_dataset
+    assert trainer.state.num_input_tokens_seen == trainer.progress.total.tokens > 4
+    assert trainer.progress.total.samples == 4 and len(examples) == (1 if packing else 4)
+
+
+@pytest.mark.parametrize("kind", ["text", "conversations"])
+def test_flags_that_concern_no_text_are_logged_once(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "a.jsonl"
+    turns = [{"from": "user", "value": "a"}, {"from": "assistant", "value": "b"}]
+    path.write_text(json.dumps({"text": "a b"} if kind == "text" else {"conversations": turns}) + "\n")
+    argv = ["--model_name_or_path", TINY, "--data_path", path, "--label_mask", "last", "--system_message", "Be brief."]
+    reports = preview_data(parse_args([*map(str, argv), "--padding_free", "false", "--dry_run"]))
+    told = [message for message in caplog.messages if "no effect" in message]
+    flags = "--system_message Be brief., --label_mask last"
+    expected = f"All data is plain text, on which these flags have no effect: {flags}"
+    assert told == ([expected] if kind == "text" else [])
+    reason = "Off, though there is plain text: batches are padded: --padding_free False"
+    assert reports["train"].describe_packing() == (reason if kind == "text" else "")
 
 
 def test_a_single_step_of_warm_up_is_warned_about_with_possible_advice(

@@ -233,8 +233,20 @@ def test_plain_text_decides_whether_samples_are_packed() -> None:
     report = DataReport("train", ReportSettings(model_max_length=100, packing=None))
     report.add_source("a.json", "messages").keep("a.json:1", exchange(10, 20))
     assert report.packs() == 0
+    assert report.describe_packing() == "Off: --packing auto packs training data that contains plain text"
     report.add_source("b.jsonl", "text").keep("b.jsonl:1", spans((30, "text", 1.0)))
     assert report.packs() == 1
+
+
+def test_report_says_why_plain_text_is_not_packed() -> None:
+    report = DataReport("train", ReportSettings(packing=False, unpacked="batches are padded: --padding_free False"))
+    report.add_source("a.json", "messages").keep("a.json:1", exchange(10, 20))
+    assert report.describe_packing() == ""
+    report.add_source("b.jsonl", "text").keep("b.jsonl:1", spans((30, "text", 1.0)))
+    reason = "Off, though there is plain text: batches are padded: --padding_free False"
+    assert f"{reason}." in render_report(report, color=False) and report.describe_packing() == reason
+    report.settings = ReportSettings(packing=False)  # as was asked for
+    assert report.describe_packing() == ""
 
 
 def test_sources_of_which_nothing_is_drawn_are_named() -> None:
