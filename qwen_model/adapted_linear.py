@@ -22,6 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from qwen_model.adapter_dropout import AdapterDropout, drop, drop_again, drop_product
 from qwen_model.head import Adapter, add_bias, base_and_adapter
+from qwen_model.products import add_product, product
 
 
 def project(hidden: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
@@ -31,14 +32,14 @@ def project(hidden: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
         hidden: [..., C].
         layers: plain, quantised or adapted linear layers of C inputs; any other module is called.
     """
-    products = [_product_of(layer, hidden) for layer in layers]
-    if all(product is None or product.down is None for product in products):
+    parts = [_parts_of(layer, hidden) for layer in layers]
+    known = [each for each in parts if each is not None]
+    if all(each.down is None for each in known):
         return tuple(layer(hidden) for layer in layers)  # without adapters nothing would be saved twice
-    known = [product for product in products if product is not None]
-    if len(known) == len(products):
+    if len(known) == len(parts):
         return _compute(known, hidden)
-    pairs = zip(products, layers, strict=True)
-    return tuple(layer(hidden) if product is None else _compute([product], hidden)[0] for product, layer in pairs)
+    pairs = zip(parts, layers, strict=True)
+    return tuple(layer(hidden) if each is None else _compute([each], hidden)[0] for each, layer in pairs)
 
 
 def project_gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
@@ -48,14 +49,14 @@ def project_gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
         gate, up: [..., C].
         layer: as those of :func:`project`.
     """
-    product = _product_of(layer, gate)
-    output: Tensor = layer(F.silu(gate) * up) if product is None else _compute([product], gate, up)[0]
+    parts = _parts_of(layer, gate)
+    output: Tensor = layer(F.silu(gate) * up) if parts is None else _compute([parts], gate, up)[0]
     return output
 
 
 @dataclass(frozen=True)
-class _Product:
-    """One layer: x W^T + bias, and with an adapter + scale dropout(x) down^T up^T.
+class _Parts:
+    """What a layer computes: x W^T + bias, and with an adapter + scale dropout(x) down^T up^T.
 
     Attributes:
         base: the layer without its adapter.
@@ -68,8 +69,8 @@ class _Product:
     base: Any
     weight: Tensor | None
     bias: Tensor | None
-    down: Tensor | None
-    up: Tensor | None
+    down: Tensor | None = None
+    up: Tensor | None = None
     p: float = 0.0
     scale: float = 1.0
 
@@ -78,27 +79,26 @@ class _Product:
         return dense
 
 
-def _product_of(layer: nn.Module, x: Tensor) -> _Product | None:
-    """Return the product that a layer computes; ``None`` if it has to be called."""
-    parts = base_and_adapter(layer)
-    if parts is None:
+def _parts_of(layer: nn.Module, x: Tensor) -> _Parts | None:
+    """Return what a layer computes; ``None`` if it has to be called."""
+    found = base_and_adapter(layer)
+    if found is None:
         return None
-    base, adapter = parts
+    base, adapter = found
     weight: Tensor | None = None if hasattr(base, "dequantize") else base.weight
     bias: Tensor | None = base.bias
     if bias is not None and len(bias) > base.out_features:  # a packed layer may be padded
         bias = bias[: base.out_features]
-    dtypes = {x.dtype if weight is None else weight.dtype}
-    product = _Product(base, weight, bias, None, None)
+    parts = _Parts(base, weight, bias)
     if adapter is not None:
-        if (p := _dropped_share(adapter)) is None:
+        p = _dropped_share(adapter)
+        if p is None or adapter.down.bias is not None:
             return None
-        product = _Product(
-            base, weight, add_bias(bias, adapter), adapter.down.weight, adapter.up.weight, p, adapter.scale
-        )
-        dtypes |= {adapter.down.weight.dtype, adapter.up.weight.dtype}
-    is_exact = dtypes == {x.dtype} or torch.is_autocast_enabled(x.device.type)
-    return product if is_exact and (adapter is None or adapter.down.bias is None) else None
+        bias, down, up = add_bias(bias, adapter), adapter.down.weight, adapter.up.weight
+        parts = _Parts(base, weight, bias, down, up, p, adapter.scale)
+    matrices = [matrix for matrix in (weight, parts.down, parts.up) if matrix is not None]
+    is_cast = torch.is_autocast_enabled(x.device.type)
+    return parts if is_cast or all(matrix.dtype == x.dtype for matrix in matrices) else None
 
 
 def _dropped_share(adapter: Adapter) -> float | None:
@@ -110,13 +110,13 @@ def _dropped_share(adapter: Adapter) -> float | None:
     return 0.0 if type(dropout) is nn.Identity else None
 
 
-def _compute(products: Sequence[_Product], first: Tensor, second: Tensor | None = None) -> tuple[Tensor, ...]:
-    tensors = [tensor for p in products for tensor in (p.weight, p.bias, p.down, p.up)]
-    outputs: tuple[Tensor, ...] = _Products.apply(products, first, second, *tensors)
+def _compute(layers: Sequence[_Parts], first: Tensor, second: Tensor | None = None) -> tuple[Tensor, ...]:
+    tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias, layer.down, layer.up)]
+    outputs: tuple[Tensor, ...] = _Projection.apply(layers, first, second, *tensors)
     return outputs
 
 
-class _Products(torch.autograd.Function):
+class _Projection(torch.autograd.Function):
     """Outputs of layers for a common input: ``first``, or ``silu(first) * second``.
 
     ``tensors`` are weight, bias, down and up of each layer.
@@ -124,7 +124,7 @@ class _Products(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, products: Sequence[_Product], first: Tensor, second: Tensor | None, *tensors: Tensor | None
+        ctx: Any, layers: Sequence[_Parts], first: Tensor, second: Tensor | None, *tensors: Tensor | None
     ) -> tuple[Tensor, ...]:
         device = first.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else first.dtype
@@ -134,22 +134,21 @@ class _Products(torch.autograd.Function):
         outputs: list[Tensor] = []
         saved: list[Tensor | None] = [first, second]
         factors: list[float] = []
-        for product, (weight, bias, down, up) in zip(products, _split(tensors, 4), strict=True):
-            dense = product.base_weight(weight, dtype).T
-            output = torch.mm(x, dense) if bias is None else torch.addmm(bias.to(dtype), x, dense)
-            where = inner = None
-            factor = product.scale
+        for layer, (weight, bias, down, up) in zip(layers, _split(tensors, 4), strict=True):
+            dense = layer.base_weight(weight, dtype)
+            output = product(x, dense.T, None if bias is None else bias.to(dtype))
+            where, inner, factor = None, None, layer.scale
             if down is not None and up is not None:
                 dropped = x
-                if product.p:
-                    dropped, where, rest = drop(x, product.p)
-                    factor *= rest
-                inner = torch.mm(dropped, down.to(dtype).T)
+                if layer.p:
+                    dropped, where, missing = drop(x, layer.p)
+                    factor *= missing
+                inner = product(dropped, down.to(dtype).T)
                 output.addmm_(inner, up.to(dtype).T, alpha=factor)
             outputs.append(output.view(*first.shape[:-1], output.shape[1]))
             saved += [weight, down, up, where, inner]
             factors.append(factor)
-        ctx.products, ctx.factors, ctx.dtype = products, factors, dtype
+        ctx.layers, ctx.factors, ctx.dtype = layers, factors, dtype
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         return tuple(outputs)
@@ -164,13 +163,13 @@ class _Products(torch.autograd.Function):
         x = x.to(ctx.dtype).reshape(-1, x.shape[-1])
         to_x = _Sum() if needs_first or needs_second else None
         to_tensors: list[Tensor | None] = []
-        layers = zip(ctx.products, ctx.factors, gradients, _split(saved, 5), _split(needs, 4), strict=True)
-        for product, factor, gradient, parts, needed in layers:
+        layers = zip(ctx.layers, ctx.factors, gradients, _split(saved, 5), _split(needs, 4), strict=True)
+        for layer, factor, gradient, parts, needed in layers:
             if gradient is None:
                 to_tensors += [None] * 4
             else:
-                flat = gradient.reshape(-1, gradient.shape[-1])
-                to_tensors += _backward(product, factor, flat, x, parts, needed, to_x)
+                gradient = gradient.reshape(-1, gradient.shape[-1])
+                to_tensors += _backward(layer, factor, gradient, x, parts, needed, to_x)
         to_first, to_second = None, None
         if to_x is not None and to_x.total is not None:
             to_first = to_x.total.view(first.shape)
@@ -182,21 +181,21 @@ class _Products(torch.autograd.Function):
 
 
 class _Sum:
-    """A sum of products, each added to the same buffer."""
+    """A sum of products, if possible in one buffer."""
 
     total: Tensor | None = None
 
-    def add_product(self, left: Tensor, right: Tensor, where: Tensor | None = None) -> None:
+    def add(self, left: Tensor, right: Tensor, where: Tensor | None = None) -> None:
         """Add ``left @ right``, with the values set to zero that dropout set to zero."""
         if where is not None:
             dropped = drop_product(left, right, where)
             self.total = dropped if self.total is None else self.total.add_(dropped)
         else:
-            self.total = torch.mm(left, right) if self.total is None else self.total.addmm_(left, right)
+            self.total = product(left, right) if self.total is None else add_product(self.total, left, right)
 
 
 def _backward(
-    product: _Product,
+    layer: _Parts,
     factor: float,
     gradient: Tensor,
     x: Tensor,
@@ -204,24 +203,29 @@ def _backward(
     needed: Sequence[bool],
     to_x: _Sum | None,
 ) -> list[Tensor | None]:
-    """Return the gradients of a layer's tensors, and add to that of its input."""
+    """Return the gradients of a layer's tensors, and add to that of its input.
+
+    Args:
+        factor: of ``up``'s input as it was saved.
+        gradient: that of the output, [N, O].
+    """
     weight, down, up, where, inner = saved
     to_weight, to_bias, to_down, to_up = needed
     gradients: list[Tensor | None] = [None] * 4
     if to_weight:
-        gradients[0] = gradient.T @ x
+        gradients[0] = product(gradient.T, x)
     if to_bias:
         gradients[1] = gradient.sum(0)
     if down is not None and up is not None and inner is not None:
         if to_up:
-            gradients[3] = (gradient.T @ inner).mul_(factor)
-        to_inner = (gradient @ up.to(x.dtype)).mul_(product.scale / (1 - product.p))
+            gradients[3] = product(gradient.T, inner).mul_(factor)
+        to_inner = product(gradient, up.to(x.dtype)).mul_(layer.scale / (1 - layer.p))
         if to_down:
-            gradients[2] = to_inner.T @ (x if where is None else drop_again(x, where))
+            gradients[2] = product(to_inner.T, x if where is None else drop_again(x, where))
         if to_x is not None:
-            to_x.add_product(to_inner, down.to(x.dtype), where)
+            to_x.add(to_inner, down.to(x.dtype), where)
     if to_x is not None:
-        to_x.add_product(gradient, product.base_weight(weight, x.dtype))
+        to_x.add(gradient, layer.base_weight(weight, x.dtype))
     return gradients
 
 

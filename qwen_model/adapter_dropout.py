@@ -20,7 +20,7 @@ class AdapterDropout(nn.Dropout):
     """``nn.Dropout`` whose random numbers on a CPU are those of :func:`drop`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or not 0 < self.p < 1 or input.device.type != "cpu":
+        if not self.training or not 0 < self.p < 1 or not _draws_gaps(input):
             return super().forward(input)
         output: Tensor = _Drop.apply(input, self.p)
         return output
@@ -33,7 +33,7 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
         The values, where they are zero (see :func:`drop_again`), and a factor of the values: multiplied by it, their
         expectation is ``x``.
     """
-    if x.device.type == "cpu":
+    if _draws_gaps(x):
         where = _draw_positions(x.numel(), p)
         return drop_again(x, where), where, 1 / (1 - p)
     dropped, is_kept = torch.native_dropout(x, p, True)
@@ -51,6 +51,10 @@ def drop_product(left: Tensor, right: Tensor, where: Tensor) -> Tensor:
         return torch.mm(left, right).mul_(where)
     shape = torch.Size((left.shape[0], right.shape[1]))
     return _with_zeros(left, shape, where, lambda values: torch.mm(left, right, out=values))
+
+
+def _draws_gaps(x: Tensor) -> bool:
+    return x.device.type == "cpu"
 
 
 def _draw_positions(count: int, p: float) -> Tensor:

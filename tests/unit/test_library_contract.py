@@ -202,6 +202,7 @@ READ = [
         Member(f"accelerate.state:{name}._shared_state", REHEARSAL)
         for name in ("PartialState", "AcceleratorState", "GradientState")
     ),
+    Member("torch:ops.mkldnn._linear_pointwise", "qwen_model/products.py"),
     Member("torch.distributed.distributed_c10d:_get_default_store", "training/distributed/world.py", ""),
     Member("tqdm:tqdm._instances", "commands.py"),
     Member("atexit:_run_exitfuncs", "commands.py"),

@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
+from qwen_model import adapter_dropout, products
 from qwen_model.adapted_linear import project, project_gated
-from qwen_model.adapter_dropout import use_adapter_dropout
+from qwen_model.adapter_dropout import AdapterDropout, use_adapter_dropout
 
 SIZE, WIDTH = 24, 40
 
@@ -90,7 +91,14 @@ def compare(model: Any, tolerance: float = 1e-6, **precision: Any) -> list[Tenso
 
 
 def is_fused(output: Tensor) -> bool:
-    return type(output.grad_fn).__name__ == "_ProductsBackward"
+    return type(output.grad_fn).__name__ == "_ProjectionBackward"
+
+
+@pytest.fixture(params=["torch", "oneDNN"], autouse=True)
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compute with both libraries for products; the second one is used for large ones."""
+    if request.param == "oneDNN":
+        monkeypatch.setattr(products, "LARGE", 1)
 
 
 FUSED: dict[str, Callable[[], Any]] = {
@@ -126,6 +134,17 @@ def change(model: Any, function: Callable[[Any], object]) -> Any:
 def test_results_are_those_of_the_layers(name: str) -> None:
     *_, down = compare(FUSED[name]())
     assert is_fused(down)
+
+
+def test_devices_whose_dropout_saves_a_mask(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The random numbers are those of peft's own dropout."""
+    monkeypatch.setattr(adapter_dropout, "_draws_gaps", lambda x: False)
+    model = build(dropout=0.3)
+    outputs = compare(model)
+    for module in model.modules():
+        if type(module) is AdapterDropout:
+            module.__class__ = nn.Dropout
+    assert all(difference(o, n) < 1e-6 for o, n in zip(outputs, results(model, call, call_gated)[0], strict=True))
 
 
 def with_hook(part: str, method: str = "register_forward_hook") -> Any:
