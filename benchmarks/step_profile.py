@@ -123,7 +123,8 @@ def run_profiled(task_json: str, flags: str, report: str) -> None:
                 Path(report).write_text(json.dumps({**summarise(profiler.events() or [], seconds), **usage}))
                 os._exit(0)
 
-    trainer.DEFAULT_CALLBACKS.append(ProfileCallback())
+    callbacks: list[Any] = trainer.DEFAULT_CALLBACKS
+    callbacks.append(ProfileCallback())
     kind = CONTENDERS[task.name].kind
     if kind == "ours":
         run_ours(task, shlex.split(flags))
