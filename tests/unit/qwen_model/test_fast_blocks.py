@@ -112,7 +112,7 @@ def test_half_precision_differs_by_rounding(name: str, weights: torch.dtype) -> 
     for tensor_name, value in expected.items():
         errors = [(results[tensor_name].float() - value).norm() for results in (plain, fast)]
         assert fast[tensor_name].dtype == plain[tensor_name].dtype
-        assert errors[1] <= 1.25 * errors[0] + 2**-8 * value.norm(), tensor_name
+        assert errors[1] <= 1.5 * errors[0] + 2**-7 * value.norm(), tensor_name
 
 
 @pytest.mark.parametrize("name", MODELS)
