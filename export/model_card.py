@@ -154,6 +154,8 @@ def _training_lines_of(adapter: Path) -> list[str]:
 
 
 def _run_figures(summary: Mapping[str, Any]) -> Iterator[str]:
+    if isinstance(method := summary.get("method"), str):
+        yield f"method: {code(method)}"
     if "steps" in summary:
         trained = _number(summary.get("trained_tokens"))
         yield f"{_number(summary['steps'])} optimizer steps over {trained} trained tokens"

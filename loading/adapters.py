@@ -6,7 +6,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,12 +23,17 @@ from checkpoints.patterns import check_patterns
 from checkpoints.shards import open_checkpoint
 from errors import ConfigError, one_line
 from loading.checkpoint import Checkpoint
+from loading.initial_values import begin_as_weights
+from loading.lean_dora import use_lean_dora
 from loading.opening import library_errors
 from loading.token_rows import sharded_token_rows, use_lean_trainable_tokens
 from qwen_model.adapter_dropout import use_adapter_dropout
 from qwen_model.architectures import architecture_of
 
 logger = logging.getLogger(__name__)
+
+# Initialisations that leave the weights as they are; the others are in `initial_values.py`.
+_PEFT_INITS: dict[str, Any] = {"true": True, "gaussian": "gaussian", "orthogonal": "orthogonal"}
 
 
 @dataclass(frozen=True)
@@ -77,9 +82,12 @@ class LoraSettings:
     """Hyperparameters of a new adapter.
 
     Attributes:
-        alpha: the adapter's product is scaled by ``alpha / rank``.
+        alpha: the adapter's product is scaled by ``alpha / rank``, with ``rslora`` by ``alpha / sqrt(rank)``.
         target_modules: names of linear layers; ``None``: all those of the blocks.
         bias: biases that train: ``none``, ``all`` or ``lora_only``.
+        dora: train the norms of the merged weights' rows too.
+        init: ``true``, ``gaussian``, ``orthogonal``, or a method of :mod:`loading.initial_values`.
+        rank_pattern, alpha_pattern: rank and alpha of the layers that match a name or an expression.
     """
 
     rank: int = 64
@@ -87,6 +95,11 @@ class LoraSettings:
     dropout: float = 0.05
     target_modules: Sequence[str] | None = None
     bias: Literal["none", "all", "lora_only"] = "none"
+    rslora: bool = False
+    dora: bool = False
+    init: str = "true"
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
 
 
 def attach_lora(
@@ -108,6 +121,9 @@ def attach_lora(
     config = _build_config(model, checkpoint, settings, policy)
     with without_gptqmodel(), sharded_token_rows():
         adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
+    if settings.init not in _PEFT_INITS:
+        begin_as_weights(adapted, settings.init)
+    use_lean_dora(adapted, is_new=True)
     return _prepare_for_training(adapted, in_float32)
 
 
@@ -145,10 +161,11 @@ class _OutsideAutocast:
 def keep_input_dtype(adapted: torch.nn.Module) -> None:
     """Keep peft from copying the input of every plain adapter to float32 where autocast casts it back for the product.
 
-    DoRA and other variants compute more than products, for which peft's float32 is kept.
+    Variants of peft compute more than products, for which its float32 is kept.
     """
     for module in adapted.modules():
-        if hasattr(module, "cast_input_dtype_enabled") and not getattr(module, "lora_variant", {}):
+        variants = getattr(module, "lora_variant", {}).values()
+        if hasattr(module, "cast_input_dtype_enabled") and all(hasattr(each, "takes_any_dtype") for each in variants):
             module.cast_input_dtype_enabled = _OutsideAutocast()  # type: ignore[assignment]
 
 
@@ -177,6 +194,7 @@ def load_adapter(
             config=_peft_config(options, folder, flag),  # so that peft does not read the file, with keys of any kind
             autocast_adapter_dtype=in_float32,
         )
+    use_lean_dora(adapted)
     # peft initialises tensors that the file lacks.
     missing = sorted(get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - saved)
     if lora := [name for name in missing if ".lora_" in name]:
@@ -251,6 +269,11 @@ def _build_config(
         lora_dropout=settings.dropout,
         target_modules=targets,
         bias=settings.bias,
+        use_rslora=settings.rslora,
+        use_dora=settings.dora,
+        init_lora_weights=_PEFT_INITS.get(settings.init, True),
+        rank_pattern=dict(settings.rank_pattern),
+        alpha_pattern=dict(settings.alpha_pattern),
         task_type="CAUSAL_LM",
         **embeddings,
     )

@@ -6,26 +6,24 @@ import importlib.util
 import math
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import fields
-from pathlib import Path
 
-from checkpoints.adapter_config import load_adapter_config
-from checkpoints.input_folders import check_files, check_model_files
+from checkpoints.input_folders import check_model_files
 from checkpoints.json_schemas import MAX_KEPT_SAMPLES
 from checkpoints.model_config import check_bitsandbytes, find_quantization
 from console import pip_command
 from data_utils.sources import parse_fill, parse_source
 from errors import ConfigError, numbered
-from loading.config_files import find_local_folder, load_model_config, max_positions, module_names
+from loading.config_files import load_model_config, max_positions, module_names
 from processes import has_gpu, is_first
 from qwen_model.architectures import ARCHITECTURES
 from training.cache_entries import usable_folder
-from training.config.args import LoraArguments, RunArguments, parse_profile_steps
+from training.config.args import RunArguments, parse_profile_steps
 from training.config.flags import did_you_mean, nearest
 from training.config.intervals import evaluation_steps
 from training.data_workers import check_workers
 from training.engine_checks import check_engine
 from training.flag_checks import check_flags, warn_of_ignored_flags
+from training.lora_checks import check_lora, faults_of, model_folder
 from training.optimizer_checks import check_optimizer, check_schedule
 from training.rows import choose_packing
 from training.run_folder.prepare import check_output
@@ -64,7 +62,7 @@ def check_args(args: RunArguments) -> None:
         ConfigError: all faults; several are a numbered list.
     """
     checks: tuple[Callable[[RunArguments], Faults], ...] = (
-        _check_data, _check_numbers, _check_precision, _check_lora, _check_quantization, check_optimizer,
+        _check_data, _check_numbers, _check_precision, check_lora, _check_quantization, check_optimizer,
         check_schedule, check_flags, _check_model, _check_intervals, _check_reporters, check_engine, _check_output,
     )  # fmt: skip
     # Several checks may meet the same fault of a file.
@@ -76,20 +74,8 @@ def check_args(args: RunArguments) -> None:
     warn_of_ignored_flags(args)
 
 
-def _faults_of(check: Callable[..., object], *arguments: object) -> Faults:
-    """Yield the fault that a check raises."""
-    try:
-        check(*arguments)
-    except ConfigError as error:
-        yield error
-
-
 def _evaluates(args: RunArguments) -> bool:
     return bool(args.trainer_value("eval_strategy") != "no")
-
-
-def _model_folder(args: RunArguments) -> Path:
-    return find_local_folder(args.model.model_name_or_path, args.model.cache_dir, args.model.model_hub)
 
 
 def _check_data(args: RunArguments) -> Faults:
@@ -98,10 +84,10 @@ def _check_data(args: RunArguments) -> Faults:
         yield ConfigError("--data_path is missing", "Give a file of conversations, or a folder of such files")
     for flag, names in (("--data_path", data.data_path), ("--eval_data_path", data.eval_data_path)):
         for name in names or ():
-            yield from _faults_of(parse_source, name, flag)
-    yield from _faults_of(parse_fill, data.fill or ())
+            yield from faults_of(parse_source, name, flag)
+    yield from faults_of(parse_fill, data.fill or ())
     if data.data_cache_dir is not None and not data.no_data_cache:
-        yield from _faults_of(usable_folder, data)
+        yield from faults_of(usable_folder, data)
     if not 0 <= data.eval_split < 1:
         yield ConfigError(f"--eval_split {data.eval_split:g} is out of range", "Give a fraction from 0 to below 1")
     if data.eval_split and data.eval_data_path:
@@ -117,9 +103,9 @@ def _check_data(args: RunArguments) -> Faults:
     if data.packing is True and strategy == "group_by_length":
         what = "--packing True and --train_sampling_strategy group_by_length are two ways to form batches"
         yield ConfigError(what, "Give one of them: packs are all of about the same length")
-    config = load_model_config(_model_folder(args))
+    config = load_model_config(model_folder(args))
     if config.get("model_type") in ARCHITECTURES:
-        yield from _faults_of(choose_packing, args, config)
+        yield from faults_of(choose_packing, args, config)
 
 
 def _check_numbers(args: RunArguments) -> Faults:
@@ -169,7 +155,7 @@ def _check_numbers(args: RunArguments) -> Faults:
     if not 0 <= (count := args.options.keep_samples) <= MAX_KEPT_SAMPLES:
         yield ConfigError(f"--keep_samples {count} is out of range", f"Give 0 to {MAX_KEPT_SAMPLES}")
     if args.options.profile_steps is not None:
-        yield from _faults_of(parse_profile_steps, args.options.profile_steps)
+        yield from faults_of(parse_profile_steps, args.options.profile_steps)
 
 
 def _check_precision(args: RunArguments) -> Faults:
@@ -182,53 +168,11 @@ def _check_precision(args: RunArguments) -> Faults:
         yield ConfigError("--fp16_full_eval and --bf16_full_eval are two precisions", "Give one of them")
 
 
-def _check_lora(args: RunArguments) -> Faults:
-    lora = args.lora
-    if lora.use_lora:
-        yield from _check_continued_adapter(lora)
-        return
-    for item in fields(LoraArguments):
-        value = getattr(lora, item.name)
-        # Without LoRA the embeddings always train, so "full" is accepted.
-        if value != item.default and not (item.name == "trainable_embeddings" and value == "full"):
-            shown = "" if value is True else " " + (" ".join(value) if isinstance(value, list) else str(value))
-            yield ConfigError(
-                f"--{item.name}{shown} needs --use_lora: without it all parameters are trained",
-                f"Add --use_lora, or remove --{item.name}",
-            )
-
-
-def _check_continued_adapter(lora: LoraArguments) -> Faults:
-    """Check that no flag contradicts the rank, scale and layers of an adapter that is continued."""
-    if not lora.lora_weight_path:
-        return
-    adapter = Path(lora.lora_weight_path)
-    try:
-        config = load_adapter_config(adapter, "--lora_weight_path")
-        check_files(adapter)
-    except ConfigError as error:
-        yield error
-        return
-    for flag, key in (
-        ("lora_r", "r"), ("lora_alpha", "lora_alpha"), ("lora_dropout", "lora_dropout"), ("lora_bias", "bias"),
-        ("lora_target_modules", "target_modules"),
-    ):  # fmt: skip
-        value, default = getattr(lora, flag), LoraArguments.__dataclass_fields__[flag].default
-        saved = config.get(key)
-        same = sorted(value) == sorted(saved) if isinstance(value, list) and isinstance(saved, list) else value == saved
-        if value != default and not same:
-            shown = " ".join(value) if isinstance(value, list) else value
-            yield ConfigError(
-                f"--{flag} {shown}: the adapter of --lora_weight_path has {saved}",
-                f"Remove --{flag}, or train a new adapter",
-            )
-
-
 def _check_quantization(args: RunArguments) -> Faults:
     """Check the quantisation flags against the checkpoint, whose config tells whether its weights are quantised."""
     lora, model = args.lora, f"--model_name_or_path {args.model.model_name_or_path}"
     try:
-        saved = find_quantization(_model_folder(args))
+        saved = find_quantization(model_folder(args))
     except ConfigError as error:
         yield error
         return
@@ -253,13 +197,13 @@ def _check_quantization(args: RunArguments) -> Faults:
     quantization = saved or lora.quantization
     if lora.use_lora and lora.q_lora and quantization and not quantization.is_packed and not args.dry_run:
         flag = "--q_lora" if saved is None else "--model_name_or_path"
-        yield from _faults_of(check_bitsandbytes, f"{flag} ({quantization})")
+        yield from faults_of(check_bitsandbytes, f"{flag} ({quantization})")
 
 
 def _check_model(args: RunArguments) -> Faults:
-    name, length, folder = args.model.model_name_or_path, args.data.model_max_length, _model_folder(args)
+    name, length, folder = args.model.model_name_or_path, args.data.model_max_length, model_folder(args)
     if os.path.isdir(folder):
-        yield from _faults_of(check_model_files, folder)
+        yield from faults_of(check_model_files, folder)
     positions = max_positions(load_model_config(folder))
     if positions is not None and length > positions:
         yield ConfigError(
@@ -347,5 +291,5 @@ def _check_output(args: RunArguments) -> Faults:
     """Check the output folder; its checkpoint is compared with the arguments only if the folder itself is accepted."""
     if args.dry_run or args.plan or not is_first():
         return  # rank 0 may already be removing the files that --overwrite_output_dir discards
-    yield from _faults_of(check_workers, args.trainer_value("dataloader_num_workers"))
-    yield from list(_faults_of(check_output, args)) or _faults_of(check_start, args)
+    yield from faults_of(check_workers, args.trainer_value("dataloader_num_workers"))
+    yield from list(faults_of(check_output, args)) or faults_of(check_start, args)

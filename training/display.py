@@ -23,6 +23,7 @@ KEYS = {
     "token_accuracy": ("token_accuracy", "accuracy {:.1%}"),
     "eval_token_accuracy": ("eval_token_accuracy", "accuracy {:.1%}"),
     "learning_rate": ("lr", "lr {:.2e}"),
+    "learning_rate_b": ("lr_b", "of B {:.2e}"),
     "grad_norm": ("grad_norm", "grad norm {:.3g}"),
     "tokens_per_second": ("tokens_per_second", "{:,.0f} tokens/s"),
     "padding": ("padding", "padding {:.0%}"),

@@ -21,6 +21,7 @@ from checkpoints.kept import Kept
 from checkpoints.model_config import dtype_name
 from checkpoints.training_samples import TrainingSample
 from data_utils.examples import ExampleSet
+from loading.initial_values import begins_as_weights, change_of
 from loading.sharding import is_sharded
 from training.samples import choose_samples
 from training.trainer import QwenTrainer
@@ -121,7 +122,8 @@ def _some_rows(layer: Any, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """Return rows of a layer's base weight and of its change, both as ``dtype`` holds them, in float32."""
     weight, [name] = layer.get_base_layer().weight, layer.active_adapters
     rows = slice(None, None, max(1, len(weight) // _ROWS))
-    first, second = (matrices[name].weight.detach() for matrices in (layer.lora_A, layer.lora_B))
+    matrices = (layer.lora_A[name].weight, layer.lora_B[name].weight)
+    first, second = change_of(layer, name) if begins_as_weights(layer, name) else matrices
     change = layer.scaling[name] * (second[rows].to(dtype).float() @ first.to(dtype).float())
     return weight.detach()[rows].to(dtype).float(), change
 

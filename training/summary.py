@@ -8,6 +8,7 @@ import logging
 import platform
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,6 @@ from training.callbacks import RunLog
 from training.config.args import RunArguments
 from training.config.schedules import SCHEDULES
 from training.data import packs_samples, save_reports
-from training.freed_memory import describe_memory
 from training.learnt import describe_learnt, measure_learnt, warn_of_little
 from training.ornaments import ornament
 from training.progress import peak_memory
@@ -109,6 +109,7 @@ def describe_run(
     mode = "LoRA" if isinstance(trainer.model, PeftModel) else "all parameters"
     if quantization := checkpoint.quantization or args.lora.quantization:
         mode = f"LoRA on quantised weights ({quantization})"
+    mode += f" ({method})" if (method := method_of(trainer.model, args)) else ""
     precision = next((name for name in ("bf16", "fp16") if getattr(training, name)), "float32")
     precision = "pure_bf16" if args.options.pure_bf16 else precision
     report = examples.report.total()
@@ -127,9 +128,23 @@ def describe_run(
         ("steps", f"{steps:,} of {batch} {_items_of(trainer)} ({per_epoch:,} per epoch)"),
         *([("memory", memory)] if memory else []),
         ("output", str(args.output_dir)),
-        *([("memory", describe_memory())] if training.device.type == "cpu" else []),
     ]
     return "\n".join(f"  {name:<11}{value}" for name, value in rows)
+
+
+def method_of(model: nn.Module | None, args: RunArguments) -> str:
+    """Return what makes a training another than that of a plain LoRA; a continued adapter keeps its own options."""
+    lora, noise = args.lora, args.trainer_value("neftune_noise_alpha")
+    if isinstance(model, PeftModel) and lora.lora_weight_path:
+        config: Any = model.peft_config["default"]
+        lora = replace(
+            lora,
+            use_rslora=config.use_rslora,
+            use_dora=config.use_dora,
+            lora_rank_pattern=config.rank_pattern,
+            lora_alpha_pattern=config.alpha_pattern,
+        )
+    return ", ".join(filter(None, (lora.method, f"NEFTune {noise:g}" if noise else "")))
 
 
 def _steps_of(trainer: QwenTrainer) -> tuple[int, int, int]:
@@ -289,6 +304,7 @@ def save_summary(
         "base_is_quantized": trainer.checkpoint.quantization is not None,
         "model_type": trainer.checkpoint.model_type,
         "mode": "lora" if isinstance(trainer.model, PeftModel) else "full",
+        "method": method_of(trainer.model, args) or None,
         "quantization": None if quantization is None else str(quantization),
         "trainable_embeddings": None if policy is None else {"mode": policy.mode, "reason": policy.reason},
         "trained_parameters": trained,

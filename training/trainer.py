@@ -1,8 +1,7 @@
 """transformers' Trainer for causal language models: batches, loss per token, one device read per step, evaluation.
 
-Saving and resuming are in ``training/trainer_checkpoints.py``, memory that does not suffice in
-``training/trainer_memory.py``. Every method of the Trainer that is overridden is in these three files and is listed in
-``tests/unit/test_library_contract.py``.
+Saving and resuming are in ``training/trainer_checkpoints.py``. Every method of the Trainer that is overridden is in
+these two files and is listed in ``tests/unit/test_library_contract.py``.
 """
 
 from __future__ import annotations
@@ -28,19 +27,21 @@ from training.display import LogLines, ProgressBar
 from training.distributed.heartbeat import RankStatus
 from training.distributed.world import World
 from training.first_loss import check_first_loss
+from training.learning_rates import raise_rate_of_second
+from training.noise import embedding_noise
 from training.ornaments import Ornaments
 from training.progress import Counts, Progress, count_correct, count_targets, count_tokens, weigh_targets
 from training.samplers import PaddedDataset, build_sampler
 from training.signals import Signals, StopRequest
-from training.trainer_engines import complete_engine_options, enable_fsdp_on_cpu, keep_training_mode
-from training.trainer_memory import MemoryTrainer
+from training.trainer_checkpoints import CheckpointTrainer
+from training.trainer_engines import complete_engine_options, enable_fsdp_on_cpu
 
 logger = logging.getLogger(__name__)
 
 _MAX_NAMED_SAMPLES = 20
 
 
-class QwenTrainer(MemoryTrainer):
+class QwenTrainer(CheckpointTrainer):
     """transformers' Trainer, with the same steps and the same files under every engine and after every resume.
 
     The host reads from the device once per optimizer step, between its backward passes and its update: one tensor with
@@ -51,12 +52,12 @@ class QwenTrainer(MemoryTrainer):
         checkpoint: the base model's; what is saved takes its tokenizer, precision and generation config.
         loss: ``lean`` computes the loss without logits, ``full_logits`` with them.
         data_mixing: ``mixed`` draws examples by ``train_sampling_strategy``, ``sequential`` source by source.
-        finds_batch_size: halve a micro-batch that does not fit, see ``MemoryTrainer``.
         facts: what checkpoints record of the run, see ``training.run_folder.changes``.
         progress: counts and times, shared with the run log.
         signals: requests to stop or save.
         status: this rank's status, which the other ranks watch.
         world: the ranks of the run; by default this one only.
+        rate_ratio: LoRA+: the learning rate of an adapter's matrices B, divided by that of all other parameters.
     """
 
     progress: Progress
@@ -69,7 +70,6 @@ class QwenTrainer(MemoryTrainer):
     _batch_indices: list[list[int]]  # of the examples
     _step_counts: list[Tensor | int]  # targets, tokens, slots, samples
     _step_correct: Tensor
-    _operations_per_position: int | None = None
     # This rank's share of the current evaluation, on the device: summed loss, its weight, correct, targets.
     _evaluated: Tensor
 
@@ -78,20 +78,21 @@ class QwenTrainer(MemoryTrainer):
         checkpoint: Checkpoint,
         loss: str = "lean",
         data_mixing: str = "mixed",
-        finds_batch_size: bool = False,
         facts: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
         signals: Signals | None = None,
         status: RankStatus | None = None,
         world: World | None = None,
+        rate_ratio: float = 1.0,
         **kwargs: Any,
     ) -> None:
         super().__init__(processing_class=checkpoint.tokenizer, **kwargs)
         self.checkpoint, self.data_mixing, self.facts = checkpoint, data_mixing, facts or {}
-        self.finds_batch_size = finds_batch_size
         self.progress, self.signals = progress or Progress(), signals or Signals()
         self.status, self.world = status or RankStatus(), world or World()
         self.label_names = ["labels"]  # by default every argument of forward whose name contains the word
+        self.rate_ratio = rate_ratio
+        self.neftune_noise_alpha = None  # transformers' noise takes a row for a sample; see train
         self.is_lean = loss == "lean"
         if self.is_lean:
             self.label_smoother = None  # it needs logits; the model smoothes by itself
@@ -112,8 +113,16 @@ class QwenTrainer(MemoryTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self.progress.start()
-        with worker_errors(self.args.dataloader_num_workers):
+        noise = embedding_noise(self.accelerator.unwrap_model(self.model), self.args.neftune_noise_alpha)
+        with worker_errors(self.args.dataloader_num_workers), noise:
             return super().train(*args, **kwargs)
+
+    def create_optimizer(self, model: Any = None) -> Any:
+        is_new = self.optimizer is None
+        optimizer = super().create_optimizer(model)
+        if is_new and self.rate_ratio != 1:
+            raise_rate_of_second(optimizer, model or self.model, self.rate_ratio)
+        return optimizer
 
     # ------------------------------------------------------------------------------------------------------- batches
 
@@ -206,19 +215,10 @@ class QwenTrainer(MemoryTrainer):
             self._evaluated[2] += correct
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        assert self.model is not None, "the Trainer has a model"
-        keep_training_mode(model, self.model)
-        loss = super().training_step(model, *args, **kwargs)
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = super().training_step(*args, **kwargs)
         self._losses.append(loss)
         return loss
-
-    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
-        """Return transformers' estimate for a micro-batch, without counting the parameters each time."""
-        if self._operations_per_position is None:
-            one: dict[str, Any] = {"input_ids": inputs["input_ids"].new_zeros(1)}
-            self._operations_per_position = super().floating_point_ops(one)
-        return self._operations_per_position * int(inputs["input_ids"].numel())
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
         """Read the step; called once between the last backward pass of an optimizer step and its update."""
@@ -301,6 +301,8 @@ class QwenTrainer(MemoryTrainer):
             self._globalstep_last_logged = self.state.global_step  # transformers has nothing left to log
             logs = self.progress.end_window(steps_left=self.state.max_steps - self.state.global_step)
             logs["learning_rate"] = self._get_learning_rate() if learning_rate is None else learning_rate
+            if self.rate_ratio != 1:
+                logs["learning_rate_b"] = logs["learning_rate"] * self.rate_ratio
             if grad_norm is not None:
                 logs["grad_norm"] = float(grad_norm)
             self.log(logs, start_time)

@@ -126,7 +126,7 @@ class CheckpointTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
             check_types(settings_of(self.optimizer, self.lr_scheduler), before)
             check_moments(self.optimizer, self.args)
-            set_learning_rate(self.lr_scheduler, self.args.learning_rate)
+            set_learning_rate(self.lr_scheduler, before["schedule"].get("base_lrs", []))
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:

@@ -116,16 +116,20 @@ def check_moments(optimizer: Any, args: TrainingArguments) -> None:
                 raise ValueError(f"a moment {name} has the shape {shapes}")
 
 
-def set_learning_rate(scheduler: Any, learning_rate: float) -> None:
-    """Scale a loaded schedule to the learning rate of the command; transformers silently keeps the checkpoint's."""
+def set_learning_rate(scheduler: Any, rates: Sequence[float]) -> None:
+    """Scale a loaded schedule to the learning rates of the command; transformers silently keeps the checkpoint's.
+
+    Args:
+        rates: of each group, before the schedule changed them.
+    """
     base_rates = getattr(scheduler, "base_lrs", [])
-    if set(base_rates) <= {learning_rate}:
+    if base_rates == rates:
         return
     groups = scheduler.optimizer.param_groups
-    for group, base_rate in zip(groups, base_rates, strict=True):
+    for group, base_rate, rate in zip(groups, base_rates, rates, strict=True):
         factor = group["lr"] / base_rate if base_rate else 0.0
-        group["initial_lr"], group["lr"] = learning_rate, learning_rate * factor
-    scheduler.base_lrs = [learning_rate] * len(base_rates)
+        group["initial_lr"], group["lr"] = rate, rate * factor
+    scheduler.base_lrs = list(rates)
     scheduler._last_lr = [group["lr"] for group in groups]  # the log reads it
 
 

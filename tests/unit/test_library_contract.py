@@ -27,7 +27,6 @@ from tests.unit.test_imports import PACKAGES, sources_of
 TRAINER = "training/trainer.py"
 CHECKPOINTS = "training/trainer_checkpoints.py"
 REHEARSAL = "planning/fake_run.py"
-MEMORY = "training/trainer_memory.py"
 
 
 class Member(NamedTuple):
@@ -61,18 +60,8 @@ OVERRIDDEN = [
     Member("transformers:Trainer._track_num_input_tokens", TRAINER, "self inputs"),
     Member("transformers:Trainer._get_num_items_in_batch", TRAINER, "self batch_samples device"),
     Member("transformers:Trainer.compute_loss", TRAINER, "self model inputs return_outputs num_items_in_batch"),
+    Member("transformers:Trainer.create_optimizer", TRAINER, "self model"),
     Member("transformers:Trainer.training_step", TRAINER, "self model inputs num_items_in_batch"),
-    Member("transformers:Trainer.floating_point_ops", TRAINER, "self inputs"),
-    Member(
-        "transformers:Trainer._inner_training_loop",
-        MEMORY,
-        "self batch_size args resume_from_checkpoint trial ignore_keys_for_eval",
-    ),
-    Member(
-        "transformers:Trainer._prepare_for_training",
-        MEMORY,
-        "self max_steps train_dataloader resume_from_checkpoint",
-    ),
     Member("transformers:Trainer._get_grad_norm", TRAINER, "self model grad_norm"),
     Member(
         "transformers:Trainer._maybe_log_save_evaluate",
@@ -137,6 +126,11 @@ OVERRIDDEN = [
         "self x active_adapters args kwargs",
     ),
     Member(
+        "peft.tuners.lora.layer:LoraVariant.forward",
+        "loading/initial_values.py",
+        "module active_adapter x result kwargs",
+    ),
+    Member(
         "transformers.tokenization_python:PythonBackend._decode",
         "qwen_model/tokenization_qwen.py",
         "self token_ids skip_special_tokens clean_up_tokenization_spaces kwargs",
@@ -176,6 +170,7 @@ REPLACED = [
     Member("transformers:TrainingArguments.fsdp_plugin_args", "training/trainer_engines.py"),
     Member("transformers:Trainer.is_fsdp_enabled", "training/trainer_engines.py"),
     Member("transformers:Trainer.label_smoother", TRAINER),
+    Member("transformers:Trainer.neftune_noise_alpha", TRAINER),
     Member("transformers:Trainer._total_loss_scalar", TRAINER),
     Member("transformers:Trainer._globalstep_last_logged", TRAINER),
     Member("torch.optim.lr_scheduler:LRScheduler.base_lrs", "training/trainer_resume.py"),
@@ -187,7 +182,6 @@ READ = [
     Member("transformers:Trainer._get_learning_rate", TRAINER, "self"),
     Member("transformers:Trainer._maybe_log_save_evaluate", CHECKPOINTS),
     Member("transformers:Trainer._tr_loss", CHECKPOINTS),
-    Member("transformers:Trainer._train_batch_size", MEMORY),
     Member("transformers.trainer_pt_utils:safe_globals", "training/run_folder/states.py", ""),
     Member("torch.distributed.checkpoint.filesystem:_StorageInfo", "training/run_folder/states.py"),
     Member("torch.serialization:_get_layout", "training/run_folder/states.py", "name"),
@@ -199,9 +193,6 @@ READ = [
     Member("transformers:PreTrainedConfig._attn_implementation", "qwen_model/modeling_qwen.py"),
     Member("transformers:PreTrainedConfig._attn_implementation", "qwen_model/sample_attention.py"),
     Member("peft.tuners.lora:LoraLayer.cast_input_dtype_enabled", "loading/adapters.py"),
-    Member("transformers:PreTrainedConfig._attn_implementation", "qwen_model/fast_blocks.py"),
-    Member("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu", "qwen_model/sample_attention.py"),
-    Member("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "qwen_model/sample_attention.py"),
     Member("torch.nn:Module._buffers", "loading/quantized.py"),
     Member("torch.nn:Module._buffers", "planning/model.py"),
     Member("transformers:PreTrainedModel._from_config", "planning/model.py"),
@@ -222,6 +213,10 @@ READ = [
     Member("torch.distributed.distributed_c10d:_get_default_store", "training/distributed/world.py", ""),
     Member("tqdm:tqdm._instances", "commands.py"),
     Member("atexit:_run_exitfuncs", "commands.py"),
+    *(
+        Member(f"peft.tuners.lora:LoraLayer.{name}", "loading/initial_values.py")
+        for name in ("lora_A", "lora_B", "lora_dropout", "lora_variant", "scaling", "r", "get_base_layer")
+    ),
     # What peft's wrappers of a layer hold.
     *(
         Member(f"{path}.{name}", "qwen_model/head.py")

@@ -106,6 +106,18 @@ class LoraArguments:
     lora_target_modules: list[str] | None = _flag(
         None, "names of the linear layers to adapt (default: all linear layers of the model's blocks)"
     )
+    lora_rank_pattern: dict[str, int] | None = _flag(
+        None, 'ranks of single layers, by the end of their names: {"mlp.c_proj": 16}'
+    )
+    lora_alpha_pattern: dict[str, float] | None = _flag(None, "alphas of single layers, in the same form")
+    use_rslora: bool = _flag(False, "scale by alpha / sqrt(rank) instead: higher ranks learn as fast as low ones")
+    use_dora: bool = _flag(False, "DoRA: also train the norm of each row of the merged weights; slower")
+    init_lora_weights: str = _flag(
+        "true",
+        "first values of the adapter: true, gaussian, orthogonal (all without effect at first), or a part of the "
+        "weights: pissa, pissa_niter_N (faster, N iterations), olora",
+    )
+    loraplus_lr_ratio: float = _flag(1.0, "LoRA+: learning rate of the adapter's B matrices / --learning_rate")
     lora_weight_path: str = _flag("", "adapter folder to continue training from")
     any_base: bool = _flag(
         False, "with --lora_weight_path: continue on other weights than those of its training, with a warning"
@@ -118,6 +130,24 @@ class LoraArguments:
         "with --use_lora: also train embedding and head (full), only their rows of <|im_start|> and <|im_end|> "
         "(chatml_tokens), or neither (none); auto: full for a Qwen v1 base model, else none",
     )
+
+    @property
+    def takes_weights(self) -> bool:
+        """Whether the adapter begins as a part of the base's weights."""
+        return self.init_lora_weights.lower().startswith(("pissa", "olora"))
+
+    @property
+    def method(self) -> str:
+        """What makes the adapter another than a plain LoRA, for records; empty if nothing does."""
+        words = [
+            "rsLoRA" if self.use_rslora else "",
+            "DoRA" if self.use_dora else "",
+            f"begins as {self.init_lora_weights.lower()}" if self.init_lora_weights.lower() != "true" else "",
+            "ranks by pattern" if self.lora_rank_pattern else "",
+            "alphas by pattern" if self.lora_alpha_pattern else "",
+            f"LoRA+ {self.loraplus_lr_ratio:g}" if self.loraplus_lr_ratio != 1 else "",
+        ]
+        return ", ".join(filter(None, words))
 
     @property
     def quantization(self) -> Quantization | None:

@@ -39,6 +39,7 @@ _ENCODING = frozenset({
 # Which parameters train and what their optimizer stores: a checkpoint fits no other values.
 _PARAMETERS = frozenset({
     "lora_r", "lora_alpha", "lora_target_modules", "lora_bias", "quant_type", "load_in_8bit", "pure_bf16", "optim",
+    "lora_rank_pattern", "lora_alpha_pattern", "use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio",
 })  # fmt: skip
 # Compared as `mode`, `embeddings` and `packs`.
 _MODE = frozenset({"use_lora", "q_lora", "trainable_embeddings", "packing"})

@@ -18,6 +18,7 @@ from checkpoints.names import (
 CHECKPOINT = re.compile(r"checkpoint-(\d+)")  # a folder, by its optimizer step
 MANIFEST = "manifest.json"
 TRAINER_STATE = "trainer_state.json"
+TRAINED_VALUES = "trained_values.safetensors"  # of an adapter that is saved in another form than it is trained in
 STAGING = ".saving"  # a folder: what is being written is here until it is complete
 TEMPORARY = re.compile(r"\..*\.partial(-\d)?")  # a folder: a file is here until it is complete
 

@@ -20,9 +20,12 @@ from typing import Any
 from checkpoints.files import load_json
 from errors import ConfigError, RunError, one_line
 from training.run_folder.manifest import DamagedError, Manifest, load_manifest
-from training.run_folder.names import CHECKPOINT, MANIFEST, TRAINER_STATE
+from training.run_folder.names import CHECKPOINT, MANIFEST, TRAINED_VALUES, TRAINER_STATE
 
-_WEIGHTS = r"(adapter_model|model(-\d{5}-of-\d{5})?|pytorch_model(-\d{5}-of-\d{5})?)\.(safetensors|bin)(\.index\.json)?"
+_WEIGHTS = (
+    rf"{re.escape(TRAINED_VALUES)}"
+    r"|(adapter_model|model(-\d{5}-of-\d{5})?|pytorch_model(-\d{5}-of-\d{5})?)\.(safetensors|bin)(\.index\.json)?"
+)
 _STATES = r"(optimizer|scheduler|scaler)\.pt|rng_state(_\d+)?\.pth"
 _DEEPSPEED = r"latest|global_step\d+/[^/]+\.pt"
 _FSDP = r"(pytorch_model_fsdp|optimizer)(_\d+)?(\.bin|/(\.metadata|[^/]+\.distcp))"

@@ -31,8 +31,10 @@ from checkpoints.writing import save_checkpoint, save_tensors
 from errors import ConfigError, RunError
 from loading.chat_family import add_chat_template
 from loading.checkpoint import Checkpoint
+from loading.initial_values import is_plain, plain_config, plain_tensors
 from qwen_model.architectures import architecture_of
 from training.run_folder.failures import saving_errors
+from training.run_folder.names import TRAINED_VALUES
 from training.run_folder.staging import staged_files
 
 logger = logging.getLogger(__name__)
@@ -67,6 +69,9 @@ def save_model(
         files = companions(checkpoint)
         if isinstance(model, PeftModel):
             save_adapter(model, dtype, staging, state_dict)
+            if exact and not is_plain(model):
+                tensors = {name: _to_disk(name, tensor, None) for name, tensor in trained_tensors(model).items()}
+                save_tensors(tensors, staging / TRAINED_VALUES)
         else:
             save_full(model, checkpoint, dtype, staging, state_dict, show_progress)
             add_chat_template(files, checkpoint.model_type)
@@ -122,7 +127,8 @@ def restore_tensors(model: Any, folder: Path) -> None:
     Raises:
         ConfigError: a file is damaged, or its tensors are not exactly those of the model; nothing is restored then.
     """
-    saved = open_checkpoint(folder, ADAPTER_WEIGHTS if isinstance(model, PeftModel) else WEIGHTS)
+    files = ADAPTER_WEIGHTS if isinstance(model, PeftModel) else WEIGHTS
+    saved = open_checkpoint(folder, files if is_plain(model) else (TRAINED_VALUES,))
     tensors, place = trained_tensors(model), saved.files[0] if len(saved.files) == 1 else folder
     fix = "Resume with the model and the adapter's settings that the checkpoint was trained with"
     for names, what in ((tensors.keys() - set(saved.names()), "lacks"), (set(saved.names()) - tensors.keys(), "has")):
@@ -145,10 +151,12 @@ def save_adapter(
     Args:
         dtype: saved precision; ``None`` is that of memory.
     """
+    trained, config = trained_tensors(model, state_dict), copy.deepcopy(model.peft_config["default"])
+    if not is_plain(model):
+        trained, config = plain_tensors(trained), plain_config(config)  # of the rank and the base that others know
     # A tied embedding appears twice, and safetensors needs separate memory.
-    tensors = {name: _to_disk(name, item, dtype).clone() for name, item in trained_tensors(model, state_dict).items()}
+    tensors = {name: _to_disk(name, item, _saved_dtype(name, dtype)).clone() for name, item in trained.items()}
     save_tensors(tensors, folder / ADAPTER_SAFETENSORS)
-    config = copy.deepcopy(model.peft_config["default"])
     config.inference_mode = True
     base = os.path.expanduser(config.base_model_name_or_path or "")
     if os.path.isdir(base):  # otherwise the name of a model on a hub
@@ -158,6 +166,11 @@ def save_adapter(
         # The adapter was trained beside weights that were rounded this way.
         save_json(quantization.to_dict(), folder / BASE_QUANTIZATION)
     _check_saved(tensors.items(), folder, (ADAPTER_SAFETENSORS,))
+
+
+def _saved_dtype(name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """Return the precision of an adapter's tensor: norms of rows change by less than 16 bits can hold."""
+    return None if name.endswith("lora_magnitude_vector") else dtype
 
 
 def save_full(

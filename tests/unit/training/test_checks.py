@@ -79,9 +79,6 @@ def test_missing_data_file_is_refused(tmp_path: Path) -> None:
          "packs are all of about the same length"),
         (["--packing", "--padding_free", "false"],
          "--packing True needs rows without padding: --padding_free False. Remove one of them"),
-        (["--packing", "--neftune_noise_alpha", 5],
-         "--packing True needs rows without padding: --neftune_noise_alpha 5 makes noise by the length of a row. "
-         "Remove one of them"),
     ],
 )  # fmt: skip
 def test_invalid_data_flags_are_refused(flags: list[object], message: str, tmp_path: Path) -> None:

@@ -57,7 +57,6 @@ def test_training_and_evaluation_on_rows_log_the_figures_of_padded_batches(
         ("--attn_implementation flex_attention", "--attn_implementation flex_attention does not keep"),
         ("--torch_compile True", "--torch_compile True would compile anew"),
         ("--torch_compile_backend eager", "--torch_compile_backend eager would"),
-        ("--neftune_noise_alpha 5", "--neftune_noise_alpha 5 makes noise by the length of a row"),
     ],
 )
 def test_what_cannot_be_a_row_is_padded_and_the_log_says_why(
