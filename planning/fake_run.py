@@ -19,15 +19,19 @@ from typing import Any
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
 from data_utils.collate import Collator
+from errors import ConfigError
 from loading.checkpoint import Checkpoint
+from planning.fake_cuda import looking_like_cuda
 from planning.memory import FollowedMemory
 from planning.model import build_model, module_names, put_in_place
+from planning.optimizers import STATES, check_can_be_rehearsed, sized_optimizer
 from planning.sizes import BatchShape
 from processes import without_launcher
 from training.config.args import RunArguments
+from training.optimizer_forms import set_form
 from training.rows import why_padded
 from training.trainer import QwenTrainer
 from training.training_arguments import build_training_arguments
@@ -77,6 +81,11 @@ class RehearsedTrainer(QwenTrainer):
     def get_train_dataloader(self) -> Any:
         return [self.batch]
 
+    def get_optimizer_cls_and_kwargs(self, args: Any, model: Any = None) -> tuple[Any, Any]:  # type: ignore[override]
+        """Return an optimizer that has states but no update, where an update needs values."""
+        sized = sized_optimizer(str(args.optim.value), model, self.memory)
+        return sized or QwenTrainer.get_optimizer_cls_and_kwargs(args, model)
+
     def _run_epoch(self, *args: Any, **kwargs: Any) -> None:
         """Run the only step, after an update that creates the states of the optimizer.
 
@@ -89,6 +98,7 @@ class RehearsedTrainer(QwenTrainer):
             parameter.grad = torch.zeros_like(parameter)
         self.resident["gradients"] = memory.mark((parameter.grad for parameter in trained), "gradients")
         optimizer: Any = self.optimizer
+        set_form(optimizer, training=True)
         optimizer.step()
         states = (value for state in optimizer.state.values() for value in state.values())
         self.resident["optimizer"] = memory.mark((value for value in states if isinstance(value, Tensor)), "optimizer")
@@ -132,6 +142,8 @@ def run_step(
     args: RunArguments, checkpoint: Checkpoint, batch: BatchShape, evaluation: BatchShape | None, device_type: str
 ) -> Step:
     """Run one step with the flags of a run; see ``rehearsal.rehearse``."""
+    optimizer = str(args.trainer_value("optim"))
+    check_can_be_rehearsed(optimizer)
     with ExitStack() as stack:
         stack.enter_context(_own_state())
         folder = stack.enter_context(tempfile.TemporaryDirectory())
@@ -139,20 +151,50 @@ def run_step(
         model, parameters = build_model(checkpoint, args, training_arguments)
         is_padded = bool(why_padded(args, checkpoint.config.to_dict()))
         batches = [_collate(shape, is_padded) for shape in (batch, evaluation)]
-        memory = FollowedMemory(device_type, module_names(model))
-        device = torch.device(device_type)
+        memory = FollowedMemory(device_type, module_names(model), batch.lengths)
         stack.enter_context(FakeTensorMode())
-        put_in_place(model, device)
+        put_in_place(model)
         stack.enter_context(memory)
         stack.enter_context(memory.following_calls())
+        if device_type == "cuda":
+            stack.enter_context(looking_like_cuda(memory))
         resident = _mark_model(memory, model, args.lora.use_lora)
         trainer = RehearsedTrainer(
             checkpoint, loss=args.model.loss, data_mixing=args.data.data_mixing, model=model, args=training_arguments
         )
         trainer.memory, trainer.resident = memory, resident
-        trainer.batch, trainer.evaluation_batch = (_put_batch(each, device) for each in batches)
+        trainer.batch, trainer.evaluation_batch = (_put_batch(each) for each in batches)
+        _train(trainer, optimizer)
+        return Step(memory, model, parameters, resident, tuple(_differences(args, device_type)))
+
+
+def _train(trainer: RehearsedTrainer, optimizer: str) -> None:
+    """Run the step.
+
+    Raises:
+        ConfigError: the update of the optimizer reads values.
+    """
+    try:
         trainer.train()
-        return Step(memory, model, parameters, resident, ())
+    except DataDependentOutputException as error:
+        if trainer.memory.phase != "optimizer":
+            raise
+        what = f"--optim {optimizer} cannot be rehearsed: its update reads values"
+        raise ConfigError(what, "Rehearse adamw_torch") from error
+
+
+def _differences(args: RunArguments, device_type: str) -> Iterator[str]:
+    """Yield what differs between this step and a real one."""
+    if device_type == "cuda":
+        yield "the CUDA context and the workspace within kernels: about 1 GiB beside the peak"
+    if args.trainer_value("fp16"):
+        yield "the gradient scaler of --fp16, which needs no memory"
+    if args.trainer_value("torch_compile"):
+        yield "--torch_compile: uncompiled blocks, which need as much memory or more"
+    if (attention := args.model.attn_implementation or "").startswith("flash_attention"):
+        yield f"--attn_implementation {attention}: torch's own kernel, which keeps the same tensors"
+    if (optimizer := str(args.trainer_value("optim"))) in STATES:
+        yield f"the update of --optim {optimizer}: the sizes of its states are computed"
 
 
 def _own_arguments(args: RunArguments, folder: str) -> RunArguments:
@@ -184,9 +226,9 @@ def _collate(shape: BatchShape | None, is_padded: bool) -> dict[str, Any]:
     return {**Collator(0, is_padded)(examples), "num_targets": shape.targets}
 
 
-def _put_batch(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
+def _put_batch(batch: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: torch.empty(value.shape, dtype=value.dtype, device=device) if isinstance(value, Tensor) else value
+        name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
         for name, value in batch.items()
     }
 

@@ -1,4 +1,4 @@
-"""Bytes that are allocated on a device during a step: a dispatch mode follows the storages of all tensors.
+"""Bytes that are allocated during a step: a dispatch mode follows the storages of all tensors.
 
 Under ``FakeTensorMode`` storages have sizes and lifetimes, but no data. Every storage is noted when an operator returns
 it, and again when its last tensor dies (a weak reference). What it was for is known once the step is over: a tensor
@@ -8,7 +8,7 @@ that outlives the forward pass that made it was kept for the backward pass.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -23,14 +23,16 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 
 COMPONENTS = ("weights", "adapter", "gradients", "optimizer", "activations", "loss", "workspace")
 
+_CPU = torch.device("cpu")
+_HOST = "host"  # not on the device
 _CUDA_UNIT = 512
 """CUDA's caching allocator gives out multiples of it; ``torch.cuda.max_memory_allocated`` counts these."""
 
-_FLOPS: dict[Any, Callable[..., int]] = {
-    **flop_registry,
-    torch.ops.aten.addmm_: flop_registry[torch.ops.aten.addmm],
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: sdpa_flop,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: sdpa_backward_flop,
+_MORE_FLOPS: dict[str, Callable[..., int]] = {
+    "aten.addmm_": flop_registry[torch.ops.aten.addmm],
+    "aten._scaled_dot_product_flash_attention_for_cpu": sdpa_flop,
+    "aten._scaled_dot_product_flash_attention_for_cpu_backward": sdpa_backward_flop,
+    "mkldnn._linear_pointwise": lambda x, weight, *_, **__: 2 * x.numel() * weight.shape[0],
 }
 
 
@@ -76,18 +78,22 @@ class Moment:
 
 
 class FollowedMemory(TorchDispatchMode):
-    """Follows the storages on one device, and counts floating-point operations.
+    """Follows storages, and counts floating-point operations.
 
     Args:
-        device_type: storages on other devices are not counted.
+        device_type: whose allocator rounds; a tensor that operators create on this device is made on the CPU.
+        lengths: of the samples of a batch.
         names: modules whose calls are told apart, with their names. The name of the model itself is empty: what
             it computes outside of its parts is the loss.
     """
 
-    def __init__(self, device_type: str, names: Mapping[nn.Module, str]) -> None:
+    def __init__(self, device_type: str, names: Mapping[nn.Module, str], lengths: Sequence[int]) -> None:
         super().__init__()
-        self.device_type, self.names = device_type, names
+        self.lengths = lengths
+        self.names, self.device_type = names, device_type
         self.phase, self.flops = "start", dict[str, int]()
+        self.is_inside = False  # an operator is passed on
+        self._is_on_host = False
         self._unit = _CUDA_UNIT if device_type == "cuda" else 1
         self._storages: list[_Storage] = []
         self._living: dict[int, tuple[int, Any]] = {}  # address -> number, weak reference
@@ -99,9 +105,24 @@ class FollowedMemory(TorchDispatchMode):
     # ---------------------------------------------------------------------------------------------- following
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        outputs = func(*args, **(kwargs or {}))
-        if formula := _FLOPS.get(func.overloadpacket):
-            count = formula(*args, **(kwargs or {}), out_val=outputs)
+        kwargs = kwargs or {}
+        if (device := kwargs.get("device")) is not None and device.type == self.device_type:
+            kwargs = {**kwargs, "device": _CPU}
+        was_inside, self.is_inside = self.is_inside, True
+        try:
+            return self._pass_on(func, args, kwargs)
+        finally:
+            self.is_inside = was_inside
+
+    def _pass_on(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        outputs = func(*args, **kwargs)
+        # Further formulas are registered when an attention is imported.
+        if formula := flop_registry.get(func.overloadpacket) or _MORE_FLOPS.get(str(func.overloadpacket)):
+            count = formula(*args, **kwargs, out_val=outputs)
+            if func.namespace == "torch_attn":  # torch takes the longest sample for all: the lengths are no data here
+                count = (
+                    count * sum(length**2 for length in self.lengths) // (len(self.lengths) * max(self.lengths) ** 2)
+                )
             self.flops[self.phase] = self.flops.get(self.phase, 0) + count
         if isinstance(outputs, Tensor):
             self.follow(outputs)
@@ -111,10 +132,8 @@ class FollowedMemory(TorchDispatchMode):
                     self.follow(output)
         return outputs
 
-    def follow(self, tensor: Tensor) -> _Storage | None:
-        """Note the storage of a tensor, unless it is on another device."""
-        if tensor.device.type != self.device_type:
-            return None
+    def follow(self, tensor: Tensor) -> _Storage:
+        """Note the storage of a tensor."""
         storage = tensor.untyped_storage()
         address = storage._cdata
         if address in self._living:
@@ -122,6 +141,8 @@ class FollowedMemory(TorchDispatchMode):
         number, size = len(self._storages), -(-storage.nbytes() // self._unit) * self._unit
         is_forward = self.phase in ("forward", "evaluation") or bool(self._calls) or torch.is_grad_enabled()
         noted = _Storage(size, len(self._events), self.phase, self.place, is_forward, tensor.dtype)
+        if self._is_on_host:
+            noted.component = _HOST
         self._storages.append(noted)
         self._living[address] = number, weakref.ref(storage, partial(self._release, address))
         self._events.append(number)
@@ -132,9 +153,19 @@ class FollowedMemory(TorchDispatchMode):
         self._storages[number].died = len(self._events)
         self._events.append(-1 - number)
 
+    @contextmanager
+    def on_host(self) -> Iterator[None]:
+        """Leave out the storages that are made within the block: they are in the memory of the host."""
+        self._is_on_host = True
+        try:
+            yield
+        finally:
+            self._is_on_host = False
+
     def mark(self, tensors: Iterable[Tensor], component: str) -> int:
         """Say what the storages of tensors are for, from their beginning on; return their bytes."""
-        marked = {id(noted): noted for tensor in tensors if (noted := self.follow(tensor)) is not None}
+        followed = map(self.follow, tensors)
+        marked = {id(noted): noted for noted in followed if noted.component != _HOST}
         for noted in marked.values():
             noted.component = component
         return sum(noted.size for noted in marked.values())
@@ -196,9 +227,12 @@ class FollowedMemory(TorchDispatchMode):
         living = dict.fromkeys(COMPONENTS, 0)
         total, largest, found = 0, dict[str, int](), dict[str, Moment]()
         for event, number in enumerate(self._events):
-            storage = self._storages[number if number >= 0 else -1 - number]
+            index = number if number >= 0 else -1 - number
+            storage = self._storages[index]
+            if components[index] == _HOST:
+                continue
             size = storage.size if number >= 0 else -storage.size
-            living[components[number if number >= 0 else -1 - number]] += size
+            living[components[index]] += size
             total += size
             if number >= 0 and event >= self._first:
                 name = region(storage.phase, storage.place)

@@ -101,7 +101,10 @@ def build_model(checkpoint: Checkpoint, args: RunArguments, training_arguments: 
     config = copy.deepcopy(checkpoint.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config
-    arguments = {"attn_implementation": args.model.attn_implementation} if args.model.attn_implementation else {}
+    attention = args.model.attn_implementation
+    if (attention or "").startswith("flash_attention"):
+        attention = "sdpa"  # on CUDA torch's own flash attention, which keeps the same tensors
+    arguments = {"attn_implementation": attention} if attention else {}
     with library_errors(place, _COPY_AGAIN), torch.device("meta"):
         model: Any = model_class_of(checkpoint.model_type)._from_config(config, dtype=storage_dtype, **arguments)
         model.tie_weights()
@@ -119,8 +122,8 @@ def build_model(checkpoint: Checkpoint, args: RunArguments, training_arguments: 
     return model, weights
 
 
-def put_in_place(model: nn.Module, device: torch.device) -> None:
-    """Replace all tensors of a model on the meta device by tensors on ``device``; tied ones stay one tensor."""
+def put_in_place(model: nn.Module) -> None:
+    """Replace all tensors of a model on the meta device by tensors on the CPU; tied ones stay one tensor."""
     made: dict[int, Any] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -128,12 +131,12 @@ def put_in_place(model: nn.Module, device: torch.device) -> None:
                 if tensor is None:
                     continue
                 if id(tensor) not in made:
-                    made[id(tensor)] = tensor, _like(tensor, device)  # the old one too: its id must stay its own
+                    made[id(tensor)] = tensor, _like(tensor)  # the old one too: its id must stay its own
                 tensors[name] = made[id(tensor)][1]
 
 
-def _like(tensor: Tensor, device: torch.device) -> Tensor:
-    values = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+def _like(tensor: Tensor) -> Tensor:
+    values = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype)
     return nn.Parameter(values, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else values
 
 

@@ -32,7 +32,7 @@ def check_optimizer(args: RunArguments) -> Iterator[ConfigError]:
     if optimizer.refused:
         yield ConfigError(f"{flag} is not supported: {optimizer.refused}", _OTHER)
         return
-    yield from _check_package(flag, optimizer)
+    yield from check_package(flag, optimizer)
     on_cpu = (optimizer.needs_gpu or optimizer.compiles) and (get("use_cpu") or not (args.plan or has_gpu()))
     if optimizer.compiles and (missing := missing_for_inductor(on_cpu)):
         yield ConfigError(f"{flag} needs {missing}, which is not installed", f"Install it. {_OTHER}")
@@ -58,7 +58,8 @@ def check_optimizer(args: RunArguments) -> Iterator[ConfigError]:
         yield ConfigError(what, "Give --warmup_steps as a number of steps, such as 0")
 
 
-def _check_package(flag: str, optimizer: Optimizer) -> Iterator[ConfigError]:
+def check_package(flag: str, optimizer: Optimizer) -> Iterator[ConfigError]:
+    """Yield the fault if the package of an optimizer is not installed."""
     package, module = optimizer.package
     if module == "bitsandbytes":
         try:

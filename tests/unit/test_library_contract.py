@@ -197,13 +197,6 @@ READ = [
     Member("torch.nn:Module._buffers", "planning/model.py"),
     Member("transformers:PreTrainedModel._from_config", "planning/model.py"),
     Member("torch:UntypedStorage._cdata", "planning/memory.py"),
-    *(
-        Member(f"torch:ops.aten.{name}", "planning/memory.py")
-        for name in (
-            "_scaled_dot_product_flash_attention_for_cpu",
-            "_scaled_dot_product_flash_attention_for_cpu_backward",
-        )
-    ),
     Member("torch.nn:Module._parameters", "planning/model.py"),
     *(
         Member(f"accelerate.state:{name}._shared_state", REHEARSAL)
