@@ -233,7 +233,7 @@ def _describe(error: BaseException) -> tuple[int, str]:
         return 2, f"error: {error}"
     if isinstance(error, RunError):
         return 1, f"error: {error}"
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         fix = (
             "Lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much) or "
             "--model_max_length, or train an adapter with --use_lora"
@@ -264,7 +264,8 @@ def _describe_lost_process(error: RuntimeError) -> str | None:
     return None
 
 
-def _is_out_of_memory(error: BaseException) -> bool:
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether an error is of memory that does not suffice, on a device or on the host."""
     # By name, because torch is not imported here. On the CPU torch raises a plain RuntimeError.
     return (
         isinstance(error, MemoryError)

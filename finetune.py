@@ -13,6 +13,7 @@ from training.checks import check_args
 from training.config.args import RunArguments
 from training.config.parsing import parse_args
 from training.distributed.launch import detect_launcher, init_process_group
+from training.freed_memory import kept_freed_memory, set_up_libraries
 from training.run_folder.failures import explain_how_to_resume
 from training.run_folder.prepare import owned_output, prepare_output
 from training.run_folder.start import agree_on_start
@@ -25,6 +26,7 @@ def main(argv: Sequence[str]) -> int:
     detect_launcher()
     set_up_logging()
     ignore_save_requests()
+    set_up_libraries()
     args = parse_args(argv)
     check_args(args)
     if args.dry_run:
@@ -71,7 +73,7 @@ def run(args: RunArguments) -> None:
     trainer, log = build_trainer(args, training_arguments, checkpoint, model, sets, facts, start, world, heartbeat)
     record_start(trainer, args, sets, policy, expected_memory(trainer, args))
     with explain_how_to_resume(args.output_dir, args.resumes_automatically):
-        with trainer.signals.handling():
+        with trainer.signals.handling(), kept_freed_memory(training_arguments.device.type == "cpu"):
             trainer.train(resume_from_checkpoint=start.checkpoint)
         seconds = log.progress.elapsed()
         logger.info("Saving to %s", args.output_dir)

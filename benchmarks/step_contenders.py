@@ -14,6 +14,7 @@ import os
 import runpy
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -147,7 +148,7 @@ def count(batch: Any) -> dict[str, int]:
     return {"samples": samples, "real_tokens": real, "trained_tokens": trained, "positions": ids.numel()}
 
 
-def run_ours(task: Task) -> None:
+def run_ours(task: Task, more_flags: Sequence[str] = ()) -> None:
     flags = {
         "--output_dir": task.output, "--max_steps": MANY_STEPS, "--per_device_train_batch_size": task.batch,
         "--gradient_accumulation_steps": task.accumulation, "--gradient_checkpointing": False,
@@ -155,7 +156,7 @@ def run_ours(task: Task) -> None:
         "--train_sampling_strategy": "random" if CONTENDERS[task.name].packed else "sequential",
     }  # fmt: skip
     argv = [*data_flags(Path(task.model), Path(task.samples) / "records.jsonl"), *MODES[task.mode]]
-    argv += [*CONTENDERS[task.name].flags, *(str(word) for flag in flags.items() for word in flag)]
+    argv += [*CONTENDERS[task.name].flags, *(str(word) for flag in flags.items() for word in flag), *more_flags]
     sys.argv = ["finetune.py", *argv]
     runpy.run_path(str(Path(__file__).parents[1] / "finetune.py"), run_name="__main__")
 

@@ -236,21 +236,22 @@ def patch_bitsandbytes_linear(model: nn.Module, dtype: torch.dtype) -> None:
     By default they dequantise to the dtype that the weights had before, or, without gradients, not at all; this sets it
     to ``dtype``. On a CPU, bitsandbytes 0.50 also misreads rows that are not whole blocks, and with bfloat16
     instructions it repacks the weights in the first evaluation: with coarser scales, and for a product without a
-    gradient, even if training continues. On a CPU the layers therefore compute as ``QuantizedLinear`` does.
+    gradient, even if training continues. On a CPU the layers therefore compute as ``QuantizedLinear`` does. On other
+    devices they can be dequantised, for ``qwen_model.adapted_linear``.
     """
     for module in model.modules():
         if (state := getattr(getattr(module, "weight", None), "quant_state", None)) is not None:
             state.dtype = dtype
-            if isinstance(module.weight, Tensor) and module.weight.device.type == "cpu":
-                module.__class__ = _cpu_linear_4bit()
+            if isinstance(module.weight, Tensor):
+                module.__class__ = _linear_4bit(module.weight.device.type == "cpu")
 
 
 @cache
-def _cpu_linear_4bit() -> type[nn.Module]:
+def _linear_4bit(on_cpu: bool) -> type[nn.Module]:
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn.modules import Linear4bit
 
-    class CpuLinear4bit(Linear4bit):
+    class DequantizedLinear4bit(Linear4bit):
         def dequantize(self, dtype: torch.dtype) -> Tensor:
             """Return the weight [O, I], dequantised as one long row."""
             packed: Any = self.weight
@@ -258,9 +259,10 @@ def _cpu_linear_4bit() -> type[nn.Module]:
             shape, state.shape, state.dtype = state.shape, torch.Size((1, math.prod(state.shape))), dtype
             return dequantize_4bit(packed.data, state).view(shape)
 
-        forward = multiply
+    class CpuLinear4bit(DequantizedLinear4bit):
+        forward = multiply  # type: ignore[assignment]
 
-    return CpuLinear4bit
+    return CpuLinear4bit if on_cpu else DequantizedLinear4bit
 
 
 def count_elements(parameter: nn.Parameter) -> int:

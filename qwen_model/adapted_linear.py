@@ -133,22 +133,13 @@ class _Projection(torch.autograd.Function):
         x = x.to(dtype).reshape(-1, x.shape[-1])
         outputs: list[Tensor] = []
         saved: list[Tensor | None] = [first, second]
-        factors: list[float] = []
+        ctx.layers, ctx.factors, ctx.dtype = layers, [], dtype
         for layer, (weight, bias, down, up) in zip(layers, _split(tensors, 4), strict=True):
-            dense = layer.base_weight(weight, dtype)
-            output = product(x, dense.T, None if bias is None else bias.to(dtype))
-            where, inner, factor = None, None, layer.scale
-            if down is not None and up is not None:
-                dropped = x
-                if layer.p:
-                    dropped, where, missing = drop(x, layer.p)
-                    factor *= missing
-                inner = product(dropped, down.to(dtype).T)
-                output.addmm_(inner, up.to(dtype).T, alpha=factor)
+            output = product(x, layer.base_weight(weight, dtype).T, None if bias is None else bias.to(dtype))
+            where, inner, factor = _add_adapter(output, x, layer, down, up)
             outputs.append(output.view(*first.shape[:-1], output.shape[1]))
             saved += [weight, down, up, where, inner]
-            factors.append(factor)
-        ctx.layers, ctx.factors, ctx.dtype = layers, factors, dtype
+            ctx.factors.append(factor)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         return tuple(outputs)
@@ -160,73 +151,101 @@ class _Projection(torch.autograd.Function):
         _, needs_first, needs_second, *needs = ctx.needs_input_grad
         activated = None if second is None else F.silu(first)
         x = first if activated is None else activated * second
-        x = x.to(ctx.dtype).reshape(-1, x.shape[-1])
-        to_x = _Sum() if needs_first or needs_second else None
         to_tensors: list[Tensor | None] = []
-        layers = zip(ctx.layers, ctx.factors, gradients, _split(saved, 5), _split(needs, 4), strict=True)
-        for layer, factor, gradient, parts, needed in layers:
-            if gradient is None:
-                to_tensors += [None] * 4
-            else:
-                gradient = gradient.reshape(-1, gradient.shape[-1])
-                to_tensors += _backward(layer, factor, gradient, x, parts, needed, to_x)
-        to_first, to_second = None, None
-        if to_x is not None and to_x.total is not None:
-            to_first = to_x.total.view(first.shape)
-            if activated is not None:
-                to_first = to_first.to(first.dtype)
-                to_second = activated.mul_(to_first)
-                to_first = torch.ops.aten.silu_backward(to_first.mul_(second), first)
-        return None, to_first, to_second, *to_tensors
+        layers = [
+            _LayerBackward(layer, factor, gradient.reshape(-1, gradient.shape[-1]), *parts)
+            if gradient is not None else None
+            for layer, factor, gradient, parts in zip(
+                ctx.layers, ctx.factors, gradients, _split(saved, 5), strict=True
+            )
+        ]  # fmt: skip
+        x = x.to(ctx.dtype).reshape(-1, x.shape[-1])
+        for layer, needed in zip(layers, _split(needs, 4), strict=True):
+            to_tensors += [None] * 4 if layer is None else layer.to_tensors(x, needed, second is not None)
+        del x  # before the largest buffer of the gated product is allocated
+        to_x = None
+        for layer in filter(None, layers if needs_first or needs_second else []):
+            to_x = layer.add_to_input(to_x)
+        if to_x is None:
+            return None, None, None, *to_tensors
+        to_first = to_x.view(first.shape)
+        if activated is None:
+            return None, to_first, None, *to_tensors
+        to_first = to_first.to(first.dtype)
+        to_second = activated.mul_(to_first)
+        return None, torch.ops.aten.silu_backward(to_first.mul_(second), first), to_second, *to_tensors
 
 
-class _Sum:
-    """A sum of products, if possible in one buffer."""
+def _add_adapter(
+    output: Tensor, x: Tensor, layer: _Parts, down: Tensor | None, up: Tensor | None
+) -> tuple[Tensor | None, Tensor | None, float]:
+    """Add what an adapter computes to the output of its layer.
 
-    total: Tensor | None = None
-
-    def add(self, left: Tensor, right: Tensor, where: Tensor | None = None) -> None:
-        """Add ``left @ right``, with the values set to zero that dropout set to zero."""
-        if where is not None:
-            dropped = drop_product(left, right, where)
-            self.total = dropped if self.total is None else self.total.add_(dropped)
-        else:
-            self.total = product(left, right) if self.total is None else add_product(self.total, left, right)
-
-
-def _backward(
-    layer: _Parts,
-    factor: float,
-    gradient: Tensor,
-    x: Tensor,
-    saved: Sequence[Tensor | None],
-    needed: Sequence[bool],
-    to_x: _Sum | None,
-) -> list[Tensor | None]:
-    """Return the gradients of a layer's tensors, and add to that of its input.
-
-    Args:
-        factor: of ``up``'s input as it was saved.
-        gradient: that of the output, [N, O].
+    Returns:
+        Where dropout set values to zero, the input [N, R] of ``up``, and the factor by which that is to be multiplied.
     """
-    weight, down, up, where, inner = saved
-    to_weight, to_bias, to_down, to_up = needed
-    gradients: list[Tensor | None] = [None] * 4
-    if to_weight:
-        gradients[0] = product(gradient.T, x)
-    if to_bias:
-        gradients[1] = gradient.sum(0)
-    if down is not None and up is not None and inner is not None:
-        if to_up:
-            gradients[3] = product(gradient.T, inner).mul_(factor)
-        to_inner = product(gradient, up.to(x.dtype)).mul_(layer.scale / (1 - layer.p))
-        if to_down:
-            gradients[2] = product(to_inner.T, x if where is None else drop_again(x, where))
-        if to_x is not None:
-            to_x.add(to_inner, down.to(x.dtype), where)
-    if to_x is not None:
-        to_x.add(gradient, layer.base_weight(weight, x.dtype))
-    return gradients
+    if down is None or up is None:
+        return None, None, 1.0
+    where, factor = None, layer.scale
+    if layer.p:
+        x, where, missing = drop(x, layer.p)
+        factor *= missing
+    inner = product(x, down.to(x.dtype).T)
+    output.addmm_(inner, up.to(x.dtype).T, alpha=factor)
+    return where, inner, factor
+
+
+@dataclass
+class _LayerBackward:
+    """The backward pass of a layer, from the gradient [N, O] of its output.
+
+    Attributes:
+        weight, down, up, where, inner: what was saved.
+        factor: that of ``inner``.
+        to_inner: gradient of what ``down`` computes.
+    """
+
+    layer: _Parts
+    factor: float
+    gradient: Tensor
+    weight: Tensor | None
+    down: Tensor | None
+    up: Tensor | None
+    where: Tensor | None
+    inner: Tensor | None
+    to_inner: Tensor | None = None
+
+    def to_tensors(self, x: Tensor, needed: Sequence[bool], may_change_x: bool) -> list[Tensor | None]:
+        """Return the gradients of weight, bias, down and up."""
+        to_weight, to_bias, to_down, to_up = needed
+        gradients: list[Tensor | None] = [None] * 4
+        if to_weight:
+            gradients[0] = product(self.gradient.T, x)
+        if to_bias:
+            gradients[1] = self.gradient.sum(0)
+        if self.up is not None:
+            self.to_inner = product(self.gradient, self.up.to(x.dtype)).mul_(self.layer.scale / (1 - self.layer.p))
+        if to_up and self.inner is not None:
+            gradients[3] = product(self.gradient.T, self.inner).mul_(self.factor)
+        if to_down and self.to_inner is not None:
+            dropped = x if self.where is None else drop_again(x, self.where, may_change_x)
+            gradients[2] = product(self.to_inner.T, dropped)
+        return gradients
+
+    def add_to_input(self, total: Tensor | None) -> Tensor:
+        """Add the gradient of the input to a sum, in its buffer where possible."""
+        dtype = self.gradient.dtype
+        if self.down is not None and self.to_inner is not None:
+            if self.where is not None:
+                dropped = drop_product(self.to_inner, self.down.to(dtype), self.where)
+                total = dropped if total is None else total.add_(dropped)
+            else:
+                total = _add(total, self.to_inner, self.down.to(dtype))
+        return _add(total, self.gradient, self.layer.base_weight(self.weight, dtype))
+
+
+def _add(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:
+    return product(left, right) if total is None else add_product(total, left, right)
 
 
 def _split(values: Sequence[Any], size: int) -> list[Sequence[Any]]:

@@ -40,9 +40,11 @@ def drop(x: Tensor, p: float) -> tuple[Tensor, Tensor, float]:
     return dropped, is_kept, 1.0
 
 
-def drop_again(x: Tensor, where: Tensor) -> Tensor:
-    """Set the values to zero that :func:`drop` did, in a copy."""
-    return x * where if where.dtype == torch.bool else _with_zeros(x, x.shape, where, lambda values: values.copy_(x))
+def drop_again(x: Tensor, where: Tensor, in_place: bool = False) -> Tensor:
+    """Set the values to zero that :func:`drop` did, in a copy unless ``x`` may be changed."""
+    if where.dtype == torch.bool:
+        return x.mul_(where) if in_place else x * where
+    return _with_zeros(x, x.shape, where, lambda values: values.copy_(x))
 
 
 def drop_product(left: Tensor, right: Tensor, where: Tensor) -> Tensor:

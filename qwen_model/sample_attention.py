@@ -9,12 +9,13 @@ values, D head size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -78,10 +79,14 @@ def attend_by_sample(
     """
     if sequence_lengths is None:
         return attend(module, query, key, value, attention_mask, **kwargs)
-    window = kwargs.get("sliding_window")
-    if attend is sdpa_attention_forward and cu_seq_lens_q is not None and _runs_varlen(query, kwargs.get("dropout", 0)):
-        longest = max(sequence_lengths)
-        return _attend_varlen(query, key, value, cu_seq_lens_q, longest, kwargs.get("scaling"), window), None
+    window, scale, longest = kwargs.get("sliding_window"), kwargs.get("scaling"), max(sequence_lengths)
+    if attend is sdpa_attention_forward and not kwargs.get("dropout"):
+        if cu_seq_lens_q is not None and _runs_varlen(query):
+            return _attend_varlen(query, key, value, cu_seq_lens_q, longest, scale, window), None
+        if query.device.type == "cpu" and (window is None or longest <= window):
+            states = (each.transpose(1, 2) for each in (query, key, value))
+            row: Tensor = _RowAttention.apply(*states, sequence_lengths, scale)
+            return row, None
     by_length: dict[int, list[int]] = {}
     for sample, length in enumerate(sequence_lengths):
         by_length.setdefault(length, []).append(sample)
@@ -98,6 +103,55 @@ def attend_by_sample(
     return torch.cat([outputs[sample] for sample in range(len(outputs))], dim=1), None
 
 
+class _RowAttention(torch.autograd.Function):
+    """Causal attention within each sample by torch's flash attention for CPUs, from and to [1, N, heads, D].
+
+    Keys and values of fewer heads are not repeated. It computes in float32: the kernel's backward pass takes several
+    times as long in bfloat16.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, lengths: Sequence[int], scale: float | None
+    ) -> Tensor:
+        outputs, totals = [], []
+        for inputs in _by_sample(lengths, query, key, value):
+            output, total = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                *inputs, is_causal=True, scale=scale
+            )
+            outputs.append(output)
+            totals.append(total)
+        row = _joined(outputs, _kernel_dtype(query))
+        ctx.save_for_backward(query, key, value, row, *totals)
+        ctx.lengths, ctx.scale = lengths, scale
+        return row
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        query, key, value, row, *totals = ctx.saved_tensors
+        backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+        samples = zip(_by_sample(ctx.lengths, gradient, query, key, value, row), totals, strict=True)
+        gradients = zip(
+            *(backward(*inputs, total, 0.0, True, scale=ctx.scale) for inputs, total in samples), strict=True
+        )
+        inputs = (query, key, value)
+        return *(_joined(parts, states.dtype) for parts, states in zip(gradients, inputs, strict=True)), None, None
+
+
+def _by_sample(lengths: Sequence[int], *rows: Tensor) -> Iterator[list[Tensor]]:
+    """Yield the samples of rows [1, N, heads, D] as the kernel takes them, [1, heads, L, D]."""
+    pieces = [row.transpose(1, 2).split(list(lengths), dim=2) for row in rows]
+    for sample in zip(*pieces, strict=True):
+        yield [states.to(torch.promote_types(states.dtype, torch.float32)) for states in sample]
+
+
+def _joined(samples: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Join samples [1, heads, L, D] to a row [1, N, heads, D]."""
+    parts = [states.transpose(1, 2) for states in samples]
+    return (torch.cat(parts, dim=1) if parts[1:] else parts[0]).to(dtype)
+
+
 def _sample_mask(length: int, window: int | None, states: Tensor) -> Tensor:
     """Return the mask [L, L] that is added to the scores of a sample: causal, within a sliding window."""
     positions = torch.arange(length, device=states.device)
@@ -108,11 +162,10 @@ def _sample_mask(length: int, window: int | None, states: Tensor) -> Tensor:
     )
 
 
-def _runs_varlen(query: Tensor, dropout: float) -> bool:
+def _runs_varlen(query: Tensor) -> bool:
     """Return whether one kernel of torch computes all samples: on NVIDIA's GPUs, in half precision."""
     return (
         query.is_cuda
-        and not dropout
         and _kernel_dtype(query) in (torch.float16, torch.bfloat16)
         and query.shape[-1] % 8 == 0
         and query.shape[-1] <= 256

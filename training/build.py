@@ -45,6 +45,7 @@ def build_trainer(
         checkpoint,
         loss=args.model.loss,
         data_mixing=args.data.data_mixing,
+        finds_batch_size=args.trainer_value("auto_find_batch_size"),
         facts=facts,
         progress=log.progress,
         signals=Signals(),

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterator
 
 from errors import ConfigError
-from processes import has_gpu, is_first
+from processes import count_processes, has_gpu, is_first
 from training.config.args import RunArguments
 from training.config.engines import is_set
 from training.config.objects import check_object, load_object
@@ -37,7 +37,11 @@ def check_flags(args: RunArguments) -> Iterator[ConfigError]:
             except ConfigError as error:
                 yield error
     yield from _check_workers(args)
+    yield from _check_offload(args)
     yield from _check_best(args)
+    if get("auto_find_batch_size") and (count_processes() > 1 or is_set(get("deepspeed"))):
+        what = "--auto_find_batch_size works in one process without an engine: ranks would find different sizes"
+        yield ConfigError(what, "Remove it, and lower --per_device_train_batch_size instead")
     if get("tf32") and (get("use_cpu") or not (args.plan or has_gpu())):
         yield ConfigError("--tf32 True needs a GPU, and none is available", "Remove --tf32")
     yield from _check_compile(args)
@@ -52,9 +56,14 @@ def warn_of_ignored_flags(args: RunArguments) -> None:
     """Log every given flag that has no effect, once per run."""
     if not is_first():
         return
+    get = args.trainer_value
     for name, reason in NO_EFFECT.items():
         if is_changed(args, name) and not (name == "do_train" and args.trainer_value(name)):
             logger.warning("--%s has no effect: %s", name, reason)
+    if get("auto_find_batch_size") and (get("use_cpu") or not has_gpu()):
+        logger.warning("--auto_find_batch_size has no effect on a CPU: the longest micro-batch is tried on GPUs only")
+    if (recomputed := get("gradient_checkpointing_kwargs")) and not get("gradient_checkpointing"):
+        logger.warning("--gradient_checkpointing_kwargs %s has no effect without --gradient_checkpointing", recomputed)
     optimizer, schedule = str(args.trainer_value("optim")), str(args.trainer_value("lr_scheduler_type"))
     for flag, names in (
         (f"--optim {optimizer}", OPTIMIZERS[optimizer].ignores if optimizer in OPTIMIZERS else ()),
@@ -79,6 +88,14 @@ def _check_workers(args: RunArguments) -> Iterator[ConfigError]:
     for name in ("dataloader_prefetch_factor", "dataloader_persistent_workers", "dataloader_multiprocessing_context"):
         if get(name):
             yield ConfigError(f"--{name} needs --dataloader_num_workers", "Give 1 or more workers")
+
+
+def _check_offload(args: RunArguments) -> Iterator[ConfigError]:
+    get = args.trainer_value
+    recomputed = get("gradient_checkpointing_kwargs")
+    if isinstance(recomputed, dict) and recomputed.get("offload") and (get("use_cpu") or not (args.plan or has_gpu())):
+        what = "--gradient_checkpointing_kwargs: offload copies from a GPU to the host, and there is no GPU"
+        yield ConfigError(what, "Remove offload")
 
 
 def _check_best(args: RunArguments) -> Iterator[ConfigError]:

@@ -6,13 +6,15 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments, set_seed
+from transformers.integrations.deepspeed import is_deepspeed_zero3_enabled
 
 from loading.adapter_check import check_adapter, warn_of_other_form
 from loading.adapters import EmbeddingsPolicy, LoraSettings, attach_lora, continue_lora, embeddings_policy
 from loading.checkpoint import Checkpoint, load_model
+from qwen_model.fast_blocks import use_fast_blocks
 from qwen_model.sample_attention import take_rows
 from training.config.args import LoraArguments, RunArguments
-from training.rows import why_padded
+from training.rows import COMPILE_FLAGS, why_padded
 
 
 def choose_embeddings(lora: LoraArguments, checkpoint: Checkpoint) -> EmbeddingsPolicy | None:
@@ -64,6 +66,9 @@ def complete_model(
     """
     if not why_padded(args, checkpoint.config.to_dict()):
         take_rows(model)
+    # The compiler fuses the operations of the classes itself; ZeRO-3 gathers parameters when modules are called.
+    if not (any(map(args.trainer_value, COMPILE_FLAGS)) or is_deepspeed_zero3_enabled()):
+        use_fast_blocks(model)
     # The Trainer would set these itself, with a warning.
     for config in (model.config, model.generation_config):
         config.pad_token_id, config.eos_token_id = checkpoint.tokenizer.pad_token_id, checkpoint.tokenizer.eos_token_id

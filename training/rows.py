@@ -11,7 +11,7 @@ from training.config.args import RunArguments
 
 # The attention that keeps the samples of a row apart; None: transformers' default, which is sdpa or eager.
 _ATTENTION = (None, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
-_COMPILE = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
+COMPILE_FLAGS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
 def why_padded(args: RunArguments, config: Mapping[str, Any]) -> str:
@@ -29,7 +29,7 @@ def why_padded(args: RunArguments, config: Mapping[str, Any]) -> str:
         return f"--attn_implementation {attention} does not keep samples of one row apart"
     if config.get("output_attentions"):
         return "output_attentions of config.json asks for the attention weights of rows"
-    for name in _COMPILE:
+    for name in COMPILE_FLAGS:
         if value := args.trainer_value(name):
             return f"--{name} {value} would compile anew for the lengths of every batch"
     return ""

@@ -107,6 +107,7 @@ class PackedExamples(Dataset[Any]):
 
     Attributes:
         source_sizes: number of packs of each source, or of all sources as one; the packs are in this order.
+        lengths: tokens of each pack.
         fill: share of the packs' capacity that samples take.
     """
 
@@ -121,6 +122,7 @@ class PackedExamples(Dataset[Any]):
         self.source_sizes = [len(part.starts) for part in parts]
         self._samples = np.concatenate([part.samples for part in parts])
         self._starts = np.concatenate([*(part.starts for part in parts), [start]])
+        self.lengths: list[int] = np.add.reduceat(lengths[self._samples], self._starts[:-1]).tolist()
         self.fill = float(lengths.sum()) / (len(self) * capacity)
 
     def __len__(self) -> int:

@@ -29,6 +29,7 @@ from training.callbacks import RunLog
 from training.config.args import RunArguments
 from training.config.schedules import SCHEDULES
 from training.data import packs_samples, save_reports
+from training.freed_memory import describe_memory
 from training.learnt import describe_learnt, measure_learnt, warn_of_little
 from training.ornaments import ornament
 from training.progress import peak_memory
@@ -128,6 +129,7 @@ def describe_run(
         ("steps", f"{steps:,} of {batch} {_items_of(trainer)} ({per_epoch:,} per epoch)"),
         *([("memory", memory)] if memory else []),
         ("output", str(args.output_dir)),
+        *([("memory", describe_memory())] if training.device.type == "cpu" else []),
     ]
     return "\n".join(f"  {name:<11}{value}" for name, value in rows)
 

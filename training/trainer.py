@@ -1,7 +1,8 @@
 """transformers' Trainer for causal language models: batches, loss per token, one device read per step, evaluation.
 
-Saving and resuming are in ``training/trainer_checkpoints.py``. Every method of the Trainer that is overridden is in
-these two files and is listed in ``tests/unit/test_library_contract.py``.
+Saving and resuming are in ``training/trainer_checkpoints.py``, memory that does not suffice in
+``training/trainer_memory.py``. Every method of the Trainer that is overridden is in these three files and is listed in
+``tests/unit/test_library_contract.py``.
 """
 
 from __future__ import annotations
@@ -33,15 +34,15 @@ from training.ornaments import Ornaments
 from training.progress import Counts, Progress, count_correct, count_targets, count_tokens, weigh_targets
 from training.samplers import PaddedDataset, build_sampler
 from training.signals import Signals, StopRequest
-from training.trainer_checkpoints import CheckpointTrainer
-from training.trainer_engines import complete_engine_options, enable_fsdp_on_cpu
+from training.trainer_engines import complete_engine_options, enable_fsdp_on_cpu, keep_training_mode
+from training.trainer_memory import MemoryTrainer
 
 logger = logging.getLogger(__name__)
 
 _MAX_NAMED_SAMPLES = 20
 
 
-class QwenTrainer(CheckpointTrainer):
+class QwenTrainer(MemoryTrainer):
     """transformers' Trainer, with the same steps and the same files under every engine and after every resume.
 
     The host reads from the device once per optimizer step, between its backward passes and its update: one tensor with
@@ -52,6 +53,7 @@ class QwenTrainer(CheckpointTrainer):
         checkpoint: the base model's; what is saved takes its tokenizer, precision and generation config.
         loss: ``lean`` computes the loss without logits, ``full_logits`` with them.
         data_mixing: ``mixed`` draws examples by ``train_sampling_strategy``, ``sequential`` source by source.
+        finds_batch_size: halve a micro-batch that does not fit, see ``MemoryTrainer``.
         facts: what checkpoints record of the run, see ``training.run_folder.changes``.
         progress: counts and times, shared with the run log.
         signals: requests to stop or save.
@@ -70,6 +72,7 @@ class QwenTrainer(CheckpointTrainer):
     _batch_indices: list[list[int]]  # of the examples
     _step_counts: list[Tensor | int]  # targets, tokens, slots, samples
     _step_correct: Tensor
+    _operations_per_position: int | None = None
     # This rank's share of the current evaluation, on the device: summed loss, its weight, correct, targets.
     _evaluated: Tensor
 
@@ -78,6 +81,7 @@ class QwenTrainer(CheckpointTrainer):
         checkpoint: Checkpoint,
         loss: str = "lean",
         data_mixing: str = "mixed",
+        finds_batch_size: bool = False,
         facts: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
         signals: Signals | None = None,
@@ -88,6 +92,7 @@ class QwenTrainer(CheckpointTrainer):
     ) -> None:
         super().__init__(processing_class=checkpoint.tokenizer, **kwargs)
         self.checkpoint, self.data_mixing, self.facts = checkpoint, data_mixing, facts or {}
+        self.finds_batch_size = finds_batch_size
         self.progress, self.signals = progress or Progress(), signals or Signals()
         self.status, self.world = status or RankStatus(), world or World()
         self.label_names = ["labels"]  # by default every argument of forward whose name contains the word
@@ -215,10 +220,19 @@ class QwenTrainer(CheckpointTrainer):
             self._evaluated[2] += correct
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
-        loss = super().training_step(*args, **kwargs)
+    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        assert self.model is not None, "the Trainer has a model"
+        keep_training_mode(model, self.model)
+        loss = super().training_step(model, *args, **kwargs)
         self._losses.append(loss)
         return loss
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return transformers' estimate for a micro-batch, without counting the parameters each time."""
+        if self._operations_per_position is None:
+            one: dict[str, Any] = {"input_ids": inputs["input_ids"].new_zeros(1)}
+            self._operations_per_position = super().floating_point_ops(one)
+        return self._operations_per_position * int(inputs["input_ids"].numel())
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> float | None:
         """Read the step; called once between the last backward pass of an optimizer step and its update."""

@@ -1,4 +1,4 @@
-"""Corrections to how transformers' Trainer sets up DDP and FSDP: options of the Accelerator, FSDP on CPUs."""
+"""Corrections to how transformers' Trainer prepares models: options of DDP and FSDP, FSDP on CPUs, training mode."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainingArguments
 
@@ -31,3 +32,23 @@ def enable_fsdp_on_cpu(trainer: Trainer) -> None:
         state.fsdp_plugin = FullyShardedDataParallelPlugin(**trainer.args.fsdp_plugin_args)
         state.distributed_type = DistributedType.FSDP
         trainer.is_fsdp_enabled = True
+
+
+def keep_training_mode(model: Any, inner: nn.Module) -> None:
+    """Let ``model.train()`` return at once in training mode: transformers calls it before every micro-batch.
+
+    torch would visit every module. Evaluations set the mode of the inner model alone, so both are asked.
+
+    Args:
+        model: as it is trained, possibly in a wrapper such as DDP.
+        inner: without the wrapper.
+    """
+    if "train" in vars(model):
+        return
+    set_mode = model.train
+
+    def train(mode: bool = True) -> Any:
+        return model if mode and model.training and inner.training else set_mode(mode)
+
+    model.train = train
+    set_mode()  # a model that has been loaded is in evaluation mode below its wrappers

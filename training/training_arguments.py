@@ -16,7 +16,7 @@ from processes import without_launcher
 from training.config.args import RunArguments
 from training.config.defaults import training_defaults
 from training.config.intervals import LOGGING_STEPS, evaluation_steps
-from training.config.support import NO_EFFECT
+from training.config.support import NO_EFFECT, OURS
 from training.display import draws_bars
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def build_training_arguments(args: RunArguments) -> TrainingArguments:
         ConfigError: values that transformers refuses, or several GPUs visible to one process.
     """
     values = {**training_defaults(args.lora.use_lora), **args.trainer}
-    values = {name: value for name, value in values.items() if name not in NO_EFFECT}
+    values = {name: value for name, value in values.items() if name not in (*NO_EFFECT, *OURS)}
     if values.get("logging_steps") is None:
         values["logging_steps"] = LOGGING_STEPS
     values["eval_steps"] = evaluation_steps(values.get("eval_steps"), args.trainer_value("logging_steps"))

@@ -27,6 +27,7 @@ from tests.unit.test_imports import PACKAGES, sources_of
 TRAINER = "training/trainer.py"
 CHECKPOINTS = "training/trainer_checkpoints.py"
 REHEARSAL = "planning/fake_run.py"
+MEMORY = "training/trainer_memory.py"
 
 
 class Member(NamedTuple):
@@ -62,6 +63,17 @@ OVERRIDDEN = [
     Member("transformers:Trainer.compute_loss", TRAINER, "self model inputs return_outputs num_items_in_batch"),
     Member("transformers:Trainer.create_optimizer", TRAINER, "self model"),
     Member("transformers:Trainer.training_step", TRAINER, "self model inputs num_items_in_batch"),
+    Member("transformers:Trainer.floating_point_ops", TRAINER, "self inputs"),
+    Member(
+        "transformers:Trainer._inner_training_loop",
+        MEMORY,
+        "self batch_size args resume_from_checkpoint trial ignore_keys_for_eval",
+    ),
+    Member(
+        "transformers:Trainer._prepare_for_training",
+        MEMORY,
+        "self max_steps train_dataloader resume_from_checkpoint",
+    ),
     Member("transformers:Trainer._get_grad_norm", TRAINER, "self model grad_norm"),
     Member(
         "transformers:Trainer._maybe_log_save_evaluate",
@@ -182,6 +194,7 @@ READ = [
     Member("transformers:Trainer._get_learning_rate", TRAINER, "self"),
     Member("transformers:Trainer._maybe_log_save_evaluate", CHECKPOINTS),
     Member("transformers:Trainer._tr_loss", CHECKPOINTS),
+    Member("transformers:Trainer._train_batch_size", MEMORY),
     Member("transformers.trainer_pt_utils:safe_globals", "training/run_folder/states.py", ""),
     Member("torch.distributed.checkpoint.filesystem:_StorageInfo", "training/run_folder/states.py"),
     Member("torch.serialization:_get_layout", "training/run_folder/states.py", "name"),
@@ -193,6 +206,9 @@ READ = [
     Member("transformers:PreTrainedConfig._attn_implementation", "qwen_model/modeling_qwen.py"),
     Member("transformers:PreTrainedConfig._attn_implementation", "qwen_model/sample_attention.py"),
     Member("peft.tuners.lora:LoraLayer.cast_input_dtype_enabled", "loading/adapters.py"),
+    Member("transformers:PreTrainedConfig._attn_implementation", "qwen_model/fast_blocks.py"),
+    Member("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu", "qwen_model/sample_attention.py"),
+    Member("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "qwen_model/sample_attention.py"),
     Member("torch.nn:Module._buffers", "loading/quantized.py"),
     Member("torch.nn:Module._buffers", "planning/model.py"),
     Member("transformers:PreTrainedModel._from_config", "planning/model.py"),

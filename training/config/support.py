@@ -52,10 +52,6 @@ NO_EFFECT: dict[str, str] = {
 }
 
 REFUSED: dict[str, Refusal] = {
-    "auto_find_batch_size": Refusal(
-        "the batch size decides what a step trains, so it does not change by itself",
-        "Lower --per_device_train_batch_size and raise --gradient_accumulation_steps by as much",
-    ),
     "dataloader_in_order": Refusal("the order of conversations depends on the seed alone"),
     "push_to_hub": Refusal(_NO_HUB, "Upload the result: hf upload ORGANIZATION/NAME FOLDER"),
     "use_cache": Refusal("training has no use for the keys and values of earlier tokens"),
@@ -64,6 +60,9 @@ REFUSED: dict[str, Refusal] = {
         "Leave it out: the default loss needs no logits either",
     ),
 }
+
+# Accepted and done here, not by transformers: its search for a batch size changes what a step trains.
+OURS = ("auto_find_batch_size",)
 
 _OFF = Rule("false (leave it out)", lambda value: value is False)
 
@@ -80,7 +79,8 @@ OBJECTS: dict[str, dict[str, Rule]] = {
 }  # fmt: skip
 
 WORKS = (
-    "accelerator_config", "adam_beta1", "adam_beta2", "adam_epsilon", "average_tokens_across_devices", "bf16",
+    "accelerator_config", "adam_beta1", "adam_beta2", "adam_epsilon", "auto_find_batch_size",
+    "average_tokens_across_devices", "bf16",
     "data_seed", "dataloader_drop_last", "dataloader_multiprocessing_context", "dataloader_num_workers",
     "dataloader_persistent_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "ddp_broadcast_buffers",
     "ddp_bucket_cap_mb", "ddp_find_unused_parameters", "ddp_static_graph", "ddp_timeout", "debug", "deepspeed",

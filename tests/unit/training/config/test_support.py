@@ -53,6 +53,7 @@ ELSEWHERE = {
     "resume_from_checkpoint": "tests/recipe/test_resume.py",
     "full_determinism": "test_full_determinism",
     "optim_target_modules": "test_every_optimizer_trains_or_is_refused_before_loading, with its packages",
+    "auto_find_batch_size": "test_longest_batch",
     "fp16": "needs a GPU",
     "tf32": "needs a GPU",
     **dict.fromkeys(

@@ -1,0 +1,96 @@
+"""Operations of a block with their own gradients: they keep what the gradient needs and nothing else.
+
+autograd keeps the inputs of every elementwise operation. Here the norm keeps its input and a number per row, and the
+rotation its tables, which all blocks share.
+
+Shapes: B batch, T tokens, H heads, D head size, R rotated channels of a head, C channels.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise the last dimension by its root mean square in float32, round to the input's dtype, then scale.
+
+    Args:
+        states: [..., C].
+        weight: [C]; it gets a gradient if it is trained.
+    """
+    output: Tensor = _RMSNorm.apply(states, weight, eps)
+    return output
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
+        length = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
+        inverse = length.square_().div_(states.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(states, inverse, weight)
+        return _scaled((states * inverse).to(states.dtype), weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        states, inverse, weight = ctx.saved_tensors
+        # With n = x / rms(x): the gradient of x is (g w - n mean(g w n)) / rms(x), that of w is the sum of g n.
+        products = (gradient.float() * states).flatten(0, -2)  # g x
+        to_states = to_weight = None
+        if ctx.needs_input_grad[0]:
+            means = products.mv(weight.to(products.dtype)).view_as(inverse).mul_(inverse.pow(3)).div_(states.shape[-1])
+            to_states = _scaled(gradient * inverse, weight).addcmul_(states, means, value=-1).to(states.dtype)
+        if ctx.needs_input_grad[1]:
+            to_weight = products.T.mv(inverse.flatten()).to(weight.dtype)
+        return to_states, to_weight, None
+
+
+def _scaled(states: Tensor, weight: Tensor) -> Tensor:
+    """Return ``states * weight``; new states of the product's dtype are overwritten."""
+    is_same = torch.promote_types(states.dtype, weight.dtype) == states.dtype
+    return states.mul_(weight) if is_same else states * weight
+
+
+def rotate(states: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rotate the first R channels of queries or keys (half-split layout), in the wider dtype of states and tables.
+
+    Args:
+        states: [B, T, H, D].
+        cos, sin: [B or 1, T, R]; they get no gradient.
+        dtype: that of the result.
+    """
+    output: Tensor = _Rotation.apply(states, cos.unsqueeze(2), sin.unsqueeze(2), dtype)
+    return output
+
+
+class _Rotation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, cos: Tensor, sin: Tensor, dtype: torch.dtype) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        ctx.dtype = states.dtype
+        return _rotated(states, cos, sin, is_inverse=False).to(dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        cos, sin = ctx.saved_tensors
+        return _rotated(gradient, cos, sin, is_inverse=True).to(ctx.dtype), None, None, None
+
+
+def _rotated(states: Tensor, cos: Tensor, sin: Tensor, is_inverse: bool) -> Tensor:
+    """Return the product of the rotation, or of its transpose, with states; contiguous."""
+    size, half = cos.shape[-1], cos.shape[-1] // 2
+    dtype = torch.promote_types(states.dtype, cos.dtype)
+    rotated = torch.empty(states.shape, dtype=dtype, device=states.device)
+    torch.mul(states[..., :size], cos, out=rotated[..., :size])
+    first, second = (slice(half), slice(half, size))
+    sines = (sin[..., second], sin[..., first]) if is_inverse else (sin[..., first], sin[..., second])
+    sign = 1 if is_inverse else -1
+    rotated[..., first].addcmul_(states[..., second], sines[0], value=sign)
+    rotated[..., second].addcmul_(states[..., first], sines[1], value=-sign)
+    rotated[..., size:] = states[..., size:]
+    return rotated
