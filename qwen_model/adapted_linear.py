@@ -54,7 +54,7 @@ def project_gated(gate: Tensor, up: Tensor, layer: nn.Module) -> Tensor:
     return output
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class _Parts:
     """What a layer computes: x W^T + bias, and with an adapter + scale dropout(x) down^T up^T.
 
@@ -85,20 +85,21 @@ def _parts_of(layer: nn.Module, x: Tensor) -> _Parts | None:
     if found is None:
         return None
     base, adapter = found
-    weight: Tensor | None = None if hasattr(base, "dequantize") else base.weight
+    weight: Tensor | None = None if hasattr(type(base), "dequantize") else base.weight
     bias: Tensor | None = base.bias
-    if bias is not None and len(bias) > base.out_features:  # a packed layer may be padded
+    if bias is not None and bias.shape[0] > base.out_features:  # a packed layer may be padded
         bias = bias[: base.out_features]
     parts = _Parts(base, weight, bias)
     if adapter is not None:
         p = _dropped_share(adapter)
         if p is None or adapter.down.bias is not None:
             return None
-        bias, down, up = add_bias(bias, adapter), adapter.down.weight, adapter.up.weight
-        parts = _Parts(base, weight, bias, down, up, p, adapter.scale)
-    matrices = [matrix for matrix in (weight, parts.down, parts.up) if matrix is not None]
-    is_cast = torch.is_autocast_enabled(x.device.type)
-    return parts if is_cast or all(matrix.dtype == x.dtype for matrix in matrices) else None
+        parts.bias, parts.p, parts.scale = add_bias(bias, adapter), p, adapter.scale
+        parts.down, parts.up = adapter.down.weight, adapter.up.weight
+    if torch.is_autocast_enabled(x.device.type):
+        return parts
+    dtypes = {matrix.dtype for matrix in (weight, parts.down, parts.up) if matrix is not None}
+    return parts if dtypes <= {x.dtype} else None
 
 
 def _dropped_share(adapter: Adapter) -> float | None:
@@ -195,7 +196,7 @@ def _add_adapter(
     return where, inner, factor
 
 
-@dataclass
+@dataclass(slots=True)
 class _LayerBackward:
     """The backward pass of a layer, from the gradient [N, O] of its output.
 

@@ -38,7 +38,7 @@ class Head:
         return None if self.adapter is None else self.adapter(hidden)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Adapter:
     """A plain LoRA adapter, which adds scale * up(down(dropout(x))) to the output of its layer.
 
@@ -54,8 +54,9 @@ class Adapter:
 
 def adapter_of(layer: Any) -> Adapter | None:
     """Return the active adapter of a wrapper that is not opaque."""
-    for name in _active(layer, layer.lora_A):
-        return Adapter(layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name])
+    downs = layer.lora_A
+    for name in _active(layer, downs):
+        return Adapter(downs[name], layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name])
     return None
 
 
@@ -66,7 +67,7 @@ def base_and_adapter(layer: nn.Module) -> tuple[Any, Adapter | None] | None:
     engines included.
     """
     wrapper: Any = layer
-    if not hasattr(wrapper, "lora_A"):
+    if type(layer) is nn.Linear or not hasattr(layer, "lora_A"):
         return (layer, None) if _is_product(layer) and _is_bare(layer) else None
     if _why_lora_is_opaque(wrapper) or (wrapper.merged and wrapper.disable_adapters):  # its call would unmerge it
         return None
@@ -76,7 +77,7 @@ def base_and_adapter(layer: nn.Module) -> tuple[Any, Adapter | None] | None:
 
 
 def _is_product(module: nn.Module) -> bool:
-    return _is_linear(module) or (isinstance(module, nn.Linear) and hasattr(module, "dequantize"))
+    return _is_linear(module) or (isinstance(module, nn.Linear) and hasattr(type(module), "dequantize"))
 
 
 def _is_bare(module: nn.Module) -> bool:
@@ -106,20 +107,23 @@ def why_opaque(module: nn.Module) -> str:
 
 
 def _is_linear(module: nn.Module) -> bool:
+    if type(module) is nn.Linear:  # looking for attributes that are missing takes long
+        return True
     if not isinstance(module, nn.Linear) or hasattr(module, "base_layer"):
         return False
     return type(module).forward is nn.Linear.forward or getattr(module, "is_linear_map", False)
 
 
 def _why_lora_is_opaque(layer: Any) -> str:
-    names = _active(layer, layer.lora_A)
+    downs = layer.lora_A
+    names = _active(layer, downs)
     if len(names) > 1:
         return "has several adapters"
     for name in names:
         variants = getattr(layer, "lora_variant", {})
         if layer.use_dora.get(name, False):
             return "has a DoRA adapter"
-        if name in variants or not all(_is_linear(parts[name]) for parts in (layer.lora_A, layer.lora_B)):
+        if name in variants or not (_is_linear(downs[name]) and _is_linear(layer.lora_B[name])):
             return "has an adapter that is not a plain LoRA"
     return ""
 
