@@ -1,13 +1,13 @@
 """Measure how fast data is checked, tokenised and stored, beside the way of Qwen v1's original script.
 
-    python -m benchmarks.preparation --model_name_or_path DIR
+    python -m benchmarks.preparation --model_name_or_path DIR [--only memory | speed]
 
 Prepares 20,000 short conversations of random sentences that all differ: with the original's way (one record at a time,
 each piece tokenised by itself, padded to the maximum), then as a run does, in one process and in two; each five times,
 in turns.
 With 200,000 records it compares one process with two and measures how long a run takes to open prepared data. Peak
-memory is RssAnon above what is there before, for --gigabytes of JSON lines. The results are written to
-benchmarks/results/preparation.json.
+memory is RssAnon above what is there after the imports, of a process that prepares --gigabytes of JSON lines. The
+results are written to benchmarks/results/preparation.json.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import os
 import platform
 import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
+from itertools import chain
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -34,6 +36,9 @@ from commands import HelpFormatter
 ROOT = Path(__file__).parents[1]
 EXAMPLES = [ROOT / "examples" / f"{name}.json" for name in ("identity", "multi_turn", "system_prompts")]
 MAX_LENGTH = 512
+Measured = tuple[str, Any]
+"""The name of some figures, and the figures."""
+
 LIBRARIES = ("torch", "transformers", "tokenizers", "tiktoken")
 
 
@@ -147,6 +152,25 @@ def interleaved(ways: dict[str, Callable[[], int]], rounds: int) -> dict[str, di
     }
 
 
+def memory_of(path: Path, model: str) -> dict[str, float]:
+    """Prepare a file in a process of its own; return its size and the peak of its memory above the imports."""
+    code = f"from benchmarks.preparation import *; prepare_and_print({str(path)!r}, {model!r})"
+    ended = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+    tokens, growth = ended.stdout.split()[-2:]
+    figures = {"gigabytes": path.stat().st_size / 1e9, "million_tokens": int(tokens) / 1e6, "mib": float(growth)}
+    return {name: round(value, 2) for name, value in figures.items()}
+
+
+def prepare_and_print(path: str, model: str) -> None:
+    """Print the number of tokens of a file, and by how many MiB this process has grown while it prepared them."""
+    import training.data_cache  # noqa: F401  what a run imports
+    from loading.checkpoint import load_checkpoint
+
+    tokens: list[int] = []
+    growth = peak_growth(lambda: tokens.append(Case(Path(path), load_checkpoint(model)).prepare(1)))
+    print(tokens[0], growth)
+
+
 def peak_growth(work: Callable[[], object]) -> float:
     """Return by how many MiB the anonymous memory of this process exceeds what it was before (Linux only)."""
     before, peak, ended = _anonymous(), [0.0], threading.Event()
@@ -170,17 +194,21 @@ def _anonymous() -> float:
     return int(match[1]) / 2**10 if match else 0.0
 
 
-def measure(
-    folder: Path, model: str, texts: Sequence[Path], rounds: int, gigabytes: float
-) -> Iterator[tuple[str, Any]]:
+def measure_memory(folder: Path, model: str, texts: Sequence[Path], gigabytes: Sequence[float]) -> Iterator[Measured]:
+    rows = []
+    for size in gigabytes:
+        path = folder / "huge.jsonl"
+        write(path, texts, 0, 10, size * 1e9)
+        rows.append(memory_of(path, model))
+        path.unlink()
+    yield "memory_above_the_imports", rows
+
+
+def measure_speed(folder: Path, model: str, texts: Sequence[Path], rounds: int) -> Iterator[Measured]:
     from loading.checkpoint import load_checkpoint
 
     checkpoint = load_checkpoint(model)
-    small, large, huge = (Case(folder / f"{name}.jsonl", checkpoint) for name in ("small", "large", "huge"))
-    if gigabytes:
-        write(huge.path, texts, 0, 10, gigabytes * 1e9)
-        yield "growth_mib", {"gigabytes": gigabytes, "one process": peak_growth(lambda: huge.prepare(1))}
-        huge.path.unlink()
+    small, large = (Case(folder / f"{name}.jsonl", checkpoint) for name in ("small", "large"))
     write(small.path, texts, 20_000)
     ways: dict[str, Callable[[], int]] = {
         "the original's way": lambda: original_way(small.path, checkpoint.tokenizer),
@@ -206,17 +234,23 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--model_name_or_path", required=True, help="a checkpoint with a real vocabulary")
     parser.add_argument("--texts", type=Path, nargs="+", default=[*EXAMPLES], help="data files with the sentences")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--gigabytes", type=float, default=1.0, help="of JSON lines, for the memory; 0: not measured")
+    parser.add_argument("--gigabytes", type=float, nargs="+", default=[0.25, 1.0], help="of JSON lines, for the memory")
+    parser.add_argument("--only", choices=("memory", "speed"), help="what to measure; the other figures stay")
     args = parse_args(parser, argv, ROOT / "benchmarks" / "results" / "preparation.json")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread for each process
-    summary: dict[str, Any] = {
-        "command": f"python -m benchmarks.preparation {' '.join(argv)}",
+    summary: dict[str, Any] = json.loads(args.output.read_text()) if args.only and args.output.is_file() else {}
+    summary |= {
+        "commands": summary.get("commands", {}),
         "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
         "versions": {name: version(name) for name in LIBRARIES},
     }
     with tempfile.TemporaryDirectory() as name:
-        for key, value in measure(Path(name), args.model_name_or_path, args.texts, args.rounds, args.gigabytes):
+        common = (Path(name), args.model_name_or_path, args.texts)
+        memory = () if args.only == "speed" else measure_memory(*common, args.gigabytes)
+        speed = () if args.only == "memory" else measure_speed(*common, args.rounds)
+        for key, value in chain(memory, speed):
             summary[key] = value
+            summary["commands"][key] = f"python -m benchmarks.preparation {' '.join(argv)}"
             print(key, json.dumps(value), flush=True)
     save_results(summary, args.output)
 

@@ -30,6 +30,7 @@ from errors import DataError
 logger = logging.getLogger(__name__)
 
 INDEX = "index.json"
+_NEW_OBJECTS = 50_000  # between two collections; those of some blocks of records
 
 
 @dataclass
@@ -91,9 +92,8 @@ def prepare(reader: DataReader, folder: Path) -> None:
     Raises:
         DataError: records that cannot be used.
     """
-    gc.freeze()  # else the garbage collector looks at all that was imported again and again, a tenth of the time
     writers = {name: ExampleWriter(folder / name) for name in reader.reports}
-    with _recorded() as messages:
+    with _recorded() as messages, _rare_collections():
         for block in reader.read_blocks():
             for name, writer in writers.items():
                 writer.add(block, name)
@@ -143,6 +143,18 @@ def report_on(sets: dict[str, ExampleSet]) -> None:
             logger.warning(line)
         if not len(examples):
             raise _nothing_left(name, examples.report)
+
+
+@contextmanager
+def _rare_collections() -> Iterator[None]:
+    """Let the garbage collector look at new objects rarely, and not at what was imported: a tenth of the time."""
+    gc.freeze()
+    first, *others = gc.get_threshold()
+    gc.set_threshold(max(first, _NEW_OBJECTS), *others)
+    try:
+        yield
+    finally:
+        gc.set_threshold(first, *others)
 
 
 @contextmanager
