@@ -22,7 +22,7 @@ from chat.turns import Tool, Turn
 from data_utils.byte_pairs import FasterEncoder
 from data_utils.files import Location
 from data_utils.schema import Conversation, short_repr
-from data_utils.shapes import Shape, build_shape, depends_on_texts
+from data_utils.shapes import Shape, build_shape, has_shape
 from data_utils.special_tokens import any_of, encoder_with, find_special_tokens
 from data_utils.text_file import parts_of
 from data_utils.texts import check_characters, texts_of, texts_of_turn
@@ -217,7 +217,7 @@ class Encoder:
         if conversation.tools and family.tool_form is not None:
             lost = family.tool_form.lost_fields(conversation.tools)
             notes += (f"describe tools with {short_repr(name)}, which {format_} does not write" for name in lost)
-        thinks = family.has_thinking and not conversation.is_text and depends_on_texts(conversation.turns, family)
+        thinks = family.has_thinking and not conversation.is_text and not has_shape(conversation.turns, family)
         if thinks and Answers(conversation.turns, family).loses_thinking():
             notes.append(f"contain thinking that {format_} leaves out at its place")
         if self._plain_tokens is not None:
@@ -277,7 +277,7 @@ class Encoder:
         """
         options, turns, tools = self.options, conversation.turns, conversation.tools
         try:
-            if turns and not tools and not depends_on_texts(turns, self.family):
+            if not tools and has_shape(turns, self.family):
                 encoded = self._encode_shape(turns)
                 if len(encoded.input_ids) <= options.max_length:
                     return encoded

@@ -225,7 +225,7 @@ def parse_weight(turn: Mapping[str, Any], owner: str) -> float | None:
         raise InvalidRecord(
             f'{owner} is marked as {marked}, but its "{name}" is {short_repr(weight)}', "Keep one of them"
         )
-    return float(weight)
+    return float(weight) or 0.0  # -0.0 would be another weight
 
 
 def _one_of(turn: Mapping[str, Any], names: Sequence[str], owner: str) -> tuple[str, Any]:

@@ -14,6 +14,8 @@ from chat.segments import Message
 from chat.turns import Turn
 
 _ROLES = {"system", "user", "assistant"}
+_WEIGHTS = {None, 0.0, 1.0}
+_MOST_TURNS = 32
 
 
 class Part(NamedTuple):
@@ -28,16 +30,20 @@ Shape = Sequence[tuple[str, float, Sequence[Part]]]
 """Author, weight and parts of each span."""
 
 
-def depends_on_texts(turns: Sequence[Turn], family: Family) -> bool:
-    """Return whether the texts of a conversation decide how it is written: a call, a result or thinking is in it."""
-    for role, content, calls, _, thinking in turns:
-        if calls or thinking or role not in _ROLES:
-            return True
-        if family.has_thinking or family.prompt_suffix:
-            is_marked = content.startswith(("<tool_response>", "\n")) or THINK in content or THINK_END in content
-            if is_marked:
-                return True
-    return False
+def has_shape(turns: Sequence[Turn], family: Family) -> bool:
+    """Return whether a conversation is written like others: no call, result or thinking in it decides how.
+
+    Long ones, and weights that few others have, are left out: a shape is worth its time and memory if it occurs again.
+    """
+    if not 0 < len(turns) <= _MOST_TURNS:
+        return False
+    has_marks = family.has_thinking or bool(family.prompt_suffix)
+    for role, content, calls, weight, thinking in turns:
+        if calls or thinking or role not in _ROLES or weight not in _WEIGHTS:
+            return False
+        if has_marks and (content.startswith(("<tool_response>", "\n")) or THINK in content or THINK_END in content):
+            return False
+    return True
 
 
 def build_shape(

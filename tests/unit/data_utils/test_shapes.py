@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from chat.families import ANSWER_STYLES, QWEN_V1, Family
 from chat.turns import ToolCall, Turn
 from data_utils.encode import EncodeOptions, Encoder
-from data_utils.shapes import depends_on_texts
+from data_utils.shapes import has_shape
 from qwen_model.tokenization_qwen import QWenTokenizer
 from tests.chats import PROFILE
 from tests.models import TINY
@@ -22,7 +22,7 @@ TURNS = st.builds(
     st.sampled_from(["user", "assistant", "system"]),
     TEXTS | st.text(max_size=5).filter(lambda text: text.isascii()),
     st.just(()),
-    st.sampled_from([None, None, 0.0, 0.5, 1.0]),
+    st.sampled_from([None, None, 0.0, 1.0]),
 )
 
 
@@ -40,17 +40,23 @@ def test_a_shape_gives_what_rendering_gives(
     family: Family, tokenizer: QWenTokenizer, turns: tuple[Turn, ...], mask: str
 ) -> None:
     encoder = Encoder(tokenizer, family, EncodeOptions(label_mask=mask))  # type: ignore[arg-type]
-    if not depends_on_texts(turns, family):
+    if has_shape(turns, family):
         assert encoder._encode_shape(turns) == encoder._encode(encoder._render(turns, ()))
 
 
 def test_texts_that_decide_how_they_are_written_have_no_shape() -> None:
     hybrid = ANSWER_STYLES[2]
     for text in ("<think>a</think>b", "</think>", "\nHi", "<tool_response>x"):
-        assert depends_on_texts([Turn("assistant", text)], hybrid)
-        assert not depends_on_texts([Turn("assistant", text)], QWEN_V1)
+        assert not has_shape([Turn("assistant", text)], hybrid)
+        assert has_shape([Turn("assistant", text)], QWEN_V1)
     for turn in (Turn("tool", "x"), Turn("assistant", "", (ToolCall("f", {}),)), Turn("assistant", "a", thinking="b")):
-        assert depends_on_texts([turn], QWEN_V1)
+        assert not has_shape([turn], QWEN_V1)
+
+
+def test_long_conversations_and_rare_weights_have_no_shape() -> None:
+    assert has_shape([Turn("user", "a"), Turn("assistant", "b", weight=1.0)], QWEN_V1)
+    assert not has_shape([Turn("user", "a"), Turn("assistant", "b", weight=0.7)], QWEN_V1)
+    assert not has_shape([Turn("user", "a")] * 33, QWEN_V1)
 
 
 def test_a_shape_is_rendered_once(tokenizer: QWenTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
