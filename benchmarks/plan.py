@@ -5,7 +5,9 @@
 
 The first form calibrates: it writes random models (Qwen2, 151,936 rows, float32), and for each mode and length lets
 finetune.py train three steps of one sample in a process of its own, and rehearses the same run from the same data. On a
-CPU "measured" is the peak of the process's RssAnon above its value after the imports, on a GPU
+CPU "measured" is the peak of the process's RssAnon above its value after the imports, with the pages of the checkpoint
+that are mapped in the steps ("mapped": frozen weights of the stored type are not copied, and no part of RssAnon).
+glibc returns freed memory at once there; by default it keeps tens of MiB. On a GPU it is
 ``torch.cuda.max_memory_allocated``.
 
 The second form rehearses the published sizes of Qwen v1 from their config.json, as they were measured for the original:
@@ -49,6 +51,8 @@ MODES: dict[str, list[str]] = {
     "nf4": [*_LORA, "--q_lora"],
     "gptq": [*_LORA, "--q_lora"],
 }
+# glibc otherwise keeps tens of MiB of freed memory, which RssAnon counts.
+RETURN_FREED = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 TOLERANCE, TOLERANCE_MIB, SMALL_MIB = 0.15, 64, 512
 
 
@@ -115,7 +119,7 @@ def run_flags(model: Path, folder: Path, mode: str, length: int) -> list[str]:
 def compare(flags: list[str]) -> dict[str, Any]:
     """Measure a run and rehearse it."""
     started = time.perf_counter()
-    measured = measure(flags)
+    measured, mapped = measure(flags)
     between = time.perf_counter()
     run = rehearse_run(flags)
     rehearsed = run["peak_bytes"] / MIB
@@ -124,6 +128,7 @@ def compare(flags: list[str]) -> dict[str, Any]:
     return {
         "rehearsed_mib": round(rehearsed),
         "measured_mib": round(measured),
+        "mapped_mib": round(mapped),
         "error": round(error, 3),
         "within": within,
         "peak_at": run["peak_at"],
@@ -150,9 +155,13 @@ def rehearse_run(flags: list[str]) -> dict[str, Any]:
     return planner.expect(args).to_dict()
 
 
-def measure(flags: list[str]) -> float:
-    """Return the peak memory in MiB of a run above its imports, or on a GPU what torch has allocated there."""
-    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "passive"}
+def measure(flags: list[str]) -> tuple[float, float]:
+    """Return the peak memory in MiB of a run above its imports, or on a GPU what torch has allocated there.
+
+    The second value is the part of it that is mapped from the checkpoint.
+    """
+    model = flags[flags.index("--model_name_or_path") + 1]
+    environment = {**os.environ, "OMP_NUM_THREADS": str(THREADS), "OMP_WAIT_POLICY": "passive", **RETURN_FREED}
     command = [sys.executable, "-m", "benchmarks.plan", "--child", json.dumps(flags)]
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
@@ -163,14 +172,36 @@ def measure(flags: list[str]) -> float:
         floor = peak = anonymous_memory(process.pid)
         process.stdin.write("\n")
         process.stdin.flush()
+        peak_time, samples = 0.0, [(0.0, 0.0)]
         while process.poll() is None:
-            peak = max(peak, anonymous_memory(process.pid))
+            now = time.monotonic()
+            if (size := anonymous_memory(process.pid)) > peak:
+                peak, peak_time = size, now
+            if now > samples[-1][0] + 0.3 and (size_mapped := mapped_memory(process.pid, model)) is not None:
+                samples.append((now, size_mapped))
             time.sleep(0.003)
+        mapped = min(samples, key=lambda sample: abs(sample[0] - peak_time))[1]
         if process.returncode != 0:
             errors.seek(0)
             raise RuntimeError(f"{' '.join(flags)} failed:\n{errors.read()[-2000:]}")
         allocated = float(process.stdout.read().split()[-1])
-    return allocated if has_gpu() else peak - floor
+    return (allocated, 0) if has_gpu() else (peak - floor + mapped, mapped)
+
+
+def mapped_memory(pid: int, folder: str) -> float | None:
+    """Return the unchanged resident MiB that a process maps from the files of a folder; ``None`` if it has ended."""
+    try:
+        lines = Path(f"/proc/{pid}/smaps").read_text().splitlines()
+    except OSError:
+        return None
+    total, counts = 0, False
+    for line in lines:
+        name, _, value = line.partition(" ")
+        if not name.endswith(":"):
+            counts = f" {folder}/" in line
+        elif counts and name in ("Rss:", "Anonymous:"):  # what the process has changed is anonymous
+            total += int(value.split()[0]) * (1 if name == "Rss:" else -1)
+    return total / 1024 if lines else None
 
 
 def run_child(words: str) -> int:

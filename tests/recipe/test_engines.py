@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemReader
 
-from benchmarks.engines import ENGINES, MODES, Result, Runs, compare, largest_difference
+from benchmarks.engines import ENGINES, MODEL, MODES, Result, Runs, compare, largest_difference
+from planning.devices import find_device
+from planning.expectation import Machine, Planner
 from tests import fork_server
 from tests.programs import require_program
+from training.config.parsing import parse_args
 
 LOSS, GRADIENTS = 1e-5, 1e-6
 # ``test_two_ranks.py`` tests DDP. Gradients of the first step are compared once for each way of sharding them.
@@ -64,7 +69,7 @@ def test_offloaded_optimizer_gives_the_same_losses(runs: Runs, config: str, monk
     assert largest_difference(offloaded.logged("loss"), alone(runs, "full").logged("loss")) <= LOSS
 
 
-def test_resumed_fsdp_run_ends_with_the_same_bits(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_fsdp_run_ends_with_the_same_bits_and_holds_what_was_planned(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     """``benchmarks.kill_resume`` tests DDP and ZeRO. The processes of the whole run are new ones."""
     flags = ["--max_steps", 6, "--save_strategy", "steps", "--save_steps", 3, "--learning_rate", 1e-3]
     with monkeypatch.context() as patch:
@@ -79,6 +84,29 @@ def test_resumed_fsdp_run_ends_with_the_same_bits(runs: Runs, monkeypatch: pytes
     assert resumed.logged("loss") == whole.logged("loss")[3:]
     weights = resumed.weights()
     assert all(torch.equal(weights[name], tensor) for name, tensor in whole.weights().items())
+    planned = planned_optimizer_bytes(MODES["lora_embeddings"], ENGINES["fsdp2"], monkeypatch)
+    assert planned == pytest.approx(saved_bytes(checkpoint / "optimizer_0", rank=0), rel=0.02)
+
+
+def planned_optimizer_bytes(mode: list[str], engine: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Bytes of optimizer state that a plan of two processes expects in each."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    args = parse_args(["--model_name_or_path", str(MODEL), "--use_cpu", "--plan", "--model_max_length", "64", *mode, *engine])
+    machine = Machine(find_device(None, use_cpu=True), memory_gib=8, gpus=2)
+    return Planner(machine, hidden_size=32).expect(args).share.components["optimizer"]
+
+
+def saved_bytes(folder: Path, rank: int) -> int:
+    """Bytes of the float32 tensors that a rank has written to a sharded checkpoint, but for single numbers."""
+    metadata = FileSystemReader(folder).read_metadata()
+    mine = [index for index, place in metadata.storage_data.items() if place.relative_path.startswith(f"__{rank}_")]
+    sizes = [
+        chunk.sizes.numel()
+        for index in mine
+        for chunk in getattr(metadata.state_dict_metadata[index.fqn], "chunks", ())
+        if chunk.offsets == index.offset
+    ]
+    return 4 * sum(size for size in sizes if size > 1)
 
 
 def test_quantised_model_under_fsdp_is_refused_before_loading(runs: Runs) -> None:
