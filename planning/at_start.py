@@ -41,9 +41,7 @@ def _expected(trainer: Any, args: RunArguments) -> str:
     config = trainer.checkpoint.config
     if _SECONDS + _SECONDS_PER_BLOCK * config.num_hidden_layers > _QUICK_SECONDS:
         return f"{_plan_command()} says what a step takes"
-    items = trainer.train_dataset
-    lengths = items.pack_lengths() if hasattr(items, "pack_lengths") else items.lengths
-    batches = RunBatches(items, lengths, bool(why_padded(args, config.to_dict())))
+    batches = RunBatches(trainer.train_dataset, bool(why_padded(args, config.to_dict())))
     expected = Planner(machine, config.hidden_size, batches).expect(args)
     tokens, verdict = sum(expected.shape.lengths), "fits" if expected.fits else "does not fit"
     return f"{gib(expected.share.peak_bytes)} expected for {tokens:,} tokens, in {machine.memory_gib:g} GiB: {verdict}"

@@ -136,12 +136,6 @@ class PackedExamples(Dataset[Any]):
         """Return the place of an example, by its index in the set."""
         return self.examples.where(sample)
 
-    def pack_lengths(self) -> list[int]:
-        """Return the number of tokens of each pack."""
-        lengths = np.asarray(self.examples.lengths, dtype=np.int64)[self._samples]
-        totals: list[int] = np.add.reduceat(lengths, self._starts[:-1]).tolist()
-        return totals
-
 
 class PaddedDataset(Dataset[Any]):
     """Items followed by blank ones: one token that is not a target, so that no figure changes.

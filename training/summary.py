@@ -127,7 +127,7 @@ def describe_run(
         ("targets", f"{report.trained_tokens:,} tokens ({report.trained_tokens / report.tokens:.1%})"),
         *_packing_rows(trainer, args, batch),
         ("steps", f"{steps:,} of {batch} {_items_of(trainer)} ({per_epoch:,} per epoch)"),
-        *([("memory", memory)] if memory else []),
+        *([("expected", memory)] if memory else []),
         ("output", str(args.output_dir)),
         *([("memory", describe_memory())] if training.device.type == "cpu" else []),
     ]
