@@ -69,7 +69,9 @@ def test_offloaded_optimizer_gives_the_same_losses(runs: Runs, config: str, monk
     assert largest_difference(offloaded.logged("loss"), alone(runs, "full").logged("loss")) <= LOSS
 
 
-def test_resumed_fsdp_run_ends_with_the_same_bits_and_holds_what_was_planned(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resumed_fsdp_run_ends_with_the_same_bits_and_holds_what_was_planned(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """``benchmarks.kill_resume`` tests DDP and ZeRO. The processes of the whole run are new ones."""
     flags = ["--max_steps", 6, "--save_strategy", "steps", "--save_steps", 3, "--learning_rate", 1e-3]
     with monkeypatch.context() as patch:
@@ -91,7 +93,9 @@ def test_resumed_fsdp_run_ends_with_the_same_bits_and_holds_what_was_planned(run
 def planned_optimizer_bytes(mode: list[str], engine: list[str], monkeypatch: pytest.MonkeyPatch) -> int:
     """Bytes of optimizer state that a plan of two processes expects in each."""
     monkeypatch.setenv("WORLD_SIZE", "2")
-    args = parse_args(["--model_name_or_path", str(MODEL), "--use_cpu", "--plan", "--model_max_length", "64", *mode, *engine])
+    args = parse_args(
+        ["--model_name_or_path", str(MODEL), "--use_cpu", "--plan", "--model_max_length", "64", *mode, *engine]
+    )
     machine = Machine(find_device(None, use_cpu=True), memory_gib=8, gpus=2)
     return Planner(machine, hidden_size=32).expect(args).share.components["optimizer"]
 

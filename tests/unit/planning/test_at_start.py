@@ -58,9 +58,7 @@ def test_a_model_that_takes_a_part_of_the_memory_is_rehearsed_with_its_longest_b
     assert words == f"14.00 GiB expected for 7 tokens, in {63 * MIB:g} GiB: does not fit"  # 8 + 4 x 1 + 2 x 1
 
 
-def test_a_deep_model_names_the_command_with_the_flags_of_the_run(
-    memory: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_deep_model_names_the_command_with_the_flags_of_the_run(memory: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     memory(63 * MIB)
     monkeypatch.setattr("sys.argv", ["finetune.py", "--data_path", "my data.json"])
     words = at_start.expected_memory(trainer(blocks=40), arguments())
