@@ -158,14 +158,15 @@ def _checkpointing(args: RunArguments) -> Iterator[Change]:
     is_on, kwargs = get("gradient_checkpointing"), dict(get("gradient_checkpointing_kwargs") or {})
     others = {name: value for name, value in kwargs.items() if name != "every_n_layers"}
     every = int(kwargs.get("every_n_layers", 1)) if is_on else 8
+    switch: dict[str, object] = {} if is_on else {"gradient_checkpointing": True}
     for number in (4, 2, 1):
         if number < every:
-            new = others | ({} if number == 1 else {"every_n_layers": number})
-            values = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": new or None}
+            new = others | ({"every_n_layers": number} if is_on or number > 1 else {})
+            values = switch | {"gradient_checkpointing_kwargs": new or None}
             stays = 0.9 * (1 - 1 / number)
             yield Change("checkpointing", _flags(values), _with(args, **values), _COMPUTED, stays)
     if not kwargs.get("offload") and not get("use_cpu"):
-        values = {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": others | {"offload": True}}
+        values = switch | {"gradient_checkpointing_kwargs": others | {"offload": True}}
         yield Change("offload", _flags(values), _with(args, **values), _COMPUTED)
 
 

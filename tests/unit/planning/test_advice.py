@@ -84,6 +84,12 @@ def test_checkpointing_of_some_blocks_is_proposed_before_that_of_all() -> None:
     ]
 
 
+def test_checkpointing_that_is_on_is_not_proposed_again() -> None:
+    on = ("--use_lora", "--trainable_embeddings", "none")
+    changes = [change.flags for change in changes_of(plan(1, *on)[1]) if change.kind in ("checkpointing", "offload")]
+    assert changes == ["--gradient_checkpointing_kwargs '{\"offload\": true}'"]
+
+
 def test_a_change_that_cannot_help_is_not_rehearsed(monkeypatch: pytest.MonkeyPatch) -> None:
     """12 GiB of weights, adapter and state stay whatever the rows; all engines share a rehearsal."""
     rehearsed: list[RunArguments] = []
