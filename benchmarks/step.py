@@ -3,13 +3,13 @@
     python -m benchmarks.step [--shapes tiny small] [--modes lora] [--contenders ours_flat hf_flat] [--rounds 5] [--add]
 
 Every contender trains the same random model (vocabulary of 151,936) on the same samples in the same order, 2 x 8 of
-them per optimizer step, at most 512 tokens each, in float32 and without gradient checkpointing. Only packs take other
-samples: those of the whole file, in steps of about as many tokens. Each contender is a process of its own that lives
-through the run and does one optimizer step per round, in turn with the others; on the shape ``real``, whose processes
-need up to 5 GB each, it is started anew in every round, so that only one exists at a time. ``--keep_alive`` keeps all
-of them, if memory suffices for the weights and optimizer states of all. Start, loading and the first step are not
-counted. Figures are medians over rounds, memory is the peak of RssAnon during the counted steps above its
-value after the imports.
+them per optimizer step, at most 512 tokens each, without gradient checkpointing, and in float32 but for ``ours_bf16``
+and ``hf_bf16``, which are ``ours_flat`` and ``hf_flat`` in bfloat16. Only packs take other samples: those of the whole
+file, in steps of about as many tokens. Each contender is a process of its own that lives through the run and does one
+optimizer step per round, in turn with the others; on the shape ``real``, whose processes need up to 5 GB each, it is
+started anew in every round, so that only one exists at a time. ``--keep_alive`` keeps all of them, if memory suffices
+for the weights and optimizer states of all. Start, loading and the first step are not counted. Figures are medians over
+rounds, memory is the peak of RssAnon during the counted steps above its value after the imports.
 
 It refuses to begin a round while other processes use the machine; ``--busy`` measures all the same and records that.
 Results are saved after each round, by shape and mode: a run replaces those of its contenders, ``--add`` adds rounds to
@@ -172,7 +172,8 @@ class Measurement:
             "seconds_per_step": "s per step", "samples_per_second": "samples/s",
             "trained_tokens_per_second": "trained tokens/s", "real_tokens_per_second": "real tokens/s",
             "positions_per_real_token": "positions per real token", "memory_mib": "memory, MiB",
-            "speed_to_best_other": "speed, best other = 1", f"memory_to_{BASELINE}": f"memory, {BASELINE} = 1",
+            "speed_to_best_other": "speed, best other = 1", "speed_to_best_float32": "speed, best other in float32 = 1",
+            f"memory_to_{BASELINE}": f"memory, {BASELINE} = 1",
         }  # fmt: skip
         print(f"\n{self.shape}, {self.mode}:\n\n| | {' | '.join(columns.values())} |\n|{'---|' * (len(columns) + 1)}")
         for name, row in self.contenders.items():
@@ -218,11 +219,20 @@ def summary(rounds: Sequence[Row]) -> Row:
 
 
 def add_ratios(summaries: Mapping[str, Row]) -> None:
-    """Add the speed beside the fastest contender that is not ours, and the memory beside HF's flat rows."""
-    others = [row["real_tokens_per_second"] for name, row in summaries.items() if CONTENDERS[name].kind != "ours"]
-    for row in summaries.values():
-        if others:
-            row["speed_to_best_other"] = round(row["real_tokens_per_second"] / max(others), 3)
+    """Add the speed beside the fastest contender of each precision that is not ours, the memory beside HF's flat rows.
+
+    A contender in bfloat16 is compared with both precisions, one in float32 with its own.
+    """
+    best: dict[bool, float] = {}
+    for name, row in summaries.items():
+        contender = CONTENDERS[name]
+        if contender.kind != "ours":
+            best[contender.bf16] = max(best.get(contender.bf16, 0), row["real_tokens_per_second"])
+    for name, row in summaries.items():
+        is_bf16 = CONTENDERS[name].bf16
+        for column, precision in (("speed_to_best_other", is_bf16), ("speed_to_best_float32", False)):
+            if precision in best and (is_bf16 or column == "speed_to_best_other"):
+                row[column] = round(row["real_tokens_per_second"] / best[precision], 3)
         if BASELINE in summaries:
             row[f"memory_to_{BASELINE}"] = round(row["memory_mib"] / summaries[BASELINE]["memory_mib"], 3)
 

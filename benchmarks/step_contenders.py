@@ -26,6 +26,7 @@ MANY_STEPS = 1000
 MODES = {
     "full": [],
     "lora": ["--use_lora", "--trainable_embeddings", "none"],
+    "lora_r16": ["--use_lora", "--trainable_embeddings", "none", "--lora_r", "16"],
     "lora_embeddings": ["--use_lora", "--trainable_embeddings", "full"],
 }
 
@@ -39,22 +40,26 @@ class Contender:
         order: of its samples, see ``Samples.write``.
         packed: a row is a pack of several samples; then a step takes about as many tokens as 16 samples have.
         flags: of finetune.py.
+        bf16: computes in bfloat16; frozen weights are held in it, trained ones in float32.
     """
 
     kind: str
     order: str = "same"
     packed: bool = False
     flags: tuple[str, ...] = ()
+    bf16: bool = False
 
 
 CONTENDERS = {
     "ours_padded": Contender("ours", flags=("--padding_free", "False")),
     "ours_flat": Contender("ours", flags=("--padding_free", "True")),
     "ours_packed": Contender("ours", "whole", True, flags=("--packing", "True")),
+    "ours_bf16": Contender("ours", flags=("--bf16", "True"), bf16=True),
     "original": Contender("hf"),
     "hf_dynamic": Contender("hf"),
     "hf_grouped": Contender("hf", "grouped"),
     "hf_flat": Contender("hf"),
+    "hf_bf16": Contender("hf", bf16=True),
     "trl_flat": Contender("trl"),
     "trl_packed": Contender("trl", "whole", True),
 }
@@ -166,7 +171,7 @@ def run_hf(task: Task) -> None:
     from transformers import DataCollatorForSeq2Seq, DataCollatorWithFlattening, Trainer, TrainingArguments
 
     collator: Any
-    if task.name == "hf_flat":
+    if task.name in ("hf_flat", "hf_bf16"):
         collator = DataCollatorWithFlattening()
     else:
         padding: dict[str, Any] = {"padding": "max_length", "max_length": MAX_LENGTH} if task.name == "original" else {}
@@ -188,7 +193,7 @@ def run_trl(task: Task) -> None:
 
     is_packed = CONTENDERS[task.name].packed
     rows = {"packing": True, "max_length": MAX_LENGTH} if is_packed else {"padding_free": True, "max_length": None}
-    config = SFTConfig(**trainer_flags(task), **rows, bf16=False)
+    config = SFTConfig(**trainer_flags(task), **rows)
     SFTTrainer(
         model=load_model(task), args=config, train_dataset=Dataset.from_list(load_samples(task)),
         processing_class=load_tokenizer(task), peft_config=lora_config(task),
@@ -204,7 +209,7 @@ def trainer_flags(task: Task) -> dict[str, Any]:
         "per_device_train_batch_size": task.batch, "gradient_accumulation_steps": task.accumulation,
         "gradient_checkpointing": False, "save_strategy": "no", "logging_steps": 10, "seed": task.seed,
         "train_sampling_strategy": "random" if CONTENDERS[task.name].packed else "sequential", "use_cpu": True,
-        "disable_tqdm": True,
+        "disable_tqdm": True, "bf16": CONTENDERS[task.name].bf16,
     }  # fmt: skip
 
 
@@ -218,8 +223,9 @@ def lora_config(task: Task) -> Any:
         config = json.loads((Path(task.model) / "config.json").read_text())
         tied = config["tie_word_embeddings"]
         embeddings = {"modules_to_save": ["embed_tokens", "lm_head"], "ensure_weight_tying": tied}
+    rank = 16 if task.mode == "lora_r16" else RANK
     return LoraConfig(
-        r=RANK, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules="all-linear", task_type="CAUSAL_LM", **embeddings
+        r=rank, lora_alpha=ALPHA, lora_dropout=DROPOUT, target_modules="all-linear", task_type="CAUSAL_LM", **embeddings
     )
 
 
@@ -228,7 +234,8 @@ def load_model(task: Task) -> Any:
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(task.seed)
-    return AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.float32)
+    is_narrow = CONTENDERS[task.name].bf16 and task.mode != "full"
+    return AutoModelForCausalLM.from_pretrained(task.model, dtype=torch.bfloat16 if is_narrow else torch.float32)
 
 
 def load_tokenizer(task: Task) -> Any:

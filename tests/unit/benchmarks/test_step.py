@@ -107,6 +107,16 @@ def test_summaries_take_medians_and_compare_with_the_fastest_that_is_not_ours() 
     assert summaries["original"]["speed_to_best_other"] == 0.5
 
 
+def test_contenders_in_bfloat16_are_compared_with_both_precisions() -> None:
+    seconds = {"ours_flat": 3.0, "hf_flat": 4.0, "ours_bf16": 1.0, "hf_bf16": 2.0}
+    summaries = {name: step.summary([make_row(value)]) for name, value in seconds.items()}
+    step.add_ratios(summaries)
+    assert summaries["ours_flat"]["speed_to_best_other"] == 1.333  # not beside the faster bfloat16
+    assert "speed_to_best_float32" not in summaries["ours_flat"]
+    assert summaries["ours_bf16"]["speed_to_best_other"] == 2.0
+    assert summaries["ours_bf16"]["speed_to_best_float32"] == 4.0
+
+
 def test_a_busy_machine_is_refused_with_the_flag_that_measures_all_the_same() -> None:
     step.check_others(0.02)
     with pytest.raises(ConfigError, match=r"other processes use 0\.80 of \d+ CPUs.*--busy"):
