@@ -20,8 +20,8 @@ class AdapterDropout(nn.Dropout):
     """``nn.Dropout`` whose random numbers on a CPU are those of :func:`drop`."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if not self.training or not 0 < self.p < 1 or not _draws_gaps(input):
-            return super().forward(input)
+        if not self.training or not 0 < self.p < 1 or not _draws_gaps(input) or torch.compiler.is_compiling():
+            return super().forward(input)  # compiled, it is a part of the kernel that reads the input
         output: Tensor = _Drop.apply(input, self.p)
         return output
 

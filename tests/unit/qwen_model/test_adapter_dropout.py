@@ -59,3 +59,11 @@ def test_narrow_values_are_rounded_once() -> None:
     wide = AdapterDropout(0.1)(x.float())
     torch.manual_seed(0)
     assert torch.equal(AdapterDropout(0.1)(x), wide.bfloat16())
+
+
+def test_it_compiles_without_breaking_the_graph() -> None:
+    layer = nn.Sequential(nn.Linear(4, 4), AdapterDropout(0.4))
+    compiled = torch.compile(layer, backend="eager", fullgraph=True)
+    output = compiled(torch.ones(200, 4))
+    output.sum().backward()
+    assert 0.3 < (output == 0).double().mean() < 0.5
