@@ -34,8 +34,6 @@ def project(hidden: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """
     parts = [_parts_of(layer, hidden) for layer in layers]
     known = [each for each in parts if each is not None]
-    if all(each.down is None for each in known):
-        return tuple(layer(hidden) for layer in layers)  # without adapters nothing would be saved twice
     if len(known) == len(parts):
         return _compute(known, hidden)
     pairs = zip(parts, layers, strict=True)
@@ -133,8 +131,10 @@ class _Projection(torch.autograd.Function):
         x = first if second is None else F.silu(first).mul_(second)
         x = x.to(dtype).reshape(-1, x.shape[-1])
         outputs: list[Tensor] = []
-        saved: list[Tensor | None] = [first, second]
-        ctx.layers, ctx.factors, ctx.dtype = layers, [], dtype
+        needs = _split(ctx.needs_input_grad[3:], 4)
+        reads_input = second is not None or any(to_weight or to_down for to_weight, _, to_down, _ in needs)
+        saved: list[Tensor | None] = [first if reads_input else None, second]
+        ctx.layers, ctx.factors, ctx.dtype, ctx.shape = layers, [], dtype, first.shape
         for layer, (weight, bias, down, up) in zip(layers, _split(tensors, 4), strict=True):
             output = product(x, layer.base_weight(weight, dtype).T, None if bias is None else bias.to(dtype))
             where, inner, factor = _add_adapter(output, x, layer, down, up)
@@ -152,6 +152,7 @@ class _Projection(torch.autograd.Function):
         _, needs_first, needs_second, *needs = ctx.needs_input_grad
         activated = None if second is None else F.silu(first)
         x = first if activated is None else activated * second
+        x = None if x is None else x.to(ctx.dtype).reshape(-1, x.shape[-1])
         to_tensors: list[Tensor | None] = []
         layers = [
             _LayerBackward(layer, factor, gradient.reshape(-1, gradient.shape[-1]), *parts)
@@ -160,7 +161,6 @@ class _Projection(torch.autograd.Function):
                 ctx.layers, ctx.factors, gradients, _split(saved, 5), strict=True
             )
         ]  # fmt: skip
-        x = x.to(ctx.dtype).reshape(-1, x.shape[-1])
         for layer, needed in zip(layers, _split(needs, 4), strict=True):
             to_tensors += [None] * 4 if layer is None else layer.to_tensors(x, needed, second is not None)
         del x  # before the largest buffer of the gated product is allocated
@@ -169,7 +169,7 @@ class _Projection(torch.autograd.Function):
             to_x = layer.add_to_input(to_x)
         if to_x is None:
             return None, None, None, *to_tensors
-        to_first = to_x.view(first.shape)
+        to_first = to_x.view(ctx.shape)
         if activated is None:
             return None, to_first, None, *to_tensors
         to_first = to_first.to(first.dtype)
@@ -216,19 +216,20 @@ class _LayerBackward:
     inner: Tensor | None
     to_inner: Tensor | None = None
 
-    def to_tensors(self, x: Tensor, needed: Sequence[bool], may_change_x: bool) -> list[Tensor | None]:
+    def to_tensors(self, x: Tensor | None, needed: Sequence[bool], may_change_x: bool) -> list[Tensor | None]:
         """Return the gradients of weight, bias, down and up."""
         to_weight, to_bias, to_down, to_up = needed
         gradients: list[Tensor | None] = [None] * 4
-        if to_weight:
+        if to_weight and x is not None:
             gradients[0] = product(self.gradient.T, x)
         if to_bias:
             gradients[1] = self.gradient.sum(0)
         if self.up is not None:
-            self.to_inner = product(self.gradient, self.up.to(x.dtype)).mul_(self.layer.scale / (1 - self.layer.p))
+            self.to_inner = product(self.gradient, self.up.to(self.gradient.dtype))
+            self.to_inner.mul_(self.layer.scale / (1 - self.layer.p))
         if to_up and self.inner is not None:
             gradients[3] = product(self.gradient.T, self.inner).mul_(self.factor)
-        if to_down and self.to_inner is not None:
+        if to_down and self.to_inner is not None and x is not None:
             dropped = x if self.where is None else drop_again(x, self.where, may_change_x)
             gradients[2] = product(self.to_inner.T, dropped)
         return gradients

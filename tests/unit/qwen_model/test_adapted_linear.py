@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -212,25 +213,51 @@ def test_layers_of_a_group_that_are_called_keep_the_order_of_random_numbers() ->
     assert is_fused(query) and is_fused(value) and not is_fused(key)
 
 
-def test_layers_without_adapters_are_called() -> None:
-    layers = Layers().requires_grad_(False)
-    hidden = torch.randn(2, SIZE, requires_grad=True)
-    assert not any(map(is_fused, project(hidden, [layers.q, layers.k])))
-    assert all(map(torch.equal, project(hidden, [layers.q, layers.k]), call(hidden, [layers.q, layers.k])))
-
-
+@pytest.mark.parametrize("autocast", [False, True])
 @pytest.mark.parametrize("trained", [True, False])
-def test_gated_product_of_a_layer_without_adapter(trained: bool) -> None:
+def test_layers_without_adapters(trained: bool, autocast: bool) -> None:
     torch.manual_seed(0)
-    layers = Layers().requires_grad_(trained)
-    gate, up = (torch.randn(2, 3, WIDTH, requires_grad=True) for _ in range(2))
+    layers: Any = Layers().requires_grad_(trained)
     found = []
-    for function in (call_gated, project_gated):
-        output = function(gate, up, layers.down)
-        tensors = [gate, up, *(layers.down.parameters() if trained else ())]
-        found.append([output, *torch.autograd.grad(output.sin().sum(), tensors)])
-    assert is_fused(found[1][0])
-    assert all(difference(ours, theirs) < 1e-6 for ours, theirs in zip(found[1], found[0], strict=True))
+    for functions in ((call, call_gated), (project, project_gated)):
+        hidden = torch.ones(3, 4, SIZE, requires_grad=True)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            outputs = outputs_of(wrapped(layers), hidden, *functions)
+        tensors = [hidden, *(layers.parameters() if trained else ())]
+        loss = torch.cat(outputs, -1).float().sin().sum()
+        found.append([*outputs, *torch.autograd.grad(loss, tensors)])
+    assert all(map(is_fused, found[1][:6]))
+    tolerance = 2e-2 if autocast else 1e-6
+    assert all(difference(ours, theirs) < tolerance for ours, theirs in zip(found[1], found[0], strict=True))
+
+
+def wrapped(layers: nn.Module) -> Any:
+    """Return layers as the base of a model with adapters is found."""
+    return SimpleNamespace(base_model=SimpleNamespace(model=layers))
+
+
+def test_frozen_layers_do_not_keep_their_input() -> None:
+    layers: Any = Layers().requires_grad_(False)
+    hidden, saved = torch.randn(3, 50, SIZE, requires_grad=True), []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: saved.append(tensor.shape) or tensor, lambda tensor: tensor
+    ):
+        outputs = project(hidden, [layers.q, layers.k])
+    assert all(map(is_fused, outputs)) and hidden.shape not in saved
+
+
+def test_trained_weights_are_not_kept_in_a_second_precision() -> None:
+    """Autocast keeps a copy of each weight for the backward pass."""
+    layers: Any = Layers()
+    saved: list[torch.dtype] = []
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(
+            lambda tensor: saved.append(tensor.dtype) or tensor, lambda tensor: tensor
+        ),
+    ):
+        outputs = project(torch.randn(3, SIZE), [layers.q, layers.k, layers.v])
+    assert outputs[0].dtype == torch.bfloat16 and saved == [torch.bfloat16, *[torch.float32] * 3]
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
