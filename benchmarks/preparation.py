@@ -45,12 +45,13 @@ LIBRARIES = ("torch", "transformers", "tokenizers", "tiktoken")
 def write(path: Path, files: Sequence[Path], records: int, sentences: int = 3, least_bytes: float = 0) -> None:
     """Write conversations of one exchange, numbered so that all differ, until there are enough records and bytes."""
     random, texts = Random(0), _sentences(files)
-    with path.open("w", encoding="utf-8") as file:
-        number = 0
-        while number < records or file.tell() < least_bytes:
+    with path.open("wb") as file:
+        number = written = 0
+        while number < records or written < least_bytes:
             question, answer = random.choice(texts), " ".join(random.choices(texts, k=sentences))
             turns = [{"from": "user", "value": f"{number}: {question}"}, {"from": "assistant", "value": answer}]
-            file.write(json.dumps({"id": str(number), "conversations": turns}, ensure_ascii=False) + "\n")
+            record = json.dumps({"id": str(number), "conversations": turns}, ensure_ascii=False)
+            written += file.write(f"{record}\n".encode())
             number += 1
 
 
