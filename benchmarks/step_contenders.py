@@ -72,6 +72,7 @@ class Task:
     Attributes:
         batch, accumulation: rows of a micro-batch, micro-batches of an optimizer step.
         seed: of the run; it decides the order of packs, everything else keeps the order of its samples.
+        flags: more flags of finetune.py, beside those of the contender.
     """
 
     name: str
@@ -82,6 +83,7 @@ class Task:
     batch: int
     accumulation: int
     seed: int
+    flags: tuple[str, ...] = ()
 
     def to_json(self) -> str:
         return json.dumps(asdict(self))
@@ -161,7 +163,12 @@ def run_ours(task: Task, more_flags: Sequence[str] = ()) -> None:
         "--train_sampling_strategy": "random" if CONTENDERS[task.name].packed else "sequential",
     }  # fmt: skip
     argv = [*data_flags(Path(task.model), Path(task.samples) / "records.jsonl"), *MODES[task.mode]]
-    argv += [*CONTENDERS[task.name].flags, *(str(word) for flag in flags.items() for word in flag), *more_flags]
+    argv += [
+        *CONTENDERS[task.name].flags,
+        *task.flags,
+        *(str(word) for flag in flags.items() for word in flag),
+        *more_flags,
+    ]
     sys.argv = ["finetune.py", *argv]
     runpy.run_path(str(Path(__file__).parents[1] / "finetune.py"), run_name="__main__")
 

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import Trainer
@@ -27,13 +28,15 @@ from training.run_folder.names import TRAINER_STATE
 from training.run_folder.resumed import find_files, linked_checkpoint, reading
 from training.run_folder.saving import restore_tensors, save_model
 from training.run_folder.staging import staged_checkpoint
-from training.run_folder.states import check_states
+from training.run_folder.states import check_states, known_classes
 from training.samplers import EpochSampler
 from training.trainer_resume import (
     EpochEnds,
     add_missing_states,
     check_moments,
     check_types,
+    import_projectors,
+    move_projectors,
     set_learning_rate,
     settings_of,
     superseded_by,
@@ -75,6 +78,7 @@ class CheckpointTrainer(Trainer):
         if resume_from_checkpoint is None:
             return super().train(None, *args, **kwargs)
         checkpoint = Path(resume_from_checkpoint)
+        import_projectors(self.args)
         with linked_checkpoint(checkpoint) as links:
             self._resumed = checkpoint, links
             with self._reading("its state"):
@@ -123,10 +127,15 @@ class CheckpointTrainer(Trainer):
         set_form(self.optimizer, training=True)
         before = settings_of(self.optimizer, self.lr_scheduler)
         with self._reading("optimizer and schedule"):
-            super()._load_optimizer_and_scheduler(checkpoint)
+            self._load_states(checkpoint)
             check_types(settings_of(self.optimizer, self.lr_scheduler), before)
             check_moments(self.optimizer, self.args)
             set_learning_rate(self.lr_scheduler, before["schedule"].get("base_lrs", []))
+
+    def _load_states(self, checkpoint: str) -> None:
+        with torch.serialization.safe_globals(known_classes()):
+            super()._load_optimizer_and_scheduler(checkpoint)
+        move_projectors(self.optimizer)
 
     def _load_scaler(self, checkpoint: str | None) -> None:
         if checkpoint is not None:
@@ -181,7 +190,7 @@ class CheckpointTrainer(Trainer):
             else:
                 self._load_weights(str(links))
             if has_training_form:
-                super()._load_optimizer_and_scheduler(str(links))
+                self._load_states(str(links))
 
     # ---------------------------------------------------------------------------------------------------------- saving
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,26 @@ def check_moments(optimizer: Any, args: TrainingArguments) -> None:
             if state[name].shape != parameter.shape:
                 shapes = f"{tuple(state[name].shape)}, its parameter {tuple(parameter.shape)}"
                 raise ValueError(f"a moment {name} has the shape {shapes}")
+
+
+def import_projectors(args: TrainingArguments) -> None:
+    """Import the package of GaLore or APOLLO, whose class a checkpoint names; others are refused there."""
+    name = str(getattr(args.optim, "value", args.optim))
+    if name.startswith("galore_"):
+        importlib.import_module("galore_torch")
+    elif name.startswith("apollo_"):
+        importlib.import_module("apollo_torch")
+
+
+def move_projectors(optimizer: Any) -> None:
+    """Move what GaLore and APOLLO keep per parameter to its device; torch only moves the tensors that it finds."""
+    for parameter, state in optimizer.state.items():
+        kept = vars(state["projector"]) if "projector" in state else {}
+        for name, value in kept.items():
+            if isinstance(value, Tensor):
+                kept[name] = value.to(parameter.device)
+            elif isinstance(value, list):
+                kept[name] = [each.to(parameter.device) if isinstance(each, Tensor) else each for each in value]
 
 
 def set_learning_rate(scheduler: Any, rates: Sequence[float]) -> None:

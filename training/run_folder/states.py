@@ -42,6 +42,12 @@ _DEEPSPEED_CLASSES = (
     ("deepspeed.runtime.fp16.loss_scaler", "DynamicLossScaler"),
     ("deepspeed.utils.tensor_fragment", "fragment_address"),
 )
+# What GaLore and APOLLO keep per parameter: a matrix and a few numbers.
+_PROJECTORS = (
+    ("galore_torch.galore_projector", "GaLoreProjector"),
+    ("apollo_torch.svd_projector", "GaLoreProjector"),
+    ("apollo_torch.random_projector", "GradientProjector"),
+)
 
 
 def check_states(folder: Path, names: Sequence[str], only_model: bool = False) -> None:
@@ -85,16 +91,17 @@ def _unsafe(error: Exception) -> str | None:
 
 
 def _load(path: Path) -> Any:
-    with safe_globals(), torch.serialization.safe_globals(_deepspeed_classes()):
+    with safe_globals(), torch.serialization.safe_globals(known_classes()):
         return load_pickle(path)
 
 
-def _deepspeed_classes() -> list[Any]:
+def known_classes() -> list[Any]:
+    """Return the classes that may be in a file, of the packages that are imported."""
     import sys
 
     return [
         getattr(sys.modules[module], name)
-        for module, name in _DEEPSPEED_CLASSES
+        for module, name in (*_DEEPSPEED_CLASSES, *_PROJECTORS)
         if hasattr(sys.modules.get(module), name)
     ]
 
