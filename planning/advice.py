@@ -143,12 +143,10 @@ def changes_of(run: Expectation) -> Iterator[Change]:
 
 
 def _fewer_rows(args: RunArguments) -> Iterator[Change]:
-    """Halve the rows of a micro-batch: the same step in more parts."""
+    """Divide the rows of a micro-batch: the same step in more parts."""
     size, parts = args.trainer_value("per_device_train_batch_size"), args.trainer_value("gradient_accumulation_steps")
-    rows = size
-    while rows > 1 and rows % 2 == 0:
-        rows, parts = rows // 2, parts * 2
-        values = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts}
+    for rows in (rows for rows in range(size // 2, 0, -1) if size % rows == 0):
+        values = {"per_device_train_batch_size": rows, "gradient_accumulation_steps": parts * size // rows}
         yield Change("rows", _flags(values), _with(args, **values), _COMPUTED, 0.8 * rows / size)
 
 

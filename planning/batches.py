@@ -22,16 +22,25 @@ def assumed_batch(args: RunArguments) -> BatchShape:
     return BatchShape((length,) * size, targets=size * (length - 1))
 
 
+def assumed_evaluation(args: RunArguments) -> BatchShape | None:
+    """Return the largest batch of an evaluation that the flags allow; ``None`` for a run that never evaluates."""
+    if args.trainer_value("eval_strategy") == "no" and not args.trainer_value("eval_on_start"):
+        return None
+    size, length = args.trainer_value("per_device_eval_batch_size"), args.data.model_max_length
+    return BatchShape((length,) * size, targets=size * (length - 1))
+
+
 class RunBatches:
     """The micro-batches of a run's training data.
 
     Args:
         items: what the run draws: examples, or packs of them; ``lengths`` are their tokens.
         is_padded: rows are padded to the longest of a micro-batch.
+        evaluated: examples of evaluations, if there are any.
     """
 
-    def __init__(self, items: _Items, is_padded: bool) -> None:
-        self.items, self.is_padded = items, is_padded
+    def __init__(self, items: _Items, is_padded: bool, evaluated: _Items | None = None) -> None:
+        self.items, self.is_padded, self.evaluated = items, is_padded, evaluated
 
     @classmethod
     def of_run(cls, args: RunArguments, processes: int) -> RunBatches:
@@ -48,7 +57,7 @@ class RunBatches:
         checkpoint = load_checkpoint(args.model.model_name_or_path, args.model.cache_dir, args.model.model_hub)
         sets = load_data(args, _flags(args, processes), checkpoint)
         is_padded = bool(why_padded(args, checkpoint.config.to_dict()))
-        return cls(build_train_dataset(args, checkpoint, sets["train"]), is_padded)
+        return cls(build_train_dataset(args, checkpoint, sets["train"]), is_padded, sets.get("eval"))
 
     def longest(self, args: RunArguments, processes: int) -> BatchShape:
         """Return the micro-batch with most positions of all processes and epochs, with its number of targets."""
@@ -59,19 +68,31 @@ class RunBatches:
         size, count = get("per_device_train_batch_size"), len(self.items)
         sampler = build_sampler(_flags(args, processes), args.data.data_mixing, self.items, count)
         if sampler is None:  # an order of transformers' own: the longest items may meet
-            return self._shape(sorted(range(count), key=self.items.lengths.__getitem__)[-size:])
+            return _shape(self.items, _longest_items(self.items, size))
         has_limit = get("max_steps") > 0
         limit = get("max_steps") * get("gradient_accumulation_steps") * processes if has_limit else _MOST_BATCHES
         epochs = _MOST_EPOCHS if has_limit else min(math.ceil(get("num_train_epochs")), _MOST_EPOCHS)
         orders = epoch_orders(sampler, range(epochs))
-        return self._shape(find_longest(self.items.lengths, orders, size, self.is_padded, limit).indices)
+        return _shape(self.items, find_longest(self.items.lengths, orders, size, self.is_padded, limit).indices)
 
-    def _shape(self, chosen: Sequence[int]) -> BatchShape:
-        examples: list[Any] = []
-        for item in (self.items[index] for index in chosen):
-            examples += item if isinstance(item, list) else [item]
-        targets = sum(label != IGNORE_INDEX for example in examples for label in example["labels"][1:])
-        return BatchShape(tuple(len(example["input_ids"]) for example in examples), targets)
+    def longest_evaluation(self, args: RunArguments) -> BatchShape | None:
+        """Return a batch of the longest examples of evaluations; ``None`` for a run that never evaluates."""
+        if self.evaluated is None or assumed_evaluation(args) is None:
+            return None
+        return _shape(self.evaluated, _longest_items(self.evaluated, args.trainer_value("per_device_eval_batch_size")))
+
+
+def _longest_items(items: _Items, size: int) -> list[int]:
+    lengths = items.lengths
+    return sorted(range(len(items)), key=lengths.__getitem__)[-size:]
+
+
+def _shape(items: _Items, chosen: Sequence[int]) -> BatchShape:
+    examples: list[Any] = []
+    for item in (items[index] for index in chosen):
+        examples += item if isinstance(item, list) else [item]
+    targets = sum(label != IGNORE_INDEX for example in examples for label in example["labels"][1:])
+    return BatchShape(tuple(len(example["input_ids"]) for example in examples), targets)
 
 
 def _flags(args: RunArguments, processes: int) -> Any:

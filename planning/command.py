@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,8 @@ def show_plan(args: RunArguments, machine: Machine | None = None, file: Path | N
     """
     if not is_first():
         return 0
-    check_training_arguments(args)
+    no_gpu_needed = {name: value for name, value in args.trainer.items() if name != "tf32"}
+    check_training_arguments(replace(args, trainer=no_gpu_needed))
     machine = machine or this_machine(args)
     checkpoint = read_checkpoint(args)
     batches = RunBatches.of_run(args, machine.processes) if args.data.data_path else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from planning.batches import RunBatches, assumed_batch
+from planning.batches import RunBatches, assumed_batch, assumed_evaluation
 from planning.devices import GIB, RESERVE_GIB, Device
 from planning.engines import Share, Task, share_of
 from planning.rehearsal import BatchShape, Rehearsal, rehearse
@@ -136,9 +136,11 @@ class Planner:
 
     def _rehearse(self, args: RunArguments, shape: BatchShape) -> Rehearsal:
         """Rehearse a run of one process, once: variants that differ in their engine share it."""
+        evaluation = self.batches.longest_evaluation(args) if self.batches else assumed_evaluation(args)
         key = repr((args.to_dict(), shape))
         if key not in self._rehearsed:
-            self._rehearsed[key] = rehearse(args, shape, device_type=self.machine.device.kind)
+            kind = self.machine.device.kind
+            self._rehearsed[key] = rehearse(args, shape, device_type=kind, evaluation=evaluation)
         return self._rehearsed[key]
 
 

@@ -58,7 +58,6 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
 def main(argv: Sequence[str]) -> int:
     forget_launcher()
     args, others = parse_args(argv)
-    forget_launcher(args.gpus * args.hosts)
     from planning.devices import find_device
     from planning.expectation import Machine
     from training.checks import check_args
@@ -66,7 +65,11 @@ def main(argv: Sequence[str]) -> int:
 
     set_up_logging()
     run = parse_run_args([*others, "--plan"])
-    check_args(run)
+    forget_launcher(args.gpus * args.hosts)
+    try:
+        check_args(run)
+    finally:
+        forget_launcher()
     if args.json is not None:
         check_output_file(args.json, "--json")
     device = find_device(args.device, bool(run.trainer_value("use_cpu")))

@@ -74,6 +74,14 @@ def test_fewer_rows_come_first_and_keep_the_rows_of_a_step() -> None:
     assert all(change[0].startswith("--gradient_checkpointing") for change in others) and len(others) == 2
 
 
+def test_an_odd_number_of_rows_is_divided_too() -> None:
+    changes = [change.flags for change in changes_of(plan(1, *LORA, "--per_device_train_batch_size", 9)[1])]
+    assert changes[:2] == [
+        "--per_device_train_batch_size 3 --gradient_accumulation_steps 24",
+        "--per_device_train_batch_size 1 --gradient_accumulation_steps 72",
+    ]
+
+
 def test_checkpointing_of_some_blocks_is_proposed_before_that_of_all() -> None:
     changes = [change.flags for change in changes_of(plan(1, *LORA)[1]) if change.kind in ("checkpointing", "offload")]
     assert changes == [

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from planning.batches import RunBatches, assumed_batch
+from planning.batches import RunBatches, assumed_batch, assumed_evaluation
 from tests.models import TINY, copy_checkpoint, write_conversations
 from training.config.args import RunArguments
 from training.config.parsing import parse_args
@@ -63,6 +63,17 @@ def test_every_epoch_is_searched_because_shuffling_forms_other_batches() -> None
 def test_without_data_rows_have_the_maximum_length_and_every_token_is_a_target() -> None:
     shape = assumed_batch(arguments("--per_device_train_batch_size", 3))
     assert shape.lengths == (64, 64, 64) and shape.targets == 3 * 63
+
+
+def test_evaluations_take_the_longest_examples_of_their_own_set() -> None:
+    """Nothing for a run that never evaluates, although it has such data."""
+    words = ("--per_device_eval_batch_size", 2, "--eval_strategy", "steps")
+    batches = RunBatches(examples(), False, evaluated=examples())
+    shape = batches.longest_evaluation(arguments(*words))
+    assert shape is not None and sorted(shape.lengths) == [7, 9] and shape.targets == 5 + 7
+    assert batches.longest_evaluation(arguments()) is None and assumed_evaluation(arguments()) is None
+    assumed = assumed_evaluation(arguments(*words))
+    assert assumed is not None and assumed.lengths == (64, 64)
 
 
 @pytest.mark.parametrize("packing", ["False", "True"])
