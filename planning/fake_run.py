@@ -15,11 +15,13 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from transformers import masking_utils
 
 from data_utils.collate import Collator
 from errors import ConfigError
@@ -135,7 +137,7 @@ class RehearsedTrainer(QwenTrainer):
             model: Any = self.model
             model.eval()
             with torch.no_grad():
-                self.prediction_step(model, dict(self.evaluation_batch), True)
+                self.prediction_step(model, _put_batch(self.evaluation_batch), True)
 
 
 def run_step(
@@ -152,6 +154,8 @@ def run_step(
         is_padded = bool(why_padded(args, checkpoint.config.to_dict()))
         batches = [_collate(shape, is_padded) for shape in (batch, evaluation)]
         memory = FollowedMemory(device_type, module_names(model), batch.lengths)
+        # transformers reads from positions whether they restart; those of padded rows, which it is given, do not.
+        stack.enter_context(patch.object(masking_utils, "find_packed_sequence_indices", lambda positions: None))
         stack.enter_context(FakeTensorMode())
         put_in_place(model)
         stack.enter_context(memory)
@@ -163,7 +167,7 @@ def run_step(
             checkpoint, loss=args.model.loss, data_mixing=args.data.data_mixing, model=model, args=training_arguments
         )
         trainer.memory, trainer.resident = memory, resident
-        trainer.batch, trainer.evaluation_batch = (_put_batch(each) for each in batches)
+        trainer.batch, trainer.evaluation_batch = _put_batch(batches[0]), batches[1]
         _train(trainer, optimizer)
         return Step(memory, model, parameters, resident, tuple(_differences(args, device_type)))
 
@@ -228,7 +232,7 @@ def _collate(shape: BatchShape | None, is_padded: bool) -> dict[str, Any]:
 
 def _put_batch(batch: dict[str, Any]) -> dict[str, Any]:
     return {
-        name: torch.empty(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
+        name: torch.zeros(value.shape, dtype=value.dtype) if isinstance(value, Tensor) else value
         for name, value in batch.items()
     }
 

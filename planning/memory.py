@@ -259,13 +259,14 @@ class FollowedMemory(TorchDispatchMode):
             return "activations"
         return "workspace"
 
-    def kept_dtypes(self) -> dict[str, set[torch.dtype]]:
-        """Return the dtypes of the activations by the module that made them."""
-        dtypes: dict[str, set[torch.dtype]] = {}
+    def kept_bytes(self) -> dict[str, dict[torch.dtype, int]]:
+        """Return the bytes of all activations by the module that made them and by dtype."""
+        kept: dict[str, dict[torch.dtype, int]] = {}
         for storage, component in zip(self._storages, self._components(), strict=True):
             if component == "activations" and storage.born >= self._first:
-                dtypes.setdefault(storage.place, set()).add(storage.dtype)
-        return dtypes
+                sizes = kept.setdefault(storage.place, {})
+                sizes[storage.dtype] = sizes.get(storage.dtype, 0) + storage.size
+        return kept
 
 
 def is_loss(phase: str, place: str) -> bool:

@@ -168,7 +168,8 @@ def place_of(model_type: str) -> Callable[[str, str], Place]:
 
     def find(phase: str, name: str) -> Place:
         if is_loss(phase, name):
-            return Place("loss", f"loss, {phase}")
+            part = "evaluation loss" if phase == "evaluation" else "loss"
+            return Place(part, f"{part}, {phase}" if part == "loss" else part)
         if match := block.match(name):
             return Place(f"{phase}, block {match[1]}", f"{phase}, {name}")
         return Place(phase, f"{phase}, {name}" if name else phase)
