@@ -78,7 +78,9 @@ class RehearsedTrainer(QwenTrainer):
 
     def create_accelerator_and_postprocess(self) -> None:
         super().create_accelerator_and_postprocess()
-        self.accelerator.device_placement = False  # as above
+        accelerator: Any = self.accelerator
+        accelerator.device_placement = False  # as above
+        accelerator.free_memory = lambda *objects: ()  # collects garbage of the whole process
 
     def get_train_dataloader(self) -> Any:
         return [self.batch]

@@ -7,6 +7,7 @@ that outlives the forward pass that made it was kept for the backward pass.
 
 from __future__ import annotations
 
+import inspect
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop, sdpa_flo
 COMPONENTS = ("weights", "adapter", "gradients", "optimizer", "activations", "loss", "workspace")
 
 _CPU = torch.device("cpu")
+_DISPATCHING = ("_is_called_by_autograd", "_note_sum", "_pass_on", "__torch_dispatch__", "_fn", "inner")
 _HOST = "host"  # not on the device
 _CUDA_UNIT = 512
 """CUDA's caching allocator gives out multiples of it; ``torch.cuda.max_memory_allocated`` counts these."""
@@ -101,6 +103,7 @@ class FollowedMemory(TorchDispatchMode):
         self._first = 0
         self._calls: list[str] = []
         self._backward_place = ""
+        self._sum: tuple[_Storage, set[int]] | None = None  # of gradients, and the numbers of its terms
 
     # ---------------------------------------------------------------------------------------------- following
 
@@ -116,6 +119,9 @@ class FollowedMemory(TorchDispatchMode):
 
     def _pass_on(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         outputs = func(*args, **kwargs)
+        if func is torch.ops.aten.add.Tensor and self.phase == "backward":
+            self._note_sum(outputs, args)
+            return outputs
         # Further formulas are registered when an attention is imported.
         if formula := flop_registry.get(func.overloadpacket) or _MORE_FLOPS.get(str(func.overloadpacket)):
             count = formula(*args, **kwargs, out_val=outputs)
@@ -144,14 +150,38 @@ class FollowedMemory(TorchDispatchMode):
         if self._is_on_host:
             noted.component = _HOST
         self._storages.append(noted)
+        self._sum = None
         self._living[address] = number, weakref.ref(storage, partial(self._release, address))
         self._events.append(number)
         return noted
 
     def _release(self, address: int, _: Any) -> None:
         number, _ = self._living.pop(address)
-        self._storages[number].died = len(self._events)
-        self._events.append(-1 - number)
+        index = len(self._events)
+        if self._sum is not None and number in self._sum[1]:  # the sum takes its place
+            index = self._sum[0].born
+            for event in self._events[index + 1 :]:  # what has been released since
+                later = self._storages[-1 - event]
+                later.died = index + 2 if later.died is None else later.died + 1
+            self._sum[0].born = index + 1
+            self._sum = None
+        self._storages[number].died = index
+        self._events.insert(index, -1 - number)
+
+    def _note_sum(self, output: Tensor, terms: Sequence[Any]) -> None:
+        """Note a sum of two gradients that autograd would write into one of them.
+
+        It does so unless a dispatch mode is active; then it makes a third tensor. Sums within the backward pass of a
+        function in Python stay what they are.
+        """
+        numbers = {
+            self._living[address][0]
+            for term in terms
+            if isinstance(term, Tensor) and (address := term.untyped_storage()._cdata) in self._living
+        }
+        noted = self.follow(output)
+        if not torch.is_grad_enabled() and _is_called_by_autograd():
+            self._sum = noted, numbers
 
     @contextmanager
     def on_host(self) -> Iterator[None]:
@@ -267,6 +297,14 @@ class FollowedMemory(TorchDispatchMode):
                 sizes = kept.setdefault(storage.place, {})
                 sizes[storage.dtype] = sizes.get(storage.dtype, 0) + storage.size
         return kept
+
+
+def _is_called_by_autograd() -> bool:
+    """Return whether an operator was called by torch's engine, not by a function in Python."""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name in _DISPATCHING:
+        frame = frame.f_back
+    return frame is not None and frame.f_code.co_name == "_engine_run_backward"
 
 
 def is_loss(phase: str, place: str) -> bool:

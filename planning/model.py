@@ -111,6 +111,9 @@ def build_model(checkpoint: Checkpoint, args: RunArguments, training_arguments: 
     model.eval()
     weights = sum(parameter.numel() for parameter in model.parameters())
     if quantization:
+        if args.lora.use_dora:
+            what = f"--use_dora on weights quantised as {quantization} cannot be rehearsed"
+            raise ConfigError(what, "Rehearse it without --use_dora, which trains a value per row more")
         quantize_on_meta(model, checkpoint, quantization)
     if storage_dtype != dtype:
         compute_in_float32(model)

@@ -213,6 +213,8 @@ READ = [
     Member("torch.nn:Module._buffers", "planning/model.py"),
     Member("transformers:PreTrainedModel._from_config", "planning/model.py"),
     Member("torch:UntypedStorage._cdata", "planning/memory.py"),
+    Member("torch.autograd.graph:_engine_run_backward", "planning/memory.py", "t_outputs args kwargs"),
+    Member("torch.optim.optimizer:_foreach_supported_types", "planning/fake_cuda.py"),
     Member("torch.nn:Module._parameters", "planning/model.py"),
     *(
         Member(f"accelerate.state:{name}._shared_state", REHEARSAL)
