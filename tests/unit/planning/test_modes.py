@@ -15,6 +15,7 @@ from tests.unit.planning.shapes import rehearse_flags, write_config
 from training.config.parsing import parse_args
 
 WIDE = {"hidden_size": 128, "intermediate_size": 256}
+GROUPS = {"bits": 4, "group_size": 128}
 LINEAR = 2 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256)
 """Weights of the linear layers of a wide model."""
 
@@ -38,8 +39,8 @@ def test_blocks_keep_no_float32_states_in_bfloat16_runs(tmp_path: Path, flags: s
     ("quantization", "stored"),
     [
         (None, LINEAR / 2 + LINEAR / 64 * (1 + 4 / 256) + 7 * 2 * 4 * 272),
-        ({"quant_method": "gptq", "bits": 4, "group_size": 128}, LINEAR / 2 + LINEAR / 128 * 2.5 + 4 * 2 * (6 * 128 + 256)),
-        ({"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm"}, LINEAR / 2 + LINEAR / 128 * 2.5),
+        ({"quant_method": "gptq", **GROUPS}, LINEAR / 2 + LINEAR / 128 * 2.5 + 4 * 2 * (6 * 128 + 256)),
+        ({"quant_method": "awq", "version": "gemm", **GROUPS}, LINEAR / 2 + LINEAR / 128 * 2.5),
     ],
 )  # fmt: skip
 def test_packed_weights_have_their_stored_size(
