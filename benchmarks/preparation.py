@@ -251,7 +251,8 @@ def main(argv: Sequence[str]) -> None:
         speed = () if args.only == "memory" else measure_speed(*common, args.rounds)
         for key, value in chain(memory, speed):
             summary[key] = value
-            summary["commands"][key] = f"python -m benchmarks.preparation {' '.join(argv)}"
+            words = (Path(word).name if os.path.isabs(word) else word for word in argv)  # not this machine's folders
+            summary["commands"][key] = f"python -m benchmarks.preparation {' '.join(words)}"
             print(key, json.dumps(value), flush=True)
     save_results(summary, args.output)
 
