@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from qwen_model.adapter_dropout import AdapterDropout, drop, drop_again, drop_product
+from qwen_model.fused_ops import NormInput, norm_input_of
 from qwen_model.head import Adapter, add_bias, base_and_adapter
 from qwen_model.products import add_product, product
 
@@ -111,19 +112,25 @@ def _dropped_share(adapter: Adapter) -> float | None:
 
 def _compute(layers: Sequence[_Parts], first: Tensor, second: Tensor | None = None) -> tuple[Tensor, ...]:
     tensors = [tensor for layer in layers for tensor in (layer.weight, layer.bias, layer.down, layer.up)]
-    outputs: tuple[Tensor, ...] = _Projection.apply(layers, first, second, *tensors)
+    outputs: tuple[Tensor, ...] = _Projection.apply(layers, norm_input_of(first), first, second, *tensors)
     return outputs
 
 
 class _Projection(torch.autograd.Function):
     """Outputs of layers for a common input: ``first``, or ``silu(first) * second``.
 
-    ``tensors`` are weight, bias, down and up of each layer.
+    ``tensors`` are weight, bias, down and up of each layer. Where ``first`` is the output of a norm, the norm's input
+    is kept in its place, which the norm keeps as well.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, layers: Sequence[_Parts], first: Tensor, second: Tensor | None, *tensors: Tensor | None
+        ctx: Any,
+        layers: Sequence[_Parts],
+        norm: NormInput | None,
+        first: Tensor,
+        second: Tensor | None,
+        *tensors: Tensor | None,
     ) -> tuple[Tensor, ...]:
         device = first.device.type
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else first.dtype
@@ -131,9 +138,13 @@ class _Projection(torch.autograd.Function):
         x = first if second is None else F.silu(first).mul_(second)
         x = x.to(dtype).reshape(-1, x.shape[-1])
         outputs: list[Tensor] = []
-        needs = _split(ctx.needs_input_grad[3:], 4)
+        needs = _split(ctx.needs_input_grad[4:], 4)
         reads_input = second is not None or any(to_weight or to_down for to_weight, _, to_down, _ in needs)
-        saved: list[Tensor | None] = [first if reads_input else None, second]
+        saved: list[Tensor | None] = [None] * 5
+        if reads_input and norm is not None:
+            saved[:3] = norm.states, norm.inverse, norm.weight
+        elif reads_input:
+            saved[3:] = first, second
         ctx.layers, ctx.factors, ctx.dtype, ctx.shape = layers, [], dtype, first.shape
         for layer, (weight, bias, down, up) in zip(layers, _split(tensors, 4), strict=True):
             output = product(x, layer.base_weight(weight, dtype).T, None if bias is None else bias.to(dtype))
@@ -148,8 +159,10 @@ class _Projection(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        first, second, *saved = ctx.saved_tensors
-        _, needs_first, needs_second, *needs = ctx.needs_input_grad
+        states, inverse, norm_weight, first, second, *saved = ctx.saved_tensors
+        _, _, needs_first, needs_second, *needs = ctx.needs_input_grad
+        if states is not None:
+            first = NormInput(states, inverse, norm_weight).output()
         activated = None if second is None else F.silu(first)
         x = first if activated is None else activated * second
         x = None if x is None else x.to(ctx.dtype).reshape(-1, x.shape[-1])
@@ -168,13 +181,13 @@ class _Projection(torch.autograd.Function):
         for layer in filter(None, layers if needs_first or needs_second else []):
             to_x = layer.add_to_input(to_x)
         if to_x is None:
-            return None, None, None, *to_tensors
+            return None, None, None, None, *to_tensors
         to_first = to_x.view(ctx.shape)
         if activated is None:
-            return None, to_first, None, *to_tensors
+            return None, None, to_first, None, *to_tensors
         to_first = to_first.to(first.dtype)
         to_second = activated.mul_(to_first)
-        return None, torch.ops.aten.silu_backward(to_first.mul_(second), first), to_second, *to_tensors
+        return None, None, torch.ops.aten.silu_backward(to_first.mul_(second), first), to_second, *to_tensors
 
 
 def _add_adapter(

@@ -8,6 +8,7 @@ Shapes: B batch, T tokens, H heads, D head size, R rotated channels of a head, C
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -22,21 +23,51 @@ def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
         states: [..., C].
         weight: [C]; it gets a gradient if it is trained.
     """
-    output: Tensor = _RMSNorm.apply(states, weight, eps)
-    return output
+    output: Any
+    output, inverse = _RMSNorm.apply(states, weight, eps)
+    if output.requires_grad:
+        output.norm_input = NormInput(states.detach(), inverse, weight.detach()), output._version
+    result: Tensor = output
+    return result
+
+
+@dataclass(frozen=True)
+class NormInput:
+    """What the output of a norm is computed from: kept by the norm, so that others need not keep the output.
+
+    Attributes:
+        states: [..., C].
+        inverse: reciprocal of the root mean square, float32 [..., 1].
+        weight: [C].
+    """
+
+    states: Tensor
+    inverse: Tensor
+    weight: Tensor
+
+    def output(self) -> Tensor:
+        """Compute the output again; its bits are those of the norm."""
+        return _scaled((self.states * self.inverse).to(self.states.dtype), self.weight)
+
+
+def norm_input_of(states: Tensor) -> NormInput | None:
+    """What states were computed from, if they are the output of ``rms_norm``, unchanged, and need a gradient."""
+    norm_input, version = getattr(states, "norm_input", (None, 0))
+    return norm_input if version == states._version else None
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         length = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
         inverse = length.square_().div_(states.shape[-1]).add_(eps).rsqrt_()
         ctx.save_for_backward(states, inverse, weight)
-        return _scaled((states * inverse).to(states.dtype), weight)
+        ctx.mark_non_differentiable(inverse)
+        return NormInput(states, inverse, weight).output(), inverse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         states, inverse, weight = ctx.saved_tensors
         # With n = x / rms(x): the gradient of x is (g w - n mean(g w n)) / rms(x), that of w is the sum of g n.
         products = (gradient.float() * states).flatten(0, -2)  # g x

@@ -209,6 +209,7 @@ READ = [
     Member("transformers:PreTrainedConfig._attn_implementation", "qwen_model/fast_blocks.py"),
     Member("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu", "qwen_model/sample_attention.py"),
     Member("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "qwen_model/sample_attention.py"),
+    Member("torch:Tensor._version", "qwen_model/fused_ops.py"),
     Member("torch.nn:Module._buffers", "loading/quantized.py"),
     Member("torch.nn:Module._buffers", "planning/model.py"),
     Member("transformers:PreTrainedModel._from_config", "planning/model.py"),
