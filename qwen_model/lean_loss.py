@@ -1,8 +1,8 @@
 """The training loss of a causal language model from hidden states, without the logits of all positions.
 
 With Qwen's vocabulary the logits of a batch need more memory than the model's activations: 4.6 GiB per float32 copy at
-8,192 tokens. The lean loss computes the logits of the trained positions in chunks, and the gradients of each chunk in
-the same pass; the tensors saved for the backward pass have the size of the hidden states.
+8,192 tokens. The lean loss computes the logits of the trained positions in blocks, and their gradients in the same
+pass; the tensors saved for the backward pass have the size of the hidden states.
 
 Shapes: B batch, T tokens, N trained positions, C hidden size, V vocabulary rows, R rank of an adapter on the head,
 K trained rows of a frozen head.
@@ -11,6 +11,7 @@ K trained rows of a frozen head.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,9 +25,14 @@ from qwen_model.head import Head, call_within, head_of, parts_of
 from qwen_model.products import product
 
 LOGITS_CHUNK_BYTES = 128 * 2**20
-"""Most bytes of the float32 logits of one chunk. Products of a quarter of the rows take 1.3 times as long per row."""
+"""Most bytes of the float32 logits of one chunk, which a trained head needs at once."""
 
-_BLOCK = 16384  # rows of the head per product of its gradient in half precision
+_BLOCK_BYTES = {"cpu": 32 * 2**20}
+"""Most bytes of the logits that are computed at a time, by device: on a CPU they stay in its cache."""
+
+_MOST_POSITIONS = 4096  # of a chunk, if the head is not trained
+_ALIGNED = 128  # blocks have a multiple of this many columns
+_LOWEST, _HIDDEN = torch.finfo(torch.float32).min, -1e30
 
 
 @dataclass
@@ -130,9 +136,9 @@ class _LeanCrossEntropy(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
         with torch.autocast(device.type, enabled=False):
             head = Head(weight, bias, row_ids, row_values, None, adapter_output)
-            chunks = _Chunks(head, hidden, adapter_input, dtype, ctx.needs_input_grad[:6], label_smoothing)
-            loss, correct = chunks.run(targets, weights)
-        ctx.gradients = chunks.gradients
+            blocks = _Blocks(head, hidden, adapter_input, dtype, ctx.needs_input_grad[:6], label_smoothing)
+            loss, correct = blocks.run(targets, weights)
+        ctx.gradients = blocks.gradients
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
@@ -151,8 +157,51 @@ class _LeanCrossEntropy(torch.autograd.Function):
         )
 
 
-class _Chunks:
-    """One forward pass over all chunks, one after the other, which add to the same gradients.
+@dataclass
+class _Columns:
+    """Some columns of the logits: a block of the vocabulary, or the trained rows of a frozen head.
+
+    Attributes:
+        weight: [W, C], in the precision of the products.
+        bias: [W].
+        adapter_output: [W, R], in the precision of the products.
+        start: id of a block's first column; ``None``: the trained rows.
+        to_weight, to_bias, to_adapter_output: gradients of these columns, which are added to; ``None``: not needed.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    adapter_output: Tensor | None
+    start: int | None
+    to_weight: Tensor | None
+    to_bias: Tensor | None
+    to_adapter_output: Tensor | None
+
+    def logits(self, hidden: Tensor, adapter_input: Tensor | None) -> Tensor:
+        """Return the logits [n, W], float32, of hidden states in the precision of the products."""
+        logits = product(hidden, self.weight.T).float()
+        if adapter_input is not None and self.adapter_output is not None:
+            logits += adapter_input @ self.adapter_output.T
+        if self.bias is not None:
+            logits += self.bias.float()
+        return logits
+
+    def add_gradients(self, narrow: Tensor, factor: Tensor, hidden: Tensor, adapter_input: Tensor | None) -> None:
+        """Add the products of the columns' gradient, ``narrow`` [n, W] times ``factor`` [n, 1], with the inputs."""
+        if self.to_weight is not None:
+            _add_product(self.to_weight, narrow, hidden * factor)
+        if self.to_bias is not None:
+            self.to_bias += (factor.T @ narrow.float())[0]
+        if self.to_adapter_output is not None and adapter_input is not None:
+            _add_product(self.to_adapter_output, narrow, adapter_input * factor)
+
+
+class _Blocks:
+    """One pass over the logits: chunks of positions, each in blocks of columns.
+
+    The softmax over all columns is that within each block, times a factor per position and block that is known after
+    the last block. What is added to the gradients of the inputs is therefore scaled anew with each block (as in flash
+    attention), and only a trained head needs all blocks of a chunk at the end.
 
     Args:
         head: its tensors, of any floating-point dtype.
@@ -171,97 +220,204 @@ class _Chunks:
         needs_grad: tuple[bool, ...],
         label_smoothing: float,
     ) -> None:
-        self.head, self.dtype, self.label_smoothing = head, dtype, label_smoothing
+        self.head, self.dtype, self.epsilon = head, dtype, label_smoothing
         self.hidden, self.adapter_input = hidden, adapter_input
-        self.weight = head.weight.to(dtype)
-        self.row_values = None if head.row_values is None else head.row_values.to(dtype)
-        self.adapter_output = None if head.adapter_output is None else head.adapter_output.to(dtype)
         inputs = (hidden, head.weight, head.bias, head.row_values, adapter_input, head.adapter_output)
         self.gradients = [
             torch.zeros_like(tensor, dtype=torch.float32) if needed and tensor is not None else None
             for tensor, needed in zip(inputs, needs_grad, strict=True)
         ]
         self.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
+        self.needs_gradient = any(gradient is not None for gradient in self.gradients)
+        self.trains_head = any(self.gradients[index] is not None for index in (1, 2, 3, 5))
         positions, vocabulary = hidden.shape[0], head.weight.shape[0]
-        most = max(1, LOGITS_CHUNK_BYTES // (4 * vocabulary))
+        most = max(1, LOGITS_CHUNK_BYTES // (4 * vocabulary)) if self.trains_head else _MOST_POSITIONS
         self.rows = max(1, math.ceil(positions / max(1, math.ceil(positions / most))))  # chunks of about the same size
+        most_bytes = min(LOGITS_CHUNK_BYTES, _BLOCK_BYTES.get(hidden.device.type, LOGITS_CHUNK_BYTES))
+        width = max(_ALIGNED, most_bytes // (4 * self.rows) // _ALIGNED * _ALIGNED)
+        self.columns = list(self._split(width))
+
+    def _split(self, width: int) -> Iterator[_Columns]:
+        head, (_, to_weight, to_bias, to_rows, _, to_adapter_output) = self.head, self.gradients
+        weight = head.weight.to(self.dtype)
+        adapter = None if head.adapter_output is None else head.adapter_output.to(self.dtype)
+        for start in range(0, head.weight.shape[0], width):
+            bias, output, *gradients = (
+                None if each is None else each[start : start + width]
+                for each in (head.bias, adapter, to_weight, to_bias, to_adapter_output)
+            )
+            yield _Columns(weight[start : start + width], bias, output, start, *gradients)
+        if head.row_ids is not None and head.row_values is not None:
+            bias = None if head.bias is None else head.bias[head.row_ids]
+            of_bias = None if to_bias is None else to_bias.new_zeros(len(head.row_ids))
+            yield _Columns(head.row_values.to(self.dtype), bias, None, None, to_rows, of_bias, None)
 
     def run(self, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
         loss = torch.zeros((), device=targets.device)
         correct = torch.zeros((), dtype=torch.long, device=targets.device)
         for start in range(0, targets.shape[0], self.rows):
             span = slice(start, start + self.rows)
-            chunk_loss, chunk_correct = self._chunk(span, targets[span], weights[span])
+            chunk_loss, chunk_correct = _Chunk(self, span, targets[span, None]).run(weights[span, None])
             loss += chunk_loss
             correct += chunk_correct
+        if self.gradients[2] is not None and self.head.row_ids is not None and self.columns[-1].to_bias is not None:
+            self.gradients[2].index_add_(0, self.head.row_ids, self.columns[-1].to_bias)
         self.gradients = [
             None if gradient is None else gradient.to(dtype)
             for gradient, dtype in zip(self.gradients, self.dtypes, strict=True)
         ]
         return loss, correct
 
-    def _chunk(self, span: slice, targets: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-        logits = self._logits(span)
-        targets, weights = targets[:, None], weights[:, None]
-        largest, best = _find_largest(logits)
-        of_target = logits.gather(1, targets)
-        epsilon, vocabulary = self.label_smoothing, logits.shape[1]
-        mean = logits.mean(1, keepdim=True) if epsilon else of_target
-        probabilities = _softmax_in_place(logits, largest)
-        log_total = largest - probabilities.gather(1, best).log()
-        losses = log_total - (1 - epsilon) * of_target - epsilon * mean
-        if any(gradient is not None for gradient in self.gradients):
-            # Gradient of the logits: softmax minus (smoothed) target. Its weights are factors of the products below.
-            gradient = probabilities.sub_(epsilon / vocabulary) if epsilon else probabilities
-            gradient.scatter_add_(1, targets, torch.full_like(of_target, epsilon - 1))
-            self._backward(gradient, weights, span)
-        return (losses * weights).sum(), (best == targets).sum()
 
-    def _logits(self, span: slice) -> Tensor:
-        hidden = self.hidden[span].to(self.dtype)
-        logits = product(hidden, self.weight.T).float()
-        if self.adapter_input is not None and self.adapter_output is not None:
-            logits += self.adapter_input[span].to(self.dtype) @ self.adapter_output.T
-        if self.head.row_ids is not None and self.row_values is not None:
-            logits[:, self.head.row_ids] = (hidden @ self.row_values.T).float()
-        if self.head.bias is not None:
-            logits += self.head.bias.float()
-        return logits
+class _Chunk:
+    """Some positions: what is known of their softmax after the columns so far.
 
-    def _backward(self, gradient: Tensor, weights: Tensor, span: slice) -> None:
-        """Backpropagate a chunk into the gradients of all inputs.
+    Attributes:
+        targets: [n, 1]; ``is_row`` and ``row`` say which of them is which trained row of a frozen head.
+        total: logarithm of the summed exponentials, [n, 1].
+        largest, best: largest logit and its id, [n, 1] each.
+        of_target: logit of the target, [n, 1].
+        summed: sum of the logits, [n, 1], for label smoothing.
+        to_hidden, to_adapter_input: the softmax times head and ``adapter_output``, [n, C] and [n, R]; views of the
+            gradients.
+    """
+
+    def __init__(self, blocks: _Blocks, span: slice, targets: Tensor) -> None:
+        self.blocks, self.targets = blocks, targets
+        self.hidden = blocks.hidden[span].to(blocks.dtype)
+        self.adapter_input = None if blocks.adapter_input is None else blocks.adapter_input[span].to(blocks.dtype)
+        to_hidden, *_, to_adapter_input, _ = blocks.gradients
+        self.to_hidden = None if to_hidden is None else to_hidden[span]
+        self.to_adapter_input = None if to_adapter_input is None else to_adapter_input[span]
+        self.total = torch.full(targets.shape, _LOWEST, device=targets.device)
+        self.largest, self.best = self.total.clone(), torch.full_like(targets, -1)
+        self.of_target, self.summed = torch.zeros_like(self.total), torch.zeros_like(self.total)
+        row_ids = blocks.head.row_ids
+        if row_ids is None:
+            self.row, self.is_row = torch.zeros_like(targets), torch.zeros_like(targets, dtype=torch.bool)
+        else:
+            self.is_row, self.row = (targets == row_ids).float().max(1, keepdim=True)
+            self.is_row = self.is_row.bool()
+
+    def run(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the weighted loss and the number of targets predicted; add to all gradients."""
+        epsilon, vocabulary = self.blocks.epsilon, self.blocks.head.weight.shape[0]
+        kept = [self._pass(columns) for columns in self.blocks.columns]
+        losses = self.total - (1 - epsilon) * self.of_target - epsilon * self.summed / vocabulary
+        if self.blocks.needs_gradient:
+            # Softmax minus smoothed target, at the target: exact also where both are close to 1.
+            at_target = (self.of_target - self.total).expm1() + epsilon
+            self._finish_inputs(at_target, weights)
+            for columns, (narrow, total) in zip(self.blocks.columns, kept, strict=True):
+                if narrow is not None:
+                    factor = (total - self.total).exp() * weights
+                    columns.add_gradients(narrow, factor, self.hidden, self.adapter_input)
+            self._finish_head(at_target * weights, weights)
+        return (losses * weights).sum(), (self.best == self.targets).sum()
+
+    def _pass(self, columns: _Columns) -> tuple[Tensor | None, Tensor]:
+        """Go over some columns; return their softmax without the targets', if it is needed again, and their total."""
+        logits = columns.logits(self.hidden, self.adapter_input)
+        if columns.start is None:
+            place, is_inside = self.row, self.is_row
+        else:
+            place = self.targets - columns.start
+            is_inside = (place >= 0) & (place < logits.shape[1]) & ~self.is_row
+            place = place.clamp(0, logits.shape[1] - 1)
+        if self.blocks.epsilon:
+            self.summed += logits.sum(1, keepdim=True)
+        if columns.start is not None and self.blocks.head.row_ids is not None:
+            self._hide_rows(logits, self.blocks.head.row_ids - columns.start)
+        self.of_target = torch.where(is_inside, logits.gather(1, place), self.of_target)
+        largest, index = _find_largest(logits)
+        if columns.start is not None:
+            ids = index + columns.start
+        else:
+            assert self.blocks.head.row_ids is not None, "there are trained rows"
+            ids = self.blocks.head.row_ids[index]
+        self.best = torch.where(largest > self.largest, ids, self.best)
+        self.largest = torch.maximum(largest, self.largest)
+        softmax = _softmax_in_place(logits, largest)
+        total = largest - softmax.gather(1, index).log()
+        before, self.total = self.total, torch.logaddexp(self.total, total)
+        if not self.blocks.needs_gradient:
+            return None, total
+        softmax.scatter_(1, place, softmax.gather(1, place).masked_fill(is_inside, 0))
+        narrow = softmax.to(self.blocks.dtype)
+        factor, decay = (total - self.total).exp(), (before - self.total).exp()
+        for summed, output in (
+            (self.to_hidden, columns.weight), (self.to_adapter_input, columns.adapter_output)
+        ):  # fmt: skip
+            if summed is not None:
+                summed.mul_(decay)
+                if output is not None:
+                    summed.add_(product(narrow, output) * factor)
+        return (narrow if self.blocks.trains_head else None), total
+
+    def _hide_rows(self, logits: Tensor, places: Tensor) -> None:
+        """Take the columns that trained rows replace out of a block; most places are outside of it."""
+        is_inside = (places >= 0) & (places < logits.shape[1])
+        places = places.clamp(0, logits.shape[1] - 1)
+        if self.blocks.epsilon:
+            self.summed -= (logits[:, places] * is_inside).sum(1, keepdim=True)
+        logits.index_add_(1, places, (is_inside * _HIDDEN).expand(len(logits), -1))
+
+    def _finish_inputs(self, at_target: Tensor, weights: Tensor) -> None:
+        """Add the target's part to the gradients of the inputs, and multiply them with the weights."""
+        head, targets = self.blocks.head, self.targets[:, 0]
+        share = self.blocks.epsilon / head.weight.shape[0]
+        for total, rows, trained in (
+            (self.to_hidden, head.weight, head.row_values), (self.to_adapter_input, head.adapter_output, None)
+        ):  # fmt: skip
+            if total is None:
+                continue
+            if rows is not None:
+                of_target = rows[targets].float()
+                if head.row_ids is not None:
+                    other = torch.zeros_like(of_target) if trained is None else trained[self.row[:, 0]].float()
+                    of_target = torch.where(self.is_row, other, of_target)
+                total.addcmul_(of_target, at_target)
+                if share:
+                    summed = rows.sum(0, dtype=torch.float32)
+                    if head.row_ids is not None:
+                        summed -= rows[head.row_ids].sum(0, dtype=torch.float32)
+                        summed += 0 if trained is None else trained.sum(0, dtype=torch.float32)
+                    total.sub_(share * summed)
+            total.mul_(weights)
+
+    def _finish_head(self, at_target: Tensor, weights: Tensor) -> None:
+        """Add the target's part to the gradients of the head.
 
         Args:
-            gradient: [n, V], of the unweighted loss of each position with respect to its logits.
-            weights: [n, 1], of the positions.
+            at_target: [n, 1], weighted.
         """
-        to_hidden, to_weight, to_bias, to_rows, to_adapter_input, to_adapter_output = self.gradients
-        hidden = (self.hidden[span] * weights).to(self.dtype)
+        _, to_weight, to_bias, to_rows, _, to_adapter_output = self.blocks.gradients
+        row_ids, targets = self.blocks.head.row_ids, self.targets[:, 0]
+        share = self.blocks.epsilon / self.blocks.head.weight.shape[0]
+        for total, inputs in ((to_weight, self.hidden), (to_adapter_output, self.adapter_input)):
+            if total is None or inputs is None:
+                continue
+            total.index_add_(0, targets, inputs.float() * at_target.masked_fill(self.is_row, 0))
+            if share:
+                everywhere = share * (weights.T @ inputs.float())
+                total.sub_(everywhere)
+                if row_ids is not None:
+                    total.index_add_(0, row_ids, everywhere.expand(len(row_ids), -1))
         if to_bias is not None:
-            to_bias += (weights.T @ gradient)[0]
-        row_ids = self.head.row_ids
-        of_rows = None
-        if row_ids is not None and self.row_values is not None:
-            of_rows = gradient[:, row_ids].to(self.dtype)
-            gradient[:, row_ids] = 0
-            if to_rows is not None:
-                to_rows += of_rows.T @ hidden
-        narrow = gradient.to(self.dtype)
-        if to_hidden is not None:
-            torch.mul(product(narrow, self.weight), weights, out=to_hidden[span])
-            if of_rows is not None and self.row_values is not None:
-                to_hidden[span] += (of_rows @ self.row_values) * weights
-        if to_weight is not None and self.dtype == torch.float32:
-            to_weight.addmm_(narrow.T, hidden)
-        elif to_weight is not None:
-            for first in range(0, to_weight.shape[0], _BLOCK):
-                block = slice(first, first + _BLOCK)
-                to_weight[block] += narrow[:, block].T @ hidden
-        if self.adapter_input is not None and self.adapter_output is not None:
-            if to_adapter_input is not None:
-                torch.mul(narrow @ self.adapter_output, weights, out=to_adapter_input[span])
-            if to_adapter_output is not None:
-                to_adapter_output += narrow.T @ (self.adapter_input[span] * weights).to(self.dtype)
+            to_bias.index_add_(0, targets, at_target[:, 0])
+            to_bias -= share * weights.sum()
+        if to_rows is not None:
+            to_rows.index_add_(0, self.row[:, 0], self.hidden.float() * at_target.masked_fill(~self.is_row, 0))
+            if share:
+                to_rows.sub_(share * (weights.T @ self.hidden.float()))
+
+
+def _add_product(total: Tensor, narrow: Tensor, inputs: Tensor) -> None:
+    """Add ``narrow.T @ inputs`` to a gradient in float32."""
+    if narrow.dtype == torch.float32:
+        total.addmm_(narrow.T, inputs)
+    else:
+        total.add_(narrow.T @ inputs.to(narrow.dtype))
 
 
 def _find_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
