@@ -73,7 +73,8 @@ def run(args: RunArguments) -> None:
     trainer, log = build_trainer(args, training_arguments, checkpoint, model, sets, facts, start, world, heartbeat)
     record_start(trainer, args, sets, policy, expected_memory(trainer, args))
     with explain_how_to_resume(args.output_dir, args.resumes_automatically):
-        with trainer.signals.handling(), kept_freed_memory(training_arguments.device.type == "cpu"):
+        is_kept = training_arguments.device.type == "cpu" and policy is not None and policy.mode != "full"
+        with trainer.signals.handling(), kept_freed_memory(is_kept):
             trainer.train(resume_from_checkpoint=start.checkpoint)
         seconds = log.progress.elapsed()
         logger.info("Saving to %s", args.output_dir)

@@ -32,17 +32,22 @@ def set_up_libraries() -> None:
         os.environ.setdefault(name, value)
 
 
-def describe_memory() -> str:
-    """Return what becomes of freed memory, for the start-up block."""
-    reason = why_returned()
+def describe_memory(is_kept: bool) -> str:
+    """Return what becomes of freed memory, for the start-up block; see ``kept_freed_memory``."""
+    reason = why_returned() if is_kept else "gradients of embeddings would leave gaps"
     freed = f"returned when it is freed ({reason})" if reason else "kept by the process when it is freed"
     return f"{freed}; {' '.join(f'{name}={os.environ.get(name)}' for name in LIBRARY_SETTINGS)}"
 
 
 @contextmanager
-def kept_freed_memory(on_cpu: bool) -> Iterator[None]:
-    """Let glibc keep what is freed, and return all of it at the end."""
-    library = _glibc() if on_cpu and not why_returned() else None
+def kept_freed_memory(is_kept: bool) -> Iterator[None]:
+    """Let glibc keep what is freed, and return all of it at the end.
+
+    Args:
+        is_kept: whether this is a run on a CPU that does not train whole embeddings: their gradients and those that are
+            added to them would leave gaps in the heap, of half as much memory again.
+    """
+    library = _glibc() if is_kept and not why_returned() else None
     if library is None:
         yield
         return

@@ -44,9 +44,9 @@ def resident() -> int:
 
 @pytest.mark.skipif(why_returned() != "", reason="another C library")
 def test_blocks_are_reused_without_new_pages_and_returned_at_the_end() -> None:
-    with kept_freed_memory(on_cpu=False):
+    with kept_freed_memory(is_kept=False):
         usual, before = new_pages(), resident()
-    with kept_freed_memory(on_cpu=True):
+    with kept_freed_memory(is_kept=True):
         kept = new_pages()
         assert resident() > before + 64 * 2**20
     assert kept < usual / 10
@@ -57,7 +57,7 @@ def test_blocks_are_reused_without_new_pages_and_returned_at_the_end() -> None:
 def test_a_variable_of_the_user_wins(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, "glibc.malloc.trim_threshold=1" if name == "GLIBC_TUNABLES" else "131072")
     assert why_returned() == f"{name}={os.environ[name]}"
-    with kept_freed_memory(on_cpu=True):
+    with kept_freed_memory(is_kept=True):
         assert new_pages() > 0
 
 
