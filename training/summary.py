@@ -129,7 +129,7 @@ def describe_run(
         ("steps", f"{steps:,} of {batch} {_items_of(trainer)} ({per_epoch:,} per epoch)"),
         *([("expected", memory)] if memory else []),
         ("output", str(args.output_dir)),
-        *([("memory", describe_memory(policy is not None and policy.mode != "full"))] if training.device.type == "cpu" else []),
+        *([("memory", describe_memory(policy))] if training.device.type == "cpu" else []),
     ]
     return "\n".join(f"  {name:<11}{value}" for name, value in rows)
 

@@ -64,19 +64,16 @@ def test_a_variable_of_the_user_wins(name: str, monkeypatch: pytest.MonkeyPatch)
 def test_the_log_says_what_becomes_of_freed_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    flags = (
-        "--model_name_or_path",
-        TINY,
-        "--data_path",
-        write_conversations(tmp_path / "train.json"),
-        "--max_steps",
-        1,
-    )
-    finetune_here(*flags, "--output_dir", tmp_path / "kept", "--use_cpu")
+    data = write_conversations(tmp_path / "train.json")
+    flags = ["--model_name_or_path", TINY, "--data_path", data, "--max_steps", 1, "--use_cpu"]
+    finetune_here(*flags, "--output_dir", tmp_path / "full")
+    assert "  memory     returned when it is freed (gradients of embeddings would " in capsys.readouterr().err
+    flags += ["--use_lora", "--trainable_embeddings", "none"]
+    finetune_here(*flags, "--output_dir", tmp_path / "kept")
     settings = "THP_MEM_ALLOC_ENABLE=1 ONEDNN_PRIMITIVE_CACHE_CAPACITY=128 LRU_CACHE_CAPACITY=128"
     assert f"  memory     kept by the process when it is freed; {settings}\n" in capsys.readouterr().err
     monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "131072")
     monkeypatch.setenv("THP_MEM_ALLOC_ENABLE", "0")
-    finetune_here(*flags, "--output_dir", tmp_path / "returned", "--use_cpu")
+    finetune_here(*flags, "--output_dir", tmp_path / "returned")
     line = "  memory     returned when it is freed (MALLOC_TRIM_THRESHOLD_=131072); THP_MEM_ALLOC_ENABLE=0 "
     assert line in capsys.readouterr().err
