@@ -51,6 +51,8 @@ def looking_like_cuda(memory: FollowedMemory) -> Iterator[None]:
         patch.object(F, "dropout", _dropout(F.dropout)),
         patch.object(torch.cuda, "get_device_capability", lambda device=None: CAPABILITY),
         patch.object(torch.cuda, "is_bf16_supported", lambda *args, **kwargs: True),
+        # Else checkpoints would keep the random states of a real GPU, as tensors with data.
+        patch.object(torch.cuda, "_initialized", False),
         # torch's optimizers update many parameters at once where they know the class of a tensor.
         patch.object(torch_optimizer, "_foreach_supported_types", [Tensor, torch.nn.Parameter, FakeTensor]),
     ]

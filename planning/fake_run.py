@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -241,16 +242,18 @@ def _put_batch(batch: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _own_state() -> Iterator[None]:
-    """Keep what libraries share within a process as it is: accelerate's states, random states, the log level."""
+    """Keep what a process shares as it is: accelerate's states, random states, log level, environment."""
     shared: list[Any] = [PartialState._shared_state, AcceleratorState._shared_state, GradientState._shared_state]
     before = [dict(state) for state in shared]
+    disabled = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with without_launcher(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        environment = patch.dict(os.environ)
+        with environment, without_launcher(), torch.random.fork_rng(devices=[]), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logging.disable(logging.NOTSET)
+        logging.disable(disabled)
         for state, values in zip(shared, before, strict=True):
             state.clear()
             state.update(values)

@@ -215,6 +215,7 @@ READ = [
     Member("transformers:PreTrainedModel._from_config", "planning/model.py"),
     Member("torch:UntypedStorage._cdata", "planning/memory.py"),
     Member("torch.autograd.graph:_engine_run_backward", "planning/memory.py", "t_outputs args kwargs"),
+    Member("torch.cuda:_initialized", "planning/fake_cuda.py"),
     Member("torch.optim.optimizer:_foreach_supported_types", "planning/fake_cuda.py"),
     Member("torch.nn:Module._parameters", "planning/model.py"),
     *(

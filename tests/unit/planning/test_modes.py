@@ -20,7 +20,7 @@ LINEAR = 2 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 256)
 """Weights of the linear layers of a wide model."""
 
 
-@pytest.mark.parametrize("flags", ["--use_lora --bf16", "--bf16", "--pure_bf16"])
+@pytest.mark.parametrize("flags", ["--use_lora --bf16", "--bf16"])
 def test_blocks_keep_no_float32_states_in_bfloat16_runs(tmp_path: Path, flags: str) -> None:
     args = parse_args(["--model_name_or_path", str(write_config(tmp_path)), *flags.split()])
     args.trainer["gradient_checkpointing"] = False
@@ -74,7 +74,7 @@ def test_trained_tokens_cost_two_rows_and_trained_embeddings_all(tmp_path: Path)
 
 
 def test_checkpointing_keeps_fewer_activations_for_more_operations(tmp_path: Path) -> None:
-    folder = write_config(tmp_path, num_hidden_layers=6)
+    folder = write_config(tmp_path, num_hidden_layers=4)
     flags = "--use_lora --bf16 --gradient_checkpointing"
     every, second, none, offloaded = (
         rehearse_flags(folder, f"{flags} {more}", (200, 200), device_type="cuda")
@@ -84,7 +84,8 @@ def test_checkpointing_keeps_fewer_activations_for_more_operations(tmp_path: Pat
         )
     )  # fmt: skip
     kept = [each.moments["loss"].components["activations"] for each in (offloaded, every, second, none)]
-    assert kept == sorted(kept) and kept[0] < kept[1] / 2 and kept[1] < kept[2] / 2
+    assert kept == sorted(kept) and kept[1] < kept[2] / 2
+    assert kept[1] - kept[0] == 3 * 2 * 400 * 32  # inputs of the blocks but the first, which is the embedding's output
     assert 0.5 < (every.flops_backward - none.flops_backward) / none.flops_forward < 1  # all but the loss
     assert none.flops_backward < second.flops_backward < every.flops_backward
     assert offloaded.flops_backward == every.flops_backward

@@ -10,12 +10,12 @@ from errors import ConfigError
 from tests.unit.planning.shapes import WEIGHTS, rehearse_flags, write_config
 
 
-@pytest.mark.parametrize("optimizer", ["adamw_8bit", "lion_8bit", "adamw_torch_4bit"])
+@pytest.mark.parametrize("optimizer", ["adamw_8bit", "adamw_torch_4bit"])
 def test_states_of_large_parameters_are_quantised_in_blocks(tmp_path: Path, optimizer: str) -> None:
     folder = write_config(tmp_path, hidden_size=64, intermediate_size=128)
     rehearsal = rehearse_flags(folder, f"--optim {optimizer}", device_type="cpu")
     number, bytes_each, block, keeps_embedding = {
-        "adamw_8bit": (2, 1, 256, True), "lion_8bit": (1, 1, 256, True), "adamw_torch_4bit": (2, 0.5, 128, False),
+        "adamw_8bit": (2, 1, 256, True), "adamw_torch_4bit": (2, 0.5, 128, False),
     }[optimizer]  # fmt: skip
     expected = 0
     for tensor in rehearsal.tensors:

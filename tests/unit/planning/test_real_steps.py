@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -111,18 +112,18 @@ def test_read_of_a_value_within_the_step_raises(tmp_path: Path, monkeypatch: pyt
 
 
 def test_rehearsal_leaves_no_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Random states, accelerate's states and the folder stay as they are, so that a run can rehearse itself."""
+    """Random and accelerate's states, environment and folder stay as they are, so that a run can rehearse itself."""
     from accelerate import PartialState
 
     monkeypatch.chdir(tmp_path)
     folder = write_config(tmp_path / "model")
-    shared = dict(PartialState._shared_state)
+    shared, environment = dict(PartialState._shared_state), dict(os.environ)
     torch.manual_seed(3)
     first = torch.rand(2)
     torch.manual_seed(3)
     rehearse_flags(folder, "--use_lora --output_dir out")
     assert torch.equal(torch.rand(2), first)
-    assert PartialState._shared_state == shared
+    assert PartialState._shared_state == shared and dict(os.environ) == environment
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
 
 
