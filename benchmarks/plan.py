@@ -101,11 +101,31 @@ def calibrate(args: argparse.Namespace) -> int:
                     rows.append(row)
     record = {"command": "python -m benchmarks.plan", "machine": machine(), "rows": rows}
     save_results(record, args.output)
+    print("\n".join(table(rows)))
     outside = [row for row in rows if not row["within"]]
     print(
         f"{len(rows) - len(outside)} of {len(rows)} within {TOLERANCE:.0%}, {TOLERANCE_MIB} MiB below {SMALL_MIB} MiB"
     )
     return 1 if outside else 0
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """Return the results in Markdown: rehearsed and measured MiB, with their difference."""
+    cases = sorted(
+        {(row["mode"], row["tokens"]) for row in rows}, key=lambda case: (list(MODES).index(case[0]), case[1])
+    )
+    cells = {
+        (row["shape"], row["mode"], row["tokens"]): (
+            f"{row['rehearsed_mib']:,} / {row['measured_mib']:,} ({row['error']:+.0%})"
+        )
+        for row in rows
+    }
+    shapes = list(dict.fromkeys(row["shape"] for row in rows))
+    lines = [f"| mode, tokens | {' | '.join(shapes)} |", "|---" * (len(shapes) + 1) + "|"]
+    for mode, tokens in cases:
+        values = (cells.get((shape, mode, tokens), "") for shape in shapes)
+        lines.append(f"| {mode}, {tokens:,} | {' | '.join(values)} |")
+    return lines
 
 
 def run_flags(model: Path, folder: Path, mode: str, length: int) -> list[str]:
