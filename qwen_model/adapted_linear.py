@@ -187,7 +187,9 @@ class _Projection(torch.autograd.Function):
             return None, None, to_first, None, *to_tensors
         to_first = to_first.to(first.dtype)
         to_second = activated.mul_(to_first)
-        return None, None, torch.ops.aten.silu_backward(to_first.mul_(second), first), to_second, *to_tensors
+        to_first.mul_(second)
+        torch.ops.aten.silu_backward.grad_input(to_first, first, grad_input=to_first)
+        return None, None, to_first, to_second, *to_tensors
 
 
 def _add_adapter(
