@@ -20,6 +20,7 @@ from errors import ConfigError
 _MOST_TEXT = 64 * MIB
 # Text files beside the JSON files, and files that only have to be regular ones.
 _TEXTS = (".jinja", ".tiktoken", "merges.txt")
+_checked: set[tuple[object, ...]] = set()  # versions of large files that have been checked
 _OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".jsonl", ".model", ".yaml")
 
 
@@ -55,11 +56,22 @@ def check_files(folder: Path) -> None:
         if name == TEMPLATES_FOLDER and path.is_dir():
             check_files(path)
         elif name in SCHEMAS:
-            load_json(path)
+            _check_json(path)
         elif name.endswith(_TEXTS):
             read_text(path, _MOST_TEXT)
         elif name.endswith(_OTHERS) or _is_special(path):
             check_regular(path)
+
+
+def _check_json(path: Path) -> None:
+    """Check a JSON file by its schema; a large one, such as a vocabulary, again only after it has changed."""
+    check_regular(path)
+    state = path.stat()
+    version = (state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, path.name)
+    if version not in _checked:
+        load_json(path)
+        if state.st_size >= MIB:
+            _checked.add(version)
 
 
 def check_model_files(folder: Path) -> None:
