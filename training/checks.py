@@ -46,6 +46,7 @@ _NOT_NEGATIVE = (
     "eval_delay", "neftune_noise_alpha",
 )  # fmt: skip
 _MOST_EPOCHS = 10**6
+_MOST_NOISE = 1000  # far more than the size of any embedding
 _LEAST_PROCESSES = 16  # of --dataset_num_proc are accepted everywhere
 
 _EVALUATE = "Give --eval_strategy, and --eval_data_path or --eval_split"
@@ -131,6 +132,8 @@ def _check_numbers(args: RunArguments) -> Faults:
     for name in _NOT_NEGATIVE:
         if (value := get(name)) is not None and value < 0:
             yield ConfigError(f"--{name} {value} is out of range", "Give 0 or more")
+    if (noise := get("neftune_noise_alpha")) is not None and noise > _MOST_NOISE:
+        yield ConfigError(f"--neftune_noise_alpha {noise:g} is out of range", f"Give 0 to {_MOST_NOISE}, such as 5")
     for name in ("seed", "data_seed"):
         if (seed := get(name)) is not None and not 0 <= seed < 2**32:
             yield ConfigError(f"--{name} {seed} is out of range", f"Give 0 to {2**32 - 1}")

@@ -102,7 +102,9 @@ def _check_method(args: RunArguments) -> Faults:
     if init not in _INITS and not _ITERATED.fullmatch(init):
         reason = f" is not supported: {_REFUSED_INITS[init]}" if init in _REFUSED_INITS else " is unknown"
         hint = "" if init in _REFUSED_INITS else did_you_mean(nearest(init, _INITS))
-        yield ConfigError(f"{flag}{reason}{hint}", f"Choose from {', '.join(_INITS)}, pissa_niter_N")
+        yield ConfigError(
+            f"{flag}{reason}{hint}", f"Choose from {', '.join(_INITS)}, pissa_niter_N with N from 1 to 99"
+        )
     elif init != "true" and lora.lora_weight_path:
         what = f"{flag}: the adapter of --lora_weight_path {lora.lora_weight_path} has its values already"
         yield ConfigError(what, "Remove one of them")

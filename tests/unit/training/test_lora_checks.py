@@ -15,7 +15,7 @@ from tests.models import TINY, copy_checkpoint
 from training.checks import check_args
 from training.config.parsing import parse_args
 
-INITS = "Choose from true, gaussian, orthogonal, pissa, olora, pissa_niter_N"
+INITS = "Choose from true, gaussian, orthogonal, pissa, olora, pissa_niter_N with N from 1 to 99"
 DEEPSPEED = '{"zero_optimization": {"stage": %d}%s}'
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}
 
@@ -64,6 +64,8 @@ def test_every_method_and_their_combinations_pass(tmp_path: Path) -> None:
          "--init_lora_weights orthogonal needs even ranks, not 7. Give 8, or another initialisation"),
         (["--init_lora_weights", "pissa", "--use_dora"],
          "--init_lora_weights pissa and --use_dora both change how a layer is computed. Give one of them"),
+        (["--neftune_noise_alpha", "1e300"],
+         "--neftune_noise_alpha 1e+300 is out of range. Give 0 to 1000, such as 5"),
         (["--loraplus_lr_ratio", 0],
          "--loraplus_lr_ratio 0 is out of range. Give more than 0, such as 16; 1 is off"),
         (["--loraplus_lr_ratio", -2],
