@@ -53,7 +53,7 @@ class NormInput:
 def norm_input_of(states: Tensor) -> NormInput | None:
     """What states were computed from, if they are the output of ``rms_norm``, unchanged, and need a gradient."""
     norm_input, version = getattr(states, "norm_input", (None, 0))
-    return norm_input if version == states._version else None
+    return norm_input if norm_input is not None and version == states._version else None
 
 
 class _RMSNorm(torch.autograd.Function):

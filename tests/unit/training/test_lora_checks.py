@@ -112,6 +112,7 @@ def test_methods_need_use_lora(tmp_path: Path) -> None:
 
 
 def test_engines_that_a_method_cannot_use_are_refused(tmp_path: Path) -> None:
+    pytest.importorskip("deepspeed")
     zero_2, zero_3 = DEEPSPEED % (2, ""), DEEPSPEED % (3, "")
     message = (
         "--init_lora_weights olora is not supported with DeepSpeed ZeRO-2, whose checkpoints lack its first values. "
@@ -160,5 +161,5 @@ def test_a_continued_adapter_has_its_method_already(tmp_path: Path) -> None:
     )
     refuses(message, tmp_path, *continued, "--lora_rank_pattern", '{"w1": 4}')
     check(tmp_path, "--lora_weight_path", dora, "--use_dora")
-    with pytest.raises(ConfigError, match=r"^--use_dora is not supported with DeepSpeed ZeRO-3"):
+    with pytest.raises(ConfigError, match="--use_dora is not supported with DeepSpeed ZeRO-3"):
         check(tmp_path, "--lora_weight_path", dora, "--deepspeed", DEEPSPEED % (3, ""))

@@ -87,7 +87,7 @@ def test_a_reloaded_adapter_computes_what_was_trained(tmp_path: Path, mode: str,
     untouched = logits(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32))
     assert (trained - untouched).abs().max() > 0.1
     reopened = reopen(base, tmp_path / "out")
-    assert (logits(reopened) - trained).abs().max() <= 1e-5
+    assert (logits(reopened) - trained).abs().max() <= 5e-5  # the trained model sums in another order
     assert dtypes(tmp_path / "out" / "adapter_model.safetensors") == {"F32"}
 
 
@@ -161,7 +161,9 @@ def test_reloaded_full_weights_are_those_that_were_trained(tmp_path: Path, model
     run = finetune(base, tmp_path / "out")
     reopened = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert {p.dtype for p in reopened.parameters()} == {torch.float32}
-    assert torch.equal(logits(reopened), logits(run.model))
+    trained = dict(run.model.named_parameters())
+    assert all(torch.equal(value, trained[name]) for name, value in reopened.named_parameters())
+    assert (logits(reopened) - logits(run.model)).abs().max() <= 5e-5  # the trained model sums in another order
     assert reopened.config.tie_word_embeddings == (model in ("tied", "qwen2"))
 
 
