@@ -131,7 +131,7 @@ class QWenConfig(PreTrainedConfig):
             raise ConfigError(
                 f"config.json: kv_channels {self.kv_channels} x num_attention_heads {self.num_attention_heads} is not "
                 f"hidden_size {self.hidden_size}",
-                "Restore the config.json of the checkpoint",
+                "Copy it again from the original checkpoint",
             )
 
     def _check_values(self) -> None:
@@ -144,7 +144,7 @@ class QWenConfig(PreTrainedConfig):
                     kind = "a whole number" if table is _SIZES else "a number"
                     raise ConfigError(
                         f"config.json: {name} {value!r} is not {kind} from {least:,} to {most:,}",
-                        "Restore the config.json of the checkpoint",
+                        "Copy it again from the original checkpoint",
                     )
         for name in _FLAGS:
             if not isinstance(getattr(self, name), (bool, type(None))):
