@@ -43,8 +43,12 @@ def render(run: Expectation, title: str, advice: Advice | None) -> list[str]:
 
 def _verdict(run: Expectation) -> str:
     spare = run.machine.usable_bytes - run.share.peak_bytes
-    reserve = f"beside {RESERVE_GIB:g} GiB for {'CUDA' if run.machine.device.kind == 'cuda' else 'Python'}"
+    reserve = _reserve(run)
     return f"fits {reserve}, {gib(spare)} to spare" if run.fits else f"does not fit {reserve}: {gib(-spare)} too much"
+
+
+def _reserve(run: Expectation) -> str:
+    return f"beside {RESERVE_GIB:g} GiB for {'CUDA' if run.machine.device.kind == 'cuda' else 'Python'}"
 
 
 def _devices(machine: Machine, engine: str) -> str:
@@ -75,7 +79,11 @@ def _advice_lines(run: Expectation, advice: Advice) -> list[str]:
     if not advice.proposals:
         changes = f" ({' '.join(advice.smallest.changes)})" if advice.smallest.changes else ""
         least = gib(advice.smallest.share.peak_bytes)
-        return [f"No change makes it fit into {run.machine.memory_gib:g} GiB: the least is {least}{changes}"]
+        memory = f"{run.machine.memory_gib:g} GiB"
+        return [
+            f"No change makes it fit into {memory}: the least is {least} {_reserve(run)}{changes}. "
+            "Give a larger --gpu_memory, more --gpus or a smaller --model_max_length"
+        ]
     lines = ["The smallest changes that make it fit, cheapest first:"]
     for proposal in advice.proposals:
         time = "" if proposal.seconds is None else f", {proposal.seconds:.3g} s per step"
