@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
@@ -25,7 +24,7 @@ from data_utils.schema import Conversation, short_repr
 from data_utils.shapes import Shape, build_shape, has_shape
 from data_utils.special_tokens import any_of, encoder_with, find_special_tokens
 from data_utils.text_file import parts_of
-from data_utils.texts import check_characters, texts_of, texts_of_turn
+from data_utils.texts import texts_of
 from errors import ConfigError, DataError
 
 Truncation = Literal["turns", "turns_left", "cut", "drop", "error"]
@@ -177,8 +176,6 @@ class Encoder:
         if self.options.needs_answer and not conversation.is_text and all(turn.role != "assistant" for turn in turns):
             raise DataError(where, "the conversation has no assistant turn to train", "Remove the record")
         for number, turn in enumerate(turns, 1):
-            for text in texts_of_turn(turn):
-                check_characters(text, "the text" if conversation.is_text else f"turn {number}", where)
             if self._check_text is not None:
                 try:
                     self._check_text(turn.content)
@@ -188,8 +185,6 @@ class Encoder:
                     raise DataError(where, f"{owner} contains {error}", fix) from None
             if turn.thinking or (turn.role == "assistant" and (THINK in turn.content or THINK_END in turn.content)):
                 self._check_thinking(turn, number, where)
-        if conversation.tools:
-            check_characters(json.dumps(conversation.tools, ensure_ascii=False), "the description of tools", where)
         try:
             check_tools(turns, self.family, conversation.tools)
         except ValueError as error:

@@ -5,9 +5,7 @@ from __future__ import annotations
 import json
 
 from chat.turns import Turn
-from data_utils.location import Location
 from data_utils.schema import Conversation
-from errors import DataError
 
 
 def texts_of(conversation: Conversation) -> list[str]:
@@ -24,14 +22,3 @@ def texts_of_turn(turn: Turn) -> list[str]:
         return [turn.content]
     calls = [text for call in turn.calls for text in (call.name, call.arguments_text)]
     return [turn.content, turn.thinking or "", *calls]
-
-
-def check_characters(text: str, owner: str, where: Location | str) -> None:
-    """Raise ``DataError`` for half of a surrogate pair, which JSON can write but which has no tokens."""
-    if text.isascii():
-        return
-    try:
-        text.encode()
-    except UnicodeEncodeError as error:
-        what = f"{owner} contains {text[error.start]!r}, half of a surrogate pair, which is no character"
-        raise DataError(where, what, "Write the whole character, or leave the record out") from None

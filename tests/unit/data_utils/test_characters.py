@@ -1,4 +1,4 @@
-"""Characters of records that few texts have: refused with their place, or kept exactly."""
+"""Characters of records that few texts have: half of a surrogate pair is replaced, null characters are kept."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pytest
 
 from chat.families import QWEN_V1
 from data_utils.encode import EncodeOptions, Encoder
-from errors import DataError
 from qwen_model.tokenization_qwen import QWenTokenizer
 from tests.data import load
 from tests.models import TINY
@@ -31,32 +30,14 @@ def write(path: Path, *records: dict[str, Any]) -> Path:
     return path
 
 
-@pytest.mark.parametrize(
-    ("record", "owner"),
-    [
-        ({"messages": [QUESTION, {**ANSWER, "content": f"Hello {HALF} é"}]}, "turn 2"),
-        ({"messages": [QUESTION, {**ANSWER, "tool_calls": [CALL]}]}, "turn 2"),
-        ({"messages": [QUESTION, ANSWER], "tools": [TOOL]}, "the description of tools"),
-    ],
-)
-def test_half_of_a_surrogate_pair_is_refused_with_its_place(
-    record: dict[str, Any], owner: str, encoder: Encoder, tmp_path: Path
-) -> None:
-    good = {"messages": [QUESTION, {**ANSWER, "content": "\U0001f642"}]}  # both halves are a character
-    path = write(tmp_path / "a.jsonl", good, record)
-    with pytest.raises(DataError) as caught:
-        load(encoder, path)
-    character = repr(HALF)
-    assert str(caught.value) == (
-        f"{path}:2: {owner} contains {character}, half of a surrogate pair, which is no character. "
-        "Write the whole character, or leave the record out"
-    )
-    assert len(load(encoder, path, skip_bad=True)) == 1
-
-
-def test_half_of_a_surrogate_pair_in_a_text_is_refused(encoder: Encoder, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"a\.jsonl:1: the text contains '\\udc00', half of"):
-        load(encoder, write(tmp_path / "a.jsonl", {"text": "a \udc00"}))
+def test_half_of_a_surrogate_pair_is_replaced_as_in_the_original(encoder: Encoder, tmp_path: Path) -> None:
+    conversation = {"messages": [QUESTION, {**ANSWER, "content": f"Hello {HALF} \U0001f642"}]}
+    calls = {"messages": [QUESTION, {**ANSWER, "tool_calls": [CALL]}], "tools": [TOOL]}
+    examples = load(encoder, write(tmp_path / "a.jsonl", conversation, calls))
+    assert "assistant\nHello \ufffd \U0001f642<|im_end|>" in encoder.decode(examples[0]["input_ids"])
+    assert "Warmth \ufffd" in encoder.decode(examples[1]["input_ids"])
+    [text] = load(encoder, write(tmp_path / "b.jsonl", {"text": "a \udc00"}))
+    assert encoder.decode(text["input_ids"]) == "a \ufffd<|endoftext|>"
 
 
 def test_null_characters_are_kept(encoder: Encoder, tmp_path: Path) -> None:
