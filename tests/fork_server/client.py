@@ -33,13 +33,17 @@ def request(address: str, words: list[str]) -> int | None:
     for number in FORWARDED:
         if number not in ignored:
             signal.signal(number, lambda number, frame: connection.send(bytes([number])))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     reply = connection.recv(4)
     return int.from_bytes(reply, "big", signed=True) if reply else -signal.SIGKILL
 
 
 def main() -> None:
     address, python, *arguments = sys.argv[1:]
+    # The process may run, and its output make somebody send a signal, before the handlers that pass it on exist.
+    signal.pthread_sigmask(signal.SIG_BLOCK, FORWARDED)
     code = request(address, arguments)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, FORWARDED)
     if code is None:
         os.execv(python, [python, *arguments])
     if code < 0:
