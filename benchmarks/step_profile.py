@@ -33,7 +33,7 @@ from errors import RunError
 
 RESULTS = ROOT / "benchmarks" / "results" / "step_profile.json"
 KINDS = {
-    "matrix products": ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv", "mkldnn_linear"),
+    "matrix products": ("mm", "addmm", "addmm_", "bmm", "baddbmm", "baddbmm_", "mv", "addmv", "_linear_pointwise"),
     "dropout": ("bernoulli_", "native_dropout", "dropout", "random_"),
     "copies": ("copy_", "cat", "fill_", "zero_", "index_select", "index", "embedding_dense_backward"),
 }  # the other operators of aten: attention by its name, the rest are elementwise operations and sums
@@ -173,7 +173,7 @@ def phase_of(event: Event) -> str:
 
 
 def kind_of(name: str) -> str:
-    operator = name.removeprefix("aten::")
+    operator = name.removeprefix("aten::").removeprefix("mkldnn::")
     if operator == name:
         return "Python and autograd"
     if "attention" in name:

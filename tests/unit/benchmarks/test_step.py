@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import step, step_contenders
+from benchmarks import step, step_contenders, step_profile
 from benchmarks.step_inputs import STEP_SAMPLES, Samples
 from errors import ConfigError
 
@@ -130,3 +130,15 @@ def test_trl_is_left_out_with_the_reason_where_it_is_not_installed(
     names = [name for name in step_contenders.CONTENDERS if step.is_installed(name)]
     assert set(step_contenders.CONTENDERS) - set(names) == {"trl_flat", "trl_packed"}
     assert "trl_flat: left out: trl is not installed (pip install trl)" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("operator", "kind"),
+    [
+        ("aten::addmm_", "matrix products"), ("mkldnn::_linear_pointwise", "matrix products"),
+        ("aten::mul", "elementwise"), ("aten::_scaled_dot_product_flash_attention_for_cpu", "attention"),
+        ("_Projection", "Python and autograd"),
+    ],
+)  # fmt: skip
+def test_operators_of_both_product_libraries_are_products_in_a_profile(operator: str, kind: str) -> None:
+    assert step_profile.kind_of(operator) == kind
