@@ -98,7 +98,7 @@ def save(rows: list[dict[str, Any]], file: Path) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the grid in Markdown: rehearsed GiB, and the published GB behind a slash."""
+    """Return the grid in Markdown: rehearsed GiB, then published GB."""
     cells = {(row["size"], row["mode"], row["tokens"]): row for row in rows}
     lengths = sorted({row["tokens"] for row in rows})
     lines = ["| | " + " | ".join(f"{length:,}" for length in lengths) + " |", "|---" * (len(lengths) + 1) + "|"]

@@ -20,8 +20,8 @@ from errors import ConfigError
 _MOST_TEXT = 64 * MIB
 # Text files beside the JSON files, and files that only have to be regular ones.
 _TEXTS = (".jinja", ".tiktoken", "merges.txt")
-_checked: set[tuple[object, ...]] = set()  # versions of large files that have been checked
 _OTHERS = (".safetensors", ".bin", ".pt", ".pth", ".jsonl", ".model", ".yaml")
+_checked: set[tuple[object, ...]] = set()  # versions of large files that have been checked
 
 
 def check_name(name: str | Path, flag: str) -> None:

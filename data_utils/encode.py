@@ -5,8 +5,9 @@
 
 from __future__ import annotations
 
+import json
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypedDict
@@ -24,7 +25,6 @@ from data_utils.schema import Conversation, short_repr
 from data_utils.shapes import Shape, build_shape, has_shape
 from data_utils.special_tokens import any_of, encoder_with, find_special_tokens
 from data_utils.text_file import parts_of
-from data_utils.texts import texts_of
 from errors import ConfigError, DataError
 
 Truncation = Literal["turns", "turns_left", "cut", "drop", "error"]
@@ -216,7 +216,7 @@ class Encoder:
         if thinks and Answers(conversation.turns, family).loses_thinking():
             notes.append(f"contain thinking that {format_} leaves out at its place")
         if self._plain_tokens is not None:
-            found = {token for text in texts_of(conversation) for token in self._plain_tokens.findall(text)}
+            found = {token for text in _texts(conversation) for token in self._plain_tokens.findall(text)}
             notes += (
                 f"contain {short_repr(token)}, which is trained as text, not as the special token of that name "
                 f"(--allow_special_tokens {short_repr(token)} changes it)"
@@ -415,6 +415,17 @@ class Encoder:
         if longest == len(starts) or _has_answer(turns) > _has_answer(turns[starts[longest] :]):
             return None
         return from_turn(starts[longest])
+
+
+def _texts(conversation: Conversation) -> Iterator[str]:
+    """Yield the texts of a conversation that reach its ids."""
+    for turn in conversation.turns:
+        yield turn.content
+        yield turn.thinking or ""
+        for call in turn.calls:
+            yield call.name
+            yield call.arguments_text
+    yield from (json.dumps(tool, ensure_ascii=False) for tool in conversation.tools)
 
 
 def _has_answer(turns: Sequence[Turn]) -> bool:

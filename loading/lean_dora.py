@@ -22,6 +22,8 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
+from qwen_model.head import bias_of
+
 _NORMS = "norms_of_base"
 
 
@@ -35,7 +37,7 @@ class LeanDora(DoraLinearVariant):
         dropped = module.lora_dropout[active_adapter](x)
         change = module.lora_B[active_adapter](module.lora_A[active_adapter](dropped))
         factor = module.lora_magnitude_vector[active_adapter].weight / norms_of_sum(module, active_adapter)
-        bias = _bias_of(module.get_base_layer())
+        bias = bias_of(module.get_base_layer())
         plain = result if bias is None else result - bias
         scaled = factor * (plain + change * module.scaling[active_adapter])
         return scaled if bias is None else scaled + bias
@@ -47,7 +49,7 @@ def norms_of_sum(layer: Any, name: str) -> Tensor:
     base, scale = layer.get_base_layer(), layer.scaling[name]
     first, second = layer.lora_A[name].weight, layer.lora_B[name].weight.float()
     product = base(first if _is_quantised(base) else first.to(base.weight.dtype))
-    if (bias := _bias_of(base)) is not None:
+    if (bias := bias_of(base)) is not None:
         product = product - bias
     first = first.float()
     squares = getattr(layer, _NORMS).square() + 2 * scale * (product.float().T * second).sum(1)
@@ -57,11 +59,6 @@ def norms_of_sum(layer: Any, name: str) -> Tensor:
 
 def _is_quantised(base: Any) -> bool:
     return hasattr(base, "dequantize") or not base.weight.is_floating_point()
-
-
-def _bias_of(base: Any) -> Tensor | None:
-    bias: Tensor | None = base.bias
-    return None if bias is None else bias[: base.out_features]  # that of a packed layer may be padded
 
 
 def _weight_of(base: Any) -> Tensor:

@@ -106,12 +106,16 @@ class Planner:
     def __init__(self, machine: Machine, hidden_size: int, batches: RunBatches | None = None) -> None:
         self.machine, self.hidden_size, self.batches = machine, hidden_size, batches
         self._rehearsed: dict[str, Rehearsal] = {}
+        self._longest: dict[tuple[int, int], BatchShape] = {}  # by rows and accumulation, which changes alter
 
     def shape(self, args: RunArguments) -> BatchShape:
         """Return the longest micro-batch of a run with these arguments."""
         if self.batches is None:
             return assumed_batch(args)
-        return self.batches.longest(args, self.machine.processes)
+        key = args.trainer_value("per_device_train_batch_size"), args.trainer_value("gradient_accumulation_steps")
+        if key not in self._longest:
+            self._longest[key] = self.batches.longest(args, self.machine.processes)
+        return self._longest[key]
 
     def expect(self, args: RunArguments, changes: tuple[str, ...] = (), machine: Machine | None = None) -> Expectation:
         """Rehearse a run.
@@ -136,9 +140,9 @@ class Planner:
 
     def _rehearse(self, args: RunArguments, shape: BatchShape) -> Rehearsal:
         """Rehearse a run of one process, once: variants that differ in their engine share it."""
-        evaluation = self.batches.longest_evaluation(args) if self.batches else assumed_evaluation(args)
         key = repr((args.to_dict(), shape))
         if key not in self._rehearsed:
+            evaluation = self.batches.longest_evaluation(args) if self.batches else assumed_evaluation(args)
             kind = self.machine.device.kind
             self._rehearsed[key] = rehearse(args, shape, device_type=kind, evaluation=evaluation)
         return self._rehearsed[key]

@@ -6,6 +6,7 @@ bitsandbytes and torchao quantise states in blocks, with a scale per block; para
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Set
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -92,10 +93,7 @@ class SizedOptimizer(torch.optim.Optimizer):
         is_full = states.bits == 32 or count < _FEWEST or id(parameter) in self.full
         kept = {}
         for number in range(states.number):
-            if states.is_paged and count >= _FEWEST_PAGED:
-                with self.memory.on_host():
-                    kept[f"state{number}"] = _values(parameter, count, is_full, states.bits)
-            else:
+            with self.memory.on_host() if states.is_paged and count >= _FEWEST_PAGED else nullcontext():
                 kept[f"state{number}"] = _values(parameter, count, is_full, states.bits)
             if not is_full:
                 kept[f"scales{number}"] = parameter.new_empty(-(-count // states.block), dtype=torch.float32)

@@ -2,9 +2,9 @@
 
 peft computes ``base(x) + up(down(dropout(x))) * scale`` layer by layer, in passes over memory between the products; for
 the backward pass autograd keeps an input of each adapter, a floating-point mask of each dropout, and under autocast
-copies in two precisions. Here the layers' common input is kept once, and of each adapter one byte per dropped value and
-the R values between its two products; what can be computed again is. Whatever is not a frozen or plain linear layer
-with a plain adapter (see ``head.base_and_adapter``) is called.
+copies in two precisions. Here the layers' common input is kept once, and of each adapter where dropout set values to
+zero and the R values between its two products; what can be computed again is. Whatever is not a frozen or plain linear
+layer with a plain adapter (see ``head.base_and_adapter``) is called.
 
 Shapes: N tokens, C inputs, O outputs, R rank.
 """
@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from qwen_model.adapter_dropout import AdapterDropout, drop, drop_again, drop_product
 from qwen_model.fused_ops import NormInput, norm_input_of
-from qwen_model.head import Adapter, add_bias, base_and_adapter
+from qwen_model.head import Adapter, add_bias, base_and_adapter, bias_of
 from qwen_model.products import add_product, product
 
 
@@ -85,9 +85,7 @@ def _parts_of(layer: nn.Module, x: Tensor) -> _Parts | None:
         return None
     base, adapter = found
     weight: Tensor | None = None if hasattr(type(base), "dequantize") else base.weight
-    bias: Tensor | None = base.bias
-    if bias is not None and bias.shape[0] > base.out_features:  # a packed layer may be padded
-        bias = bias[: base.out_features]
+    bias = bias_of(base)
     parts = _Parts(base, weight, bias)
     if adapter is not None:
         p = _dropped_share(adapter)

@@ -163,10 +163,13 @@ def head_of(module: nn.Module) -> Head:
         return head_of(_active_copy(wrapper))
     if hasattr(wrapper, "lora_A"):
         return _with_lora(wrapper)
-    bias = wrapper.bias
-    if bias is not None and len(bias) > wrapper.out_features:  # a packed layer may be padded
-        bias = bias[: wrapper.out_features]
-    return Head(wrapper.weight, bias)
+    return Head(wrapper.weight, bias_of(wrapper))
+
+
+def bias_of(layer: Any) -> Tensor | None:
+    """Return the bias [O] of a linear layer without its padding, which that of a packed layer may have."""
+    bias: Tensor | None = layer.bias
+    return bias[: layer.out_features] if bias is not None and bias.shape[0] > layer.out_features else bias
 
 
 def parts_of(module: nn.Module) -> list[nn.Module]:

@@ -14,7 +14,7 @@ from console import pip_command
 from data_utils.sources import parse_fill, parse_source
 from errors import ConfigError, numbered
 from loading.config_files import load_model_config, max_positions, module_names
-from processes import has_gpu, is_first
+from processes import is_first
 from qwen_model.architectures import ARCHITECTURES
 from training.cache_entries import usable_folder
 from training.config.args import RunArguments, parse_profile_steps
@@ -25,6 +25,7 @@ from training.engine_checks import check_engine
 from training.flag_checks import check_flags, warn_of_ignored_flags
 from training.lora_checks import check_lora, faults_of, model_folder
 from training.optimizer_checks import check_optimizer, check_schedule
+from training.planned_device import lacks_gpu
 from training.rows import choose_packing
 from training.run_folder.prepare import check_output
 from training.run_folder.start import check_start
@@ -165,7 +166,7 @@ def _check_precision(args: RunArguments) -> Faults:
     get, bf16 = args.trainer_value, "--pure_bf16" if args.options.pure_bf16 else "--bf16"
     if get("fp16") and (get("bf16") or args.options.pure_bf16):
         yield ConfigError(f"--fp16 and {bf16} are two precisions", "Give one of them")
-    elif get("fp16") and (get("use_cpu") or not (args.plan or has_gpu())):
+    elif get("fp16") and lacks_gpu(args):
         yield ConfigError("--fp16 needs a GPU, and none is available", "Remove it, or use --bf16")
     if get("fp16_full_eval") and get("bf16_full_eval"):
         yield ConfigError("--fp16_full_eval and --bf16_full_eval are two precisions", "Give one of them")

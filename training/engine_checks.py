@@ -9,9 +9,10 @@ from typing import Any
 from console import pip_command
 from errors import ConfigError
 from loading.config_files import find_local_folder, load_model_config
-from processes import count_processes, has_gpu
+from processes import count_processes
 from training.config.args import RunArguments
 from training.config.engines import Engine, find_engine, is_set, show_config
+from training.planned_device import lacks_gpu
 
 # DeepSpeed's schedules: the transformers name of the same schedule.
 _SCHEDULES = {"WarmupLR": "constant_with_warmup", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
@@ -85,7 +86,7 @@ def _contradictions(args: RunArguments, config: dict[str, Any]) -> Iterator[tupl
 def _check_fsdp(args: RunArguments, engine: Engine) -> Iterator[ConfigError]:
     if count_processes() == 1:
         yield ConfigError("--fsdp needs several processes to shard the model over", "Start it with torchrun")
-    if engine.config.get("cpu_offload") and (args.trainer_value("use_cpu") or not (args.plan or has_gpu())):
+    if engine.config.get("cpu_offload") and lacks_gpu(args):
         yield ConfigError("--fsdp_config: cpu_offload needs a GPU, and none is available", "Remove cpu_offload")
     if args.trainer_value("fp16"):
         yield ConfigError("--fsdp does not support --fp16", "Give --bf16, or use DeepSpeed")

@@ -14,6 +14,7 @@ from training.config.optimizers import OPTIMIZERS
 from training.config.schedules import SCHEDULES
 from training.config.support import NO_EFFECT, OBJECTS, REFUSED
 from training.inductor import missing_for_inductor
+from training.planned_device import lacks_gpu
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +43,7 @@ def check_flags(args: RunArguments) -> Iterator[ConfigError]:
     if get("auto_find_batch_size") and (count_processes() > 1 or is_set(get("deepspeed"))):
         what = "--auto_find_batch_size works in one process without an engine: ranks would find different sizes"
         yield ConfigError(what, "Remove it, and lower --per_device_train_batch_size instead")
-    if get("tf32") and (get("use_cpu") or not (args.plan or has_gpu())):
+    if get("tf32") and lacks_gpu(args):
         yield ConfigError("--tf32 True needs a GPU, and none is available", "Remove --tf32")
     yield from _check_compile(args)
 
@@ -93,7 +94,7 @@ def _check_workers(args: RunArguments) -> Iterator[ConfigError]:
 def _check_offload(args: RunArguments) -> Iterator[ConfigError]:
     get = args.trainer_value
     recomputed = get("gradient_checkpointing_kwargs")
-    if isinstance(recomputed, dict) and recomputed.get("offload") and (get("use_cpu") or not (args.plan or has_gpu())):
+    if isinstance(recomputed, dict) and recomputed.get("offload") and lacks_gpu(args):
         what = "--gradient_checkpointing_kwargs: offload copies from a GPU to the host, and there is no GPU"
         yield ConfigError(what, "Remove offload")
 

@@ -9,7 +9,6 @@ from typing import Any
 from checkpoints.model_config import check_bitsandbytes
 from console import pip_command
 from errors import ConfigError
-from processes import has_gpu
 from training.config.args import RunArguments
 from training.config.engines import is_set
 from training.config.flags import did_you_mean, nearest
@@ -17,6 +16,7 @@ from training.config.objects import check_object
 from training.config.optimizers import OPTIMIZERS, Kind, Optimizer
 from training.config.schedules import SCHEDULES
 from training.inductor import missing_for_inductor
+from training.planned_device import lacks_gpu
 
 _OTHER = "Choose another optimizer"
 _KINDS = {"float": "a number", "int": "a whole number", "bool": "true or false", "true": "true"}
@@ -33,7 +33,7 @@ def check_optimizer(args: RunArguments) -> Iterator[ConfigError]:
         yield ConfigError(f"{flag} is not supported: {optimizer.refused}", _OTHER)
         return
     yield from check_package(flag, optimizer)
-    on_cpu = (optimizer.needs_gpu or optimizer.compiles) and (get("use_cpu") or not (args.plan or has_gpu()))
+    on_cpu = (optimizer.needs_gpu or optimizer.compiles) and lacks_gpu(args)
     if optimizer.compiles and (missing := missing_for_inductor(on_cpu)):
         yield ConfigError(f"{flag} needs {missing}, which is not installed", f"Install it. {_OTHER}")
     if optimizer.needs_gpu and on_cpu:
