@@ -30,6 +30,7 @@ PACKAGES = {
         "errors", "console", "outputs", "processes", "chat", "qwen_model", "data_utils", "checkpoints", "loading",
         "training",
     },
+    "serving": {"errors", "console", "processes", "chat", "qwen_model", "checkpoints", "loading"},
 }  # fmt: skip
 COMMANDS = ("finetune", "merge_lora", "scripts", "benchmarks")
 MAY_IMPORT: dict[str, set[str]] = {
@@ -255,6 +256,8 @@ def test_no_launcher_enables_remote_code() -> None:
         ("export", "import training"),
         ("training", "from tests.golden import REPO"),
         ("training", "import quantize.gptq"),
+        ("serving", "import data_utils.schema"),
+        ("loading", "from serving.engine import Engine"),
     ],
 )
 def test_forbidden_import_is_found(name: str, source: str) -> None:
