@@ -7,8 +7,9 @@ the text.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
+from chat.events import EventReader
 from chat.turns import Tool, ToolCall, Turn
 
 
@@ -48,7 +49,15 @@ class Message(NamedTuple):
 
 
 class ToolForm(Protocol):
-    """The text of tools, calls and results in one family."""
+    """The text of tools, calls and results in one family.
+
+    Attributes:
+        stops: strings at which an answer ends: what follows is not the model's to write.
+        opening_after_result: the start of an answer after a result, which is part of the prompt.
+    """
+
+    stops: ClassVar[tuple[str, ...]]
+    opening_after_result: ClassVar[str]
 
     def check(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> None:
         """Check that a conversation can be written in this form.
@@ -73,4 +82,11 @@ class ToolForm(Protocol):
             turns: after ``describe``; answers already contain ``calls_text``.
             weights: loss weight of each turn.
             is_prompt: the model is to continue the conversation.
+        """
+
+    def reader(self, opening: str) -> EventReader:
+        """Return a parser of an answer that may contain calls.
+
+        Args:
+            opening: the start of the answer if it is part of the prompt; the parser is fed with it like with the rest.
         """

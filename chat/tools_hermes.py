@@ -21,8 +21,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any
+from typing import Any, ClassVar
 
+from chat.events import EventReader
+from chat.reading_hermes import TaggedCalls
 from chat.segments import Message, Segment
 from chat.turns import Tool, ToolCall, Turn
 
@@ -55,6 +57,9 @@ class Hermes:
     system_prefix: str = "\n\n"
     call_example: str = '{"name": <function-name>, "arguments": <args-json-object>}'
     keeps_strings: bool = False
+
+    stops: ClassVar[tuple[str, ...]] = ()
+    opening_after_result: ClassVar[str] = ""
 
     def check(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> None:
         """Accept every conversation."""
@@ -95,6 +100,10 @@ class Hermes:
                 continue
             messages += [Message.from_turn(turn, weights[number - 1], number) for number, turn in numbered]
         return messages
+
+    def reader(self, opening: str) -> EventReader:
+        """Return a parser of an answer that may end with calls."""
+        return TaggedCalls()
 
 
 HERMES_FORMS = (

@@ -19,7 +19,10 @@ import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby, takewhile, zip_longest
+from typing import ClassVar
 
+from chat.events import EventReader
+from chat.reading_react import ReactText
 from chat.segments import Message, Segment
 from chat.turns import Tool, ToolCall, Turn
 
@@ -55,6 +58,9 @@ _FORMAL = ("type", "strict")
 @dataclass(frozen=True)
 class React:
     """The tool form of Qwen v1."""
+
+    stops: ClassVar[tuple[str, ...]] = (_OBSERVATION,)
+    opening_after_result: ClassVar[str] = _THOUGHT
 
     def check(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> None:
         """Check that a conversation can be written as ReAct text.
@@ -119,6 +125,10 @@ class React:
             is_open = bool(turns[end - 1].calls) or (is_continued and turns[end - 1].role == "tool")
             messages.append(Message("assistant", segments, end, is_open))
         return messages
+
+    def reader(self, opening: str) -> EventReader:
+        """Return a parser of a thought with a call, or of a final answer."""
+        return ReactText(opening)
 
 
 def describe_tools(tools: Sequence[Tool]) -> str:
