@@ -12,6 +12,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 from errors import ConfigError
+from qwen_model.kv_cache import CacheKind
 from qwen_model.old_keywords import DTYPES, with_current_keywords
 
 # Published folders name their remote code under these keys; the toolkit needs none and saves none.
@@ -37,7 +38,8 @@ _FACTORS = {
     "rotary_emb_base": (1, 10**12),
 }
 _FLAGS = (
-    "use_dynamic_ntk", "use_logn_attn", "no_bias", "use_cache", "tie_word_embeddings", "scale_attn_weights", *DTYPES,
+    "use_dynamic_ntk", "use_logn_attn", "no_bias", "use_cache", "tie_word_embeddings", "scale_attn_weights",
+    "use_cache_quantization", *DTYPES,
 )  # fmt: skip
 
 
@@ -53,6 +55,7 @@ class QWenConfig(PreTrainedConfig):
         max_position_embeddings: longest sequence that the model supports.
         rotary_pct: fraction of the channels of a head that are rotated.
         no_bias: whether the linear layers other than ``c_attn`` have no bias.
+        use_cache_quantization: keep keys and values in 8 bits (``kv_cache.py``) unless ``generate`` is given a cache.
         bf16, fp16, fp32: precision of the saved weights; at most one is true.
     """
 
@@ -91,6 +94,7 @@ class QWenConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
     scale_attn_weights: bool = True
     use_flash_attn: bool | str = "auto"
+    use_cache_quantization: bool = False
     bf16: bool = False
     fp16: bool = False
     fp32: bool = False
@@ -154,6 +158,11 @@ class QWenConfig(PreTrainedConfig):
     def rotary_dim(self) -> int:
         """Number of leading channels of a head that are rotated."""
         return int(self.kv_channels * self.rotary_pct)
+
+    @property
+    def cache_kind(self) -> CacheKind | None:
+        """Return the kind of cache that ``generate`` builds."""
+        return "int8" if self.use_cache_quantization else None
 
     def trained_length(self) -> int:
         """Return ``seq_length``, which dynamic NTK and log-n attention need.

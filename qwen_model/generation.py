@@ -15,8 +15,12 @@ from transformers.generation.streamers import BaseStreamer
 
 from chat.chatml import DEFAULT_SYSTEM, END_OF_TEXT, IM_END, IM_START, MAX_WINDOW_SIZE
 from errors import ConfigError
+from qwen_model.kv_cache import build_cache
 from qwen_model.prompts import Prompt, Segment
 from qwen_model.tokenization_qwen import QWenTokenizer
+
+if TYPE_CHECKING:
+    from qwen_model.configuration_qwen import QWenConfig
 
 History = Sequence[Sequence[str]]
 
@@ -148,6 +152,7 @@ class QWenChatMixin:
     """The original's ``generate`` with stop words, ``chat`` and ``chat_stream``, for ``QWenLMHeadModel``."""
 
     if TYPE_CHECKING:
+        config: QWenConfig
         generation_config: GenerationConfig
 
         @property
@@ -163,6 +168,9 @@ class QWenChatMixin:
             # With several end tokens the last one is end-of-text.
             processor = StopWordsLogitsProcessor(stop_words_ids, eos[-1] if isinstance(eos, (list, tuple)) else eos)
             kwargs["logits_processor"] = LogitsProcessorList([*(kwargs.get("logits_processor") or []), processor])
+        kind, uses_cache = self.config.cache_kind, kwargs.get("use_cache", config.use_cache)
+        if kind is not None and uses_cache is not False and kwargs.get("past_key_values") is None:
+            kwargs["past_key_values"] = build_cache(self.config, kind)
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
     def chat(

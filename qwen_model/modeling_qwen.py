@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import initialization as init
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache
 from transformers.generation.utils import GenerationMixin
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -22,6 +22,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, PreTrainedModel
 
 from qwen_model.configuration_qwen import QWenConfig
 from qwen_model.generation import QWenChatMixin
+from qwen_model.kv_cache import build_cache
 from qwen_model.loss import causal_lm_loss
 from qwen_model.old_keywords import with_current_keywords
 from qwen_model.rope import RotaryTables, logn_scale, ntk_alpha, rotary_tables, rotate
@@ -230,7 +231,7 @@ class QWenModel(QWenPreTrainedModel):
         hidden_states = self.wte(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None and not (self.gradient_checkpointing and self.training):
-            past_key_values = DynamicCache(config=self.config)
+            past_key_values = build_cache(self.config, self.config.cache_kind)
         with_states = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         with_weights = self.config.output_attentions if output_attentions is None else output_attentions
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,12 +10,15 @@ import torch
 
 from errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 """Dtype of each flag of Qwen v1's config."""
 
-_CACHES = ("use_cache_quantization", "use_cache_kernel")
-# Downloads always resume. The softmax of every attention here is computed in float32.
-_ALWAYS_SO = ("resume_download", "softmax_in_fp32")
+_CACHE = "use_cache_quantization"  # a setting of the config
+# Downloads always resume. The softmax of every attention here is computed in float32. A quantised cache is dequantised
+# before any attention, without a kernel of its own.
+_WITHOUT_EFFECT = ("resume_download", "softmax_in_fp32", "use_cache_kernel")
 _FLASH = "flash_attention_2"
 
 
@@ -25,21 +29,20 @@ def with_current_keywords(keywords: Mapping[str, Any]) -> dict[str, Any]:
         ConfigError: one that contradicts another, has a wrong type, or means something that does not exist here.
     """
     current = dict(keywords)
-    for name in (*DTYPES, *_CACHES, *_ALWAYS_SO):
+    for name in (*DTYPES, _CACHE, *_WITHOUT_EFFECT):
         if not isinstance(current.get(name), (bool, type(None))):
             raise ConfigError(f"from_pretrained({name}={current[name]!r}): not a bool", "Write True or False")
     if flags := [name for name in DTYPES if current.pop(name, None)]:
         _set_dtype(current, flags)
-    for name in _CACHES:
-        if current.pop(name, None):
-            raise ConfigError(
-                f"from_pretrained({name}=True): the original's quantised cache does not exist here",
-                'Leave it out, and pass cache_implementation="quantized" to generate()',
-            )
-    for name in _ALWAYS_SO:
+    for name in _WITHOUT_EFFECT:
         current.pop(name, None)
-    if "use_flash_attn" in current:
-        _set_attention(current, current.pop("use_flash_attn"))
+    if current.get(_CACHE) is None:
+        current.pop(_CACHE, None)
+    flash = current.pop("use_flash_attn", None)
+    if flash is True and current.get(_CACHE):
+        logger.warning("use_cache_quantization=True turns use_flash_attn=True off, as in the original")
+    else:
+        _set_attention(current, flash)
     return current
 
 

@@ -10,6 +10,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from errors import ConfigError
+from qwen_model.kv_cache import Int8Layer
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.register import register_qwen
 from tests.golden import SMALL
@@ -63,7 +64,7 @@ def test_flags_of_the_config_follow_the_dtype(published: Path) -> None:
     "keywords",
     [
         {"use_flash_attn": False}, {"use_flash_attn": "auto"}, {"use_cache_quantization": False},
-        {"use_cache_kernel": None},
+        {"use_cache_kernel": True},
         {"resume_download": True}, {"resume_download": False}, {"softmax_in_fp32": True}, {"low_cpu_mem_usage": True},
     ],
     ids=str,
@@ -90,8 +91,7 @@ def test_evaluation_settings_are_meant(published: Path, opener: str) -> None:
         ({"bf16": True, "fp16": True}, r"bf16=True, fp16=True.*Write dtype=torch\.bfloat16"),
         ({"bf16": True, "torch_dtype": torch.float16}, r"contradicts dtype=torch\.float16"),
         ({"bf16": "yes"}, r"bf16='yes'.*True or False"),
-        ({"use_cache_quantization": True}, 'use_cache_quantization.*cache_implementation="quantized"'),
-        ({"use_cache_kernel": True}, "use_cache_kernel"),
+        ({"use_cache_quantization": "yes"}, r"use_cache_quantization='yes'.*True or False"),
         ({"use_flash_attn": True, "attn_implementation": "eager"}, "contradicts attn_implementation='eager'"),
         ({"use_flash_attn": "yes"}, r"use_flash_attn='yes'.*Write attn_implementation"),
         ({"softmax_in_fp32": "yes"}, "softmax_in_fp32='yes'"),
@@ -116,6 +116,25 @@ def test_flash_attention_is_the_attention_of_that_name(
     else:
         with pytest.raises(ConfigError, match=r"use_flash_attn=True.*flash-attn"):
             QWenLMHeadModel.from_pretrained(published, use_flash_attn=True)
+
+
+@pytest.mark.parametrize("opener", OPENERS)
+def test_quantised_cache_of_the_original(
+    published: Path, opener: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """``generate`` and ``forward`` build it; it turns flash attention off; a folder keeps the setting."""
+    keywords = {"use_cache_quantization": True, "use_cache_kernel": True, "use_flash_attn": True}
+    model = OPENERS[opener](published, **keywords)
+    assert "turns use_flash_attn=True off" in caplog.text and model.config._attn_implementation == "sdpa"
+    ids = torch.arange(9)[None]
+    settings: dict[str, Any] = {"max_new_tokens": 2, "return_dict_in_generate": True}
+    for cache in (model(ids).past_key_values, model.generate(ids, **settings).past_key_values):
+        assert {type(layer) for layer in cache.layers} == {Int8Layer}
+    assert model.generate(ids, use_cache=False, **settings).past_key_values is None
+    model.save_pretrained(tmp_path)
+    saved = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert saved.config.use_cache_quantization and saved.config.cache_kind == "int8"
+    assert OPENERS[opener](tmp_path, use_cache_quantization=False).config.cache_kind is None
 
 
 def test_tokenizer_keeps_no_keyword_of_downloads(tmp_path: Path) -> None:
