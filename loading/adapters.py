@@ -170,33 +170,42 @@ def keep_input_dtype(adapted: torch.nn.Module) -> None:
 
 
 def load_adapter(
-    model: PreTrainedModel, folder: str, flag: str, is_trainable: bool = False, in_float32: bool = True
+    model: PreTrainedModel | PeftModel,
+    folder: str,
+    flag: str,
+    is_trainable: bool = False,
+    in_float32: bool = True,
+    name: str = "default",
 ) -> PeftModel:
-    """Attach a saved adapter to its base.
+    """Attach a saved adapter to its base, or beside the adapters that it has.
 
     Args:
         flag: the flag that named the folder, for messages.
+        name: of the adapter in the model.
 
     Raises:
         ConfigError: no adapter, an adapter of another model, or one that lacks a LoRA matrix.
     """
     options = load_adapter_config(Path(folder), flag)
     check_files(Path(folder))
-    names = [name for name, _ in model.named_modules()]
-    check_patterns(options, names, f"{flag} {Path(folder) / ADAPTER_CONFIG}")
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    modules = [module for module, _ in base.named_modules()]
+    check_patterns(options, modules, f"{flag} {Path(folder) / ADAPTER_CONFIG}")
     fix = "Give the folder of an adapter of this model"
     with library_errors(f"{flag} {folder}", fix, _describe), without_gptqmodel():
-        saved = {name.replace(".default", "") for name in open_checkpoint(folder, ADAPTER_WEIGHTS).names()}
-        adapted = PeftModel.from_pretrained(
-            model,
-            folder,
-            is_trainable=is_trainable,
-            config=_peft_config(options, folder, flag),  # so that peft does not read the file, with keys of any kind
-            autocast_adapter_dtype=in_float32,
-        )
+        saved = {tensor.replace(".default", "") for tensor in open_checkpoint(folder, ADAPTER_WEIGHTS).names()}
+        config = _peft_config(options, folder, flag)  # so that peft does not read the file, with keys of any kind
+        settings: dict[str, Any] = {"is_trainable": is_trainable, "autocast_adapter_dtype": in_float32}
+        if isinstance(model, PeftModel):
+            adapted = model
+            adapted.add_adapter(name, config)
+            adapted.load_adapter(folder, name, **settings)
+        else:
+            adapted = PeftModel.from_pretrained(model, folder, name, config=config, **settings)
     use_lean_dora(adapted)
     # peft initialises tensors that the file lacks.
-    missing = sorted(get_peft_model_state_dict(adapted, save_embedding_layers=False).keys() - saved)
+    state = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
+    missing = sorted(state.keys() - saved)
     if lora := [name for name in missing if ".lora_" in name]:
         raise ConfigError(f"{flag} {folder}: its file lacks {lora[0]}", "Copy the adapter again, or train a new one")
     if missing:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,7 @@ def load_model(
     dtype: torch.dtype,
     attn_implementation: str | None = None,
     quantize: Quantization | None = None,
+    device_map: str | Mapping[str, Any] | None = None,
 ) -> Any:
     """Load the model in evaluation mode; on the CPU, or on the GPU if bitsandbytes quantises it there.
 
@@ -123,17 +125,21 @@ def load_model(
         dtype: precision that it computes in, and that its weights have in memory. The unquantised weights of a
             quantised model (embedding, norms, head) keep their stored precision if that is narrower.
         quantize: quantise the model while loading it.
+        device_map: where its parts go, as in ``from_pretrained``; ``None``: the CPU, or as said above.
 
     Raises:
         ConfigError: weights that are missing, damaged, not finite or of other shapes than in the config.
     """
     place = f"--model_name_or_path {checkpoint.folder}"
-    arguments, storage_dtype = {"config": checkpoint.config}, dtype
+    arguments: dict[str, Any] = {"config": checkpoint.config}
+    storage_dtype = dtype
     if checkpoint.quantization or quantize:
         storage_dtype = checkpoint.dtype if dtype == torch.float32 else dtype
         arguments = loading_arguments(checkpoint.folder, checkpoint.config, checkpoint.quantization, quantize, dtype)
-    if "device_map" in arguments:
+    if is_bitsandbytes := "device_map" in arguments:
         _check_stored(checkpoint.folder)
+    if device_map is not None:
+        arguments["device_map"] = device_map
     try:
         with library_errors(place, "Copy the weights again from the original checkpoint"):
             model: Any = model_class_of(checkpoint.model_type).from_pretrained(
@@ -149,7 +155,7 @@ def load_model(
             raise ConfigError(what, "Install what it needs, or give sdpa") from error
         raise
     _check_finite(model, checkpoint)
-    if "device_map" in arguments:
+    if is_bitsandbytes:
         patch_bitsandbytes_linear(model, dtype)
     if storage_dtype != dtype:
         compute_in_float32(model)

@@ -213,6 +213,7 @@ class QWenModel(QWenPreTrainedModel):
         output_hidden_states: bool | None = None,
         output_attentions: bool | None = None,
         sequence_lengths: Sequence[int] | None = None,
+        ntk_factors: Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """Compute the hidden states of each position.
@@ -225,6 +226,8 @@ class QWenModel(QWenPreTrainedModel):
                 positions that restart at 0 separate packed conversations.
             past_key_values: keys and values of the preceding tokens.
             sequence_lengths: of the conversations of a row; the attention must keep them apart.
+            ntk_factors: dynamic-NTK factor of each row [B], for a caller that computes a prompt in parts or changes the
+                rows of a cache; by default that of the prompt.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
@@ -251,7 +254,9 @@ class QWenModel(QWenPreTrainedModel):
         if position_ids is None:
             position_ids = _positions(hidden_states, padding_mask, cached)
         if sequence_lengths is None:
-            rotary, query_scale = self._evaluation_tables(position_ids, padding_mask, past_key_values, cached)
+            rotary, query_scale = self._evaluation_tables(
+                position_ids, padding_mask, past_key_values, cached, ntk_factors
+            )
         else:
             rotary, query_scale = self._tables_by_sample(position_ids, sequence_lengths)
             kwargs["sequence_lengths"] = sequence_lengths
@@ -282,7 +287,12 @@ class QWenModel(QWenPreTrainedModel):
         )
 
     def _evaluation_tables(
-        self, position_ids: Tensor, padding_mask: Tensor | None, past_key_values: Cache | None, cached: int
+        self,
+        position_ids: Tensor,
+        padding_mask: Tensor | None,
+        past_key_values: Cache | None,
+        cached: int,
+        alpha: Tensor | None,
     ) -> tuple[RotaryTables, Tensor | None]:
         """Compute rotary tables [B, T, R], and log-n factors of the queries [B, T] if any is beyond ``seq_length``.
 
@@ -290,16 +300,17 @@ class QWenModel(QWenPreTrainedModel):
         real tokens; with a cache it stays that of the prompt, because the cached keys are rotated with it.
         """
         config = self.config
-        alpha = query_scale = None
+        query_scale = None
         if not self.training and (config.use_dynamic_ntk or config.use_logn_attn):
             seq_length, total = config.trained_length(), cached + position_ids.shape[1]
-            if config.use_dynamic_ntk and cached:
-                alpha = getattr(past_key_values, "ntk_alpha", None)
-            elif config.use_dynamic_ntk and total > seq_length:
-                full = torch.full(position_ids.shape[:1], total, device=position_ids.device)
-                alpha = ntk_alpha(full if padding_mask is None else padding_mask.sum(-1), seq_length)
-            if config.use_dynamic_ntk and past_key_values is not None and not cached:
-                setattr(past_key_values, "ntk_alpha", alpha)  # noqa: B010 - our attribute on a library's object
+            if config.use_dynamic_ntk and alpha is None:
+                if cached:
+                    alpha = getattr(past_key_values, "ntk_alpha", None)
+                elif total > seq_length:
+                    full = torch.full(position_ids.shape[:1], total, device=position_ids.device)
+                    alpha = ntk_alpha(full if padding_mask is None else padding_mask.sum(-1), seq_length)
+                if past_key_values is not None and not cached:
+                    setattr(past_key_values, "ntk_alpha", alpha)  # noqa: B010 - our attribute on a library's object
             if config.use_logn_attn and total > seq_length:
                 query_scale = logn_scale(position_ids, seq_length)
         if alpha is not None and alpha.shape[0] not in (1, position_ids.shape[0]):

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import logging
+import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from chat.families import Family
-from serving.requests import Load, Request
+from chat.render import control_ids_of, plain_encoder
+from chat.turns import Tool, Turn
+from errors import ConfigError, RunError
+from serving.rendering import check_tools, parse_messages, render_turns
+from serving.requests import ClosedError, Load, QueueFullError, Request, RequestError, UnknownModelError
 from serving.ticket import Ticket
+
+logger = logging.getLogger(__name__)
 
 
 class Engine:
@@ -57,7 +67,68 @@ class Engine:
         Raises:
             ConfigError: checkpoint or adapter cannot be used.
         """
-        raise NotImplementedError
+        from loading.checkpoint import load_checkpoint
+        from loading.inference import load_for_inference
+
+        for name in adapters or {}:
+            if not name or ":" in name:
+                raise ConfigError(f"--adapter {name}: not a name", "Write NAME=FOLDER, without a colon in the name")
+        inner = {name: f"adapter{index}" for index, name in enumerate(adapters or {})}
+        checkpoint = load_checkpoint(model_name_or_path)
+        folders = {inner[name]: folder for name, folder in (adapters or {}).items()}
+        model = load_for_inference(checkpoint, any_base=any_base, others=folders, device_map=device_map)
+        return cls(
+            checkpoint, model, inner, kv_cache=kv_cache, max_concurrency=max_concurrency, queue_size=queue_size,
+            request_timeout=request_timeout, context_length=context_length,
+        )  # fmt: skip
+
+    def __init__(
+        self,
+        checkpoint: Any,
+        model: Any,
+        adapters: Mapping[str, str] | None = None,
+        *,
+        kv_cache: str | None = None,
+        max_concurrency: int = 16,
+        queue_size: int = 256,
+        request_timeout: float | None = None,
+        context_length: int | None = None,
+    ) -> None:
+        """Start an engine for a model that is loaded; arguments are those of :meth:`load`.
+
+        Args:
+            checkpoint: a ``loading.checkpoint.Checkpoint``.
+            adapters: names of the adapters in ``model`` by the names that requests use.
+        """
+        from serving.adapters import Adapters
+        from serving.batch import Runner
+        from serving.sampling import default_sampling
+        from serving.scheduler import Scheduler
+        from serving.text_stream import TokenBytes
+
+        config = model.config
+        self.model_name = Path(checkpoint.name).name or checkpoint.name
+        self.family, self.tokenizer = checkpoint.family, checkpoint.tokenizer
+        self.context_length = context_length or int(config.max_position_embeddings)
+        self._encode_text = plain_encoder(self.tokenizer)
+        try:
+            self.defaults = default_sampling(checkpoint.generation_config, self.family)
+        except RequestError as error:
+            raise ConfigError(f"{checkpoint.folder / 'generation_config.json'}: {error}") from error
+        self._end_ids = _end_ids(checkpoint)
+        self._token_bytes = TokenBytes(self.tokenizer)
+        runner_adapters = Adapters(model, adapters or {})
+        self.adapters = runner_adapters.names
+        base = model.get_base_model() if adapters else model
+        self._scheduler = Scheduler(Runner(base, runner_adapters, kv_cache), max_concurrency)
+        self._queue_size, self._timeout = queue_size, request_timeout
+        self._condition = threading.Condition()
+        self._waiting: deque[Any] = deque()
+        self._closing = self._drains = False
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    # ----------------------------------------------------------------------------------------------------- requests
 
     def adapter_of(self, model: str) -> str | None:
         """Return the adapter that ``model`` of a request means: the base's name, an adapter's, or ``base:adapter``.
@@ -65,7 +136,13 @@ class Engine:
         Raises:
             UnknownModelError: no such model is loaded.
         """
-        raise NotImplementedError
+        if model == self.model_name:
+            return None
+        name = model.removeprefix(f"{self.model_name}:")
+        if name not in self.adapters:
+            known = ", ".join([self.model_name, *self.adapters])
+            raise UnknownModelError("model", f"{model!r} is not loaded", f"Use one of {known}")
+        return name
 
     def render(
         self,
@@ -85,11 +162,21 @@ class Engine:
         Raises:
             RequestError: what the family cannot write, by the field's name.
         """
-        raise NotImplementedError
+        return self.render_turns(parse_messages(messages, self.family), check_tools(tools), system, thinking)
+
+    def render_turns(
+        self,
+        turns: Sequence[Turn],
+        tools: Sequence[Tool] = (),
+        system: str | None = None,
+        thinking: bool | None = None,
+    ) -> tuple[int, ...]:
+        """Return the ids of a prompt, as :meth:`render`, from turns that were checked."""
+        return render_turns(turns, tools, self.family, self.tokenizer, system, thinking)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the ids of a plain text; control tokens in it stay text."""
-        raise NotImplementedError
+        return tuple(self._encode_text(text))
 
     def submit(self, request: Request) -> Ticket:
         """Queue a request.
@@ -99,11 +186,43 @@ class Engine:
             QueueFullError: ``queue_size`` requests wait.
             ClosedError: the engine is closing.
         """
-        raise NotImplementedError
+        ticket = Ticket(request, self._wake)
+        row = self._row_of(ticket)
+        with self._condition:
+            if self._closing:
+                raise ClosedError("the engine is closing")
+            # A request that can begin at once does not wait.
+            if len(self._waiting) >= self._queue_size + max(0, self._scheduler.free):
+                raise QueueFullError(f"{len(self._waiting)} requests wait already")
+            self._waiting.append(row)
+            self._condition.notify()
+        return ticket
+
+    def _row_of(self, ticket: Ticket) -> Any:
+        from dataclasses import replace
+
+        from serving.row import Row
+        from serving.sampling import RowSampler
+
+        request = ticket.request
+        if request.adapter is not None and request.adapter not in self.adapters:
+            raise UnknownModelError("model", f"the adapter {request.adapter!r} is not loaded")
+        room = self.context_length - len(request.prompt_ids)
+        if not request.prompt_ids:
+            raise RequestError("messages", "the prompt is empty")
+        if room < 1:
+            what = f"the prompt has {len(request.prompt_ids)} tokens, and the context {self.context_length}"
+            raise RequestError("messages", what, "Shorten the conversation")
+        sampling = request.sampling.filled(self.defaults)
+        sampling = replace(sampling, max_tokens=min(sampling.max_tokens or room, room))
+        timeout = self._timeout if request.timeout is None else request.timeout
+        sampler = RowSampler(sampling, request.prompt_ids)
+        return Row(ticket, sampler, self._token_bytes, self._end_ids, timeout)
 
     def load_now(self) -> Load:
         """Return what the engine is doing."""
-        raise NotImplementedError
+        scheduler = self._scheduler
+        return Load(scheduler.running, len(self._waiting), scheduler.answered, *scheduler.tokens)
 
     def close(self, drain: bool = True) -> None:
         """Take no more requests, end those that there are, and wait for the thread.
@@ -111,4 +230,75 @@ class Engine:
         Args:
             drain: answer them first; otherwise they end as they are, with the finish reason ``cancelled``.
         """
-        raise NotImplementedError
+        with self._condition:
+            self._drains = drain if not self._closing else self._drains and drain
+            self._closing = True
+            self._condition.notify()
+        self._thread.join()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close(drain=False)
+
+    # ------------------------------------------------------------------------------------------------------- thread
+
+    def _wake(self) -> None:
+        with self._condition:
+            self._condition.notify()
+
+    def _run(self) -> None:
+        """Answer requests until the engine is closed."""
+        import torch
+
+        with torch.inference_mode():
+            while self._wait():
+                try:
+                    self._turn()
+                except Exception as error:  # a fault of the engine itself: its requests end, later ones are answered
+                    logger.exception("the engine failed, and begins again")
+                    self._scheduler.fail_all(RunError(f"the engine failed: {type(error).__name__}"))
+
+    def _wait(self) -> bool:
+        """Wait for something to do; return false if the engine is closed and nothing is left."""
+        with self._condition:
+            while not self._waiting and not self._scheduler.running:
+                if self._closing:
+                    return False
+                self._condition.wait()
+            return True
+
+    def _turn(self) -> None:
+        scheduler = self._scheduler
+        if self._closing and not self._drains:
+            self._end_waiting(everyone=True)
+            scheduler.end_all()
+            return
+        self._end_waiting()
+        scheduler.end_overdue()
+        if scheduler.wants_rows and self._waiting:
+            with self._condition:
+                rows = scheduler.choose(list(self._waiting))
+                for row in rows:
+                    self._waiting.remove(row)
+                scheduler.begin(rows)
+        failed = scheduler.turn()
+        with self._condition:
+            self._waiting.extendleft(reversed(failed))
+
+    def _end_waiting(self, everyone: bool = False) -> None:
+        """End requests whose clients have left, or whose time is over, before they began."""
+        with self._condition:
+            ended = [(row, "cancelled" if everyone else row.overdue()) for row in self._waiting]
+            self._waiting = deque(row for row, reason in ended if reason is None)
+        for row, reason in ended:
+            if reason is not None:
+                row.end(reason)
+
+
+def _end_ids(checkpoint: Any) -> frozenset[int]:
+    """Return the ids that end an answer: those of generation_config.json, and the control tokens of ChatML."""
+    eos = checkpoint.generation_config.eos_token_id
+    given = eos if isinstance(eos, list) else [] if eos is None else [eos]
+    return frozenset([*given, *checkpoint.end_ids, *control_ids_of(checkpoint.tokenizer).values()])

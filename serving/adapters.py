@@ -1,0 +1,83 @@
+"""The adapters of an engine: which rows can share a batch, and which adapter each row of a step uses.
+
+Plain adapters and the base share one batch: peft computes each adapter for its own rows. What peft refuses or mixes up
+there (DoRA, trained embeddings and heads, trained token rows) runs in a batch of its own, in turn with the others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from peft.tuners.lora.layer import LoraLayer
+
+from errors import ConfigError
+
+_BASE = "__base__"  # peft's name for rows without an adapter
+_ALONE = ("use_dora", "modules_to_save", "trainable_token_indices")
+
+Group = str | None
+"""Rows of one group can share a batch: ``None``, or the name of an adapter that runs alone."""
+
+
+class Adapters:
+    """The adapters of a model.
+
+    Args:
+        model: peft's, with these adapters, or a base without any.
+        names: the adapters' names in the model, by the names that requests use.
+
+    Raises:
+        ConfigError: an adapter that changes the base for the others.
+    """
+
+    def __init__(self, model: Any, names: Mapping[str, str]) -> None:
+        self._model = model
+        self._names = dict(names)
+        self.alone = {name for name, inner in names.items() if any(self._setting(inner, each) for each in _ALONE)}
+        self._rows: list[str] | None = None
+        self._active: object = self  # no group yet
+        for name, inner in names.items():
+            if self._setting(inner, "bias") not in (None, "none"):
+                raise ConfigError(
+                    f"--adapter {name} has trained biases, which would change the base and other adapters, too",
+                    "Merge it with merge_lora.py, and load the result",
+                )
+        if names:
+            for module in model.modules():
+                if isinstance(module, LoraLayer):
+                    hooked: Any = module
+                    hooked.register_forward_pre_hook(self._add_names, with_kwargs=True)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._names)
+
+    def group_of(self, adapter: str | None) -> Group:
+        """Return the group of a request's adapter."""
+        return adapter if adapter in self.alone else None
+
+    def use(self, group: Group, adapters: Sequence[str | None]) -> None:
+        """Let the next forward pass use the adapter of each row, which are all of one group."""
+        if not self._names:
+            return
+        if group != self._active:
+            self._activate(group)
+            self._active = group
+        # peft computes a batch without any adapter like one with other rows.
+        self._rows = None if group is not None else [self._names[each] if each else _BASE for each in adapters]
+
+    def _activate(self, group: Group) -> None:
+        shared = [inner for name, inner in self._names.items() if name not in self.alone]
+        inner = self._names[group] if group is not None else shared[0] if shared else None
+        if inner is None:
+            self._model.base_model.disable_adapter_layers()
+            return
+        self._model.base_model.enable_adapter_layers()
+        self._model.set_adapter(inner, inference_mode=True)
+
+    def _add_names(self, module: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, kwargs if self._rows is None else {**kwargs, "adapter_names": self._rows}
+
+    def _setting(self, inner: str, name: str) -> Any:
+        return getattr(self._model.peft_config[inner], name, None)
