@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-
 _BLOCK = 64  # columns by which buffers grow, at least
 
 
