@@ -10,7 +10,6 @@ Shapes: B rows of the batch, H heads of keys and values, T cached tokens, t toke
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, ClassVar, Literal
 
@@ -58,6 +57,23 @@ class EightBitLayer(DynamicLayer):
         self.keys = torch.cat([packed_keys, self._pack(key_states)], dim=-2)
         self.values = torch.cat([packed_values, self._pack(value_states)], dim=-2)
         return keys, values
+
+    def join(self, other: EightBitLayer, padding: int, other_padding: int) -> None:
+        """Append the rows of another layer below these.
+
+        Args:
+            padding, other_padding: columns of zeros that precede the tokens of these and of the other rows.
+        """
+        kept = []
+        for own, others in zip(_states(self), _states(other), strict=True):
+            rows = F.pad(own, (0, 0, padding, 0)), F.pad(others.to(own.device), (0, 0, other_padding, 0))
+            kept.append(torch.cat(rows))
+        self.keys, self.values = kept
+
+    def cut_left(self, columns: int) -> None:
+        """Remove the oldest columns of all rows."""
+        # A copy, because a part of a tensor would keep the memory of the whole.
+        self.keys, self.values = (states[:, :, columns:].contiguous() for states in _states(self))
 
     def _pack(self, states: Tensor) -> Tensor:
         codes, *parameters = self.quantize(states.detach())
@@ -152,56 +168,5 @@ def cache_bytes(cache: Cache) -> int:
     return sum(states.nbytes for layer in held for states in _states(layer))
 
 
-def join_caches(caches: Sequence[Cache]) -> Cache:
-    """Join caches of one kind into one with the rows of all; zeros precede the tokens of shorter ones.
-
-    The first cache is returned; the others are emptied layer by layer, so that memory does not double. The caller's
-    attention mask has to hide the zeros.
-    """
-    joined = caches[0]
-    length = max(each.get_seq_length() for each in caches)
-    factors, rows = [_row_factors(each) for each in caches], [len(_states(each.layers[0])[0]) for each in caches]
-    layers: tuple[Any, ...]
-    for layers in zip(*(each.layers for each in caches), strict=True):
-        for name in ("keys", "values"):
-            parts = [getattr(layer, name) for layer in layers]
-            setattr(layers[0], name, torch.cat([F.pad(part, (0, 0, length - part.shape[-2], 0)) for part in parts]))
-        for layer in layers[1:]:
-            layer.keys = layer.values = None
-            layer.is_initialized = False
-    if known := [factor for factor in factors if factor is not None]:
-        filled = [
-            known[0].new_ones(count) if factor is None else factor for factor, count in zip(factors, rows, strict=True)
-        ]
-        _set_row_factors(joined, torch.cat(filled))
-    return joined
-
-
-def select_rows(cache: Cache, rows: Tensor, start: int = 0) -> None:
-    """Keep some rows of a cache, in the order given.
-
-    Args:
-        rows: indices [n].
-        start: number of leading positions that are removed, padding of all rows that remain.
-    """
-    factors = _row_factors(cache)
-    layers: Sequence[Any] = cache.layers
-    for layer in layers:
-        layer.keys, layer.values = (states[rows.to(states.device), :, start:] for states in _states(layer))
-    if factors is not None:
-        _set_row_factors(cache, factors[rows.to(factors.device)])
-
-
 def _states(layer: Any) -> tuple[Tensor, Tensor]:
     return layer.keys, layer.values
-
-
-def _row_factors(cache: Cache) -> Tensor | None:
-    """Return the dynamic-NTK factor of each row [B]; Qwen v1 keeps them with the cache (``modeling_qwen.py``)."""
-    factors: Tensor | None = getattr(cache, "ntk_alpha", None)
-    rows = len(_states(cache.layers[0])[0])
-    return None if factors is None else factors.repeat_interleave(rows // len(factors))
-
-
-def _set_row_factors(cache: Cache, factors: Tensor) -> None:
-    setattr(cache, "ntk_alpha", factors)  # noqa: B010 - our attribute on a library's object

