@@ -1,15 +1,20 @@
-"""The micro-batch of a run that takes most memory: from its data in the order of its sampler, else from its flags."""
+"""The micro-batch of a run that takes most memory: from its data in the order of its sampler, else from its flags.
+
+Where micro-batches of a step are joined, it is the longest row of joined ones.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
 from chat.label_mask import IGNORE_INDEX
 from planning.rehearsal import BatchShape
 from training.config.args import RunArguments
+from training.rows import why_apart, why_padded
 
 _MOST_EPOCHS = 20  # whose orders are searched
 _MOST_BATCHES = 10**12
@@ -52,7 +57,6 @@ class RunBatches:
         """
         from loading.checkpoint import load_checkpoint
         from training.data import build_train_dataset, load_data
-        from training.rows import why_padded
 
         checkpoint = load_checkpoint(args.model.model_name_or_path, args.model.cache_dir, args.model.model_hub)
         sets = load_data(args, _flags(args, processes), checkpoint)
@@ -60,20 +64,31 @@ class RunBatches:
         return cls(build_train_dataset(args, checkpoint, sets["train"]), is_padded, sets.get("eval"))
 
     def longest(self, args: RunArguments, processes: int) -> BatchShape:
-        """Return the micro-batch with most positions of all processes and epochs, with its number of targets."""
-        from training.longest_batch import epoch_orders, find_longest
+        """Return the micro-batch with most positions of all processes and epochs, joined as in the run."""
+        from training.longest_batch import epoch_orders, find_longest, positions_of
         from training.samplers import build_sampler
 
-        get = args.trainer_value
-        size, count = get("per_device_train_batch_size"), len(self.items)
-        sampler = build_sampler(_flags(args, processes), args.data.data_mixing, self.items, count)
+        get, lengths = args.trainer_value, self.items.lengths
+        size, joining = get("per_device_train_batch_size"), self._joining(args, processes)
+        sampler = build_sampler(_flags(args, processes), args.data.data_mixing, self.items, len(lengths))
         if sampler is None:  # an order of transformers' own: the longest items may meet
             return _shape(self.items, _longest_items(self.items, size))
         has_limit = get("max_steps") > 0
         limit = get("max_steps") * get("gradient_accumulation_steps") * processes if has_limit else _MOST_BATCHES
         epochs = _MOST_EPOCHS if has_limit else min(math.ceil(get("num_train_epochs")), _MOST_EPOCHS)
         orders = epoch_orders(sampler, range(epochs))
-        return _shape(self.items, find_longest(self.items.lengths, orders, size, self.is_padded, limit).indices)
+        longest = find_longest(lengths, orders, size, self.is_padded, limit, joining)
+        [first] = epoch_orders(sampler, [0])
+        per_step = joining.rows_per_step(positions_of(lengths, first, size, self.is_padded))
+        return replace(_shape(self.items, longest.indices), per_step=per_step)
+
+    def _joining(self, args: RunArguments, processes: int) -> Any:
+        from training.joined_rows import Joining, token_budget
+
+        get = args.trainer_value
+        is_apart = self.is_padded or bool(why_apart(args, processes))
+        budget = 0 if is_apart else token_budget(self.items.lengths, get("per_device_train_batch_size"))
+        return Joining(budget, get("gradient_accumulation_steps"), processes)
 
     def longest_evaluation(self, args: RunArguments) -> BatchShape | None:
         """Return a batch of the longest examples of evaluations; ``None`` for a run that never evaluates."""

@@ -11,6 +11,7 @@ from planning.engines import Share, Task, share_of
 from planning.rehearsal import BatchShape, Rehearsal, rehearse
 from training.config.args import RunArguments
 from training.config.engines import find_engine
+from training.rows import why_apart
 
 _SMALL_STATES = ("8bit", "4bit")
 
@@ -62,10 +63,14 @@ class Expectation:
         return self.share.peak_bytes <= self.machine.usable_bytes
 
     @property
+    def micro_steps(self) -> float:
+        """Forward and backward passes of one process in an optimizer step."""
+        return self.shape.per_step or float(self.args.trainer_value("gradient_accumulation_steps"))
+
+    @property
     def step_flops(self) -> float:
         """Floating-point operations of one process in an optimizer step."""
-        micro = self.rehearsal.flops_forward + self.rehearsal.flops_backward
-        return float(micro * self.args.trainer_value("gradient_accumulation_steps"))
+        return float(self.rehearsal.flops_forward + self.rehearsal.flops_backward) * self.micro_steps
 
     @property
     def seconds(self) -> float | None:
@@ -80,6 +85,7 @@ class Expectation:
             "changes": list(self.changes),
             "engine": self.engine,
             "batch": {"lengths": list(self.shape.lengths), "targets": self.shape.targets},
+            "micro_steps": self.micro_steps,
             "fits": self.fits,
             "peak_bytes": share.peak_bytes,
             "peak_at": share.peak_at,
@@ -106,15 +112,16 @@ class Planner:
     def __init__(self, machine: Machine, hidden_size: int, batches: RunBatches | None = None) -> None:
         self.machine, self.hidden_size, self.batches = machine, hidden_size, batches
         self._rehearsed: dict[str, Rehearsal] = {}
-        self._longest: dict[tuple[int, int], BatchShape] = {}  # by rows and accumulation, which changes alter
+        self._longest: dict[tuple[int, int, str], BatchShape] = {}  # by what changes alter: batch, accumulation, engine
 
     def shape(self, args: RunArguments) -> BatchShape:
         """Return the longest micro-batch of a run with these arguments."""
         if self.batches is None:
             return assumed_batch(args)
-        key = args.trainer_value("per_device_train_batch_size"), args.trainer_value("gradient_accumulation_steps")
+        get, processes = args.trainer_value, self.machine.processes
+        key = get("per_device_train_batch_size"), get("gradient_accumulation_steps"), why_apart(args, processes)
         if key not in self._longest:
-            self._longest[key] = self.batches.longest(args, self.machine.processes)
+            self._longest[key] = self.batches.longest(args, processes)
         return self._longest[key]
 
     def expect(self, args: RunArguments, changes: tuple[str, ...] = (), machine: Machine | None = None) -> Expectation:

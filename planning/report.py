@@ -58,8 +58,7 @@ def _devices(machine: Machine, engine: str) -> str:
 
 def _step(run: Expectation) -> str:
     forward, backward = (amount(flops) for flops in (run.rehearsal.flops_forward, run.rehearsal.flops_backward))
-    parts = run.args.trainer_value("gradient_accumulation_steps")
-    return f"{amount(run.step_flops)}FLOP per device: {parts} x ({forward} forward + {backward} backward)"
+    return f"{amount(run.step_flops)}FLOP per device: {run.micro_steps:.3g} x ({forward} forward + {backward} backward)"
 
 
 def _time(run: Expectation) -> str:

@@ -7,15 +7,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class BatchShape:
-    """The largest micro-batch of a run.
+    """The largest micro-batch of a run, or the largest row of joined ones.
 
     Attributes:
         lengths: tokens of each of its samples.
         targets: trained tokens of all of them.
+        per_step: computed in an optimizer step, on average; ``None``: as many as are accumulated.
     """
 
     lengths: tuple[int, ...]
     targets: int
+    per_step: float | None = None
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,9 +17,12 @@ from training.data import build_collator, build_train_dataset
 from training.distributed.heartbeat import Heartbeat, HeartbeatCallback
 from training.distributed.world import World
 from training.progress import Progress
+from training.rows import why_apart
 from training.run_folder.start import Start
 from training.signals import Signals
 from training.trainer import QwenTrainer
+
+logger = logging.getLogger(__name__)
 
 
 def build_trainer(
@@ -41,6 +45,7 @@ def build_trainer(
         heartbeat: shows this rank's progress to the other ranks.
     """
     log = RunLog(args.output_dir, Progress(), resumes=start.checkpoint is not None)
+    collator = build_collator(args, checkpoint)
     trainer = QwenTrainer(
         checkpoint,
         loss=args.model.loss,
@@ -52,12 +57,21 @@ def build_trainer(
         status=heartbeat.status,
         world=world,
         rate_ratio=args.lora.loraplus_lr_ratio,
+        joins_rows=not collator.is_padded and _joins_rows(args),
         model=model,
         args=training_arguments,
-        data_collator=build_collator(args, checkpoint),
+        data_collator=collator,
         train_dataset=build_train_dataset(args, checkpoint, sets["train"]),
         eval_dataset=sets.get("eval"),
         callbacks=[*build_callbacks(args, log), HeartbeatCallback(heartbeat.status)],
     )
     set_tensorboard_folder(trainer.callback_handler.callbacks, args.options.logging_dir)
     return trainer, log
+
+
+def _joins_rows(args: RunArguments) -> bool:
+    """Return whether the rows of a step are joined; log what prevents it, unless the user does."""
+    reason = why_apart(args)
+    if reason and args.options.join_micro_batches and args.trainer_value("gradient_accumulation_steps") > 1:
+        logger.info("Micro-batches are not joined: %s", reason)
+    return not reason

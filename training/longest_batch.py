@@ -14,17 +14,21 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from commands import is_out_of_memory
 from console import python_command
 from errors import RunError, one_line
+from training.joined_rows import Joining, token_budget
 from training.samplers import EpochSampler
+
+_APART = Joining()
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A micro-batch: the indices of its items, and the positions that it computes."""
+    """A micro-batch, or several joined ones: the indices of its items, and the positions that it computes."""
 
     indices: tuple[int, ...]
     positions: int
@@ -34,9 +38,14 @@ class Batch:
 
 
 def find_longest(
-    lengths: Sequence[int], orders: Iterable[Sequence[int]], size: int, is_padded: bool, limit: int
+    lengths: Sequence[int],
+    orders: Iterable[Sequence[int]],
+    size: int,
+    is_padded: bool,
+    limit: int,
+    joining: Joining = _APART,
 ) -> Batch:
-    """Return the micro-batch that computes most positions.
+    """Return the micro-batch that computes most positions, joined as they are in a step.
 
     Args:
         lengths: tokens of each item; those beyond are blanks, of one token.
@@ -46,20 +55,30 @@ def find_longest(
         limit: micro-batches of the run.
     """
     known, best = np.asarray(lengths), Batch((), 0)
-    bound = int(known.max() * size if is_padded else np.sort(known)[-size:].sum())
+    bound = int(known.max() * size) if is_padded else token_budget(known, size)
     for order in orders:
         items = np.asarray(order[: limit * size])
-        if not len(items) or best.positions == bound:
+        if not len(items) or best.positions >= bound:
             break
-        sizes = np.where(items < len(known), known[np.minimum(items, len(known) - 1)], 1)
-        rows = np.pad(sizes, (0, -len(sizes) % size)).reshape(-1, size)
-        positions = rows.max(1) * (rows > 0).sum(1) if is_padded else rows.sum(1)
-        first = int(positions.argmax())
-        if positions[first] > best.positions:
-            chosen = items[first * size : (first + 1) * size]
-            best = Batch(tuple(chosen[chosen < len(known)].tolist()), int(positions[first]))
-        limit -= len(rows)
+        grown, begins = joining.grow(positions_of(known, items, size, is_padded))
+        first = last = int(grown.argmax())
+        if grown[last] > best.positions:
+            while not begins[first]:
+                first -= joining.processes
+            batches = range(first, last + 1, joining.processes)
+            chosen = np.concatenate([items[batch * size : (batch + 1) * size] for batch in batches])
+            best = Batch(tuple(chosen[chosen < len(known)].tolist()), int(grown[last]))
+        limit -= len(grown)
     return best
+
+
+def positions_of(lengths: Sequence[int] | NDArray[Any], order: Any, size: int, is_padded: bool) -> NDArray[Any]:
+    """Return the positions of each micro-batch of an order; see ``find_longest``."""
+    known, items = np.asarray(lengths), np.asarray(order)
+    sizes = np.where(items < len(known), known[np.minimum(items, len(known) - 1)], 1)
+    rows = np.pad(sizes, (0, -len(sizes) % size)).reshape(-1, size)
+    positions: NDArray[Any] = rows.max(1) * (rows > 0).sum(1) if is_padded else rows.sum(1)
+    return positions
 
 
 def epoch_orders(sampler: EpochSampler, epochs: Iterable[int]) -> Iterator[list[int]]:

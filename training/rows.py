@@ -1,4 +1,4 @@
-"""Whether a run's batches are rows without padding, and whether these are packed."""
+"""Whether a run's batches are rows without padding, whether these are packed, and whether a step joins them."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 from errors import ConfigError
 from qwen_model.architectures import architecture_of
 from training.config.args import RunArguments
+from training.config.engines import find_engine
 
 # The attention that keeps the samples of a row apart; None: transformers' default, which is sdpa or eager.
 _ATTENTION = (None, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
@@ -45,6 +46,20 @@ def why_unpacked(args: RunArguments, config: Mapping[str, Any]) -> str:
         return "--train_sampling_strategy group_by_length forms batches in another way"
     reason = why_padded(args, config)
     return reason and f"batches are padded: {reason}"
+
+
+def why_apart(args: RunArguments, processes: int | None = None) -> str:
+    """Return why the rows of a step are not joined, whatever the model; empty if they are, unless they are padded.
+
+    Args:
+        processes: of the run; ``None``: as the launcher has started.
+    """
+    if not args.options.join_micro_batches:
+        return "--join_micro_batches False"
+    engine = find_engine(args.trainer, processes)
+    if engine.name not in ("none", "ddp"):  # it communicates in every forward or backward pass
+        return f"with {engine.title} every rank has to compute as many micro-batches"
+    return ""
 
 
 def choose_packing(args: RunArguments, config: Mapping[str, Any]) -> bool | None:

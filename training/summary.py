@@ -10,7 +10,7 @@ import statistics
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from torch import nn
@@ -31,11 +31,12 @@ from training.config.schedules import SCHEDULES
 from training.data import packs_samples, save_reports
 from training.freed_memory import describe_memory
 from training.learnt import describe_learnt, measure_learnt, warn_of_little
+from training.longest_batch import positions_of
 from training.ornaments import ornament
 from training.progress import peak_memory
 from training.run_folder.changes import facts_from_args
 from training.run_folder.curves import plot_losses
-from training.samplers import PackedExamples
+from training.samplers import PackedExamples, build_sampler
 from training.samples import keep_samples
 from training.trainer import QwenTrainer
 
@@ -127,6 +128,7 @@ def describe_run(
         ("targets", f"{report.trained_tokens:,} tokens ({report.trained_tokens / report.tokens:.1%})"),
         *_packing_rows(trainer, args, batch),
         ("steps", f"{steps:,} of {batch} {_items_of(trainer)} ({per_epoch:,} per epoch)"),
+        *_joined_rows(trainer),
         *([("expected", memory)] if memory else []),
         ("output", str(args.output_dir)),
         *([("memory", describe_memory(policy))] if training.device.type == "cpu" else []),
@@ -175,6 +177,19 @@ def _packing_rows(trainer: QwenTrainer, args: RunArguments, batch: int) -> list[
         ("packing", f"{len(packs):,} packs of up to {capacity:,} tokens, {packs.fill:.1%} filled{reason}"),
         ("", f"--per_device_train_batch_size {size}: {size * capacity:,} tokens; about {tokens:,} per optimizer step"),
     ]
+
+
+def _joined_rows(trainer: QwenTrainer) -> list[tuple[str, str]]:
+    """Return how many rows the micro-batches of a step are joined to, by the order of the first epoch."""
+    joining, items = trainer.joining(), cast(Any, trainer.train_dataset)
+    sampler = build_sampler(trainer.args, trainer.data_mixing, items, len(items)) if joining.budget else None
+    if sampler is None:
+        return []
+    per_step = joining.rows_per_step(positions_of(items.lengths, [*sampler], trainer.args.train_batch_size, False))
+    if per_step == joining.accumulation:
+        return []
+    text = f"{joining.accumulation} micro-batches of a step are joined to about {per_step:.1f} rows"
+    return [("rows", f"{text} of up to {joining.budget:,} tokens")]
 
 
 def warn_of_few_steps(trainer: QwenTrainer) -> None:

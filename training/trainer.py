@@ -28,6 +28,7 @@ from training.display import LogLines, ProgressBar
 from training.distributed.heartbeat import RankStatus
 from training.distributed.world import World
 from training.first_loss import check_first_loss
+from training.joined_rows import is_empty, join_micro_batches
 from training.learning_rates import raise_rate_of_second
 from training.noise import embedding_noise
 from training.ornaments import Ornaments
@@ -60,6 +61,7 @@ class QwenTrainer(MemoryTrainer):
         status: this rank's status, which the other ranks watch.
         world: the ranks of the run; by default this one only.
         rate_ratio: LoRA+: the learning rate of an adapter's matrices B, divided by that of all other parameters.
+        joins_rows: join the micro-batches of a step, which must be rows without padding, to longer rows.
     """
 
     progress: Progress
@@ -67,7 +69,7 @@ class QwenTrainer(MemoryTrainer):
     status: RankStatus
     ornaments: Ornaments  # their end is the caller's, after the result is saved
 
-    # This rank's share of the current optimizer step: a value per micro-batch, sums on the device.
+    # This rank's share of the current optimizer step: a value per computed micro-batch, sums on the device.
     _losses: list[Tensor]
     _batch_indices: list[list[int]]  # of the examples
     _step_counts: list[Tensor | int]  # targets, tokens, slots, samples
@@ -88,11 +90,12 @@ class QwenTrainer(MemoryTrainer):
         status: RankStatus | None = None,
         world: World | None = None,
         rate_ratio: float = 1.0,
+        joins_rows: bool = False,
         **kwargs: Any,
     ) -> None:
         super().__init__(processing_class=checkpoint.tokenizer, **kwargs)
         self.checkpoint, self.data_mixing, self.facts = checkpoint, data_mixing, facts or {}
-        self.finds_batch_size = finds_batch_size
+        self.finds_batch_size, self.joins_rows, self._budgets = finds_batch_size, joins_rows, {}
         self.progress, self.signals = progress or Progress(), signals or Signals()
         self.status, self.world = status or RankStatus(), world or World()
         self.label_names = ["labels"]  # by default every argument of forward whose name contains the word
@@ -157,24 +160,24 @@ class QwenTrainer(MemoryTrainer):
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
-        """Return the micro-batches of an optimizer step; count them, and remove what the model does not take."""
+        """Return the micro-batches of an optimizer step, joined and counted, without what the model does not take."""
         batches, weight = super().get_batch_samples(*args, **kwargs)
+        if self.joins_rows:
+            batches = join_micro_batches(batches, self.joining().budget)
+        computed = [batch for batch in batches if not is_empty(batch)]
         self._losses = []
         self._step_correct.zero_()
-        self._batch_indices = [batch.pop("index", []) for batch in batches]
+        self._batch_indices = [batch.pop("index", []) for batch in computed]
         self._step_counts = [
-            sum(count_targets(batch) for batch in batches),
-            sum(count_tokens(batch) for batch in batches),
-            sum(batch["input_ids"].numel() for batch in batches),
+            sum(count_targets(batch) for batch in computed),
+            sum(count_tokens(batch) for batch in computed),
+            sum(batch["input_ids"].numel() for batch in computed),
             sum(map(len, self._batch_indices)),
         ]
         return batches, weight
 
     def _track_num_input_tokens(self, inputs: dict[str, Any]) -> None:
-        """Count all tokens of rows without padding, whose end of text transformers would take for padding."""
-        if self.args.include_num_input_tokens_seen == "non_padding" and "attention_mask" not in inputs:
-            inputs = {**inputs, "attention_mask": torch.ones_like(inputs["input_ids"])}
-        super()._track_num_input_tokens(inputs)
+        """Count nothing: ``_read_step`` does, once per step, without gathering and reading for every micro-batch."""
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Tensor:
         """Return the divisor of an optimizer step's summed loss: its targets, or their weights, over all ranks.
@@ -220,10 +223,12 @@ class QwenTrainer(MemoryTrainer):
             self._evaluated[2] += correct
         return (loss, outputs) if return_outputs else loss
 
-    def training_step(self, model: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        if is_empty(inputs):  # its samples are in another row of the step
+            return torch.zeros((), device=self.args.device)
         assert self.model is not None, "the Trainer has a model"
         keep_training_mode(model, self.model)
-        loss = super().training_step(model, *args, **kwargs)
+        loss = super().training_step(model, inputs, *args, **kwargs)
         self._losses.append(loss)
         return loss
 
@@ -268,6 +273,8 @@ class QwenTrainer(MemoryTrainer):
         if self.state.global_step == 0 and self.is_world_process_zero():
             check_first_loss(self.accelerator.unwrap_model(self.model), step.loss)
         self.progress.add(step)
+        seen = {"non_padding": step.tokens, "all": step.slots}
+        self.state.num_input_tokens_seen += seen.get(str(self.args.include_num_input_tokens_seen), 0)
         return None if norm is None else norms[0]
 
     def _divergence(self, quantity: str, value: float) -> RunError:

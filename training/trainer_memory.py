@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import gc
 import logging
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from commands import is_out_of_memory
 from data_utils.collate import Collator
+from training.joined_rows import Joining, token_budget
 from training.longest_batch import Batch, epoch_orders, find_longest, memory_errors, unchanged_training
 from training.progress import weigh_targets
 from training.samplers import EpochSampler
@@ -36,12 +37,15 @@ class MemoryTrainer(CheckpointTrainer):
     Attributes:
         finds_batch_size: if that micro-batch does not fit, halve it and accumulate twice as many. The samples of an
             optimizer step, their order and the number of steps stay; transformers' own search would change them.
+        joins_rows: the micro-batches of a step are joined to longer rows, see ``training.joined_rows``.
     """
 
     finds_batch_size: bool = False
+    joins_rows: bool = False
 
     _sampler: EpochSampler | None  # set before the model is prepared
     _tried: Batch | None = None  # while it is tried
+    _budgets: dict[int, int]  # of joined rows, by the size of a micro-batch, which may be halved
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """Train; memory that does not suffice ends the run with the place and advice."""
@@ -64,6 +68,14 @@ class MemoryTrainer(CheckpointTrainer):
             self.args.per_device_train_batch_size, self.args.gradient_accumulation_steps = size, steps
             batch_size = self._train_batch_size = size
             self._release()
+
+    def joining(self) -> Joining:
+        """Return how the micro-batches of a step are joined, which depends on data and batch size alone."""
+        size, items = self.args.train_batch_size, cast(Any, self.train_dataset)
+        if self.joins_rows and size not in self._budgets:
+            self._budgets[size] = token_budget(items.lengths, size)
+        budget = self._budgets[size] if self.joins_rows else 0
+        return Joining(budget, self.args.gradient_accumulation_steps, self.args.world_size)
 
     def _can_halve(self) -> bool:
         return self.finds_batch_size and self.args.train_batch_size % 2 == 0
@@ -95,6 +107,7 @@ class MemoryTrainer(CheckpointTrainer):
             self.args.train_batch_size,
             is_padded=isinstance(collator, Collator) and collator.is_padded,
             limit=(max_steps - self.state.global_step) * accumulation * self.args.world_size,
+            joining=self.joining(),
         )
         if batch.indices:
             inputs = collator([items[index] for index in batch.indices])

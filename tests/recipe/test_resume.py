@@ -31,6 +31,7 @@ CASES: dict[str, tuple[str, list[object], list[int]]] = {
     "full, float32": ("float32", ["--train_sampling_strategy", "group_by_length", *EVALUATE], [4, 8]),
     "packing": ("float32", [*LORA, "--packing", "--model_max_length", 80], [4]),
     "workers": ("float32", [*LORA, "--dataloader_num_workers", 2], [4]),
+    "joined": ("float32", [*LORA, "--per_device_train_batch_size", 1, "--gradient_accumulation_steps", 4], [4]),
     "best": ("float32", [*LORA, *BEST, "--learning_rate", 1e-2], [2, 4]),
     "stopped early": ("float32", [*LORA, *BEST, "--metric_for_best_model", "token_accuracy"], [2, 4, 6]),
     "schedule free": ("float32", [*LORA, *BEST, "--optim", "schedule_free_adamw", "--learning_rate", 0.1], [2, 4]),
@@ -84,6 +85,8 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path, base: Path
     if case == "schedule free":
         pytest.importorskip("schedulefree")
     command = arguments(tmp_path, base if dtype == "bfloat16" else TINY, *flags)
+    if case == "joined":  # two of the others fit into a row as long as this one
+        write_conversations(tmp_path / "b.json", [*(CONVERSATIONS[2:] * 2)[1:], CONVERSATIONS[3] * 3])
     finetune_here(*command)
     output, uninterrupted = tmp_path / "out", tmp_path / "uninterrupted"
     shutil.copytree(output, uninterrupted)

@@ -9,37 +9,44 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.commands import PLAIN, finetune_here, free_port, logged_losses, names_in, read_json, read_log, run_well
-from tests.models import CONVERSATIONS, TINY, write_conversations
+from tests.models import CONVERSATIONS, TINY, write_conversations, write_later_checkpoint
 
 
-@pytest.mark.parametrize("mode", ["full", "weighted, packed"])
-def test_two_ranks_with_batch_two_equal_one_with_batch_four(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize("mode", ["full, joined", "weighted, packed"])
+def test_two_ranks_equal_one_with_the_same_global_batch(tmp_path: Path, mode: str) -> None:
     """The conversations differ in length, so the ranks differ in targets; they fill the last step.
 
     Rank 1 gets one evaluation example less: none counts twice. In ``weighted, packed`` each answer has a weight of its
-    own, so the ranks' sums of weights differ as well, and the 7 packs do not fill the last step.
+    own, so the ranks' sums of weights differ as well, and the 7 packs do not fill the last step. In ``full, joined`` a
+    rank computes one row where the other computes two, on a model with buffers, which DDP broadcasts.
     """
-    data = write_conversations(tmp_path / "train.json")
+    is_full = mode == "full, joined"
+    data = write_conversations(
+        tmp_path / "train.json", [*CONVERSATIONS[:7], CONVERSATIONS[3] * 3] if is_full else CONVERSATIONS
+    )
+    model = write_later_checkpoint(tmp_path / "model", "qwen2") if is_full else TINY
     held_out = write_conversations(tmp_path / "eval.json", CONVERSATIONS[:3])
-    for path in (data, held_out) if mode != "full" else ():
+    for path in () if is_full else (data, held_out):
         records = json.loads(path.read_text(encoding="utf-8"))
         for number, record in enumerate(records):
             record["conversations"][1]["weight"] = 0.25 + number
         path.write_text(json.dumps(records), encoding="utf-8")
 
-    def arguments(output: str, batch: int) -> list[object]:
-        lora = [] if mode == "full" else ["--use_lora", "--lora_dropout", 0, "--packing", "--model_max_length", 80]
+    def arguments(output: str, batch: int, accumulation: int) -> list[object]:
+        lora = [] if is_full else ["--use_lora", "--lora_dropout", 0, "--packing", "--model_max_length", 80]
         return [
-            *PLAIN, "--model_name_or_path", TINY, "--data_path", data, "--eval_data_path", held_out, "--output_dir",
+            *PLAIN, "--model_name_or_path", model, "--data_path", data, "--eval_data_path", held_out, "--output_dir",
             tmp_path / output, "--per_device_train_batch_size", batch, "--num_train_epochs", 2, "--learning_rate", 1e-3,
             "--logging_steps", 1, "--save_strategy", "no", "--eval_strategy", "epoch",
-            "--per_device_eval_batch_size", batch, *lora,
+            "--per_device_eval_batch_size", batch * accumulation, "--gradient_accumulation_steps", accumulation,
+            "--include_num_input_tokens_seen", "all", *lora,
         ]  # fmt: skip
 
-    finetune_here(*arguments("one", 4))
+    finetune_here(*arguments("one", 4, 1))
     torchrun = ["-m", "torch.distributed.run", "--nproc_per_node", 2, "--master_port", free_port()]
-    result = run_well(*torchrun, "finetune.py", *arguments("two", 2))
+    result = run_well(*torchrun, "finetune.py", *arguments("two", 1, 2) if is_full else arguments("two", 2, 1))
     assert result.stderr.count("INFO Fine-tuning") == 1  # rank 0 logs for all
+    assert ("2 micro-batches of a step are joined to about 1." in result.stderr) == is_full
 
     one, two = tmp_path / "one", tmp_path / "two"
     assert len(logged_losses(one)) == 4
@@ -52,7 +59,7 @@ def test_two_ranks_with_batch_two_equal_one_with_batch_four(tmp_path: Path, mode
     for name in ("tokens", "samples"):
         assert [row[name] for row in read_log(two)] == [row[name] for row in read_log(one)]
     assert names_in(two) == names_in(one)
-    file = "model.safetensors" if mode == "full" else "adapter_model.safetensors"
+    file = "model.safetensors" if is_full else "adapter_model.safetensors"
     expected, trained = load_file(one / file), load_file(two / file)
     assert trained.keys() == expected.keys()
     for name, tensor in expected.items():

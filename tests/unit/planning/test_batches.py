@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def examples() -> Items:
 
 
 def longest(is_padded: bool, *words: object) -> tuple[int, ...]:
-    args = arguments("--train_sampling_strategy", "sequential", *words)
+    args = arguments("--train_sampling_strategy", "sequential", "--gradient_accumulation_steps", 1, *words)
     return RunBatches(examples(), is_padded).longest(args, 1).lengths
 
 
@@ -45,8 +46,21 @@ def test_padded_rows_are_compared_by_their_positions() -> None:
     assert longest(True, "--per_device_train_batch_size", 4) == (3, 5, 2, 9)
 
 
+def test_micro_batches_are_joined_as_in_the_run() -> None:
+    """Two steps of two micro-batches of two samples, of which the longest two have 16 tokens: 8 and 11; 8 + 7."""
+    flags = ("--train_sampling_strategy", "sequential", "--per_device_train_batch_size", 2)
+    flags = (*flags, "--gradient_accumulation_steps", 2)
+    batches = RunBatches(examples(), False)
+    shape = batches.longest(arguments(*flags), 1)
+    assert shape.lengths == (4, 4, 7) and shape.per_step == 1.5
+    for flag in (("--join_micro_batches", "False"), ("--deepspeed", "finetune/ds_config_zero2.json")):
+        apart = batches.longest(arguments(*flags, *flag), 1)
+        assert apart.lengths == (2, 9) and apart.per_step == 2
+
+
 def test_targets_are_counted_without_the_first_token_of_a_sample() -> None:
     args = arguments("--train_sampling_strategy", "sequential", "--per_device_train_batch_size", 2)
+    args = replace(args, options=replace(args.options, join_micro_batches=False))
     assert RunBatches(examples(), False).longest(args, 1).targets == 0 + 7
 
 

@@ -19,6 +19,7 @@ from tests.commands import PLAIN
 from tests.models import TINY, write_conversations, write_later_checkpoint
 from training.config.parsing import parse_args
 from training.data import build_collator, build_train_dataset, load_data
+from training.joined_rows import is_empty
 from training.model import load_training_model
 from training.trainer import QwenTrainer
 from training.training_arguments import build_training_arguments
@@ -65,9 +66,10 @@ def make_fake(model: nn.Module, mode: FakeTensorMode) -> None:
                 module._buffers[name] = mode.from_tensor(buffer)
 
 
-def take_step(trainer: QwenTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
+def take_step(trainer: QwenTrainer, monkeypatch: pytest.MonkeyPatch, joins_rows: bool = False) -> None:
     """Take an optimizer step as ``Trainer._run_epoch`` does, on fake tensors, without the read of ``_read_step``."""
     mode = FakeTensorMode()
+    trainer.joins_rows, trainer._budgets = joins_rows, {3: 10**6}
     monkeypatch.setattr(trainer, "_read_step", lambda norm: norm)
     assert trainer.model is not None
     make_fake(trainer.model, mode)
@@ -81,6 +83,7 @@ def take_step(trainer: QwenTrainer, monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = trainer._prepare_for_training(4, loader, None)
     with mode:
         samples, weight = trainer.get_batch_samples(iter(batches), 2, trainer.args.device)
+        assert [is_empty(batch) for batch in samples] == [joins_rows, False]
         for batch in samples:
             trainer.training_step(model, batch, weight)
         norm = trainer._get_grad_norm(model, trainer._clip_grad_norm(model))
@@ -96,7 +99,7 @@ def test_no_value_is_read_within_an_optimizer_step(
     name: str, model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = TINY if model_type == "qwen" else write_later_checkpoint(tmp_path / "model", model_type)
-    take_step(build_trainer(tmp_path, model, *FLAGS[name]), monkeypatch)
+    take_step(build_trainer(tmp_path, model, *FLAGS[name]), monkeypatch, joins_rows="LoRA, rows" in name)
 
 
 def test_a_read_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,51 @@ from tests.commands import finetune_here
 from tests.models import TINY, write_conversations
 from training.checks import check_args
 from training.config.parsing import parse_args
-from training.longest_batch import find_longest
+from training.joined_rows import Joining, token_budget
+from training.longest_batch import find_longest, positions_of
 from training.trainer import QwenTrainer
+
+
+def joined(batches: Iterable[list[int]], budget: int, tokens: Callable[[list[int]], int]) -> list[list[int]]:
+    """Join the micro-batches of a step, each the items in it, one after the other."""
+    rows: list[list[int]] = []
+    for batch in batches:
+        if rows and tokens(rows[-1] + batch) <= budget:
+            rows[-1] = rows[-1] + batch
+        else:
+            rows.append(batch)
+    return rows
+
+
+def test_the_longest_row_of_joined_micro_batches_is_found_among_those_of_all_ranks() -> None:
+    chosen = random.Random(0)
+    for _ in range(50):
+        count, size = chosen.randint(1, 60), chosen.randint(1, 3)
+        accumulation, processes = chosen.randint(1, 5), chosen.randint(1, 3)
+        lengths = [chosen.randint(1, 100) for _ in range(count)]
+        blanks = -count % (size * processes)
+        orders = [[*chosen.sample(range(count), count), *range(count, count + blanks)] for _ in range(2)]
+        joining = Joining(token_budget(lengths, size), accumulation, processes)
+
+        def tokens(items: list[int], lengths: list[int] = lengths) -> int:
+            return sum(lengths[item] if item < len(lengths) else 1 for item in items)
+
+        rows = []
+        for order in orders:
+            batches = [order[start : start + size] for start in range(0, len(order), size)]
+            steps = [
+                batches[at : at + accumulation * processes] for at in range(0, len(batches), accumulation * processes)
+            ]
+            epoch = [
+                joined(step[rank::processes], joining.budget, tokens) for step in steps for rank in range(processes)
+            ]
+            counted = sum(map(len, epoch)) / len(batches) * accumulation
+            positions = positions_of(lengths, order, size, is_padded=False)
+            assert joining.rows_per_step(positions) == pytest.approx(counted)
+            rows += [row for rank in epoch for row in rank]
+        found = find_longest(lengths, orders, size, False, 10**6, joining)
+        assert found.positions == max(map(tokens, rows))
+        assert found.indices in {tuple(item for item in row if item < count) for row in rows}
 
 
 @pytest.mark.parametrize("is_padded", [False, True])

@@ -205,7 +205,7 @@ def test_start_up_block(tmp_path: Path, data: Path, capfd: pytest.CaptureFixture
     )  # fmt: skip
     lines = capfd.readouterr().err.splitlines()
     start = next(index for index, line in enumerate(lines) if line.endswith("INFO Fine-tuning"))
-    block = dict(line.strip().split(maxsplit=1) for line in lines[start + 1 : start + 9])
+    block = dict(line.strip().split(maxsplit=1) for line in lines[start + 1 : start + 10])
     figures = json.loads((tmp_path / "out" / "run_summary.json").read_text())["data"]["train"]
     assert block == {
         "model": f"{base} (qwen, saved in float32)",
@@ -216,6 +216,7 @@ def test_start_up_block(tmp_path: Path, data: Path, capfd: pytest.CaptureFixture
         "data": f"10 of 10 conversations, {figures['tokens']:,} tokens",
         "targets": f"{figures['trained_tokens']:,} tokens ({figures['trained_tokens'] / figures['tokens']:.1%})",
         "steps": "6 of 4 conversations (3 per epoch)",
+        "rows": "2 micro-batches of a step are joined to about 1.2 rows of up to 2,472 tokens",
         "output": str(tmp_path / "out"),
     }
 
