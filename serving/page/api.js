@@ -1,0 +1,103 @@
+// The server's interface. Every fault becomes an ApiError whose message says in plain words what to do.
+import { readEvents } from "./sse.js";
+
+export class ApiError extends Error {
+  constructor(message, kind = "server") {
+    super(message);
+    this.kind = kind;
+  }
+}
+
+const UNREACHABLE =
+  "The server cannot be reached. It may have stopped, or the network is down. Start it again, then retry.";
+
+async function request(path, key, options = {}) {
+  const headers = { ...options.headers };
+  if (key) headers.Authorization = `Bearer ${key}`;
+  let response;
+  try {
+    response = await fetch(path, { ...options, headers, cache: "no-store", credentials: "omit", redirect: "error" });
+  } catch (error) {
+    if (error.name === "AbortError") throw error;
+    throw new ApiError(error instanceof TypeError && /header/i.test(error.message) ? badKey(true) : UNREACHABLE, "network");
+  }
+  if (!response.ok) throw await refusal(response, key);
+  return response;
+}
+
+const badKey = (given) =>
+  given ? "The server does not accept this API key." : "This server wants an API key.";
+
+async function refusal(response, key) {
+  let detail = "";
+  try {
+    const body = await response.json();
+    detail = String(body?.error?.message ?? body?.detail ?? "").slice(0, 1000);
+  } catch {
+    // No JSON: the status alone has to do.
+  }
+  const status = response.status;
+  if (status === 401 || status === 403) return new ApiError(badKey(Boolean(key)), "key");
+  if (status === 429 || status === 503) {
+    const wait = Number.parseInt(response.headers.get("Retry-After") ?? "", 10);
+    const when = wait > 0 ? `in ${wait} second${wait === 1 ? "" : "s"}` : "in a moment";
+    return new ApiError(`The server is busy. Retry ${when}.`, "busy");
+  }
+  if (status === 413) return new ApiError(`The conversation is too long for the server. ${detail}`, "request");
+  if (status >= 500) return new ApiError(`The server failed (${status}). ${detail || "Its log says why."}`);
+  return new ApiError(detail ? `The server refused: ${detail}` : `The server refused the request (${status}).`, "request");
+}
+
+export async function listModels(key) {
+  const response = await request("/v1/models", key);
+  const body = await response.json().catch(() => null);
+  if (!Array.isArray(body?.data)) throw new ApiError("The server's list of models cannot be read.");
+  return body.data.map((model) => String(model.id));
+}
+
+// Yields {thinking}, {content}, {call: {index, id, name, arguments}}, {finish} and {usage}, as they arrive.
+export async function* streamAnswer(body, key, signal) {
+  const response = await request("/v1/chat/completions", key, {
+    method: "POST",
+    headers: { "Content-Type": "application/json" },
+    body: JSON.stringify({ ...body, stream: true, stream_options: { include_usage: true } }),
+    signal,
+  });
+  let finished = false;
+  try {
+    for await (const data of readEvents(response.body)) {
+      if (data === "[DONE]") break;
+      for (const event of eventsOf(data)) {
+        finished ||= "finish" in event;
+        yield event;
+      }
+    }
+  } catch (error) {
+    if (error instanceof ApiError || error.name === "AbortError") throw error;
+    if (finished) return;
+    throw new ApiError("The connection to the server broke in the middle of the answer.", "network");
+  }
+  if (!finished) throw new ApiError("The server ended the answer before it was complete.", "network");
+}
+
+function* eventsOf(data) {
+  let chunk;
+  try {
+    chunk = JSON.parse(data);
+  } catch {
+    throw new ApiError("The server sent something that is no answer.");
+  }
+  if (chunk?.error) {
+    throw new ApiError(`The server ended the answer: ${String(chunk.error.message ?? "it does not say why")}`);
+  }
+  const choice = chunk?.choices?.[0];
+  const delta = choice?.delta ?? {};
+  if (typeof delta.reasoning_content === "string" && delta.reasoning_content) yield { thinking: delta.reasoning_content };
+  if (typeof delta.content === "string" && delta.content) yield { content: delta.content };
+  for (const call of Array.isArray(delta.tool_calls) ? delta.tool_calls : []) {
+    const { name = "", arguments: text = "" } = call.function ?? {};
+    yield { call: { index: call.index ?? 0, id: call.id ?? "", name: name ?? "", arguments: text ?? "" } };
+  }
+  if (choice?.finish_reason) yield { finish: String(choice.finish_reason) };
+  if (chunk?.usage) yield { usage: chunk.usage };
+}

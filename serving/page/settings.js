@@ -1,0 +1,64 @@
+// The panel of settings: system message, thinking, sampling, tools, key. What is left empty is not sent.
+import { byId } from "./dom.js";
+
+const NUMBERS = [
+  "temperature", "top_p", "top_k", "max_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
+];
+
+// changed(settings) after every valid change. The system message belongs to the conversation, see chat.js.
+export function connectSettings(settings, changed) {
+  const form = byId("settings-form");
+  form.addEventListener("submit", (event) => event.preventDefault());
+  for (const name of [...NUMBERS, "stop"]) form.elements[name].value = settings.sampling[name] ?? "";
+  form.elements.thinking.value = settings.thinking;
+  form.elements.tools.value = settings.tools;
+  form.addEventListener("input", ({ target }) => {
+    const fault = faultOf(target);
+    const note = byId(`${target.name}-fault`);
+    target.setCustomValidity(fault);
+    target.setAttribute("aria-invalid", String(Boolean(fault)));
+    if (note) note.textContent = fault;
+    if (fault || target.name === "system") return;
+    if (target.name in settings && target.name !== "sampling") settings[target.name] = target.value;
+    else if (target.value === "") delete settings.sampling[target.name];
+    else settings.sampling[target.name] = target.value;
+    changed(settings);
+  });
+  byId("reset-settings").addEventListener("click", () => {
+    for (const name of [...NUMBERS, "stop", "thinking"]) {
+      form.elements[name].value = "";
+      form.elements[name].dispatchEvent(new Event("input", { bubbles: true }));
+    }
+  });
+}
+
+function faultOf(field) {
+  if (NUMBERS.includes(field.name)) {
+    field.setCustomValidity("");
+    const { min, max } = field;
+    if (field.checkValidity()) return "";
+    if (field.validity.stepMismatch) return "A whole number is needed.";
+    return field.validity.badInput ? "A number is needed." : max ? `Between ${min} and ${max}.` : `At least ${min}.`;
+  }
+  if (field.name === "tools" && field.value.trim()) {
+    try {
+      if (!Array.isArray(JSON.parse(field.value))) return "A list of functions is needed: [ ... ].";
+    } catch (error) {
+      return `This is no JSON: ${error.message}`;
+    }
+  }
+  return "";
+}
+
+// The part of a request that the settings make.
+export function requestSettings(settings) {
+  const part = {};
+  for (const name of NUMBERS) {
+    if (settings.sampling[name] !== undefined) part[name] = Number(settings.sampling[name]);
+  }
+  const stop = (settings.sampling.stop ?? "").split("\n").filter(Boolean);
+  if (stop.length) part.stop = stop;
+  if (settings.tools.trim()) part.tools = JSON.parse(settings.tools);
+  if (settings.thinking) part.chat_template_kwargs = { enable_thinking: settings.thinking === "on" };
+  return part;
+}
