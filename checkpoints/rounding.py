@@ -81,9 +81,10 @@ def _thresholds(columns: int) -> Tensor:
     """Return integers below 2^16 for a group of rows, each spread evenly along the row from a random start.
 
     Returns:
-        [rows, columns + 1024]: any ``columns`` neighbours of a row are such a sequence.
+        [rows, columns + 1024]: any ``columns`` neighbours of a row are such a sequence. At most 8 MiB for up to 1,024
+        columns, of which a bias or a norm, whose elements are rows, has one.
     """
-    shifts = _mixed(torch.arange(max(1, _GROUP // max(1, columns))))
+    shifts = _mixed(torch.arange(max(1, _GROUP // max(columns, _OFFSETS))))
     steps = torch.arange(columns + _OFFSETS) * _GOLDEN
     return ((shifts & 0xFFFF).to(torch.int32)[:, None] + (steps & 0xFFFF).to(torch.int32)).bitwise_and_(0xFFFF)
 

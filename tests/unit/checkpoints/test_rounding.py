@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from checkpoints.rounding import round_rows
+from checkpoints.rounding import _thresholds, round_rows
 
 DTYPES = [torch.bfloat16, torch.float16]
 
@@ -81,3 +81,9 @@ def test_a_small_change_is_kept_where_nearest_loses_it() -> None:
 def test_float32_is_not_rounded() -> None:
     exact = torch.randn(3, 4)
     assert torch.equal(dithered(exact, torch.float32), exact)
+
+
+@pytest.mark.parametrize("columns", [1, 64, 5000])
+def test_the_table_of_thresholds_is_small(columns: int) -> None:
+    """The elements of a bias or a norm are rows of one column: a table by elements alone would take 4 GiB."""
+    assert _thresholds(columns).nbytes < 16 * 2**20
