@@ -11,6 +11,7 @@ import argparse
 import atexit
 import contextlib
 import errno
+import gc
 import logging
 import os
 import re
@@ -21,7 +22,7 @@ import threading
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -57,6 +58,9 @@ _PEER_LOST = re.compile(
     re.IGNORECASE,
 )
 _TIMED_OUT = re.compile(r"timed out waiting|collective operation timeout|socket timeout|wait timeout", re.IGNORECASE)
+# What lowers the memory of any run; the values of the flags may follow their names.
+LOWER_BATCH = "lower --per_device_train_batch_size{} (and raise --gradient_accumulation_steps{} by as much)"
+LOWER_LENGTH, USE_LORA = "lower --model_max_length", "train an adapter with --use_lora"
 _HOW_TO_RESUME = "--resume_from_checkpoint auto resumes from the last checkpoint"
 
 
@@ -163,6 +167,22 @@ def run_command(main: Callable[[Sequence[str]], int | None], name: str, *, print
     sys.exit(code)
 
 
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Import large packages in the block: the garbage collector does not run, and leaves out later what is imported.
+
+    It would look through a million objects that stay, a quarter of the time of the imports and again in later steps.
+    """
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was_enabled:
+            gc.enable()
+
+
 def _check_working_folder() -> None:
     try:
         os.getcwd()
@@ -234,11 +254,8 @@ def _describe(error: BaseException) -> tuple[int, str]:
     if isinstance(error, RunError):
         return 1, f"error: {error}"
     if is_out_of_memory(error):
-        fix = (
-            "Lower --per_device_train_batch_size (and raise --gradient_accumulation_steps by as much) or "
-            "--model_max_length, or train an adapter with --use_lora"
-        )
-        return 1, f"error: out of memory ({one_line(error)}). {fix}"
+        changes = [LOWER_BATCH.format("", ""), LOWER_LENGTH, USE_LORA]
+        return 1, f"error: out of memory ({one_line(error)}). {memory_fix(changes)}"
     if isinstance(error, OSError) and error.errno in DISK_FULL:
         return 1, f"error: cannot write {error.filename or 'a file'} ({error.strerror}). Free some space"
     if isinstance(error, OSError) and error.filename is not None and error.strerror:
@@ -272,6 +289,17 @@ def is_out_of_memory(error: BaseException) -> bool:
         or type(error).__name__ == "OutOfMemoryError"
         or (isinstance(error, RuntimeError) and "can't allocate memory" in str(error))
     )
+
+
+def memory_fix(changes: Sequence[str]) -> str:
+    """Return what to do about memory that does not suffice for a run.
+
+    Args:
+        changes: what lowers it, cheapest first.
+    """
+    *others, last = *changes, f"see what fits with {python_command('-m scripts.plan')}"
+    fix = f"{', '.join(others)}, or {last}" if others else last
+    return fix[0].upper() + fix[1:]
 
 
 def _wait_for_first() -> None:

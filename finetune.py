@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 
-from commands import run_command, set_up_logging
+from commands import importing, run_command, set_up_logging
 from training.checks import check_args
 from training.config.args import RunArguments
 from training.config.parsing import parse_args
@@ -30,11 +30,13 @@ def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     check_args(args)
     if args.dry_run:
-        from training.data import show_preview
+        with importing():
+            from training.data import show_preview
 
         return show_preview(args)
     if args.plan:
-        from planning.command import show_plan
+        with importing():
+            from planning.command import show_plan
 
         return show_plan(args)
     with owned_output(args):
@@ -44,16 +46,16 @@ def main(argv: Sequence[str]) -> int:
 
 def run(args: RunArguments) -> None:
     """Train as the arguments say, and save to the output folder, which this process owns."""
-    # These imports take seconds: the arguments have been checked before.
-    from loading.checkpoint import load_checkpoint
-    from planning.at_start import expected_memory
-    from training.build import build_trainer
-    from training.data import load_shared_data
-    from training.distributed.agreement import check_agreement
-    from training.distributed.heartbeat import join_run
-    from training.model import choose_embeddings, load_training_model
-    from training.summary import record_end, record_start, run_facts
-    from training.training_arguments import build_training_arguments, remove_accelerate_variables
+    with importing():  # for seconds: the arguments have been checked before
+        from loading.checkpoint import load_checkpoint
+        from planning.at_start import expected_memory
+        from training.build import build_trainer
+        from training.data import load_shared_data
+        from training.distributed.agreement import check_agreement
+        from training.distributed.heartbeat import join_run
+        from training.model import choose_embeddings, load_training_model
+        from training.summary import record_end, record_start, run_facts
+        from training.training_arguments import build_training_arguments, remove_accelerate_variables
 
     remove_accelerate_variables()
     init_process_group(args)

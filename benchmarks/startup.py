@@ -1,6 +1,11 @@
-"""Seconds until finetune.py has printed its help or refused a flag, compared with importing torch and transformers.
+"""Seconds until finetune.py has printed its help or refused a flag, and until a run begins its first forward pass.
 
-    python -m benchmarks.startup
+    python -m benchmarks.startup [--model_name_or_path DIR] [--data_path alpaca_en_demo.json]
+
+Help and refusals are compared with importing torch and transformers. With a model, a run of finetune.py is started up
+to its first forward pass: arguments, checks, tokenizer, data without a cache, weights, adapter, optimizer, reports.
+Beside it a plain script loads the same weights and tokenizer, reads the same file and tokenises each record with the
+chat template. Both have one thread for data. The time of imports is left out of the ratio, and given.
 
 Runs the commands in turn, five rounds, and writes the medians to benchmarks/results/startup.json.
 """
@@ -8,6 +13,7 @@ Runs the commands in turn, five rounds, and writes the medians to benchmarks/res
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import platform
 import statistics
@@ -23,6 +29,7 @@ from benchmarks.results_file import parse_args, save_results
 from commands import HelpFormatter
 
 ROOT = Path(__file__).parents[1]
+SHARED = Path(os.environ.get("QWEN_SHARED", ROOT.parent / "shared"))
 IMPORT = "import torch, transformers.trainer"
 COMMANDS = {
     IMPORT: ["-c", IMPORT],
@@ -47,11 +54,40 @@ def measure_startup(rounds: int) -> dict[str, float]:
     return {name: round(statistics.median(times), 4) for name, times in seconds.items()}
 
 
+def measure_first_step(model: str, data: str, rounds: int) -> dict[str, dict[str, float]]:
+    """Return the median seconds before the first forward pass of a run and of plain loading, for each mode."""
+    pairs = [(mode, contender) for mode in ("lora", "full") for contender in ("run", "plain")]
+    seconds: dict[tuple[str, str], list[dict[str, float]]] = {pair: [] for pair in pairs}
+    for number in range(rounds + 1):
+        for mode, contender in pairs:
+            command = [sys.executable, "-m", "benchmarks.startup_contenders", contender, mode, model, data]
+            result = subprocess.run(command, cwd=ROOT, capture_output=True, check=False)
+            assert result.returncode == 0, f"{mode}, {contender}: {result.stderr.decode()}"
+            if number:  # the first round fills the file system's cache
+                seconds[mode, contender].append(json.loads(result.stdout.splitlines()[-1]))
+    medians = {}
+    for mode in ("lora", "full"):
+        row = {
+            f"{contender}, {part}": round(statistics.median(each[part] for each in seconds[mode, contender]), 3)
+            for contender in ("run", "plain")
+            for part in ("imports", "rest")
+        }
+        ratios = [
+            run["rest"] / plain["rest"] for run, plain in zip(seconds[mode, "run"], seconds[mode, "plain"], strict=True)
+        ]
+        medians[mode] = row | {"ratio of the rest": round(statistics.median(ratios), 3)}
+    return medians
+
+
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.startup", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--model_name_or_path", help="measure until the first step of a run on this model, too")
+    parser.add_argument(
+        "--data_path", default=str(SHARED / "corpora" / "alpaca_en_demo.json"), help="its data, in alpaca's format"
+    )
     args = parse_args(parser, argv, ROOT / "benchmarks" / "results" / "startup.json")
     measure_startup(1)  # fills the file system's cache
     seconds = measure_startup(args.rounds)
@@ -66,6 +102,11 @@ def main(argv: Sequence[str]) -> None:
         "machine": {"cpus": os.cpu_count(), "python": platform.python_version()},
         "versions": {name: version(name) for name in ("torch", "transformers")},
     }
+    if args.model_name_or_path:
+        result["command"] += f" --model_name_or_path DIR --data_path {Path(args.data_path).name}"
+        result["first_step"] = measure_first_step(args.model_name_or_path, args.data_path, args.rounds)
+        for mode, row in result["first_step"].items():
+            print(f"{mode}: {row}")
     save_results(result, args.output)
 
 

@@ -119,7 +119,7 @@ def attach_lora(
         ConfigError: target modules that the model lacks.
     """
     config = _build_config(model, checkpoint, settings, policy)
-    with without_gptqmodel(), sharded_token_rows():
+    with without_gptqmodel(), sharded_token_rows(), drawn_once():
         adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
     if settings.init not in _PEFT_INITS:
         begin_as_weights(adapted, settings.init)
@@ -192,7 +192,7 @@ def load_adapter(
     modules = [module for module, _ in base.named_modules()]
     check_patterns(options, modules, f"{flag} {Path(folder) / ADAPTER_CONFIG}")
     fix = "Give the folder of an adapter of this model"
-    with library_errors(f"{flag} {folder}", fix, _describe), without_gptqmodel():
+    with library_errors(f"{flag} {folder}", fix, _describe), without_gptqmodel(), drawn_once():
         saved = {tensor.replace(".default", "") for tensor in open_checkpoint(folder, ADAPTER_WEIGHTS).names()}
         config = _peft_config(options, folder, flag)  # so that peft does not read the file, with keys of any kind
         settings: dict[str, Any] = {"is_trainable": is_trainable, "autocast_adapter_dtype": in_float32}
@@ -217,6 +217,17 @@ def load_adapter(
             " and ".join(missing),
         )
     return adapted
+
+
+@contextmanager
+def drawn_once() -> Iterator[None]:
+    """Keep torch from drawing values for new linear layers, all of which peft replaces: most of the time it takes."""
+    reset_parameters = torch.nn.Linear.reset_parameters
+    setattr(torch.nn.Linear, "reset_parameters", lambda self: None)  # noqa: B010 - mypy refuses to assign a method
+    try:
+        yield
+    finally:
+        setattr(torch.nn.Linear, "reset_parameters", reset_parameters)  # noqa: B010
 
 
 @contextmanager

@@ -20,8 +20,8 @@ def library_errors(
 
     Args:
         place: the flag, folder or file that is opened.
-        path: errors of this toolkit that contain it are left as they are; ``place`` is put before others. By default
-            ``place``.
+        path: errors of this toolkit that contain it are left as they are; ``place`` is put before others, in place of
+            the name of its file. By default ``place``.
         fix: what the user can do about it.
         describe: describes the error of a library.
     """
@@ -30,7 +30,7 @@ def library_errors(
     except ConfigError as error:
         if (str(path) or place) in str(error):
             raise
-        raise ConfigError(f"{place}: {error}") from error
+        raise ConfigError(f"{place}: {str(error).removeprefix(f'{Path(place).name}: ')}") from error
     except (DataError, RunError, MemoryError):
         raise
     except Exception as error:

@@ -15,7 +15,7 @@ from typing import Any
 
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, Qwen2Tokenizer
 
-from checkpoints.files import open_regular
+from checkpoints.files import load_json_or_empty, open_regular
 from loading.opening import library_errors
 from qwen_model.register import register_qwen
 
@@ -46,18 +46,24 @@ def load_tokenizer(folder: Path, place: str) -> Any:
     """
     register_qwen()
     with library_errors(place, "Copy the tokenizer's files from the original checkpoint into the folder", path=folder):
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
-        file = folder / "tokenizer.json"
-        if type(tokenizer) is PreTrainedTokenizerFast or not tokenizer.is_fast or not file.is_file():
-            return tokenizer
-        if _is_built_as_stated(tokenizer.backend_tokenizer, _without_vocabulary(file)):
-            return tokenizer
-        stated = PreTrainedTokenizerFast.from_pretrained(str(folder))
+        if is_rebuilt_otherwise(folder, load_json_or_empty(folder / "config.json")):
+            tokenizer: Any = Qwen2Tokenizer()  # without the vocabulary: large files are read once
+            stated = PreTrainedTokenizerFast.from_pretrained(str(folder))
+            other_ids = _ids_if_split_as(tokenizer.backend_tokenizer, stated.backend_tokenizer)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+            file = folder / "tokenizer.json"
+            if type(tokenizer) is PreTrainedTokenizerFast or not tokenizer.is_fast or not file.is_file():
+                return tokenizer
+            if _is_built_as_stated(tokenizer.backend_tokenizer, _without_vocabulary(file)):
+                return tokenizer
+            stated = PreTrainedTokenizerFast.from_pretrained(str(folder))
+            other_ids = [tokenizer(text).input_ids for text in PROBES]
     for name in ("eos_token", "pad_token"):  # the other class has defaults for them
         default = getattr(tokenizer, name)
         if getattr(stated, name) is None and stated.backend_tokenizer.token_to_id(str(default)) is not None:
             setattr(stated, name, default)
-    different = [text for text in PROBES if tokenizer(text).input_ids != stated(text).input_ids]
+    different = [text for text, ids in zip(PROBES, other_ids, strict=True) if ids != stated(text).input_ids]
     if different:
         logger.warning(
             "transformers opens the tokenizer in %s as %s, which gives other ids than its tokenizer.json for %d of %d "
@@ -80,6 +86,16 @@ def is_rebuilt_otherwise(folder: Path, config: Mapping[str, Any]) -> bool:
     if config.get("model_type") != "qwen2" or not file.is_file():
         return False
     return not _splits_as_stated(Qwen2Tokenizer().backend_tokenizer, _without_vocabulary(file))
+
+
+def _ids_if_split_as(other: Any, backend: Any) -> list[list[int]]:
+    """Return the ids of the probes if ``backend`` normalised and split texts as another tokenizer does."""
+    own = backend.normalizer, backend.pre_tokenizer
+    backend.normalizer, backend.pre_tokenizer = other.normalizer, other.pre_tokenizer
+    try:
+        return [backend.encode(text).ids for text in PROBES]
+    finally:
+        backend.normalizer, backend.pre_tokenizer = own
 
 
 def _splits_as_stated(built: Any, stated: dict[str, Any]) -> bool:

@@ -68,6 +68,4 @@ def _title(args: RunArguments, checkpoint: Any, run: Expectation) -> str:
         mode = f"LoRA of rank {lora.lora_r}"
         if quantization := checkpoint.quantization or lora.quantization:
             mode = f"Q-LoRA of rank {lora.lora_r} ({quantization})"
-    names = ("bf16", "fp16")
-    precision = "pure_bf16" if args.options.pure_bf16 else next(filter(args.trainer_value, names), "float32")
-    return f"{args.model.model_name_or_path} ({checkpoint.model_type}), {mode}, {precision}"
+    return f"{args.model.model_name_or_path} ({checkpoint.model_type}), {mode}, {args.precision}"

@@ -21,15 +21,15 @@ def render(run: Expectation, title: str, advice: Advice | None) -> list[str]:
         advice: for a run that does not fit.
     """
     shape, machine = run.shape, run.machine
-    lengths = shape.lengths
+    lengths, peak = shape.lengths, run.share.peak_bytes
     batch = f"{len(lengths)} x {lengths[0]:,}" if len(set(lengths)) == 1 else f"{len(lengths)} samples"
     rows = [
         ("model", title),
         ("micro-batch", f"{batch}: {sum(lengths):,} tokens, {shape.targets:,} of them trained"),
         ("devices", _devices(machine, run.engine)),
-        ("peak", f"{gib(run.share.peak_bytes)} of {machine.memory_gib:g} GiB: {_verdict(run)}"),
-        *((f"  {name}", gib(size)) for name, size in run.share.components.items() if size >= _SHOWN_BYTES),
-        *([("on the host", f"{gib(run.share.host_bytes)} per process")] if run.share.host_bytes else []),
+        ("peak", f"{gib(peak)} of {machine.memory_gib:g} GiB: {_verdict(run)}"),
+        *((f"  {name}", gib(size, peak)) for name, size in run.share.components.items() if size >= _SHOWN_BYTES),
+        *([("on the host", f"{gib(run.share.host_bytes, peak)} per process")] if run.share.host_bytes else []),
         ("peak is in", run.share.peak_at),
         ("parameters", f"{run.rehearsal.parameters:,}, trained {run.rehearsal.trained_parameters:,}"),
         ("step", _step(run)),
@@ -71,13 +71,13 @@ def _time(run: Expectation) -> str:
 def _sent(run: Expectation) -> str:
     if run.machine.processes == 1:
         return "nothing: one process"
-    return f"{gib(run.share.sent_bytes)} per step by each device"
+    return f"{gib(run.share.sent_bytes, run.share.peak_bytes)} per step by each device"
 
 
 def _advice_lines(run: Expectation, advice: Advice) -> list[str]:
     if not advice.proposals:
         changes = f" ({' '.join(advice.smallest.changes)})" if advice.smallest.changes else ""
-        least = gib(advice.smallest.share.peak_bytes)
+        least = gib(advice.smallest.share.peak_bytes, run.share.peak_bytes)
         memory = f"{run.machine.memory_gib:g} GiB"
         return [
             f"No change makes it fit into {memory}: the least is {least} {_reserve(run)}{changes}. "
@@ -86,7 +86,9 @@ def _advice_lines(run: Expectation, advice: Advice) -> list[str]:
     lines = ["The smallest changes that make it fit, cheapest first:"]
     for proposal in advice.proposals:
         time = "" if proposal.seconds is None else f", {proposal.seconds:.3g} s per step"
-        lines.append(f"  {gib(proposal.share.peak_bytes):>10}{time}  {' '.join(proposal.changes)}")
+        lines.append(
+            f"  {gib(proposal.share.peak_bytes, run.share.peak_bytes):>10}{time}  {' '.join(proposal.changes)}"
+        )
     return lines
 
 
@@ -111,9 +113,15 @@ def to_json(run: Expectation, title: str, advice: Advice | None, command: str) -
     }
 
 
-def gib(size: float) -> str:
-    """Return bytes in GiB; small ones in MiB."""
-    return f"{size / GIB:.2f} GiB" if abs(size) >= GIB / 100 else f"{size / 2**20:.2f} MiB"
+def gib(size: float, peak: float | None = None) -> str:
+    """Return bytes in GiB, small ones in MiB.
+
+    Args:
+        peak: of the same table, which decides the unit of all its sizes.
+    """
+    if abs(size if peak is None else peak) < GIB:
+        return f"{size / 2**20:.2f} MiB"
+    return "<0.01 GiB" if 0 < size < GIB / 200 else f"{size / GIB:.2f} GiB"
 
 
 def amount(count: float) -> str:

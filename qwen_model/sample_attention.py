@@ -45,6 +45,19 @@ def take_rows(model: Any) -> None:
         model.set_attn_implementation(_NAMES[name])
 
 
+def ready_masks(config: Any) -> dict[str, None] | None:
+    """Return the ``attention_mask`` of rows with padding on the right, from which nothing is read.
+
+    Without one transformers reads from the positions whether samples are packed, with a mask whether it hides any.
+
+    Returns:
+        ``None`` if the attention needs a mask that transformers builds: eager, or a sliding window.
+    """
+    name, kinds = config._attn_implementation, getattr(config, "layer_types", None) or ()
+    is_causal = name in _FLASH or (name in ("sdpa", _NAMES["sdpa"]) and "sliding_attention" not in kinds)
+    return NO_MASKS if is_causal else None
+
+
 def check_takes_rows(model: Any) -> None:
     """Raise unless a model's attention keeps the samples of a row apart."""
     name = model.config._attn_implementation

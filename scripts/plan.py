@@ -12,7 +12,7 @@ import argparse
 import math
 from collections.abc import Sequence
 
-from commands import CommandParser, run_command, set_up_logging
+from commands import CommandParser, importing, run_command, set_up_logging
 from outputs import check_output_file, parse_output
 from processes import forget_launcher
 
@@ -75,7 +75,8 @@ def main(argv: Sequence[str]) -> int:
     device = find_device(args.device, bool(run.trainer_value("use_cpu")))
     memory = args.gpu_memory or round(device.memory_gib, 1)
 
-    from planning.command import show_plan
+    with importing():
+        from planning.command import show_plan
 
     return show_plan(run, Machine(device, memory, args.gpus, args.hosts, args.share), args.json)
 

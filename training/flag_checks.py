@@ -40,7 +40,7 @@ def check_flags(args: RunArguments) -> Iterator[ConfigError]:
     yield from _check_workers(args)
     yield from _check_offload(args)
     yield from _check_best(args)
-    if get("auto_find_batch_size") and (count_processes() > 1 or is_set(get("deepspeed"))):
+    if get("auto_find_batch_size") and (count_processes() > 1 or is_set(get("deepspeed")) or is_set(get("fsdp"))):
         what = "--auto_find_batch_size works in one process without an engine: ranks would find different sizes"
         yield ConfigError(what, "Remove it, and lower --per_device_train_batch_size instead")
     if get("tf32") and lacks_gpu(args):

@@ -17,8 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from commands import is_out_of_memory
-from console import python_command
+from commands import is_out_of_memory, memory_fix
 from errors import RunError, one_line
 from training.joined_rows import Joining, token_budget
 from training.samplers import EpochSampler
@@ -127,6 +126,4 @@ def memory_errors(place: Callable[[], str], advice: Callable[[], list[str]]) -> 
     except (RuntimeError, MemoryError) as error:
         if isinstance(error, RunError) or not is_out_of_memory(error):
             raise
-        changes = [*advice(), f"see what fits with {python_command('-m scripts.plan')}"]
-        fix = f"{', '.join(changes[:-1])}, or {changes[-1]}" if changes[1:] else changes[0]
-        raise RunError(f"{place()}: out of memory ({one_line(error)})", fix[0].upper() + fix[1:]) from error
+        raise RunError(f"{place()}: out of memory ({one_line(error)})", memory_fix(advice())) from error

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from errors import ConfigError
 from loading.config_files import find_local_folder, load_model_config, module_names
 from qwen_model.architectures import ARCHITECTURES
 from training.config.args import LoraArguments, RunArguments
-from training.config.engines import find_engine
+from training.config.engines import Engine, find_engine
 from training.config.flags import did_you_mean, nearest
 from training.config.optimizers import OPTIMIZERS
 
@@ -53,8 +54,8 @@ def check_lora(args: RunArguments) -> Faults:
     lora = args.lora
     if lora.use_lora:
         yield from _check_continued_adapter(lora)
-        with_engine = not [*faults_of(find_engine, args.trainer)]  # its faults are reported by `check_engine`
-        yield from _check_method(args) if with_engine else ()
+        with suppress(ConfigError):  # reported by `check_engine`
+            yield from _check_method(args, find_engine(args.trainer))
         yield from _check_patterns(args)
         return
     for item in fields(LoraArguments):
@@ -95,7 +96,7 @@ def _check_continued_adapter(lora: LoraArguments) -> Faults:
             )
 
 
-def _check_method(args: RunArguments) -> Faults:
+def _check_method(args: RunArguments, engine: Engine) -> Faults:
     """Check how the adapter begins, and what its method works with."""
     lora = args.lora
     init, flag = lora.init_lora_weights.lower(), f"--init_lora_weights {lora.init_lora_weights}"
@@ -109,15 +110,15 @@ def _check_method(args: RunArguments) -> Faults:
         what = f"{flag}: the adapter of --lora_weight_path {lora.lora_weight_path} has its values already"
         yield ConfigError(what, "Remove one of them")
     elif lora.takes_weights:
-        yield from _check_part_of_weights(args, flag)
+        yield from _check_part_of_weights(args, engine, flag)
     elif init == "orthogonal":
         for rank in {lora.lora_r, *(lora.lora_rank_pattern or {}).values()}:
             if isinstance(rank, int) and rank % 2:
                 yield ConfigError(f"{flag} needs even ranks, not {rank}", f"Give {rank + 1}, or another initialisation")
     if lora.use_dora or _continued_config(lora).get("use_dora"):
-        yield from _check_dora(args)
+        yield from _check_dora(engine)
     if lora.loraplus_lr_ratio != 1:
-        yield from _check_rate_ratio(args)
+        yield from _check_rate_ratio(args, engine)
 
 
 def _continued_config(lora: LoraArguments) -> dict[str, Any]:
@@ -127,8 +128,7 @@ def _continued_config(lora: LoraArguments) -> dict[str, Any]:
     return load_json_or_empty(Path(lora.lora_weight_path) / ADAPTER_CONFIG)
 
 
-def _check_part_of_weights(args: RunArguments, flag: str) -> Faults:
-    engine = find_engine(args.trainer)
+def _check_part_of_weights(args: RunArguments, engine: Engine, flag: str) -> Faults:
     if args.lora.use_dora:
         yield ConfigError(f"{flag} and --use_dora both change how a layer is computed", "Give one of them")
     if args.lora.q_lora:
@@ -141,21 +141,19 @@ def _check_part_of_weights(args: RunArguments, flag: str) -> Faults:
         )
 
 
-def _check_dora(args: RunArguments) -> Faults:
-    engine = find_engine(args.trainer)
+def _check_dora(engine: Engine) -> Faults:
     if engine.shards_parameters:
         what = f"--use_dora is not supported with {engine.title}: the norms of the weights need all of each weight"
         yield ConfigError(what, "Remove it, or use ZeRO-2 or DDP")
 
 
-def _check_rate_ratio(args: RunArguments) -> Faults:
+def _check_rate_ratio(args: RunArguments, engine: Engine) -> Faults:
     ratio, optim = args.lora.loraplus_lr_ratio, str(args.trainer_value("optim"))
     if not 0 < ratio <= 10**6:
         yield ConfigError(f"--loraplus_lr_ratio {ratio:g} is out of range", "Give more than 0, such as 16; 1 is off")
     if optim in OPTIMIZERS and OPTIMIZERS[optim].needs_targets:
         what = f"--loraplus_lr_ratio {ratio:g}: --optim {optim} groups the parameters in its own way"
         yield ConfigError(what, "Remove one of them")
-    engine = find_engine(args.trainer)
     if engine.is_deepspeed and engine.config.get("optimizer"):
         what = f"--loraplus_lr_ratio {ratio:g}: the optimizer of the file of --deepspeed has a single learning rate"
         yield ConfigError(what, "Remove optimizer from the file: --optim and --learning_rate do the same")

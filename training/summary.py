@@ -112,15 +112,13 @@ def describe_run(
     if quantization := checkpoint.quantization or args.lora.quantization:
         mode = f"LoRA on quantised weights ({quantization})"
     mode += f" ({method})" if (method := method_of(trainer.model, args)) else ""
-    precision = next((name for name in ("bf16", "fp16") if getattr(training, name)), "float32")
-    precision = "pure_bf16" if args.options.pure_bf16 else precision
     report = examples.report.total()
     rows = [
         (
             "model",
             f"{checkpoint.name} ({checkpoint.model_type}, saved in {str(checkpoint.dtype).removeprefix('torch.')})",
         ),
-        ("mode", f"{mode}, {precision} on {training.device}"),
+        ("mode", f"{mode}, {args.precision} on {training.device}"),
         ("embeddings", f"{policy.mode} ({policy.reason})" if policy else "trained with the rest"),
         ("trained", f"{trained:,} of {total:,} parameters ({trained / total:.2%})"),
         ("data", f"{report.kept:,} of {report.read:,} {report.noun}, {report.tokens:,} tokens"),

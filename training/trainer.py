@@ -23,6 +23,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from errors import RunError
 from loading.checkpoint import Checkpoint
 from loading.sharding import gather
+from qwen_model.sample_attention import ready_masks
 from training.data_workers import worker_errors
 from training.display import LogLines, ProgressBar
 from training.distributed.heartbeat import RankStatus
@@ -35,7 +36,12 @@ from training.ornaments import Ornaments
 from training.progress import Counts, Progress, count_correct, count_targets, count_tokens, weigh_targets
 from training.samplers import PaddedDataset, build_sampler
 from training.signals import Signals, StopRequest
-from training.trainer_engines import complete_engine_options, enable_fsdp_on_cpu, keep_training_mode
+from training.trainer_engines import (
+    complete_engine_options,
+    enable_fsdp_on_cpu,
+    keep_training_mode,
+    skip_unused_deepspeed,
+)
 from training.trainer_memory import MemoryTrainer
 
 logger = logging.getLogger(__name__)
@@ -115,6 +121,7 @@ class QwenTrainer(MemoryTrainer):
         self.ornaments = Ornaments(self.callback_handler.callbacks)
 
     def create_accelerator_and_postprocess(self) -> None:
+        skip_unused_deepspeed()
         complete_engine_options(self.args)
         super().create_accelerator_and_postprocess()
         enable_fsdp_on_cpu(self)
@@ -203,10 +210,10 @@ class QwenTrainer(MemoryTrainer):
             RunError: under DeepSpeed, the loss is NaN or infinite.
         """
         labels = inputs["labels"]
-        if model.training:
-            # Padding is on the right, where causal attention never looks from a real token. Without a mask attention
-            # takes its causal path, and nothing has to read whether the mask hides anything.
-            inputs = {name: value for name, value in inputs.items() if name != "attention_mask"}
+        if "attention_mask" in inputs:
+            # Padding is on the right, where causal attention never looks from a real token.
+            assert self.model is not None, "the Trainer has a model"
+            inputs = {**inputs, "attention_mask": ready_masks(self.model.config)}
         if self.is_lean:
             inputs = {**inputs, "loss_only": True}
             if self.args.label_smoothing_factor:

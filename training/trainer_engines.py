@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, other
 from torch import nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import Trainer, TrainingArguments
@@ -23,6 +24,11 @@ def complete_engine_options(args: TrainingArguments) -> None:
     if args.fsdp and config.gradient_accumulation_kwargs is None:
         # Between micro-batches a rank keeps its shard of the gradients, not all of them.
         config.gradient_accumulation_kwargs = {"sync_each_batch": True}
+
+
+def skip_unused_deepspeed() -> None:
+    """Keep accelerate from importing DeepSpeed, for a second, only to compare its class with that of a model."""
+    other.is_deepspeed_available = lambda: "deepspeed" in sys.modules
 
 
 def enable_fsdp_on_cpu(trainer: Trainer) -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers import Trainer
 
-from commands import is_out_of_memory
+from commands import LOWER_BATCH, LOWER_LENGTH, USE_LORA, is_out_of_memory
 from data_utils.collate import Collator
 from training.joined_rows import Joining, token_budget
 from training.longest_batch import Batch, epoch_orders, find_longest, memory_errors, unchanged_training
@@ -129,14 +129,10 @@ class MemoryTrainer(CheckpointTrainer):
         if not getattr(args, "activation_checkpointing", args.gradient_checkpointing):  # the newer name, if it has one
             changes.append("add --gradient_checkpointing")
         if (size := args.train_batch_size) > 1:
-            accumulation = args.gradient_accumulation_steps
-            changes.append(
-                f"lower --per_device_train_batch_size {size} (and raise --gradient_accumulation_steps {accumulation} "
-                "by as much)"
-            )
-        changes.append("lower --model_max_length")
+            changes.append(LOWER_BATCH.format(f" {size}", f" {args.gradient_accumulation_steps}"))
+        changes.append(LOWER_LENGTH)
         if self.facts.get("embeddings") == "full":
             changes.append("give --trainable_embeddings chatml_tokens")
         elif self.facts.get("mode") == "full":
-            changes.append("train an adapter with --use_lora")
+            changes.append(USE_LORA)
         return changes

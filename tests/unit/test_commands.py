@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import signal
 import socket
@@ -15,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from commands import run_command
+from commands import importing, run_command
 from errors import ConfigError, DataError, RunError
 from tests.golden import REPO
 
@@ -65,7 +66,7 @@ def test_out_of_memory_lists_flags_that_reduce_it(error: Exception, capsys: pyte
     assert run_failing_command(error) == 1
     line = capsys.readouterr().err
     assert line.startswith(f"tune.py: error: out of memory ({error}). Lower --per_device_train_batch_size (and raise ")
-    assert line.endswith(" or --model_max_length, or train an adapter with --use_lora\n")
+    assert ", lower --model_max_length, train an adapter with --use_lora, or see what fits with " in line
     assert line.count("\n") == 1
 
 
@@ -288,3 +289,17 @@ def test_every_package_logs_on_rank_0_and_only_warnings_on_others(rank: str, sho
     expected = [f"{level.upper()} {prefix}{name}, {level}" for name in names for level in shown.split()]
     lines = [line.partition(" ")[2] for line in result.stderr.splitlines()]
     assert lines == [*expected, f"WARNING {prefix}some_library, warning"]
+
+
+def test_what_is_imported_is_not_collected() -> None:
+    """The collector rests while the block imports, also one that fails, and never looks at its objects again."""
+    made: list[list[object]] = []
+    try:
+        with pytest.raises(ImportError), importing():
+            made.append([made])
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() and gc.is_tracked(made[0])
+        assert not any(each is made[0] for each in gc.get_objects())
+    finally:
+        gc.unfreeze()

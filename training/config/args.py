@@ -230,6 +230,13 @@ class RunArguments(InvocationOptions):
         return SimpleNamespace(**{name: self.trainer_value(name) for name in self.trainer_defaults})
 
     @property
+    def precision(self) -> str:
+        """The precision of a step, by its flag; ``float32`` without one."""
+        if self.options.pure_bf16:
+            return "pure_bf16"
+        return next((name for name in ("bf16", "fp16") if self.trainer_value(name)), "float32")
+
+    @property
     def output_dir(self) -> Path:
         return Path(self.trainer_value("output_dir") or "trainer_output")
 

@@ -179,6 +179,25 @@ def test_trained_biases(bias: str) -> None:
     assert biases == {f"transformer.h.{block}.attn.c_attn.base_layer.bias" for block in (0, 1)}
 
 
+def test_first_values_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch's Linear draws values of its own, which peft would replace."""
+    drawn, draw = list[torch.Size](), torch.nn.init.kaiming_uniform_
+
+    def count(tensor: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        drawn.append(tensor.shape)
+        return draw(tensor, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.init, "kaiming_uniform_", count)
+    model = build(load_checkpoint(str(TINY)), "none", rank=3)
+    pairs = [(layer.lora_A["default"].weight, layer.lora_B["default"].weight)
+             for layer in model.modules() if hasattr(layer, "lora_A") and len(layer.lora_A)]  # fmt: skip
+    assert drawn == [first.shape for first, _ in pairs]
+    for first, second in pairs:
+        bound = first.shape[1] ** -0.5
+        assert not second.any() and first.any() and first.abs().max() <= bound * 1.01
+    assert torch.nn.Linear(4, 4).weight.any(), "other layers draw their values again"
+
+
 def test_chosen_layers_rank_alpha_and_dropout() -> None:
     targets = ["w1", "attn.c_proj"]
     model = build(load_checkpoint(str(TINY)), rank=3, alpha=6, dropout=0.25, target_modules=targets)

@@ -81,6 +81,13 @@ def test_a_tokenizer_like_qwens_is_loaded_once(
     assert not caplog.messages
 
 
+def test_a_foreign_tokenizer_is_loaded_once(published: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = write_foreign(published, tmp_path / "model", **FOREIGN["GPT-2's split"])
+    monkeypatch.setattr("loading.tokenizer.AutoTokenizer", None)
+    stated = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    assert load_tokenizer(folder, "here").backend_tokenizer.to_str() == stated.to_str()
+
+
 def test_special_tokens_that_only_the_class_names_stay(published: Path, tmp_path: Path) -> None:
     """A hub's snapshot may lack tokenizer_config.json."""
     folder = write_foreign(published, tmp_path / "model", normalizer=None)

@@ -12,6 +12,7 @@ from planning.devices import DEVICES, GIB, RESERVE_GIB
 from planning.expectation import Expectation, Machine, Planner
 from planning.memory import Moment
 from planning.rehearsal import BatchShape, ParameterSize, Rehearsal
+from planning.report import gib as size_text
 from planning.report import render, to_json
 from tests.models import TINY
 from training.config.args import RunArguments
@@ -144,6 +145,11 @@ def test_a_model_that_no_change_makes_fit_is_said_in_one_line_with_the_smallest_
     assert advice.proposals == () and advice.smallest.share.peak_bytes < base.share.peak_bytes
     last = render(base, "title", advice)[-1]
     assert last.startswith("No change makes it fit into 1.001 GiB: the least is ") and "\n" not in last
+
+
+def test_sizes_of_a_table_have_one_unit() -> None:
+    assert [size_text(size, peak=3 * GIB) for size in (3 * GIB, GIB / 512)] == ["3.00 GiB", "<0.01 GiB"]
+    assert [size_text(size, peak=GIB / 4) for size in (GIB / 4, GIB / 512)] == ["256.00 MiB", "2.00 MiB"]
 
 
 def test_the_table_has_the_peak_its_components_and_the_time_at_the_stated_share() -> None:

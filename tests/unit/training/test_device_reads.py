@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from transformers import masking_utils
 
 from loading.adapters import EmbeddingsPolicy
 from loading.checkpoint import load_checkpoint
@@ -93,13 +94,38 @@ def take_step(trainer: QwenTrainer, monkeypatch: pytest.MonkeyPatch, joins_rows:
         model.zero_grad()
 
 
+def forbid_masks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let transformers build no mask: what it reads from the device for one, it does not read from fake tensors."""
+
+    def fail(*args: Any, **kwargs: Any) -> None:
+        pytest.fail("a mask is built")
+
+    monkeypatch.setattr(masking_utils, "_preprocess_mask_arguments", fail)
+
+
 @pytest.mark.parametrize("name", FLAGS)
 @pytest.mark.parametrize("model_type", ["qwen", "qwen2"])
 def test_no_value_is_read_within_an_optimizer_step(
     name: str, model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = TINY if model_type == "qwen" else write_later_checkpoint(tmp_path / "model", model_type)
+    forbid_masks(monkeypatch)
     take_step(build_trainer(tmp_path, model, *FLAGS[name]), monkeypatch, joins_rows="LoRA, rows" in name)
+
+
+@pytest.mark.parametrize("model_type", ["qwen", "qwen2"])
+def test_evaluations_of_padded_rows_build_no_mask_and_have_the_loss_of_rows_without_padding(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = TINY if model_type == "qwen" else write_later_checkpoint(tmp_path / "model", model_type)
+    forbid_masks(monkeypatch)
+    padded = evaluate(build_trainer(tmp_path, model, "--padding_free", "False"))
+    assert padded == pytest.approx(evaluate(build_trainer(tmp_path, model)), rel=1e-6)
+
+
+def evaluate(trainer: QwenTrainer) -> float:
+    examples: Any = trainer.train_dataset
+    return float(trainer.evaluate(examples)["eval_loss"])
 
 
 def test_a_read_would_be_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

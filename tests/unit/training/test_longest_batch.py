@@ -169,18 +169,15 @@ def test_a_micro_batch_that_does_not_fit_is_halved_and_accumulated(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_a_batch_size_is_not_searched_by_several_processes(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("environment", "flags"), [({"WORLD_SIZE": "2"}, []), ({}, ["--fsdp"])])
+def test_a_batch_size_is_not_searched_by_several_processes_or_under_an_engine(
+    environment: dict[str, str], flags: list[str], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
     words = [
-        "--model_name_or_path",
-        TINY,
-        "--data_path",
-        data,
-        "--output_dir",
-        tmp_path / "o",
-        "--auto_find_batch_size",
-    ]
+        "--model_name_or_path", TINY, "--data_path", data, "--output_dir", tmp_path / "o", "--auto_find_batch_size",
+        *flags,
+    ]  # fmt: skip
     with pytest.raises(ValueError, match=r"^--auto_find_batch_size works in one process without an engine"):
         check_args(parse_args([str(word) for word in words]))

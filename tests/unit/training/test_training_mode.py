@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from accelerate.utils import extract_model_from_parallel
 from torch import nn
 
 from tests.commands import finetune_here
 from tests.models import TINY, write_conversations
 from training.trainer import QwenTrainer
-from training.trainer_engines import keep_training_mode
+from training.trainer_engines import keep_training_mode, skip_unused_deepspeed
 
 
 def test_all_modules_train_in_training_and_none_in_evaluations(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -64,3 +66,11 @@ def test_modules_are_visited_only_when_the_mode_changes() -> None:
     inner.eval()  # as an evaluation does, without the wrapper
     model.train()
     assert Counted.visits == 3 and inner[0].training
+
+
+def test_a_model_is_unwrapped_without_importing_deepspeed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "deepspeed", raising=False)
+    skip_unused_deepspeed()
+    model = nn.Linear(1, 1)
+    assert extract_model_from_parallel(model) is model
+    assert "deepspeed" not in sys.modules
