@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers.activations import ACT2FN
 
 from chat.chatml import END_OF_TEXT, IM_END
 from chat.families import Family
@@ -194,7 +195,11 @@ def load_config(folder: Path) -> Any:
     architecture_of(load_json(file).get("model_type"), file)
     fix = "Copy it again from the original checkpoint, or install a transformers that supports the model"
     with library_errors(str(file), fix):
-        return AutoConfig.from_pretrained(str(folder))
+        config = AutoConfig.from_pretrained(str(folder))
+    activation = getattr(config, "hidden_act", None)
+    if activation is not None and activation not in ACT2FN:
+        raise ConfigError(f"{file}: hidden_act {activation!r} is unknown", "Qwen models have silu")
+    return config
 
 
 def load_generation_config(folder: Path) -> GenerationConfig:

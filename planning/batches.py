@@ -12,18 +12,27 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 from chat.label_mask import IGNORE_INDEX
+from errors import ConfigError
 from planning.rehearsal import BatchShape
 from training.config.args import RunArguments
 from training.rows import why_apart, why_padded
 
 _MOST_EPOCHS = 20  # whose orders are searched
 _MOST_BATCHES = 10**12
+_MOST_TOKENS = 2**24  # of a micro-batch: far more than fit on any device
 _Items = Any  # an ExampleSet or PackedExamples
 
 
 def assumed_batch(args: RunArguments) -> BatchShape:
     """Return the largest micro-batch that the flags allow: rows of ``--model_max_length``, every token a target."""
-    size, length = args.trainer_value("per_device_train_batch_size"), args.data.model_max_length
+    return _full_rows("per_device_train_batch_size", args)
+
+
+def _full_rows(flag: str, args: RunArguments) -> BatchShape:
+    size, length = args.trainer_value(flag), args.data.model_max_length
+    if size * length > _MOST_TOKENS:
+        what = f"--{flag} {size} x --model_max_length {length} are {size * length:,} tokens, too many to be rehearsed"
+        raise ConfigError(what, f"Give up to {_MOST_TOKENS:,} tokens")
     return BatchShape((length,) * size, targets=size * (length - 1))
 
 
@@ -31,8 +40,7 @@ def assumed_evaluation(args: RunArguments) -> BatchShape | None:
     """Return the largest batch of an evaluation that the flags allow; ``None`` for a run that never evaluates."""
     if args.trainer_value("eval_strategy") == "no" and not args.trainer_value("eval_on_start"):
         return None
-    size, length = args.trainer_value("per_device_eval_batch_size"), args.data.model_max_length
-    return BatchShape((length,) * size, targets=size * (length - 1))
+    return _full_rows("per_device_eval_batch_size", args)
 
 
 class RunBatches:

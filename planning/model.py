@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 import torch
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
@@ -27,6 +28,7 @@ from qwen_model.architectures import architecture_of
 from qwen_model.lean_models import model_class_of
 from qwen_model.register import register_qwen
 from training.config.args import RunArguments
+from training.lora_checks import faults_of_patterns
 from training.model import choose_embeddings, complete_model, weights_dtype
 
 _COPY_AGAIN = "Copy config.json again from the original checkpoint"
@@ -53,6 +55,8 @@ def read_checkpoint(args: RunArguments) -> Checkpoint:
     register_qwen()
     name = args.model.model_name_or_path
     folder = find_local_folder(name, args.model.cache_dir, args.model.model_hub)
+    if folder.is_file():
+        raise ConfigError(f"--model_name_or_path {name} is a file", f"Give its folder, {folder.parent}")
     if not is_file(folder / "config.json"):
         raise ConfigError(
             f"--model_name_or_path {name}: there is no config.json on this disk",
@@ -119,6 +123,10 @@ def build_model(checkpoint: Checkpoint, args: RunArguments, training_arguments: 
         compute_in_float32(model)
     with torch.device("meta"):
         model = complete_model(model, checkpoint, args, choose_embeddings(args.lora, checkpoint))
+    if args.lora.use_lora:  # without weights their layers were not known before
+        adapted = [name for module, name in module_names(model).items() if isinstance(module, LoraLayer)]
+        for fault in faults_of_patterns(args.lora, adapted):
+            raise fault
     if args.options.pure_bf16:  # on the meta device peft does not cast a new adapter to the base's dtype
         for parameter in model.parameters():
             parameter.data = parameter.data.to(dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import fields
 from pathlib import Path
@@ -174,13 +174,20 @@ def _check_patterns(args: RunArguments) -> Faults:
     targets = lora.lora_target_modules or (architecture.lora_targets if architecture else ())
     modules = module_names(folder)
     adapted = [name for name in modules if any(f".{name}".endswith(f".{target}") for target in targets)]
-    if not adapted:
-        return  # unknown names are reported with the other faults of the checkpoint
-    for option, patterns in (("rank_pattern", ranks), ("alpha_pattern", alphas)):
-        flag = f"--lora_{option}"
-        slow = [*faults_of(check_patterns, {option: patterns}, adapted, flag)]
-        yield from slow
-        for key in () if slow else patterns:
+    yield from faults_of_patterns(lora, adapted)
+
+
+def faults_of_patterns(lora: LoraArguments, adapted: Sequence[str]) -> Faults:
+    """Check that each key of a pattern is an expression that matches a layer.
+
+    Args:
+        adapted: names of the adapted layers; empty: not known yet.
+    """
+    for option in ("rank_pattern", "alpha_pattern"):
+        flag, patterns = f"--lora_{option}", getattr(lora, f"lora_{option}") or {}
+        unusable = [*faults_of(check_patterns, {option: patterns}, adapted, flag)]
+        yield from unusable
+        for key in patterns if adapted and not unusable else ():
             if not any(re.match(module_pattern(key), name) for name in adapted):
                 what = f"{flag}: {key!r} matches no adapted layer"
                 yield ConfigError(what, f"Write the end of a name, such as {adapted[0].partition('.')[2]!r}")

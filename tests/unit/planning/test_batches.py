@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from errors import ConfigError
 from planning.batches import RunBatches, assumed_batch, assumed_evaluation
 from tests.models import TINY, copy_checkpoint, write_conversations
 from training.config.args import RunArguments
@@ -100,3 +101,12 @@ def test_real_data_gives_a_batch_that_the_run_would_train(tmp_path: Path, packin
     assert 0 < shape.targets < sum(shape.lengths)
     if packing == "True":
         assert sum(batches.items.lengths) == sum(batches.items.examples.lengths)
+
+
+@pytest.mark.parametrize("flag", ["per_device_train_batch_size", "per_device_eval_batch_size"])
+def test_more_tokens_than_any_device_holds_are_refused(flag: str) -> None:
+    args = arguments(f"--{flag}", 10**9, "--eval_on_start")
+    message = rf"^--{flag} 1000000000 x --model_max_length 64 are 64,000,000,000 tokens, too many to be rehearsed"
+    with pytest.raises(ConfigError, match=message):
+        assumed_batch(args)
+        assumed_evaluation(args)

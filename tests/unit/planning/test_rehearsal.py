@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -63,13 +64,33 @@ def test_matrix_products_are_counted(tmp_path: Path) -> None:
         ({"hidden_size": -1}, "config.json"),
         ({"num_attention_heads": 0}, "config.json"),
         ({"hidden_size": "wide"}, "config.json"),
+        ({"hidden_act": "foo"}, "hidden_act 'foo' is unknown"),
     ],
 )
 def test_config_that_cannot_be_used_is_refused(tmp_path: Path, values: dict[str, object], message: str) -> None:
     folder = write_config(tmp_path, **values)
     with pytest.raises(ConfigError, match=message) as refusal:
         rehearse_flags(folder, "--use_lora")
-    assert str(folder) in str(refusal.value)
+    assert str(folder) in str(refusal.value) and str(refusal.value).count("config.json: ") <= 1
+
+
+def test_contradictory_config_of_qwen_v1_is_named_once(tmp_path: Path) -> None:
+    folder = write_config(tmp_path, "qwen", num_attention_heads=2)
+    place = re.escape(f"--model_name_or_path {folder / 'config.json'}: kv_channels 8 x ")
+    with pytest.raises(ConfigError, match=f"^{place}"):
+        rehearse_flags(folder, "--use_lora")
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ('--lora_rank_pattern {"nope":4}', "--lora_rank_pattern: 'nope' matches no adapted layer"),
+        ('--lora_alpha_pattern {"q_proj":4,"proj":4}', "--lora_alpha_pattern: 'proj' matches no adapted layer"),
+    ],
+)
+def test_pattern_that_matches_no_layer_is_refused_without_weights(tmp_path: Path, flags: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        rehearse_flags(write_config(tmp_path), f"--use_lora {flags}")
 
 
 def test_folder_without_config_is_refused(tmp_path: Path) -> None:

@@ -163,3 +163,12 @@ def test_a_continued_adapter_has_its_method_already(tmp_path: Path) -> None:
     check(tmp_path, "--lora_weight_path", dora, "--use_dora")
     with pytest.raises(ConfigError, match="--use_dora is not supported with DeepSpeed ZeRO-3"):
         check(tmp_path, "--lora_weight_path", dora, "--deepspeed", DEEPSPEED % (3, ""))
+
+
+def test_pattern_is_compiled_although_no_layer_is_known(tmp_path: Path) -> None:
+    """A plan needs no file of a checkpoint but its config."""
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "config.json").write_bytes((TINY / "config.json").read_bytes())
+    message = "--lora_rank_pattern: rank_pattern contains '(', which is not a regular expression"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}"):
+        check(tmp_path, "--lora_rank_pattern", '{"(": 4}', model=tmp_path / "model")
