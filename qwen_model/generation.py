@@ -1,28 +1,20 @@
-"""Prompts, stop words and answers of Qwen v1: ``make_context``, ``decode_tokens``, ``chat`` and ``chat_stream``."""
+"""Prompts, stop words and answers of Qwen v1: ``make_context``, ``decode_tokens``, and what ``chat`` needs of them."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from copy import deepcopy
-from queue import Queue
-from threading import Thread
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
-from transformers.generation.streamers import BaseStreamer
 
 from chat.chatml import DEFAULT_SYSTEM, END_OF_TEXT, IM_END, IM_START, MAX_WINDOW_SIZE
 from errors import ConfigError
+from qwen_model.chat_methods import ChatMixin, History, check_history
 from qwen_model.kv_cache import build_cache
 from qwen_model.prompts import Prompt, Segment
 from qwen_model.tokenization_qwen import QWenTokenizer
-
-if TYPE_CHECKING:
-    from qwen_model.configuration_qwen import QWenConfig
-
-History = Sequence[Sequence[str]]
 
 _FORCED = float(2**15)  # score that the original gives the end-of-text token to force it
 
@@ -47,9 +39,7 @@ def make_context(
     if chat_format == "raw":
         return Prompt.parse(query), tokenizer.encode(query, allowed_special="all")
     _check_chat_format(chat_format)
-    for pair in history or ():
-        if len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise ValueError(f"each entry of history must be a pair of query and answer, not {pair!r}")
+    check_history(history or ())
     messages = [_message(tokenizer, "system", system)]
     used = len(messages[0][1])
     for question, answer in reversed(history or ()):
@@ -148,15 +138,8 @@ class StopWordsLogitsProcessor(LogitsProcessor):
         return scores
 
 
-class QWenChatMixin:
-    """The original's ``generate`` with stop words, ``chat`` and ``chat_stream``, for ``QWenLMHeadModel``."""
-
-    if TYPE_CHECKING:
-        config: QWenConfig
-        generation_config: GenerationConfig
-
-        @property
-        def device(self) -> torch.device: ...
+class QWenChatMixin(ChatMixin):
+    """The original's ``generate`` with stop words, and its prompts and stops of ``chat``, for ``QWenLMHeadModel``."""
 
     def generate(self, *args: Any, stop_words_ids: list[list[int]] | None = None, **kwargs: Any) -> Any:
         """Call transformers' ``generate``; generation ends after any id sequence of ``stop_words_ids``."""
@@ -173,125 +156,21 @@ class QWenChatMixin:
             kwargs["past_key_values"] = build_cache(self.config, kind)
         return super().generate(*args, **kwargs)  # type: ignore[misc]
 
-    def chat(
-        self,
-        tokenizer: QWenTokenizer,
-        query: str,
-        history: History | None,
-        system: str = DEFAULT_SYSTEM,
-        stream: bool | None = None,
-        stop_words_ids: list[list[int]] | None = None,
-        generation_config: GenerationConfig | None = None,
-        append_history: bool = True,
-        **kwargs: Any,
-    ) -> tuple[str, list[tuple[str, str]]]:
-        """Answer ``query``.
+    def chat_prompt(
+        self, tokenizer: QWenTokenizer, query: str, history: History, system: str | None, window: int | None
+    ) -> list[int]:
+        written = DEFAULT_SYSTEM if system is None else system
+        return make_context(tokenizer, query, history, written, window or MAX_WINDOW_SIZE)[1]
 
-        Args:
-            history: earlier pairs of query and answer, oldest first.
-            stream: refused if true; ``chat_stream`` yields the answer as it grows.
-            stop_words_ids: id sequences that end the answer, besides those of the chat format.
-            append_history: add this exchange to the history that is returned.
-            kwargs: passed to ``generate``.
-
-        Returns:
-            The answer, and the history.
-        """
-        if stream:
-            raise ConfigError("chat(stream=True) returns one answer", "Call chat_stream(...), which yields it in parts")
-        inputs = self._chat_inputs(tokenizer, query, history, system, stop_words_ids, generation_config, kwargs)
-        outputs = self.generate(**inputs)
-        context = inputs["input_ids"][0].tolist()
-        # The prompt's length in characters is taken from its ids: normalisation can change the length of the query.
-        answer = decode_tokens(
-            outputs[0], tokenizer, len(tokenizer.decode(context)), len(context), chat_format="chatml"
-        )
-        earlier = [(pair[0], pair[1]) for pair in history or ()]
-        return answer, [*earlier, (query, answer)] if append_history else earlier
-
-    def chat_stream(
-        self,
-        tokenizer: QWenTokenizer,
-        query: str,
-        history: History | None,
-        system: str = DEFAULT_SYSTEM,
-        stop_words_ids: list[list[int]] | None = None,
-        logits_processor: LogitsProcessorList | None = None,
-        generation_config: GenerationConfig | None = None,
-        **kwargs: Any,
-    ) -> Iterator[str]:
-        """Like ``chat``, but yield the answer so far after each token."""
-        kwargs["logits_processor"] = logits_processor
-        inputs = self._chat_inputs(tokenizer, query, history, system, stop_words_ids, generation_config, kwargs)
-        stops = {tokenizer.im_start_id, tokenizer.im_end_id, tokenizer.eod_id}
-        streamer = _IdStreamer()
-        thread = Thread(target=streamer.run, args=(self.generate, inputs), daemon=True)
-        thread.start()
-        answer: list[int] = []
-        for id_ in streamer:
-            if id_ in stops:
-                continue
-            answer.append(id_)
-            yield str(tokenizer.decode(answer, skip_special_tokens=True, errors="ignore"))
-        thread.join()
-
-    def _chat_inputs(
-        self,
-        tokenizer: QWenTokenizer,
-        query: str,
-        history: History | None,
-        system: str,
-        stop_words_ids: list[list[int]] | None,
-        generation_config: GenerationConfig | None,
-        kwargs: dict[str, Any],
+    def chat_stops(
+        self, tokenizer: QWenTokenizer, stop_words_ids: list[list[int]] | None, config: GenerationConfig
     ) -> dict[str, Any]:
-        """Build the arguments of ``generate``; settings among ``kwargs`` go into a copy of the generation config."""
-        config = deepcopy(generation_config or self.generation_config)
-        chat_format = getattr(config, "chat_format", "chatml")
-        if chat_format != "chatml":
+        if (chat_format := getattr(config, "chat_format", "chatml")) != "chatml":
             raise ConfigError(
                 f"generation_config.json: chat_format {chat_format!r} is that of a base model, chat() needs chatml",
                 "Use a chat model, or generate() with make_context(chat_format='raw')",
             )
-        window = kwargs.pop("max_window_size", None) or getattr(config, "max_window_size", MAX_WINDOW_SIZE)
-        _, context = make_context(tokenizer, query, history, system, window)
-        input_ids = torch.tensor([context], device=self.device)
-        return {
-            **config.update(**kwargs),  # returns the arguments that are not settings: streamer, logits processors
-            "input_ids": input_ids,
-            "attention_mask": torch.ones_like(input_ids),
-            "stop_words_ids": [*_stop_words(stop_words_ids, tokenizer), *get_stop_words_ids("chatml", tokenizer)],
-            "generation_config": config,
-        }
-
-
-class _IdStreamer(BaseStreamer):
-    """Passes the ids of one generated row from the generating thread to the reading one, and its exception."""
-
-    def __init__(self) -> None:
-        self.queue: Queue[int | BaseException | None] = Queue()
-        self.is_prompt = True
-
-    def run(self, generate: Any, inputs: dict[str, Any]) -> None:
-        try:
-            generate(**inputs, streamer=self)
-        except BaseException as error:
-            self.queue.put(error)
-
-    def put(self, value: Tensor) -> None:
-        if not self.is_prompt:
-            for id_ in value.flatten().tolist():
-                self.queue.put(id_)
-        self.is_prompt = False
-
-    def end(self) -> None:
-        self.queue.put(None)
-
-    def __iter__(self) -> Iterator[int]:
-        while (item := self.queue.get()) is not None:
-            if isinstance(item, BaseException):
-                raise item
-            yield item
+        return {"stop_words_ids": [*_stop_words(stop_words_ids, tokenizer), *get_stop_words_ids("chatml", tokenizer)]}
 
 
 def _stop_words(words: list[list[int]] | None, tokenizer: QWenTokenizer) -> list[list[int]]:

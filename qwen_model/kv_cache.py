@@ -44,8 +44,9 @@ class EightBitLayer(DynamicLayer):
     def dequantize(self, codes: Tensor, *parameters: Tensor) -> Tensor:
         """Return the values of codes [B, H, T, D] in float32; the parameters [B, H, T, 1] are float32, too."""
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        # Not by the parent: its parameters are others in transformers 4, where an exported folder may run.
+        self.dtype, self.device, self.is_initialized = key_states.dtype, key_states.device, True
         self.keys, self.values = (torch.tensor([], dtype=torch.uint8, device=self.device) for _ in range(2))
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:

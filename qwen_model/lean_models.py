@@ -1,4 +1,4 @@
-"""The classes that the toolkit loads: each architecture's own class with the lean loss inside ``forward``.
+"""The classes that the toolkit loads: each architecture's own with the lean loss inside ``forward``, and ``chat``.
 
 The loss has to be computed inside ``forward``: calling the head outside of it bypasses the hooks of DDP, ZeRO-3 and
 FSDP.
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 
 from qwen_model.architectures import architecture_of
+from qwen_model.family_chat import FamilyChatMixin
 from qwen_model.head import why_opaque
 from qwen_model.lean_loss import CausalLMLossOutput, full_logits_loss, lean_causal_lm_loss
 from qwen_model.loss import causal_lm_loss
@@ -91,11 +92,11 @@ class LeanQWenLMHeadModel(QWenLMHeadModel):
     forward = with_lean_loss(QWenLMHeadModel.forward)
 
 
-class LeanQwen2ForCausalLM(Qwen2ForCausalLM):
+class LeanQwen2ForCausalLM(FamilyChatMixin, Qwen2ForCausalLM):
     forward = with_lean_loss(Qwen2ForCausalLM.forward)
 
 
-class LeanQwen3ForCausalLM(Qwen3ForCausalLM):
+class LeanQwen3ForCausalLM(FamilyChatMixin, Qwen3ForCausalLM):
     forward = with_lean_loss(Qwen3ForCausalLM.forward)
 
 

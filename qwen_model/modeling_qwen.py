@@ -334,7 +334,7 @@ class QWenModel(QWenPreTrainedModel):
 
 
 class QWenLMHeadModel(QWenPreTrainedModel, QWenChatMixin, GenerationMixin):
-    """Qwen v1 with its language-model head; ``chat`` and ``chat_stream`` come from the mixin."""
+    """Qwen v1 with its language-model head; ``chat``, ``chat_stream`` and ``chat_batch`` come from the mixin."""
 
     _tied_weights_keys = {"lm_head.weight": "transformer.wte.weight"}
 
