@@ -43,6 +43,7 @@ ELSEWHERE = {
     "NNODES=": "tests/recipe/test_hosts.py",
     "torchrun": "tests/recipe/test_processes.py",
     "mpirun": "tests/recipe/test_processes.py",
+    "python -m scripts.chat": "tests/unit/serving/terminal/test_chat.py",
     "python -m tests.fuzz_data": "tests/unit/data_utils/test_fuzz_data.py",
 }
 NOT_RUN = {

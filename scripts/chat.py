@@ -1,0 +1,84 @@
+"""Chat with a model in the terminal: ``python -m scripts.chat --model_name_or_path DIR``.
+
+Enter sends a message, Alt-Enter begins a new line, Ctrl-C stops an answer, Ctrl-D leaves, and :help shows the commands.
+If input or output is not a terminal, each line of the input is a message and only answers are printed to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from commands import CommandParser, run_command, set_up_logging
+from console import pip_command
+from errors import ConfigError
+
+_DESCRIPTION = f"Chat with a model in the terminal.\n\n{__doc__.partition(chr(10) * 2)[2]}"
+
+
+def parse_args(argv: Sequence[str]) -> argparse.Namespace:
+    parser = CommandParser(prog="python -m scripts.chat", description=_DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--model_name_or_path", required=True, help="checkpoint folder, or model id on a hub")
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=DIR", dest="adapters",
+        help="LoRA adapter, for :adapter NAME; the first of several answers at the start",
+    )  # fmt: skip
+    parser.add_argument("--any_base", action="store_true", help="accept adapters that were trained on other weights")
+    parser.add_argument("--device_map", help="auto spreads the model over all GPUs (default: one GPU, or the CPU)")
+    parser.add_argument("--kv_cache", choices=("int8", "fp8"), help="keep keys and values in 8 bits")
+    parser.add_argument("--system_message", help="system message (default: that of the model's chat format)")
+    for name, kind, text in (
+        ("temperature", float, "0 takes the most likely token (default: the checkpoint's value)"),
+        ("top_p", float, "probability of the tokens that are drawn from (default: the checkpoint's value)"),
+        ("max_tokens", int, "length limit of an answer (default: the checkpoint's, or what is left)"),
+        ("seed", int, "equal seeds give equal answers (default: random)"),
+    ):
+        parser.add_argument(f"--{name}", type=kind, help=text)
+    parser.add_argument("--history_file", type=Path, help="file of earlier lines (default: in the user's state folder)")
+    parser.add_argument("--no_history", action="store_true", help="keep no file of earlier lines")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
+    args = parser.parse_args(argv)
+    for text in args.adapters:
+        name, sign, folder = text.partition("=")
+        if not (name and sign and folder):
+            parser.error(f"--adapter {text}: write NAME=DIR")
+    args.adapters = dict(text.split("=", 1) for text in args.adapters)
+    if args.history_file is not None and args.no_history:
+        parser.error("--history_file contradicts --no_history; leave one of them out")
+    return args
+
+
+def main(argv: Sequence[str]) -> int:
+    args = parse_args(argv)
+    if missing := [name for name in ("prompt_toolkit", "rich") if find_spec(name) is None]:
+        raise ConfigError(f"{' and '.join(missing)} are not installed", f"Run: {pip_command('requirements_serve.txt')}")
+    set_up_logging()
+    from serving.engine import Engine
+    from serving.requests import Sampling
+    from serving.terminal.loop import converse
+    from serving.terminal.screens import open_screen
+    from serving.terminal.session import Session
+
+    sampling = Sampling(args.temperature, args.top_p, seed=args.seed, max_tokens=args.max_tokens)
+    history = None if args.no_history else args.history_file or default_history()
+    screen = open_screen(history)
+    with Engine.load(
+        args.model_name_or_path, args.adapters, device_map=args.device_map, kv_cache=args.kv_cache, max_concurrency=1,
+        any_base=args.any_base,
+    ) as engine:  # fmt: skip
+        session = Session(engine, sampling, args.system_message, next(iter(args.adapters), None))
+        screen.show_note(f"{engine.model_name}; :help shows the commands")
+        return converse(session, screen)
+
+
+def default_history() -> Path:
+    """Return the file of earlier lines in the user's folder for such files."""
+    folder = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(folder).expanduser() / "qwen-finetune" / "chat_history"
+
+
+if __name__ == "__main__":
+    run_command(main, "scripts.chat", prints_result=True)

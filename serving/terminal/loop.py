@@ -1,0 +1,51 @@
+"""The loop of the terminal chat: a line is a command or a question."""
+
+from __future__ import annotations
+
+from contextlib import closing
+
+from errors import ConfigError, RunError
+from serving.terminal.commands import Commands, Quit
+from serving.terminal.screens import Screen
+from serving.terminal.session import Session
+
+_ENDS = {"length": "the answer reached its length limit", "timeout": "the answer took too long"}
+
+
+def converse(session: Session, screen: Screen) -> int:
+    """Read and answer until the user leaves. Return 1 if any line was refused or failed, else 0.
+
+    Ctrl-C stops an answer, which stays as it is, or drops the line that is being written.
+    """
+    commands, code = Commands(session, screen.clear), 0
+    while True:
+        try:
+            line = screen.read()
+        except KeyboardInterrupt:
+            continue
+        if line is None:
+            return code
+        if not line.strip():
+            continue
+        try:
+            if line.startswith(":") and not line.startswith("::"):
+                screen.show_note(commands.run(line))
+            else:
+                _answer(session, screen, line.removeprefix(":") if line.startswith("::") else line)
+        except Quit:
+            return code
+        except (ConfigError, RunError) as error:
+            screen.show_note(str(error))
+            code = 1
+
+
+def _answer(session: Session, screen: Screen, question: str) -> None:
+    events = session.ask(question)
+    try:
+        with closing(events):
+            screen.show_answer(events)
+    except KeyboardInterrupt:
+        screen.show_note("\nstopped")
+        return
+    if session.finish_reason in _ENDS:
+        screen.show_note(_ENDS[session.finish_reason])

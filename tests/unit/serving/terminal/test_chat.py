@@ -1,0 +1,168 @@
+"""The terminal chat: plain streams, a terminal, commands, a stopped answer, hostile text."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
+from rich.console import Console
+
+from chat.events import Content, Event, Thinking
+from chat.turns import Turn
+from console import visible
+from errors import ConfigError
+from scripts import chat
+from serving.engine import Engine
+from serving.requests import Sampling
+from serving.terminal.commands import COMMANDS, Commands, Quit
+from serving.terminal.loop import converse
+from serving.terminal.screens import PlainScreen, TerminalScreen
+from serving.terminal.session import Session
+from tests.models import TINY
+from tests.serving import load_engine
+
+GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0, max_tokens=8)
+
+
+@pytest.fixture(scope="module")
+def engine() -> Iterator[Engine]:
+    with load_engine(TINY, max_concurrency=2) as loaded:
+        yield loaded
+
+
+@pytest.fixture
+def session(engine: Engine) -> Session:
+    return Session(engine, GREEDY)
+
+
+def typed(session: Session, text: str) -> tuple[str, str, int]:
+    """Return answers, notes and exit code of lines that are piped."""
+    answers, notes = io.StringIO(), io.StringIO()
+    code = converse(session, PlainScreen(io.StringIO(text), answers, notes))
+    return answers.getvalue(), notes.getvalue(), code
+
+
+def test_each_piped_line_is_answered_in_the_same_conversation(session: Session, engine: Engine) -> None:
+    answers, notes, code = typed(session, "Hi\n\nGo on.\n")
+    assert [turn.role for turn in session.turns] == ["user", "assistant"] * 2
+    assert answers == visible("".join(f"{turn.content}\n" for turn in session.turns[1::2])) and code == 0
+    assert notes == "the answer reached its length limit\n" * 2
+    assert typed(Session(engine, GREEDY), "Hi\nGo on.\n")[0] == answers
+
+
+def test_text_with_a_colon_and_control_tokens_is_a_question(session: Session) -> None:
+    typed(session, "::help\n<|im_end|>\n")
+    assert [turn.content for turn in session.turns[::2]] == [":help", "<|im_end|>"]
+    ids = session.engine.render_turns(session.turns)
+    assert ids.count(session.engine.tokenizer.im_end_id) == 5
+
+
+def test_commands_change_what_is_asked(session: Session, tmp_path: Path) -> None:
+    file = tmp_path / "kept.jsonl"
+    lines = [":system Be short.", ":seed 7", ":config temperature=0.5 max_tokens=3", "Hi", f":save {file}", ":his"]
+    answers, notes, code = typed(session, "\n".join(lines) + "\n")
+    assert code == 0 and "temperature: 0.5" in notes and "seed: 7" in notes and "user: Hi" in notes
+    assert (session.sampling.seed, session.sampling.max_tokens, session.system) == (7, 3, "Be short.")
+    record = json.loads(file.read_text())
+    contents = [message["content"] for message in record["messages"]]
+    assert [*contents[:2], visible(contents[2])] == ["Be short.", "Hi", answers.removesuffix("\n")]
+    assert typed(session, ":clear-history\n:reset-config\n:system default\n:adapter\n")[1].startswith("2 messages")
+    assert (session.turns, session.sampling, session.system) == ([], GREEDY, None)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (":hepl", ":hepl is not a command. Use :help"), (":quit now", ":quit now: it takes nothing"),
+        (":config top=1", "Write NAME=VALUE"), (":config top_p=x", "top_p 'x' is not a number"),
+        (":config top_p=7", "top_p: 7.0 is not a number from 0 to 1"), (":seed 1.5", "seed '1.5'"),
+        (":adapter x", "'x' is not loaded"), (":save", "Name a file"), (":save x", "no messages yet"),
+        (":thinking maybe", "Use on, off, default"),
+    ],
+)  # fmt: skip
+def test_wrong_command_is_one_line_and_the_chat_goes_on(session: Session, line: str, message: str) -> None:
+    answers, notes, code = typed(session, f"{line}\n:seed 3\n")
+    assert message in notes.splitlines()[0] and code == 1 and not answers
+    assert session.sampling.seed == 3
+
+
+def test_a_conversation_that_is_too_long_is_refused_and_kept(session: Session) -> None:
+    typed(session, "Hi\n")
+    before = list(session.turns)
+    _, notes, code = typed(session, "x y " * session.engine.context_length + "\n")
+    assert "Shorten the conversation" in notes and code == 1 and session.turns == before
+
+
+def test_help_names_every_command_and_quit_leaves(session: Session) -> None:
+    shown = Commands(session).run(":h")
+    assert all(f":{name}" in shown for command in COMMANDS for name in command.names)
+    assert typed(session, ":quit\nHi\n") == ("", "", 0)
+    with pytest.raises(Quit):
+        Commands(session).run(":q")
+
+
+def test_stopped_answer_stays_as_it_is_and_frees_its_place(engine: Engine) -> None:
+    session = Session(engine, Sampling(temperature=0.0, max_tokens=400, ignore_end=True))
+
+    class Impatient(PlainScreen):
+        def show_answer(self, events: Any) -> None:
+            self.first = next(iter(events))
+            raise KeyboardInterrupt
+
+    notes = io.StringIO()
+    screen = Impatient(io.StringIO("Hi\n"), io.StringIO(), notes)
+    assert converse(session, screen) == 0 and notes.getvalue() == "\nstopped\n"
+    assert session.turns == [Turn("user", "Hi"), Turn("assistant", screen.first.text)]
+    assert engine.submit(_short(engine)).answer().finish_reason == "length"
+    assert engine.load_now().running == 0
+
+
+def _short(engine: Engine) -> Any:
+    from serving.requests import Request
+
+    return Request(engine.encode("Hi"), Sampling(temperature=0.0, max_tokens=1, ignore_end=True))
+
+
+def test_terminal_edits_several_lines_and_dims_thinking(tmp_path: Path) -> None:
+    shown = io.StringIO()
+    rich = Console(file=shown, force_terminal=True, color_system="standard", width=80, highlight=False)
+    history = tmp_path / "history"
+    with create_pipe_input() as keys:
+        keys.send_text("first\x1b\rsecond\r" + "dropped\x03" + ":he\r" + "\x04")
+        screen = TerminalScreen(history, keys, DummyOutput(), rich)
+        assert screen.read() == "first\nsecond"
+        with pytest.raises(KeyboardInterrupt):
+            screen.read()
+        assert screen.read() == ":he"
+        assert screen.read() is None
+    assert [line for line in history.read_text().splitlines() if line.startswith("+")] == ["+first", "+second", "+:he"]
+    events: list[Event] = [Thinking("hm"), Content("[bold]a\x1b[2J"), Content("b\n")]
+    screen.show_answer(events)
+    assert "\x1b[2mhm\x1b[0m\n" in shown.getvalue()
+    assert "[bold]a" in shown.getvalue() and "\x1b[2J" not in shown.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--adapter", "x"], "--adapter x: write NAME=DIR"),
+        (["--history_file", "a", "--no_history"], "contradicts"),
+    ],
+)
+def test_wrong_flags_are_refused(argv: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        chat.parse_args(["--model_name_or_path", "m", *argv])
+
+
+def test_command_answers_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO(":seed 3\nHi\n"))
+    flags = ["--temperature", "0", "--max_tokens", "4", "--no_history"]
+    assert chat.main(["--model_name_or_path", str(TINY), *flags]) == 0
+    captured = capsys.readouterr()
+    assert captured.out.count("\n") >= 1 and "seed: 3" in captured.err and "seed" not in captured.out
