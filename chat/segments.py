@@ -84,6 +84,9 @@ class ToolForm(Protocol):
             is_prompt: the model is to continue the conversation.
         """
 
+    def call_start(self, name: str | None) -> str:
+        """Return the start of an answer that calls a function: any one, or the one with this name."""
+
     def reader(self, opening: str) -> EventReader:
         """Return a parser of an answer that may contain calls.
 

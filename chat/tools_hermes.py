@@ -101,6 +101,11 @@ class Hermes:
             messages += [Message.from_turn(turn, weights[number - 1], number) for number, turn in numbered]
         return messages
 
+    def call_start(self, name: str | None) -> str:
+        """Return the start of a call. It ends before a space, which models write as part of the next token."""
+        start = '<tool_call>\n{"name":'
+        return start if name is None else f'{start} {_json(name)}, "arguments":'
+
     def reader(self, opening: str) -> EventReader:
         """Return a parser of an answer that may end with calls."""
         return TaggedCalls()

@@ -126,6 +126,10 @@ class React:
             messages.append(Message("assistant", segments, end, is_open))
         return messages
 
+    def call_start(self, name: str | None) -> str:
+        """Return the start of a call without a thought. It ends before a space, which belongs to the next token."""
+        return _THOUGHT + _ACTION + ("" if name is None else f" {name}{_INPUT}")
+
     def reader(self, opening: str) -> EventReader:
         """Return a parser of a thought with a call, or of a final answer."""
         return ReactText(opening)

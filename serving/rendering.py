@@ -5,7 +5,6 @@ A field that is not known here is refused by its name: ignored, it would change 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -148,10 +147,8 @@ def _parse_calls(calls: Any, place: str) -> tuple[ToolCall, ...]:
         arguments = function.get("arguments") if isinstance(function, Mapping) else None
         if not _is_name(name):
             raise RequestError(f"{place}[{index}].function.name", f"{name!r} is not the name of a function")
-        try:
-            json.loads(arguments if isinstance(arguments, str) else "")
-        except (ValueError, RecursionError):
-            raise RequestError(f"{place}[{index}].function.arguments", "must be a string of JSON") from None
+        if not isinstance(arguments, str):
+            raise RequestError(f"{place}[{index}].function.arguments", "must be a string")
         parsed.append(ToolCall(str(name), arguments))
     return tuple(parsed)
 
@@ -190,8 +187,8 @@ def _check_tool(tool: Any, place: str) -> None:
         raise RequestError(place, 'must be {"type": "function", "function": {...}}')
     if not _is_name(function.get("name")):
         raise RequestError(f"{place}.function.name", f"{function.get('name')!r} is not the name of a function")
-    if not isinstance(function.get("parameters", {}), Mapping):
-        raise RequestError(f"{place}.function.parameters", "must be an object")
+    if not isinstance(function.get("parameters", {}), (Mapping, list)):  # Qwen v1 has a list of parameters, too
+        raise RequestError(f"{place}.function.parameters", "must be an object or a list")
 
 
 def _is_name(name: Any) -> bool:

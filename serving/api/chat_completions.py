@@ -1,0 +1,190 @@
+"""``/v1/chat/completions``."""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+
+from chat.families import thought_block
+from chat.reading import AnswerReader, opening_of
+from serving.api.chat_choice import Choice
+from serving.api.errors import ApiError, JsonResponse
+from serving.api.functions import messages_with_tools, tools_of_functions
+from serving.api.json_answers import Check, build_check
+from serving.api.running import (
+    EventStream,
+    Service,
+    cancel_all,
+    in_thread,
+    note,
+    pieces_of,
+    sampling_of,
+    submit_all,
+    usage_of,
+    watched,
+)  # fmt: skip
+from serving.api.schemas import ChatRequest, FunctionName, NamedTool
+from serving.requests import RequestError
+from serving.ticket import Ticket
+
+_LOG = logging.getLogger("serving.texts")
+
+
+@dataclass(frozen=True)
+class _Prompt:
+    """A rendered conversation.
+
+    Attributes:
+        opening: the start of the answer that it contains.
+    """
+
+    ids: tuple[int, ...]
+    opening: str
+    has_tools: bool
+
+
+@dataclass(frozen=True)
+class _Run:
+    """A request whose answers are computed."""
+
+    service: Service
+    body: ChatRequest
+    check: Check | None
+    tickets: list[Ticket]
+    choices: list[Choice]
+    head: dict[str, Any]  # fields of the response and of each chunk
+
+
+async def create_chat_completion(service: Service, request: Request, body: ChatRequest) -> Response:
+    """Answer a conversation."""
+    run = await _start(service, body)
+    if body.stream:
+        return EventStream(_chunks(run, request), run.tickets)
+    async with watched(request.receive, run.tickets):
+        async for index, piece in pieces_of(service, run.tickets):
+            run.choices[index].add(piece)
+            if run.choices[index].is_full:
+                run.tickets[index].cancel()
+        choices = [await _finished(run, index) for index in range(len(run.tickets))]
+    usage = usage_of(run.tickets, body.n)
+    _note(run, request, usage)
+    return JsonResponse({**run.head, "object": "chat.completion", "choices": choices, "usage": usage})
+
+
+async def _start(service: Service, body: ChatRequest) -> _Run:
+    engine, id_ = service.engine, secrets.token_hex(12)
+    adapter = engine.adapter_of(body.model)
+    check = await in_thread(build_check, body.response_format, body.messages)
+    prompt: _Prompt = await in_thread(_render, service, body)
+    form = engine.family.tool_form
+    stops = form.stops if form is not None and prompt.has_tools else ()
+    sampling = sampling_of(
+        body,
+        service.settings,
+        body.max_tokens or body.max_completion_tokens,
+        (body.top_logprobs or 0) if body.logprobs else None,
+        stops,
+    )
+    tickets = submit_all(service, [prompt.ids], sampling, adapter, body.n)
+    most_calls = 1 if body.functions or not body.parallel_tool_calls else None
+    choices = [
+        Choice(
+            index,
+            AnswerReader(engine.family, prompt.has_tools, prompt.opening),
+            id_,
+            bool(body.functions),
+            engine.family.has_thinking,
+            most_calls,
+        )
+        for index in range(body.n)
+    ]
+    head = {"id": f"chatcmpl-{id_}", "created": int(time.time()), "model": body.model}
+    return _Run(service, body, check, tickets, choices, head)
+
+
+def _render(service: Service, body: ChatRequest) -> _Prompt:
+    """Return the prompt of a request. ``tool_choice`` and ``function_call`` decide how its answer begins."""
+    family, messages = service.engine.family, messages_with_tools(body.messages)
+    tools = body.tools or tools_of_functions(body.functions or [])
+    choice = body.tool_choice or body.function_call or "auto"
+    name = _forced_name(choice, tools)
+    if choice != "auto" and choice != "none" and not tools:
+        raise RequestError("tool_choice", "there are no tools to choose from")
+    if choice == "none":
+        tools = []
+    ids = service.engine.render(messages, tools, thinking=body.thinking)
+    opening = opening_of(family, bool(tools), messages[-1].get("role") == "tool", body.thinking)
+    forced = ""
+    if tools and (name is not None or choice == "required") and family.tool_form is not None:
+        start = thought_block("") if family.has_thinking else ""
+        forced = f"{start}{family.tool_form.call_start(name)}".removeprefix(opening)
+        ids = (*ids, *service.engine.encode(forced))
+    return _Prompt(ids, opening + forced, bool(tools))
+
+
+def _forced_name(choice: str | NamedTool | FunctionName, tools: Sequence[Mapping[str, Any]]) -> str | None:
+    """Return the name of the function that has to be called, if the request says so."""
+    if isinstance(choice, str):
+        return None
+    name = choice.function.name if isinstance(choice, NamedTool) else choice.name
+    names = [tool["function"].get("name") for tool in tools if isinstance(tool.get("function"), dict)]
+    if name not in names:
+        raise RequestError("tool_choice", "names a function that is not among the tools")
+    return name
+
+
+async def _chunks(run: _Run, request: Request) -> AsyncIterator[dict[str, Any]]:
+    """Yield the chunks of a stream."""
+    wants_usage = run.body.includes_usage
+    head = {**run.head, "object": "chat.completion.chunk", **({"usage": None} if wants_usage else {})}
+
+    def chunk(choice: Choice, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
+        written = {"index": choice.index, "delta": delta, "finish_reason": reason}
+        logprobs = choice.take_logprobs()
+        return {**head, "choices": [{**written, "logprobs": logprobs}]}
+
+    for choice in run.choices:
+        yield chunk(choice, {"role": "assistant", "content": ""})
+    async for index, piece in pieces_of(run.service, run.tickets):
+        choice = run.choices[index]
+        for delta in choice.add(piece):
+            yield chunk(choice, delta)
+        if choice.is_full:
+            run.tickets[index].cancel()
+        if piece is None:
+            finished = await _finished(run, index)
+            yield chunk(choice, {}, finished["finish_reason"])
+    usage = usage_of(run.tickets, run.body.n)
+    _note(run, request, usage)
+    if wants_usage:
+        yield {**head, "choices": [], "usage": usage}
+
+
+async def _finished(run: _Run, index: int) -> dict[str, Any]:
+    """Return a finished choice.
+
+    Raises:
+        ApiError: it does not have the format that the request asks for.
+    """
+    choice = run.choices[index]
+    finished = choice.whole(run.tickets[index].finish_reason)
+    if run.check is not None and finished["finish_reason"] == "stop":
+        try:
+            await in_thread(run.check, choice.message["content"])
+        except ApiError:
+            cancel_all(run.tickets)
+            raise
+    return {**finished, "logprobs": choice.take_logprobs()}
+
+
+def _note(run: _Run, request: Request, usage: dict[str, int]) -> None:
+    note(request, f"{usage['prompt_tokens']} + {usage['completion_tokens']} tokens")
+    if run.service.settings.log_requests:
+        _LOG.info("%s -> %s", run.body.messages, [choice.message for choice in run.choices])

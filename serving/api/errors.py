@@ -1,0 +1,128 @@
+"""Refusals and failures in OpenAI's form."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from console import visible_lines
+from errors import ConfigError, one_line
+from serving.requests import ClosedError, QueueFullError, RequestError, UnknownModelError
+
+_LOG = logging.getLogger(__name__)
+_MOST_MESSAGE = 500  # characters
+_TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+# Seconds after which a client may try again.
+_RETRY_AFTER = {429: "1", 503: "5"}
+# The names of types in pydantic's messages are fine for clients, except for these.
+_WORDS = {"extra_forbidden": "is not supported by this server", "missing": "is required"}
+
+
+class ApiError(Exception):
+    """What a request ends with.
+
+    Args:
+        status: of HTTP.
+        message: one line for the client.
+        param: the field that is at fault, as OpenAI names it.
+        code: a word for programs.
+    """
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.status, self.message, self.param, self.code = status, message, param, code
+
+    def body(self) -> dict[str, Any]:
+        """Return OpenAI's object."""
+        default = "server_error" if self.status >= 500 else "invalid_request_error"
+        message = visible_lines(self.message)[:_MOST_MESSAGE]
+        kind = _TYPES.get(self.status, default)
+        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+
+    def response(self, headers: Mapping[str, str] | None = None) -> Response:
+        added = {"Retry-After": _RETRY_AFTER[self.status]} if self.status in _RETRY_AFTER else {}
+        if self.status == 401:
+            added["WWW-Authenticate"] = "Bearer"
+        return JsonResponse(self.body(), self.status, {**added, **(headers or {})})
+
+
+class JsonResponse(Response):
+    """A body of JSON. Half a surrogate pair, which text from a client may contain, is written as its escape."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        return json_bytes(content)
+
+
+def json_bytes(content: Any) -> bytes:
+    """Return a value as JSON in UTF-8."""
+    text = json.dumps(content, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return text.encode("utf-8", "backslashreplace")
+
+
+def api_error(error: BaseException) -> ApiError:
+    """Return what a client is told of an error. One that nobody expected is logged, and named without its text."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, UnknownModelError):
+        return ApiError(404, str(error), error.field, "model_not_found")
+    if isinstance(error, RequestError):
+        return ApiError(400, str(error), error.field)
+    if isinstance(error, ConfigError):
+        return ApiError(400, str(error))
+    if isinstance(error, QueueFullError):
+        return ApiError(429, one_line(error) or "too many requests are waiting", code="queue_full")
+    if isinstance(error, ClosedError):
+        return ApiError(503, "the server is shutting down", code="closing")
+    _LOG.error("%s: %s", type(error).__name__, one_line(error), exc_info=error if _LOG.isEnabledFor(10) else None)
+    return ApiError(500, f"the server failed with {type(error).__name__}; its log says more", code="internal_error")
+
+
+def add_handlers(app: FastAPI) -> None:
+    """Answer every exception of an app in OpenAI's form."""
+
+    async def answer(request: Request, error: Exception) -> Response:
+        return api_error(error).response()
+
+    async def answer_http(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        message = {404: "there is no such address", 405: "this address has another method"}.get(error.status_code)
+        return ApiError(error.status_code, message or str(error.detail)).response(error.headers)
+
+    async def answer_invalid(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        return invalid_request(error.errors()).response()
+
+    for kind in (ApiError, ConfigError, QueueFullError, ClosedError):
+        app.add_exception_handler(kind, answer)
+    app.add_exception_handler(HTTPException, answer_http)
+    app.add_exception_handler(RequestValidationError, answer_invalid)
+
+
+def invalid_request(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+    """Return the error of a body that is not as its schema says: its first fault, unknown fields before others."""
+    first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
+    param = _path(first["loc"])
+    if first["type"] in ("json_invalid", "model_attributes_type", "dict_type") and not param:
+        return ApiError(400, "the body must be a JSON object, with the header Content-Type: application/json")
+    what = _WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+    return ApiError(400, f"{param}: {what}" if param else what, param or None)
+
+
+def _path(place: Sequence[int | str]) -> str:
+    """Return a field as OpenAI names it: ``messages[0].content``."""
+    path = ""
+    for part in place[1:]:  # without "body"
+        if isinstance(part, int):
+            path += f"[{part}]"
+        elif not part.startswith(("function-", "list[", "str")):
+            path += f".{part}"
+    return path.removeprefix(".")

@@ -1,0 +1,42 @@
+"""OpenAI's older form of calls, ``functions`` and ``function_call``, which the API server of Qwen v1 has, as tools."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from serving.requests import RequestError
+
+
+def tools_of_functions(functions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return functions as tools. Qwen's own keys (``name_for_model``, ...) stay, beside ``name``."""
+    return [
+        {"type": "function", "function": {**function, "name": function.get("name") or function.get("name_for_model")}}
+        for function in functions
+    ]
+
+
+def messages_with_tools(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return messages with ``function_call`` and the role ``function`` as ``tool_calls`` and the role ``tool``.
+
+    Raises:
+        RequestError: a result without a call, or both forms in one message.
+    """
+    converted: list[dict[str, Any]] = []
+    open_id = ""
+    for index, original in enumerate(messages):
+        message = dict(original)
+        call = message.pop("function_call", None)
+        if call is not None:
+            if message.get("tool_calls"):
+                raise RequestError(f"messages[{index}]", "has tool_calls and function_call", "Keep one of them")
+            open_id = f"function_call_{index}"
+            message["tool_calls"] = [{"id": open_id, "type": "function", "function": call}]
+        elif message.get("role") == "function":
+            if not open_id:
+                raise RequestError(f"messages[{index}]", "the result does not follow a function_call")
+            message.pop("name", None)
+            message |= {"role": "tool", "tool_call_id": open_id}
+            open_id = ""
+        converted.append(message)
+    return converted
