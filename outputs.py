@@ -233,14 +233,19 @@ def staged_file(path: Path, replaces: bool = True) -> Iterator[Path]:
 
     Raises:
         ConfigError: ``path`` is something else than a file, or another process is writing it.
+        OSError: it cannot be written; one without a file name, as a failed write has none, gets ``path``.
     """
     _check_replaceable(path, replaces)
-    with stage(path, str(path), prefix=".") as folder:
-        staging = folder.path / path.name
-        yield staging
-        sync(staging)
-        _check_replaceable(path, replaces)
-        os.replace(staging, path)
+    try:
+        with stage(path, str(path), prefix=".") as folder:
+            staging = folder.path / path.name
+            yield staging
+            sync(staging)
+            _check_replaceable(path, replaces)
+            os.replace(staging, path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def _check_replaceable(path: Path, replaces: bool) -> None:

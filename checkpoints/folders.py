@@ -85,5 +85,5 @@ def check_space(needed: int, output: Path, flag: str = "--output") -> None:
     folder = next(parent for parent in output.resolve().parents if parent.is_dir())
     free = shutil.disk_usage(folder).free
     if needed > free:
-        what = f"{flag} {output} needs {needed / 1e9:.1f} GB, {free / 1e9:.1f} GB are free"
+        what = f"{flag} {output} needs {needed / 1e6:,.1f} MB, {free / 1e6:,.1f} MB are free"
         raise ConfigError(what, "Free some space or choose another disk")

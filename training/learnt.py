@@ -151,10 +151,15 @@ def describe_learnt(figures: dict[str, Any]) -> list[str]:
     )
     if change := figures.get("change"):
         lines.append(
-            f"the median change is {change['median_steps']:.2g} of {change['dtype']}'s step; rounding to nearest keeps "
-            f"{change['kept_by_nearest']:.0%} of the change"
+            f"the median change of a weight is {_plain(change['median_steps'])} times the distance of neighbouring "
+            f"{change['dtype']} values; rounding to nearest would keep {change['kept_by_nearest']:.0%} of the change"
         )
     return lines
+
+
+def _plain(number: float) -> str:
+    """Return a number with two significant digits, never as a power of ten."""
+    return f"{number:,.0f}" if number >= 10 else f"{number:.2g}" if number >= 1e-4 else "less than 0.0001"
 
 
 def warn_of_little(figures: dict[str, Any], losses: Sequence[float], learning_rate: float) -> None:

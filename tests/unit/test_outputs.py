@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable
@@ -23,6 +24,13 @@ def test_failed_write_leaves_the_previous_file(tmp_path: Path, error: type[BaseE
         staging.write_text("half")
         raise error
     assert names_in(tmp_path) == ["notes.txt"] and path.read_text() == "first"
+
+
+def test_failed_write_names_the_file(tmp_path: Path) -> None:
+    """An error of ``write`` has no file name of its own."""
+    path = tmp_path / "notes.txt"
+    with pytest.raises(OSError, match=r"No space left on device: .*notes.txt"), staged_file(path):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_second_writer_of_a_file_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
