@@ -16,7 +16,7 @@ async function request(path, key, options = {}) {
   if (key) headers.Authorization = `Bearer ${key}`;
   let response;
   try {
-    response = await fetch(path, { ...options, headers, cache: "no-store", credentials: "omit", redirect: "error" });
+    response = await fetch(path, { ...options, headers, cache: "no-store", redirect: "error" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ApiError(error instanceof TypeError && /header/i.test(error.message) ? badKey(true) : UNREACHABLE, "network");
@@ -37,7 +37,7 @@ async function refusal(response, key) {
     // No JSON: the status alone has to do.
   }
   const status = response.status;
-  if (status === 401 || status === 403) return new ApiError(badKey(Boolean(key)), "key");
+  if (status === 401) return new ApiError(badKey(Boolean(key)), "key");
   if (status === 429 || status === 503) {
     const wait = Number.parseInt(response.headers.get("Retry-After") ?? "", 10);
     const when = wait > 0 ? `in ${wait} second${wait === 1 ? "" : "s"}` : "in a moment";

@@ -124,9 +124,11 @@ function ask(text) {
 }
 
 async function answer() {
+  const own = conversation;
+  if (!byId("model").options.length) await loadModels(); // the server was not there when the page was opened
+  if (conversation !== own || answering) return;
   const request = { model: byId("model").value, messages: store.requestMessages(conversation), ...requestSettings(settings) };
   const message = { role: "assistant", content: "", thinking: "", calls: [], model: request.model };
-  const own = conversation;
   add(message);
   const view = views.at(-1);
   const draw = () => following(() => view.update(true));

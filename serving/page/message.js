@@ -112,7 +112,7 @@ export class AnswerView {
     const { message } = this;
     const parts = [];
     if (message.content) parts.push(copyButton("Copy answer", () => message.content));
-    if (isLast) parts.push(iconButton("retry", "Answer again", () => this.actions.regenerate(message)));
+    if (isLast && !message.error) parts.push(iconButton("retry", "Answer again", () => this.actions.regenerate(message)));
     const figures = [message.model];
     const tokens = message.usage?.completion_tokens;
     if (tokens) figures.push(`${tokens} token${tokens === 1 ? "" : "s"}`);

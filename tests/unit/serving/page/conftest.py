@@ -28,8 +28,8 @@ class Chat(Tab):
 
     def fill(self, selector: str, text: str) -> None:
         """Set a field as a user does who replaces its content."""
-        self.evaluate(f"document.querySelector({json.dumps(selector)}).focus()")
-        self.evaluate("document.activeElement.select?.()")
+        field = f"document.querySelector({json.dumps(selector)})"
+        assert self.evaluate(f"{field}.select(), document.activeElement === {field}"), f"{selector} cannot be used"
         self.type(text)
 
     def shown(self, selector: str = ".answer .text") -> list[str]:

@@ -181,6 +181,16 @@ def test_server_that_is_gone_is_said_and_asked_again(chat: Chat, server: PageSer
     chat.wait_for("document.querySelector('.answer .text').innerText === 'Back'")
 
 
+def test_server_that_starts_after_the_page_is_found(server: PageServer, open_tab: OpenTab) -> None:
+    models, server.models = server.models, []
+    server.answer(said("Here"))
+    chat = open_tab()
+    chat.wait_for("document.querySelector('#model').hidden")
+    server.models = models
+    chat.ask("Question")
+    assert (server.requests[0]["model"], chat.shown()) == ("tiny", ["Here"])
+
+
 def test_limit_of_tokens_is_said(chat: Chat, server: PageServer) -> None:
     server.answer([event(content="Long"), finish("length")])
     chat.ask("Question")
