@@ -28,7 +28,7 @@ class Adapters:
         names: the adapters' names in the model, by the names that requests use.
 
     Raises:
-        ConfigError: an adapter that changes the base for the others.
+        ConfigError: an adapter that changes the base for the others, or two that exclude each other.
     """
 
     def __init__(self, model: Any, names: Mapping[str, str]) -> None:
@@ -37,6 +37,12 @@ class Adapters:
         self.alone = {name for name, inner in names.items() if any(self._setting(inner, each) for each in _ALONE)}
         self._rows: list[str] | None = None
         self._active: object = self  # no group yet
+        whole, rows = (
+            next((name for name, inner in names.items() if self._setting(inner, setting)), None) for setting in _ALONE[1:]
+        )
+        if whole is not None and rows is not None:
+            what = f"--adapter {whole} has trained embeddings, {rows} trained rows of them: peft cannot load both"
+            raise ConfigError(what, "Load them one at a time, or merge one with merge_lora.py")
         for name, inner in names.items():
             if self._setting(inner, "bias") not in (None, "none"):
                 raise ConfigError(

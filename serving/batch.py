@@ -155,7 +155,7 @@ class Batch:
         """Append the rows of another batch of this group; both caches are complete but for each row's newest token."""
         own, others = self._cache.get_seq_length(), other._cache.get_seq_length()
         length = max(own, others)
-        join_caches(self._cache, other._cache)
+        join_caches(self._cache, other._cache, length - own, length - others)
         self._padding = [each + length - own for each in self._padding]
         self._padding += [each + length - others for each in other._padding]
         self.rows += other.rows

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from qwen_model.kv_cache import build_cache
+
 _BLOCK = 64  # columns by which buffers grow, at least
 
 
@@ -41,11 +43,13 @@ class RowLayer(DynamicLayer):
         self._end += count
         return self._show()
 
-    def join(self, other: RowLayer) -> None:
-        """Append the rows of another layer below these; zeros precede the columns of the shorter one."""
-        columns = [layer._end - layer._start for layer in (self, other)]
-        length = max(columns)
-        padding, other_padding = (length - each for each in columns)
+    def join(self, other: RowLayer, padding: int, other_padding: int) -> None:
+        """Append the rows of another layer below these.
+
+        Args:
+            padding, other_padding: columns of zeros that precede the tokens of these and of the other rows.
+        """
+        length = self._end - self._start + padding
         joined = []
         for own, others in zip(self._show(), other._show(), strict=True):
             buffer = own.new_zeros(len(own) + len(others), own.shape[1], length + _BLOCK, own.shape[3])
@@ -87,15 +91,16 @@ def build_row_cache(config: Any, kind: str | None = None) -> Cache:
         config: of the model.
         kind: ``int8`` or ``fp8``; ``None``: the precision of the model.
     """
-    assert kind is None
+    if kind is not None:
+        return build_cache(config, kind)
     return Cache(layers=[RowLayer() for _ in range(config.num_hidden_layers)])
 
 
-def join_caches(cache: Cache, other: Cache) -> None:
-    """Append the rows of one cache to another; zeros precede the columns of the shorter one."""
+def join_caches(cache: Cache, other: Cache, padding: int, other_padding: int) -> None:
+    """Append the rows of one cache to another, with columns of zeros before the tokens of each."""
     layers: Any
     for layers in zip(cache.layers, other.layers, strict=True):
-        layers[0].join(layers[1])
+        layers[0].join(layers[1], padding, other_padding)
 
 
 def keep_rows(cache: Cache, indices: list[int], columns: int) -> None:
@@ -104,4 +109,5 @@ def keep_rows(cache: Cache, indices: list[int], columns: int) -> None:
     chosen = torch.tensor(indices)
     for layer in cache.layers:
         layer.batch_select_indices(chosen)
-        layer.cut_left(columns)
+        if columns:
+            layer.cut_left(columns)

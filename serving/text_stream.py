@@ -15,9 +15,10 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        self._special = set(tokenizer.all_special_ids)
-        self._added = {id_: str(token) for id_, token in getattr(tokenizer, "added_tokens_decoder", {}).items()}
-        self._special |= {id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
+        added = tokenizer.added_tokens_decoder
+        self._added = {id_: str(token) for id_, token in added.items()}
+        self._special = {id_ for id_, token in added.items() if token.special} | set(tokenizer.all_special_ids)
+        self._special |= set(getattr(tokenizer, "special_tokens", {}).values())  # Qwen v1
         self._known: dict[int, bytes] = {}
         self._bytes = _byte_of_character()
 
@@ -41,6 +42,8 @@ class TokenBytes:
             return b""
         if isinstance(token, bytes):  # Qwen v1
             return token
+        if id_ in self._special:
+            return str(token).encode()
         try:
             return bytes(self._bytes[character] for character in token or "")
         except KeyError:  # a token that was added to the vocabulary
