@@ -7,10 +7,12 @@ there (DoRA, trained embeddings and heads, trained token rows) runs in a batch o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from peft.tuners.lora.layer import LoraLayer
 
+from checkpoints.adapter_config import load_adapter_config
 from errors import ConfigError
 
 _BASE = "__base__"  # peft's name for rows without an adapter
@@ -20,15 +22,38 @@ Group = str | None
 """Rows of one group can share a batch: ``None``, or the name of an adapter that runs alone."""
 
 
+def loading_order(folders: Mapping[str, str]) -> dict[str, str]:
+    """Return adapters in the order in which peft can load them: those with trained token rows last.
+
+    Args:
+        folders: of the adapters, by the names that requests use.
+
+    Raises:
+        ConfigError: a bad name, a folder without an adapter, one that changes the base for the others, or two that
+            exclude each other.
+    """
+    settings = {name: load_adapter_config(Path(folder), "--adapter") for name, folder in folders.items()}
+    for name, options in settings.items():
+        if not name or ":" in name:
+            raise ConfigError(f"--adapter {name}={folders[name]}: not a name", "Give one without a colon")
+        if options.get("bias") not in (None, "none"):
+            raise ConfigError(
+                f"--adapter {name} has trained biases, which would change the base and other adapters, too",
+                "Merge it with merge_lora.py, and load the result",
+            )
+    whole, rows = ([name for name, options in settings.items() if options.get(each)] for each in _ALONE[1:])
+    if whole and rows:
+        what = f"--adapter {whole[0]} has trained embeddings, {rows[0]} trained rows of them: peft cannot load both"
+        raise ConfigError(what, "Load them one at a time, or merge one with merge_lora.py")
+    return {name: folders[name] for name in sorted(folders, key=lambda name: name in rows)}
+
+
 class Adapters:
     """The adapters of a model.
 
     Args:
         model: peft's, with these adapters, or a base without any.
         names: the adapters' names in the model, by the names that requests use.
-
-    Raises:
-        ConfigError: an adapter that changes the base for the others, or two that exclude each other.
     """
 
     def __init__(self, model: Any, names: Mapping[str, str]) -> None:
@@ -37,18 +62,6 @@ class Adapters:
         self.alone = {name for name, inner in names.items() if any(self._setting(inner, each) for each in _ALONE)}
         self._rows: list[str] | None = None
         self._active: object = self  # no group yet
-        whole, rows = (
-            next((name for name, inner in names.items() if self._setting(inner, setting)), None) for setting in _ALONE[1:]
-        )
-        if whole is not None and rows is not None:
-            what = f"--adapter {whole} has trained embeddings, {rows} trained rows of them: peft cannot load both"
-            raise ConfigError(what, "Load them one at a time, or merge one with merge_lora.py")
-        for name, inner in names.items():
-            if self._setting(inner, "bias") not in (None, "none"):
-                raise ConfigError(
-                    f"--adapter {name} has trained biases, which would change the base and other adapters, too",
-                    "Merge it with merge_lora.py, and load the result",
-                )
         if names:
             for module in model.modules():
                 if isinstance(module, LoraLayer):

@@ -30,6 +30,7 @@ class Runner:
     def __init__(self, model: Any, adapters: Adapters, kv_cache: str | None = None) -> None:
         self.model, self.adapters, self.config = model, adapters, model.config
         self._kv_cache = kv_cache
+        self.new_cache()  # an unknown kind of cache is refused before any request
         self.device = model.get_input_embeddings().weight.device
         has_windows = "sliding_attention" in (getattr(self.config, "layer_types", None) or ())
         self._window: int | None = self.config.sliding_window if has_windows else None

@@ -69,13 +69,12 @@ class Engine:
         """
         from loading.checkpoint import load_checkpoint
         from loading.inference import load_for_inference
+        from serving.adapters import loading_order
 
-        for name in adapters or {}:
-            if not name or ":" in name:
-                raise ConfigError(f"--adapter {name}: not a name", "Write NAME=FOLDER, without a colon in the name")
-        inner = {name: f"adapter{index}" for index, name in enumerate(adapters or {})}
+        ordered = loading_order(adapters or {})
+        inner = {name: f"adapter{index}" for index, name in enumerate(ordered)}
         checkpoint = load_checkpoint(model_name_or_path)
-        folders = {inner[name]: folder for name, folder in (adapters or {}).items()}
+        folders = {inner[name]: folder for name, folder in ordered.items()}
         model = load_for_inference(checkpoint, any_base=any_base, others=folders, device_map=device_map)
         return cls(
             checkpoint, model, inner, kv_cache=kv_cache, max_concurrency=max_concurrency, queue_size=queue_size,

@@ -11,6 +11,7 @@ import pytest
 from errors import ConfigError
 from loading.checkpoint import load_checkpoint
 from loading.inference import load_for_inference
+from serving.adapters import loading_order
 from serving.engine import Engine
 from serving.requests import Request
 from tests.adapters import LINEAR, make_adapter
@@ -72,8 +73,10 @@ def test_adapters_that_share_a_batch(engine: Engine, monkeypatch: pytest.MonkeyP
     assert (None, {None, "plain", "rslora"}) in seen
 
 
-def test_name_of_an_adapter_picks_it(engine: Engine) -> None:
+def test_name_of_an_adapter_picks_it(engine: Engine, folders: dict[str, Path]) -> None:
     assert engine.adapters == TOGETHER
+    with pytest.raises(ConfigError, match="not a name"):
+        loading_order({"a:b": str(folders["plain"])})
     assert engine.adapter_of("dora") == engine.adapter_of("base:dora") == "dora"
 
 

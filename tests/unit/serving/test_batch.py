@@ -46,3 +46,17 @@ def test_rows_that_join_and_leave_change_no_answer(folder: Path, monkeypatch: py
         got += [ticket.answer().token_ids for ticket in later]
     assert got == expected[:2] + expected[3:]
     assert left.finish_reason == "cancelled" and left.usage.completion_tokens < 30
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_eight_bit_rows_do_not_depend_on_their_neighbours(folder: Path, kind: str) -> None:
+    asked = requests(5)
+    with load_engine(folder, kv_cache=kind, max_concurrency=3) as engine:
+        alone_in_turn = [engine.submit(request).answer().token_ids for request in asked]
+        assert answers(engine, asked) == alone_in_turn
+
+
+def test_device_map_gives_the_same_answers(folder: Path) -> None:
+    asked = requests(3)
+    with load_engine(folder) as engine, load_engine(folder, device_map="auto") as spread:
+        assert answers(spread, asked) == answers(engine, asked)

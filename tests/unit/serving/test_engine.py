@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 
-from errors import ConfigError
 from serving.batch import Batch, Runner
 from serving.engine import Engine
 from serving.requests import ClosedError, QueueFullError, Request, RequestError, Sampling, UnknownModelError
@@ -211,11 +210,6 @@ def test_model_names_a_base_or_an_adapter(engine: Engine) -> None:
         engine.submit(Request(PROMPT, GREEDY, adapter="other"))
     with pytest.raises(RequestError, match="empty"):
         engine.submit(Request((), GREEDY))
-
-
-def test_name_of_an_adapter_is_checked_before_loading() -> None:
-    with pytest.raises(ConfigError, match="not a name"):
-        Engine.load(str(TINY), {"a:b": "nowhere"})
 
 
 def test_sampling_is_that_of_the_checkpoint(engine: Engine) -> None:
