@@ -238,7 +238,7 @@ def _prompt_of(conversation: Conversation) -> Conversation:
 class Task(NamedTuple):
     """One answer that is to be written: the record's number, and the number among the answers to it."""
 
-    index: int
+    number: int
     choice: int
     conversation: Conversation
     prompt_ids: tuple[int, ...]
@@ -296,7 +296,7 @@ def _submit(
     adapter = None if args.adapter is None else "adapter"
     for number in sorted(range(len(tasks)), key=lambda number: -len(tasks[number].prompt_ids)):
         task = tasks[number]
-        seed = hashlib.sha256(f"{args.seed} {task.index} {task.choice}".encode()).digest()
+        seed = hashlib.sha256(f"{args.seed} {task.number} {task.choice}".encode()).digest()
         form = engine.family.tool_form if task.conversation.tools else None
         stops = (*sampling.stop, *(form.stops if form else ()))
         settings = replace(sampling, seed=int.from_bytes(seed[:7], "big"), stop=stops)
@@ -309,7 +309,7 @@ def _submit(
 
 def _line(engine: Engine, task: Task, ticket: Ticket | Exception, no_thinking: bool) -> dict[str, Any]:
     """Wait for an answer, and return its line."""
-    place = {"index": task.index, "choice": task.choice}
+    place = {"index": task.number, "choice": task.choice}
     try:
         if isinstance(ticket, Exception):
             raise ticket
