@@ -113,6 +113,7 @@ def _render(service: Service, body: ChatRequest) -> _Prompt:
     """Return the prompt of a request. ``tool_choice`` and ``function_call`` decide how its answer begins."""
     family, messages = service.engine.family, messages_with_tools(body.messages)
     tools = body.tools or tools_of_functions(body.functions or [])
+    _check_strict(tools)
     choice = body.tool_choice or body.function_call or "auto"
     name = _forced_name(choice, tools)
     if choice != "auto" and choice != "none" and not tools:
@@ -127,6 +128,14 @@ def _render(service: Service, body: ChatRequest) -> _Prompt:
         forced = f"{start}{family.tool_form.call_start(name)}".removeprefix(opening)
         ids = (*ids, *service.engine.encode(forced))
     return _Prompt(ids, opening + forced, bool(tools))
+
+
+def _check_strict(tools: Sequence[Mapping[str, Any]]) -> None:
+    for index, tool in enumerate(tools):
+        function = tool.get("function")
+        if isinstance(function, dict) and function.get("strict"):
+            what = "true is not supported: nothing forces a model to follow a schema"
+            raise RequestError(f"tools[{index}].function.strict", what, "Leave it out, and check the arguments")
 
 
 def _forced_name(choice: str | NamedTool | FunctionName, tools: Sequence[Mapping[str, Any]]) -> str | None:

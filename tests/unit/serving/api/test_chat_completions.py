@@ -223,6 +223,7 @@ def test_check_of_an_endless_schema_ends(server: Served) -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]", "only text"),
         ({"tools": [{"type": "function"}]}, "tools[0]", "must be"),
         ({"tool_choice": "required"}, "tool_choice", "no tools"),
+        ({"tools": [{**TOOL, "function": {"name": "f", "strict": True}}]}, "tools[0].function.strict", "not supported"),
         ({"response_format": {"type": "xml"}}, "response_format.type", "should be"),
     ],
 )  # fmt: skip
