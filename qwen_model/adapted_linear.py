@@ -2,16 +2,17 @@
 
 peft computes ``base(x) + up(down(dropout(x))) * scale`` layer by layer, in passes over memory between the products; for
 the backward pass autograd keeps an input of each adapter, a floating-point mask of each dropout, and under autocast
-copies in two precisions. Here the layers' common input is kept once, and of each adapter where dropout set values to
-zero and the R values between its two products; what can be computed again is. Whatever is not a frozen or plain linear
-layer with a plain adapter (see ``head.base_and_adapter``) is called.
+copies in two precisions. Here the layers' common input is kept once, where dropout set its values to zero, and of each
+adapter the R values between its two products; what can be computed again is. The adapters share one dropout of the
+input, so their first matrices are multiplied with it as one. Whatever is not a frozen or plain linear layer with a
+plain adapter (see ``head.base_and_adapter``) is called.
 
 Shapes: N tokens, C inputs, O outputs, R rank.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ def project(hidden: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     """
     parts = [_parts_of(layer, hidden) for layer in layers]
     known = [each for each in parts if each is not None]
-    if len(known) == len(parts):
+    if len(known) == len(parts) and len({each.p for each in known if each.down is not None}) <= 1:
         return _compute(known, hidden)
     pairs = zip(parts, layers, strict=True)
     return tuple(layer(hidden) if each is None else _compute([each], hidden)[0] for each, layer in pairs)
@@ -135,7 +136,6 @@ class _Projection(torch.autograd.Function):
         first = first.to(dtype) if second is None else first
         x = first if second is None else F.silu(first).mul_(second)
         x = x.to(dtype).reshape(-1, x.shape[-1])
-        outputs: list[Tensor] = []
         needs = _split(ctx.needs_input_grad[4:], 4)
         reads_input = second is not None or any(to_weight or to_down for to_weight, _, to_down, _ in needs)
         saved: list[Tensor | None] = [None] * 5
@@ -143,13 +143,19 @@ class _Projection(torch.autograd.Function):
             saved[:3] = norm.states, norm.inverse, norm.weight
         elif reads_input:
             saved[3:] = first, second
-        ctx.layers, ctx.factors, ctx.dtype, ctx.shape = layers, [], dtype, first.shape
-        for layer, (weight, bias, down, up) in zip(layers, _split(tensors, 4), strict=True):
+        parts = _split(tensors, 4)
+        downs = [down for _, _, down, _ in parts if down is not None]
+        inner, where, ctx.missing = _multiply_firsts(x, downs, [layer.p for layer in layers])
+        inners = _by_rank(inner, downs, 1)
+        saved += [where, inner]
+        outputs: list[Tensor] = []
+        for layer, (weight, bias, down, up) in zip(layers, parts, strict=True):
             output = product(x, layer.base_weight(weight, dtype).T, None if bias is None else bias.to(dtype))
-            where, inner, factor = _add_adapter(output, x, layer, down, up)
+            if up is not None:
+                output.addmm_(next(inners), up.to(dtype).T, alpha=layer.scale * ctx.missing)
             outputs.append(output.view(*first.shape[:-1], output.shape[1]))
-            saved += [weight, down, up, where, inner]
-            ctx.factors.append(factor)
+            saved += [weight, down, up]
+        ctx.layers, ctx.dtype, ctx.shape = layers, dtype, first.shape
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         return tuple(outputs)
@@ -157,27 +163,25 @@ class _Projection(torch.autograd.Function):
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        states, inverse, norm_weight, first, second, *saved = ctx.saved_tensors
+        states, inverse, norm_weight, first, second, where, inner, *saved = ctx.saved_tensors
         _, _, needs_first, needs_second, *needs = ctx.needs_input_grad
         if states is not None:
             first = NormInput(states, inverse, norm_weight).output()
         activated = None if second is None else F.silu(first)
         x = first if activated is None else activated * second
         x = None if x is None else x.to(ctx.dtype).reshape(-1, x.shape[-1])
+        layers = _with_gradients(ctx, gradients, inner, _split(saved, 3))
+        adapters = _AdaptersBackward([each for each in layers if each is not None and each.down is not None], where)
         to_tensors: list[Tensor | None] = []
-        layers = [
-            _LayerBackward(layer, factor, gradient.reshape(-1, gradient.shape[-1]), *parts)
-            if gradient is not None else None
-            for layer, factor, gradient, parts in zip(
-                ctx.layers, ctx.factors, gradients, _split(saved, 5), strict=True
-            )
-        ]  # fmt: skip
         for layer, needed in zip(layers, _split(needs, 4), strict=True):
-            to_tensors += [None] * 4 if layer is None else layer.to_tensors(x, needed, second is not None)
+            to_tensors += [None] * 4 if layer is None else layer.to_tensors(x, needed)
+        if x is not None and any(needs[2::4]):
+            to_downs = adapters.to_downs(x, may_change_x=second is not None)
+            to_tensors[2::4] = [None if each is None or each.down is None else next(to_downs) for each in layers]
         del x  # before the largest buffer of the gated product is allocated
-        to_x = None
+        to_x = adapters.to_input() if needs_first or needs_second else None
         for layer in filter(None, layers if needs_first or needs_second else []):
-            to_x = layer.add_to_input(to_x)
+            to_x = _add(to_x, layer.gradient, layer.layer.base_weight(layer.weight, ctx.dtype))
         if to_x is None:
             return None, None, None, None, *to_tensors
         to_first = to_x.view(ctx.shape)
@@ -190,23 +194,21 @@ class _Projection(torch.autograd.Function):
         return None, None, to_first, to_second, *to_tensors
 
 
-def _add_adapter(
-    output: Tensor, x: Tensor, layer: _Parts, down: Tensor | None, up: Tensor | None
+def _multiply_firsts(
+    x: Tensor, downs: Sequence[Tensor], shares: Sequence[float]
 ) -> tuple[Tensor | None, Tensor | None, float]:
-    """Add what an adapter computes to the output of its layer.
+    """Multiply an input with the first matrices of all adapters on it, after a dropout that they share.
 
     Returns:
-        Where dropout set values to zero, the input [N, R] of ``up``, and the factor by which that is to be multiplied.
+        The products beside each other, [N, sum of the ranks]; where dropout set values to zero; and the factor by which
+        the products are to be multiplied.
     """
-    if down is None or up is None:
+    if not downs:
         return None, None, 1.0
-    where, factor = None, layer.scale
-    if layer.p:
-        x, where, missing = drop(x, layer.p)
-        factor *= missing
-    inner = product(x, down.to(x.dtype).T)
-    output.addmm_(inner, up.to(x.dtype).T, alpha=factor)
-    return where, inner, factor
+    where, missing = None, 1.0
+    if p := max(shares):
+        x, where, missing = drop(x, p)
+    return product(x, _join(downs).to(x.dtype).T), where, missing
 
 
 @dataclass(slots=True)
@@ -214,49 +216,82 @@ class _LayerBackward:
     """The backward pass of a layer, from the gradient [N, O] of its output.
 
     Attributes:
-        weight, down, up, where, inner: what was saved.
-        factor: that of ``inner``.
-        to_inner: gradient of what ``down`` computes.
+        weight, down, up: what was saved.
+        inner: input of ``up``, [N, R], to be multiplied by ``factor``.
     """
 
     layer: _Parts
-    factor: float
     gradient: Tensor
     weight: Tensor | None
     down: Tensor | None
     up: Tensor | None
-    where: Tensor | None
     inner: Tensor | None
-    to_inner: Tensor | None = None
+    factor: float
 
-    def to_tensors(self, x: Tensor | None, needed: Sequence[bool], may_change_x: bool) -> list[Tensor | None]:
-        """Return the gradients of weight, bias, down and up."""
-        to_weight, to_bias, to_down, to_up = needed
-        gradients: list[Tensor | None] = [None] * 4
-        if to_weight and x is not None:
-            gradients[0] = product(self.gradient.T, x)
-        if to_bias:
-            gradients[1] = self.gradient.sum(0)
-        if self.up is not None:
-            self.to_inner = product(self.gradient, self.up.to(self.gradient.dtype))
-            self.to_inner.mul_(self.layer.scale / (1 - self.layer.p))
-        if to_up and self.inner is not None:
-            gradients[3] = product(self.gradient.T, self.inner).mul_(self.factor)
-        if to_down and self.to_inner is not None and x is not None:
-            dropped = x if self.where is None else drop_again(x, self.where, may_change_x)
-            gradients[2] = product(self.to_inner.T, dropped)
-        return gradients
+    def to_tensors(self, x: Tensor | None, needed: Sequence[bool]) -> list[Tensor | None]:
+        """Return the gradients of weight, bias and up; that of down is computed for all layers."""
+        to_weight, to_bias, _, to_up = needed
+        return [
+            product(self.gradient.T, x) if to_weight and x is not None else None,
+            self.gradient.sum(0) if to_bias else None,
+            None,
+            product(self.gradient.T, self.inner).mul_(self.factor) if to_up and self.inner is not None else None,
+        ]
 
-    def add_to_input(self, total: Tensor | None) -> Tensor:
-        """Add the gradient of the input to a sum, in its buffer where possible."""
-        dtype = self.gradient.dtype
-        if self.down is not None and self.to_inner is not None:
-            if self.where is not None:
-                dropped = drop_product(self.to_inner, self.down.to(dtype), self.where)
-                total = dropped if total is None else total.add_(dropped)
-            else:
-                total = _add(total, self.to_inner, self.down.to(dtype))
-        return _add(total, self.gradient, self.layer.base_weight(self.weight, dtype))
+    def to_inner(self) -> Tensor:
+        """Return the gradient [N, R] of what ``down`` computes."""
+        assert self.up is not None, "the layer has an adapter"
+        return product(self.gradient, self.up.to(self.gradient.dtype)).mul_(self.layer.scale / (1 - self.layer.p))
+
+
+class _AdaptersBackward:
+    """The backward pass of the first matrices of adapters, as if they were one.
+
+    Args:
+        layers: those with adapters.
+        where: their dropout set values of the input to zero.
+    """
+
+    def __init__(self, layers: Sequence[_LayerBackward], where: Tensor | None) -> None:
+        self.downs, self.where = [each.down for each in layers if each.down is not None], where
+        self.to_inner = _join([each.to_inner() for each in layers], 1) if layers else None
+
+    def to_downs(self, x: Tensor, may_change_x: bool) -> Iterator[Tensor]:
+        """Yield the gradient of each first matrix."""
+        if self.to_inner is None:
+            return iter(())
+        dropped = x if self.where is None else drop_again(x, self.where, may_change_x)
+        return _by_rank(product(self.to_inner.T, dropped).to(self.downs[0].dtype), self.downs, 0)
+
+    def to_input(self) -> Tensor | None:
+        """Return their part of the gradient of the input, [N, C]."""
+        if self.to_inner is None:
+            return None
+        down = _join(self.downs).to(self.to_inner.dtype)
+        return product(self.to_inner, down) if self.where is None else drop_product(self.to_inner, down, self.where)
+
+
+def _with_gradients(
+    ctx: Any, gradients: Sequence[Tensor | None], inner: Tensor | None, saved: Sequence[Sequence[Any]]
+) -> list[_LayerBackward | None]:
+    """Return the layers of a projection; ``None`` for those whose output was not used."""
+    inners = _by_rank(inner, [down for _, down, _ in saved if down is not None], 1)
+    layers: list[_LayerBackward | None] = []
+    for layer, gradient, (weight, down, up) in zip(ctx.layers, gradients, saved, strict=True):
+        own = None if down is None else next(inners)
+        factor = layer.scale * ctx.missing
+        flat = None if gradient is None else gradient.reshape(-1, gradient.shape[-1])
+        layers.append(None if flat is None else _LayerBackward(layer, flat, weight, down, up, own, factor))
+    return layers
+
+
+def _join(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    return torch.cat(list(parts), dim) if parts[1:] else parts[0]
+
+
+def _by_rank(joined: Tensor | None, downs: Sequence[Tensor], dim: int) -> Iterator[Tensor]:
+    """Iterate over the parts, one for each first matrix, of what was computed from all of them."""
+    return iter(() if joined is None else joined.split([down.shape[0] for down in downs], dim))
 
 
 def _add(total: Tensor | None, left: Tensor, right: Tensor) -> Tensor:

@@ -152,11 +152,10 @@ class _RowAttention(torch.autograd.Function):
         return *(_joined(parts, states.dtype) for parts, states in zip(gradients, inputs, strict=True)), None, None
 
 
-def _by_sample(lengths: Sequence[int], *rows: Tensor) -> Iterator[list[Tensor]]:
-    """Yield the samples of rows [1, N, heads, D] as the kernel takes them, [1, heads, L, D]."""
-    pieces = [row.transpose(1, 2).split(list(lengths), dim=2) for row in rows]
-    for sample in zip(*pieces, strict=True):
-        yield [states.to(torch.promote_types(states.dtype, torch.float32)) for states in sample]
+def _by_sample(lengths: Sequence[int], *rows: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Iterate over the samples of rows [1, N, heads, D] as the kernel takes them, [1, heads, L, D]."""
+    wide = (row.to(torch.promote_types(row.dtype, torch.float32)) for row in rows)
+    return zip(*(row.transpose(1, 2).split(list(lengths), dim=2) for row in wide), strict=True)
 
 
 def _joined(samples: Sequence[Tensor], dtype: torch.dtype) -> Tensor:

@@ -46,6 +46,15 @@ def build(targets: str = "q k v gate up down", dropout: float = 0.0, **options: 
 
 
 def call(hidden: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
+    """Call layers with the same random numbers: those with a common input share its dropout."""
+    outputs, state = [], torch.get_rng_state()
+    for layer in layers:
+        torch.set_rng_state(state)
+        outputs.append(layer(hidden))
+    return tuple(outputs)
+
+
+def call_in_turn(hidden: Tensor, layers: Sequence[nn.Module]) -> tuple[Tensor, ...]:
     return tuple(layer(hidden) for layer in layers)
 
 
@@ -80,7 +89,7 @@ def difference(actual: Tensor, expected: Tensor) -> float:
     return float((actual - expected).double().norm() / expected.double().norm().clamp(min=1e-30))
 
 
-def compare(model: Any, tolerance: float = 1e-6, **precision: Any) -> list[Tensor]:
+def compare(model: Any, tolerance: float = 1e-6, call: Any = call, **precision: Any) -> list[Tensor]:
     expected_outputs, expected = results(model, call, call_gated, **precision)
     outputs, gradients = results(model, **precision)
     for output, wanted in zip(outputs, expected_outputs, strict=True):
@@ -209,7 +218,9 @@ def test_disabled_adapters_that_are_merged_are_unmerged_as_by_a_call() -> None:
 def test_layers_of_a_group_that_are_called_keep_the_order_of_random_numbers() -> None:
     model = build(dropout=0.3)
     model.base_model.model.k.register_forward_hook(lambda *args: None)
-    query, key, value, *_ = compare(model)
+    for layer in (model.base_model.model.gate, model.base_model.model.up):
+        layer.lora_dropout["default"].p = 0.0
+    query, key, value, *_ = compare(model, call=call_in_turn)
     assert is_fused(query) and is_fused(value) and not is_fused(key)
 
 
@@ -308,7 +319,7 @@ def test_saved_tensors_are_the_input_the_inner_products_and_the_dropped_position
         return 4 * (dropout * values + 8 * (dropout * values) ** 0.5 + 17) if dropout else 0
 
     size = saved_by(lambda: project(hidden, [layers.q, layers.k, layers.v]))
-    assert size <= 4 * rows * (SIZE + 3 * 4) + 3 * positions(rows * SIZE)
+    assert size <= 4 * rows * (SIZE + 3 * 4) + positions(rows * SIZE)
     size = saved_by(lambda: project_gated(gate, up, layers.down))
     assert size <= 4 * rows * (2 * WIDTH + 4) + positions(rows * WIDTH)
     assert size < saved_by(lambda: call_gated(gate, up, layers.down)) * (0.6 if dropout else 0.65)
@@ -359,6 +370,14 @@ def test_unused_outputs_and_inputs_without_gradient_cost_none() -> None:
     query.sum().backward()
     assert layers.q.lora_A["default"].weight.grad is not None
     assert layers.k.lora_A["default"].weight.grad is None
+
+
+def test_adapters_with_different_dropout_do_not_share_it() -> None:
+    model = build(dropout=0.3)
+    model.base_model.model.k.lora_dropout["default"].p = 0.5
+    for layer in (model.base_model.model.gate, model.base_model.model.up):
+        layer.lora_dropout["default"].p = 0.0
+    assert all(map(is_fused, compare(model, call=call_in_turn)))
 
 
 def test_second_derivative_is_refused() -> None:

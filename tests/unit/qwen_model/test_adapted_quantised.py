@@ -51,7 +51,10 @@ def results(model: Any, is_fused: bool, autocast: bool) -> list[Tensor]:
         if is_fused:
             outputs = [*project(hidden, [layers.first, layers.second]), project_gated(gate, up, layers.first)]
         else:
-            outputs = [layers.first(hidden), layers.second(hidden), layers.first(F.silu(gate) * up)]
+            state = torch.get_rng_state()
+            outputs = [layers.first(hidden)]
+            torch.set_rng_state(state)  # layers with a common input share its dropout
+            outputs += [layers.second(hidden), layers.first(F.silu(gate) * up)]
     torch.cat(outputs, -1).float().sin().sum().backward()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     return [*outputs, *(tensor.grad for tensor in (hidden, gate, up, *trained))]  # type: ignore[list-item]
