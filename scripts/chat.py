@@ -1,7 +1,8 @@
 """Chat with a model in the terminal: ``python -m scripts.chat --model_name_or_path DIR``.
 
 Enter sends a message, Alt-Enter begins a new line, Ctrl-C stops an answer, Ctrl-D leaves, and :help shows the commands.
-If input or output is not a terminal, each line of the input is a message and only answers are printed to stdout.
+If input or output is not a terminal, each line of the input is a message and only answers are printed to stdout; the
+exit code is 1 if a line was refused.
 """
 
 from __future__ import annotations
@@ -54,12 +55,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     if missing := [name for name in ("prompt_toolkit", "rich") if find_spec(name) is None]:
-        raise ConfigError(f"{' and '.join(missing)} are not installed", f"Run: {pip_command('requirements_serve.txt')}")
+        what = f"packages that scripts.chat needs are not installed: {', '.join(missing)}"
+        raise ConfigError(what, f"Run: {pip_command('requirements_serve.txt')}")
     set_up_logging()
     from serving.engine import Engine
     from serving.requests import Sampling
     from serving.terminal.loop import converse
-    from serving.terminal.screens import open_screen
+    from serving.terminal.screens import TerminalScreen, open_screen
     from serving.terminal.session import Session
 
     sampling = Sampling(args.temperature, args.top_p, seed=args.seed, max_tokens=args.max_tokens)
@@ -71,7 +73,9 @@ def main(argv: Sequence[str]) -> int:
     ) as engine:  # fmt: skip
         session = Session(engine, sampling, args.system_message, next(iter(args.adapters), None))
         screen.show_note(f"{engine.model_name}; :help shows the commands")
-        return converse(session, screen)
+        all_answered = converse(session, screen)
+    # Who types sees what was refused; who pipes needs the exit code.
+    return 0 if all_answered or isinstance(screen, TerminalScreen) else 1
 
 
 def default_history() -> Path:

@@ -12,19 +12,19 @@ from serving.terminal.session import Session
 _ENDS = {"length": "the answer reached its length limit", "timeout": "the answer took too long"}
 
 
-def converse(session: Session, screen: Screen) -> int:
-    """Read and answer until the user leaves. Return 1 if any line was refused or failed, else 0.
+def converse(session: Session, screen: Screen) -> bool:
+    """Read and answer until the user leaves. Return whether all lines were answered.
 
     Ctrl-C stops an answer, which stays as it is, or drops the line that is being written.
     """
-    commands, code = Commands(session, screen.clear), 0
+    commands, all_answered = Commands(session, screen.clear), True
     while True:
         try:
             line = screen.read()
         except KeyboardInterrupt:
             continue
         if line is None:
-            return code
+            return all_answered
         if not line.strip():
             continue
         try:
@@ -33,10 +33,10 @@ def converse(session: Session, screen: Screen) -> int:
             else:
                 _answer(session, screen, line.removeprefix(":") if line.startswith("::") else line)
         except Quit:
-            return code
+            return all_answered
         except (ConfigError, RunError) as error:
             screen.show_note(str(error))
-            code = 1
+            all_answered = False
 
 
 def _answer(session: Session, screen: Screen, question: str) -> None:

@@ -75,12 +75,14 @@ class TerminalScreen:
 
         keys = KeyBindings()
 
+        # Enter that is typed during an answer arrives as a line feed.
         @keys.add("enter")
+        @keys.add("c-j")
         def _(event: Any) -> None:
             event.current_buffer.validate_and_handle()
 
         @keys.add("escape", "enter")
-        @keys.add("c-j")
+        @keys.add("escape", "c-j")
         def _(event: Any) -> None:
             event.current_buffer.insert_text("\n")
 

@@ -9,15 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from prompt_toolkit.input import create_pipe_input
-from prompt_toolkit.output import DummyOutput
-from rich.console import Console
 
 from chat.events import Content, Event, Thinking
 from chat.turns import Turn
 from console import visible
 from errors import ConfigError
-from scripts import chat
+from scripts.chat import main, parse_args
 from serving.engine import Engine
 from serving.requests import Sampling
 from serving.terminal.commands import COMMANDS, Commands, Quit
@@ -41,17 +38,17 @@ def session(engine: Engine) -> Session:
     return Session(engine, GREEDY)
 
 
-def typed(session: Session, text: str) -> tuple[str, str, int]:
-    """Return answers, notes and exit code of lines that are piped."""
+def typed(session: Session, text: str) -> tuple[str, str, bool]:
+    """Return answers and notes of lines that are piped, and whether all were answered."""
     answers, notes = io.StringIO(), io.StringIO()
-    code = converse(session, PlainScreen(io.StringIO(text), answers, notes))
-    return answers.getvalue(), notes.getvalue(), code
+    all_answered = converse(session, PlainScreen(io.StringIO(text), answers, notes))
+    return answers.getvalue(), notes.getvalue(), all_answered
 
 
 def test_each_piped_line_is_answered_in_the_same_conversation(session: Session, engine: Engine) -> None:
-    answers, notes, code = typed(session, "Hi\n\nGo on.\n")
+    answers, notes, all_answered = typed(session, "Hi\n\nGo on.\n")
     assert [turn.role for turn in session.turns] == ["user", "assistant"] * 2
-    assert answers == visible("".join(f"{turn.content}\n" for turn in session.turns[1::2])) and code == 0
+    assert answers == visible("".join(f"{turn.content}\n" for turn in session.turns[1::2])) and all_answered
     assert notes == "the answer reached its length limit\n" * 2
     assert typed(Session(engine, GREEDY), "Hi\nGo on.\n")[0] == answers
 
@@ -66,8 +63,8 @@ def test_text_with_a_colon_and_control_tokens_is_a_question(session: Session) ->
 def test_commands_change_what_is_asked(session: Session, tmp_path: Path) -> None:
     file = tmp_path / "kept.jsonl"
     lines = [":system Be short.", ":seed 7", ":config temperature=0.5 max_tokens=3", "Hi", f":save {file}", ":his"]
-    answers, notes, code = typed(session, "\n".join(lines) + "\n")
-    assert code == 0 and "temperature: 0.5" in notes and "seed: 7" in notes and "user: Hi" in notes
+    answers, notes, all_answered = typed(session, "\n".join(lines) + "\n")
+    assert all_answered and "temperature: 0.5" in notes and "seed: 7" in notes and "user: Hi" in notes
     assert (session.sampling.seed, session.sampling.max_tokens, session.system) == (7, 3, "Be short.")
     record = json.loads(file.read_text())
     contents = [message["content"] for message in record["messages"]]
@@ -87,22 +84,22 @@ def test_commands_change_what_is_asked(session: Session, tmp_path: Path) -> None
     ],
 )  # fmt: skip
 def test_wrong_command_is_one_line_and_the_chat_goes_on(session: Session, line: str, message: str) -> None:
-    answers, notes, code = typed(session, f"{line}\n:seed 3\n")
-    assert message in notes.splitlines()[0] and code == 1 and not answers
+    answers, notes, all_answered = typed(session, f"{line}\n:seed 3\n")
+    assert message in notes.splitlines()[0] and not all_answered and not answers
     assert session.sampling.seed == 3
 
 
 def test_a_conversation_that_is_too_long_is_refused_and_kept(session: Session) -> None:
     typed(session, "Hi\n")
     before = list(session.turns)
-    _, notes, code = typed(session, "x y " * session.engine.context_length + "\n")
-    assert "Shorten the conversation" in notes and code == 1 and session.turns == before
+    _, notes, all_answered = typed(session, "x y " * session.engine.context_length + "\n")
+    assert "Shorten the conversation" in notes and not all_answered and session.turns == before
 
 
 def test_help_names_every_command_and_quit_leaves(session: Session) -> None:
     shown = Commands(session).run(":h")
     assert all(f":{name}" in shown for command in COMMANDS for name in command.names)
-    assert typed(session, ":quit\nHi\n") == ("", "", 0)
+    assert typed(session, ":quit\nHi\n") == ("", "", True)
     with pytest.raises(Quit):
         Commands(session).run(":q")
 
@@ -117,7 +114,7 @@ def test_stopped_answer_stays_as_it_is_and_frees_its_place(engine: Engine) -> No
 
     notes = io.StringIO()
     screen = Impatient(io.StringIO("Hi\n"), io.StringIO(), notes)
-    assert converse(session, screen) == 0 and notes.getvalue() == "\nstopped\n"
+    assert converse(session, screen) and notes.getvalue() == "\nstopped\n"
     assert session.turns == [Turn("user", "Hi"), Turn("assistant", screen.first.text)]
     assert engine.submit(_short(engine)).answer().finish_reason == "length"
     assert engine.load_now().running == 0
@@ -130,11 +127,16 @@ def _short(engine: Engine) -> Any:
 
 
 def test_terminal_edits_several_lines_and_dims_thinking(tmp_path: Path) -> None:
+    pytest.importorskip("prompt_toolkit")
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+    from rich.console import Console
+
     shown = io.StringIO()
     rich = Console(file=shown, force_terminal=True, color_system="standard", width=80, highlight=False)
     history = tmp_path / "history"
     with create_pipe_input() as keys:
-        keys.send_text("first\x1b\rsecond\r" + "dropped\x03" + ":he\r" + "\x04")
+        keys.send_text("first\x1b\rsecond\r" + "dropped\x03" + ":he\n" + "\x04")
         screen = TerminalScreen(history, keys, DummyOutput(), rich)
         assert screen.read() == "first\nsecond"
         with pytest.raises(KeyboardInterrupt):
@@ -157,12 +159,17 @@ def test_terminal_edits_several_lines_and_dims_thinking(tmp_path: Path) -> None:
 )
 def test_wrong_flags_are_refused(argv: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        chat.parse_args(["--model_name_or_path", "m", *argv])
+        parse_args(["--model_name_or_path", "m", *argv])
 
 
 def test_command_answers_a_pipe(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("prompt_toolkit")
+    flags = ["--temperature", "0", "--max_tokens", "4", "--kv_cache", "int8", "--no_history"]
+    monkeypatch.setattr("sys.stdin", io.StringIO(":wrong\nHi\n"))
+    assert main(["--model_name_or_path", str(TINY), *flags]) == 1
+    first = capsys.readouterr()
     monkeypatch.setattr("sys.stdin", io.StringIO(":seed 3\nHi\n"))
-    flags = ["--temperature", "0", "--max_tokens", "4", "--no_history"]
-    assert chat.main(["--model_name_or_path", str(TINY), *flags]) == 0
+    assert main(["--model_name_or_path", str(TINY), *flags]) == 0
     captured = capsys.readouterr()
+    assert captured.out == first.out != ""
     assert captured.out.count("\n") >= 1 and "seed: 3" in captured.err and "seed" not in captured.out
