@@ -352,7 +352,7 @@ def own_names(tree: ast.AST) -> set[str]:
     """Return what a file defines: names of functions, classes, variables and attributes of ``self`` and ``cls``."""
     names: set[str] = set()
     for node in ast.walk(tree):
-        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             names.add(node.name)
         elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
             names.add(node.id)
