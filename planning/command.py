@@ -17,8 +17,9 @@ from planning.devices import find_device
 from planning.expectation import Expectation, Machine, Planner
 from planning.model import read_checkpoint
 from planning.report import gib, render, to_json
-from processes import count_processes, is_first
+from processes import count_processes, has_gpu, is_first
 from training.config.args import RunArguments
+from training.planned_device import lacks_gpu
 from training.training_arguments import check_training_arguments
 
 logger = logging.getLogger(__name__)
@@ -56,8 +57,10 @@ def show_plan(args: RunArguments, machine: Machine | None = None, file: Path | N
 
 
 def this_machine(args: RunArguments) -> Machine:
-    """Return this machine: its GPU, or the default of the table."""
-    device = find_device(None, bool(args.trainer_value("use_cpu")))
+    """Return this machine: its GPU, or its CPU for a run without one. A plan without one is for the table's default."""
+    device = find_device(None, lacks_gpu(args))
+    if device.kind == "cuda" and not has_gpu():
+        logger.info("No GPU here: planned for an %s. --use_cpu plans for this machine", device.name)
     return Machine(device, round(device.memory_gib, 1), count_processes())
 
 

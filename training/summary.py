@@ -68,6 +68,8 @@ def record_start(
         save_arguments(args)
         logger.info("Fine-tuning\n%s", describe_run(trainer, args, sets["train"], policy, memory))
         warn_of_few_steps(trainer)
+        if trainer.args.torch_compile:
+            logger.info("--torch_compile compiles during the first steps, which take minutes")
         save_reports({name: examples.report for name, examples in sets.items()}, args.output_dir)
         keep_samples(sets["train"], args.options.keep_samples, args.trainer_value("seed"), args.output_dir)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -81,3 +82,15 @@ def test_a_rehearsal_that_fails_is_a_warning(
     with caplog.at_level(logging.WARNING):
         assert at_start.expected_memory(trainer(), arguments()) == ""
     assert "Without the expected memory, which failed" in caplog.text
+
+
+def test_a_run_without_a_gpu_is_expected_on_its_host(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for module in ("planning.command", "training.planned_device"):
+        monkeypatch.setattr(f"{module}.has_gpu", lambda: False)
+    monkeypatch.setattr("planning.devices._present_device", lambda: None)
+    with caplog.at_level("INFO"):
+        assert command.this_machine(replace(arguments(), plan=False)).device.kind == "cpu" and not caplog.messages
+        assert command.this_machine(arguments()).device.name == "A100"
+    assert caplog.messages == ["No GPU here: planned for an A100. --use_cpu plans for this machine"]
