@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.api.errors import ApiError
 from serving.api.metrics import Metrics
 from serving.api.settings import Settings
+from serving.page import page_files
 
 _LOG = logging.getLogger("serving.requests")
 _CLOSE = {"Connection": "close"}  # the rest of the body is not read
@@ -56,7 +57,8 @@ class Gate:
         else:
             await self._app(scope, _replay(body, receive), send_counted)
         finally:
-            route = getattr(scope.get("route"), "path", "other")
+            path = scope["path"] if scope["path"] in page_files() else "other"  # never what a client made up
+            route = getattr(scope.get("route"), "path", path)
             seconds = time.monotonic() - started
             self._metrics.count_request(route, status)
             if route.startswith("/v1/"):

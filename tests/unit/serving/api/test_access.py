@@ -146,6 +146,8 @@ def test_what_is_no_http(url: str) -> None:
 )
 def test_unknown_addresses(url: str, path: str, method: str, status: int) -> None:
     found, _, error = ask(url, path, None, method)
+    figures = ask(url, "/metrics", None, "GET")[2]
+    assert 'path="other"' in figures and "nothing" not in figures and "etc" not in figures
     assert found == status and set(error) == {"message", "type", "param", "code"}
 
 
