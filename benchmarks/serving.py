@@ -2,7 +2,7 @@
 
     python -m benchmarks.serving --model_name_or_path build/small
 
-Each way answers the same prompts of different lengths, greedy, with the same number of tokens each. The ways take turns,
+Each way answers the same prompts of different lengths, greedy, with the same number of tokens each. They take turns,
 so that other load of the machine affects all of them; what counts are the ratios of their medians.
 """
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--questions", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=64, help="tokens of each answer")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--continuous", action="store_true", help="transformers' continuous batching, too; slow on CPUs")
+    parser.add_argument("--continuous", action="store_true", help="also transformers' continuous batching")
     parser.add_argument("--name", default="real", help="name of the result in the file")
     args = parse_args(parser, argv, ROOT / "benchmarks" / "results" / "serving.json")
     from serving.engine import Engine
@@ -79,12 +79,13 @@ def random_prompts(count: int, vocabulary: int) -> Prompts:
 def ways_of(engine: Engine, tokens: int, continuous: bool) -> dict[str, Callable[[Prompts], Prompts]]:
     """Return functions that answer prompts with a number of tokens each."""
     import torch
-    from transformers import GenerationConfig
+    from transformers import GenerationConfig, logging
 
     from serving.requests import Request, Sampling
 
+    logging.set_verbosity_error()  # of an end token that no model has
     greedy = Sampling(temperature=0.0, repetition_penalty=1.0, max_tokens=tokens, ignore_end=True)
-    model = engine._scheduler._runner.model
+    model = engine.model
     settings = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=-1, pad_token_id=0)
 
     def together(prompts: Prompts) -> Prompts:
@@ -111,8 +112,10 @@ def ways_of(engine: Engine, tokens: int, continuous: bool) -> dict[str, Callable
         )
         return [tuple(output.generated_tokens) for output in outputs.values()]
 
-    ways = {TOGETHER: together, ALONE: alone, GENERATE: generate}
-    return {**ways, CONTINUOUS: generate_batch} if continuous else ways
+    ways: dict[str, Callable[[Prompts], Prompts]] = {TOGETHER: together, ALONE: alone, GENERATE: generate}
+    if continuous:
+        ways[CONTINUOUS] = generate_batch
+    return ways
 
 
 def check_equal(ways: dict[str, Callable[[Prompts], Prompts]], prompts: Prompts) -> dict[str, str]:

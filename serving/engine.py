@@ -29,6 +29,7 @@ class Engine:
         family: the checkpoint's chat format.
         tokenizer: the checkpoint's tokenizer.
         context_length: most tokens of prompt and answer together.
+        model: the base, whose layers have the adapters. Only the engine's thread may call it while requests run.
     """
 
     model_name: str
@@ -118,8 +119,8 @@ class Engine:
         self._token_bytes = TokenBytes(self.tokenizer)
         runner_adapters = Adapters(model, adapters or {})
         self.adapters = runner_adapters.names
-        base = model.get_base_model() if adapters else model
-        self._scheduler = Scheduler(Runner(base, runner_adapters, kv_cache), max_concurrency)
+        self.model = model.get_base_model() if adapters else model
+        self._scheduler = Scheduler(Runner(self.model, runner_adapters, kv_cache), max_concurrency)
         self._queue_size, self._timeout = queue_size, request_timeout
         self._condition = threading.Condition()
         self._waiting: deque[Any] = deque()
