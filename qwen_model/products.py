@@ -1,7 +1,8 @@
 """Matrix products for autograd functions, through the faster library where there are two.
 
 On CPUs torch multiplies float32 with MKL. oneDNN, which torch uses for 16 bits, is 5 to 30 % faster from about the size
-of a block's layer on. It compiles a kernel for each new shape, which takes as long as a small product does.
+of a block's layer on. It compiles a kernel for each new shape, which takes as long as a small product does. For matrices
+with gaps, such as some columns of another one, it has only its reference kernel, which is hundreds of times slower.
 """
 
 from __future__ import annotations
@@ -32,8 +33,12 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def _is_for_onednn(left: Tensor, right: Tensor) -> bool:
-    is_large = left.shape[0] * right.numel() >= LARGE
-    return is_large and left.dtype == torch.float32 and left.device.type == "cpu" and _onednn() is not None
+    is_large = left.shape[0] * right.numel() >= LARGE and left.dtype == torch.float32 and left.device.type == "cpu"
+    return is_large and _is_dense(left) and _is_dense(right) and _onednn() is not None
+
+
+def _is_dense(matrix: Tensor) -> bool:
+    return matrix.is_contiguous() or matrix.T.is_contiguous()
 
 
 @cache

@@ -27,6 +27,15 @@ def test_results_are_those_of_torch(
     torch.testing.assert_close(add_product(total.clone(), left, right), total + left @ right)
 
 
+def test_matrices_with_gaps_are_multiplied_by_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """oneDNN multiplies them with its reference kernel."""
+    monkeypatch.setattr(products, "LARGE", 1)
+    monkeypatch.setattr(products, "_onednn", lambda: pytest.fail)
+    left, right = matrix(30, 70), matrix(70, 50)
+    assert torch.equal(product(left, right[:, 5:20]), left @ right[:, 5:20])
+    assert torch.equal(product(left[:, :20], right[:20]), left[:, :20] @ right[:20])
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_precisions_are_multiplied_by_torch(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "LARGE", 1)
