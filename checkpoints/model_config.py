@@ -159,7 +159,12 @@ def check_bitsandbytes(needed_by: str) -> None:
 
 
 def _parse(config: dict[str, Any], file: Path, method: str) -> Quantization:
-    if method == "bitsandbytes" or config.get("load_in_4bit") or config.get("load_in_8bit"):
+    widths = [bool(config.get(key)) for key in ("load_in_4bit", "load_in_8bit")]
+    if method == "bitsandbytes" or any(widths):
+        if sum(widths) != 1:
+            which = "both" if all(widths) else "neither"
+            what = f"{file}: quantised by bitsandbytes with {which} of load_in_4bit and load_in_8bit"
+            raise ConfigError(what, "Copy it again from the original checkpoint")
         if config.get("load_in_8bit"):
             return Quantization("int8", 8)
         return Quantization("nf4" if config.get("bnb_4bit_quant_type") == "nf4" else "fp4", 4)

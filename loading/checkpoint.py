@@ -70,13 +70,16 @@ class Checkpoint:
         return end_ids_of(self.tokenizer)
 
 
-def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = "hf") -> Checkpoint:
+def load_checkpoint(
+    name_or_path: str, cache_dir: str | None = None, hub: str = "hf", *, reads_weights: bool = True
+) -> Checkpoint:
     """Read a checkpoint without its weights, of which names, shapes and dtypes are checked.
 
     Args:
         name_or_path: a folder, or the model id on a hub.
         cache_dir: cache folder of the hub's library; ``None``: its default.
         hub: ``hf`` or ``modelscope``.
+        reads_weights: else they may be missing, and the dtype is the config's.
 
     Raises:
         ConfigError: no such checkpoint, an unsupported model_type, a tokenizer of another model, or weights that are
@@ -87,16 +90,17 @@ def load_checkpoint(name_or_path: str, cache_dir: str | None = None, hub: str = 
     check_model_files(folder)
     config = load_config(folder)
     try:
-        source = open_dequantized(folder, torch.float16)
+        source = open_dequantized(folder, torch.float16) if reads_weights else None
     except ConfigError as error:
-        raise ConfigError(f"--model_name_or_path: {error}") from error
+        raise ConfigError(f"--model_name_or_path {error}") from error
     tokenizer = load_tokenizer(folder, f"--model_name_or_path {folder}: its tokenizer cannot be read")
     with library_errors(f"{folder}: its chat template", "Restore the official chat template of the checkpoint"):
         family = chat_family(config.model_type, tokenizer)
     generation_config = load_generation_config(folder)
     _check_tokenizer(folder, config, tokenizer, generation_config)
     try:
-        check_tensors(folder, source)
+        if source is not None:
+            check_tensors(folder, source)
     except ConfigError as error:
         raise ConfigError(f"--model_name_or_path {error}") from error
     return Checkpoint(

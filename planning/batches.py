@@ -57,7 +57,7 @@ class RunBatches:
 
     @classmethod
     def of_run(cls, args: RunArguments, processes: int) -> RunBatches:
-        """Read a run's data, or open it in the cache of prepared data.
+        """Read a run's data, or open it in the cache of prepared data. Weights may be missing.
 
         Raises:
             ConfigError: a checkpoint without a usable tokenizer.
@@ -66,7 +66,8 @@ class RunBatches:
         from loading.checkpoint import load_checkpoint
         from training.data import build_train_dataset, load_data
 
-        checkpoint = load_checkpoint(args.model.model_name_or_path, args.model.cache_dir, args.model.model_hub)
+        model = args.model
+        checkpoint = load_checkpoint(model.model_name_or_path, model.cache_dir, model.model_hub, reads_weights=False)
         sets = load_data(args, _flags(args, processes), checkpoint)
         is_padded = bool(why_padded(args, checkpoint.config.to_dict()))
         return cls(build_train_dataset(args, checkpoint, sets["train"]), is_padded, sets.get("eval"))

@@ -11,6 +11,7 @@ from typing import Any
 
 from checkpoints.files import save_json
 from console import show
+from loading.adapters import embeddings_policy
 from planning.advice import advise
 from planning.batches import RunBatches
 from planning.devices import find_device
@@ -71,4 +72,7 @@ def _title(args: RunArguments, checkpoint: Any, run: Expectation) -> str:
         mode = f"LoRA of rank {lora.lora_r}"
         if quantization := checkpoint.quantization or lora.quantization:
             mode = f"Q-LoRA of rank {lora.lora_r} ({quantization})"
+        policy = embeddings_policy(lora.trainable_embeddings, checkpoint, lora.lora_weight_path)
+        mode += f", trained embeddings: {policy.mode}"
+        logger.info("Trained embeddings: %s (%s)", policy.mode, policy.reason)
     return f"{args.model.model_name_or_path} ({checkpoint.model_type}), {mode}, {args.precision}"

@@ -86,7 +86,8 @@ def share_of(engine: Engine, rehearsal: Rehearsal, task: Task) -> Share:
         ConfigError: the engine cannot be rehearsed.
     """
     if engine.name not in _ENGINES:
-        raise ConfigError(f"--plan cannot rehearse {engine.title}", "Choose DDP, ZeRO-1, ZeRO-2, ZeRO-3 or FSDP2")
+        what = f"--deepspeed {engine.given}: zero_optimization.stage is 0 or missing, which cannot be rehearsed"
+        raise ConfigError(what, "Give a config of stage 1, 2 or 3, such as finetune/ds_config_zero2.json")
     held = _ENGINES[engine.name](engine, rehearsal, task)
     moments = {where: _at(moment, held) for where, moment in rehearsal.moments.items()}
     peak_at = max(moments, key=lambda where: sum(moments[where].values()))

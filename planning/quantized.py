@@ -26,7 +26,9 @@ def quantize_on_meta(model: Any, checkpoint: Checkpoint, quantization: Quantizat
     """
     if quantization.method == "int8":
         fix = "Rehearse 4 bits, or run a few steps with it"
-        raise ConfigError("--load_in_8bit cannot be rehearsed: what its products keep depends on the values", fix)
+        file = checkpoint.folder / "config.json"
+        place = "--load_in_8bit" if checkpoint.quantization is None else f"--model_name_or_path {file}: load_in_8bit"
+        raise ConfigError(f"{place} cannot be rehearsed: what its products keep depends on the values", fix)
     stored = {}
     if quantization.is_packed and any(checkpoint.folder.glob("*.safetensors")):
         stored = PackedConfig(quantization, open_checkpoint(checkpoint.folder)).layers

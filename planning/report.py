@@ -78,10 +78,11 @@ def _advice_lines(run: Expectation, advice: Advice) -> list[str]:
     if not advice.proposals:
         changes = f" ({' '.join(advice.smallest.changes)})" if advice.smallest.changes else ""
         least = gib(advice.smallest.share.peak_bytes, run.share.peak_bytes)
-        memory = f"{run.machine.memory_gib:g} GiB"
+        memory, smaller = f"{run.machine.memory_gib:g} GiB", "--model_max_length"
+        smaller += " or --lora_r" if run.args.lora.use_lora else ""
         return [
             f"No change makes it fit into {memory}: the least is {least} {_reserve(run)}{changes}. "
-            "Give a larger --gpu_memory, more --gpus or a smaller --model_max_length"
+            f"Give a larger --gpu_memory, more --gpus or a smaller {smaller}"
         ]
     lines = ["The smallest changes that make it fit, cheapest first:"]
     for proposal in advice.proposals:

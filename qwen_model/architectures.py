@@ -180,8 +180,9 @@ def architecture_of(model_type: object, file: object = "config.json") -> Archite
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
     *others, last = ARCHITECTURES
+    what = "there is no model_type" if model_type is None else f"model_type {model_type!r} is not supported"
     raise ConfigError(
-        f"{file}: model_type {model_type!r} is not supported",
+        f"{file}: {what}",
         f"Use a checkpoint of model_type {', '.join(others)} or {last}",
     )
 

@@ -9,7 +9,6 @@ used unchanged. The exit code is 1 if the run does not fit.
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 
 from commands import CommandParser, importing, run_command, set_up_logging
@@ -17,6 +16,13 @@ from outputs import check_output_file, parse_output
 from processes import forget_launcher
 
 _MOST_PROCESSES = 100_000
+# Numbers: type, least, most, and what to give; more than a least that is a float.
+_NUMBERS: dict[str, tuple[type[int] | type[float], float, float, str]] = {
+    "gpu_memory": (float, 0.0, 1e6, "the GiB of a device, such as 80"),
+    "gpus": (int, 1, _MOST_PROCESSES, f"1 to {_MOST_PROCESSES}"),
+    "hosts": (int, 1, _MOST_PROCESSES, f"1 to {_MOST_PROCESSES}"),
+    "share": (float, 0.0, 1.0, "more than 0 and at most 1"),
+}
 
 
 def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -32,27 +38,34 @@ def parse_args(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     parser.add_argument(
         "--device", metavar="NAME", help="such as H100 or 4090 (default: the GPU of this machine, else A100)"
     )
+    parser.add_argument("--gpu_memory", metavar="GIB", help="memory of a device (default: that of --device)")
+    parser.add_argument("--gpus", default=1, metavar="N", help="devices of each host (default: 1)")
+    parser.add_argument("--hosts", default=1, metavar="N", help="hosts (default: 1)")
     parser.add_argument(
-        "--gpu_memory", type=float, metavar="GIB", help="memory of a device (default: that of --device)"
-    )
-    parser.add_argument("--gpus", type=int, default=1, metavar="N", help="devices of each host (default: 1)")
-    parser.add_argument("--hosts", type=int, default=1, metavar="N", help="hosts (default: 1)")
-    parser.add_argument(
-        "--share", type=float, default=0.4, metavar="X",
+        "--share", default=0.4, metavar="X",
         help="part of the device's rate of matrix products that a step reaches, for its time (default: 0.4)",
     )  # fmt: skip
     parser.add_argument("--json", type=parse_output, metavar="OUT", help="write all figures to this file")
     args, others = parser.parse_known_args(argv)
-    if args.gpu_memory is not None and not 0 < args.gpu_memory < math.inf:
-        parser.error(f"--gpu_memory {args.gpu_memory:g} is out of range; give the GiB of a device, such as 80")
-    for name in ("gpus", "hosts"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} is out of range; give 1 or more")
+    for name, (_, _, _, fix) in _NUMBERS.items():
+        if (text := getattr(args, name)) is not None:
+            if (number := _parse_number(name, text)) is None:
+                parser.error(f"--{name} {text} is not valid; give {fix}")
+            setattr(args, name, number)
     if args.gpus * args.hosts > _MOST_PROCESSES:
-        parser.error(f"--gpus {args.gpus} x --hosts {args.hosts} are more than {_MOST_PROCESSES} processes")
-    if not 0 < args.share <= 1:
-        parser.error(f"--share {args.share:g} is out of range; give more than 0 and at most 1")
+        what = f"--gpus {args.gpus} x --hosts {args.hosts} are more than {_MOST_PROCESSES} processes"
+        parser.error(f"{what}; give fewer of either")
     return args, others
+
+
+def _parse_number(name: str, text: str | float) -> float | None:
+    """Return the number of a flag; ``None`` if it is no number, or out of range."""
+    kind, least, most, _ = _NUMBERS[name]
+    try:
+        number = kind(text)
+    except ValueError:
+        return None
+    return number if least <= number <= most and (kind is int or number > least) else None
 
 
 def main(argv: Sequence[str]) -> int:

@@ -26,7 +26,7 @@ from training.flag_checks import check_flags, warn_of_ignored_flags
 from training.lora_checks import check_lora, faults_of, model_folder
 from training.optimizer_checks import check_optimizer, check_schedule
 from training.planned_device import lacks_gpu
-from training.rows import choose_packing
+from training.rows import ATTENTION, choose_packing
 from training.run_folder.prepare import check_output
 from training.run_folder.start import check_start
 
@@ -119,13 +119,15 @@ def _check_numbers(args: RunArguments) -> Faults:
         "per_device_eval_batch_size": get("per_device_eval_batch_size"),
         "gradient_accumulation_steps": get("gradient_accumulation_steps"),
         "lora_r": args.lora.lora_r,
+        "lora_alpha": args.lora.lora_alpha,
         "save_total_limit": get("save_total_limit"),
         "early_stopping_patience": args.options.early_stopping_patience,
         **{name: get(name) for name in _POSITIVE_COUNTS},
     }
     for name, value in counts.items():
-        if value is not None and value < 1:
-            yield ConfigError(f"--{name} {value} is out of range", "Give 1 or more")
+        least = 2 if name == "model_max_length" else 1  # the first token of a sample is no target
+        if value is not None and value < least:
+            yield ConfigError(f"--{name} {value} is out of range", f"Give {least} or more")
     most = max(_LEAST_PROCESSES, 4 * (os.cpu_count() or 1))
     if (count := args.data.dataset_num_proc) > most:
         fix = f"Give 1 to {most}: only as many as there are CPU cores work at the same time"
@@ -147,7 +149,9 @@ def _check_numbers(args: RunArguments) -> Faults:
             yield ConfigError(f"--{name} {value} is out of range", "Give 0 or more and less than 1")
     if (seconds := args.options.heartbeat_timeout) != 0 and seconds < MIN_HEARTBEAT:
         yield ConfigError(f"--heartbeat_timeout {seconds:g} is out of range", f"Give {MIN_HEARTBEAT} or more, or 0")
-    if get("num_train_epochs") <= 0 and get("max_steps") <= 0:
+    if get("max_steps") == 0:
+        yield ConfigError("--max_steps 0 trains nothing", "Give 1 or more, or leave it out")
+    elif get("num_train_epochs") <= 0 and get("max_steps") < 0:
         yield ConfigError(f"--num_train_epochs {get('num_train_epochs')} trains nothing", "Give more than 0")
     if get("num_train_epochs") > _MOST_EPOCHS:
         yield ConfigError(
@@ -213,6 +217,10 @@ def _check_model(args: RunArguments) -> Faults:
         yield ConfigError(
             f"--model_max_length {length} exceeds the {positions} positions of {name}", f"Give {positions} or less"
         )
+    attention = args.model.attn_implementation or ""
+    if attention.startswith("flash_attention") and attention not in ATTENTION:
+        fix = f"Give one of {', '.join(name for name in ATTENTION if name)}"
+        yield ConfigError(f"--attn_implementation {attention} is unknown", fix)
     targets = args.lora.lora_target_modules if args.lora.use_lora else None
     modules = module_names(folder) if targets else []
     unknown = [target for target in targets or () if not any(f".{module}".endswith(f".{target}") for module in modules)]

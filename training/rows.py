@@ -11,7 +11,7 @@ from training.config.args import RunArguments
 from training.config.engines import find_engine
 
 # The attention that keeps the samples of a row apart; None: transformers' default, which is sdpa or eager.
-_ATTENTION = (None, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
+ATTENTION = (None, "sdpa", "eager", "flash_attention_2", "flash_attention_3", "flash_attention_4")
 COMPILE_FLAGS = ("torch_compile", "torch_compile_backend", "torch_compile_mode")
 
 
@@ -26,7 +26,7 @@ def why_padded(args: RunArguments, config: Mapping[str, Any]) -> str:
     architecture, attention = architecture_of(config["model_type"]), args.model.attn_implementation
     if architecture.why_padded:
         return f"{architecture.display_name} {architecture.why_padded}"
-    if attention not in _ATTENTION:
+    if attention not in ATTENTION:
         return f"--attn_implementation {attention} does not keep samples of one row apart"
     if config.get("output_attentions"):
         return "output_attentions of config.json asks for the attention weights of rows"

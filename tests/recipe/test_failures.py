@@ -119,12 +119,12 @@ CASES = {
         {"--model_name_or_path": "nobody/none"},
     ),
     "no weights": Case(
-        "--model_name_or_path: {x}/model holds no weights ",
+        "--model_name_or_path {x}/model holds no weights ",
         {"--model_name_or_path": "{x}/model"},
         lambda x: (copy_checkpoint(x / "model") / "model.safetensors").unlink(),
     ),
     "truncated weights": Case(
-        "--model_name_or_path: {x}/model/model.safetensors is damaged or incomplete ",
+        "--model_name_or_path {x}/model/model.safetensors is damaged or incomplete ",
         {"--model_name_or_path": "{x}/model"},
         lambda x: truncate(copy_checkpoint(x / "model") / "model.safetensors", 90_000),
     ),

@@ -33,6 +33,7 @@ def test_a_config_is_enough(config: Path, tmp_path: Path, capsys: pytest.Capture
     assert planned("--model_name_or_path", config, *LORA, "--json", file) == 0
     shown = capsys.readouterr().out
     assert re.search(r"^  peak +[\d.]+ MiB of [\d.]+ GiB: fits", shown, re.MULTILINE)
+    assert "trained embeddings: none" in shown
     assert re.search(r"^  step +[\d.]+ .?FLOP per device: 8 x ", shown, re.MULTILINE)
     values = read_json(file)
     run = values["run"]
@@ -64,7 +65,11 @@ def test_a_run_that_does_not_fit_exits_with_1_and_names_what_fits(
 FAULTS = {
     "no model": (("--model_name_or_path", "nowhere"), "nowhere"),
     "no memory": (("--gpu_memory", 0), "--gpu_memory 0"),
+    "memory with a unit": (("--gpu_memory", "80GB"), "--gpu_memory 80GB is not valid; give the GiB of a device"),
+    "endless memory": (("--gpu_memory", "1e400"), "--gpu_memory 1e400 is not valid"),
     "no gpu": (("--gpus", 0), "--gpus 0"),
+    "half a gpu": (("--gpus", 1.5), "--gpus 1.5 is not valid; give 1 to 100000"),
+    "too many processes": (("--gpus", 10**5, "--hosts", 2), "give fewer of either"),
     "no host": (("--hosts", 0), "--hosts 0"),
     "no rate": (("--share", 0), "--share 0"),
     "unknown device": (("--device", "H9000"), "--device H9000"),

@@ -48,10 +48,12 @@ class Engine:
     Attributes:
         name: ``none`` (one process), ``ddp``, ``zero0`` to ``zero3``, or ``fsdp2``.
         config: the given config of DeepSpeed or FSDP.
+        given: DeepSpeed's file or object, for messages.
     """
 
     name: str
     config: dict[str, Any] = field(default_factory=dict)
+    given: str = field(default="", compare=False)
 
     @property
     def is_deepspeed(self) -> bool:
@@ -93,7 +95,7 @@ def find_engine(flags: Mapping[str, Any], processes: int | None = None) -> Engin
             )
         if fault := _DEEPSPEED_PARTS.find_fault(config, ""):
             raise ConfigError(f"--deepspeed {show_config(deepspeed)}: {fault}", _EXAMPLES)
-        return Engine(f"zero{int(stage)}", config)
+        return Engine(f"zero{int(stage)}", config, show_config(deepspeed))
     if is_set(fsdp):
         value = flags.get("fsdp_config")
         return Engine("fsdp2", {} if value is None else _load_fsdp_config(value))

@@ -30,7 +30,10 @@ from training.config.engines import find_engine
 RunFacts = Mapping[str, Any]
 
 # Paths of inputs: their content is compared by fingerprint and digest.
-_INPUT_PATHS = frozenset({"model_name_or_path", "data_path", "eval_data_path", "lora_weight_path"})
+_FACT_OF_INPUT = {
+    "model_name_or_path": "base", "lora_weight_path": "base", "data_path": "data", "eval_data_path": "data",
+}  # fmt: skip
+_INPUT_PATHS = frozenset(_FACT_OF_INPUT)
 # How records become examples: compared by the digest of the examples.
 _ENCODING = frozenset({
     "eval_split", "data_format", "fill", "on_bad_record", "system_message", "label_mask", "truncation",
@@ -71,6 +74,7 @@ class Differences:
 
     refused: list[str] = field(default_factory=list)
     needs_permission: list[str] = field(default_factory=list)  # allowed with --allow_resume_changes
+    undecided: list[str] = field(default_factory=list)  # other paths of inputs that have not been read yet
     warned: list[str] = field(default_factory=list)
 
 
@@ -112,7 +116,7 @@ def check_changes(facts: RunFacts, saved: RunFacts, checkpoint: object, allowed:
         if differences.refused
         else "Restore these settings, or add --allow_resume_changes to resume with the changes"
     )
-    lines = differences.refused + ([] if allowed else differences.needs_permission)
+    lines = differences.refused + ([] if allowed else differences.needs_permission) + differences.undecided
     title = f"--resume_from_checkpoint: {checkpoint} does not belong to this run"
     if len(lines) == 1:
         raise ConfigError(f"{title}: {lines[0]}", fix)
@@ -134,6 +138,8 @@ def compare(facts: RunFacts, saved: RunFacts) -> Differences:
             result.refused.append(line)
         elif name in _ORDER:
             result.needs_permission.append(line)
+        elif name in _INPUT_PATHS and _FACT_OF_INPUT[name] not in new:
+            result.undecided.append(f"{line} (its content has not been compared yet)")
         elif name in _OPTIMIZER_STATE:
             result.warned.append(f"{line}; the checkpoint's value stays in effect")
         elif name not in {*_INPUT_PATHS, *_ENCODING, *_MODE, *_BATCH} and not _is_harmless(name):

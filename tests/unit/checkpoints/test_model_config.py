@@ -75,6 +75,8 @@ def test_folder_without_model_config_is_not_quantised(tmp_path: Path) -> None:
          "AWQ weights in the layout 'gemv' cannot be read, only 'gemm'"),
         ({"quant_method": "awq", "bits": 8, "group_size": 128}, "8 bits cannot be read, only 4"),
         ({"quant_method": "awq", "group_size": 128}, "bits is null"),
+        ({"quant_method": "bitsandbytes"}, "quantised by bitsandbytes with neither of load_in_4bit and load_in_8bit"),
+        ({"load_in_4bit": True, "load_in_8bit": True}, "quantised by bitsandbytes with both of load_in_4bit and"),
     ],
 )  # fmt: skip
 def test_unsupported_quantisation_is_refused(config: Any, message: str, tmp_path: Path) -> None:

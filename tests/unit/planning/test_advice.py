@@ -145,6 +145,7 @@ def test_a_model_that_no_change_makes_fit_is_said_in_one_line_with_the_smallest_
     assert advice.proposals == () and advice.smallest.share.peak_bytes < base.share.peak_bytes
     last = render(base, "title", advice)[-1]
     assert last.startswith("No change makes it fit into 1.001 GiB: the least is ") and "\n" not in last
+    assert last.endswith("more --gpus or a smaller --model_max_length or --lora_r")
 
 
 def test_sizes_of_a_table_have_one_unit() -> None:

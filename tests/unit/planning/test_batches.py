@@ -94,6 +94,7 @@ def test_evaluations_take_the_longest_examples_of_their_own_set() -> None:
 @pytest.mark.parametrize("packing", ["False", "True"])
 def test_real_data_gives_a_batch_that_the_run_would_train(tmp_path: Path, packing: str) -> None:
     model, data = copy_checkpoint(tmp_path / "model"), write_conversations(tmp_path / "data.json")
+    (model / "model.safetensors").unlink()  # a plan needs none
     args = arguments("--model_name_or_path", model, "--data_path", data, "--packing", packing, "--use_lora")
     batches = RunBatches.of_run(args, 1)
     shape = batches.longest(args, 1)

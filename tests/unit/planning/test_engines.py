@@ -12,7 +12,7 @@ from planning.engines import Task, share_of
 from planning.memory import Moment
 from planning.rehearsal import ParameterSize, Rehearsal
 from tests.golden import REPO
-from training.config.engines import Engine
+from training.config.engines import Engine, find_engine
 
 # An embedding of 1,000 elements, two blocks of 300: all of them trained, in 16 bits.
 SIZES = (1000, 300, 300)
@@ -135,5 +135,6 @@ def test_the_peak_moves_where_an_engine_makes_another_moment_the_largest() -> No
 
 
 def test_an_engine_without_formulas_is_refused_by_name() -> None:
-    with pytest.raises(ConfigError, match="ZeRO-0"):
-        share_of(Engine("zero0"), rehearsal(), Task(2, 10))
+    engine = find_engine({"deepspeed": {"train_batch_size": 8}})
+    with pytest.raises(ConfigError, match=r'^--deepspeed {"train_batch_size": 8}: zero_optimization\.stage is 0'):
+        share_of(engine, rehearsal(), Task(2, 10))

@@ -60,6 +60,9 @@ def test_eight_bits_and_dora_on_packed_weights_are_refused_by_name(tmp_path: Pat
     for flag in ("--load_in_8bit", "--use_dora"):
         with pytest.raises(ConfigError, match=f"{flag}.* cannot be rehearsed"):
             rehearse_flags(folder, f"--use_lora --q_lora {flag}")
+    folder = write_config(tmp_path / "8bit", quantization_config={"quant_method": "bitsandbytes", "load_in_8bit": True})
+    with pytest.raises(ConfigError, match=r"^--model_name_or_path .*config\.json: load_in_8bit cannot be rehearsed"):
+        rehearse_flags(folder, "--use_lora --q_lora")
 
 
 def test_trained_tokens_cost_two_rows_and_trained_embeddings_all(tmp_path: Path) -> None:

@@ -132,10 +132,15 @@ def test_whether_a_block_returns_a_tuple(architecture: Architecture, model: Any)
     assert run_block(block, states, arguments).shape == states.shape
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", None, ["qwen"]])
+@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", ["qwen"]])
 def test_unknown_model_type_is_refused(model_type: object) -> None:
     with pytest.raises(ConfigError, match=r"^folder/config\.json: model_type .* is not supported\. Use a checkpoint"):
         architecture_of(model_type, "folder/config.json")
+
+
+def test_config_without_a_model_type_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^folder/config\.json: there is no model_type\. Use a checkpoint"):
+        architecture_of(None, "folder/config.json")
 
 
 def test_shapes_of_incomplete_configs() -> None:

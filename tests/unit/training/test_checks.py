@@ -119,11 +119,23 @@ def test_fp16_needs_a_gpu(tmp_path: Path) -> None:
     "flag",
     [
         "--model_max_length", "--per_device_train_batch_size", "--per_device_eval_batch_size",
-        "--gradient_accumulation_steps", "--lora_r", "--save_total_limit",
+        "--gradient_accumulation_steps", "--lora_r", "--lora_alpha", "--save_total_limit",
     ],
 )  # fmt: skip
 def test_counts_below_1_are_refused(tmp_path: Path, flag: str, value: int) -> None:
-    refuses(f"{flag} {value} is out of range. Give 1 or more", tmp_path, "--use_lora", flag, value)
+    least = 2 if flag == "--model_max_length" else 1
+    refuses(f"{flag} {value} is out of range. Give {least} or more", tmp_path, "--use_lora", flag, value)
+
+
+def test_what_trains_nothing_is_refused(tmp_path: Path) -> None:
+    refuses("--max_steps 0 trains nothing. Give 1 or more, or leave it out", tmp_path, "--max_steps", 0)
+    check(tmp_path, "--max_steps", -1)
+    refuses("--model_max_length 1 is out of range. Give 2 or more", tmp_path, "--model_max_length", 1)
+
+
+def test_unknown_flash_attention_is_refused(tmp_path: Path) -> None:
+    what = "--attn_implementation flash_attention_9 is unknown. Give one of sdpa, eager, flash_attention_2, "
+    refuses(f"{what}flash_attention_3, flash_attention_4", tmp_path, "--attn_implementation", "flash_attention_9")
 
 
 def test_numbers_out_of_range_are_refused(tmp_path: Path) -> None:

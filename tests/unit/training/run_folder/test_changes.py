@@ -104,6 +104,19 @@ def test_changes_that_need_permission_are_listed_together_and_accepted_with_it()
     assert accepted == [*needs_permission, "--learning_rate 1.0, not 1e-05"]
 
 
+def test_inputs_that_are_not_read_yet_are_named_beside_a_refused_flag() -> None:
+    saved = facts_of(arguments(Path("a"), "--use_lora"))
+    facts = facts_from_args(arguments(Path("a"), "--use_lora", "--lora_r", 4, "--data_path", "b.json"))
+    with pytest.raises(ConfigError) as caught:
+        check_changes(facts, saved, "checkpoint-4", allowed=False)
+    assert [line.partition(". ")[2] for line in str(caught.value).splitlines()[1:-1]] == [
+        "--lora_r 4, not 64",
+        "--data_path b.json, not train.json (its content has not been compared yet)",
+    ]
+    moved = facts_from_args(arguments(Path("a"), "--use_lora", "--data_path", "b.json"))
+    assert check_changes(moved, saved, "checkpoint-4", allowed=False) == []
+
+
 def test_other_packs_need_permission() -> None:
     """Packs depend on the maximum length, even if no sample does; the flag alone does not say whether there are any."""
     saved = facts_of(arguments(Path("a"), "--packing"), packs=2048)
