@@ -40,8 +40,8 @@ class Browser:
         flags = [*FLAGS, f"--user-data-dir={self.folder}", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
         (command_out, self._send), (self._receive, answer_in) = _pipe(), _pipe()
         log = os.open(os.path.join(self.folder, "log"), os.O_CREAT | os.O_WRONLY, 0o600)
-        # The browser reads commands from descriptor 3 and writes to 4.
-        moves = [(command_out, 3), (answer_in, 4), (log, 1), (log, 2)]
+        # The browser reads commands from descriptor 3 and writes to 4, which may be those of the log until then.
+        moves = [(log, 1), (log, 2), (command_out, 3), (answer_in, 4)]
         self._process = os.posix_spawn(
             shutil.which(PROGRAM) or PROGRAM,
             [PROGRAM, *flags, "about:blank"],
