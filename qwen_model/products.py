@@ -1,8 +1,8 @@
 """Matrix products for autograd functions, through the faster library where there are two.
 
 On CPUs torch multiplies float32 with MKL. oneDNN, which torch uses for 16 bits, is 5 to 30 % faster from about the size
-of a block's layer on. It compiles a kernel for each new shape, which takes as long as a small product does. For matrices
-with gaps, such as some columns of another one, it has only its reference kernel, which is hundreds of times slower.
+of a block's layer on. It compiles a kernel for each new shape, which takes as long as a small product does. For
+matrices with gaps, such as some columns of another one, it has only its reference kernel: thousands of times slower.
 """
 
 from __future__ import annotations
