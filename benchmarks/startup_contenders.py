@@ -70,7 +70,7 @@ def run_to_first_step(mode: str, model: str, data: str, output: str, report: Cal
     runpy.run_path(str(ROOT / "finetune.py"), run_name="__main__")
 
 
-def main(contender: str, mode: str, model: str, data: str) -> None:
+def measure(contender: str, mode: str, model: str, data: str) -> None:
     clock, started = ImportClock(), time.perf_counter()
 
     def report() -> NoReturn:
@@ -86,4 +86,4 @@ def main(contender: str, mode: str, model: str, data: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    measure(*sys.argv[1:])

@@ -58,7 +58,7 @@ class Gate:
             await self._app(scope, _replay(body, receive), send_counted)
         finally:
             path = scope["path"] if scope["path"] in page_files() else "other"  # never what a client made up
-            route = getattr(scope.get("route"), "path", path)
+            route = str(getattr(scope.get("route"), "path", path))
             seconds = time.monotonic() - started
             self._metrics.count_request(route, status)
             if route.startswith("/v1/"):

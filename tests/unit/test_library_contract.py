@@ -216,6 +216,7 @@ READ = [
     Member("torch.nn:Module._buffers", "loading/quantized.py"),
     Member("torch.nn:Module._buffers", "planning/model.py"),
     Member("transformers:PreTrainedModel._from_config", "planning/model.py"),
+    Member("transformers:PreTrainedModel._from_config", "benchmarks/kv_cache_memory.py"),
     Member("torch:UntypedStorage._cdata", "planning/memory.py"),
     Member("torch.autograd.graph:_engine_run_backward", "planning/memory.py", "t_outputs args kwargs"),
     Member("torch.cuda:_initialized", "planning/fake_cuda.py"),
