@@ -16,6 +16,7 @@ import inspect
 import re
 import textwrap
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -413,7 +414,9 @@ def test_every_private_name_of_a_library_is_listed() -> None:
 
 
 def test_every_private_member_of_a_base_class_is_listed() -> None:
-    files = [path for package in PACKAGES for path in sources_of(package) if path.stem != "__init__"]
+    """Without a server's libraries, as on the oldest versions, its files are left out."""
+    packages = [package for package in PACKAGES if package != "serving" or find_spec("fastapi")]
+    files = [path for package in packages for path in sources_of(package) if path.stem != "__init__"]
     unlisted = [
         line
         for file in files
