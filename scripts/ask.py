@@ -29,8 +29,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--system_message", help="system message (default: that of the model's chat format)")
     parser.add_argument("--max_new_tokens", type=int, default=512, help="length limit of the answer (default: 512)")
     parser.add_argument(
-        "--do_sample", action="store_true", help="sample with the settings of generation_config.json (default: greedy)"
-    )
+        "--do_sample", action="store_true",
+        help="sample with the settings of generation_config.json (default: greedy, without its repetition_penalty)",
+    )  # fmt: skip
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     args = parser.parse_args(argv)
     if args.any_base and args.adapter is None:

@@ -16,6 +16,7 @@ from pathlib import Path
 from commands import CommandParser, run_command, set_up_logging
 from console import pip_command
 from errors import ConfigError
+from serving.adapter_flags import parse_adapters
 
 _DESCRIPTION = f"Chat with a model in the terminal.\n\n{__doc__.partition(chr(10) * 2)[2]}"
 
@@ -42,11 +43,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--no_history", action="store_true", help="keep no file of earlier lines")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     args = parser.parse_args(argv)
-    for text in args.adapters:
-        name, sign, folder = text.partition("=")
-        if not (name and sign and folder):
-            parser.error(f"--adapter {text}: write NAME=DIR")
-    args.adapters = dict(text.split("=", 1) for text in args.adapters)
+    args.adapters = parse_adapters(args.adapters)
     if args.history_file is not None and args.no_history:
         parser.error("--history_file contradicts --no_history; leave one of them out")
     return args

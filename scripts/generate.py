@@ -123,8 +123,19 @@ def _sampling_of(args: argparse.Namespace) -> Sampling:
 
 
 def _run_of(args: argparse.Namespace, source: Prompts) -> dict[str, Any]:
-    """Return what decides the answers of a run."""
-    return {**{name: getattr(args, name) for name in _DECIDING}, "data_sha256": source.digest()}
+    """Return what decides the answers of a run: flags, and the content of local weights and of the data.
+
+    Raises:
+        ConfigError: a folder contains no weights.
+    """
+    from checkpoints.names import ADAPTER_WEIGHTS, WEIGHTS
+    from checkpoints.shards import fingerprint
+
+    run = {name: getattr(args, name) for name in _DECIDING}
+    for flag, names in (("model_name_or_path", WEIGHTS), ("adapter", ADAPTER_WEIGHTS)):
+        if run[flag] is not None and Path(run[flag]).is_dir():
+            run[f"{flag}_sha256"] = fingerprint(run[flag], names)
+    return {**run, "data_sha256": source.digest()}
 
 
 # ------------------------------------------------------------------------------------------------------------ prompts
@@ -155,7 +166,7 @@ class Prompts:
         """Return the number of prompts.
 
         Raises:
-            DataError: invalid records, up to 20 of them.
+            DataError: invalid records, up to 20 of them; or none at all.
         """
         faults: list[DataError] = []
         count = 0
@@ -169,6 +180,8 @@ class Prompts:
             raise faults[0]
         if faults:
             raise DataError(str(self._files[0]), numbered(f"{len(faults)} faults, nothing is answered", faults))
+        if not count:
+            raise DataError(", ".join(map(str, self._files)), "contains no prompt")
         return count
 
     def __iter__(self) -> Iterator[Conversation]:
@@ -395,6 +408,9 @@ class AnswerFile:
             before = saved.get(name) if isinstance(saved, dict) else None
             if before != value and name == "data_sha256":
                 raise ConfigError(f"--output {self._path} has the answers to other data", fix)
+            if before != value and name.endswith("_sha256"):
+                flag = f"--{name.removesuffix('_sha256')}"
+                raise ConfigError(f"--output {self._path} has answers of other weights than {flag} has now", fix)
             if before != value:
                 raise ConfigError(f"--output {self._path} is of a run with --{name} {before}, not {value}", fix)
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 from commands import CommandParser, run_command, set_up_logging
 from console import pip_command, show
 from errors import ConfigError, Terminated
+from serving.adapter_flags import parse_adapters
 
 if TYPE_CHECKING:
     from serving.api.settings import Settings
@@ -92,7 +93,7 @@ def _check_args(parser: CommandParser, args: argparse.Namespace) -> None:
         parser.error(f"--queue_size {args.queue_size} is out of range; give 0 or more")
     if not 0 <= args.port < 1 << 16:
         parser.error(f"--port {args.port} is out of range; give 0 to 65535")
-    args.adapters = dict(_parse_adapter(parser, text) for text in args.adapters)
+    args.adapters = parse_adapters(args.adapters)
     if args.api_key is None:
         args.api_key = os.environ.get(KEY_VARIABLE)
     if args.api_key is not None and not (
@@ -106,13 +107,6 @@ def _check_args(parser: CommandParser, args: argparse.Namespace) -> None:
             f"--host {args.host}: other machines could ask without a key",
             f"Give --api_key or set {KEY_VARIABLE}, or say --no_auth if everyone may ask",
         )
-
-
-def _parse_adapter(parser: CommandParser, text: str) -> tuple[str, str]:
-    name, sign, folder = text.partition("=")
-    if not sign or not name or not folder:
-        parser.error(f"--adapter {text}: write NAME=DIR")
-    return name, folder
 
 
 def _is_loopback(host: str) -> bool:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import ConfigError
+from serving.adapter_flags import BASE
 from serving.requests import Sampling
 from serving.terminal.session import Session
 
@@ -17,7 +18,6 @@ _SETTINGS: dict[str, type[float] | type[int]] = {
     "temperature": float, "top_p": float, "top_k": int, "repetition_penalty": float, "presence_penalty": float,
     "frequency_penalty": float, "max_tokens": int,
 }  # fmt: skip
-_BASE = "base"
 _DEFAULT = "default"
 
 
@@ -122,9 +122,9 @@ class Commands:
     def adapter(self, text: str) -> str:
         session, engine = self.session, self.session.engine
         if text:
-            session.adapter = None if text == _BASE else engine.adapter_of(text)
-        known = [_BASE, *engine.adapters]
-        return "\n".join(f"{'*' if name == (session.adapter or _BASE) else ' '} {name}" for name in known)
+            session.adapter = None if text == BASE else engine.adapter_of(text)
+        known = [BASE, *engine.adapters]
+        return "\n".join(f"{'*' if name == (session.adapter or BASE) else ' '} {name}" for name in known)
 
     def thinking(self, text: str) -> str:
         if text:

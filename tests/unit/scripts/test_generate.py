@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from data_utils.formats import FORMATS
 from errors import ConfigError, DataError, RunError
@@ -98,6 +100,19 @@ def test_answers_of_another_run_are_not_overwritten(tmp_path: Path) -> None:
         run(data, data, *GREEDY)
 
 
+def test_answers_of_weights_that_have_changed_are_not_continued(tmp_path: Path) -> None:
+    """As after training again into the same folder."""
+    data, output, model = tmp_path / "q.txt", tmp_path / "a.jsonl", tmp_path / "model"
+    data.write_text("Hi\n")
+    shutil.copytree(TINY, model)
+    flags = (*GREEDY, "--model_name_or_path", str(model))
+    run(data, output, *flags)
+    weights = load_file(model / "model.safetensors")
+    save_file({name: 2 * tensor for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match="has answers of other weights than --model_name_or_path has now"):
+        run(data, output, *flags)
+
+
 def test_file_that_is_being_written_is_refused(tmp_path: Path) -> None:
     with (
         generate.AnswerFile(tmp_path / "a.jsonl", {}),
@@ -117,6 +132,14 @@ def test_faults_of_the_data_are_found_before_the_model_is_loaded(tmp_path: Path)
     data = write_lines(data, [{"messages": [{"role": "assistant", "content": "Hi"}]}])
     with pytest.raises(DataError, match="nothing to answer"):
         run(data, tmp_path / "a", *GREEDY)
+
+
+def test_empty_file_is_refused(tmp_path: Path) -> None:
+    data, output = tmp_path / "q.txt", tmp_path / "a.jsonl"
+    data.write_text("\n\n")
+    with pytest.raises(DataError, match=r"q\.txt: contains no prompt"):
+        run(data, output, *GREEDY)
+    assert not output.exists()
 
 
 def test_prompt_that_is_too_long_has_an_error(tmp_path: Path) -> None:

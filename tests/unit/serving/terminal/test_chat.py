@@ -153,7 +153,7 @@ def test_terminal_edits_several_lines_and_dims_thinking(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--adapter", "x"], "--adapter x: write NAME=DIR"),
+        (["--adapter", "x"], "--adapter x: .*Write NAME=DIR"),
         (["--history_file", "a", "--no_history"], "contradicts"),
     ],
 )
