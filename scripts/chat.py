@@ -10,27 +10,17 @@ from __future__ import annotations
 import argparse
 import os
 from collections.abc import Sequence
-from importlib.util import find_spec
 from pathlib import Path
 
 from commands import CommandParser, run_command, set_up_logging
-from console import pip_command
-from errors import ConfigError
-from serving.adapter_flags import parse_adapters
+from serving.flags import add_model_flags, check_packages, parse_adapters
 
 _DESCRIPTION = f"Chat with a model in the terminal.\n\n{__doc__.partition(chr(10) * 2)[2]}"
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(prog="python -m scripts.chat", description=_DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--model_name_or_path", required=True, help="checkpoint folder, or model id on a hub")
-    parser.add_argument(
-        "--adapter", action="append", default=[], metavar="NAME=DIR", dest="adapters",
-        help="LoRA adapter, for :adapter NAME; the first of several answers at the start",
-    )  # fmt: skip
-    parser.add_argument("--any_base", action="store_true", help="accept adapters that were trained on other weights")
-    parser.add_argument("--device_map", help="auto spreads the model over all GPUs (default: one GPU, or the CPU)")
-    parser.add_argument("--kv_cache", choices=("int8", "fp8"), help="keep keys and values in 8 bits")
+    add_model_flags(parser, "LoRA adapter, for :adapter NAME; the first of several answers at the start")
     parser.add_argument("--system_message", help="system message (default: that of the model's chat format)")
     for name, kind, text in (
         ("temperature", float, "0 takes the most likely token (default: the checkpoint's value)"),
@@ -51,9 +41,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
-    if missing := [name for name in ("prompt_toolkit", "rich") if find_spec(name) is None]:
-        what = f"packages that scripts.chat needs are not installed: {', '.join(missing)}"
-        raise ConfigError(what, f"Run: {pip_command('requirements_serve.txt')}")
+    check_packages("prompt_toolkit", "rich")
     set_up_logging()
     from serving.engine import Engine
     from serving.requests import Sampling

@@ -17,13 +17,12 @@ import shlex
 import socket
 import sys
 from collections.abc import Sequence
-from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from commands import CommandParser, run_command, set_up_logging
-from console import pip_command, show
+from console import show
 from errors import ConfigError, Terminated
-from serving.adapter_flags import parse_adapters
+from serving.flags import add_model_flags, check_packages, parse_adapters
 
 if TYPE_CHECKING:
     from serving.api.settings import Settings
@@ -36,15 +35,8 @@ _KEEP_ALIVE = 30  # seconds that a connection without a request stays open
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(prog="python -m scripts.serve", description=_DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--model_name_or_path", required=True, help="checkpoint folder, or model id on a hub")
-    parser.add_argument(
-        "--adapter", action="append", default=[], metavar="NAME=DIR", dest="adapters",
-        help="LoRA adapter that requests choose with the model NAME; may be given several times",
-    )  # fmt: skip
-    parser.add_argument("--any_base", action="store_true", help="accept adapters that were trained on other weights")
+    add_model_flags(parser, "LoRA adapter that requests choose with the model NAME; may be given several times")
     parser.add_argument("--served_model_name", metavar="NAME", help="name of the model (default: that of its folder)")
-    parser.add_argument("--device_map", help="auto spreads the model over all GPUs (default: one GPU, or the CPU)")
-    parser.add_argument("--kv_cache", choices=("int8", "fp8"), help="keep keys and values in 8 bits")
 
     group = parser.add_argument_group("who may ask")
     group.add_argument("--host", default="127.0.0.1", help="address to listen on (default: 127.0.0.1: this machine)")
@@ -121,7 +113,7 @@ def main(argv: Sequence[str]) -> None:
     set_up_logging()
     logging.getLogger("serving.texts").setLevel(logging.INFO if args.log_requests else logging.ERROR)
     logging.getLogger("uvicorn").setLevel(logging.ERROR)
-    _check_packages()
+    check_packages("fastapi", "jsonschema", "uvicorn")
     listener = _bind(args.host, args.port)  # refused before the model is read
     with listener:
         _raise_file_limit()
@@ -220,13 +212,6 @@ def _raise_file_limit() -> None:
 
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-
-
-def _check_packages() -> None:
-    missing = [name for name in ("fastapi", "jsonschema", "uvicorn") if find_spec(name) is None]
-    if missing:
-        fix = f"Run {pip_command('requirements_serve.txt')}"
-        raise ConfigError(f"{', '.join(missing)}: not installed", fix)
 
 
 if __name__ == "__main__":

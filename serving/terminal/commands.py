@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from errors import ConfigError
-from serving.adapter_flags import BASE
+from serving.flags import BASE
 from serving.requests import Sampling
 from serving.terminal.session import Session
 

@@ -1,0 +1,49 @@
+"""What the commands that load a model with several adapters have in common: flags, and a check of packages."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib.util import find_spec
+
+from console import pip_command
+from errors import ConfigError
+
+BASE = "base"
+"""Name of the model without an adapter, in a terminal chat."""
+
+
+def add_model_flags(parser: argparse.ArgumentParser, adapter_help: str) -> None:
+    """Add the flags of a model and its adapters; those become the list ``adapters``, see :func:`parse_adapters`."""
+    parser.add_argument("--model_name_or_path", required=True, help="checkpoint folder, or model id on a hub")
+    parser.add_argument(
+        "--adapter", action="append", default=[], metavar="NAME=DIR", dest="adapters", help=adapter_help
+    )
+    parser.add_argument("--any_base", action="store_true", help="accept adapters that were trained on other weights")
+    parser.add_argument("--device_map", help="auto spreads the model over all GPUs (default: one GPU, or the CPU)")
+    parser.add_argument("--kv_cache", choices=("int8", "fp8"), help="keep keys and values in 8 bits")
+
+
+def check_packages(*names: str) -> None:
+    """Raise ``ConfigError`` for packages of requirements_serve.txt that are not installed."""
+    if missing := [name for name in names if find_spec(name) is None]:
+        raise ConfigError(f"{', '.join(missing)}: not installed", f"Run {pip_command('requirements_serve.txt')}")
+
+
+def parse_adapters(values: Sequence[str]) -> dict[str, str]:
+    """Return folders by name.
+
+    Raises:
+        ConfigError: a value is no pair, or its name cannot be used or is another one's.
+    """
+    adapters: dict[str, str] = {}
+    for value in values:
+        name, _, folder = value.partition("=")
+        if not name or not folder:
+            raise ConfigError(f"--adapter {value}: no name and folder", "Write NAME=DIR")
+        if name == BASE or ":" in name:
+            raise ConfigError(f"--adapter {value}: {name} cannot be its name", f"Give one without a colon, not {BASE}")
+        if name in adapters:
+            raise ConfigError(f"--adapter {value}: {name} is {adapters[name]} already", "Give it another name")
+        adapters[name] = folder
+    return adapters
