@@ -1,4 +1,4 @@
-"""What an answer consists of, as it arrives."""
+"""The parts of an answer, in the order in which they arrive."""
 
 from __future__ import annotations
 

@@ -4,7 +4,7 @@ The input is a data file of any format that finetune.py reads, or a folder of th
 line. If a conversation ends with an answer, that answer is what the model writes anew. Plain texts are continued.
 
 Each line of the output is an answer, in the order of the input; with its prompt it is a record that finetune.py reads.
-The same command goes on after a line that is complete, so a run that was killed is started again.
+The same command continues a run that was killed, after its last complete line.
 """
 
 from __future__ import annotations
