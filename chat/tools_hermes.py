@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, ClassVar
@@ -72,7 +72,7 @@ class Hermes:
         """Return the turns with the tools in their system message, which is added if there is none."""
         if not tools:
             return list(turns)
-        text = _TOOLS.format(tools="\n".join(map(_json, tools)), example=self.call_example)
+        text = describe_tools(map(_json, tools), self.call_example)
         if turns and turns[0].role == "system":
             return [turns[0]._replace(content=f"{turns[0].content}\n\n{text}"), *turns[1:]]
         return [Turn("system", self.system_prefix + text), *turns]
@@ -116,6 +116,11 @@ HERMES_FORMS = (
     Hermes(call_example='{{"name": <function-name>, "arguments": <args-json-object>}}'),  # Qwen2.5 as first published
     Hermes(system_prefix="", keeps_strings=True),  # Qwen3
 )
+
+
+def describe_tools(tools: Iterable[str], example: str) -> str:
+    """Return the description of tools, each given as JSON, with an example of a call."""
+    return _TOOLS.format(tools="\n".join(tools), example=example)
 
 
 def _results(results: Sequence[tuple[str, float]]) -> list[Segment]:

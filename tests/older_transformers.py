@@ -8,46 +8,23 @@ them, which llama.cpp's converter reads and writes with, in just that version of
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
-
-import pytest
+from typing import Any
 
 from tests.golden import REPO, offline_environment
+from tests.packages_apart import install_apart
 
 REQUIREMENTS = REPO / "requirements_older_transformers.txt"
-FOLDER = REPO / ".venv-older-transformers"
 
 
 def install() -> Path:
     """Return the folder of the packages, after installing what the requirements list if it is not there."""
-    FOLDER.mkdir(exist_ok=True)
-    wanted = f"{sys.version_info[:2]} {REQUIREMENTS.read_text()}"
-    stamp, packages = FOLDER / "installed", FOLDER / "packages"
-    with (FOLDER / "lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not stamp.is_file() or stamp.read_text() != wanted:
-            stamp.unlink(missing_ok=True)
-            shutil.rmtree(packages, ignore_errors=True)
-            command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-            result = subprocess.run([*command, "--no-compile", "--target", packages, "-r", REQUIREMENTS])
-            if result.returncode != 0:
-                _miss("NOT TESTED in transformers 4.57: pip cannot install it")
-            stamp.write_text(wanted)
-    return packages
-
-
-def _miss(reason: str) -> NoReturn:
-    if os.environ.get("CI"):
-        pytest.fail(reason)
-    pytest.skip(reason)
+    return install_apart(".venv-older-transformers", "-r", str(REQUIREMENTS), contents=REQUIREMENTS.read_text())
 
 
 def run_older(source: str, requests: Sequence[dict[str, Any]], folder: Path) -> Any:
