@@ -118,10 +118,7 @@ class ChatMixin:
         inputs = self._chat_inputs(tokenizer, queries, earlier, system, stop_words_ids, generation_config, kwargs)
         output, width = self.generate(**inputs), inputs["input_ids"].shape[1]
         rows = output[:: len(output) // len(queries), width:].tolist()  # the first of several continuations
-        answers = [
-            self.chat_text(tokenizer, _answer_ids(row, tokenizer, inputs["generation_config"]), True).strip()
-            for row in rows
-        ]
+        answers = [self._whole_text(tokenizer, row, inputs["generation_config"]) for row in rows]
         pairs = [[(pair[0], pair[1]) for pair in history] for history in earlier]
         if append_history:
             pairs = [
@@ -140,7 +137,10 @@ class ChatMixin:
         generation_config: GenerationConfig | None = None,
         **kwargs: Any,
     ) -> Iterator[str]:
-        """Like ``chat``, but yield the answer so far after each token. Closing the iterator ends the generation."""
+        """Like ``chat``, but yield the answer so far after each token, and at last what ``chat`` returns.
+
+        Until then bytes of an incomplete character are held back. Closing the iterator ends the generation.
+        """
         kwargs["logits_processor"] = logits_processor
         inputs = self._chat_inputs(
             tokenizer, [query], [history or ()], system, stop_words_ids, generation_config, kwargs
@@ -149,15 +149,24 @@ class ChatMixin:
         inputs["stopping_criteria"] = StoppingCriteriaList([*(inputs.get("stopping_criteria") or []), streamer.stopped])
         thread = Thread(target=streamer.run, args=(self.generate, inputs), daemon=True)
         thread.start()
-        stops, answer = set(_control_ids(tokenizer)), list[int]()
+        stops, ids, answer, shown = set(_control_ids(tokenizer)), list[int](), list[int](), None
         try:
             for id_ in streamer:
+                ids.append(id_)
                 if id_ not in stops:
                     answer.append(id_)
-                    yield self.chat_text(tokenizer, answer, False)
+                    shown = self.chat_text(tokenizer, answer, False)
+                    yield shown
+            whole = self._whole_text(tokenizer, ids, inputs["generation_config"])
+            if whole != shown:
+                yield whole
         finally:
             streamer.stopped.is_set = True
             thread.join()
+
+    def _whole_text(self, tokenizer: Any, row: list[int], config: GenerationConfig) -> str:
+        """Return the text of a finished answer."""
+        return self.chat_text(tokenizer, _answer_ids(row, tokenizer, config), True).strip()
 
     def _chat_inputs(
         self,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +57,18 @@ def subject(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     )  # fmt: skip
 
 
-def whole_characters(text: str) -> str:
-    """Return a text as the stream of Qwen v1 gives it: without control tokens and incomplete characters."""
-    return re.sub(r"<\|\w+\|>|\ufffd", "", text).strip()
+def forced(subject: Subject, id_: int, settings: dict[str, Any]) -> tuple[str, list[str]]:
+    """Return the answer of ``chat`` and what ``chat_stream`` yields, where the third token can only be this id."""
+    model, tokenizer = subject.model, subject.tokenizer
+    prompt = len(model.chat_prompt(tokenizer, "Hi", (), None, None))
+
+    def force(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        if ids.shape[1] != prompt + 2:
+            return scores
+        return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([id_]), 0.0)
+
+    answer = model.chat(tokenizer, "Hi", logits_processor=[force], **settings)[0]
+    return answer, list(model.chat_stream(tokenizer, "Hi", logits_processor=[force], **settings))
 
 
 def test_batch_answers_as_each_alone(subject: Subject) -> None:
@@ -85,7 +93,7 @@ def test_functions_take_models_without_the_methods(subject: Subject) -> None:
     assert chat(subject.plain, tokenizer, "Go on.", HISTORY, **settings) == expected
     assert chat_batch(subject.plain, tokenizer, ["Go on."], [HISTORY], **settings)[0] == [expected[0]]
     streamed = list(chat_stream(subject.plain, tokenizer, "Go on.", HISTORY, **settings))[-1]
-    assert whole_characters(streamed) == whole_characters(expected[0])
+    assert streamed == expected[0]
 
 
 @pytest.mark.parametrize("system", [None, "Be short."])
@@ -117,25 +125,22 @@ def test_answer_ends_at_control_tokens_and_stop_words(subject: Subject) -> None:
     model, tokenizer, settings = subject.model, subject.tokenizer, subject.settings
     full = model.chat(tokenizer, "Hi", **settings)[0]
     first = next(iter(model.chat_stream(tokenizer, "Hi", **settings)))
-    prompt = len(model.chat_prompt(tokenizer, "Hi", (), None, None))
-
-    def force(id_: int) -> Any:
-        def process(ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-            if ids.shape[1] != prompt + 2:
-                return scores
-            return torch.full_like(scores, -1e9).index_fill(1, torch.tensor([id_]), 0.0)
-
-        return [process]
-
     for token in ("<|im_end|>", "<|im_start|>", "<|endoftext|>"):
         id_ = tokenizer.convert_tokens_to_ids(token)
-        answer = model.chat(tokenizer, "Hi", logits_processor=force(id_), **settings)[0]
+        answer, streamed = forced(subject, id_, settings)
         assert full.startswith(answer) and answer.startswith(first.strip()) and len(answer) < len(full), token
-        streamed = list(model.chat_stream(tokenizer, "Hi", logits_processor=force(id_), **settings))[-1]
-        assert whole_characters(streamed) == whole_characters(answer)
+        assert streamed[-1] == answer
     word = 300
-    stopped = model.chat(tokenizer, "Hi", logits_processor=force(word), stop_words_ids=[[word]], **settings)[0]
-    assert len(stopped) < len(full)
+    stopped, streamed = forced(subject, word, {**settings, "stop_words_ids": [[word]]})
+    assert len(stopped) < len(full) and streamed[-1] == stopped
+
+
+def test_stream_ends_with_the_incomplete_character_of_the_answer(subject: Subject) -> None:
+    decode = subject.tokenizer.decode
+    broken = next(id_ for id_ in range(len(subject.tokenizer)) if decode([id_]) == "\ufffd")
+    answer, streamed = forced(subject, broken, {**subject.settings, "max_new_tokens": 3})
+    assert answer.endswith("\ufffd") and streamed[-1] == answer
+    assert not any("\ufffd" in text for text in streamed[:-1]), "its other bytes may still come"
 
 
 def test_closed_stream_ends_the_generation(subject: Subject) -> None:
