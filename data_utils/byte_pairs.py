@@ -36,8 +36,8 @@ _NO_ID = 1 << 30
 # tiktoken crashes on a million spaces in a row.
 _MOST_SPACES = 900_000
 _SPACES = re.compile(r"[^\S\r\n]+")
-# Texts until the vocabulary is converted, which takes as long as encoding some thousands.
-_TEXTS_BEFORE = 500
+# Texts until the vocabulary is converted, which takes as long as the library's encoding of some thousands.
+_TEXTS_BEFORE = 4000
 
 
 class FasterEncoder:
@@ -68,10 +68,11 @@ class FasterEncoder:
 
 def _by_tiktoken(backend: Any, encode_text: EncodeText) -> EncodeText | None:
     """Return the encoder, or ``None`` if the tokenizer is built in another way."""
+    pattern, normalizer = _pattern(_state(backend.pre_tokenizer)), _state(backend.normalizer)
+    if pattern is None or normalizer not in ({}, {"type": "NFC"}):  # before the vocabulary, which is large
+        return None
     stated = json.loads(backend.to_str())
-    pattern, ranks = _pattern(stated), _ranks(stated["model"], backend.model)
-    normalizer = stated.get("normalizer")
-    if pattern is None or ranks is None or normalizer not in (None, {"type": "NFC"}):
+    if (ranks := _ranks(stated["model"], backend.model)) is None:
         return None
     normalize = backend.normalizer.normalize_str if normalizer else None
     added = any_of(token["content"] for token in stated["added_tokens"] if not token["special"])
@@ -109,9 +110,18 @@ def _has_many_spaces(text: str) -> bool:
     return len(text) >= _MOST_SPACES and any(run.end() - run.start() >= _MOST_SPACES for run in _SPACES.finditer(text))
 
 
-def _pattern(stated: dict[str, Any]) -> str | None:
-    """Return the pattern by which a tokenizer splits texts, if it is a known one."""
-    step = stated.get("pre_tokenizer") or {}
+def _state(part: Any) -> dict[str, Any]:
+    """Return what a part of a tokenizer states, as in its file; empty if the tokenizer lacks it."""
+    state: dict[str, Any] = {} if part is None else json.loads(part.__getstate__())
+    return state
+
+
+def _pattern(step: dict[str, Any]) -> str | None:
+    """Return the pattern by which a tokenizer splits texts, if it is a known one.
+
+    Args:
+        step: the state of its ``pre_tokenizer``.
+    """
     first: dict[str, Any] = {}
     if step.get("type") == "Sequence" and len(step["pretokenizers"]) == 2:
         first, step = step["pretokenizers"]

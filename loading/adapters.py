@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.tuners.lora import awq, gptq
+from peft.tuners.lora import Linear, awq, gptq
 from transformers import PreTrainedModel
 
 from chat.render import control_ids_of
@@ -119,7 +119,7 @@ def attach_lora(
         ConfigError: target modules that the model lacks.
     """
     config = _build_config(model, checkpoint, settings, policy)
-    with without_gptqmodel(), sharded_token_rows(), drawn_once():
+    with without_gptqmodel(), sharded_token_rows(), drawn_once(), rounded_in_place(in_float32):
         adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
     if settings.init not in _PEFT_INITS:
         begin_as_weights(adapted, settings.init)
@@ -228,6 +228,32 @@ def drawn_once() -> Iterator[None]:
         yield
     finally:
         setattr(torch.nn.Linear, "reset_parameters", reset_parameters)  # noqa: B010
+
+
+@contextmanager
+def rounded_in_place(in_float32: bool) -> Iterator[None]:
+    """Keep peft from copying each new adapter to the 16 bits of its layer's weight and back: round its values in place.
+
+    Args:
+        in_float32: peft would copy them back.
+    """
+    moved = Linear._move_adapter_to_device_of_base_layer
+
+    def move(layer: Any, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        weight = getattr(layer.get_base_layer(), "weight", None)
+        if type(weight) is not torch.nn.Parameter or weight.device.type != "cpu" or layer.lora_variant:
+            moved(layer, adapter_name, *args, **kwargs)
+        elif weight.dtype in (torch.float16, torch.bfloat16):
+            for matrix in (layer.lora_A[adapter_name].weight, layer.lora_B[adapter_name].weight):
+                matrix.data.copy_(matrix.data.to(weight.dtype))
+
+    if in_float32:
+        setattr(Linear, moved.__name__, move)
+    try:
+        yield
+    finally:
+        if in_float32:
+            delattr(Linear, moved.__name__)
 
 
 @contextmanager

@@ -177,6 +177,9 @@ REPLACED = [
         "self weight rows embed_dim",
     ),
     Member("peft.tuners.lora.awq:is_gptqmodel_available", "loading/adapters.py", ""),
+    Member(
+        "peft.tuners.lora:Linear._move_adapter_to_device_of_base_layer", "loading/adapters.py", "self adapter_name device"
+    ),
     Member("peft.tuners.lora.gptq:is_gptqmodel_available", "loading/adapters.py", ""),
     Member("importlib:_bootstrap", "benchmarks/startup_contenders.py"),
     Member("importlib._bootstrap:_find_and_load", "benchmarks/startup_contenders.py", "name import_"),

@@ -123,6 +123,12 @@ def test_other_tokenizers_are_left_to_the_library(change: Callable[[dict[str, An
     assert byte_pairs._by_tiktoken(tokenizer.backend_tokenizer, plain_encoder(tokenizer)) is None
 
 
+def test_a_vocabulary_is_not_read_where_the_pattern_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = _changed(lambda stated: stated.update(pre_tokenizer={"type": "Whitespace"}))
+    monkeypatch.setattr(byte_pairs, "_ranks", lambda *arguments: pytest.fail("it takes as long as a thousand texts"))
+    assert byte_pairs._by_tiktoken(tokenizer.backend_tokenizer, plain_encoder(tokenizer)) is None
+
+
 def test_first_texts_are_not_worth_a_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
     built: list[int] = []
     monkeypatch.setattr(byte_pairs, "_by_tiktoken", lambda *arguments: built.append(1))

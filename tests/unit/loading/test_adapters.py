@@ -18,6 +18,7 @@ from loading.adapters import (
     LoraSettings,
     attach_lora,
     continue_lora,
+    drawn_once,
     embeddings_policy,
     keep_input_dtype,
 )
@@ -196,6 +197,31 @@ def test_first_values_are_drawn_once(monkeypatch: pytest.MonkeyPatch) -> None:
         bound = first.shape[1] ** -0.5
         assert not second.any() and first.any() and first.abs().max() <= bound * 1.01
     assert torch.nn.Linear(4, 4).weight.any(), "other layers draw their values again"
+
+
+@pytest.mark.parametrize("init", ["true", "gaussian", "orthogonal"])
+@pytest.mark.parametrize("dora", [False, True])
+def test_first_values_are_those_that_peft_rounds_to_the_bits_of_the_base(init: str, dora: bool) -> None:
+    checkpoint = load_checkpoint(str(TINY))
+    settings: dict[str, Any] = {"r": 2, "lora_alpha": 4, "use_dora": dora, "lora_dropout": 0.05}
+    values: Any = {"true": True}.get(init, init)
+    models: list[Any] = []
+    for attach in (
+        lambda base: get_peft_model(base, LoraConfig(target_modules=QWEN_LAYERS, init_lora_weights=values, **settings)),
+        lambda base: attach_lora(
+            base, checkpoint, LoraSettings(2, 4, init=init, dora=dora), EmbeddingsPolicy("none", "")
+        ),
+    ):
+        base = load_model(checkpoint, torch.bfloat16)
+        torch.manual_seed(1)
+        with drawn_once():
+            models.append(attach(base))
+    theirs, ours = ({name: value for name, value in model.named_parameters() if "lora_" in name} for model in models)
+    assert theirs.keys() == ours.keys()
+    for name, value in theirs.items():
+        assert ours[name].dtype == value.dtype == torch.float32
+        if "magnitude" not in name:  # peft computes norms in 16 bits
+            assert torch.equal(ours[name], value) and ours[name].requires_grad, name
 
 
 def test_chosen_layers_rank_alpha_and_dropout() -> None:
