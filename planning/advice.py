@@ -1,7 +1,7 @@
 """Changes of a run that take less memory, cheapest first, and those of them that make it fit.
 
 A change costs least if it alters only the order of the same computation, more if steps get slower, most if something
-else is trained or more devices are needed. Every change that is proposed has been rehearsed.
+else is trained or more devices are needed. Every change that is proposed has been rehearsed in full.
 """
 
 from __future__ import annotations
@@ -16,12 +16,14 @@ from errors import ConfigError
 from planning.devices import GIB
 from planning.expectation import Expectation, Planner
 from planning.rehearsal import Rehearsal
+from planning.shallow import can_be_shallow
 from training.config.args import RunArguments
 from training.config.engines import find_engine, is_set
 
 logger = logging.getLogger(__name__)
 
 _MOST_PROPOSALS = 3
+_NEARLY = 1.02  # of the memory: an estimate up to this is rehearsed in full
 _COMPUTED = ("activations", "workspace", "loss")
 _TRAINED = ("adapter", "gradients", "optimizer", "engine")
 _EVERYTHING = ("weights", *_TRAINED, *_COMPUTED)
@@ -63,25 +65,28 @@ class Advice:
 def advise(planner: Planner, base: Expectation) -> Advice:
     """Find the smallest changes that make a run fit: single ones first, else the first combination.
 
+    What seems to fit is rehearsed in full, and so is what takes least if nothing fits; everything else is estimated.
+
     Args:
         base: the run as it is, which does not fit.
     """
+    trial = _Trial(planner, base)
     proposals: list[Expectation] = []
     smallest = base
     for change in changes_of(base):
-        if _floor(base, change) <= base.machine.usable_bytes and (tried := _try(planner, base, [change])) is not None:
+        if _floor(base, change) <= base.machine.usable_bytes and (tried := trial.expect([change])) is not None:
             smallest = min(smallest, tried, key=_size)
             proposals += [tried] if tried.fits else []
         if len(proposals) == _MOST_PROPOSALS:
             break
     if not proposals:
-        smallest = _combine(planner, base, smallest)
+        smallest = trial.in_full(_combine(trial, base, smallest))
         proposals = [smallest] if smallest.fits else []
     return Advice(tuple(proposals), smallest)
 
 
-def _combine(planner: Planner, base: Expectation, smallest: Expectation) -> Expectation:
-    """Add the strongest change of each kind until the run fits; return the smallest of all that was rehearsed."""
+def _combine(trial: _Trial, base: Expectation, smallest: Expectation) -> Expectation:
+    """Add the strongest change of each kind until the run fits; return the smallest of all that was tried."""
     applied: list[Change] = []
     current, kinds = base, set[str]()
     while remaining := [change for change in changes_of(current) if change.kind not in kinds]:
@@ -89,7 +94,7 @@ def _combine(planner: Planner, base: Expectation, smallest: Expectation) -> Expe
         kinds.add(kind)
         group = [change for change in remaining if change.kind == kind]
         for change in group if kind == "engine" else group[-1:]:
-            tried = _try(planner, base, [*applied, change])
+            tried = trial.expect([*applied, change])
             if tried is None or _size(tried) >= _size(current):
                 continue
             smallest = min(smallest, tried, key=_size)
@@ -112,18 +117,35 @@ def _floor(base: Expectation, change: Change) -> int:
     return kept + int(components.get("activations", 0) * change.activations)
 
 
-def _try(planner: Planner, base: Expectation, changes: Sequence[Change]) -> Expectation | None:
-    """Rehearse the last of several changes that build on each other; ``None`` if it cannot be rehearsed."""
-    flags, last = tuple(change.flags for change in changes), changes[-1]
-    gpus = next((change.gpus for change in reversed(changes) if change.gpus is not None), None)
-    machine = base.machine if gpus is None else replace(base.machine, gpus=gpus)
-    try:
-        tried = planner.expect(last.args, flags, machine)
-    except ConfigError as error:
-        logger.info("%s is not rehearsed: %s", " ".join(flags), error)
-        return None
-    logger.info("%s: %.2f GiB", " ".join(flags), _size(tried) / GIB)
-    return tried
+class _Trial:
+    """Expects changed runs.
+
+    Args:
+        base: the run without changes, rehearsed in full.
+    """
+
+    def __init__(self, planner: Planner, base: Expectation) -> None:
+        self._planner, self._machine = planner, base.machine
+        self._estimates = can_be_shallow(base.args, base.rehearsal, planner.equal_blocks)
+
+    def expect(self, changes: Sequence[Change]) -> Expectation | None:
+        """Expect the last of several changes that build on each other; ``None`` if it cannot be rehearsed."""
+        flags, last = tuple(change.flags for change in changes), changes[-1]
+        gpus = next((change.gpus for change in reversed(changes) if change.gpus is not None), None)
+        machine = self._machine if gpus is None else replace(self._machine, gpus=gpus)
+        try:
+            tried = self._planner.expect(last.args, flags, machine, self._estimates)
+            if _size(tried) <= machine.usable_bytes * _NEARLY:
+                tried = self.in_full(tried)
+        except ConfigError as error:
+            logger.info("%s is not rehearsed: %s", " ".join(flags), error)
+            return None
+        logger.info("%s: %.2f GiB", " ".join(flags), _size(tried) / GIB)
+        return tried
+
+    def in_full(self, tried: Expectation) -> Expectation:
+        """Rehearse what was estimated."""
+        return self._planner.expect(tried.args, tried.changes, tried.machine)
 
 
 # --------------------------------------------------------------------------------------------------------- the changes

@@ -18,6 +18,7 @@ from planning.devices import find_device
 from planning.expectation import Expectation, Machine, Planner
 from planning.model import read_checkpoint
 from planning.report import gib, render, to_json
+from planning.shallow import count_equal_blocks
 from processes import count_processes, has_gpu, is_first
 from training.config.args import RunArguments
 from training.planned_device import lacks_gpu
@@ -44,7 +45,8 @@ def show_plan(args: RunArguments, machine: Machine | None = None, file: Path | N
     machine = machine or this_machine(args)
     checkpoint = read_checkpoint(args)
     batches = RunBatches.of_run(args, machine.processes) if args.data.data_path else None
-    planner = Planner(machine, int(checkpoint.config.hidden_size), batches)
+    config = checkpoint.config
+    planner = Planner(machine, int(config.hidden_size), batches, count_equal_blocks(config))
     logger.info("Rehearsing a step of one process, without data")
     run = planner.expect(args)
     logger.info("As it is: %s, after %.1f s", gib(run.share.peak_bytes), run.rehearsal.seconds_taken)

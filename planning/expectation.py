@@ -9,6 +9,7 @@ from planning.batches import RunBatches, assumed_batch, assumed_evaluation
 from planning.devices import GIB, RESERVE_GIB, Device
 from planning.engines import Share, Task, share_of
 from planning.rehearsal import BatchShape, Rehearsal, rehearse
+from planning.shallow import estimate
 from training.config.args import RunArguments
 from training.config.engines import find_engine
 from training.rows import why_apart
@@ -107,10 +108,13 @@ class Planner:
 
     Attributes:
         hidden_size: of the model.
+        equal_blocks: of the model; 0: not known, or not alike.
     """
 
-    def __init__(self, machine: Machine, hidden_size: int, batches: RunBatches | None = None) -> None:
-        self.machine, self.hidden_size, self.batches = machine, hidden_size, batches
+    def __init__(
+        self, machine: Machine, hidden_size: int, batches: RunBatches | None = None, equal_blocks: int = 0
+    ) -> None:
+        self.machine, self.hidden_size, self.batches, self.equal_blocks = machine, hidden_size, batches, equal_blocks
         self._rehearsed: dict[str, Rehearsal] = {}
         self._longest: dict[tuple[int, int, str], BatchShape] = {}  # by what changes alter: batch, accumulation, engine
 
@@ -124,8 +128,17 @@ class Planner:
             self._longest[key] = self.batches.longest(args, processes)
         return self._longest[key]
 
-    def expect(self, args: RunArguments, changes: tuple[str, ...] = (), machine: Machine | None = None) -> Expectation:
+    def expect(
+        self,
+        args: RunArguments,
+        changes: tuple[str, ...] = (),
+        machine: Machine | None = None,
+        is_estimate: bool = False,
+    ) -> Expectation:
         """Rehearse a run.
+
+        Args:
+            is_estimate: rehearse fewer of its equal blocks (see ``planning.shallow``).
 
         Raises:
             ConfigError: something in it cannot be rehearsed, which the message names.
@@ -134,7 +147,7 @@ class Planner:
         engine = find_engine(args.trainer, machine.processes)
         is_half = bool(args.trainer_value("bf16") or args.trainer_value("fp16") or args.options.pure_bf16)
         alone = _without_engine(args, casts_model=is_half and engine.name not in ("none", "ddp"))
-        rehearsal = self._rehearse(alone, shape)
+        rehearsal = self._rehearse(alone, shape, is_estimate)
         task = Task(
             machine.processes,
             self.hidden_size,
@@ -145,13 +158,18 @@ class Planner:
         share = share_of(engine, rehearsal, task)
         return Expectation(args, machine, shape, rehearsal, share, engine.title, changes)
 
-    def _rehearse(self, args: RunArguments, shape: BatchShape) -> Rehearsal:
+    def _rehearse(self, args: RunArguments, shape: BatchShape, is_estimate: bool) -> Rehearsal:
         """Rehearse a run of one process, once: variants that differ in their engine share it."""
         key = repr((args.to_dict(), shape))
+        if is_estimate and key not in self._rehearsed:
+            key += " estimate"
         if key not in self._rehearsed:
             evaluation = self.batches.longest_evaluation(args) if self.batches else assumed_evaluation(args)
-            kind = self.machine.device.kind
-            self._rehearsed[key] = rehearse(args, shape, device_type=kind, evaluation=evaluation)
+            options: dict[str, Any] = {"device_type": self.machine.device.kind, "evaluation": evaluation}
+            if is_estimate:
+                self._rehearsed[key] = estimate(args, shape, self.equal_blocks, **options)
+            else:
+                self._rehearsed[key] = rehearse(args, shape, **options)
         return self._rehearsed[key]
 
 

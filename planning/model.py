@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -84,6 +85,15 @@ def read_checkpoint(args: RunArguments) -> Checkpoint:
         quantization=quantization,
         files={},
     )
+
+
+def with_blocks(checkpoint: Checkpoint, blocks: int) -> Checkpoint:
+    """Return a checkpoint with the first blocks of its model."""
+    config = copy.deepcopy(checkpoint.config)
+    config.num_hidden_layers = blocks
+    if getattr(config, "layer_types", None):
+        config.layer_types = config.layer_types[:blocks]
+    return replace(checkpoint, config=config)
 
 
 def _has_weights(folder: Path) -> bool:

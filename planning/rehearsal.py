@@ -44,7 +44,12 @@ class Rehearsal:
 
 
 def rehearse(
-    args: RunArguments, batch: BatchShape, *, device_type: str = "cuda", evaluation: BatchShape | None = None
+    args: RunArguments,
+    batch: BatchShape,
+    *,
+    device_type: str = "cuda",
+    evaluation: BatchShape | None = None,
+    blocks: int | None = None,
 ) -> Rehearsal:
     """Rehearse an optimizer step with one micro-batch, between two others.
 
@@ -52,15 +57,18 @@ def rehearse(
         args: flags of the run; an engine's (``--deepspeed``, ``--fsdp``) are left out.
         device_type: ``cuda`` or ``cpu``; needs no such device.
         evaluation: the largest batch of an evaluation after the step.
+        blocks: rehearse a model that has only so many; by default those of config.json.
 
     Raises:
         ConfigError: config.json is missing or cannot be used, or something that cannot be rehearsed.
     """
     from planning.fake_run import run_step
-    from planning.model import describe_parameters, place_of, read_checkpoint
+    from planning.model import describe_parameters, place_of, read_checkpoint, with_blocks
 
     started = time.perf_counter()
     checkpoint = read_checkpoint(args)
+    if blocks is not None:
+        checkpoint = with_blocks(checkpoint, blocks)
     step = run_step(args, checkpoint, batch, evaluation, device_type)
     place = place_of(checkpoint.model_type)
     moments = step.memory.moments(lambda phase, module: place(phase, module).part)

@@ -1,0 +1,116 @@
+"""Estimates of a rehearsal from two of the same model with fewer blocks, in a fraction of its time.
+
+Blocks are alike, so everything that a step holds at a given place is a constant and a multiple of the number of blocks.
+Places are counted from the first block and from the last one; what is in between lies between them.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from planning.memory import COMPONENTS, Moment
+from planning.rehearsal import BatchShape, ParameterSize, Rehearsal, rehearse
+from training.config.args import RunArguments
+
+_NEAR = 2  # blocks from either end
+_LEAST = 2 * _NEAR - 1
+_WORTH = 12  # blocks of a model: fewer are rehearsed sooner than two shallow ones
+_BLOCK = re.compile(r"(.*block )(\d+)")
+
+
+def count_equal_blocks(config: Any) -> int:
+    """Return the number of blocks of a model; 0 if they differ, as where only some attend to a window."""
+    types = getattr(config, "layer_types", None) or ()
+    return 0 if len(set(types)) > 1 else int(config.num_hidden_layers)
+
+
+def can_be_shallow(args: RunArguments, rehearsal: Rehearsal, blocks: int) -> bool:
+    """Return whether a rehearsed run trains the same in all of its blocks, and has enough of them for an estimate."""
+    lora = args.lora
+    if blocks < _WORTH or lora.lora_weight_path or lora.lora_rank_pattern or lora.lora_alpha_pattern:
+        return False  # a saved adapter has all blocks, and a pattern may name one of them
+    parts = [_of_block(rehearsal.tensors, number) for number in range(blocks)]
+    return bool(parts[0]) and all(part == parts[0] for part in parts)
+
+
+def depths(args: RunArguments, blocks: int) -> tuple[int, int]:
+    """Return two small numbers of blocks, of which as many are left over as of ``blocks`` where every n-th differs."""
+    every = 1
+    if args.trainer_value("gradient_checkpointing"):
+        every = int((args.trainer_value("gradient_checkpointing_kwargs") or {}).get("every_n_layers", 1))
+    first = _LEAST + (blocks - _LEAST) % every
+    return first, first + every
+
+
+def estimate(args: RunArguments, batch: BatchShape, blocks: int, **options: Any) -> Rehearsal:
+    """Return what ``rehearse`` would return, without the text of where the peak is.
+
+    Args:
+        blocks: of the model, all alike.
+        options: those of ``rehearse``.
+
+    Raises:
+        ConfigError: see ``rehearse``.
+    """
+    first, second = depths(args, blocks)
+    if second >= blocks:
+        return rehearse(args, batch, **options)
+    small, large = (rehearse(args, batch, blocks=number, **options) for number in (first, second))
+    steps = (blocks - second) // (second - first)
+
+    def at(low: int, high: int) -> int:
+        return high + (high - low) * steps
+
+    starts, ends = _places(small, first), _places(large, second)
+    moments = {
+        _name(place, blocks): _moment(starts[place], ends[place], at) for place in starts if place in ends
+    }  # fmt: skip
+    peak = max(moments, key=lambda name: moments[name].bytes)
+    outside = [tensor for tensor in large.tensors if tensor.block is None]
+    inside = [replace(each, block=number) for number in range(blocks) for each in large.tensors if each.block == 0]
+    return Rehearsal(
+        peak_bytes=moments[peak].bytes,
+        components=moments[peak].components,
+        peak_at=peak,
+        moments=moments,
+        resident={name: at(size, large.resident[name]) for name, size in small.resident.items()},
+        tensors=(*outside, *inside),
+        flops_forward=at(small.flops_forward, large.flops_forward),
+        flops_backward=at(small.flops_backward, large.flops_backward),
+        parameters=at(small.parameters, large.parameters),
+        trained_parameters=at(small.trained_parameters, large.trained_parameters),
+        seconds_taken=small.seconds_taken + large.seconds_taken,
+        not_rehearsed=large.not_rehearsed,
+    )
+
+
+def _of_block(tensors: Sequence[ParameterSize], number: int) -> list[tuple[int, int, bool]]:
+    return [(tensor.elements, tensor.bytes, tensor.is_trained) for tensor in tensors if tensor.block == number]
+
+
+def _places(rehearsal: Rehearsal, blocks: int) -> Mapping[tuple[str, int | None], Moment]:
+    """Return the moments by part of the step and block, negative if it is counted from the last one."""
+    found: dict[tuple[str, int | None], Moment] = {}
+    for name, moment in rehearsal.moments.items():
+        if (match := _BLOCK.fullmatch(name)) is None:
+            found[name, None] = moment
+            continue
+        number = int(match[2])
+        if number < _NEAR:
+            found[match[1], number] = moment
+        if number >= blocks - _NEAR:
+            found[match[1], number - blocks] = moment
+    return found
+
+
+def _name(place: tuple[str, int | None], blocks: int) -> str:
+    part, number = place
+    return part if number is None else f"{part}{number % blocks}"
+
+
+def _moment(small: Moment, large: Moment, at: Any) -> Moment:
+    components = {name: at(small.components.get(name, 0), large.components.get(name, 0)) for name in COMPONENTS}
+    return Moment(large.phase, large.place, components)

@@ -1,0 +1,61 @@
+"""Estimates from fewer blocks are those of the rehearsal of all blocks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from planning.model import read_checkpoint
+from planning.rehearsal import BatchShape, rehearse
+from planning.shallow import can_be_shallow, count_equal_blocks, depths, estimate
+from tests.unit.planning.shapes import write_config
+from training.config.parsing import parse_args
+
+_EVERY = "--gradient_checkpointing --gradient_checkpointing_kwargs"
+
+
+@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--use_lora --bf16",
+        "--use_lora --bf16 --trainable_embeddings full --gradient_checkpointing False",
+        "--use_lora --bf16 --q_lora",
+        "--bf16 --gradient_checkpointing False",
+        "--bf16 --per_device_train_batch_size 1 --gradient_accumulation_steps 1 --gradient_checkpointing False",
+        "--pure_bf16 --optim adamw_bnb_8bit",
+        f'--use_lora --bf16 {_EVERY} {{"every_n_layers":4}}',
+        f'--bf16 {_EVERY} {{"every_n_layers":2}}',
+        f'--use_lora --bf16 {_EVERY} {{"offload":true}}',
+        "--use_lora --bf16 --eval_strategy steps --eval_steps 1 --per_device_eval_batch_size 8",
+    ],
+)
+def test_an_estimate_is_the_rehearsal_of_all_blocks(tmp_path: Path, flags: str, device_type: str) -> None:
+    folder = write_config(tmp_path, num_hidden_layers=15, hidden_size=128, intermediate_size=256)
+    args = parse_args(["--model_name_or_path", str(folder), *flags.split(" ")])
+    evaluation = BatchShape((64,) * 8, 500) if "eval" in flags else None
+    batch = BatchShape((64, 64), 120)
+    full = rehearse(args, batch, device_type=device_type, evaluation=evaluation)
+    assert can_be_shallow(args, full, 15) and depths(args, 15)[1] < 15
+    found = estimate(args, batch, 15, device_type=device_type, evaluation=evaluation)
+    assert found.peak_bytes == full.peak_bytes and found.components == full.components
+    assert found.resident == full.resident and found.parameters == full.parameters
+    assert (found.flops_forward, found.flops_backward) == (full.flops_forward, full.flops_backward)
+    assert sum(each.bytes for each in found.tensors) == sum(each.bytes for each in full.tensors)
+    assert found.trained_parameters == full.trained_parameters
+
+
+def test_blocks_that_differ_are_rehearsed_one_by_one(tmp_path: Path) -> None:
+    folder = write_config(tmp_path, num_hidden_layers=12)
+    flags = ["--model_name_or_path", str(folder), "--bf16", "--use_lora"]
+    batch = BatchShape((64,), 60)
+    for more, is_alike in ((), True), (("--lora_target_modules", "layers.3.mlp.up_proj"), False):
+        args = parse_args([*flags, *more])
+        assert can_be_shallow(args, rehearse(args, batch), 12) == is_alike
+    sliding = {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 6}
+    counts = []
+    for values in ({}, sliding):
+        args = parse_args(["--model_name_or_path", str(write_config(tmp_path, num_hidden_layers=12, **values))])
+        counts.append(count_equal_blocks(read_checkpoint(args).config))
+    assert counts == [12, 0]
