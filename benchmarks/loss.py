@@ -211,7 +211,7 @@ def step_case(mode: str) -> Any:
     )  # fmt: skip
     with without_gptqmodel():
         model = get_peft_model(LeanQWenLMHeadModel(config), adapter).train()
-    use_lean_trainable_tokens(model)
+    use_lean_trainable_tokens(model.modules())
     ids = torch.randint(0, 151_000, (1, 1024))
     ids[:, ::50] = 151644
     labels = ids.clone()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -123,8 +123,8 @@ def attach_lora(
         adapted = get_peft_model(model, config, autocast_adapter_dtype=in_float32)
     if settings.init not in _PEFT_INITS:
         begin_as_weights(adapted, settings.init)
-    use_lean_dora(adapted, is_new=True)
-    return _prepare_for_training(adapted, in_float32)
+    use_lean_dora(modules := list(adapted.modules()), is_new=True)
+    return _prepare_for_training(adapted, modules, in_float32)
 
 
 def continue_lora(model: PreTrainedModel, folder: str, in_float32: bool = True) -> PeftModel:
@@ -137,13 +137,13 @@ def continue_lora(model: PreTrainedModel, folder: str, in_float32: bool = True) 
         ConfigError: the adapter cannot be continued.
     """
     adapted = load_adapter(model, folder, "--lora_weight_path", is_trainable=True, in_float32=in_float32)
-    return _prepare_for_training(adapted, in_float32)
+    return _prepare_for_training(adapted, list(adapted.modules()), in_float32)
 
 
-def _prepare_for_training(adapted: PeftModel, in_float32: bool) -> PeftModel:
-    use_lean_trainable_tokens(adapted)
-    use_adapter_dropout(adapted)
-    keep_input_dtype(adapted)
+def _prepare_for_training(adapted: PeftModel, modules: Sequence[torch.nn.Module], in_float32: bool) -> PeftModel:
+    use_lean_trainable_tokens(modules)
+    use_adapter_dropout(modules)
+    keep_input_dtype(modules)
     if in_float32:
         for parameter in adapted.parameters():
             if parameter.requires_grad:
@@ -158,12 +158,12 @@ class _OutsideAutocast:
         return not (torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"))
 
 
-def keep_input_dtype(adapted: torch.nn.Module) -> None:
+def keep_input_dtype(modules: Iterable[torch.nn.Module]) -> None:
     """Keep peft from copying the input of every plain adapter to float32 where autocast casts it back for the product.
 
     Variants of peft compute more than products, for which its float32 is kept.
     """
-    for module in adapted.modules():
+    for module in modules:
         variants = getattr(module, "lora_variant", {}).values()
         if hasattr(module, "cast_input_dtype_enabled") and all(hasattr(each, "takes_any_dtype") for each in variants):
             module.cast_input_dtype_enabled = _OutsideAutocast()  # type: ignore[assignment]
@@ -202,7 +202,7 @@ def load_adapter(
             adapted.load_adapter(folder, name, **settings)
         else:
             adapted = PeftModel.from_pretrained(model, folder, name, config=config, **settings)
-    use_lean_dora(adapted)
+    use_lean_dora(adapted.modules())
     # peft initialises tensors that the file lacks.
     state = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
     missing = sorted(state.keys() - saved)

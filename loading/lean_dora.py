@@ -15,6 +15,7 @@ Shapes: R rank, I inputs, O outputs, N tokens; A [R, I], B [O, R], m and n [O].
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -68,15 +69,15 @@ def _weight_of(base: Any) -> Tensor:
 
 
 @torch.no_grad()
-def use_lean_dora(model: nn.Module, is_new: bool = False) -> None:
-    """Let the DoRA adapters of linear layers compute their norms this way.
+def use_lean_dora(modules: Iterable[nn.Module], is_new: bool = False) -> None:
+    """Let the DoRA adapters among the modules of a model compute their norms this way.
 
     Args:
         is_new: let the trained norms begin as those of the weights, which peft misreads where they are quantised and on
             a CPU.
     """
     layer: Any
-    for layer in model.modules():
+    for layer in modules:
         variants = getattr(layer, "lora_variant", {})
         for name, variant in variants.items():
             if type(variant) is DoraLinearVariant:

@@ -7,7 +7,7 @@ forward pass; its parameters and files stay peft's, which other tools read.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,9 +42,9 @@ class LeanTrainableTokens(TrainableTokensLayer):
         return torch.where(matches.any(-1, keepdim=True), rows, output)
 
 
-def use_lean_trainable_tokens(model: nn.Module) -> None:
-    """Replace all of peft's trainable-tokens layers in a model by lean ones."""
-    for module in model.modules():
+def use_lean_trainable_tokens(modules: Iterable[nn.Module]) -> None:
+    """Replace all of peft's trainable-tokens layers among the modules of a model by lean ones."""
+    for module in modules:
         if type(module) is TrainableTokensLayer:
             module.__class__ = LeanTrainableTokens
 

@@ -8,7 +8,7 @@ and 4 p bytes per value to save instead of 1 for a mask. On other devices the ra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -92,9 +92,9 @@ class _Drop(torch.autograd.Function):
         return drop_again(gradient, where).mul_(ctx.factor), None
 
 
-def use_adapter_dropout(model: nn.Module) -> None:
-    """Replace the dropout of all LoRA adapters in a model."""
-    for module in model.modules():
+def use_adapter_dropout(modules: Iterable[nn.Module]) -> None:
+    """Replace the dropout of all LoRA adapters among the modules of a model."""
+    for module in modules:
         for dropout in getattr(module, "lora_dropout", {}).values():
             if type(dropout) is nn.Dropout:
                 dropout.__class__ = AdapterDropout

@@ -178,7 +178,9 @@ REPLACED = [
     ),
     Member("peft.tuners.lora.awq:is_gptqmodel_available", "loading/adapters.py", ""),
     Member(
-        "peft.tuners.lora:Linear._move_adapter_to_device_of_base_layer", "loading/adapters.py", "self adapter_name device"
+        "peft.tuners.lora:Linear._move_adapter_to_device_of_base_layer",
+        "loading/adapters.py",
+        "self adapter_name device",
     ),
     Member("peft.tuners.lora.gptq:is_gptqmodel_available", "loading/adapters.py", ""),
     Member("importlib:_bootstrap", "benchmarks/startup_contenders.py"),

@@ -359,6 +359,6 @@ def test_dora_keeps_the_wider_copy() -> None:
     """Its magnitudes are divided by norms, which 16 bits would round."""
     layers = nn.ModuleDict({"layer": nn.Linear(4, 4)})
     adapted = get_peft_model(layers, LoraConfig(target_modules=["layer"], use_dora=True))  # type: ignore[arg-type]
-    keep_input_dtype(adapted)
+    keep_input_dtype(adapted.modules())
     with torch.autocast("cpu", torch.bfloat16):
         assert adapted.base_model.model.layer.cast_input_dtype_enabled  # type: ignore[union-attr]

@@ -90,4 +90,4 @@ def test_no_tensor_of_a_step_is_as_large_as_a_weight(monkeypatch: pytest.MonkeyP
     with Sizes():
         layer(rows).sum().backward()
     assert max(sizes) < min(weights)
-    use_lean_dora(model)  # once more: nothing is left to replace
+    use_lean_dora(model.modules())  # once more: nothing is left to replace

@@ -27,7 +27,7 @@ def build(lean: bool) -> PeftModel:
         if "trainable_tokens_delta" in name:
             torch.nn.init.normal_(parameter, std=0.5)
     if lean:
-        use_lean_trainable_tokens(model)
+        use_lean_trainable_tokens(model.modules())
         assert sum(isinstance(module, LeanTrainableTokens) for module in model.modules()) == 2
     return model.train()
 

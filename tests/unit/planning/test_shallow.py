@@ -39,7 +39,9 @@ def test_an_estimate_is_the_rehearsal_of_all_blocks(tmp_path: Path, flags: str, 
     full = rehearse(args, batch, device_type=device_type, evaluation=evaluation)
     assert can_be_shallow(args, full, 15) and depths(args, 15)[1] < 15
     found = estimate(args, batch, 15, device_type=device_type, evaluation=evaluation)
-    assert found.peak_bytes == full.peak_bytes and found.components == full.components
+    rounding = 4 * 512  # of CUDA's allocator
+    assert found.peak_bytes == pytest.approx(full.peak_bytes, abs=rounding)
+    assert found.components == pytest.approx(full.components, abs=rounding)
     assert found.resident == full.resident and found.parameters == full.parameters
     assert (found.flops_forward, found.flops_backward) == (full.flops_forward, full.flops_backward)
     assert sum(each.bytes for each in found.tensors) == sum(each.bytes for each in full.tensors)

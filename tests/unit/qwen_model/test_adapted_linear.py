@@ -41,7 +41,7 @@ def build(targets: str = "q k v gate up down", dropout: float = 0.0, **options: 
             nn.init.normal_(parameter, std=0.1)
         elif "magnitude" in name:
             parameter.data *= 1 + 0.1 * torch.rand_like(parameter)
-    use_adapter_dropout(model)
+    use_adapter_dropout(model.modules())
     return model.train()
 
 

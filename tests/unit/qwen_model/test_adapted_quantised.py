@@ -38,7 +38,7 @@ def build(make: Any) -> Any:
     patch_bitsandbytes_linear(layers, torch.float32)
     config = LoraConfig(r=4, lora_dropout=0.3, target_modules=["first", "second"], init_lora_weights=False)
     model: Any = get_peft_model(layers, config)  # type: ignore[arg-type]
-    use_adapter_dropout(model)
+    use_adapter_dropout(model.modules())
     return model.train()
 
 
