@@ -8,9 +8,10 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from chat.turns import Turn
 from errors import ConfigError
 from serving.flags import BASE
-from serving.requests import Sampling
+from serving.requests import RequestError, Sampling
 from serving.terminal.session import Session
 
 # Settings of :config and the types of their values.
@@ -131,6 +132,11 @@ class Commands:
             choices = {"on": True, "off": False, _DEFAULT: None}
             if text not in choices:
                 raise ConfigError(f":thinking {text}", f"Use {', '.join(choices)}")
+            try:
+                self.session.engine.render_turns([Turn("user", "")], thinking=choices[text])
+            except RequestError:
+                what = f":thinking {text}: this model {'never' if text == 'on' else 'always'} thinks"
+                raise ConfigError(what, f"Use :thinking {_DEFAULT}") from None
             self.session.thinking = choices[text]
         return f"thinking: { {True: 'on', False: 'off', None: _DEFAULT}[self.session.thinking] }"
 
@@ -141,8 +147,9 @@ class Commands:
             raise ConfigError(f":save {text}: there are no messages yet", "Ask something first")
         try:
             self.session.save(Path(text).expanduser())
-        except OSError as error:
-            raise ConfigError(f":save {text}: {error.strerror or error}", "Name another file") from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise ConfigError(f":save {text}: {reason}", "Name another file") from error
         return f"appended to {text}, as training data"
 
     def _change(self, **values: Any) -> None:
@@ -177,4 +184,4 @@ def _number(name: str, text: str, kind: type[float] | type[int]) -> float | int:
 
 
 def _shown(value: float | None) -> str:
-    return "not limited" if value is None else f"{value:g}"
+    return "not limited" if value is None else str(value) if isinstance(value, int) else f"{value:g}"

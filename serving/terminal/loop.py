@@ -15,28 +15,27 @@ _ENDS = {"length": "the answer reached its length limit", "timeout": "the answer
 def converse(session: Session, screen: Screen) -> bool:
     """Read and answer until the user leaves. Return whether all lines were answered.
 
-    Ctrl-C stops an answer, which stays as it is, or drops the line that is being written.
+    Ctrl-C of a user stops an answer, which stays as it is, or drops the line that is being written; twice does no more.
+    Without a user, in a pipe, it ends the program.
     """
     commands, all_answered = Commands(session, screen.clear), True
     while True:
         try:
             line = screen.read()
-        except KeyboardInterrupt:
-            continue
-        if line is None:
-            return all_answered
-        if not line.strip():
-            continue
-        try:
+            if line is None:
+                return all_answered
             if line.startswith(":") and not line.startswith("::"):
                 screen.show_note(commands.run(line))
-            else:
+            elif line.strip():
                 _answer(session, screen, line.removeprefix(":") if line.startswith("::") else line)
         except Quit:
             return all_answered
         except (ConfigError, RunError) as error:
             screen.show_note(str(error))
             all_answered = False
+        except KeyboardInterrupt:
+            if not screen.has_user:
+                raise
 
 
 def _answer(session: Session, screen: Screen, question: str) -> None:
@@ -45,6 +44,8 @@ def _answer(session: Session, screen: Screen, question: str) -> None:
         with closing(events):
             screen.show_answer(events)
     except KeyboardInterrupt:
+        if not screen.has_user:
+            raise
         screen.show_note("\nstopped")
         return
     if session.finish_reason in _ENDS:

@@ -14,7 +14,13 @@ from serving.terminal.commands import NAMES
 
 
 class Screen(Protocol):
-    """A reader of lines and a writer of answers."""
+    """A reader of lines and a writer of answers.
+
+    Attributes:
+        has_user: somebody reads and writes there.
+    """
+
+    has_user: bool
 
     def read(self) -> str | None:
         """Return the next question or command; ``None``: there are no more. ``KeyboardInterrupt``: it was dropped."""
@@ -31,6 +37,8 @@ class Screen(Protocol):
 
 class PlainScreen:
     """Reads a question per line; answers alone go to ``answers``, the rest to ``notes``."""
+
+    has_user = False
 
     def __init__(self, questions: TextIO, answers: TextIO, notes: TextIO) -> None:
         self._questions, self._answers, self._notes = questions, answers, notes
@@ -66,10 +74,12 @@ class TerminalScreen:
         answers: rich's ``Console``, for tests.
     """
 
+    has_user = True
+
     def __init__(self, history: Path | None, input: Any = None, output: Any = None, answers: Any = None) -> None:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import WordCompleter
-        from prompt_toolkit.history import FileHistory, InMemoryHistory
+        from prompt_toolkit.history import InMemoryHistory
         from prompt_toolkit.key_binding import KeyBindings
         from rich.console import Console
 
@@ -87,8 +97,9 @@ class TerminalScreen:
             event.current_buffer.insert_text("\n")
 
         completer = WordCompleter([f":{name}" for name in NAMES], sentence=True)
+        self._lost: list[OSError] = []
         self._prompt: PromptSession[str] = PromptSession(
-            history=InMemoryHistory() if history is None else FileHistory(str(history)), completer=completer,
+            history=InMemoryHistory() if history is None else _kept_lines(history, self._lost), completer=completer,
             complete_while_typing=False, multiline=True, key_bindings=keys, input=input, output=output,
             prompt_continuation=lambda width, number, is_wrapped: "  ",
         )  # fmt: skip
@@ -96,9 +107,13 @@ class TerminalScreen:
 
     def read(self) -> str | None:
         try:
-            return self._prompt.prompt("> ")
+            line = self._prompt.prompt("> ")
         except EOFError:
             return None
+        if self._lost:
+            self.show_note(f"--history_file: {self._lost[0].strerror}, so earlier lines are kept until you leave")
+            self._lost.clear()
+        return line
 
     def show_answer(self, events: Iterable[Event]) -> None:
         was_thinking = False
@@ -119,6 +134,24 @@ class TerminalScreen:
         self._answers.clear()
 
 
+def _kept_lines(path: Path, lost: list[OSError]) -> Any:
+    """Return prompt_toolkit's lines of a file. That the file cannot be written is added to ``lost``, once."""
+    from prompt_toolkit.history import FileHistory
+
+    class KeptLines(FileHistory):
+        is_lost = False
+
+        def store_string(self, string: str) -> None:
+            try:
+                if not self.is_lost:
+                    super().store_string(string)
+            except OSError as error:
+                self.is_lost = True
+                lost.append(error)
+
+    return KeptLines(str(path))
+
+
 def open_screen(history: Path | None) -> Screen:
     """Return a terminal's screen if both input and output are one, else plain streams.
 
@@ -128,10 +161,23 @@ def open_screen(history: Path | None) -> Screen:
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
         return PlainScreen(sys.stdin, sys.stdout, sys.stderr)
     if history is not None:
-        try:
-            history.parent.mkdir(parents=True, exist_ok=True)
-            history.touch(mode=0o600)
-        except OSError as error:
-            what = f"--history_file {history}: {error.strerror or error}"
-            raise ConfigError(what, "Name a file that can be written, or give --no_history") from error
+        create_history(history)
     return TerminalScreen(history)
+
+
+def create_history(path: Path) -> None:
+    """Create the file of earlier lines, for its user alone.
+
+    Raises:
+        ConfigError: it is none that can be written.
+    """
+    reason = "" if path.is_file() or not path.exists() else "it is not a file"
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch(mode=0o600)
+        with path.open("ab"):
+            pass
+    except OSError as error:
+        reason = error.strerror or str(error)
+    if reason:
+        raise ConfigError(f"--history_file {path}: {reason}", "Name a file that can be written, or give --no_history")

@@ -69,10 +69,15 @@ class Session:
     def as_record(self) -> str:
         """Return the conversation as a line of training data."""
         system = [] if self.system is None else [{"role": "system", "content": self.system}]
-        messages = [*system, *({"role": turn.role, "content": turn.content} for turn in self.turns)]
+        messages = [*system, *map(_message, self.turns)]
         return json.dumps({"messages": messages}, ensure_ascii=False) + "\n"
 
     def save(self, path: Path) -> None:
         """Append the conversation to a file of training data."""
         with path.open("a", encoding="utf-8") as file:
             file.write(self.as_record())
+
+
+def _message(turn: Turn) -> dict[str, str]:
+    thinking = {"reasoning_content": turn.thinking} if turn.thinking else {}
+    return {"role": turn.role, "content": turn.content, **thinking}

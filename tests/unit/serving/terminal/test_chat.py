@@ -13,13 +13,16 @@ import pytest
 from chat.events import Content, Event, Thinking
 from chat.turns import Turn
 from console import visible
+from data_utils.files import read_records
+from data_utils.formats import FORMATS
+from data_utils.schema import Notes
 from errors import ConfigError
 from scripts.chat import main, parse_args
 from serving.engine import Engine
 from serving.requests import Sampling
 from serving.terminal.commands import COMMANDS, Commands, Quit
 from serving.terminal.loop import converse
-from serving.terminal.screens import PlainScreen, TerminalScreen
+from serving.terminal.screens import PlainScreen, TerminalScreen, create_history
 from serving.terminal.session import Session
 from tests.models import TINY
 from tests.serving import load_engine
@@ -73,6 +76,19 @@ def test_commands_change_what_is_asked(session: Session, tmp_path: Path) -> None
     assert (session.turns, session.sampling, session.system) == ([], GREEDY, None)
 
 
+def test_numbers_are_shown_as_they_are(session: Session) -> None:
+    assert "max_tokens: 12345678\n" in typed(session, ":config max_tokens=12345678\n")[1]
+
+
+def test_saved_thinking_is_training_data(session: Session, tmp_path: Path) -> None:
+    file = tmp_path / "kept.jsonl"
+    session.turns = [Turn("user", "2 + 2?"), Turn("assistant", "四", thinking="Easy.")]
+    assert typed(session, f":save {file}\n")[2]
+    assert "Name another file" in typed(session, ":save a\0b\n")[1]
+    [(_, record)] = read_records(file)
+    assert FORMATS["messages"].read(record, Notes())[0] == session.turns
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
@@ -80,7 +96,7 @@ def test_commands_change_what_is_asked(session: Session, tmp_path: Path) -> None
         (":config top=1", "Write NAME=VALUE"), (":config top_p=x", "top_p 'x' is not a number"),
         (":config top_p=7", "top_p: 7.0 is not a number from 0 to 1"), (":seed 1.5", "seed '1.5'"),
         (":adapter x", "'x' is not loaded"), (":save", "Name a file"), (":save x", "no messages yet"),
-        (":thinking maybe", "Use on, off, default"),
+        (":thinking maybe", "Use on, off, default"), (":thinking on", ":thinking on: this model never thinks."),
     ],
 )  # fmt: skip
 def test_wrong_command_is_one_line_and_the_chat_goes_on(session: Session, line: str, message: str) -> None:
@@ -104,13 +120,34 @@ def test_help_names_every_command_and_quit_leaves(session: Session) -> None:
         Commands(session).run(":q")
 
 
+class Impatient(PlainScreen):
+    """A terminal whose user presses Ctrl-C during every answer; twice in a row if ``is_hasty``."""
+
+    has_user, is_hasty = True, False
+
+    def show_answer(self, events: Any) -> None:
+        self.first = next(iter(events))
+        raise KeyboardInterrupt
+
+    def show_note(self, text: str) -> None:
+        if self.is_hasty and "stopped" in text:
+            raise KeyboardInterrupt
+        super().show_note(text)
+
+
+def test_ctrl_c_twice_leaves_no_chat_and_ends_a_pipe(session: Session) -> None:
+    notes = io.StringIO()
+    hasty = Impatient(io.StringIO("Hi\n:seed 3\n"), io.StringIO(), notes)
+    hasty.is_hasty = True
+    assert converse(session, hasty) and notes.getvalue() == "seed: 3\n"
+    piped = Impatient(io.StringIO("Hi\nGo on.\n"), io.StringIO(), notes)
+    piped.has_user = False
+    with pytest.raises(KeyboardInterrupt):
+        converse(session, piped)
+
+
 def test_stopped_answer_stays_as_it_is_and_frees_its_place(engine: Engine) -> None:
     session = Session(engine, Sampling(temperature=0.0, max_tokens=400, ignore_end=True))
-
-    class Impatient(PlainScreen):
-        def show_answer(self, events: Any) -> None:
-            self.first = next(iter(events))
-            raise KeyboardInterrupt
 
     notes = io.StringIO()
     screen = Impatient(io.StringIO("Hi\n"), io.StringIO(), notes)
@@ -148,6 +185,28 @@ def test_terminal_edits_several_lines_and_dims_thinking(tmp_path: Path) -> None:
     screen.show_answer(events)
     assert "\x1b[2mhm\x1b[0m\n" in shown.getvalue()
     assert "[bold]a" in shown.getvalue() and "\x1b[2J" not in shown.getvalue()
+
+
+def test_file_of_earlier_lines_that_cannot_be_written_ends_no_chat(tmp_path: Path) -> None:
+    pytest.importorskip("prompt_toolkit")
+    from prompt_toolkit.input import create_pipe_input
+    from prompt_toolkit.output import DummyOutput
+    from rich.console import Console
+
+    for path in (tmp_path, tmp_path / "file" / "history", Path("/dev/null")):
+        (tmp_path / "file").touch()
+        with pytest.raises(ConfigError, match=f"--history_file {path}: .*give --no_history"):
+            create_history(path)
+    history, shown = tmp_path / "gone" / "history", io.StringIO()
+    create_history(history)
+    assert history.stat().st_mode & 0o777 == 0o600
+    with create_pipe_input() as keys:
+        keys.send_text("one\rtwo\r")
+        screen = TerminalScreen(history, keys, DummyOutput(), Console(file=shown))
+        history.unlink()
+        history.parent.rmdir()
+        assert [screen.read(), screen.read()] == ["one", "two"]
+    assert shown.getvalue().count("No such file or directory") == 1
 
 
 @pytest.mark.parametrize(
