@@ -29,6 +29,8 @@ _NEUTRAL = Sampling(repetition_penalty=1.0, presence_penalty=0.0, frequency_pena
 _OF_TRANSFORMERS = Sampling(temperature=1.0, top_p=1.0, top_k=50)
 _SAMPLING_KEYS = ("do_sample", "temperature", "top_p", "top_k")
 
+# Below this temperature tokens other than the most likely have no share that a float can hold.
+_COLDEST = 1e-5
 # Among so many tokens those of a top_p are looked for first: sorting a vocabulary takes longer than all the rest.
 _CANDIDATES = 1024
 
@@ -76,7 +78,7 @@ class RowSampler:
 
     @property
     def is_greedy(self) -> bool:
-        return not self.sampling.temperature
+        return (self.sampling.temperature or 0) < _COLDEST
 
     def add(self, id_: int) -> None:
         """Count a chosen token."""
@@ -140,8 +142,22 @@ def _with_penalties(logits: Tensor, rows: Sequence[RowSampler]) -> Tensor:
 
 def _with_logprobs(id_: int, logits: Tensor, count: int) -> Choice:
     logprobs = logits.log_softmax(-1)
-    values, ids = logprobs.topk(min(count, len(logprobs)))
-    return Choice(id_, float(logprobs[id_]), tuple(zip(ids.tolist(), values.tolist(), strict=True)))
+    values, ids = _most_likely(logprobs[None], min(count, len(logprobs)))
+    return Choice(id_, float(logprobs[id_]), tuple(zip(ids[0].tolist(), values[0].tolist(), strict=True)))
+
+
+def _most_likely(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Return the ``count`` highest of scores [R, V] in float32, and their ids, [R, K]; equal ones in the order of ids.
+
+    Scores of 16 bits are often equal, and ``topk`` orders those as it likes, by ``count`` and by the other rows.
+    """
+    size = scores.shape[-1]
+    bits = scores.view(torch.int32).long()
+    order = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)  # integers in the order of the floats
+    keys = (order << 32) | torch.arange(size - 1, -1, -1, device=scores.device)
+    best = keys.sort(dim=-1, descending=True).values if count == size else keys.topk(count).values
+    ids = size - 1 - (best & 0xFFFFFFFF)
+    return scores.gather(-1, ids), ids
 
 
 def _draw(scores: Tensor, rows: Sequence[RowSampler]) -> list[int]:
@@ -151,13 +167,13 @@ def _draw(scores: Tensor, rows: Sequence[RowSampler]) -> list[int]:
         torch.tensor(column, device=scores.device, dtype=torch.float64)[:, None]
         for column in zip(*settings, strict=True)
     )
-    scores = (scores / heat.float()).double()
+    scores = scores / heat.float()
     drawn: dict[int, int] = {}
     # A row takes the same way whatever the other rows are: both ways use its random number differently.
     limited = [index for index, (_, k, p, _) in enumerate(settings) if k or (p is not None and p < 1)]
     free = sorted({*range(len(rows))} - {*limited})
     if free:
-        picked: list[int] = _pick(scores[free].softmax(-1), random[free]).tolist()
+        picked: list[int] = _pick(scores[free].double().softmax(-1), random[free]).tolist()
         drawn |= zip(free, picked, strict=True)
     if limited:
         picked = _draw_limited(scores[limited], top_k[limited], top_p[limited], random[limited])
@@ -167,12 +183,12 @@ def _draw(scores: Tensor, rows: Sequence[RowSampler]) -> list[int]:
 
 def _draw_limited(scores: Tensor, top_k: Tensor, top_p: Tensor, random: Tensor) -> list[int]:
     """Draw from the most likely tokens; ``top_k``, ``top_p`` and ``random`` are [R, 1]."""
-    size, total = scores.shape[-1], scores.logsumexp(-1, keepdim=True)
+    size, total = scores.shape[-1], scores.double().logsumexp(-1, keepdim=True)
     has_k = top_k > 0
     most = min(size, int(torch.where(has_k, top_k, _CANDIDATES).max()))
-    values, ids = scores.topk(most)
+    values, ids = _most_likely(scores, most)
     if most < size and bool((~has_k & ((values - total).exp().sum(-1, keepdim=True) < top_p)).any()):
-        values, ids = scores.sort(dim=-1, descending=True)  # top_p needs more tokens than the candidates
+        values, ids = _most_likely(scores, size)  # top_p needs more tokens than the candidates
     is_beyond_k = has_k & (torch.arange(ids.shape[-1], device=scores.device) >= top_k)
     weights = (values - total).exp().masked_fill(is_beyond_k, 0)
     weights = torch.where(has_k, weights / weights.sum(-1, keepdim=True), weights)

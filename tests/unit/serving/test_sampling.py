@@ -88,6 +88,32 @@ def test_seed_decides_alone_and_among_others() -> None:
     assert [choice.id for choice in choose_tokens(scores, others)] != together
 
 
+def test_tokens_that_tie_are_chosen_alone_as_among_others() -> None:
+    """Scores of 16 bits are often equal; which of them the settings keep must not depend on other rows."""
+    scores = torch.zeros(2, 3000)
+    scores[:, 40:] = torch.randn(2960).bfloat16().float().clamp(max=0)
+    for settings in (replace(PLAIN, top_k=2), replace(PLAIN, top_p=0.0005), replace(PLAIN, top_k=7, top_p=0.5)):
+        for other in SETTINGS:
+            for seed in range(5):
+                rows = [RowSampler(replace(settings, seed=seed), ()) for _ in range(2)]
+                alone = choose_tokens(scores[:1], rows[:1])[0].id
+                assert choose_tokens(scores, [rows[1], RowSampler(other, ())])[0].id == alone
+
+
+@pytest.mark.parametrize(
+    "settings", [replace(PLAIN, top_p=0.0), replace(PLAIN, top_k=1), replace(PLAIN, temperature=1e-300)]
+)
+@pytest.mark.parametrize("candidates", [1, 1024])
+def test_settings_that_keep_one_token_are_greedy(
+    settings: Sampling, candidates: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampling, "_CANDIDATES", candidates)
+    scores = torch.tensor([[-1.0, 2.0, 2.0, -3.0, 2.0, 1.0], [-5.0, -4.0, -9.0, -4.0, -4.0, -5.0]]).repeat(40, 1)
+    chosen = [choice.id for choice in choose_tokens(scores, [RowSampler(settings, ()) for _ in scores])]
+    assert chosen == scores.argmax(-1).tolist() == [1, 1] * 40
+    assert choose_tokens(scores[:1], [RowSampler(replace(settings, logprobs=3), ())])[0].top[0][0] == 1
+
+
 def test_row_without_a_seed_draws_one() -> None:
     scores = logits().expand(20, -1)
     assert len({choice.id for choice in choose_tokens(scores, [RowSampler(PLAIN, ()) for _ in range(20)])}) > 1
