@@ -3,7 +3,7 @@
 Addresses: / (a page to chat with), /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics. Requests
 that come together are answered together. Meant for one machine; docs/serving.md says what it is not meant for.
 
-SIGTERM and Ctrl-C finish the requests that run; a second Ctrl-C ends them.
+SIGTERM and Ctrl-C finish the requests that run; a second Ctrl-C ends them as they are.
 """
 
 from __future__ import annotations
@@ -13,11 +13,13 @@ import contextlib
 import ipaddress
 import logging
 import os
+import re
 import shlex
 import socket
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
+from urllib.parse import urlsplit
 
 from commands import CommandParser, run_command, set_up_logging
 from console import show
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 _DESCRIPTION = f"Answer requests over HTTP as OpenAI's API does.\n\n{__doc__.partition(chr(10) * 2)[2]}"
 KEY_VARIABLE = "QWEN_API_KEY"
+_LONGEST_KEY = 4096
+_PORTS = {"http": 80, "https": 443}
 _KEEP_ALIVE = 30  # seconds that a connection without a request stays open
 
 
@@ -85,20 +89,53 @@ def _check_args(parser: CommandParser, args: argparse.Namespace) -> None:
         parser.error(f"--queue_size {args.queue_size} is out of range; give 0 or more")
     if not 0 <= args.port < 1 << 16:
         parser.error(f"--port {args.port} is out of range; give 0 to 65535")
+    if args.served_model_name == "":
+        parser.error("--served_model_name is empty; give a name, or leave it out")
     args.adapters = parse_adapters(args.adapters)
-    if args.api_key is None:
-        args.api_key = os.environ.get(KEY_VARIABLE)
-    if args.api_key is not None and not (
-        args.api_key.isascii() and args.api_key.isprintable() and args.api_key.strip()
-    ):
-        parser.error("--api_key must be printable ASCII, and not empty")
-    if args.api_key is not None and args.no_auth:
-        parser.error("--no_auth contradicts the API key; leave one of them out")
+    args.allowed_host = [_host_name(parser, value) for value in args.allowed_host]
+    args.allow_origin = [_origin(parser, value) for value in args.allow_origin]
+    _check_key(parser, args)
     if args.api_key is None and not args.no_auth and not _is_loopback(args.host):
         raise ConfigError(
             f"--host {args.host}: other machines could ask without a key",
             f"Give --api_key or set {KEY_VARIABLE}, or say --no_auth if everyone may ask",
         )
+
+
+def _check_key(parser: CommandParser, args: argparse.Namespace) -> None:
+    source, key = "--api_key", args.api_key
+    if key is None and KEY_VARIABLE in os.environ:
+        source, key = f"the variable {KEY_VARIABLE}", os.environ[KEY_VARIABLE]
+    is_sendable = key is not None and key.isascii() and key.isprintable() and key == key.strip()
+    if key is not None and not (is_sendable and 0 < len(key) <= _LONGEST_KEY):
+        what = f"{source} cannot be sent as a key"
+        parser.error(f"{what}; give 1 to {_LONGEST_KEY} printable ASCII characters, no spaces around them")
+    if key is not None and args.no_auth:
+        parser.error(f"--no_auth contradicts the key of {source}; leave one of them out")
+    args.api_key = key
+
+
+def _host_name(parser: CommandParser, value: str) -> str:
+    """Return a name as the server compares it: without a port, in small letters."""
+    with contextlib.suppress(ValueError):
+        return str(ipaddress.ip_address(value))  # also of IPv6 without brackets
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(f"//{value}")
+        if parts.hostname and re.fullmatch(r"[\w.\[\]:-]+", value, re.ASCII) and parts.port != -1:
+            return parts.hostname
+    parser.error(f"--allowed_host {value} is not the name of a host; give one such as chat.example.org")
+
+
+def _origin(parser: CommandParser, value: str) -> str:
+    """Return a website as browsers name it: without a path and the usual port, in small letters."""
+    with contextlib.suppress(ValueError):
+        parts = urlsplit(value)
+        is_bare = parts.path in ("", "/") and not (parts.query or parts.fragment or "@" in parts.netloc)
+        if parts.scheme in _PORTS and parts.hostname and is_bare and value.isascii() and "*" not in value:
+            port = "" if parts.port in (None, _PORTS[parts.scheme]) else f":{parts.port}"
+            host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+            return f"{parts.scheme}://{host}{port}"
+    parser.error(f"--allow_origin {value} is not the address of a website; give one such as https://example.org")
 
 
 def _is_loopback(host: str) -> bool:
@@ -129,9 +166,8 @@ def main(argv: Sequence[str]) -> None:
             request_timeout=args.request_timeout,
             context_length=args.max_model_len,
             any_base=args.any_base,
+            model_name=args.served_model_name,
         )
-        if args.served_model_name is not None:
-            engine.model_name = args.served_model_name
         with engine:
             _serve(engine, _settings(args), listener)
     show("stopped")
@@ -143,10 +179,12 @@ def _settings(args: argparse.Namespace) -> Settings:
     is_open = not args.allowed_host and not _is_loopback(args.host)
     return Settings(
         api_key=args.api_key,
-        allowed_hosts=None if is_open else (*LOOPBACK, args.host, *args.allowed_host),
+        allowed_hosts=None if is_open else (*LOOPBACK, args.host.lower(), *args.allowed_host),
         allowed_origins=tuple(args.allow_origin),
         most_body_bytes=args.max_request_bytes,
         most_tokens=args.max_tokens,
+        # A request for more answers than can run and wait would be told to try again for ever.
+        most_choices=min(Settings.most_choices, args.max_concurrency + args.queue_size),
         log_requests=args.log_requests,
     )
 
@@ -157,6 +195,7 @@ def _serve(engine: Engine, settings: Settings, listener: socket.socket) -> None:
 
     from serving.api.app import build_app
     from serving.api.connection import LimitedConnection
+    from serving.api.server import Server
 
     config = uvicorn.Config(
         build_app(engine, settings),
@@ -170,7 +209,7 @@ def _serve(engine: Engine, settings: Settings, listener: socket.socket) -> None:
     )
     _show_start(engine, settings, listener)
     with contextlib.suppress(KeyboardInterrupt, Terminated):  # uvicorn raises the signal again when it has finished
-        uvicorn.Server(config).run(sockets=[listener])
+        Server(config, engine).run(sockets=[listener])
 
 
 def _show_start(engine: Engine, settings: Settings, listener: socket.socket) -> None:

@@ -29,13 +29,11 @@ def loading_order(folders: Mapping[str, str]) -> dict[str, str]:
         folders: of the adapters, by the names that requests use.
 
     Raises:
-        ConfigError: a bad name, a folder without an adapter, one that changes the base for the others, or two that
+        ConfigError: a folder without an adapter, one that changes the base for the others, or two that
             exclude each other.
     """
     settings = {name: load_adapter_config(Path(folder), "--adapter") for name, folder in folders.items()}
     for name, options in settings.items():
-        if not name or ":" in name:
-            raise ConfigError(f"--adapter {name}={folders[name]}: not a name", "Give one without a colon")
         if options.get("bias") not in (None, "none"):
             raise ConfigError(
                 f"--adapter {name} has trained biases, which would change the base and other adapters, too",

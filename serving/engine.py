@@ -14,7 +14,15 @@ from chat.render import control_ids_of, plain_encoder
 from chat.turns import Tool, Turn
 from errors import ConfigError, RunError
 from serving.rendering import check_tools, parse_messages, render_turns
-from serving.requests import ClosedError, Load, QueueFullError, Request, RequestError, UnknownModelError
+from serving.requests import (
+    ClosedError,
+    Load,
+    QueueFullError,
+    Request,
+    RequestError,
+    UnknownModelError,
+    check_adapter_names,
+)
 from serving.ticket import Ticket
 
 logger = logging.getLogger(__name__)
@@ -51,6 +59,7 @@ class Engine:
         request_timeout: float | None = None,
         context_length: int | None = None,
         any_base: bool = False,
+        model_name: str | None = None,
     ) -> Engine:
         """Load a checkpoint and adapters, and start the engine.
 
@@ -64,6 +73,7 @@ class Engine:
             request_timeout: seconds from a request's submission until its answer ends as it is.
             context_length: most tokens of prompt and answer; ``None``: ``max_position_embeddings`` of config.json.
             any_base: accept adapters that were trained on other weights, with a warning.
+            model_name: the name of the base; ``None``: the last part of its path.
 
         Raises:
             ConfigError: checkpoint or adapter cannot be used.
@@ -72,6 +82,8 @@ class Engine:
         from loading.inference import load_for_inference
         from serving.adapters import loading_order
 
+        model_name = model_name or Path(model_name_or_path).absolute().name or model_name_or_path
+        check_adapter_names(adapters or {}, model_name)
         ordered = loading_order(adapters or {})
         inner = {name: f"adapter{index}" for index, name in enumerate(ordered)}
         checkpoint = load_checkpoint(model_name_or_path)
@@ -79,7 +91,7 @@ class Engine:
         model = load_for_inference(checkpoint, any_base=any_base, others=folders, device_map=device_map)
         return cls(
             checkpoint, model, inner, kv_cache=kv_cache, max_concurrency=max_concurrency, queue_size=queue_size,
-            request_timeout=request_timeout, context_length=context_length,
+            request_timeout=request_timeout, context_length=context_length, model_name=model_name,
         )  # fmt: skip
 
     def __init__(
@@ -93,6 +105,7 @@ class Engine:
         queue_size: int = 256,
         request_timeout: float | None = None,
         context_length: int | None = None,
+        model_name: str | None = None,
     ) -> None:
         """Start an engine for a model that is loaded; arguments are those of :meth:`load`.
 
@@ -107,7 +120,7 @@ class Engine:
         from serving.text_stream import TokenBytes
 
         config = model.config
-        self.model_name = Path(checkpoint.name).name or checkpoint.name
+        self.model_name = model_name or Path(checkpoint.name).name or checkpoint.name
         self.family, self.tokenizer = checkpoint.family, checkpoint.tokenizer
         self.context_length = context_length or int(config.max_position_embeddings)
         self._encode_text = plain_encoder(self.tokenizer)

@@ -8,9 +8,7 @@ from importlib.util import find_spec
 
 from console import pip_command
 from errors import ConfigError
-
-BASE = "base"
-"""Name of the model without an adapter, in a terminal chat."""
+from serving.requests import check_adapter_names
 
 
 def add_model_flags(parser: argparse.ArgumentParser, adapter_help: str) -> None:
@@ -41,9 +39,8 @@ def parse_adapters(values: Sequence[str]) -> dict[str, str]:
         name, _, folder = value.partition("=")
         if not name or not folder:
             raise ConfigError(f"--adapter {value}: no name and folder", "Write NAME=DIR")
-        if name == BASE or ":" in name:
-            raise ConfigError(f"--adapter {value}: {name} cannot be its name", f"Give one without a colon, not {BASE}")
         if name in adapters:
             raise ConfigError(f"--adapter {value}: {name} is {adapters[name]} already", "Give it another name")
         adapters[name] = folder
+    check_adapter_names(adapters)
     return adapters

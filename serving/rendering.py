@@ -12,12 +12,13 @@ from chat.families import Family, thought_block
 from chat.render import encode_prompt, render_prompt
 from chat.segments import Message, Segment
 from chat.turns import Tool, ToolCall, Turn
-from serving.requests import RequestError
+from serving.requests import RequestError, shown
 
-ROLES = ("system", "user", "assistant", "tool")
+ROLES = ("system", "developer", "user", "assistant", "tool")
 
 _FIELDS = {
     "system": {"role", "content", "name"},
+    "developer": {"role", "content", "name"},
     "user": {"role", "content", "name"},
     "assistant": {"role", "content", "name", "tool_calls", "reasoning_content", "refusal", "annotations", "audio"},
     "tool": {"role", "content", "name", "tool_call_id"},
@@ -99,10 +100,10 @@ def parse_messages(messages: Sequence[Mapping[str, Any]], family: Family) -> lis
 
 def _parse_message(message: Any, place: str, family: Family) -> Turn:
     if not isinstance(message, Mapping):
-        raise RequestError(place, "must be an object")
+        raise RequestError(place, f"must be an object, not {shown(message)}")
     role = message.get("role")
     if role not in ROLES:
-        raise RequestError(f"{place}.role", f"{role!r} is unknown", f"Use one of {', '.join(ROLES)}")
+        raise RequestError(f"{place}.role", f"{shown(role)} is unknown", f"Use one of {', '.join(ROLES)}")
     for name, value in message.items():
         if name not in _FIELDS[role] or (name in _EMPTY and value):
             raise RequestError(f"{place}.{name}", f"is not supported in a message of the role {role}")
@@ -110,9 +111,9 @@ def _parse_message(message: Any, place: str, family: Family) -> Turn:
     content = _parse_content(message.get("content"), f"{place}.content", may_lack=bool(calls))
     thinking = message.get("reasoning_content")
     if thinking is None:
-        return Turn(role, content, calls)
+        return Turn("system" if role == "developer" else role, content, calls)
     if not isinstance(thinking, str):
-        raise RequestError(f"{place}.reasoning_content", "must be a string")
+        raise RequestError(f"{place}.reasoning_content", f"must be a string, not {shown(thinking)}")
     if thinking and not (family.has_thinking and family.knows_thinking):
         raise RequestError(f"{place}.reasoning_content", "this model's chat format has no thinking")
     return Turn(role, content, calls, thinking=thinking or None)
@@ -124,13 +125,13 @@ def _parse_content(content: Any, place: str, may_lack: bool) -> str:
     if content is None and may_lack:
         return ""
     if not isinstance(content, Sequence):
-        raise RequestError(place, "must be a string or a list of text parts")
+        raise RequestError(place, f"must be a string or a list of text parts, not {shown(content)}")
     texts = []
     for index, part in enumerate(content):
         kind = part.get("type") if isinstance(part, Mapping) else None
         text = part.get("text") if isinstance(part, Mapping) else None
         if kind != "text" or not isinstance(text, str):
-            raise RequestError(f"{place}[{index}]", f"the part type {kind!r} is not supported, only text")
+            raise RequestError(f"{place}[{index}]", f"{shown(part)} is not supported, only parts of the type text")
         texts.append(text)
     return "".join(texts)
 
@@ -139,16 +140,16 @@ def _parse_calls(calls: Any, place: str) -> tuple[ToolCall, ...]:
     if not calls:
         return ()
     if not isinstance(calls, Sequence) or isinstance(calls, str):
-        raise RequestError(place, "must be a list")
+        raise RequestError(place, f"must be a list, not {shown(calls)}")
     parsed = []
     for index, call in enumerate(calls):
         function = call.get("function") if isinstance(call, Mapping) else None
         name = function.get("name") if isinstance(function, Mapping) else None
         arguments = function.get("arguments") if isinstance(function, Mapping) else None
         if not _is_name(name):
-            raise RequestError(f"{place}[{index}].function.name", f"{name!r} is not the name of a function")
+            raise RequestError(f"{place}[{index}].function.name", f"{shown(name)} is not the name of a function")
         if not isinstance(arguments, str):
-            raise RequestError(f"{place}[{index}].function.arguments", "must be a string")
+            raise RequestError(f"{place}[{index}].function.arguments", f"must be a string, not {shown(arguments)}")
         parsed.append(ToolCall(str(name), arguments))
     return tuple(parsed)
 
@@ -156,7 +157,7 @@ def _parse_calls(calls: Any, place: str) -> tuple[ToolCall, ...]:
 def _call_id(call: Mapping[str, Any], place: str) -> str:
     id_ = call.get("id")
     if not isinstance(id_, str) or not id_:
-        raise RequestError(f"{place}.id", "must be a string")
+        raise RequestError(f"{place}.id", f"must be a string, not {shown(id_)}")
     return id_
 
 
@@ -165,7 +166,7 @@ def _add_result(
 ) -> None:
     id_ = message.get("tool_call_id")
     if id_ not in open_ids or id_ in results:
-        what = f"{id_!r} is not the id of a call without a result in the message before"
+        what = f"{shown(id_)} is not the id of a call without a result in the message before"
         raise RequestError(f"{place}.tool_call_id", what)
     results[str(id_)] = turn
 
@@ -184,11 +185,12 @@ def check_tools(tools: Sequence[Any]) -> list[Tool]:
 def _check_tool(tool: Any, place: str) -> None:
     function = tool.get("function") if isinstance(tool, Mapping) and tool.get("type") == "function" else None
     if not isinstance(function, Mapping):
-        raise RequestError(place, 'must be {"type": "function", "function": {...}}')
+        raise RequestError(place, f'must be {{"type": "function", "function": {{...}}}}, not {shown(tool)}')
     if not _is_name(function.get("name")):
-        raise RequestError(f"{place}.function.name", f"{function.get('name')!r} is not the name of a function")
-    if not isinstance(function.get("parameters", {}), (Mapping, list)):  # Qwen v1 has a list of parameters, too
-        raise RequestError(f"{place}.function.parameters", "must be an object or a list")
+        raise RequestError(f"{place}.function.name", f"{shown(function.get('name'))} is not the name of a function")
+    parameters = function.get("parameters", {})
+    if not isinstance(parameters, (Mapping, list)):  # Qwen v1 has a list of parameters, too
+        raise RequestError(f"{place}.function.parameters", f"must be an object or a list, not {shown(parameters)}")
 
 
 def _is_name(name: Any) -> bool:

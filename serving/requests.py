@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Literal
 
@@ -12,6 +14,19 @@ FinishReason = Literal["stop", "length", "cancelled", "timeout"]
 
 MOST_LOGPROBS = 20
 """Most alternatives of a token that a request can ask for, as in OpenAI's API."""
+
+
+_MOST_SHOWN = 60  # characters
+
+
+def shown(value: object) -> str:
+    """Return a value of a request for a message: the beginning of its JSON."""
+    text = ""
+    for part in json.JSONEncoder(ensure_ascii=False, skipkeys=True, default=repr).iterencode(value):
+        text += part[: _MOST_SHOWN + 1]
+        if len(text) > _MOST_SHOWN:
+            return f"{text[:_MOST_SHOWN]}..."
+    return text
 
 
 class RequestError(ConfigError):
@@ -30,6 +45,25 @@ class RequestError(ConfigError):
 
 class UnknownModelError(RequestError):
     """A model or adapter that the engine has not loaded."""
+
+
+BASE = "base"
+"""Name of the model without an adapter, in a terminal chat."""
+
+
+def check_adapter_names(folders: Mapping[str, str], model_name: str | None = None) -> None:
+    """Raise ``ConfigError`` for adapters that requests could not name.
+
+    Args:
+        folders: of the adapters, by their names.
+        model_name: of the base, if it is known.
+    """
+    for name, folder in folders.items():
+        if not name or name == BASE or ":" in name or not name.isprintable():
+            what = f"--adapter {name}={folder}: {name or 'an empty text'} cannot be its name"
+            raise ConfigError(what, f"Give one without a colon, not {BASE}")
+        if name == model_name:
+            raise ConfigError(f"--adapter {name}={folder}: {name} is the model's name", "Give it another name")
 
 
 class QueueFullError(Exception):
@@ -74,7 +108,7 @@ class Sampling:
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and least <= value <= most):
-                raise RequestError(name, f"{value!r} is not a number from {least:g} to {most:g}")
+                raise RequestError(name, f"must be a number from {least:g} to {most:g}, not {shown(value)}")
         if not all(self.stop):
             raise RequestError("stop", "a stop text is empty")
 

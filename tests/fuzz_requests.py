@@ -16,9 +16,19 @@ from typing import Any
 
 PATHS = ("/v1/chat/completions", "/v1/completions")
 _TOOL = {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}}
+_SCHEMA = {"type": "object", "properties": {"a": {"$ref": "#/$defs/b"}}, "$defs": {"b": {"type": "number"}}}
+_STRICT = {"type": "function", "function": {"name": "g", "strict": True, "parameters": _SCHEMA}}
 _CALL = {"id": "a", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 SEEDS: tuple[tuple[str, dict[str, Any]], ...] = (
     (PATHS[0], {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 4}),
+    (
+        PATHS[0],
+        {
+            "messages": [{"role": "developer", "content": "d"}, {"role": "user", "content": "Hi"}], "tools": [_STRICT],
+            "tool_choice": {"type": "function", "function": {"name": "g"}}, "parallel_tool_calls": False, "n": 2,
+            "max_tokens": 4, "user": "u", "store": False, "top_k": 3, "repetition_penalty": 1.1,
+        },
+    ),
     (
         PATHS[0],
         {

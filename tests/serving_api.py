@@ -25,6 +25,7 @@ from serving.requests import (
     QueueFullError,
     Request,
     RequestError,
+    Sampling,
     TokenLogprob,
     UnknownModelError,
     Usage,
@@ -59,7 +60,7 @@ class ScriptedEngine:
         places: requests that can run and wait.
     """
 
-    model_name, adapters, context_length = "tiny", ("poet",), 100_000
+    model_name, adapters, context_length, defaults = "tiny", ("poet",), 100_000, Sampling()
 
     def __init__(self, script: Script, family: Family = QWEN_V1, pause: float = 0.0, places: int = 1000) -> None:
         self.family, self.tokenizer = family, CharacterTokenizer()

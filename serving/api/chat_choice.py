@@ -53,6 +53,13 @@ class Choice:
             return "function_call" if self._is_legacy else "tool_calls"
         return _REASONS[reason or "stop"]
 
+    @property
+    def calls(self) -> list[dict[str, Any]]:
+        """Return the functions that are called, with their arguments."""
+        if self._is_legacy:
+            return [self.message["function_call"]] if self._calls else []
+        return [call["function"] for call in self.message.get("tool_calls", ())]
+
     def whole(self, reason: FinishReason | None) -> dict[str, Any]:
         """Return the finished answer as a choice."""
         if self._calls and not self.message["content"]:

@@ -15,9 +15,9 @@ from starlette.responses import Response
 from chat.families import thought_block
 from chat.reading import AnswerReader, opening_of
 from serving.api.chat_choice import Choice
-from serving.api.errors import ApiError, JsonResponse
-from serving.api.functions import messages_with_tools, tools_of_functions
-from serving.api.json_answers import Check, build_check
+from serving.api.errors import ApiError, JsonResponse, api_error
+from serving.api.functions import in_older_form, messages_with_tools, tools_of_functions, without_strict
+from serving.api.json_answers import Check, build_call_checks, build_check
 from serving.api.running import (
     EventStream,
     Service,
@@ -57,6 +57,7 @@ class _Run:
     service: Service
     body: ChatRequest
     check: Check | None
+    call_checks: Mapping[str, Check]
     tickets: list[Ticket]
     choices: list[Choice]
     head: dict[str, Any]  # fields of the response and of each chunk
@@ -72,7 +73,10 @@ async def create_chat_completion(service: Service, request: Request, body: ChatR
             run.choices[index].add(piece)
             if run.choices[index].is_full:
                 run.tickets[index].cancel()
-        choices = [await _finished(run, index) for index in range(len(run.tickets))]
+        choices = [
+            {**await _finished(run, index), "logprobs": choice.take_logprobs()}
+            for index, choice in enumerate(run.choices)
+        ]
     usage = usage_of(run.tickets, body.n)
     _note(run, request, usage)
     return JsonResponse({**run.head, "object": "chat.completion", "choices": choices, "usage": usage})
@@ -82,12 +86,12 @@ async def _start(service: Service, body: ChatRequest) -> _Run:
     engine, id_ = service.engine, secrets.token_hex(12)
     adapter = engine.adapter_of(body.model)
     check = await in_thread(build_check, body.response_format, body.messages)
-    prompt: _Prompt = await in_thread(_render, service, body)
+    call_checks, prompt = await in_thread(_render, service, body)
     form = engine.family.tool_form
     stops = form.stops if form is not None and prompt.has_tools else ()
     sampling = sampling_of(
         body,
-        service.settings,
+        service,
         body.max_tokens or body.max_completion_tokens,
         (body.top_logprobs or 0) if body.logprobs else None,
         stops,
@@ -106,14 +110,26 @@ async def _start(service: Service, body: ChatRequest) -> _Run:
         for index in range(body.n)
     ]
     head = {"id": f"chatcmpl-{id_}", "created": int(time.time()), "model": body.model}
-    return _Run(service, body, check, tickets, choices, head)
+    return _Run(service, body, check, call_checks, tickets, choices, head)
 
 
-def _render(service: Service, body: ChatRequest) -> _Prompt:
-    """Return the prompt of a request. ``tool_choice`` and ``function_call`` decide how its answer begins."""
-    family, messages = service.engine.family, messages_with_tools(body.messages)
+def _render(service: Service, body: ChatRequest) -> tuple[dict[str, Check], _Prompt]:
+    """Return the checks of calls, and the prompt of a request.
+
+    Raises:
+        ApiError: what cannot be checked or rendered, by its name in the request.
+    """
     tools = body.tools or tools_of_functions(body.functions or [])
-    _check_strict(tools)
+    try:
+        return build_call_checks(tools), _render_prompt(service, body, without_strict(tools))
+    except (ApiError, RequestError) as error:
+        is_older = body.functions or body.function_call
+        raise (in_older_form(api_error(error)) if is_older else error) from None
+
+
+def _render_prompt(service: Service, body: ChatRequest, tools: Sequence[Mapping[str, Any]]) -> _Prompt:
+    """Return the prompt. ``tool_choice`` and ``function_call`` decide how its answer begins."""
+    family, messages = service.engine.family, messages_with_tools(body.messages)
     choice = body.tool_choice or body.function_call or "auto"
     name = _forced_name(choice, tools)
     if choice != "auto" and choice != "none" and not tools:
@@ -128,14 +144,6 @@ def _render(service: Service, body: ChatRequest) -> _Prompt:
         forced = f"{start}{family.tool_form.call_start(name)}".removeprefix(opening)
         ids = (*ids, *service.engine.encode(forced))
     return _Prompt(ids, opening + forced, bool(tools))
-
-
-def _check_strict(tools: Sequence[Mapping[str, Any]]) -> None:
-    for index, tool in enumerate(tools):
-        function = tool.get("function")
-        if isinstance(function, dict) and function.get("strict"):
-            what = "true is not supported: nothing forces a model to follow a schema"
-            raise RequestError(f"tools[{index}].function.strict", what, "Leave it out, and check the arguments")
 
 
 def _forced_name(choice: str | NamedTool | FunctionName, tools: Sequence[Mapping[str, Any]]) -> str | None:
@@ -180,17 +188,23 @@ async def _finished(run: _Run, index: int) -> dict[str, Any]:
     """Return a finished choice.
 
     Raises:
-        ApiError: it does not have the format that the request asks for.
+        ApiError: it does not have the format that the request asks for, or a call not the parameters of its function.
     """
     choice = run.choices[index]
     finished = choice.whole(run.tickets[index].finish_reason)
-    if run.check is not None and finished["finish_reason"] == "stop":
-        try:
-            await in_thread(run.check, choice.message["content"])
-        except ApiError:
-            cancel_all(run.tickets)
-            raise
-    return {**finished, "logprobs": choice.take_logprobs()}
+    checked: list[tuple[Check | None, str]] = []
+    if finished["finish_reason"] == "stop":
+        checked = [(run.check, choice.message["content"])]
+    elif finished["finish_reason"] in ("tool_calls", "function_call"):
+        checked = [(run.call_checks.get(call["name"]), call["arguments"]) for call in choice.calls]
+    for check, text in checked:
+        if check is not None:
+            try:
+                await in_thread(check, text)
+            except ApiError:
+                cancel_all(run.tickets)
+                raise
+    return finished
 
 
 def _note(run: _Run, request: Request, usage: dict[str, int]) -> None:

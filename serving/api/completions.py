@@ -28,6 +28,7 @@ from serving.requests import FinishReason, Piece, RequestError, TokenLogprob
 from serving.ticket import Ticket
 
 _LOG = logging.getLogger("serving.texts")
+_DEFAULT_TOKENS = 16  # as in OpenAI's API
 
 
 class _Text:
@@ -70,7 +71,7 @@ async def create_completion(service: Service, request: Request, body: Completion
     if not prompts or not all(prompts):
         raise RequestError("prompt", "is empty")
     adapter = service.engine.adapter_of(body.model)
-    sampling = sampling_of(body, service.settings, body.max_tokens, body.logprobs)
+    sampling = sampling_of(body, service, body.max_tokens, body.logprobs, default_tokens=_DEFAULT_TOKENS)
     ids: Sequence[tuple[int, ...]] = await in_thread(lambda: [service.engine.encode(prompt) for prompt in prompts])
     tickets = submit_all(service, ids, sampling, adapter, body.n)
     texts = [_Text(index, body.logprobs is not None) for index in range(len(tickets))]

@@ -14,15 +14,22 @@ from starlette.responses import Response
 
 from console import visible_lines
 from errors import ConfigError, one_line
-from serving.requests import ClosedError, QueueFullError, RequestError, UnknownModelError
+from serving.requests import ClosedError, QueueFullError, RequestError, UnknownModelError, shown
 
 _LOG = logging.getLogger(__name__)
 _MOST_MESSAGE = 500  # characters
 _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
 # Seconds after which a client may try again.
 _RETRY_AFTER = {429: "1", 503: "5"}
-# The names of types in pydantic's messages are fine for clients, except for these.
+_MOST_PARAM = 200  # characters
+# What pydantic's types of errors say of a field.
 _WORDS = {"extra_forbidden": "is not supported by this server", "missing": "is required"}
+_NEEDED = {
+    "bool_type": "true or false", "dict_type": "an object", "float_type": "a number", "int_type": "an integer",
+    "finite_number": "a finite number", "greater_than_equal": "at least {ge}", "less_than_equal": "at most {le}",
+    "list_type": "a list", "literal_error": "{expected}", "model_attributes_type": "an object",
+    "model_type": "an object", "string_type": "a string",
+}  # fmt: skip
 
 
 class ApiError(Exception):
@@ -42,9 +49,9 @@ class ApiError(Exception):
     def body(self) -> dict[str, Any]:
         """Return OpenAI's object."""
         default = "server_error" if self.status >= 500 else "invalid_request_error"
-        message = visible_lines(self.message)[:_MOST_MESSAGE]
+        message, param = visible_lines(self.message)[:_MOST_MESSAGE], self.param and self.param[:_MOST_PARAM]
         kind = _TYPES.get(self.status, default)
-        return {"error": {"message": message, "type": kind, "param": self.param, "code": self.code}}
+        return {"error": {"message": message, "type": kind, "param": param, "code": self.code}}
 
     def response(self, headers: Mapping[str, str] | None = None) -> Response:
         added = {"Retry-After": _RETRY_AFTER[self.status]} if self.status in _RETRY_AFTER else {}
@@ -99,7 +106,7 @@ def add_handlers(app: FastAPI) -> None:
 
     async def answer_invalid(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
-        return invalid_request(error.errors()).response()
+        return invalid_request(error.errors(), error.body).response()
 
     for kind in (ApiError, ConfigError, QueueFullError, ClosedError):
         app.add_exception_handler(kind, answer)
@@ -107,22 +114,37 @@ def add_handlers(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, answer_invalid)
 
 
-def invalid_request(errors: Sequence[Mapping[str, Any]]) -> ApiError:
+def invalid_request(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
     """Return the error of a body that is not as its schema says: its first fault, unknown fields before others."""
     first = min(errors, key=lambda error: error["type"] != "extra_forbidden")
-    param = _path(first["loc"])
-    if first["type"] in ("json_invalid", "model_attributes_type", "dict_type") and not param:
+    if first["type"] == "json_invalid":
+        return ApiError(400, f"the body is not JSON: {first['ctx']['error']} at character {first['loc'][-1]}")
+    if first["loc"] == ("body",) and not isinstance(body, dict):
         return ApiError(400, "the body must be a JSON object, with the header Content-Type: application/json")
-    what = _WORDS.get(first["type"]) or first["msg"].removeprefix("Value error, ")
+    # A value of several types has an error for each of them; the one that is deepest in it was meant.
+    same = [error for error in errors if error["loc"][:2] == first["loc"][:2]] if first["loc"][1:] else [first]
+    paths = [_path(error, body) for error in same]
+    param = max(paths, key=len)
+    what = _fault([error for error, path in zip(same, paths, strict=True) if path == param])
     return ApiError(400, f"{param}: {what}" if param else what, param or None)
 
 
-def _path(place: Sequence[int | str]) -> str:
-    """Return a field as OpenAI names it: ``messages[0].content``."""
-    path = ""
-    for part in place[1:]:  # without "body"
-        if isinstance(part, int):
-            path += f"[{part}]"
-        elif not part.startswith(("function-", "list[", "str")):
-            path += f".{part}"
+def _fault(errors: Sequence[Mapping[str, Any]]) -> str:
+    """Return what is wrong with a field that has these errors."""
+    needed = [_NEEDED[error["type"]].format(**error.get("ctx", {})) for error in errors if error["type"] in _NEEDED]
+    if needed:
+        return f"must be {' or '.join(dict.fromkeys(needed))}, not {shown(errors[0]['input'])}"
+    return _WORDS.get(errors[0]["type"]) or str(errors[0]["msg"]).removeprefix("Value error, ")
+
+
+def _path(error: Mapping[str, Any], body: Any) -> str:
+    """Return the field of an error as OpenAI names it: ``messages[0].content``."""
+    path, value = "", body
+    for part in error["loc"][1:]:  # without "body"
+        is_index = isinstance(part, int) and isinstance(value, list) and part < len(value)
+        if is_index or (isinstance(value, dict) and part in value):
+            path += f"[{part}]" if is_index else f".{part}"
+            value = value[part]  # otherwise the part names one of the types that the value could have
+    if error["type"] == "missing":
+        path += f".{error['loc'][-1]}"
     return path.removeprefix(".")

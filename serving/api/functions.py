@@ -2,10 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from serving.api.errors import ApiError
 from serving.requests import RequestError
+
+# Names of fields of the present form, and of the older one.
+_OLDER = (
+    (r"^tools\[(\d+)\](\.function)?", r"functions[\1]"),
+    (r"^tools\b", "functions"),
+    (r"^tool_choice", "function_call"),
+    (r"\.tool_calls\[0\]\.function", ".function_call"),
+)
 
 
 def tools_of_functions(functions: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -13,6 +23,24 @@ def tools_of_functions(functions: Sequence[Mapping[str, Any]]) -> list[dict[str,
     return [
         {"type": "function", "function": {**function, "name": function.get("name") or function.get("name_for_model")}}
         for function in functions
+    ]
+
+
+def in_older_form(error: ApiError) -> ApiError:
+    """Return an error with the names of the older form, for a request that has it."""
+    param, message = error.param or "", error.message
+    for present, older in _OLDER:
+        param, message = re.sub(present, older, param), re.sub(present, older, message)
+    return ApiError(error.status, message, param or None, error.code)
+
+
+def without_strict(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Return tools as the model reads them: ``strict`` is said to the server."""
+    return [
+        {**tool, "function": {name: value for name, value in tool["function"].items() if name != "strict"}}
+        if isinstance(tool.get("function"), Mapping)
+        else dict(tool)
+        for tool in tools
     ]
 
 

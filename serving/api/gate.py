@@ -11,13 +11,16 @@ from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from serving.api.errors import ApiError
+from serving.api.errors import ApiError, api_error
 from serving.api.metrics import Metrics
 from serving.api.settings import Settings
 from serving.page import page_files
 
 _LOG = logging.getLogger("serving.requests")
 _CLOSE = {"Connection": "close"}  # the rest of the body is not read
+_LONGEST_METHOD = 10  # characters that are logged
+CLIENT_LEFT = 499
+"""Status of a request whose client left before the end of its answer, in the log and in figures (nginx's number)."""
 
 
 class Gate:
@@ -39,31 +42,27 @@ class Gate:
             await self._answer(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
-        started, status = time.monotonic(), 0
-
-        async def send_counted(message: Message) -> None:
-            nonlocal status
-            if message["type"] == "http.response.start":
-                status = message["status"]
-            await send(message)
-
+        started, exchange = time.monotonic(), _Exchange(receive, send)
         try:
             self._check(scope)
-            body = await self._read_body(scope, receive)
-        except ApiError as error:
-            await error.response(_CLOSE)(scope, receive, send_counted)
+            body = await self._read_body(scope, exchange.receive)
+            await self._app(scope, _replay(body, exchange.receive), exchange.send)
         except _Disconnected:
             return
-        else:
-            await self._app(scope, _replay(body, receive), send_counted)
+        except Exception as error:
+            if exchange.status:
+                raise
+            await api_error(error).response(_CLOSE)(scope, exchange.receive, exchange.send)
         finally:
+            status = exchange.status
             path = scope["path"] if scope["path"] in page_files() else "other"  # never what a client made up
             route = str(getattr(scope.get("route"), "path", path))
             seconds = time.monotonic() - started
             self._metrics.count_request(route, status)
             if route.startswith("/v1/"):
                 self._metrics.duration.observe(seconds)
-            _LOG.info("%s %s %d %.2f s%s", scope["method"], route, status, seconds, scope.get("note", ""))
+            method = scope["method"][:_LONGEST_METHOD]
+            _LOG.info("%s %s %d %.2f s%s", method, route, status, seconds, scope.get("note", ""))
 
     def _check(self, scope: Scope) -> None:
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
@@ -71,16 +70,17 @@ class Gate:
         allowed = self._settings.allowed_hosts
         if allowed is not None and _host_name(host) not in allowed:
             raise ApiError(403, "the Host header does not name this server; --allowed_host allows a name", code="host")
-        if origin is not None and origin not in self._settings.allowed_origins and urlsplit(origin).netloc != host:
+        if origin not in (None, *self._settings.allowed_origins, f"http://{host}", f"https://{host}"):
             raise ApiError(403, "pages of other websites may not ask; --allow_origin allows one", code="origin")
         if (
             self._settings.api_key is not None
             and not scope["path"].startswith(self._open_paths)
             and scope["path"] != "/"
         ):
-            given = headers.get("authorization", "")
+            scheme, _, given = headers.get("authorization", "").partition(" ")
             # Compared in constant time, whatever its length.
-            if not hmac.compare_digest(_digest(given), _digest(f"Bearer {self._settings.api_key}")):
+            is_same = hmac.compare_digest(_digest(given.strip()), _digest(self._settings.api_key))
+            if scheme.lower() != "bearer" or not is_same:
                 raise ApiError(
                     401, "the API key is missing or wrong; send Authorization: Bearer KEY", code="invalid_api_key"
                 )
@@ -98,6 +98,31 @@ class Gate:
             raise ApiError(408, what, code="timeout") from None
         except OverflowError:
             raise too_large from None
+
+
+class _Exchange:
+    """A request and its response, as far as they have come.
+
+    Attributes:
+        status: of the response; 0 before it; 499 if the client left before its end.
+    """
+
+    def __init__(self, receive: Receive, send: Send) -> None:
+        self._receive, self._send = receive, send
+        self._is_complete = False
+        self.status = 0
+
+    async def receive(self) -> Message:
+        message = await self._receive()
+        if message["type"] == "http.disconnect" and not self._is_complete:
+            self.status = CLIENT_LEFT
+        return message
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start" and self.status != CLIENT_LEFT:
+            self.status = message["status"]
+        self._is_complete = message["type"] == "http.response.body" and not message.get("more_body", False)
+        await self._send(message)
 
 
 class _Disconnected(Exception):

@@ -1,16 +1,17 @@
-"""``response_format``: a finished answer is checked. Nothing forces a model to write JSON."""
+"""``response_format`` and strict functions: what a model wrote is checked. Nothing forces it to write JSON."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any, NoReturn
 
 from serving.api.errors import ApiError
 from serving.api.schemas import ResponseFormat
+from serving.requests import RequestError, shown
 
 _MOST_STEPS = 20_000  # of checking a schema's keywords: references can make a small schema take for ever
-_FIELD = "response_format.json_schema.schema"
 # Keywords with a regular expression, which can take for ever, too.
 _REFUSED = ("pattern", "patternProperties")
 # Keywords whose keys are names, not keywords.
@@ -29,18 +30,48 @@ def build_check(response_format: ResponseFormat | None, messages: Sequence[Mappi
     if response_format is None or response_format.type == "text":
         return None
     if response_format.json_schema is not None:
-        return _schema_check(response_format.json_schema.schema_)
+        field = "response_format.json_schema.schema"
+        return _schema_check(response_format.json_schema.schema_, field, _answer_mismatch)
     if not any("json" in str(message.get("content")).lower() for message in messages):
         raise ApiError(400, "messages: json_object needs a message that asks for JSON, by this word", "messages")
 
     def check(text: str) -> None:
-        if not isinstance(_parse(text), dict):
-            raise _mismatch("it is not an object")
+        if not isinstance(_parse(text, _answer_mismatch), dict):
+            raise _answer_mismatch("it is not an object")
 
     return check
 
 
-def _schema_check(schema: dict[str, Any] | bool) -> Check:
+def build_call_checks(tools: Sequence[Mapping[str, Any]]) -> dict[str, Check]:
+    """Return functions that raise ``ApiError`` for arguments that do not fit, by the names of the strict tools.
+
+    Raises:
+        ApiError: parameters that cannot be checked.
+        RequestError: ``strict`` is no truth value.
+    """
+    checks: dict[str, Check] = {}
+    for index, tool in enumerate(tools):
+        function = tool.get("function")
+        if not isinstance(function, Mapping) or function.get("strict") is None:
+            continue  # the form of tools is checked where they are rendered
+        place, name, strict = f"tools[{index}].function", function.get("name"), function["strict"]
+        if not isinstance(strict, bool):
+            raise RequestError(f"{place}.strict", f"must be true or false, not {shown(strict)}")
+        if strict and isinstance(name, str):
+            parameters, field = function.get("parameters", {}), f"{place}.parameters"
+            if not isinstance(parameters, dict):
+                raise RequestError(field, f"must be a JSON schema, as strict is true, not {shown(parameters)}")
+            checks[name] = _schema_check(parameters, field, partial(_call_mismatch, name))
+    return checks
+
+
+def _schema_check(schema: dict[str, Any] | bool, field: str, mismatch: Callable[[str], ApiError]) -> Check:
+    """Return a check of texts against a schema.
+
+    Args:
+        field: where the request has the schema.
+        mismatch: builds the error of a text that does not fit, from the reason.
+    """
     from jsonschema import Draft202012Validator, SchemaError, ValidationError
     from jsonschema.exceptions import best_match
     from jsonschema.validators import extend
@@ -48,12 +79,12 @@ def _schema_check(schema: dict[str, Any] | bool) -> Check:
     from referencing.exceptions import Unresolvable
 
     try:
-        _refuse_keywords(schema)
+        _refuse_keywords(schema, field)
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
-        raise ApiError(400, f"{_FIELD}: {error.message}", _FIELD) from None
+        raise ApiError(400, f"{field}: {error.message}", field) from None
     except RecursionError:
-        raise ApiError(400, f"{_FIELD}: is nested too deeply", _FIELD) from None
+        raise ApiError(400, f"{field}: is nested too deeply", field) from None
 
     def check(text: str) -> None:
         steps = iter(range(_MOST_STEPS))
@@ -70,18 +101,20 @@ def _schema_check(schema: dict[str, Any] | bool) -> Check:
         # An own registry retrieves nothing: without one, references are fetched from the network.
         validator = extend(Draft202012Validator, keywords)(schema, registry=Registry())
         try:
-            error = best_match(validator.iter_errors(_parse(text)))
+            error = best_match(validator.iter_errors(_parse(text, mismatch)))
         except RecursionError:
-            raise _mismatch("checking it against the schema takes too many steps") from None
+            raise mismatch("checking it against the schema takes too many steps") from None
+        except OverflowError:
+            raise mismatch("it has a number that is too large to be checked") from None
         except Unresolvable as unresolvable:
-            raise ApiError(400, f"{_FIELD}: {unresolvable.ref} is not part of the schema", _FIELD) from None
+            raise ApiError(400, f"{field}: {unresolvable.ref} is not part of the schema", field) from None
         if error is not None:
-            raise _mismatch(f"{error.json_path}: {error.message}")
+            raise mismatch(f"{error.json_path}: {error.message}")
 
     return check
 
 
-def _refuse_keywords(value: Any, is_schema: bool = True) -> None:
+def _refuse_keywords(value: Any, field: str, is_schema: bool = True) -> None:
     """Refuse keywords that cannot be checked safely, wherever they are in a schema.
 
     Args:
@@ -89,30 +122,35 @@ def _refuse_keywords(value: Any, is_schema: bool = True) -> None:
     """
     if isinstance(value, list):
         for item in value:
-            _refuse_keywords(item)
+            _refuse_keywords(item, field)
     if not isinstance(value, dict):
         return
     for name, inner in value.items():
         if is_schema and name in _REFUSED:
-            raise ApiError(400, f"{_FIELD}: the keyword {name} is not supported", _FIELD)
+            raise ApiError(400, f"{field}: the keyword {name} is not supported", field)
         if is_schema and name in ("$ref", "$dynamicRef") and not str(inner).startswith("#"):
-            raise ApiError(400, f"{_FIELD}: {name} to something outside of the schema is not supported", _FIELD)
+            raise ApiError(400, f"{field}: {name} to something outside of the schema is not supported", field)
         if not (is_schema and name in _DATA):
-            _refuse_keywords(inner, not (is_schema and name in _NAMES))
+            _refuse_keywords(inner, field, not (is_schema and name in _NAMES))
 
 
-def _parse(text: str) -> Any:
+def _parse(text: str, mismatch: Callable[[str], ApiError]) -> Any:
     try:
         return json.loads(text, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise _mismatch(f"it is not JSON ({error})") from None
+        raise mismatch(f"it is not JSON ({error})") from None
 
 
 def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is no value of JSON")
 
 
-def _mismatch(what: str) -> ApiError:
+def _call_mismatch(name: str, what: str) -> ApiError:
+    message = f"the model's call of {name} does not fit its parameters: {what}. Describe them better, or ask again"
+    return ApiError(422, message, "tools", "invalid_answer")
+
+
+def _answer_mismatch(what: str) -> ApiError:
     message = (
         f"the model's answer does not have the response_format: {what}. Describe the format in a message, or ask again"
     )

@@ -18,7 +18,7 @@ from serving.api.errors import ApiError, api_error, json_bytes
 from serving.api.metrics import Metrics
 from serving.api.schemas import SamplingFields
 from serving.api.settings import Settings
-from serving.requests import Piece, Request, Sampling, Usage
+from serving.requests import Piece, Request, Sampling, Usage, shown
 from serving.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -42,20 +42,27 @@ async def in_thread(function: Callable[..., Any], *arguments: Any) -> Any:
 
 def sampling_of(
     body: SamplingFields,
-    settings: Settings,
+    service: Service,
     max_tokens: int | None,
     logprobs: int | None,
     added_stops: Sequence[str] = (),
+    default_tokens: int | None = None,
 ) -> Sampling:
     """Return how a request wants its answers.
+
+    Args:
+        default_tokens: length limit of a request without one; ``None``: that of the checkpoint. It is lowered to the
+            server's.
 
     Raises:
         RequestError: a value out of its range.
         ApiError: a longer answer than the server gives.
     """
-    most = settings.most_tokens
+    most = service.settings.most_tokens
     if most is not None and max_tokens is not None and max_tokens > most:
-        raise ApiError(400, f"max_tokens: {max_tokens} is more than this server's limit of {most}", "max_tokens")
+        field = "max_completion_tokens" if "max_completion_tokens" in body.model_fields_set else "max_tokens"
+        raise ApiError(400, f"{field}: {shown(max_tokens)} is more than this server's limit of {most}", field)
+    limits = [each for each in (most, default_tokens or service.engine.defaults.max_tokens) if each is not None]
     return Sampling(
         temperature=body.temperature,
         top_p=body.top_p,
@@ -64,7 +71,7 @@ def sampling_of(
         presence_penalty=body.presence_penalty,
         frequency_penalty=body.frequency_penalty,
         seed=body.seed,
-        max_tokens=max_tokens or most,
+        max_tokens=max_tokens or min(limits, default=None),
         stop=(*body.stops, *added_stops),
         logprobs=logprobs,
     )
@@ -79,7 +86,7 @@ def submit_all(
     """
     most = service.settings.most_choices
     if len(prompts) * n > most:
-        raise ApiError(400, f"n: a request may have {most} answers, not {len(prompts) * n}", "n")
+        raise ApiError(400, f"n: a request may have {most} answers at most, n for each prompt", "n")
     tickets: list[Ticket] = []
     try:
         for index in range(len(prompts) * n):
@@ -175,8 +182,8 @@ class EventStream(Response):
             try:
                 async for event in self._events:
                     await send_part(b"data: " + json_bytes(event) + b"\n\n")
-            except ApiError as error:
-                await send_part(b"data: " + json_bytes(error.body()) + b"\n\n", more=False)
+            except Exception as error:
+                await send_part(b"data: " + json_bytes(api_error(error).body()) + b"\n\n", more=False)
             else:
                 await send_part(b"data: [DONE]\n\n", more=False)
 

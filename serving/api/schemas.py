@@ -6,12 +6,14 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from serving.requests import MOST_LOGPROBS
+
 # Values of fields that this server does not know, with which OpenAI's clients mean: as always.
 _NEUTRAL: dict[str, Any] = {
     "best_of": 1, "echo": False, "logit_bias": {}, "metadata": {}, "modalities": ["text"], "service_tier": "auto",
     "store": False, "suffix": "", "verbosity": "medium",
 }  # fmt: skip
-_MOST_STOPS = 16
+_MOST_STOPS, _LONGEST_STOP = 16, 1000  # what may be the beginning of one is compared after each token
 
 
 class Strict(BaseModel):
@@ -55,7 +57,10 @@ class SamplingFields(Strict):
     frequency_penalty: float | None = None
     seed: int | None = None
     stop: str | list[str] | None = None
-    user: str | None = None  # whose request it is; nothing is kept of it
+    # Whose request it is, and which cache suits it: without effect.
+    user: str | None = None
+    safety_identifier: str | None = None
+    prompt_cache_key: str | None = None
 
     @property
     def stops(self) -> tuple[str, ...]:
@@ -72,6 +77,8 @@ class SamplingFields(Strict):
             raise ValueError("stream_options needs stream: true")
         if len(self.stops) > _MOST_STOPS:
             raise ValueError(f"stop has more than {_MOST_STOPS} strings")
+        if any(len(stop) > _LONGEST_STOP for stop in self.stops):
+            raise ValueError(f"stop has a string of more than {_LONGEST_STOP} characters")
         return self
 
 
@@ -79,7 +86,7 @@ class CompletionRequest(SamplingFields):
     """Body of ``/v1/completions``."""
 
     prompt: str | list[str]
-    max_tokens: int = Field(default=16, ge=1)
+    max_tokens: int | None = Field(default=None, ge=1)
     logprobs: int | None = Field(default=None, ge=0)
 
 
@@ -126,7 +133,7 @@ class ChatRequest(SamplingFields):
     max_tokens: int | None = Field(default=None, ge=1)
     max_completion_tokens: int | None = Field(default=None, ge=1)
     logprobs: bool = False
-    top_logprobs: int | None = Field(default=None, ge=0)
+    top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
     response_format: ResponseFormat | None = None
     chat_template_kwargs: TemplateOptions | None = None
 

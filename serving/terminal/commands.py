@@ -10,8 +10,7 @@ from typing import Any
 
 from chat.turns import Turn
 from errors import ConfigError
-from serving.flags import BASE
-from serving.requests import RequestError, Sampling
+from serving.requests import BASE, RequestError, Sampling
 from serving.terminal.session import Session
 
 # Settings of :config and the types of their values.

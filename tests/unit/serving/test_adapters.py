@@ -11,7 +11,6 @@ import pytest
 from errors import ConfigError
 from loading.checkpoint import load_checkpoint
 from loading.inference import load_for_inference
-from serving.adapters import loading_order
 from serving.engine import Engine
 from serving.requests import Request
 from tests.adapters import LINEAR, make_adapter
@@ -73,10 +72,13 @@ def test_adapters_that_share_a_batch(engine: Engine, monkeypatch: pytest.MonkeyP
     assert (None, {None, "plain", "rslora"}) in seen
 
 
-def test_name_of_an_adapter_picks_it(engine: Engine, folders: dict[str, Path]) -> None:
+def test_name_of_an_adapter_picks_it(base: Path, engine: Engine, folders: dict[str, Path]) -> None:
     assert engine.adapters == TOGETHER
-    with pytest.raises(ConfigError, match="not a name"):
-        loading_order({"a:b": str(folders["plain"])})
+    for name in ("a:b", "", "base", "a\nb"):
+        with pytest.raises(ConfigError, match="cannot be its name"):
+            load_engine(base, {name: folders["plain"]})
+    with pytest.raises(ConfigError, match="tiny is the model's name"):
+        load_engine(base, {"tiny": folders["plain"]}, model_name="tiny")
     assert engine.adapter_of("dora") == engine.adapter_of("base:dora") == "dora"
 
 

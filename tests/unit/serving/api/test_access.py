@@ -61,13 +61,17 @@ def test_key(guarded: str) -> None:
         {"Authorization": "Bearer other"},
         {"Authorization": "secret"},
         {"Authorization": "Bearer sécret"},
+        {"Authorization": "Bearer"},
+        {"Authorization": "Basic secret"},
+        {"Authorization": "Bearer " + "x" * 50_000},
     ):
         status, headers, error = ask(
             guarded, **{name: value.encode().decode("latin-1") for name, value in wrong.items()}
         )
         assert (status, error["code"], headers["WWW-Authenticate"]) == (401, "invalid_api_key", "Bearer")
     assert ask(guarded, "/v1/models", None, "GET")[0] == ask(guarded, "/metrics", None, "GET")[0] == 401
-    assert ask(guarded, Authorization="Bearer secret")[0] == 200
+    for right in ("Bearer secret", "bearer secret", "BEARER  secret "):
+        assert ask(guarded, Authorization=right)[0] == 200
     # The page asks for the key; a load balancer has none.
     assert ask(guarded, "/health", None, "GET")[0] == ask(guarded, "/", None, "GET")[0] == 200
 
@@ -82,7 +86,7 @@ def test_other_names_of_this_machine(url: str, guarded: str) -> None:
 
 
 def test_pages_of_other_websites(url: str, guarded: str) -> None:
-    for origin in ("https://evil.example", "null", f"{url}0", "http://localhost:1"):
+    for origin in ("https://evil.example", "null", f"{url}0", "http://localhost:1", "http://[", "", "x"):
         status, headers, error = ask(url, Origin=origin)
         assert (status, error["code"]) == (403, "origin") and "access-control-allow-origin" not in headers
     assert ask(url, Origin=url)[0] == 200
@@ -98,6 +102,8 @@ def test_pages_of_other_websites(url: str, guarded: str) -> None:
 def test_large_bodies(url: str) -> None:
     assert ask(url, body=BODY + " " * 3000)[2]["code"] == "request_too_large"
     assert ask(url, body=BODY, Content_Length="99999999999")[0] == 413
+    for length in ("9" * 25, "-1", "x", "1, 2"):
+        assert ask(url, body=BODY, Content_Length=length)[0] == 400
     chunks = "".join(f"3e8\r\n{' ' * 1000}\r\n" for _ in range(5)) + "0\r\n\r\n"
     assert ask(url, body=chunks, Transfer_Encoding="chunked")[0] == 413
 
@@ -160,6 +166,7 @@ def test_bodies_that_are_no_objects(url: str, body: str | bytes) -> None:
 def test_answers_longer_than_the_servers_limit(url: str, engine: ScriptedEngine) -> None:
     body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
     assert ask(url, body=json.dumps({**body, "max_tokens": 6}))[2]["param"] == "max_tokens"
+    assert ask(url, body=json.dumps({**body, "max_completion_tokens": 6}))[2]["param"] == "max_completion_tokens"
     assert ask(url, body=json.dumps(body))[0] == 200 and engine.requests[-1].sampling.max_tokens == 5
 
 

@@ -104,6 +104,12 @@ def test_logprobs(server: Served) -> None:
     chunks = server.stream(["a", "b"], logprobs=True)
     found = [token.token for chunk in chunks if (probs := chunk.choices[0].logprobs) for token in probs.content]
     assert found == ["a", "b"]
+    # Tokens whose text is held back come with the end: of a call that is incomplete, too.
+    for script in (["a", "<tool_", "call>\n", "{"], ["a", "\n", CALL], ["a", "<"]):
+        whole = server.ask(script, tools=[TOOL], logprobs=True).choices[0].logprobs.content
+        chunks = server.stream(script, tools=[TOOL], logprobs=True)
+        found = [token.token for chunk in chunks if (probs := chunk.choices[0].logprobs) for token in probs.content]
+        assert found == [token.token for token in whole] == script
 
 
 # ------------------------------------------------------------------------------------------------------------- tools
@@ -193,6 +199,9 @@ def test_schemas_that_cannot_be_checked_are_refused(server: Served, schema: dict
 
 
 def test_check_of_an_endless_schema_ends(server: Served) -> None:
+    large = {"type": "json_schema", "json_schema": {"name": "t", "schema": {"multipleOf": 0.5}}}
+    with pytest.raises(UnprocessableEntityError, match="too large"):
+        server.ask(["1" + "0" * 400], response_format=large)
     levels = {f"d{n}": {"allOf": [{"$ref": f"#/$defs/d{n + 1}"}] * 9} for n in range(12)} | {"d12": {}}
     schema = {"$defs": levels, "$ref": "#/$defs/d0", "properties": {"pattern": {}}}
     with pytest.raises(UnprocessableEntityError, match="too many steps"):
@@ -209,22 +218,22 @@ def test_check_of_an_endless_schema_ends(server: Served) -> None:
         ({"logit_bias": {"5": 1}}, "logit_bias", "is not supported"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "is not supported"),
         ({"temperature": -1}, "temperature", "number from"),
-        ({"temperature": "hot"}, "temperature", "valid number"),
-        ({"n": 0}, "n", "greater than"),
+        ({"temperature": "hot"}, "temperature", "must be a number"),
+        ({"n": 0}, "n", "at least 1"),
         ({"n": 17}, "n", "16 answers"),
         ({"top_logprobs": 3}, None, "needs logprobs"),
-        ({"logprobs": True, "top_logprobs": 21}, "logprobs", "number from"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "must be at most 20"),
         ({"stop": [""]}, "stop", "empty"),
         ({"stop": ["x"] * 17}, None, "more than 16"),
+        ({"stop": "x" * 1001}, None, "more than 1000 characters"),
         ({"stream_options": {"include_usage": True}}, None, "needs stream"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, None, "differ"),
         ({"messages": []}, "messages", "at least 1"),
         ({"messages": [{"role": "robot", "content": "x"}]}, "messages[0].role", "unknown"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]", "only text"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]", "only parts"),
         ({"tools": [{"type": "function"}]}, "tools[0]", "must be"),
         ({"tool_choice": "required"}, "tool_choice", "no tools"),
-        ({"tools": [{**TOOL, "function": {"name": "f", "strict": True}}]}, "tools[0].function.strict", "not supported"),
-        ({"response_format": {"type": "xml"}}, "response_format.type", "should be"),
+        ({"response_format": {"type": "xml"}}, "response_format.type", "must be"),
     ],
 )  # fmt: skip
 def test_what_is_not_supported_is_refused_by_name(
@@ -238,7 +247,13 @@ def test_what_is_not_supported_is_refused_by_name(
 def test_fields_without_effect_are_accepted(server: Served) -> None:
     nulls = dict.fromkeys(["min_p", "logit_bias", "tools", "stop", "seed"])
     neutral = {"logit_bias": {}, "store": False, "service_tier": "auto", "metadata": {}}
-    assert server.ask(["a"], extra_body={**nulls, **neutral}, user="me").choices[0].message.content == "a"
+    whose = {"user": "me", "safety_identifier": "me", "prompt_cache_key": "mine"}
+    assert server.ask(["a"], extra_body={**nulls, **neutral}, **whose).choices[0].message.content == "a"
+
+
+def test_role_developer_is_the_system_message(server: Served) -> None:
+    server.ask(["a"], messages=[{"role": "developer", "content": "Be brief."}, *ASK])
+    assert server.engine.prompt_of().startswith("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n")
 
 
 def test_unknown_model(server: Served) -> None:

@@ -53,6 +53,43 @@ def test_client_that_leaves_frees_its_place(stream: bool) -> None:
         assert {ticket.finish_reason for ticket in engine.tickets} == {"cancelled"}
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_client_that_leaves_is_logged_and_counted_as_such(stream: bool, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "serving")
+    engine = ScriptedEngine(endless, pause=0.01)
+    with served(engine) as url:
+        client = send(url, stream=stream)
+        wait_until(lambda: len(engine.tickets) == 1 and (not stream or bool(client.recv(10))))
+        client.close()
+        body = socket.create_connection((urlsplit(url).hostname or "", urlsplit(url).port or 0))
+        body.sendall(f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{{".encode())
+        body.close()
+        wait_until(lambda: caplog.text.count(" 499 ") == 2)
+        assert f"POST {CHAT} 499" in caplog.text and " 200 " not in caplog.text
+        figures = httpx2.get(f"{url}/metrics").text
+    assert f'path="{CHAT}",status="499"}} 1' in figures and 'status="200"' not in figures
+
+
+def test_requests_that_follow_on_one_connection_without_waiting() -> None:
+    """Answers come in the order of the requests; what is longer than its length is a request that is no HTTP."""
+    engine = ScriptedEngine(lambda request: list("streamed"), pause=0.002)
+    with served(engine) as url:
+        one = {"model": "tiny", "messages": ASK, "stream": True}
+        bodies = [json.dumps({**one, "model": model}).encode() for model in ("tiny", "tiny:poet", "none")]
+        head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: "
+        with socket.create_connection((urlsplit(url).hostname or "", urlsplit(url).port or 0), timeout=5) as client:
+            client.sendall(
+                b"".join(head.encode() + b"%d\r\n\r\n" % len(body) + body for body in bodies) + b"{}\r\n\r\n"
+            )
+            received = b""
+            while part := client.recv(65536):
+                received += part
+    texts = received.split(b"HTTP/1.1 ")[1:]
+    assert [text[:3] for text in texts] == [b"200", b"200", b"404", b"400"]
+    assert [text.count(b"[DONE]") for text in texts] == [1, 1, 0, 0] and b'"model":"tiny:poet"' in texts[1]
+    assert engine.load_now().running == 0
+
+
 def test_client_that_reads_nothing_frees_its_place(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(connection, "READ_TIMEOUT", 0.2)
     engine = ScriptedEngine(lambda request: ["word " * 2000] * 100_000, pause=0.0005)

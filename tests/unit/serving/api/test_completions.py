@@ -9,6 +9,7 @@ import pytest
 from openai import APIError, BadRequestError, OpenAI
 from openai.types import Completion
 
+from serving.api.settings import Settings
 from tests.serving_api import ScriptedEngine, served
 
 
@@ -35,6 +36,14 @@ def test_continuation_and_its_stream(client: OpenAI, engine: ScriptedEngine) -> 
     assert "".join(chunk.choices[0].text for chunk in chunks if chunk.choices) == " to be é"
     assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens == 3
     assert chunks[-2].choices[0].finish_reason == "stop"
+
+
+@pytest.mark.parametrize(("most", "expected"), [(8, 8), (30, 16)])
+def test_default_length_is_within_the_servers_limit(most: int, expected: int) -> None:
+    engine = ScriptedEngine(lambda request: ["a"])
+    with served(engine, Settings(most_tokens=most)) as url, OpenAI(base_url=f"{url}/v1", api_key="none") as client:
+        client.completions.create(model="tiny", prompt="x")
+    assert engine.requests[-1].sampling.max_tokens == expected
 
 
 def test_several_texts_and_their_logprobs(client: OpenAI) -> None:

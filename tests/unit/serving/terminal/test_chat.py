@@ -94,7 +94,7 @@ def test_saved_thinking_is_training_data(session: Session, tmp_path: Path) -> No
     [
         (":hepl", ":hepl is not a command. Use :help"), (":quit now", ":quit now: it takes nothing"),
         (":config top=1", "Write NAME=VALUE"), (":config top_p=x", "top_p 'x' is not a number"),
-        (":config top_p=7", "top_p: 7.0 is not a number from 0 to 1"), (":seed 1.5", "seed '1.5'"),
+        (":config top_p=7", "top_p: must be a number from 0 to 1, not 7.0"), (":seed 1.5", "seed '1.5'"),
         (":adapter x", "'x' is not loaded"), (":save", "Name a file"), (":save x", "no messages yet"),
         (":thinking maybe", "Use on, off, default"), (":thinking on", ":thinking on: this model never thinks."),
     ],
