@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from loading.tokenizer import is_rebuilt_otherwise
 from qwen_model.architectures import ARCHITECTURES
 
 Commands = dict[str, list[str]]
-"""Shell commands by what they do: ``ask``, ``serve``, ``convert``; each after the installation that it needs."""
+"""Shell commands by what they do: ``ask``, ``serve``, ``vllm``, ``convert``; each after what it needs."""
 
 
 def opening_commands(folder: Path, config: Mapping[str, Any]) -> Commands:
@@ -27,12 +27,12 @@ def opening_commands(folder: Path, config: Mapping[str, Any]) -> Commands:
             tokenizer.
     """
     python = shlex.quote(shown_path(Path(sys.executable)))
-    return _commands(folder, config, shlex.quote(str(folder)), python, python_command("-m scripts.ask"))
+    return _commands(folder, config, str(folder), python, python_command)
 
 
 def published_commands(folder: Path, config: Mapping[str, Any]) -> Commands:
     """Return the commands for a reader with another machine; they call the folder FOLDER."""
-    return _commands(folder, config, "FOLDER", "python", "python -m scripts.ask")
+    return _commands(folder, config, "FOLDER", "python", lambda module: f"python {module}")
 
 
 def opening_lines(folder: Path, config: Mapping[str, Any]) -> str:
@@ -41,18 +41,30 @@ def opening_lines(folder: Path, config: Mapping[str, Any]) -> str:
     return "\n  ".join(["next:", *lines]) if lines else ""
 
 
-def _commands(folder: Path, config: Mapping[str, Any], name: str, python: str, ask: str) -> Commands:
+def _commands(
+    folder: Path, config: Mapping[str, Any], path: str, python: str, in_checkout: Callable[[str], str]
+) -> Commands:
+    """Return the commands.
+
+    Args:
+        path: what they call the folder.
+        in_checkout: makes a command of this toolkit from what follows ``python``.
+    """
     model_type = config.get("model_type")
     if model_type not in ARCHITECTURES or not has_tokenizer(folder):
         return {}
+    name, quantization = shlex.quote(path), config.get("quantization_config") or {}
+    method = quantization.get("quant_method")
     commands = {}
     if is_prompted := _has_default_template(folder, str(model_type)):
-        commands["ask"] = [f'{ask} --model_name_or_path {name} "Who are you?"']
-    # It knows only the classes within transformers, and takes the tokenizer's class that they choose.
-    if is_prompted and model_type != "qwen" and not is_rebuilt_otherwise(folder, config):
-        install = f'{python} -m pip install "transformers[serving]"'
-        commands["serve"] = [install, f"{python} -m transformers.cli.transformers serve {name}"]
-    method = (config.get("quantization_config") or {}).get("quant_method")
+        commands["ask"] = [f'{in_checkout("-m scripts.ask")} --model_name_or_path {name} "Who are you?"']
+    # Both know only the classes within themselves, and take the tokenizer's class that transformers chooses.
+    if is_prompted and not is_rebuilt_otherwise(folder, config):
+        if model_type != "qwen":
+            install = f'{python} -m pip install "transformers[serving]"'
+            commands["serve"] = [install, f"{python} -m transformers.cli.transformers serve {name}"]
+        if method in (None, "awq") or (method == "gptq" and quantization.get("sym")):  # it refuses zero points of GPTQ
+            commands["vllm"] = _vllm_commands(path, str(model_type), python, in_checkout)
     if method is None or (method == "gptq" and model_type != "qwen"):
         # Its requirements are older than this toolkit's, hence the environment of its own.
         commands["convert"] = [
@@ -61,6 +73,14 @@ def _commands(folder: Path, config: Mapping[str, Any], name: str, python: str, a
             f"llama.cpp/.venv/bin/python llama.cpp/convert_hf_to_gguf.py {name} --outfile model.gguf",
         ]
     return commands
+
+
+def _vllm_commands(path: str, model_type: str, python: str, in_checkout: Callable[[str], str]) -> list[str]:
+    """Return the commands that serve a folder; vLLM refuses Qwen v1's layout, so that one is converted first."""
+    name, served = shlex.quote(path), shlex.quote(f"{path}-qwen2" if model_type == "qwen" else path)
+    convert = f"{in_checkout('-m scripts.convert_layout')} {name} {served} --layout qwen2"
+    serve = [f"{python} -m venv .venv-vllm && .venv-vllm/bin/pip install vllm", f".venv-vllm/bin/vllm serve {served}"]
+    return [convert, *serve] if model_type == "qwen" else serve
 
 
 def _has_default_template(folder: Path, model_type: str) -> bool:

@@ -24,7 +24,8 @@ from tests.quantized import write_gptq
 DOCUMENTS = [REPO / "README.md", REPO / "CONTRIBUTING.md", *sorted((REPO / "docs").glob("*.md"))]
 PROGRAMS = (
     r"(?:[A-Z_]+=\S+ )*"
-    r"(?:\.venv/bin/python|python|sh|bash|torchrun|deepspeed|accelerate|mpirun|srun|sbatch|kubectl|pip|export)\b"
+    r"(?:\.venv/bin/python|\.venv-vllm/bin/\w+|python|sh|bash|torchrun|deepspeed|accelerate|mpirun|srun|sbatch|kubectl|"
+    r"pip|export)\b"
 )
 
 TINY = SMALL / "tiny-qwen-small"
@@ -56,6 +57,10 @@ NOT_RUN = {
     "HYPOTHESIS_PROFILE=nightly": "takes an hour",
     "python -m benchmarks": "measures for minutes",
     "pip install": "changes the environment",
+    "python -m venv .venv-vllm": "downloads gigabytes",
+    ".venv-vllm/bin/": "needs vLLM; benchmarks/vllm.py starts it with these flags",
+    "VLLM_CPU_KVCACHE_SPACE=": "needs vLLM; benchmarks/vllm.py starts it so",
+    "python -m sglang": "SGLang was not tried",
     "source .venv/bin/activate && pip install": "changes the environment",
     "deepspeed": "needs other hosts; tests/unit/training/distributed/test_launch.py tests its variables",
     "accelerate launch": "needs other hosts; tests/unit/training/distributed/test_launch.py tests its variables",

@@ -27,11 +27,38 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("model_type", ["qwen", "qwen2", "qwen3"])
 def test_commands_name_the_folder_and_come_after_their_installation(folder: Path, model_type: str) -> None:
     commands = opening_commands(folder, {"model_type": model_type})
-    assert list(commands) == (["ask", "convert"] if model_type == "qwen" else ["ask", "serve", "convert"])
+    assert list(commands) == (
+        ["ask", "vllm", "convert"] if model_type == "qwen" else ["ask", "serve", "vllm", "convert"]
+    )
     for name, lines in commands.items():
         *installation, last = map(shlex.split, lines)
-        assert "my models/it's" in last
+        assert any(word.startswith("my models/it's") for word in last)
         assert name == "ask" or any("install" in words for words in installation)
+
+
+@pytest.mark.parametrize("model_type", ["qwen", "qwen2"])
+def test_vllm_serves_what_was_converted_to_the_layout_that_it_knows(folder: Path, model_type: str) -> None:
+    first, *_, serve = map(shlex.split, opening_commands(folder, {"model_type": model_type})["vllm"])
+    served = f"{folder}-qwen2" if model_type == "qwen" else str(folder)
+    assert serve[-2:] == ["serve", served]
+    is_converted = first[-4:] == [str(folder), served, "--layout", "qwen2"]
+    assert is_converted == (model_type == "qwen")
+
+
+@pytest.mark.parametrize(
+    ("quantization", "is_served"),
+    [
+        ({"quant_method": "awq"}, True),
+        ({"quant_method": "gptq", "sym": True}, True),
+        ({"quant_method": "gptq", "sym": False}, False),
+        ({"quant_method": "bitsandbytes"}, False),
+    ],
+)
+def test_weights_that_vllm_refuses_are_not_served_by_it(
+    folder: Path, quantization: dict[str, object], is_served: bool
+) -> None:
+    config = {"model_type": "qwen2", "quantization_config": quantization}
+    assert ("vllm" in opening_commands(folder, config)) == is_served
 
 
 @pytest.mark.parametrize(("method", "is_converted"), [("gptq", True), ("awq", False), ("bitsandbytes", False)])
@@ -68,13 +95,13 @@ def test_a_folder_without_a_tokenizer_is_opened_by_nothing(folder: Path) -> None
 
 def test_a_tokenizer_that_transformers_changes_is_not_served_by_it(tmp_path: Path) -> None:
     config = {"model_type": "qwen2"}
-    assert list(opening_commands(write_published(tmp_path / "qwen"), config)) == ["ask", "serve", "convert"]
+    assert list(opening_commands(write_published(tmp_path / "qwen"), config)) == ["ask", "serve", "vllm", "convert"]
     assert list(opening_commands(write_with_foreign_tokenizer(tmp_path / "foreign"), config)) == ["ask", "convert"]
 
 
 def test_no_command_is_named_that_was_not_tried(folder: Path) -> None:
     """docs/export.md has a row, with versions, for each program."""
     table = (REPO / "docs" / "export.md").read_text()
-    for program in ("scripts.ask", "transformers serve", "convert_hf_to_gguf.py"):
+    for program in ("scripts.ask", "transformers serve", "vllm serve", "convert_hf_to_gguf.py"):
         assert f"| `{program}" in table
     assert opening_commands(folder, {"model_type": "llama"}) == {}
