@@ -13,7 +13,7 @@ from training.checks import check_args
 from training.config.args import RunArguments
 from training.config.parsing import parse_args
 from training.distributed.launch import detect_launcher, init_process_group
-from training.freed_memory import is_memory_kept, kept_freed_memory, set_up_libraries
+from training.freed_memory import kept_freed_memory, set_up_libraries
 from training.run_folder.failures import explain_how_to_resume
 from training.run_folder.prepare import owned_output, prepare_output
 from training.run_folder.start import agree_on_start
@@ -75,7 +75,7 @@ def run(args: RunArguments) -> None:
     trainer, log = build_trainer(args, training_arguments, checkpoint, model, sets, facts, start, world, heartbeat)
     record_start(trainer, args, sets, policy, expected_memory(trainer, args))
     with explain_how_to_resume(args.output_dir, args.resumes_automatically):
-        is_kept = training_arguments.device.type == "cpu" and is_memory_kept(policy)
+        is_kept = training_arguments.device.type == "cpu" and trainer.keeps_freed_memory(policy)
         with trainer.signals.handling(), kept_freed_memory(is_kept):
             trainer.train(resume_from_checkpoint=start.checkpoint)
         seconds = log.progress.elapsed()

@@ -147,7 +147,7 @@ class Planner:
         engine = find_engine(args.trainer, machine.processes)
         is_half = bool(args.trainer_value("bf16") or args.trainer_value("fp16") or args.options.pure_bf16)
         alone = _without_engine(args, casts_model=is_half and engine.name not in ("none", "ddp"))
-        rehearsal = self._rehearse(alone, shape, is_estimate)
+        rehearsal = self._rehearse(alone, shape, is_estimate, engine.name == "none")
         task = Task(
             machine.processes,
             self.hidden_size,
@@ -158,14 +158,15 @@ class Planner:
         share = share_of(engine, rehearsal, task)
         return Expectation(args, machine, shape, rehearsal, share, engine.title, changes)
 
-    def _rehearse(self, args: RunArguments, shape: BatchShape, is_estimate: bool) -> Rehearsal:
-        """Rehearse a run of one process, once: variants that differ in their engine share it."""
-        key = repr((args.to_dict(), shape))
+    def _rehearse(self, args: RunArguments, shape: BatchShape, is_estimate: bool, is_alone: bool) -> Rehearsal:
+        """Rehearse a run of one process, once: variants that differ in their engine, if they have one, share it."""
+        key = repr((args.to_dict(), shape, is_alone))
         if is_estimate and key not in self._rehearsed:
             key += " estimate"
         if key not in self._rehearsed:
             evaluation = self.batches.longest_evaluation(args) if self.batches else assumed_evaluation(args)
-            options: dict[str, Any] = {"device_type": self.machine.device.kind, "evaluation": evaluation}
+            kind = self.machine.device.kind
+            options: dict[str, Any] = {"device_type": kind, "evaluation": evaluation, "is_alone": is_alone}
             if is_estimate:
                 self._rehearsed[key] = estimate(args, shape, self.equal_blocks, **options)
             else:

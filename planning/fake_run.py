@@ -70,6 +70,7 @@ class RehearsedTrainer(QwenTrainer):
     """The trainer with one batch, which reads nothing and tells the memory which part of a step begins."""
 
     memory: FollowedMemory
+    is_alone: bool  # see rehearsal.rehearse
     batch: dict[str, Any]
     evaluation_batch: dict[str, Any]  # empty: no evaluation
     resident: dict[str, int]
@@ -109,15 +110,11 @@ class RehearsedTrainer(QwenTrainer):
         self.resident["optimizer"] = memory.mark((value for value in states if isinstance(value, Tensor)), "optimizer")
         if self.args.gradient_accumulation_steps == 1:
             model.zero_grad()
-        hooks = [parameter.register_post_accumulate_grad_hook(self._mark_gradient) for parameter in trained]
         memory.begin()
         super()._run_epoch(*args, **kwargs)
-        for hook in hooks:
-            hook.remove()
 
-    def _mark_gradient(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None, "the hook is called with a gradient"
-        self.memory.mark([parameter.grad], "gradients")
+    def _is_alone(self) -> bool:
+        return self.is_alone
 
     def compute_loss(self, model: nn.Module, *args: Any, **kwargs: Any) -> Any:
         self.memory.enter("forward" if model.training else "evaluation")
@@ -131,7 +128,10 @@ class RehearsedTrainer(QwenTrainer):
         return super()._clip_grad_norm(model)
 
     def _read_step(self, norm: Tensor | float | None) -> None:
-        """Read nothing: the only read of a step, which has no values here."""
+        """Read nothing: the only read of a step, which has no values here. All gradients are there."""
+        assert self.model is not None, "the Trainer has a model"
+        gradients = (parameter.grad for parameter in self.model.parameters() if parameter.grad is not None)
+        self.memory.mark(gradients, "gradients")
         self.memory.enter("optimizer")
 
     def _finalize_training(self, *args: Any, **kwargs: Any) -> None:
@@ -144,7 +144,12 @@ class RehearsedTrainer(QwenTrainer):
 
 
 def run_step(
-    args: RunArguments, checkpoint: Checkpoint, batch: BatchShape, evaluation: BatchShape | None, device_type: str
+    args: RunArguments,
+    checkpoint: Checkpoint,
+    batch: BatchShape,
+    evaluation: BatchShape | None,
+    device_type: str,
+    is_alone: bool = True,
 ) -> Step:
     """Run one step with the flags of a run; see ``rehearsal.rehearse``."""
     optimizer = str(args.trainer_value("optim"))
@@ -169,7 +174,7 @@ def run_step(
         trainer = RehearsedTrainer(
             checkpoint, loss=args.model.loss, data_mixing=args.data.data_mixing, model=model, args=training_arguments
         )
-        trainer.memory, trainer.resident = memory, resident
+        trainer.memory, trainer.resident, trainer.is_alone = memory, resident, is_alone
         trainer.batch, trainer.evaluation_batch = _put_batch(batches[0]), batches[1]
         _train(trainer, optimizer)
         return Step(memory, model, parameters, resident, tuple(_differences(args, device_type)))

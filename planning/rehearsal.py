@@ -50,6 +50,7 @@ def rehearse(
     device_type: str = "cuda",
     evaluation: BatchShape | None = None,
     blocks: int | None = None,
+    is_alone: bool = True,
 ) -> Rehearsal:
     """Rehearse an optimizer step with one micro-batch, between two others.
 
@@ -58,6 +59,7 @@ def rehearse(
         device_type: ``cuda`` or ``cpu``; needs no such device.
         evaluation: the largest batch of an evaluation after the step.
         blocks: rehearse a model that has only so many; by default those of config.json.
+        is_alone: the run has no engine, so that gradients may be summed in place.
 
     Raises:
         ConfigError: config.json is missing or cannot be used, or something that cannot be rehearsed.
@@ -69,7 +71,7 @@ def rehearse(
     checkpoint = read_checkpoint(args)
     if blocks is not None:
         checkpoint = with_blocks(checkpoint, blocks)
-    step = run_step(args, checkpoint, batch, evaluation, device_type)
+    step = run_step(args, checkpoint, batch, evaluation, device_type, is_alone)
     place = place_of(checkpoint.model_type)
     moments = step.memory.moments(lambda phase, module: place(phase, module).part)
     peak = max(moments.values(), key=lambda moment: moment.bytes)

@@ -1,8 +1,8 @@
-"""Faster ``forward`` methods for the norms, attention and MLP of blocks, with the results of their own classes.
+"""Leaner ``forward`` methods for embeddings, norms, attention and MLP, with the results of their own classes.
 
 ``use_fast_blocks`` gives these modules another class in memory: a subclass of their own, whose ``forward`` calls the
-functions of ``adapted_linear.py`` and ``fused_ops.py``. Modules, parameters and calls stay what they are, so hooks,
-gradient checkpointing, adapters and copies work as before, and what is saved does not contain it.
+functions of ``adapted_linear.py``, ``fused_ops.py`` and ``summed_gradients.py``. Modules, parameters and calls stay, so
+hooks, gradient checkpointing, adapters and copies work as before, and what is saved does not contain it.
 
 Shapes: B batch, T tokens, C hidden size, H heads, D head size.
 """
@@ -22,6 +22,7 @@ from qwen_model.adapted_linear import project, project_gated
 from qwen_model.fused_ops import rms_norm, rotate
 from qwen_model.modeling_qwen import QWenAttention, QWenMLP, QWenRMSNorm, eager_attention
 from qwen_model.rope import RotaryTables
+from qwen_model.summed_gradients import SummingEmbedding
 
 
 def use_fast_blocks(model: nn.Module) -> None:
@@ -169,6 +170,7 @@ class FastQwen3RMSNorm(_Norm, Qwen3RMSNorm):
 
 
 _FAST_CLASSES: dict[type, type] = {
+    nn.Embedding: SummingEmbedding,
     QWenAttention: FastQWenAttention, QWenMLP: FastQWenMLP, QWenRMSNorm: FastQWenRMSNorm,
     Qwen2Attention: FastQwen2Attention, Qwen2MLP: FastQwen2MLP, Qwen2RMSNorm: FastQwen2RMSNorm,
     Qwen3Attention: FastQwen3Attention, Qwen3MLP: FastQwen3MLP, Qwen3RMSNorm: FastQwen3RMSNorm,

@@ -23,6 +23,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from chat.label_mask import IGNORE_INDEX
 from qwen_model.head import Head, call_within, head_of, parts_of
 from qwen_model.products import product
+from qwen_model.summed_gradients import gradient_of, is_summed_in_place
 
 LOGITS_CHUNK_BYTES = 128 * 2**20
 """Most bytes of the float32 logits of one chunk, which a trained head needs at once."""
@@ -85,34 +86,14 @@ def lean_causal_lm_loss(
 
     def compute(hidden: Tensor) -> Any:
         head = head_of(lm_head)
+        to_weight = gradient_of(head.weight) if is_summed_in_place(head.weight) else None
         return _LeanCrossEntropy.apply(
             hidden, head.weight, head.bias, head.row_values, head.adapter_input(hidden), head.adapter_output,
-            head.row_ids, targets, weights, label_smoothing,
+            head.row_ids, targets, weights, label_smoothing, to_weight,
         )  # fmt: skip
 
     loss, correct = call_within(parts_of(lm_head), compute, hidden)
     return loss, correct
-
-
-def full_logits_loss(
-    logits: Tensor,
-    labels: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
-    loss_weights: Tensor | None = None,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Compute the results of ``lean_causal_lm_loss`` from the logits [B, T, V] of all positions."""
-    flat, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device)
-    is_target = targets != IGNORE_INDEX
-    losses = F.cross_entropy(
-        flat, targets, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=label_smoothing
-    )
-    weights = is_target.float()
-    if loss_weights is not None:
-        weights = weights * loss_weights[:, 1:].flatten().to(weights)
-    count = weights.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=flat.device)
-    loss = (losses * weights).sum() / count.clamp(min=torch.finfo(torch.float32).tiny)
-    return loss, ((flat.argmax(-1) == targets) & is_target).sum()
 
 
 class _LeanCrossEntropy(torch.autograd.Function):
@@ -131,15 +112,16 @@ class _LeanCrossEntropy(torch.autograd.Function):
         targets: Tensor,
         weights: Tensor,
         label_smoothing: float,
+        to_weight: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         device = hidden.device
         autocast = torch.is_autocast_enabled(device.type)
         dtype = torch.get_autocast_dtype(device.type) if autocast else hidden.dtype
         with torch.autocast(device.type, enabled=False):
             head = Head(weight, bias, row_ids, row_values, None, adapter_output)
-            blocks = _Blocks(head, hidden, adapter_input, dtype, ctx.needs_input_grad[:6], label_smoothing)
+            blocks = _Blocks(head, hidden, adapter_input, dtype, ctx.needs_input_grad[:6], label_smoothing, to_weight)
             loss, correct = blocks.run(targets, weights)
-        ctx.gradients = blocks.gradients
+        ctx.gradients, ctx.has_added = blocks.gradients, to_weight is not None
         ctx.mark_non_differentiable(correct)
         return loss, correct
 
@@ -148,9 +130,12 @@ class _LeanCrossEntropy(torch.autograd.Function):
         if ctx.gradients is None:
             raise RuntimeError("the lean loss cannot be differentiated a second time: its gradients are released")
         gradients, ctx.gradients = ctx.gradients, None
+        if ctx.has_added:
+            torch._assert_async(grad_loss == 1, "the head's gradient has been added already, without this factor")
         # In place, because the head's gradient may be the largest tensor of the step.
         return (
             *(None if gradient is None else gradient.mul_(grad_loss) for gradient in gradients),
+            None,
             None,
             None,
             None,
@@ -210,6 +195,7 @@ class _Blocks:
         adapter_input: [N, R], or ``None``.
         dtype: precision of the matrix products; everything else is float32.
         needs_grad: which of hidden, weight, bias, row_values, adapter_input, adapter_output need a gradient.
+        to_weight: to which the weight's gradient is added; without it that is one of ``gradients``.
     """
 
     def __init__(
@@ -220,15 +206,20 @@ class _Blocks:
         dtype: torch.dtype,
         needs_grad: tuple[bool, ...],
         label_smoothing: float,
+        to_weight: Tensor | None,
     ) -> None:
-        self.head, self.dtype, self.epsilon = head, dtype, label_smoothing
+        self.head, self.dtype, self.epsilon, self.to_weight = head, dtype, label_smoothing, to_weight
         self.hidden, self.adapter_input = hidden, adapter_input
         inputs = (hidden, head.weight, head.bias, head.row_values, adapter_input, head.adapter_output)
+        is_direct = to_weight is not None and to_weight.dtype == torch.float32
+        needs_grad = (needs_grad[0], needs_grad[1] and not is_direct, *needs_grad[2:])
         self.gradients = [
             torch.zeros_like(tensor, dtype=torch.float32) if needed and tensor is not None else None
             for tensor, needed in zip(inputs, needs_grad, strict=True)
         ]
         self.dtypes = [None if tensor is None else tensor.dtype for tensor in inputs]
+        if is_direct:
+            self.gradients[1] = to_weight
         self.needs_gradient = any(gradient is not None for gradient in self.gradients)
         self.trains_head = any(self.gradients[index] is not None for index in (1, 2, 3, 5))
         positions, vocabulary = hidden.shape[0], head.weight.shape[0]
@@ -263,6 +254,10 @@ class _Blocks:
             correct += chunk_correct
         if self.gradients[2] is not None and self.head.row_ids is not None and self.columns[-1].to_bias is not None:
             self.gradients[2].index_add_(0, self.head.row_ids, self.columns[-1].to_bias)
+        if self.to_weight is not None:
+            if (gradient := self.gradients[1]) is not None and gradient is not self.to_weight:
+                self.to_weight += gradient
+            self.gradients[1] = None
         self.gradients = [
             None if gradient is None else gradient.to(dtype)
             for gradient, dtype in zip(self.gradients, self.dtypes, strict=True)

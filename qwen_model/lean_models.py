@@ -18,8 +18,8 @@ from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 from qwen_model.architectures import architecture_of
 from qwen_model.family_chat import FamilyChatMixin
 from qwen_model.head import why_opaque
-from qwen_model.lean_loss import CausalLMLossOutput, full_logits_loss, lean_causal_lm_loss
-from qwen_model.loss import causal_lm_loss
+from qwen_model.lean_loss import CausalLMLossOutput, lean_causal_lm_loss
+from qwen_model.loss import causal_lm_loss, full_logits_loss
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.sample_attention import NO_MASKS, check_takes_rows
 

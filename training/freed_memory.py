@@ -11,10 +11,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from loading.adapters import EmbeddingsPolicy
+from typing import Any
 
 # What torch and oneDNN read when they are used first. oneDNN, which computes bfloat16 products and large float32 ones,
 # keeps 0.5 MB for each of up to 1,024 shapes, twice, and every number of tokens makes new shapes.
@@ -35,16 +32,11 @@ def set_up_libraries() -> None:
         os.environ.setdefault(name, value)
 
 
-def describe_memory(policy: EmbeddingsPolicy | None) -> str:
+def describe_memory(is_kept: bool) -> str:
     """Return what becomes of freed memory in a run on a CPU, for the start-up block."""
-    reason = why_returned() if is_memory_kept(policy) else "gradients of embeddings would leave gaps"
+    reason = why_returned() if is_kept else "gradients of embeddings would leave gaps"
     freed = f"returned when it is freed ({reason})" if reason else "kept by the process when it is freed"
     return f"{freed}; {' '.join(f'{name}={os.environ.get(name)}' for name in LIBRARY_SETTINGS)}"
-
-
-def is_memory_kept(policy: EmbeddingsPolicy | None) -> bool:
-    """Return whether a run keeps freed memory: gradients of whole embeddings would leave gaps, half as much again."""
-    return policy is not None and policy.mode != "full"
 
 
 @contextmanager

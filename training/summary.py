@@ -131,7 +131,7 @@ def describe_run(
         *_joined_rows(trainer),
         *([("expected", memory)] if memory else []),
         ("output", str(args.output_dir)),
-        *([("memory", describe_memory(policy))] if training.device.type == "cpu" else []),
+        *([("memory", describe_memory(trainer.keeps_freed_memory(policy)))] if training.device.type == "cpu" else []),
     ]
     return "\n".join(f"  {name:<11}{value}" for name, value in rows)
 

@@ -10,11 +10,13 @@ import logging
 from typing import Any, cast
 
 import torch
-from torch import nn
-from transformers import Trainer
+from accelerate.utils import DistributedType
+from torch import Tensor, nn
 
 from commands import LOWER_BATCH, LOWER_LENGTH, USE_LORA, is_out_of_memory
 from data_utils.collate import Collator
+from loading.adapters import EmbeddingsPolicy
+from qwen_model.summed_gradients import SummingEmbedding, summing_in_place
 from training.joined_rows import Joining, token_budget
 from training.longest_batch import Batch, epoch_orders, find_longest, memory_errors, unchanged_training
 from training.progress import weigh_targets
@@ -42,6 +44,7 @@ class MemoryTrainer(CheckpointTrainer):
 
     finds_batch_size: bool = False
     joins_rows: bool = False
+    is_lean: bool  # the loss is computed without logits
 
     _sampler: EpochSampler | None  # set before the model is prepared
     _tried: Batch | None = None  # while it is tried
@@ -76,6 +79,32 @@ class MemoryTrainer(CheckpointTrainer):
             self._budgets[size] = token_budget(items.lengths, size)
         budget = self._budgets[size] if self.joins_rows else 0
         return Joining(budget, self.args.gradient_accumulation_steps, self.args.world_size)
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+        """Compute a micro-batch forward and backward."""
+        with summing_in_place(self._is_alone()):
+            return super().training_step(model, inputs, *args, **kwargs)
+
+    def _is_alone(self) -> bool:
+        """Return whether nothing stands between the loss and the gradients: no engine, no scaler of ``--fp16``."""
+        return self.accelerator.distributed_type is DistributedType.NO and self.accelerator.scaler is None
+
+    def keeps_freed_memory(self, policy: EmbeddingsPolicy | None) -> bool:
+        """Return whether a run on a CPU keeps freed memory.
+
+        Gradients of whole embeddings that autograd makes would leave gaps, half as much memory again.
+
+        Args:
+            policy: ``None``: all parameters train.
+        """
+        assert self.model is not None, "the Trainer has a model"
+        if policy is not None and policy.mode != "full":
+            return True
+        return (
+            self.is_lean
+            and self._is_alone()
+            and any(isinstance(each, SummingEmbedding) for each in self.model.modules())
+        )
 
     def _can_halve(self) -> bool:
         return self.finds_batch_size and self.args.train_batch_size % 2 == 0
@@ -114,7 +143,7 @@ class MemoryTrainer(CheckpointTrainer):
             inputs.pop("index", None)
             weight = weigh_targets(inputs).to(self.args.device).clamp(min=1)
             with unchanged_training(model, self.optimizer, accumulates=accumulation > 1):
-                Trainer.training_step(self, model, inputs, weight)
+                MemoryTrainer.training_step(self, model, inputs, weight)
             del inputs
         self._tried = None
 

@@ -64,6 +64,7 @@ OVERRIDDEN = [
     Member("transformers:Trainer.compute_loss", TRAINER, "self model inputs return_outputs num_items_in_batch"),
     Member("transformers:Trainer.create_optimizer", TRAINER, "self model"),
     Member("transformers:Trainer.training_step", TRAINER, "self model inputs num_items_in_batch"),
+    Member("transformers:Trainer.training_step", MEMORY, "self model inputs num_items_in_batch"),
     Member("transformers:Trainer.floating_point_ops", TRAINER, "self inputs"),
     Member(
         "transformers:Trainer._inner_training_loop",
@@ -219,6 +220,9 @@ READ = [
     Member("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu", "qwen_model/sample_attention.py"),
     Member("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "qwen_model/sample_attention.py"),
     Member("torch:Tensor._version", "qwen_model/fused_ops.py"),
+    Member("torch:Tensor._backward_hooks", "qwen_model/summed_gradients.py"),
+    Member("torch:Tensor._post_accumulate_grad_hooks", "qwen_model/summed_gradients.py"),
+    Member("torch:_assert_async", "qwen_model/lean_loss.py"),
     Member("torch.nn:Module._buffers", "loading/quantized.py"),
     Member("torch.nn:Module._buffers", "planning/model.py"),
     Member("transformers:PreTrainedModel._from_config", "planning/model.py"),
