@@ -147,14 +147,18 @@ def answers(python: Path, case: Case, models: Models) -> dict[str, Any]:
 def refused(args: argparse.Namespace, models: Models) -> list[dict[str, Any]]:
     """Return what vLLM says to Qwen v1's own layout, GPTQ of scripts.quantize and adapters of other kinds."""
     rows: list[dict[str, Any]] = []
-    folders = {"Qwen v1 in its own layout": models.merged_v1(), "GPTQ with zero points": models.quantised("gptq")}
-    for name, folder in folders.items():
+    starts = {
+        "Qwen v1 in its own layout": (models.merged_v1(), ()),
+        "the same with --trust-remote-code": (models.merged_v1(), ("--trust-remote-code",)),
+        "GPTQ with zero points": (models.quantised("gptq"), ()),
+    }
+    for name, (folder, flags) in starts.items():
         reason = None
         try:
-            with serve_vllm(args.vllm_python, folder, "--trust-remote-code"):
+            with serve_vllm(args.vllm_python, folder, *flags):
                 pass
         except RefusedError as error:
-            reason = str(error)
+            reason = str(error).replace(str(folder), "FOLDER")
         rows.append({"what": name, "refused": reason})
     with serve_vllm(args.vllm_python, models.base(), "--dtype", "float32", "--enable-lora", *RANK) as server:
         for name, flags in OTHER_ADAPTERS.items():
