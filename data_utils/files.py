@@ -31,6 +31,8 @@ _TEXT_SUFFIXES = (".txt", ".txt.gz")
 SUFFIXES = (*_JSON_SUFFIXES, *(f"{suffix}.gz" for suffix in _JSON_SUFFIXES), ".parquet", *_TEXT_SUFFIXES)
 CHUNK_BYTES = 1 << 18
 
+TextReader = Callable[[Iterator[bytes], str], Iterator[tuple[Location, object]]]
+
 _GZIP, _PARQUET = b"\x1f\x8b", b"PAR1"
 _SAVED_DATASET = ("dataset_info.json", "state.json", "dataset_dict.json")  # beside .arrow files
 _LOGGED_NAMES = 5
@@ -121,6 +123,7 @@ def read_records(
     fields: Collection[str] | None = None,
     parses_lines: bool = True,
     is_text: bool = False,
+    read_text: TextReader = text_records,
 ) -> Iterator[tuple[Location, object]]:
     """Read the records of a data file, each with its location.
 
@@ -133,6 +136,7 @@ def read_records(
         advance: called with the bytes of the file read since the last call; the sum of all calls is the file's size.
         parses_lines: see ``json_records``.
         is_text: a .txt file is plain text, even if it begins like JSON.
+        read_text: what becomes of plain text: yields records from its bytes and the name of its file.
 
     Yields:
         The location and the value of a record. If only this record cannot be read (a broken line, a repeated key), its
@@ -150,7 +154,7 @@ def read_records(
             mode = os.fstat(file.fileno()).st_mode
             if not stat.S_ISREG(mode):
                 raise _no_regular_file(path, mode)
-            for record in _records(file, path, advance or _ignore, fields, parses_lines, is_text):
+            for record in _records(file, path, advance or _ignore, fields, parses_lines, is_text, read_text):
                 empty = False
                 yield record
     except OSError as error:
@@ -183,6 +187,7 @@ def _records(
     fields: Collection[str] | None,
     parses_lines: bool,
     is_text: bool,
+    read_text: TextReader,
 ) -> Iterator[tuple[Location, object]]:
     start = file.peek(len(_PARQUET))
     if start.startswith(_PARQUET):
@@ -200,7 +205,7 @@ def _records(
         what = f"the name ends in {path.suffix}, but the content is not a {kind} file"
         raise DataError(str(path), what, "Download or write the file again, or rename it")
     if is_text_file(name, start, is_text):
-        return text_records(chunks, str(path))
+        return read_text(chunks, str(path))
     return json_records(chunks, str(path), parses_lines)
 
 

@@ -147,7 +147,7 @@ def _read_head(chunks: Iterator[bytes], path: str) -> bytes:
 
 def _lines(chunks: Iterator[bytes], path: str, offset: int) -> Iterator[JsonLine]:
     number = blank = 0  # lines read; bytes since the last line that was not blank
-    for block in _complete_lines(chunks):
+    for block in complete_lines(chunks):
         if not block.strip(_SPACE):  # counted at once: millions of blank lines would take minutes one by one
             number, offset, blank = number + block.count(b"\n"), offset + len(block), blank + len(block)
             if blank > MAX_RECORD_BYTES:
@@ -165,7 +165,7 @@ def _lines(chunks: Iterator[bytes], path: str, offset: int) -> Iterator[JsonLine
             offset += len(line) + 1
 
 
-def _complete_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
+def complete_lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
     """Yield the bytes in blocks of complete lines. Reading stops in a line that is over the limit."""
     parts: list[bytes] = []
     size = 0

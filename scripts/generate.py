@@ -1,38 +1,48 @@
 """Answer a file: ``python -m scripts.generate --model_name_or_path DIR --data_path q.jsonl --output a.jsonl``.
 
-The input is a data file of any format that finetune.py reads, or a folder of them; or a .txt file with a prompt per
-line. If a conversation ends with an answer, that answer is what the model writes anew. Plain texts are continued.
+The input is a data file of any format that finetune.py reads, with or without answers, or a folder of them; or a .txt
+file with a prompt per line. If a conversation ends with an answer, the model writes that answer anew. Plain texts are
+continued.
 
 Each line of the output is an answer, in the order of the input; with its prompt it is a record that finetune.py reads.
-The same command continues a run that was killed, after its last complete line.
+Prompts that cannot be answered are listed in a file beside it, NAME.errors, and the exit code is 1. The same command
+continues a run that was killed, and tries again what has no answer.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
-import json
 import logging
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from commands import CommandParser, quiet_libraries, run_command
+from commands import CommandParser, run_command, set_up_logging
 from console import show
-from errors import ConfigError, DataError, RunError, numbered, one_line
+from errors import ConfigError, RunError, Terminated, one_line
 from outputs import check_output_file, parse_output
+from serving.flags import add_model_flags
 
 if TYPE_CHECKING:
-    from data_utils.schema import Conversation
+    from array import array
+
+    from data_utils.answer_file import AnswerFile
+    from data_utils.prompts import Prompts
+    from data_utils.schema import Conversation, Record
     from serving.engine import Engine
     from serving.requests import Answer, Sampling
     from serving.ticket import Ticket
 
 logger = logging.getLogger(__name__)
 
-_SHOWN_FAULTS = 20
+# The largest value of a flag; and of answers, in a file and for each prompt.
+_LIMITS = {"n": 10_000, "max_new_tokens": 1 << 20, "max_concurrency": 1024}
+_MOST_ANSWERS, _MOST_TOKENS_OF_A_PROMPT = 100_000_000, 10_000_000
+_SHOWN_ERRORS = 20
 # Prompts that are submitted together, sorted by length, for each place of the engine.
 _WINDOW = 4
 
@@ -41,12 +51,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser = CommandParser(
         prog="python -m scripts.generate", description=(__doc__ or "").partition("\n\n")[2], allow_abbrev=False
     )
-    parser.add_argument("--model_name_or_path", required=True, help="checkpoint folder, or model id on a hub")
+    add_model_flags(parser, "LoRA adapter to use with the model", several_adapters=False)
     parser.add_argument("--data_path", required=True, type=Path, help="file or folder of conversations or prompts")
     parser.add_argument("--output", required=True, type=parse_output, help="file of answers, a JSON object per line")
     parser.add_argument("--data_format", default="auto", help="format of the records (default: auto, by the first one)")
-    parser.add_argument("--adapter", help="LoRA adapter to use with the model")
-    parser.add_argument("--any_base", action="store_true", help="use the adapter with other weights than its own")
     parser.add_argument("--system_message", help="system message of conversations without one")
     parser.add_argument("--n", type=int, default=1, help="answers to each prompt (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers (default: 0)")
@@ -58,15 +66,16 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--max_concurrency", type=int, default=16, help="answers written at the same time (default: 16)"
     )
-    parser.add_argument("--device_map", help="auto spreads the model over all GPUs (default: one GPU, or the CPU)")
-    parser.add_argument("--kv_cache", choices=("int8", "fp8"), help="keep keys and values in 8 bits")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     args = parser.parse_args(argv)
     if args.any_base and args.adapter is None:
         parser.error("--any_base needs --adapter")
-    for name in ("n", "max_new_tokens", "max_concurrency"):
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} {getattr(args, name)} is too small; give 1 or more")
+    for name, most in _LIMITS.items():
+        if not 1 <= getattr(args, name) <= most:
+            parser.error(f"--{name} {getattr(args, name)} is out of range; give 1 to {most}")
+    if (tokens := args.n * args.max_new_tokens) > _MOST_TOKENS_OF_A_PROMPT:
+        flags = f"--n {args.n} with --max_new_tokens {args.max_new_tokens}"
+        parser.error(f"{flags}: {tokens} tokens for a prompt, more than {_MOST_TOKENS_OF_A_PROMPT}; lower one of them")
     return args
 
 
@@ -78,38 +87,42 @@ _SAMPLING = (
     ("presence_penalty", float, "subtracted from the scores of tokens of the answer"),
     ("frequency_penalty", float, "subtracted as many times as a token is in the answer"),
 )
-# Flags that decide what the answers are.
+# Flags that decide what the answers are; --data_format decides the prompts, which have a digest.
 _DECIDING = (
     "model_name_or_path", "adapter", "system_message", "n", "seed", "max_new_tokens", "stop", "no_thinking", "kv_cache",
-    "data_format", *(name for name, _, _ in _SAMPLING),
+    *(name for name, _, _ in _SAMPLING),
 )  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> None:
     args = parse_args(argv)
-    logging.basicConfig(format="%(levelname)s: %(message)s")
-    quiet_libraries()
-    check_output_file(args.output, "--output", {"--data_path": [args.data_path]})
+    set_up_logging()
+    models = {"--model_name_or_path": args.model_name_or_path, "--adapter": args.adapter}
+    folders = {flag: [Path(name)] for flag, name in models.items() if name is not None and Path(name).is_dir()}
+    for ending in ("", ".run", ".errors"):
+        check_output_file(Path(f"{args.output}{ending}"), "--output", {"--data_path": [args.data_path], **folders})
     sampling = _sampling_of(args)
-    from serving.engine import Engine
+    from data_utils.answer_file import AnswerFile
+    from data_utils.prompts import Prompts
 
-    source = Prompts(args.data_path, args.data_format)
-    total = source.check()
-    with AnswerFile(args.output, _run_of(args, source)) as file:
-        done = file.count
-        if done == total * args.n:
-            show(f"{args.output} is complete: {done} answers")
+    prompts = Prompts(args.data_path, args.data_format)
+    total = len(prompts.keys) * args.n
+    if total > _MOST_ANSWERS:
+        what = f"--n {args.n}: {len(prompts.keys)} prompts have {total} answers, more than {_MOST_ANSWERS}"
+        raise ConfigError(what, "Lower it, or split --data_path")
+    with AnswerFile(args.output, _run_of(args, prompts.keys), prompts.keys, args.n) as file:
+        if not file.missing:
+            show(f"{args.output} is complete")
             return
-        adapters = {} if args.adapter is None else {"adapter": args.adapter}
-        engine = Engine.load(
-            args.model_name_or_path, adapters, device_map=args.device_map, kv_cache=args.kv_cache,
-            max_concurrency=args.max_concurrency, queue_size=1 << 30, any_base=args.any_base,
-        )  # fmt: skip
-        with engine:
-            failed = answer_all(engine, source, file, args, sampling, total * args.n)
-    show(f"{total * args.n} answers: {args.output}")
-    if failed:
-        raise RunError(f"{failed} of them failed, and have an error instead of an answer", "See the warnings above")
+        try:
+            answer_all(prompts, file, args, sampling)
+        except (KeyboardInterrupt, Terminated) as error:
+            raise type(error)(f"{file.count} of {total} answers are written; the same command goes on") from None
+        file.finish()
+    if file.failed:
+        what = f"{args.output} has {file.count} of {total} answers, and {file.errors_path} why the others failed"
+        raise RunError(what, "The same command tries them again")
+    show(f"{args.output} has {file.count} of {total} answers")
 
 
 def _sampling_of(args: argparse.Namespace) -> Sampling:
@@ -122,310 +135,182 @@ def _sampling_of(args: argparse.Namespace) -> Sampling:
         raise ConfigError(f"--{error}") from None
 
 
-def _run_of(args: argparse.Namespace, source: Prompts) -> dict[str, Any]:
-    """Return what decides the answers of a run: flags, and the content of local weights and of the data.
+def _run_of(args: argparse.Namespace, keys: array[int]) -> dict[str, Any]:
+    """Return what decides the answers of a run: flags, and the content of local models and of the data.
 
     Raises:
         ConfigError: a folder contains no weights.
     """
-    from checkpoints.names import ADAPTER_WEIGHTS, WEIGHTS
+    from checkpoints.base_files import read_base_files
+    from checkpoints.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_QUANTIZATION, WEIGHTS
     from checkpoints.shards import fingerprint
 
     run = {name: getattr(args, name) for name in _DECIDING}
-    for flag, names in (("model_name_or_path", WEIGHTS), ("adapter", ADAPTER_WEIGHTS)):
-        if run[flag] is not None and Path(run[flag]).is_dir():
-            run[f"{flag}_sha256"] = fingerprint(run[flag], names)
-    return {**run, "data_sha256": source.digest()}
+    if (model := Path(args.model_name_or_path)).is_dir():
+        run["model_name_or_path.weights_sha256"] = fingerprint(model, WEIGHTS)
+        with suppress(ValueError):  # loading reports broken files
+            run["model_name_or_path.settings_sha256"] = _digest_of(read_base_files(model))
+    if args.adapter is not None and (adapter := Path(args.adapter)).is_dir():
+        files = [path for name in (ADAPTER_CONFIG, BASE_QUANTIZATION) if (path := adapter / name).is_file()]
+        run["adapter.weights_sha256"] = fingerprint(adapter, ADAPTER_WEIGHTS)
+        run["adapter.settings_sha256"] = _digest_of({path.name: path.read_bytes() for path in files})
+    return {**run, "data_sha256": hashlib.sha256(keys.tobytes()).hexdigest()}
 
 
-# ------------------------------------------------------------------------------------------------------------ prompts
-
-
-class Prompts:
-    """The prompts of a file or a folder."""
-
-    def __init__(self, path: Path, data_format: str) -> None:
-        from data_utils.files import data_files
-        from data_utils.formats import FORMATS
-
-        if data_format not in ("auto", *FORMATS):
-            raise ConfigError(f"--data_format {data_format} is unknown", f"Give one of {', '.join(['auto', *FORMATS])}")
-        self._format = data_format
-        self._files = data_files(path)
-
-    def digest(self) -> str:
-        """Return a checksum of the files."""
-        whole = hashlib.sha256()
-        for path in self._files:
-            with path.open("rb") as file:
-                while block := file.read(1 << 20):
-                    whole.update(block)
-        return whole.hexdigest()
-
-    def check(self) -> int:
-        """Return the number of prompts.
-
-        Raises:
-            DataError: invalid records, up to 20 of them; or none at all.
-        """
-        faults: list[DataError] = []
-        count = 0
-        for item in self._parsed():
-            count += 1
-            if isinstance(item, DataError):
-                faults.append(item)
-                if len(faults) == _SHOWN_FAULTS:
-                    break
-        if len(faults) == 1:
-            raise faults[0]
-        if faults:
-            raise DataError(str(self._files[0]), numbered(f"{len(faults)} faults, nothing is answered", faults))
-        if not count:
-            raise DataError(", ".join(map(str, self._files)), "contains no prompt")
-        return count
-
-    def __iter__(self) -> Iterator[Conversation]:
-        for item in self._parsed():
-            if isinstance(item, DataError):
-                raise item  # the file has changed since it was checked
-            yield item
-
-    def _parsed(self) -> Iterator[Conversation | DataError]:
-        for path in self._files:
-            is_text = path.name.lower().endswith(".txt")
-            try:
-                yield from _lines_of(path) if is_text else self._records_of(path)
-            except DataError as error:
-                yield error
-
-    def _records_of(self, path: Path) -> Iterator[Conversation | DataError]:
-        from data_utils.files import read_records
-        from data_utils.formats import FORMATS, recognise
-
-        source = FORMATS.get(self._format)
-        for where, record in read_records(path):
-            if isinstance(record, DataError):
-                yield record
-                continue
-            source = source or recognise(record, where)
-            try:
-                yield _prompt_of(source.parse(record, where))
-            except DataError as error:
-                yield error
-
-
-def _lines_of(path: Path) -> Iterator[Conversation | DataError]:
-    """Yield a prompt for each line of a text file that is not blank."""
-    from chat.turns import Turn
-    from data_utils.schema import Conversation
-
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            try:
-                text = line.decode("utf-8-sig" if number == 1 else "utf-8").strip()
-            except UnicodeDecodeError:
-                yield DataError(f"{path}:{number}", "the line is not UTF-8", "Convert the file to UTF-8")
-                continue
-            if text:
-                yield Conversation((Turn("user", text),), f"{path}:{number}")
-
-
-def _prompt_of(conversation: Conversation) -> Conversation:
-    """Return a conversation without the answer that it ends with.
-
-    Raises:
-        DataError: nothing precedes that answer, or its calls have no results.
-    """
-    from dataclasses import replace
-
-    turns = conversation.turns
-    prompt = turns[:-1] if turns[-1].role == "assistant" else turns
-    if not prompt:
-        raise DataError(str(conversation.where), "has an answer, and nothing to answer", "Remove the record")
-    return replace(conversation, turns=prompt)
+def _digest_of(files: Mapping[str, bytes]) -> str:
+    digests = [f"{name} {hashlib.sha256(content).hexdigest()}" for name, content in sorted(files.items())]
+    return hashlib.sha256("\n".join(digests).encode()).hexdigest()
 
 
 # ------------------------------------------------------------------------------------------------------------ answers
 
 
 class Task(NamedTuple):
-    """One answer that is to be written: the record's number, and the number among the answers to it."""
+    """One answer that is to be written: its number, and the prompt's ids, or why there are none."""
 
     number: int
-    choice: int
     conversation: Conversation
     prompt_ids: tuple[int, ...]
+    error: Exception | None
 
 
-def answer_all(
-    engine: Engine, source: Prompts, file: AnswerFile, args: argparse.Namespace, sampling: Sampling, total: int
-) -> int:
-    """Write all answers that the file lacks, in their order, and return how many failed."""
-    from tqdm import tqdm
+def answer_all(prompts: Prompts, file: AnswerFile, args: argparse.Namespace, sampling: Sampling) -> None:
+    """Write all answers that the file lacks, in their order."""
+    from serving.engine import Engine
 
-    tasks = islice(_tasks(engine, source, args), file.count, None)
-    window = _WINDOW * args.max_concurrency
-    running: deque[tuple[Task, Ticket | Exception]] = deque()
-    failed = 0
-    with tqdm(total=total, initial=file.count, desc="Answering", unit="answer", disable=None) as bar:
-        while True:
-            if len(running) <= window // 2:
-                running += _submit(engine, list(islice(tasks, window)), args, sampling)
-            if not running:
-                return failed
-            task, ticket = running.popleft()
-            line = _line(engine, task, ticket, args.no_thinking)
-            failed += "error" in line
-            file.add(line)
-            bar.update()
-            done, seconds = engine.load_now().completion_tokens, bar.format_dict["elapsed"]
-            bar.set_postfix_str(f"{done / max(seconds, 1e-3):.0f} tokens/s", refresh=False)
+    adapters = {} if args.adapter is None else {"adapter": args.adapter}
+    with Engine.load(
+        args.model_name_or_path, adapters, device_map=args.device_map, kv_cache=args.kv_cache,
+        max_concurrency=args.max_concurrency, queue_size=1 << 30, any_base=args.any_base,
+        model_name="model",  # a folder named like the adapter is allowed
+    ) as engine:  # fmt: skip
+        if args.no_thinking:
+            _check_no_thinking(engine)
+        _Loop(engine, file, args, sampling).run(_tasks(engine, prompts, file, args))
 
 
-def _tasks(engine: Engine, source: Prompts, args: argparse.Namespace) -> Iterator[Task]:
-    for index, conversation in enumerate(source):
+def _check_no_thinking(engine: Engine) -> None:
+    from chat.turns import Turn
+    from serving.requests import RequestError
+
+    try:
+        engine.render_turns([Turn("user", "Hi")], thinking=False)
+    except RequestError as error:
+        raise ConfigError(f"--no_thinking: {error}") from None
+
+
+def _tasks(engine: Engine, prompts: Prompts, file: AnswerFile, args: argparse.Namespace) -> Iterator[Task]:
+    """Yield the answers that the file lacks."""
+    thinking = False if args.no_thinking else None
+    for index, conversation in enumerate(prompts):
+        numbers = [number for number in range(index * args.n, (index + 1) * args.n) if number not in file]
+        if not numbers:
+            continue
         turns = conversation.turns
-        thinking = False if args.no_thinking else None
+        ids: tuple[int, ...] = ()
+        error = None
         try:
             if conversation.is_text:
                 ids = engine.encode(turns[0].content)
             else:
                 ids = engine.render_turns(turns, conversation.tools, args.system_message, thinking)
-        except ConfigError as error:
-            raise DataError(str(conversation.where), one_line(error)) from None
-        for choice in range(args.n):
-            yield Task(index, choice, conversation, ids)
+        except (ConfigError, UnicodeError) as refused:
+            error = refused
+        for number in numbers:
+            yield Task(number, conversation, ids, error)
 
 
-def _submit(
-    engine: Engine, tasks: Sequence[Task], args: argparse.Namespace, sampling: Sampling
-) -> list[tuple[Task, Ticket | Exception]]:
-    """Submit tasks, those of similar length after each other, and return them in their own order."""
-    from dataclasses import replace
+class _Loop:
+    """Submits tasks, some in advance, and writes their answers in the order of the tasks."""
 
-    from serving.requests import Request, RequestError
+    def __init__(self, engine: Engine, file: AnswerFile, args: argparse.Namespace, sampling: Sampling) -> None:
+        self._engine, self._file, self._sampling = engine, file, sampling
+        self._n, self._seed = args.n, args.seed
+        self._thinking = False if args.no_thinking else None
+        self._adapter = None if args.adapter is None else "adapter"
+        self._window = _WINDOW * args.max_concurrency
 
-    tickets: dict[int, Ticket | Exception] = {}
-    adapter = None if args.adapter is None else "adapter"
-    for number in sorted(range(len(tasks)), key=lambda number: -len(tasks[number].prompt_ids)):
-        task = tasks[number]
-        seed = hashlib.sha256(f"{args.seed} {task.number} {task.choice}".encode()).digest()
-        form = engine.family.tool_form if task.conversation.tools else None
-        stops = (*sampling.stop, *(form.stops if form else ()))
-        settings = replace(sampling, seed=int.from_bytes(seed[:7], "big"), stop=stops)
+    def run(self, tasks: Iterator[Task]) -> None:
+        from tqdm import tqdm
+
+        file, running = self._file, deque[tuple[Task, "Ticket | Exception"]]()
+        total = file.count + file.missing
+        with tqdm(total=total, initial=file.count, desc="Answering", unit="answer", disable=None) as bar:
+            while True:
+                if len(running) <= self._window // 2:
+                    running += self._submit(list(islice(tasks, self._window)))
+                if not running:
+                    return
+                self._write(*running.popleft())
+                bar.update()
+                done, seconds = self._engine.load_now().completion_tokens, bar.format_dict["elapsed"]
+                bar.set_postfix_str(f"{done / max(seconds, 1e-3):.0f} tokens/s", refresh=False)
+
+    def _submit(self, tasks: Sequence[Task]) -> list[tuple[Task, Ticket | Exception]]:
+        """Submit tasks, those of similar length after each other, and return them in their own order."""
+        tickets: dict[int, Ticket | Exception] = {}
+        for task in sorted(tasks, key=lambda task: -len(task.prompt_ids)):
+            tickets[task.number] = self._ticket(task)
+        return [(task, tickets[task.number]) for task in tasks]
+
+    def _ticket(self, task: Task) -> Ticket | Exception:
+        """Return the ticket of a task, or why it cannot be answered."""
+        from dataclasses import replace
+
+        from serving.requests import Request, RequestError
+
+        if task.error is not None:
+            return task.error
+        index, choice = divmod(task.number, self._n)
+        seed = hashlib.sha256(f"{self._seed} {index} {choice}".encode()).digest()
+        form = self._engine.family.tool_form if task.conversation.tools else None
+        stops = (*self._sampling.stop, *(form.stops if form else ()))
+        sampling = replace(self._sampling, seed=int.from_bytes(seed[:7], "big"), stop=stops)
         try:
-            tickets[number] = engine.submit(Request(task.prompt_ids, settings, adapter))
+            return self._engine.submit(Request(task.prompt_ids, sampling, self._adapter))
         except RequestError as error:  # a prompt that is too long
-            tickets[number] = error
-    return [(task, tickets[number]) for number, task in enumerate(tasks)]
+            return error
 
-
-def _line(engine: Engine, task: Task, ticket: Ticket | Exception, no_thinking: bool) -> dict[str, Any]:
-    """Wait for an answer, and return its line."""
-    place = {"index": task.number, "choice": task.choice}
-    try:
-        if isinstance(ticket, Exception):
-            raise ticket
-        answer = ticket.answer()
-    except Exception as error:
-        logger.warning("%s: no answer: %s", task.conversation.where, one_line(error))
-        return {**place, "error": one_line(error)}
-    usage = {"prompt_tokens": answer.usage.prompt_tokens, "completion_tokens": answer.usage.completion_tokens}
-    record = _record(engine, task.conversation, answer, no_thinking)
-    return {**place, **record, "answer": answer.text, "finish_reason": answer.finish_reason, "usage": usage}
-
-
-def _record(engine: Engine, conversation: Conversation, answer: Answer, no_thinking: bool) -> dict[str, Any]:
-    """Return a conversation with its answer as a record of the format messages, or a continued text."""
-    from dataclasses import replace
-
-    from chat.reading import opening_of, read_answer
-    from data_utils.formats.writing import write_messages
-
-    turns = conversation.turns
-    if conversation.is_text:
-        return {"text": turns[0].content + answer.text}
-    has_tools = bool(conversation.tools)
-    thinking = False if no_thinking else None
-    opening = opening_of(engine.family, has_tools, turns[-1].role == "tool", thinking)
-    turn = read_answer(answer.text, engine.family, has_tools, opening)
-    return write_messages(replace(conversation, turns=(*turns, turn)), {})
-
-
-class AnswerFile:
-    """The output: lines that are added one by one, and a file beside it that says which run they belong to.
-
-    Args:
-        run: what decides the answers.
-
-    Attributes:
-        count: complete lines.
-
-    Raises:
-        ConfigError: the file is another run's, or another process is writing it.
-    """
-
-    def __init__(self, path: Path, run: dict[str, Any]) -> None:
-        self._path, self._run, self.count = path, run, 0
-        self._run_path = path.with_name(f"{path.name}.run.json")
-
-    def __enter__(self) -> AnswerFile:
-        import fcntl
-
-        self._check_run()
-        self._file = self._path.open("ab+")
+    def _write(self, task: Task, ticket: Ticket | Exception) -> None:
+        """Wait for an answer, and write it or its error."""
+        where = task.conversation.where
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            raise ConfigError(f"--output {self._path}: another process is writing it", "Wait for its end") from None
-        self._run_path.write_text(json.dumps(self._run, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-        self.count = self._repair()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
-
-    def add(self, line: dict[str, Any]) -> None:
-        """Write a line; it is on its way to the disk when this returns."""
-        try:
-            encoded = json.dumps(line, ensure_ascii=False).encode()
-        except UnicodeEncodeError:  # lone surrogates
-            encoded = json.dumps(line).encode()
-        self._file.write(encoded + b"\n")
-        self._file.flush()
-        self.count += 1
-
-    def _check_run(self) -> None:
-        if not self._path.exists() or not self._path.stat().st_size:
+            if isinstance(ticket, Exception):
+                raise ticket
+            answer = ticket.answer()
+            record = self._record(task.conversation, answer)
+        except Exception as error:
+            if self._file.failed < _SHOWN_ERRORS:
+                logger.warning("%s: no answer: %s", where, one_line(error))
+            self._file.add_error(task.number, where, one_line(error))
             return
-        fix = "Give another name, or remove it"
-        try:
-            saved = json.loads(self._run_path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            raise ConfigError(f"--output {self._path} exists, and was not written by this command", fix) from None
-        for name, value in self._run.items():
-            before = saved.get(name) if isinstance(saved, dict) else None
-            if before != value and name == "data_sha256":
-                raise ConfigError(f"--output {self._path} has the answers to other data", fix)
-            if before != value and name.endswith("_sha256"):
-                flag = f"--{name.removesuffix('_sha256')}"
-                raise ConfigError(f"--output {self._path} has answers of other weights than {flag} has now", fix)
-            if before != value:
-                raise ConfigError(f"--output {self._path} is of a run with --{name} {before}, not {value}", fix)
+        usage = {"prompt_tokens": answer.usage.prompt_tokens, "completion_tokens": answer.usage.completion_tokens}
+        details = {"answer": answer.text, "finish_reason": answer.finish_reason, "usage": usage}
+        self._file.add(task.number, {**record, **details})
 
-    def _repair(self) -> int:
-        """Remove a last line that is not complete, and return the number of the others."""
-        self._file.seek(0)
-        count = size = 0
-        for line in self._file:
-            if not line.endswith(b"\n"):
-                logger.warning("--output %s: its last line is incomplete, and is written again", self._path)
-                self._file.truncate(size)
-                break
-            count, size = count + 1, size + len(line)
-        self._file.seek(0, 2)
-        return count
+    def _record(self, conversation: Conversation, answer: Answer) -> Record:
+        """Return a conversation with its answer as a record of the format messages, or a continued text."""
+        from dataclasses import replace
+
+        from chat.reading import opening_of, read_answer
+        from chat.turns import Turn
+        from data_utils.formats import FORMATS
+        from data_utils.formats.writing import write_messages
+        from errors import DataError
+
+        turns = conversation.turns
+        if conversation.is_text:
+            return {"text": turns[0].content + answer.text}
+        family, has_tools = self._engine.family, bool(conversation.tools)
+        opening = opening_of(family, has_tools, turns[-1].role == "tool", self._thinking)
+        turn = read_answer(answer.text, family, has_tools, opening)
+        record = write_messages(replace(conversation, turns=(*turns, turn)), {})
+        try:
+            FORMATS["messages"].parse(record, conversation.where)
+        except DataError:  # a call that no record can hold, such as one with a quotation mark in its name, stays text
+            turn = Turn("assistant", answer.text)
+            record = write_messages(replace(conversation, turns=(*turns, turn)), {})
+        return record
 
 
 if __name__ == "__main__":

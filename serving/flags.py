@@ -11,12 +11,20 @@ from errors import ConfigError
 from serving.requests import check_adapter_names
 
 
-def add_model_flags(parser: argparse.ArgumentParser, adapter_help: str) -> None:
-    """Add the flags of a model and its adapters; those become the list ``adapters``, see :func:`parse_adapters`."""
+def add_model_flags(parser: argparse.ArgumentParser, adapter_help: str, several_adapters: bool = True) -> None:
+    """Add the flags of a model and its adapters.
+
+    Args:
+        several_adapters: they become the list ``adapters``, see :func:`parse_adapters`; otherwise there is one at most,
+            the folder ``adapter``.
+    """
     parser.add_argument("--model_name_or_path", required=True, help="checkpoint folder, or model id on a hub")
-    parser.add_argument(
-        "--adapter", action="append", default=[], metavar="NAME=DIR", dest="adapters", help=adapter_help
-    )
+    if several_adapters:
+        parser.add_argument(
+            "--adapter", action="append", default=[], metavar="NAME=DIR", dest="adapters", help=adapter_help
+        )
+    else:
+        parser.add_argument("--adapter", metavar="DIR", help=adapter_help)
     parser.add_argument("--any_base", action="store_true", help="accept adapters that were trained on other weights")
     parser.add_argument("--device_map", help="auto spreads the model over all GPUs (default: one GPU, or the CPU)")
     parser.add_argument("--kv_cache", choices=("int8", "fp8"), help="keep keys and values in 8 bits")

@@ -15,7 +15,7 @@ from tests.golden import REPO
 PACKAGES = {
     "chat": {"errors"},
     "qwen_model": {"errors", "chat"},
-    "data_utils": {"errors", "console", "chat"},
+    "data_utils": {"errors", "console", "outputs", "chat"},
     "checkpoints": {"errors", "console", "ownership", "outputs", "qwen_model"},
     "loading": {"errors", "console", "processes", "chat", "qwen_model", "checkpoints"},
     "training": {

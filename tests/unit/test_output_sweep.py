@@ -64,6 +64,7 @@ FILES = {
     "preview --dump": Command("scripts.preview_data", f"{_RUN} --dump", ("train.jsonl", "model/config.json")),
     "export_gguf": Command("scripts.export_gguf", "{in}/model --outfile", ("model", "model/config.json")),
     "convert_data": Command("scripts.convert_data", "--overwrite {in}/train.jsonl", ("train.jsonl",)),
+    "generate": Command("scripts.generate", f"{_RUN} --output", ("train.jsonl", "model/config.json")),
     "plot_runs": Command("scripts.plot_runs", "{in}/run --output", ("run/training_log.jsonl",)),
     "draw_masks": Command("scripts.draw_masks", "--output"),
     **{

@@ -158,12 +158,30 @@ def test_question_is_read_from_stdin(adapter: Path, answer: Answer, monkeypatch:
         ask.main([*arguments, "-"])
 
 
-def test_sampling_at_temperature_0_is_refused(tmp_path: Path, answer: Answer) -> None:
+@pytest.mark.parametrize("settings", [{"temperature": 0}, {"do_sample": False}], ids=str)
+def test_sampling_is_refused_for_a_greedy_checkpoint(
+    tmp_path: Path, answer: Answer, settings: dict[str, object]
+) -> None:
     model = copy_checkpoint(tmp_path / "model")
-    change_json(model / "generation_config.json", temperature=0)
+    change_json(model / "generation_config.json", **settings)
     assert answer("--model_name_or_path", model, "--max_new_tokens", 2, "Hi")
-    with pytest.raises(ConfigError, match=r"^--do_sample: generation_config.json of .* has temperature 0\. "):
+    with pytest.raises(ConfigError, match=r"^--do_sample: .*generation_config.json takes the most likely token"):
         ask.main(["--model_name_or_path", str(model), "--do_sample", "Hi"])
+
+
+def test_values_of_the_family_are_drawn_with_where_the_checkpoint_has_none(tmp_path: Path, answer: Answer) -> None:
+    """As in scripts.chat; transformers itself would take the most likely token each time."""
+    model = copy_checkpoint(tmp_path / "model")
+    change_json(model / "generation_config.json", do_sample=None, top_p=None, top_k=None)
+    arguments = ["--model_name_or_path", model, "--max_new_tokens", 12, "--do_sample", "Who are you?"]
+    assert len({answer(*arguments) for _ in range(3)}) > 1
+
+
+def test_answer_does_not_depend_on_the_repetition_penalty(tmp_path: Path, answer: Answer) -> None:
+    models = [copy_checkpoint(tmp_path / name) for name in ("weak", "strong")]
+    change_json(models[1] / "generation_config.json", repetition_penalty=5.0)
+    first, other = (answer("--model_name_or_path", model, "--max_new_tokens", 12, "Hi") for model in models)
+    assert first == other
 
 
 @pytest.mark.parametrize(

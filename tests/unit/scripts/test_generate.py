@@ -2,21 +2,33 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import shutil
+import signal
+import subprocess
+import time
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from data_utils.files import data_files, read_records
 from data_utils.formats import FORMATS
 from errors import ConfigError, DataError, RunError
 from scripts import generate
-from serving.requests import Request, Sampling
-from tests.commands import restored_log_handlers
-from tests.models import CONVERSATIONS, TINY, write_conversations
+from serving.engine import Engine
+from serving.requests import Request, RequestError, Sampling
+from serving.ticket import Ticket
+from tests import fork_server
+from tests.adapters import LINEAR, make_adapter
+from tests.commands import environment, limited_file_size, restored_log_handlers, run_here
+from tests.golden import REPO
+from tests.models import CONVERSATIONS, TINY, change_json, write_conversations, write_later_checkpoint
 from tests.serving import load_engine
 
 GREEDY = ("--temperature", "0", "--max_new_tokens", "8")
@@ -82,6 +94,83 @@ def test_killed_run_goes_on_with_the_same_answers(tmp_path: Path, capsys: pytest
     assert "is complete" in capsys.readouterr().out and output.read_bytes() == whole
 
 
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+def test_process_that_was_stopped_goes_on_with_the_same_answers(tmp_path: Path, number: int) -> None:
+    data, output = tmp_path / "q.txt.gz", tmp_path / "a.jsonl"
+    data.write_bytes(gzip.compress("".join(f"{'word ' * (i % 7)}{i}\n" for i in range(100)).encode()))
+    flags = ("--temperature", "1.2", "--max_new_tokens", "16", "--seed", "3")
+    run(data, tmp_path / "whole.jsonl", *flags)
+    arguments = ["--model_name_or_path", TINY, "--data_path", data, "--output", output, *flags]
+    command = [fork_server.python(), "-m", "scripts.generate", *map(str, arguments), "--max_concurrency", "2"]
+    with subprocess.Popen(command, cwd=REPO, env=environment(), stderr=subprocess.PIPE, text=True) as process:
+        while process.poll() is None and not (output.exists() and output.stat().st_size):
+            time.sleep(0.01)
+        process.send_signal(number)
+        _, errors = process.communicate()
+    assert 0 < len(output.read_text(encoding="utf-8").split("\n")) - 1 < 100, errors
+    if number != signal.SIGKILL:
+        assert process.returncode == (130 if number == signal.SIGINT else 143)
+        assert "of 100 answers are written; the same command goes on" in errors
+    run(data, output, *flags)
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_full_disk_is_named_and_the_run_goes_on(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, output = tmp_path / "q.txt", tmp_path / "a.jsonl"
+    data.write_text("".join(f"{number}\n" for number in range(20)))
+    run(data, tmp_path / "whole.jsonl", *GREEDY)
+    arguments = ["--model_name_or_path", TINY, "--data_path", data, "--output", output, *GREEDY]
+    with limited_file_size((tmp_path / "whole.jsonl").stat().st_size // 2):
+        assert run_here(generate.main, "scripts.generate", arguments) == 1
+    assert f"cannot write {output}" in capsys.readouterr().err
+    assert run_here(generate.main, "scripts.generate", arguments) == 0
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+
+
+def test_call_that_no_record_can_hold_stays_text(tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = (shared / "families" / "templates" / "qwen2_5.jinja").read_text()
+    model = write_later_checkpoint(tmp_path / "model", "qwen2", template)
+    tools = [{"type": "function", "function": {"name": "f", "parameters": {}}}]
+    messages = [{"role": "user", "content": "Hi"}]
+    data = write_lines(tmp_path / "q.jsonl", [{"messages": messages, "tools": tools}])
+    calls = ['<tool_call>\n{"name": "f", "arguments": {"a": 1}}\n</tool_call>',
+             '<tool_call>\n{"name": "f\\"", "arguments": {}}\n</tool_call>',
+             '<tool_call>\n{"name": "f", "arguments": "no JSON"}\n</tool_call>']  # fmt: skip
+    answer, texts = Ticket.answer, iter(calls)
+    monkeypatch.setattr(Ticket, "answer", lambda ticket: replace(answer(ticket), text=next(texts)))
+    output = tmp_path / "a.jsonl"
+    lines = run(data, output, *GREEDY, "--n", "3", "--model_name_or_path", str(model))
+    assert [line["messages"][-1]["content"] for line in lines] == ["", *calls[1:]]
+    assert "tool_calls" in lines[0]["messages"][-1] and [line["answer"] for line in lines] == calls
+    for where, record in read_records(output):
+        FORMATS["messages"].parse(record, where)
+
+
+def test_adapter_answers_and_belongs_to_the_run(tmp_path: Path) -> None:
+    model = write_later_checkpoint(tmp_path / "model", "qwen2")
+    adapter = make_adapter(model, tmp_path / "adapter", target_modules=LINEAR)
+    (tmp_path / "q.txt").write_text("Hi\nHello\n")
+    flags = (*GREEDY, "--model_name_or_path", str(model))
+    plain = run(tmp_path / "q.txt", tmp_path / "a.jsonl", *flags)
+    flags = (*flags, "--adapter", str(adapter))
+    adapted = run(tmp_path / "q.txt", tmp_path / "b.jsonl", *flags)
+    assert [line["answer"] for line in plain] != [line["answer"] for line in adapted]
+    with pytest.raises(ConfigError, match="a run with --adapter None"):
+        run(tmp_path / "q.txt", tmp_path / "a.jsonl", *flags)
+    change_json(adapter / "adapter_config.json", lora_alpha=48)
+    with pytest.raises(ConfigError, match="other settings than --adapter has now"):
+        run(tmp_path / "q.txt", tmp_path / "b.jsonl", *flags)
+
+
+def test_thinking_that_cannot_be_left_out_is_refused(tmp_path: Path, shared: Path) -> None:
+    template = (shared / "families" / "templates" / "qwen3_thinking_2507.jinja").read_text()
+    model = write_later_checkpoint(tmp_path / "model", "qwen3", template)
+    (tmp_path / "q.txt").write_text("Hi\n")
+    with pytest.raises(ConfigError, match=r"--no_thinking: .*always thinks"):
+        run(tmp_path / "q.txt", tmp_path / "a.jsonl", "--no_thinking", "--model_name_or_path", str(model))
+    assert not (tmp_path / "a.jsonl").exists()
+
+
 def test_answers_of_another_run_are_not_overwritten(tmp_path: Path) -> None:
     data, output = tmp_path / "q.txt", tmp_path / "a.jsonl"
     data.write_text("Hi\n")
@@ -90,9 +179,9 @@ def test_answers_of_another_run_are_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"a run with --temperature 0.0, not 1.0"):
         run(data, output, "--temperature", "1", "--max_new_tokens", "8")
     data.write_text("Hello\n")
-    with pytest.raises(ConfigError, match="other data"):
+    with pytest.raises(ConfigError, match="the answers to other prompts"):
         run(data, output, *GREEDY)
-    (tmp_path / "a.jsonl.run.json").unlink()
+    (tmp_path / "a.jsonl.run").unlink()
     with pytest.raises(ConfigError, match="was not written by this command"):
         run(data, output, *GREEDY)
     assert output.read_bytes() == before
@@ -111,15 +200,11 @@ def test_answers_of_weights_that_have_changed_are_not_continued(tmp_path: Path) 
     save_file({name: 2 * tensor for name, tensor in weights.items()}, model / "model.safetensors", {"format": "pt"})
     with pytest.raises(ConfigError, match="has answers of other weights than --model_name_or_path has now"):
         run(data, output, *flags)
-
-
-def test_file_that_is_being_written_is_refused(tmp_path: Path) -> None:
-    with (
-        generate.AnswerFile(tmp_path / "a.jsonl", {}),
-        pytest.raises(ConfigError, match="another process"),
-        generate.AnswerFile(tmp_path / "a.jsonl", {}),
-    ):
-        pass
+    shutil.copy(TINY / "model.safetensors", model / "model.safetensors")
+    run(data, output, *flags)
+    change_json(model / "generation_config.json", repetition_penalty=1.2)
+    with pytest.raises(ConfigError, match="has answers of other settings than --model_name_or_path has now"):
+        run(data, output, *flags)
 
 
 def test_faults_of_the_data_are_found_before_the_model_is_loaded(tmp_path: Path) -> None:
@@ -142,19 +227,51 @@ def test_empty_file_is_refused(tmp_path: Path) -> None:
     assert not output.exists()
 
 
-def test_prompt_that_is_too_long_has_an_error(tmp_path: Path) -> None:
-    data = tmp_path / "q.txt"
+def test_prompt_that_is_too_long_is_listed_and_tried_again(tmp_path: Path) -> None:
+    """Each start says that answers are missing; the output has no line that cannot be trained on."""
+    data, output = tmp_path / "q.txt", tmp_path / "a.jsonl"
     data.write_text("Hi\n" + "word " * 3000 + "\nHello\n")
-    with pytest.raises(RunError, match="1 of them failed"):
-        run(data, tmp_path / "a.jsonl", *GREEDY)
-    lines = lines_of(tmp_path / "a.jsonl")
-    assert "context" in lines[1]["error"] and [line["index"] for line in lines] == [0, 1, 2]
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"has 2 of 3 answers, and .*a\.jsonl\.errors why the others failed"):
+            run(data, output, *GREEDY)
+        assert [line["index"] for line in lines_of(output)] == [0, 2]
+        [error] = lines_of(tmp_path / "a.jsonl.errors")
+        assert "context" in error["error"] and error["where"] == f"{data}:2"
+        assert [error["index"], error["choice"]] == [1, 0]
+    records = [FORMATS["messages"].parse(record, where) for where, record in read_records(output)]
+    assert [record.turns[0].content for record in records] == ["Hi", "Hello"]
+    assert data_files(tmp_path) == [output]  # the other two are no data; texts beside data are left out
+
+
+def test_answer_that_failed_is_written_in_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data, output = write_conversations(tmp_path / "q.json"), tmp_path / "a.jsonl"
+    run(data, tmp_path / "whole.jsonl", *GREEDY, "--n", "2")
+    submit, fails = Engine.submit, {3, 8}
+    numbers = count()
+
+    def submit_or_fail(engine: Engine, request: Request) -> Any:
+        if next(numbers) in fails:
+            raise RequestError("memory", "there is none")
+        return submit(engine, request)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "submit", submit_or_fail)
+        with pytest.raises(RunError, match=f"has {2 * len(CONVERSATIONS) - 2} of"):
+            run(data, output, *GREEDY, "--n", "2")
+    assert (tmp_path / "a.jsonl.errors").read_text().count("there is none") == 2
+    run(data, output, *GREEDY, "--n", "2")
+    assert output.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not (tmp_path / "a.jsonl.errors").exists()
 
 
 @pytest.mark.parametrize(
     ("flags", "match"),
     [
-        (["--n", "0"], "--n 0"),
+        (["--n", "0"], "--n 0 is out of range"),
+        (["--n", "1000000000"], "--n 1000000000 is out of range; give 1 to 10000"),
+        (["--n", "10000", "--max_new_tokens", "1001"], "10010000 tokens for a prompt, more than 10000000; lower one"),
+        (["--max_new_tokens", "2000000"], "--max_new_tokens 2000000"),
+        (["--max_concurrency", "100000"], "--max_concurrency 100000"),
         (["--any_base"], "--any_base needs"),
         (["--temperature", "-1"], "--temperature"),
         (["--data_format", "csv"], "--data_format csv"),
@@ -164,3 +281,4 @@ def test_wrong_flag_is_refused(tmp_path: Path, flags: list[str], match: str) -> 
     (tmp_path / "q.txt").write_text("Hi\n")
     with pytest.raises(ConfigError, match=match):
         run(tmp_path / "q.txt", tmp_path / "a.jsonl", *flags)
+    assert [path.name for path in tmp_path.iterdir()] == ["q.txt"]
