@@ -23,6 +23,7 @@ PROGRAM = "chromium-headless-shell"
 FLAGS = [
     "--remote-debugging-pipe", "--no-first-run", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
     "--disable-background-networking", "--disable-extensions", "--mute-audio", "--force-color-profile=srgb",
+    "--disable-features=BackForwardCache",
 ]  # fmt: skip
 TIMEOUT = 10.0
 KEYS = {"Enter": ("\r", 13), "Escape": ("", 27), "Tab": ("", 9), "ArrowUp": ("", 38), "ArrowDown": ("", 40)}
@@ -113,17 +114,28 @@ class Tab:
         self._target = browser.call("Target.createTarget", url="about:blank", browserContextId=profile)["targetId"]
         attached = browser.call("Target.attachToTarget", targetId=self._target, flatten=True)
         self._session = attached["sessionId"]
-        for domain in ("Page", "Runtime", "Log"):
+        for domain in ("Page", "Runtime", "Log", "Network"):
             self.call(f"{domain}.enable")
+        self.begin(url, width, height)
+
+    def begin(self, url: str, width: int = 1100, height: int = 800) -> None:
+        """Open an address as a new tab does."""
         self.resize(width, height)
         self.open(url)
+
+    def end(self) -> None:
+        """Forget what the page has stored, and undo what was set for it."""
+        origin = self.evaluate("sessionStorage.clear(), location.origin")
+        self.call("Storage.clearDataForOrigin", origin=origin, storageTypes="all")
+        self.call("Emulation.setEmulatedMedia", features=[])
+        self.be_offline(False)
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         return self.browser.call(method, self._session, **parameters)
 
     def open(self, url: str) -> None:
         self.call("Page.navigate", url=url)
-        self.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
+        self.wait_for(f"document.readyState === 'complete' && location.href === new URL({json.dumps(url)}).href")
 
     def reload(self) -> None:
         self.evaluate("window.isOld = true")
@@ -140,6 +152,10 @@ class Tab:
     def prefer(self, scheme: str) -> None:
         features = [{"name": "prefers-color-scheme", "value": scheme}]
         self.call("Emulation.setEmulatedMedia", features=features)
+
+    def be_offline(self, is_offline: bool = True) -> None:
+        speeds = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
+        self.call("Network.emulateNetworkConditions", offline=is_offline, **speeds)
 
     def evaluate(self, expression: str) -> Any:
         """Return the value of an expression; a promise is waited for."""

@@ -20,8 +20,8 @@ def event(**delta: Any) -> bytes:
     return sse({"choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
 
 
-def finish(reason: str = "stop", tokens: int = 7) -> bytes:
-    last = sse({"choices": [{"index": 0, "delta": {}, "finish_reason": reason}]})
+def finish(reason: str = "stop", tokens: int = 7, **more: str) -> bytes:
+    last = sse({"choices": [{"index": 0, "delta": {}, "finish_reason": reason, **more}]})
     return last + sse({"choices": [], "usage": {"completion_tokens": tokens}}) + b"data: [DONE]\n\n"
 
 
@@ -73,6 +73,7 @@ def serve_page() -> Iterator[PageServer]:
 class _Handler(BaseHTTPRequestHandler):
     server: PageServer
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # a body would wait 40 ms until the browser has confirmed the head
 
     def log_message(self, *_: object) -> None:
         pass
@@ -94,6 +95,9 @@ class _Handler(BaseHTTPRequestHandler):
         if self.server.refusals:
             status, message = self.server.refusals.popleft()
             self._json(status, {"error": {"message": message}})
+            return
+        if body["model"] not in self.server.models:
+            self._json(404, {"error": {"message": f"{body['model']} is not loaded", "code": "model_not_found"}})
             return
         answers = self.server.answers
         steps = answers.popleft() if len(answers) > 1 else answers[0]

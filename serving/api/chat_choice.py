@@ -7,6 +7,7 @@ from typing import Any
 
 from chat.events import CallStart, Content, Event, Thinking
 from chat.reading import AnswerReader
+from serving.api.running import ending_of
 from serving.requests import FinishReason, Piece, TokenLogprob
 
 # Limits of length and time end an answer alike: OpenAI knows no other reason.
@@ -64,7 +65,11 @@ class Choice:
         """Return the finished answer as a choice."""
         if self._calls and not self.message["content"]:
             self.message["content"] = None
-        return {"index": self.index, "message": self.message, "finish_reason": self.finish_reason(reason)}
+        return {"index": self.index, "message": self.message, **self.ending(reason)}
+
+    def ending(self, reason: FinishReason | None) -> dict[str, Any]:
+        """Return why the answer ended."""
+        return ending_of(self.finish_reason(reason), reason)
 
     def _deltas(self, events: list[Event]) -> Iterator[dict[str, Any]]:
         for event in events:

@@ -162,8 +162,8 @@ async def _chunks(run: _Run, request: Request) -> AsyncIterator[dict[str, Any]]:
     wants_usage = run.body.includes_usage
     head = {**run.head, "object": "chat.completion.chunk", **({"usage": None} if wants_usage else {})}
 
-    def chunk(choice: Choice, delta: dict[str, Any], reason: str | None = None) -> dict[str, Any]:
-        written = {"index": choice.index, "delta": delta, "finish_reason": reason}
+    def chunk(choice: Choice, delta: dict[str, Any], **ending: Any) -> dict[str, Any]:
+        written = {"index": choice.index, "delta": delta, "finish_reason": None, **ending}
         logprobs = choice.take_logprobs()
         return {**head, "choices": [{**written, "logprobs": logprobs}]}
 
@@ -176,8 +176,8 @@ async def _chunks(run: _Run, request: Request) -> AsyncIterator[dict[str, Any]]:
         if choice.is_full:
             run.tickets[index].cancel()
         if piece is None:
-            finished = await _finished(run, index)
-            yield chunk(choice, {}, finished["finish_reason"])
+            await _finished(run, index)
+            yield chunk(choice, {}, **choice.ending(run.tickets[index].finish_reason))
     usage = usage_of(run.tickets, run.body.n)
     _note(run, request, usage)
     if wants_usage:

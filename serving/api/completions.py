@@ -15,6 +15,7 @@ from serving.api.errors import JsonResponse
 from serving.api.running import (
     EventStream,
     Service,
+    ending_of,
     in_thread,
     note,
     pieces_of,
@@ -47,7 +48,7 @@ class _Text:
     def choice(self, text: str, reason: FinishReason | None) -> dict[str, Any]:
         """Return OpenAI's choice, with the tokens since the last one."""
         word = reason and ("stop" if reason == "stop" else "length")
-        return {"index": self.index, "text": text, "logprobs": self._take_logprobs(), "finish_reason": word}
+        return {"index": self.index, "text": text, "logprobs": self._take_logprobs(), **ending_of(word, reason)}
 
     def _take_logprobs(self) -> dict[str, Any] | None:
         tokens, self._tokens = self._tokens, []

@@ -18,7 +18,7 @@ from serving.api.errors import ApiError, api_error, json_bytes
 from serving.api.metrics import Metrics
 from serving.api.schemas import SamplingFields
 from serving.api.settings import Settings
-from serving.requests import Piece, Request, Sampling, Usage, shown
+from serving.requests import FinishReason, Piece, Request, Sampling, Usage, shown
 from serving.ticket import Ticket
 
 if TYPE_CHECKING:
@@ -102,6 +102,11 @@ def submit_all(
 def cancel_all(tickets: Sequence[Ticket]) -> None:
     for ticket in tickets:
         ticket.cancel()
+
+
+def ending_of(word: str | None, reason: FinishReason | None) -> dict[str, Any]:
+    """Return OpenAI's word for why an answer ended, and what it leaves open: that the answer's time was over."""
+    return {"finish_reason": word, **({"stop_reason": "timeout"} if reason == "timeout" else {})}
 
 
 def usage_of(tickets: Sequence[Ticket], n: int) -> dict[str, int]:

@@ -5,9 +5,11 @@ import { streamAnswer } from "./api.js";
 const SAVED_EVERY = 2000; // milliseconds
 
 export class Answering {
-  constructor(message, request, key, draw, save) {
+  // begin() is called when the server has begun to answer.
+  constructor(message, request, key, { begin, draw, save }) {
     this.message = message;
     this.controller = new AbortController();
+    this.begin = begin;
     this.draw = draw;
     this.save = save;
     this.pending = 0;
@@ -32,7 +34,9 @@ export class Answering {
     let saved = started;
     try {
       for await (const event of streamAnswer(request, key, this.controller.signal)) {
+        if (this.controller.signal.aborted) return null; // what had arrived before it was stopped
         const now = performance.now();
+        if (!first) this.begin();
         if (!event.usage) first ||= now;
         this.#take(event, now - started);
         message.time = now - first;

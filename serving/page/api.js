@@ -30,14 +30,21 @@ const badKey = (given) =>
 
 async function refusal(response, key) {
   let detail = "";
+  let code = "";
   try {
     const body = await response.json();
     detail = String(body?.error?.message ?? body?.detail ?? "").slice(0, 1000);
+    code = body?.error?.code;
   } catch {
     // No JSON: the status alone has to do.
   }
   const status = response.status;
+  if (status === 404 && code === "model_not_found") return new ApiError(`The server no longer has this model. ${detail}`, "model");
   if (status === 401) return new ApiError(badKey(Boolean(key)), "key");
+  if (code === "closing") return new ApiError("The server is shutting down. Start it again, then retry.", "network");
+  if (status === 408 || status === 504) {
+    return new ApiError(`The request took too long (${status}). ${detail || "Retry, or ask for a shorter answer."}`);
+  }
   if (status === 429 || status === 503) {
     const wait = Number.parseInt(response.headers.get("Retry-After") ?? "", 10);
     const when = wait > 0 ? `in ${wait} second${wait === 1 ? "" : "s"}` : "in a moment";
@@ -98,6 +105,7 @@ function* eventsOf(data) {
     const { name = "", arguments: text = "" } = call.function ?? {};
     yield { call: { index: call.index ?? 0, id: call.id ?? "", name: name ?? "", arguments: text ?? "" } };
   }
-  if (choice?.finish_reason) yield { finish: String(choice.finish_reason) };
+  // OpenAI's word for an answer that a limit of time ended is "length", too.
+  if (choice?.finish_reason) yield { finish: choice.stop_reason === "timeout" ? "timeout" : String(choice.finish_reason) };
   if (chunk?.usage) yield { usage: chunk.usage };
 }

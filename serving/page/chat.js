@@ -4,7 +4,7 @@ import { Answering } from "./answering.js";
 import { announce, byId, el } from "./dom.js";
 import { History, titleOf } from "./history.js";
 import { AnswerView, QuestionView } from "./message.js";
-import { closeCoveringPanel, connectKey, connectPanels, connectTheme, showBanner } from "./panels.js";
+import { closeCoveringPanel, connectKey, connectPanels, connectTheme, showBanner, showToast } from "./panels.js";
 import { connectSettings, requestSettings } from "./settings.js";
 import * as store from "./store.js";
 
@@ -16,9 +16,14 @@ let key = store.readKey();
 let conversation = null;
 let views = [];
 let answering = null;
+let areModelsKnown = false;
+let isKept = true; // false: the storage had no room for the conversation
 
 const prompt = byId("prompt");
-const history = new History({ open: openConversation, closed: conversationClosed, failed: showBanner }, () => conversation.id);
+const history = new History(
+  { open: openConversation, close: closeConversation, freed: () => isKept || save(), failed: showBanner },
+  () => conversation.id,
+);
 const askForKey = connectKey((given) => {
   key = given;
   showBanner("");
@@ -38,7 +43,7 @@ function openConversation(id) {
   if (matchMedia("(pointer: fine)").matches) prompt.focus();
 }
 
-function conversationClosed(id) {
+function closeConversation(id) {
   if (id === conversation.id) openConversation("");
 }
 
@@ -74,6 +79,17 @@ function drawAround() {
 function save() {
   try {
     if (conversation.messages.length) store.saveConversation(conversation);
+    if (!isKept) showBanner("");
+    isKept = true;
+  } catch (error) {
+    isKept = false;
+    showBanner(error.message);
+  }
+}
+
+function keepSettings() {
+  try {
+    store.saveSettings(settings);
   } catch (error) {
     showBanner(error.message);
   }
@@ -125,14 +141,15 @@ function ask(text) {
 
 async function answer() {
   const own = conversation;
-  if (!byId("model").options.length) await loadModels(); // the server was not there when the page was opened
+  if (!areModelsKnown) await loadModels(); // the server was not there when the page was opened, or is another one
   if (conversation !== own || answering) return;
   const request = { model: byId("model").value, messages: store.requestMessages(conversation), ...requestSettings(settings) };
   const message = { role: "assistant", content: "", thinking: "", calls: [], model: request.model };
   add(message);
   const view = views.at(-1);
+  const begin = () => (own.tools = store.joinTools(own.tools ?? [], request.tools ?? [])); // the server accepts them
   const draw = () => following(() => view.update(true));
-  const current = new Answering(message, request, key, draw, save);
+  const current = new Answering(message, request, key, { begin, draw, save });
   answering = current;
   showBanner("");
   save();
@@ -140,6 +157,7 @@ async function answer() {
   scrollToEnd();
   announce("Answering");
   const fault = await current.done;
+  if (fault?.kind === "network" || fault?.kind === "model") areModelsKnown = false;
   // Another answer has begun, or another conversation is open; stop() has saved this one.
   if (conversation !== own || (answering && answering !== current)) return;
   answering = null;
@@ -187,6 +205,7 @@ async function loadModels() {
     return;
   }
   showBanner("");
+  areModelsKnown = models.length > 0;
   const select = byId("model");
   select.replaceChildren(...models.map((name) => el("option", { value: name, text: name })));
   if (models.includes(settings.model)) select.value = settings.model;
@@ -227,22 +246,16 @@ function keydown(event) {
 function connect() {
   connectTheme();
   connectPanels();
-  connectSettings(settings, () => {
-    try {
-      store.saveSettings(settings);
-    } catch (error) {
-      showBanner(error.message);
-    }
-  });
+  connectSettings(settings, keepSettings);
   byId("system").addEventListener("input", ({ target }) => {
     conversation.system = target.value;
     settings.system = target.value;
-    store.saveSettings(settings);
+    keepSettings();
     if (!answering) save();
   });
   byId("model").addEventListener("change", ({ target }) => {
     settings.model = target.value;
-    store.saveSettings(settings);
+    keepSettings();
   });
   byId("new").addEventListener("click", () => {
     openConversation("");
@@ -263,12 +276,17 @@ function connect() {
   addEventListener("pagehide", () => answering?.leave());
   addEventListener("pageshow", (event) => event.persisted && openConversation(conversation.id));
   store.onOtherTab((id) => {
-    if (id === conversation.id && !answering) openChanged(id);
+    if (store.isDeleted(conversation)) {
+      openConversation("");
+      showToast("The conversation was deleted in another tab.");
+    } else if (id === conversation.id && !answering) {
+      openChanged(id);
+    }
     history.draw();
   });
 }
 
-// Another tab went on with this conversation, or deleted it: then what is shown here stays until it is left.
+// Another tab went on with this conversation.
 function openChanged(id) {
   const changed = store.readConversation(id);
   if (!changed || byId("messages").querySelector("form")) return;

@@ -1,7 +1,7 @@
 // The list of earlier conversations.
 import { byId, download, el, iconButton } from "./dom.js";
 import { confirmDeletion, showToast } from "./panels.js";
-import { deleteConversation, exportLines, listConversations, saveConversation } from "./store.js";
+import { deleteConversation, exportLines, listConversations, restoreConversation } from "./store.js";
 
 export const titleOf = (conversation) => conversation.title || "New conversation";
 
@@ -13,7 +13,7 @@ function dayOf(time) {
 }
 
 export class History {
-  // actions: {open(id), closed(id), failed(text)}; `current()` is the id of the open conversation.
+  // actions: {open(id), close(id), freed(), failed(text)}; `current()` is the id of the open conversation.
   constructor(actions, current) {
     this.actions = actions;
     this.current = current;
@@ -45,37 +45,40 @@ export class History {
         click: () => this.actions.open(conversation.id),
       }),
       iconButton("save", `Export ${title}`, () => this.#export([conversation], "conversation.jsonl")),
-      iconButton("trash", `Delete ${title}`, () => this.#delete(conversation)));
+      iconButton("trash", `Delete ${title}`, () => this.#delete(conversation.id)));
   }
 
   #export(conversations, name) {
     download(name, exportLines(conversations));
   }
 
-  #delete(conversation) {
-    deleteConversation(conversation.id);
-    this.actions.closed(conversation.id);
+  // Closed first: an answer that runs is kept when it is stopped.
+  #delete(id) {
+    this.actions.close(id);
+    const conversation = deleteConversation(id);
     this.draw();
     (byId("conversations").querySelector("button") ?? byId("new")).focus();
     const run = () => {
       try {
-        saveConversation(conversation);
+        restoreConversation(conversation);
         this.draw();
       } catch (error) {
         this.actions.failed(error.message);
       }
     };
-    showToast("Conversation deleted.", { label: "Undo", run });
+    showToast("Conversation deleted.", conversation && { label: "Undo", run });
+    this.actions.freed();
   }
 
   async #deleteAll() {
     const all = listConversations();
     if (!(await confirmDeletion(`Delete ${all.length} conversation${all.length === 1 ? "" : "s"}? This cannot be undone.`))) return;
     for (const { id } of all) {
+      this.actions.close(id);
       deleteConversation(id);
-      this.actions.closed(id);
     }
     this.draw();
+    this.actions.freed();
   }
 
   #move(event) {

@@ -6,7 +6,7 @@ const FINISHED = {
   length: "The answer reached its limit of tokens. “Longest answer” in the settings raises it.",
   stopped: "Stopped.",
   interrupted: "The page was closed before the answer was complete.",
-  timeout: "The server's time limit ended the answer.",
+  timeout: "The server's limit of time for an answer ended it. Its flag --request_timeout raises it; a shorter answer takes less.",
   content_filter: "The server withheld the rest.",
 };
 

@@ -56,20 +56,36 @@ export function listConversations() {
   return found.sort((one, other) => other.updated - one.updated);
 }
 
-// Another tab may have written the same conversation since this one read it; then this one is kept as a copy beside it.
-export function saveConversation(conversation) {
-  const stored = readConversation(conversation.id);
-  if (stored && stored.revision !== conversation.revision) {
-    conversation.id = newId();
-    conversation.title = `${conversation.title} (this tab)`;
+// Whether it was kept, and is not any more: another tab has deleted it.
+export function isDeleted({ id, revision }) {
+  try {
+    return revision > 0 && localStorage.getItem(CONVERSATION + id) === null;
+  } catch {
+    return false;
   }
-  conversation.revision += 1;
-  conversation.updated = Date.now();
-  write(CONVERSATION + conversation.id, conversation);
 }
 
+// Another tab may have written the same conversation since this one read it; then this one is kept as a copy beside it.
+// What was deleted stays deleted.
+export function saveConversation(conversation) {
+  if (isDeleted(conversation)) return;
+  const stored = readConversation(conversation.id);
+  const isOther = stored && stored.revision !== conversation.revision;
+  const copy = isOther ? { id: newId(), title: `${conversation.title} (this tab)` } : {};
+  const kept = { ...conversation, ...copy, revision: conversation.revision + 1, updated: Date.now() };
+  write(CONVERSATION + kept.id, kept);
+  Object.assign(conversation, kept);
+}
+
+// Returns the conversation as it was kept, for restoreConversation.
 export function deleteConversation(id) {
+  const conversation = readConversation(id);
   localStorage.removeItem(CONVERSATION + id);
+  return conversation;
+}
+
+export function restoreConversation(conversation) {
+  write(CONVERSATION + conversation.id, conversation);
 }
 
 // Calls back with the id of a conversation that another tab has changed.
@@ -115,41 +131,64 @@ export function saveKey(key, remember) {
   }
 }
 
-// The messages of a conversation as the API takes them. Answers without any content are left out.
-export function requestMessages(conversation) {
-  const messages = conversation.system.trim() ? [{ role: "system", content: conversation.system }] : [];
-  for (const message of conversation.messages) {
-    if (message.role === "tool") {
-      messages.push({ role: "tool", tool_call_id: message.tool_call_id, content: message.content });
-    } else if (message.role === "user") {
-      messages.push({ role: "user", content: message.content });
-    } else if (message.content || message.calls?.length) {
-      messages.push({ role: "assistant", content: message.content, ...callsOf(message) });
-    }
+const isJson = (text) => {
+  try {
+    JSON.parse(text);
+    return true;
+  } catch {
+    return false;
   }
-  return messages;
-}
+};
 
-function callsOf(message) {
-  if (!message.calls?.length) return {};
-  return {
-    tool_calls: message.calls.map(({ id, name, arguments: text }) => ({
+// Answers without any content are left out, and so are calls that the conversation went on without: both the API and
+// training data want a result for each call. Thinking is that of the answers from message `thoughtsFrom` on.
+function writtenMessages({ system, messages }, thoughtsFrom) {
+  const written = system.trim() ? [{ role: "system", content: system }] : [];
+  messages.forEach(({ role, content, calls = [], thinking, tool_call_id }, at) => {
+    const next = messages[at + 1];
+    const kept = next ? next.role === "tool" : calls.every((call) => isJson(call.arguments)); // the last one may be half a call
+    const tool_calls = (kept ? calls : []).map(({ id, name, arguments: text }) => ({
       id, type: "function", function: { name, arguments: text },
-    })),
-  };
+    }));
+    if (role === "tool") written.push({ role, tool_call_id, content });
+    else if (role === "user") written.push({ role, content });
+    else if (content || tool_calls.length) {
+      written.push({
+        role, content,
+        ...(thinking && at >= thoughtsFrom ? { reasoning_content: thinking } : {}),
+        ...(tool_calls.length ? { tool_calls } : {}),
+      });
+    }
+  });
+  return written;
 }
 
-// One conversation per line, in the format "messages", which the toolkit reads as training data.
+// The messages of a conversation as the API takes them. A model goes on from what it thought before a call; thinking
+// before the last question is in no family's prompt, and a model that knows no thinking refuses it.
+export function requestMessages(conversation) {
+  return writtenMessages(conversation, conversation.messages.findLastIndex(({ role }) => role === "user"));
+}
+
+// Functions that were offered, with those of another request: the last description of each name.
+export function joinTools(earlier, tools) {
+  return [...new Map([...earlier, ...tools].map((tool) => [tool?.function?.name, tool])).values()];
+}
+
+const hasNull = (value) => value === null || (typeof value === "object" && Object.values(value).some(hasNull));
+
+// One conversation per line, in the format "messages", which the toolkit reads as training data. Those without an answer
+// have nothing to train. A list that has null in it is written as text, as tables lose such fields.
 export function exportLines(conversations) {
   return conversations
     .map((conversation) => {
-      const messages = requestMessages(conversation);
-      const answers = conversation.messages.filter((message) => message.role === "assistant" && (message.content || message.calls?.length));
-      const written = messages.filter((message) => message.role === "assistant");
-      written.forEach((message, at) => {
-        if (answers[at].thinking) message.reasoning_content = answers[at].thinking;
-      });
-      return messages.length ? `${JSON.stringify({ messages })}\n` : "";
+      const messages = writtenMessages(conversation, 0);
+      if (!messages.some(({ role }) => role === "assistant")) return "";
+      for (const { function: call } of messages.flatMap((message) => message.tool_calls ?? [])) {
+        if (call.arguments && !isJson(call.arguments)) call.arguments = JSON.stringify(call.arguments);
+      }
+      const tools = conversation.tools ?? [];
+      const offered = tools.length ? { tools: hasNull(tools) ? JSON.stringify(tools) : tools } : {};
+      return `${JSON.stringify({ messages, ...offered })}\n`;
     })
     .join("");
 }

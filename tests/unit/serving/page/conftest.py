@@ -1,14 +1,15 @@
-"""A browser and a server for the tests of the page, and a tab with a storage of its own for each test."""
+"""A browser for the tests of the page, and a server and a storage of its own for each test."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import pytest
 
-from tests.browser import Browser, Tab
+from tests.browser import Browser, BrowserError, Tab
 from tests.page_server import PageServer, serve_page
 
 
@@ -40,11 +41,58 @@ class Chat(Tab):
         return str(self.evaluate("document.activeElement.getAttribute('aria-label') ?? document.activeElement.id"))
 
 
+class Tabs:
+    """Tabs that tests use one after another, because a new one takes longer than most tests.
+
+    Tests stay apart: each has an address of its own, and with it a storage of its own, which is deleted at its end.
+    """
+
+    def __init__(self, browser: Browser) -> None:
+        self._browser, self._profile = browser, browser.new_profile()
+        self._idle: list[Chat] = []
+
+    def open(self, url: str, **options: Any) -> Chat:
+        if not self._idle:
+            return Chat(self._browser, self._profile, url, **options)
+        tab = self._idle.pop()
+        tab.begin(url, **options)
+        return tab
+
+    def take_back(self, tabs: list[Chat]) -> None:
+        """Keep tabs for the next test; not those that no longer answer."""
+        for tab in reversed(tabs):
+            try:
+                tab.end()
+                self._idle.append(tab)
+            except BrowserError:
+                tab.close()
+        self._browser.events.clear()
+
+
 @pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
+def tabs() -> Iterator[Tabs]:
     browser = Browser()
-    yield browser
+    yield Tabs(browser)
     browser.close()
+
+
+OpenTab = Callable[..., Chat]
+
+
+@pytest.fixture
+def open_url(tabs: Tabs) -> Iterator[OpenTab]:
+    """Open tabs. A test fails for whatever a tab threw, or its policy forbade, and was not expected."""
+    used: list[Chat] = []
+
+    def open_one(url: str, **options: Any) -> Chat:
+        used.append(tabs.open(url, **options))
+        return used[-1]
+
+    yield open_one
+    faults = [fault for tab in used for fault in tab.faults()]
+    tabs.take_back(used)
+    # A refused request is an error line of the browser's own.
+    assert [fault for fault in faults if "Failed to load resource" not in fault] == []
 
 
 @pytest.fixture
@@ -53,25 +101,10 @@ def server() -> Iterator[PageServer]:
         yield server
 
 
-OpenTab = Callable[..., Chat]
-
-
 @pytest.fixture
-def open_tab(browser: Browser, server: PageServer) -> Iterator[OpenTab]:
-    """Open tabs of one profile. A test fails for whatever a tab threw, or its policy forbade, and was not expected."""
-    profile = browser.new_profile()
-    tabs: list[Chat] = []
-
-    def open_one(**options: Any) -> Chat:
-        tabs.append(Chat(browser, profile, server.url, **options))
-        return tabs[-1]
-
-    yield open_one
-    faults = [fault for tab in tabs for fault in tab.faults()]
-    browser.drop_profile(profile)
-    browser.events.clear()
-    # A refused request is an error line of the browser's own.
-    assert [fault for fault in faults if "Failed to load resource" not in fault] == []
+def open_tab(open_url: OpenTab, server: PageServer) -> OpenTab:
+    """Open tabs on the test's server."""
+    return partial(open_url, server.url)
 
 
 @pytest.fixture

@@ -134,10 +134,19 @@ def test_calls_are_shown_and_their_results_sent(chat: Chat, server: PageServer) 
     ]
 
 
+def test_question_instead_of_a_result_leaves_the_call_out(chat: Chat, server: PageServer) -> None:
+    call = {**WEATHER, "function": {"name": "get_weather", "arguments": "{}"}}
+    server.answer([event(content="Let me look."), event(tool_calls=[call]), finish("tool_calls")], said("Never mind."))
+    chat.ask("How warm is it?")
+    chat.ask("Do not look.")
+    assert server.requests[1]["messages"][1] == {"role": "assistant", "content": "Let me look."}
+
+
 REFUSALS = [
     (400, "seed is too large", "The server refused: seed is too large"),
     (503, "full", "The server is busy. Retry in a moment."),
     (500, "out of memory", "The server failed (500). out of memory"),
+    (504, "", "The request took too long (504). Retry, or ask for a shorter answer."),
 ]
 
 
@@ -151,7 +160,7 @@ def test_refusal_is_said_in_plain_words_and_can_be_retried(chat: Chat, server: P
     chat.wait_for("document.querySelector('.answer .text').innerText === 'Now it works'")
     chat.wait_for_answer()
     assert chat.count(".notice.error:not([hidden])") == 0
-    assert server.requests == [server.requests[0]] * 4
+    assert server.requests == [server.requests[0]] * (len(REFUSALS) + 1)
 
 
 BREAKS: list[tuple[list[Step], str]] = [
@@ -171,12 +180,10 @@ def test_answer_that_breaks_off_keeps_its_beginning(chat: Chat, server: PageServ
 
 def test_server_that_is_gone_is_said_and_asked_again(chat: Chat, server: PageServer) -> None:
     server.answer(said("Back"))
-    chat.call("Network.enable")
-    offline = {"latency": 0, "downloadThroughput": -1, "uploadThroughput": -1}
-    chat.call("Network.emulateNetworkConditions", offline=True, **offline)
+    chat.be_offline()
     chat.ask("Question")
     assert chat.text(".notice.error span").startswith("The server cannot be reached.")
-    chat.call("Network.emulateNetworkConditions", offline=False, **offline)
+    chat.be_offline(False)
     chat.click(".notice.error button")
     chat.wait_for("document.querySelector('.answer .text').innerText === 'Back'")
 
@@ -191,10 +198,25 @@ def test_server_that_starts_after_the_page_is_found(server: PageServer, open_tab
     assert (server.requests[0]["model"], chat.shown()) == ("tiny", ["Here"])
 
 
-def test_limit_of_tokens_is_said(chat: Chat, server: PageServer) -> None:
-    server.answer([event(content="Long"), finish("length")])
+def test_server_with_another_model_is_asked_for_its_models(chat: Chat, server: PageServer) -> None:
+    server.answer(said("Here"))
+    server.models = ["other"]
+    chat.ask("Question")
+    assert chat.text(".notice.error span") == "The server no longer has this model. tiny is not loaded"
+    chat.click(".notice.error button")
+    chat.wait_for("document.querySelector('.answer .text').innerText === 'Here'")
+    assert (server.requests[1]["model"], chat.shown("#model option")) == ("other", ["other"])
+
+
+def test_limit_that_ended_an_answer_is_named(chat: Chat, server: PageServer) -> None:
+    server.answer(
+        [event(content="Long"), finish("length")], [event(content="Slow"), finish("length", stop_reason="timeout")]
+    )
     chat.ask("Question")
     assert "limit of tokens" in chat.text(".notice")
+    chat.ask("Question")
+    notice = chat.text(".message:last-child .notice")
+    assert "limit of time" in notice and "Longest answer" not in notice
 
 
 def test_key_is_asked_for_and_used(server: PageServer, open_tab: OpenTab) -> None:

@@ -6,6 +6,8 @@ import json
 import threading
 from pathlib import Path
 
+import pytest
+
 from data_utils.files import read_records
 from tests.page_server import PageServer, event, finish, said
 from tests.unit.serving.page.conftest import Chat, OpenTab
@@ -105,6 +107,34 @@ def test_deleted_conversation_comes_back_with_undo(chat: Chat, server: PageServe
     assert chat.shown(TITLES) == ["Question"]
 
 
+@pytest.mark.parametrize("is_other", [False, True], ids=["in this tab", "in another tab"])
+def test_deleted_while_it_is_answered_stays_deleted(
+    chat: Chat, server: PageServer, open_tab: OpenTab, is_other: bool
+) -> None:
+    gate = threading.Event()
+    server.answer([event(content="Half"), gate, event(content=" and all"), finish()])
+    chat.ask("Question", wait=False)
+    chat.wait_for("document.querySelector('.answer .text')?.innerText === 'Half'")
+    deleting = open_tab() if is_other else chat
+    deleting.click("[aria-label='Delete Question']")
+    chat.wait_for("document.querySelectorAll('.message').length === 0 && document.querySelector('#stop').hidden")
+    assert server.left.wait(5), "nobody reads the answer"
+    gate.set()
+    assert is_other == ("in another tab" in chat.text("#toast"))
+    chat.reload()
+    assert chat.shown(TITLES) == [] and "Question" not in " ".join(chat.evaluate("Object.values(localStorage)"))
+
+
+def test_undo_brings_back_what_had_been_answered(chat: Chat, server: PageServer) -> None:
+    server.answer([event(content="Half"), threading.Event(), finish()])
+    chat.ask("Question", wait=False)
+    chat.wait_for("document.querySelector('.answer .text')?.innerText === 'Half'")
+    chat.click("[aria-label='Delete Question']")
+    chat.click("#toast button")
+    chat.click(TITLES)
+    assert chat.shown() == ["Half"] and chat.text(".notice") == "Stopped."
+
+
 def test_all_are_deleted_after_a_question(chat: Chat, server: PageServer) -> None:
     server.answer(said("One"))
     chat.ask("Question")
@@ -124,6 +154,29 @@ def test_full_storage_is_said_and_the_chat_goes_on(chat: Chat, server: PageServe
     chat.ask("A question that is longer than what is left")
     assert chat.shown() == ["Still here"]
     assert "storage is full" in chat.text("#banner")
+
+
+FILL = """for (let size = 1 << 22, number = 0; size; size >>= 1) {
+  try { for (;;) localStorage.setItem(`filler${number++}`, 'x'.repeat(size)); } catch { }
+}"""
+
+
+def test_conversation_is_kept_once_there_is_room_again(chat: Chat, server: PageServer) -> None:
+    server.answer(said("long " * 500), said("One"), said("Two"), said("Three"))
+    chat.ask("Large")
+    chat.click("#new")
+    chat.ask("First")
+    chat.evaluate(FILL)
+    chat.ask("Second " * 50)
+    chat.click("[data-opens=settings]")
+    chat.fill("#system", "Be brief. " * 20)  # settings have no room either
+    assert "storage is full" in chat.text("#banner")
+    chat.click("[aria-label='Delete Large']")
+    assert chat.evaluate("document.querySelector('#banner').hidden")
+    chat.ask("Third")
+    assert chat.shown(TITLES) == ["First"]
+    chat.reload()
+    assert chat.shown() == ["One", "Two", "Three"]
 
 
 def test_damaged_storage_is_skipped(chat: Chat, server: PageServer) -> None:

@@ -3,38 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from chat.families import ANSWER_STYLES, QWEN_V1
 from serving.api.settings import Settings
-from tests.browser import Browser
 from tests.serving import load_engine
 from tests.serving_api import ScriptedEngine, served, wait_until
-from tests.unit.serving.page.conftest import Chat
+from tests.unit.serving.page.conftest import Chat, OpenTab
 
 OpenPage = Callable[[str], Chat]
 
 
 @pytest.fixture
-def open_page(browser: Browser) -> Iterator[OpenPage]:
-    profile = browser.new_profile()
-
+def open_page(open_url: OpenTab) -> OpenPage:
     def open_one(url: str) -> Chat:
-        chat = Chat(browser, profile, url)
+        chat = open_url(url)
         chat.wait_for("document.querySelector('#model').options.length || document.querySelector('#key-dialog').open")
         return chat
 
-    yield open_one
-    browser.drop_profile(profile)
+    return open_one
 
 
 def last_answer(chat: Chat) -> dict[str, Any]:
     kept = "Object.entries(localStorage).find(([key]) => key.includes('conversation'))[1]"
     answer: dict[str, Any] = json.loads(chat.evaluate(kept))["messages"][-1]
     return answer
+
+
+def post(chat: Chat, path: str, body: dict[str, Any]) -> Any:
+    """Ask the page's server from the page, and return its reply."""
+    options = {"method": "POST", "body": json.dumps(body), "headers": {"Content-Type": "application/json"}}
+    return chat.evaluate(f"fetch('/v1/{path}', {json.dumps(options)}).then((answer) => answer.json())")
 
 
 def test_answer_of_a_model_is_that_of_the_api(open_page: OpenPage) -> None:
@@ -47,12 +49,25 @@ def test_answer_of_a_model_is_that_of_the_api(open_page: OpenPage) -> None:
         answer = last_answer(chat)
         messages = [{"role": "system", "content": "Be brief. 简短"}, {"role": "user", "content": "Who are you? 🙂"}]
         body = {"model": answer["model"], "messages": messages, "temperature": 0, "max_tokens": 12}
-        asked = f"fetch('/v1/chat/completions', {{method: 'POST', body: {json.dumps(json.dumps(body))},"
-        reply = chat.evaluate(asked + "headers: {'Content-Type': 'application/json'}}).then((answer) => answer.json())")
+        reply = post(chat, "chat/completions", body)
     assert "error" not in answer and answer["content"]
     assert answer["content"] == reply["choices"][0]["message"]["content"]
     assert answer["finish"] == reply["choices"][0]["finish_reason"]
     assert answer["usage"]["completion_tokens"] == reply["usage"]["completion_tokens"]
+
+
+def test_time_limit_of_the_server_is_told_from_its_limit_of_tokens(open_page: OpenPage) -> None:
+    """The time is over before the first token."""
+    bodies = {"chat/completions": {"messages": [{"role": "user", "content": "Q"}]}, "completions": {"prompt": "Q"}}
+    with load_engine(request_timeout=1e-6) as engine, served(engine) as url:
+        chat = open_page(url)
+        chat.ask("Question")
+        notice = chat.text(".notice")
+        replies = [post(chat, path, {"model": engine.model_name, **body}) for path, body in bodies.items()]
+    assert "limit of time" in notice
+    for reply in replies:
+        [choice] = reply["choices"]
+        assert (choice["finish_reason"], choice["stop_reason"]) == ("length", "timeout")
 
 
 def test_stopped_answer_frees_its_place(open_page: OpenPage) -> None:
