@@ -2,8 +2,8 @@
 
     python -m benchmarks.llama_cpp --model_name_or_path DIR [--questions FILE] [--tools DIR] [--output FILE]
 
-scripts.export_gguf writes a file of each type; it converts Qwen v1 to the layout qwen2. llama.cpp computes in float32 with
-a float32 cache. ``--tools`` is the folder of scripts.export_gguf, with llama-cpp-python.
+scripts.export_gguf writes a file of each type; it converts Qwen v1 to the layout qwen2. llama.cpp computes in float32
+with a float32 cache. ``--tools`` is the folder of scripts.export_gguf, with llama-cpp-python.
 
 Compared are the ids of texts (the large reference set in ``$QWEN_SHARED``, else those in export.verify.prompts), and
 for the questions of FILE, a list of conversations, or for those in export.verify.prompts, all logits of the prompt and
