@@ -346,6 +346,8 @@ def test_epoch_is_passed_by_keyword() -> None:
 
 LISTED = {(member.used_in, member.name) for member in MEMBERS}
 # Documented by the standard library, in spite of the underscore.
+# Of a package whose one version export/gguf_tools.py names: tests/recipe/test_export_gguf.py runs it.
+PINNED = {("export/gguf_driver.py", "_set_vocab_gpt2")}
 DOCUMENTED = {"_replace", "_asdict", "_fields", "_exit"}
 
 
@@ -418,7 +420,7 @@ def test_every_private_name_of_a_library_is_listed() -> None:
     for path in product_files():
         file = str(path.relative_to(REPO))
         names = foreign_private_names(ast.parse(path.read_text(encoding="utf-8")))
-        unlisted += [f"{file}: {name}" for name in names if (file, name) not in LISTED]
+        unlisted += [f"{file}: {name}" for name in names if (file, name) not in LISTED | PINNED]
     assert unlisted == []
 
 
