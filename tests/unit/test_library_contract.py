@@ -345,9 +345,9 @@ def test_epoch_is_passed_by_keyword() -> None:
 # ---------------------------------------------------------------------------------- private members that are not listed
 
 LISTED = {(member.used_in, member.name) for member in MEMBERS}
-# Documented by the standard library, in spite of the underscore.
 # Of a package whose one version export/gguf_tools.py names: tests/recipe/test_export_gguf.py runs it.
 PINNED = {("export/gguf_driver.py", "_set_vocab_gpt2")}
+# Documented by the standard library, in spite of the underscore.
 DOCUMENTED = {"_replace", "_asdict", "_fields", "_exit"}
 
 
