@@ -410,11 +410,14 @@ class _Chunk:
 
 def _add_product(total: Tensor, narrow: Tensor, inputs: Tensor) -> None:
     """Add ``narrow.T @ inputs`` to a gradient in float32."""
-    if narrow.dtype != torch.float32:
-        total.add_(narrow.T @ inputs.to(narrow.dtype))
-        return
-    for start in range(0, len(total), _CACHED):
-        total[start : start + _CACHED].addmm_(narrow[:, start : start + _CACHED].T, inputs)
+    is_half = narrow.dtype != torch.float32
+    inputs = inputs.to(narrow.dtype)
+    # In 16 bits the product is a matrix of its own, as large as the rows. Those of a block are few on a CPU, whose
+    # library is slow where a matrix has gaps.
+    rows = len(total) if is_half and narrow.device.type == "cpu" else _CACHED
+    for start in range(0, len(total), rows):
+        part, columns = total[start : start + rows], narrow[:, start : start + rows].T
+        part.add_(columns @ inputs) if is_half else part.addmm_(columns, inputs)
 
 
 def _find_largest(logits: Tensor) -> tuple[Tensor, Tensor]:
