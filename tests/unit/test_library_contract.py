@@ -71,10 +71,13 @@ OVERRIDDEN = [
         MEMORY,
         "self batch_size args resume_from_checkpoint trial ignore_keys_for_eval",
     ),
-    Member(
-        "transformers:Trainer._prepare_for_training",
-        MEMORY,
-        "self max_steps train_dataloader resume_from_checkpoint",
+    *(
+        Member(
+            "transformers:Trainer._prepare_for_training",
+            file,
+            "self max_steps train_dataloader resume_from_checkpoint",
+        )
+        for file in (MEMORY, CHECKPOINTS)
     ),
     Member("transformers:Trainer._get_grad_norm", TRAINER, "self model grad_norm"),
     Member(
@@ -94,20 +97,18 @@ OVERRIDDEN = [
         "self max_steps num_update_steps_per_epoch num_train_epochs resume_from_checkpoint trial",
     ),
     Member("transformers:Trainer._load_from_checkpoint", CHECKPOINTS, "self resume_from_checkpoint model"),
-    Member(
-        "transformers:Trainer._prepare_for_training",
-        CHECKPOINTS,
-        "self max_steps train_dataloader resume_from_checkpoint",
-    ),
     Member("transformers:Trainer._load_optimizer_and_scheduler", CHECKPOINTS, "self checkpoint"),
     Member("transformers:Trainer._load_scaler", CHECKPOINTS, "self checkpoint"),
     Member("transformers:Trainer._load_rng_state", CHECKPOINTS, "self checkpoint"),
     Member("transformers:Trainer._load_best_model", CHECKPOINTS, "self"),
-    Member(
-        "transformers:Trainer._run_epoch",
-        CHECKPOINTS,
-        "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
-        "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",
+    *(
+        Member(
+            "transformers:Trainer._run_epoch",
+            file,
+            "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
+            "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",
+        )
+        for file in (CHECKPOINTS, REHEARSAL)
     ),
     Member("transformers:Trainer._finalize_training", CHECKPOINTS, "self trial num_train_samples start_time"),
     Member("transformers:Trainer._get_output_dir", CHECKPOINTS, "self trial"),
@@ -115,12 +116,6 @@ OVERRIDDEN = [
     Member("transformers:Trainer.save_model", CHECKPOINTS, "self output_dir _internal_call"),
     Member("transformers:Trainer._clip_grad_norm", REHEARSAL, "self model"),
     Member("transformers:Trainer._finalize_training", REHEARSAL, "self trial num_train_samples start_time"),
-    Member(
-        "transformers:Trainer._run_epoch",
-        REHEARSAL,
-        "self model epoch train_dataloader steps_in_epoch num_update_steps_per_epoch trial ignore_keys_for_eval "
-        "start_time resume_from_checkpoint epochs_trained steps_trained_in_current_epoch",
-    ),
     Member("transformers:Trainer._move_model_to_device", REHEARSAL, "self model device"),
     Member("transformers:Trainer.get_train_dataloader", REHEARSAL, "self"),
     Member("transformers:Trainer._save", CHECKPOINTS, "self output_dir state_dict"),
