@@ -83,7 +83,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 def _check_args(parser: CommandParser, args: argparse.Namespace) -> None:
     for name in ("max_concurrency", "request_timeout", "max_model_len", "max_tokens", "max_request_bytes"):
         value = getattr(args, name)
-        if value is not None and value <= 0:
+        if value is not None and not value > 0:  # not a number is neither
             parser.error(f"--{name} {value} is too small; give 1 or more")
     if args.queue_size < 0:
         parser.error(f"--queue_size {args.queue_size} is out of range; give 0 or more")

@@ -122,7 +122,13 @@ class Engine:
         config = model.config
         self.model_name = model_name or Path(checkpoint.name).name or checkpoint.name
         self.family, self.tokenizer = checkpoint.family, checkpoint.tokenizer
-        self.context_length = context_length or int(config.max_position_embeddings)
+        positions = int(config.max_position_embeddings)
+        self.context_length = context_length or positions
+        if self.context_length > positions:
+            logger.warning(
+                "--max_model_len %d: the model has %d positions; longer answers may be nonsense",
+                self.context_length, positions,
+            )  # fmt: skip
         self._encode_text = plain_encoder(self.tokenizer)
         try:
             self.defaults = default_sampling(checkpoint.generation_config, self.family)
@@ -206,7 +212,7 @@ class Engine:
                 raise ClosedError("the engine is closing")
             # A request that can begin at once does not wait.
             if len(self._waiting) >= self._queue_size + max(0, self._scheduler.free):
-                raise QueueFullError(f"{len(self._waiting)} requests wait already")
+                raise QueueFullError(f"the queue is full: {self._queue_size} requests may wait")
             self._waiting.append(row)
             self._condition.notify()
         return ticket

@@ -108,7 +108,7 @@ class Sampling:
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and least <= value <= most):
-                raise RequestError(name, f"must be a number from {least:g} to {most:g}, not {shown(value)}")
+                raise RequestError(name, f"must be a number from {least} to {most}, not {shown(value)}")
         if not all(self.stop):
             raise RequestError("stop", "a stop text is empty")
 

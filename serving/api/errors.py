@@ -139,12 +139,13 @@ def _fault(errors: Sequence[Mapping[str, Any]]) -> str:
 
 def _path(error: Mapping[str, Any], body: Any) -> str:
     """Return the field of an error as OpenAI names it: ``messages[0].content``."""
-    path, value = "", body
+    path, value, named = "", body, 0
     for part in error["loc"][1:]:  # without "body"
         is_index = isinstance(part, int) and isinstance(value, list) and part < len(value)
         if is_index or (isinstance(value, dict) and part in value):
             path += f"[{part}]" if is_index else f".{part}"
-            value = value[part]  # otherwise the part names one of the types that the value could have
-    if error["type"] == "missing":
+            value, named = value[part], named + 1
+        # Otherwise the part names one of the types that the value could have.
+    if error["type"] == "missing" and named < len(error["loc"]) - 1:  # a field that is null has been named
         path += f".{error['loc'][-1]}"
     return path.removeprefix(".")

@@ -76,9 +76,9 @@ class SamplingFields(Strict):
         if self.stream_options is not None and not self.stream:
             raise ValueError("stream_options needs stream: true")
         if len(self.stops) > _MOST_STOPS:
-            raise ValueError(f"stop has more than {_MOST_STOPS} strings")
-        if any(len(stop) > _LONGEST_STOP for stop in self.stops):
-            raise ValueError(f"stop has a string of more than {_LONGEST_STOP} characters")
+            raise ValueError(f"stop has {len(self.stops)} strings; {_MOST_STOPS} is the most")
+        if (longest := max(map(len, self.stops), default=0)) > _LONGEST_STOP:
+            raise ValueError(f"stop has a string of {longest} characters; {_LONGEST_STOP} is the most")
         return self
 
 
@@ -107,8 +107,10 @@ class ResponseFormat(Strict):
 
     @model_validator(mode="after")
     def check_schema(self) -> ResponseFormat:
-        if (self.type == "json_schema") != (self.json_schema is not None):
-            raise ValueError("json_schema belongs to the type json_schema")
+        if self.type == "json_schema" and self.json_schema is None:
+            raise ValueError("json_schema is required for this type")
+        if self.type != "json_schema" and self.json_schema is not None:
+            raise ValueError(f"json_schema needs the type json_schema, not {self.type}")
         return self
 
 

@@ -130,4 +130,4 @@ def test_refusal_of_the_server_names_the_value(open_page: OpenPage) -> None:
         chat.click("[data-opens=settings]")
         chat.fill("#stop-texts", "\n".join(map(str, range(17))))
         chat.ask("Question")
-        assert chat.text(".notice.error span") == "The server refused: stop has more than 16 strings"
+        assert chat.text(".notice.error span") == "The server refused: stop has 17 strings; 16 is the most"
