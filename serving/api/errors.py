@@ -101,7 +101,10 @@ def add_handlers(app: FastAPI) -> None:
 
     async def answer_http(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
-        message = {404: "there is no such address", 405: "this address has another method"}.get(error.status_code)
+        message = {
+            404: f"there is no {request.url.path}; docs/serving.md lists the addresses",
+            405: "this address has another method",
+        }.get(error.status_code)
         return ApiError(error.status_code, message or str(error.detail)).response(error.headers)
 
     async def answer_invalid(request: Request, error: Exception) -> Response:
