@@ -25,7 +25,7 @@ class Answers:
         self._family = family
         self._last = len(turns) - 1
         # Without a question, no answer counts as being after the last one.
-        self._last_question = max((index for index, turn in enumerate(turns) if _is_question(turn)), default=self._last)
+        self._last_question = max((index for index, turn in enumerate(turns) if is_question(turn)), default=self._last)
         self._texts: dict[tuple[int, bool, bool], str] = {}
 
     def written_turns(self) -> list[Turn]:
@@ -39,7 +39,7 @@ class Answers:
     def loses_thinking(self) -> bool:
         """Return whether the family writes an answer without the thinking that it has."""
         return any(
-            _is_lost(split_thinking(turn)[0].strip(), self._rendered(index))
+            _is_lost(split_thinking(turn, self._family)[0].strip(), self._rendered(index))
             for index, turn in enumerate(self._turns)
             if turn.role == "assistant"
         )
@@ -57,13 +57,14 @@ class Answers:
         is_history_same = True  # answers since the last question, except for the previous turn, are as in the prompt
         previous: int | None = None  # the previous turn, if it is an answer
         for index, turn in enumerate(self._turns):
-            if turn.role == "assistant" and is_history_same and self._follows_prompt(index, previous, after_question):
+            has_prompt = is_history_same and (after_question or not self._family.is_strict)
+            if turn.role == "assistant" and has_prompt and self._follows_prompt(index, previous, after_question):
                 found.add(index)
             if previous is not None:
                 in_prompt = self._text(previous, False, after_question)
                 is_history_same = is_history_same and in_prompt == self._rendered(previous)
             previous = index if turn.role == "assistant" else None
-            if _is_question(turn):
+            if is_question(turn):
                 # What precedes a question is written the same whatever follows.
                 after_question = is_history_same = True
         if not has_own_system and not self._family.prompts_opening_answer:
@@ -96,9 +97,12 @@ def write_answer(turn: Turn, family: Family, is_last: bool, after_last_question:
         is_last: the conversation ends with it.
         after_last_question: a question precedes it, and none follows.
     """
-    if family.thinking == "block":
-        thought, answer = split_thinking(turn)
-        shows_thought = after_last_question and bool(is_last or thought)
+    if family.has_thinking_field:
+        thought, answer = split_thinking(turn, family)
+        if family.thinking == "block":
+            shows_thought = after_last_question and bool(is_last or thought)
+        else:
+            shows_thought = after_last_question or family.thinking == "kept"
         text = thought_block(thought) + answer.lstrip("\n") if shows_thought else answer
     elif family.thinking == "none":
         text = answer = turn.content
@@ -108,18 +112,32 @@ def write_answer(turn: Turn, family: Family, is_last: bool, after_last_question:
         if family.thinking == "stripped" or not is_last:
             text = text.rpartition(THINK_END)[2].lstrip("\n")
     calls = family.tool_form.calls_text(turn.calls) if turn.calls and family.tool_form else ""
-    return f"{text}\n{calls}" if calls and answer else text + calls
+    separator = family.tool_form.separator if calls and answer and family.tool_form else ""
+    return f"{text}{separator}{calls}"
 
 
-def split_thinking(turn: Turn) -> tuple[str, str]:
+def split_thinking(turn: Turn, family: Family) -> tuple[str, str]:
     """Split an answer into its thinking and the rest. If ``turn.thinking`` is set, the text is not searched."""
-    if turn.thinking is not None:
-        return turn.thinking, turn.content
-    before, end_tag, _ = turn.content.partition(THINK_END)
+    if turn.thinking is not None or not family.has_thinking_in_text:
+        return turn.thinking or "", turn.content
+    thought, answer = _split_text(turn.content)
+    return thought.strip() if family.is_strict else thought, answer
+
+
+def move_thinking(turn: Turn, family: Family) -> Turn:
+    """Return a turn with the thinking in its text moved to the field, if its family knows only that."""
+    if turn.role != "assistant" or turn.thinking is not None or family.has_thinking_in_text:
+        return turn
+    thought, answer = _split_text(turn.content)
+    return turn._replace(content=answer, thinking=thought) if THINK_END in turn.content else turn
+
+
+def _split_text(text: str) -> tuple[str, str]:
+    before, end_tag, _ = text.partition(THINK_END)
     if not end_tag:
-        return "", turn.content
+        return "", text
     thought = before.rstrip("\n").rpartition(THINK)[2].lstrip("\n")
-    return thought, turn.content.rpartition(THINK_END)[2].lstrip("\n")
+    return thought, text.rpartition(THINK_END)[2].lstrip("\n")
 
 
 def _is_lost(thought: str, written: str) -> bool:
@@ -127,7 +145,7 @@ def _is_lost(thought: str, written: str) -> bool:
     return bool(thought) and not (end_tag and thought in before)
 
 
-def _is_question(turn: Turn) -> bool:
-    """Check that a user asks something. Some data writes tool results as user turns."""
+def is_question(turn: Turn) -> bool:
+    """Return whether a user asks something. Some data writes tool results as user turns."""
     is_result = turn.content.startswith("<tool_response>") and turn.content.endswith("</tool_response>")
     return turn.role == "user" and not is_result

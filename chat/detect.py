@@ -20,6 +20,7 @@ from chat.families import ANSWER_STYLES, Family
 from chat.limited import LimitExceeded, run_limited
 from chat.render import render, render_prompt, text_of
 from chat.tools_hermes import HERMES_FORMS
+from chat.tools_xml import XML_FORMS
 from chat.turns import Tool, ToolCall, Turn
 from errors import ConfigError
 
@@ -31,10 +32,12 @@ _PROBES: tuple[Probe, ...] = (
     (Turn("system", "s"), _ASK, _ANSWER),
     (Turn("user", "\nu"), Turn("assistant", "\n\na\n"), _ASK, Turn("assistant", "\nb")),
     (_ASK, Turn("assistant", "\na"), _ANSWER),
+    (Turn("system", " "), _ASK, _ANSWER),
 )
 
 _TOOLS: tuple[Tool, ...] = ({"type": "function", "function": {"name": "é", "parameters": {"b": [1.0], "a": {}}}}, {})
-_CALL, _RESULT = ToolCall("f", {"é": [True, "<"], "a": 1e-07}), Turn("tool", "\nr")
+_CALL = ToolCall("f", {"é": [True, "<"], "a": 1e-07, "b": True, "c": " 1"})
+_RESULT = Turn("tool", "\nr")
 _CALLING = Turn("assistant", "", (_CALL,))
 _TOOL_PROBES: tuple[Probe, ...] = (
     (Turn("system", "s"), _ASK, Turn("assistant", "a\n", (_CALL, ToolCall("g", {}))), _RESULT, _RESULT, _ANSWER),
@@ -55,11 +58,13 @@ _MOST_TEXT = 1_000_000  # characters of a rendered probe
 ApplyTemplate = Callable[[Sequence[dict[str, Any]], Sequence[Tool], bool], str]
 
 
-def family_of(tokenizer: Any, base_system: str | None = None) -> Family:
+def family_of(tokenizer: Any, base_system: str | None = None, **template_kwargs: Any) -> Family:
     """Return the family of a checkpoint later than Qwen v1, from its tokenizer's chat template.
 
     Args:
         base_system: default system message of a base checkpoint, which has no template.
+        template_kwargs: arguments of the template, such as ``enable_thinking=False``: the family is of prompts and
+            texts with them.
 
     Raises:
         ConfigError: a chat template that writes plain conversations in an unknown way, fails, or takes too much time,
@@ -72,7 +77,11 @@ def family_of(tokenizer: Any, base_system: str | None = None) -> Family:
     def apply(messages: Sequence[dict[str, Any]], tools: Sequence[Tool], prompt: bool) -> str:
         text = str(
             tokenizer.apply_chat_template(
-                list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
+                list(messages),
+                tools=list(tools) or None,
+                tokenize=False,
+                add_generation_prompt=prompt,
+                **template_kwargs,
             )
         )
         if len(text) > _MOST_TEXT:
@@ -104,11 +113,16 @@ def match_template(apply: ApplyTemplate) -> Family:
     Raises:
         ConfigError: no known answer style renders plain conversations as the template does.
     """
-    default_system = _default_system(apply)
+    system, found = _default_system(apply), []
     for style in ANSWER_STYLES:
-        family = replace(style, default_system=default_system)
+        # The system message of a strict family's template precedes that of a conversation, and is not replaced by it.
+        family = replace(style, instructions=system or "") if style.is_strict else replace(style, default_system=system)
         if all(_matches(probe, (), family, apply) for probe in _PROBES):
-            return _with_thinking(_with_tools(family, apply), apply)
+            found.append(_with_thinking(_with_tools(family, apply), apply))
+            if found[-1].knows_thinking:
+                return found[-1]
+    if found:
+        return found[0]
     raise ConfigError(
         "tokenizer_config.json: the checkpoint's chat template does not write plain conversations as any known Qwen "
         "template does",
@@ -126,7 +140,7 @@ def _default_system(apply: ApplyTemplate) -> str | None:
 
 def _with_tools(family: Family, apply: ApplyTemplate) -> Family:
     """Return the family with the tool form that matches, if there is one."""
-    for form in HERMES_FORMS:
+    for form in (*HERMES_FORMS, *XML_FORMS):
         with_form = replace(family, tool_form=form)
         probes = (*_TOOL_PROBES, _STRING_ARGUMENTS_PROBE) if form.keeps_strings else _TOOL_PROBES
         if all(_matches(probe, _TOOLS, with_form, apply) for probe in probes):
@@ -154,7 +168,7 @@ def _matches(probe: Sequence[Turn], tools: Sequence[Tool], family: Family, apply
 
 def as_template_reads(turns: Sequence[Turn], family: Family) -> list[Turn]:
     """Return the turns without what the templates of a family ignore: most ignore ``reasoning_content``."""
-    return [turn if family.thinking == "block" else turn._replace(thinking=None) for turn in turns]
+    return [turn if family.has_thinking_field else turn._replace(thinking=None) for turn in turns]
 
 
 def _messages(turns: Sequence[Turn]) -> list[dict[str, Any]]:

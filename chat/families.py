@@ -7,7 +7,7 @@ finds the family of a checkpoint.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from chat.chatml import DEFAULT_SYSTEM
@@ -33,29 +33,46 @@ class Family:
             ``none``: it is text like any other.
             ``block``: it is written before the answers after the last question (the last answer has a block even if it
             is empty) and removed from all others.
+            ``blocks``: it is written before every answer after the last question, as an empty block if there is none,
+            and removed from all others.
+            ``kept``: it is written before every answer, as an empty block if there is none.
             ``stripped_from_history``: it is text; all answers except the last lose it, and their leading newlines.
             ``stripped``: it is removed from every answer.
+        has_thinking_in_text: ``<think>...</think>`` in an answer's text is thinking, unless it has a field for that.
         knows_thinking: ``thinking`` matches the checkpoint's template; if not, thinking in the data is refused.
         prompts_opening_answer: the family has a prompt for an answer that opens the conversation. The later templates
             have none, so such an answer is not trained.
         prompts_after_answer: the generation prompt opens an answer even if the last turn is an answer.
         tool_form: how tools and calls are written; ``None`` if no known form matches.
+        is_strict: every text and thought is written without the white space around it, and there is no prompt without a
+            question of a user.
+        instructions: text before the system message, or instead of it if there is none.
+        writes_blank_system: a system message without text is an empty system turn; if not, there is none.
     """
 
     name: str
     default_system: str | None = None
     joins_header: bool = True
     prompt_suffix: str = ""
-    thinking: Literal["none", "block", "stripped_from_history", "stripped"] = "none"
+    thinking: Literal["none", "block", "blocks", "kept", "stripped_from_history", "stripped"] = "none"
+    has_thinking_in_text: bool = True
     knows_thinking: bool = True
     prompts_opening_answer: bool = False
     prompts_after_answer: bool = True
     tool_form: ToolForm | None = None
+    is_strict: bool = False
+    instructions: str = ""
+    writes_blank_system: bool = True
 
     @property
     def has_thinking(self) -> bool:
         """Return whether thinking is treated differently from other text."""
         return self.thinking != "none"
+
+    @property
+    def has_thinking_field(self) -> bool:
+        """Return whether the chat template reads thinking from a field of its own."""
+        return self.thinking in ("block", "blocks", "kept")
 
 
 QWEN_V1 = Family(
@@ -69,6 +86,13 @@ def thought_block(thought: str) -> str:
     return f"{THINK}\n{text}\n{THINK_END}\n\n"
 
 
+EMPTY_THOUGHT = thought_block("")
+
+_QWEN3_5 = Family("chatml-3.5", thinking="blocks", is_strict=True)  # Qwen3.5 and Qwen3.6
+_QWEN3_8 = Family(
+    "chatml-3.8", thinking="kept", has_thinking_in_text=False, is_strict=True, writes_blank_system=False
+)  # Qwen3.8
+
 ANSWER_STYLES = (
     Family("chatml"),  # Qwen1.5, Qwen2, Qwen2.5, QwQ-32B-Preview, Qwen3-Instruct-2507
     Family("chatml-launch", prompts_after_answer=False),  # Qwen1.5 as published in February 2024
@@ -76,4 +100,12 @@ ANSWER_STYLES = (
     Family("chatml-thinking", thinking="block", prompt_suffix=f"{THINK}\n"),  # Qwen3-Thinking-2507
     Family("chatml-qwq", thinking="stripped_from_history", prompt_suffix=f"{THINK}\n"),  # QwQ-32B
     Family("chatml-qwq-launch", thinking="stripped", prompt_suffix=f"{THINK}\n"),
+    Family("chatml-hybrid", thinking="block", prompt_suffix=EMPTY_THOUGHT),  # Qwen3 with enable_thinking=False
+    # Prompts for an answer with thinking and without it; answers before the last question without and with thinking.
+    *(
+        replace(style, thinking=thinking, prompt_suffix=suffix)
+        for style, kinds in ((_QWEN3_5, ("blocks", "kept")), (_QWEN3_8, ("kept", "blocks")))
+        for thinking in kinds
+        for suffix in (f"{THINK}\n", EMPTY_THOUGHT)
+    ),
 )

@@ -5,12 +5,12 @@ A malformed call is content. Nothing that a model writes is an error.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from chat.events import CallStart, Content, Event, EventReader, PlainReader, Thinking, partial_length
 from chat.families import THINK, THINK_END, Family, thought_block
-from chat.turns import ToolCall, Turn
+from chat.turns import Tool, ToolCall, Turn
 
 
 class AnswerReader:
@@ -20,11 +20,12 @@ class AnswerReader:
         family: of the model.
         has_tools: functions were offered. If not, what looks like a call is content.
         opening: the start of the answer if it is part of the prompt; see ``opening_of``.
+        tools: the functions, for the types of their parameters.
     """
 
-    def __init__(self, family: Family, has_tools: bool = False, opening: str = "") -> None:
-        form = family.tool_form if has_tools else None
-        self._calls: EventReader = form.reader(opening) if form else PlainReader()
+    def __init__(self, family: Family, has_tools: bool = False, opening: str = "", tools: Sequence[Tool] = ()) -> None:
+        form = family.tool_form if has_tools or tools else None
+        self._calls: EventReader = form.reader(opening, tools) if form else PlainReader()
         self._thought = _Thought(family.has_thinking)
         self._pending: list[Event] = []
         self._pending = self.feed(opening)  # of a call that the prompt has started
@@ -104,9 +105,11 @@ def opening_of(family: Family, has_tools: bool, after_result: bool, thinking: bo
     return family.tool_form.opening_after_result if family.tool_form and has_tools and after_result else ""
 
 
-def read_answer(text: str, family: Family, has_tools: bool = False, opening: str = "") -> Turn:
+def read_answer(
+    text: str, family: Family, has_tools: bool = False, opening: str = "", tools: Sequence[Tool] = ()
+) -> Turn:
     """Parse a whole answer."""
-    reader = AnswerReader(family, has_tools, opening)
+    reader = AnswerReader(family, has_tools, opening, tools)
     return turn_of([*reader.feed(text), *reader.close()])
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from chat.events import CallArguments, CallStart, Content, Event, partial_length
@@ -17,9 +18,17 @@ _ESCAPED = re.compile(r"\\.", re.DOTALL)
 
 
 class TaggedCalls:
-    """Reads content and calls."""
+    """Reads content and calls.
 
-    def __init__(self) -> None:
+    Args:
+        parse: returns the events of the text between the tags of a call; nothing if it is malformed.
+        is_cut: whether such a text ends within a value, so that the end tag is part of that value.
+    """
+
+    def __init__(
+        self, parse: Callable[[str], list[Event]] | None = None, is_cut: Callable[[str], bool] | None = None
+    ) -> None:
+        self._parse, self._is_cut = parse or _call_events, is_cut or _ends_in_string
         self._held = ""
         self._gap: str | None = None  # what preceded the tag of the call that is being read; None outside calls
         self._searched = 0  # characters of a call in which its end is not
@@ -35,7 +44,7 @@ class TaggedCalls:
     def close(self) -> list[Event]:
         text, self._held = self._held, ""
         if self._gap is not None:
-            return _call_events(text) or _content(f"{self._gap}{_OPEN}{text}")
+            return self._parse(text) or _content(f"{self._gap}{_OPEN}{text}")
         return [] if self._has_call and not self._has_content and text.isspace() else _content(text)
 
     def _read_text(self) -> list[Event] | None:
@@ -54,8 +63,8 @@ class TaggedCalls:
             self._searched = len(self._held)
             return None
         body, rest = self._held[:end], self._held[end + len(_CLOSE) :]
-        events = _call_events(body)
-        if not events and _ends_in_string(body):
+        events = self._parse(body)
+        if not events and self._is_cut(body):
             self._searched = end + 2 * len(_CLOSE)
             return []
         self._has_call, self._has_content = self._has_call or bool(events), not events

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from chat.answers import Answers
+from chat.answers import Answers, is_question
 from chat.chatml import IM_END, IM_START
 from chat.families import Family
 from chat.label_mask import LabelMask, frame_weights, turn_weights
 from chat.segments import Message, Segment, ToolForm
-from chat.turns import Tool, Turn
+from chat.turns import TEXT, Tool, Turn
 
 EncodeText = Callable[[str], list[int]]
 
@@ -28,8 +28,8 @@ def add_system_turn(turns: Sequence[Turn], family: Family, system_message: str |
     return list(turns) if system is None else [Turn("system", system), *turns]
 
 
-def check_tools(turns: Sequence[Turn], family: Family, tools: Sequence[Tool]) -> None:
-    """Check that a family can write the tools, calls and results of a conversation.
+def check_turns(turns: Sequence[Turn], family: Family, tools: Sequence[Tool]) -> None:
+    """Check that a family can write a conversation with its tools, calls and results.
 
     Raises:
         ValueError: it cannot; the message names the reason.
@@ -37,6 +37,26 @@ def check_tools(turns: Sequence[Turn], family: Family, tools: Sequence[Tool]) ->
     form = _tool_form(turns, family, tools)
     if form is not None:
         form.check(turns, tools)
+    if family.is_strict and all(turn.role != TEXT for turn in turns):
+        _check_order(turns, family)
+
+
+def _check_order(turns: Sequence[Turn], family: Family) -> None:
+    """Check what the templates of strict families refuse, or write without its header."""
+    format_ = f"the chat format {family.name!r}"
+    if not any(is_question(trimmed(turn)) for turn in turns):
+        raise ValueError(f"the conversation has no question of a user, which {format_} needs")
+    if any(turn.role == "system" for turn in turns[1:]):
+        raise ValueError(f"a system message is not the first turn, where {format_} needs it")
+    if turns[0].role == "tool":
+        raise ValueError(f"the conversation begins with the result of a call, which {format_} cannot write")
+
+
+def trimmed(turn: Turn) -> Turn:
+    """Return a turn without the white space around its text and its thinking."""
+    return turn._replace(
+        content=turn.content.strip(), thinking=None if turn.thinking is None else turn.thinking.strip()
+    )
 
 
 def _tool_form(turns: Sequence[Turn], family: Family, tools: Sequence[Tool]) -> ToolForm | None:
@@ -64,7 +84,7 @@ def render(
         tools: functions that the assistant may call.
 
     Raises:
-        ValueError: tools or calls that the family cannot write, as ``check_tools``.
+        ValueError: turns, tools or calls that the family cannot write, as ``check_turns``.
     """
     return _render(turns, family, system_message, label_mask, tools, is_prompt=False)
 
@@ -97,12 +117,14 @@ def _render(
     tools: Sequence[Tool],
     is_prompt: bool,
 ) -> list[Message]:
+    check_turns(turns, family, tools)
     form = _tool_form(turns, family, tools)
-    if form is not None:
-        form.check(turns, tools)
     complete = add_system_turn(turns, family, system_message)
+    if family.is_strict:
+        complete = list(map(trimmed, complete))
     if form is not None:
         complete = form.describe(complete, tools)
+    complete = _add_instructions(complete, family)
     has_own_system = bool(turns) and turns[0].role == "system"
     answers = Answers(complete, family)
     weights = turn_weights(complete, label_mask, answers.promptable(has_own_system))
@@ -121,6 +143,16 @@ def _render(
         messages.append(Message(content.role, segments, max(0, content.end - added_turns), is_open))
         start = content.end
     return messages
+
+
+def _add_instructions(turns: list[Turn], family: Family) -> list[Turn]:
+    """Return the turns with the family's instructions before their system message, or instead of a missing one."""
+    first = turns[:1] if turns and turns[0].role == "system" else []
+    text = "\n\n".join(filter(None, [family.instructions, *(turn.content for turn in first)]))
+    rest = turns[len(first) :]
+    if not text and (not first or not family.writes_blank_system):
+        return rest
+    return [first[0]._replace(content=text) if first else Turn("system", text), *rest]
 
 
 def _framed(

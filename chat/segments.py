@@ -54,10 +54,12 @@ class ToolForm(Protocol):
     Attributes:
         stops: strings at which an answer ends: what follows is not the model's to write.
         opening_after_result: the start of an answer after a result, which is part of the prompt.
+        separator: text between an answer's words and its calls.
     """
 
     stops: ClassVar[tuple[str, ...]]
     opening_after_result: ClassVar[str]
+    separator: ClassVar[str]
 
     def check(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> None:
         """Check that a conversation can be written in this form.
@@ -87,9 +89,10 @@ class ToolForm(Protocol):
     def call_start(self, name: str | None) -> str:
         """Return the start of an answer that calls a function: any one, or the one with this name."""
 
-    def reader(self, opening: str) -> EventReader:
+    def reader(self, opening: str, tools: Sequence[Tool] = ()) -> EventReader:
         """Return a parser of an answer that may contain calls.
 
         Args:
+            tools: the functions, for the types of their parameters.
             opening: the start of the answer if it is part of the prompt; the parser is fed with it like with the rest.
         """

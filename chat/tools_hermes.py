@@ -16,13 +16,12 @@ user message::
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, ClassVar
+from typing import ClassVar
 
+from chat.arguments import to_json, to_json_again
 from chat.events import EventReader
 from chat.reading_hermes import TaggedCalls
 from chat.segments import Message, Segment
@@ -60,6 +59,7 @@ class Hermes:
 
     stops: ClassVar[tuple[str, ...]] = ()
     opening_after_result: ClassVar[str] = ""
+    separator: ClassVar[str] = "\n"
 
     def check(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> None:
         """Accept every conversation."""
@@ -72,7 +72,7 @@ class Hermes:
         """Return the turns with the tools in their system message, which is added if there is none."""
         if not tools:
             return list(turns)
-        text = describe_tools(map(_json, tools), self.call_example)
+        text = describe_tools(map(to_json, tools), self.call_example)
         if turns and turns[0].role == "system":
             return [turns[0]._replace(content=f"{turns[0].content}\n\n{text}"), *turns[1:]]
         return [Turn("system", self.system_prefix + text), *turns]
@@ -86,27 +86,19 @@ class Hermes:
 
     def _arguments(self, call: ToolCall) -> str:
         if not isinstance(call.arguments, str):
-            return _json(call.arguments)
-        return call.arguments if self.keeps_strings else _json_of_text(call.arguments)
+            return to_json(call.arguments)
+        return call.arguments if self.keeps_strings else to_json_again(call.arguments)
 
     def write(self, turns: Sequence[Turn], weights: Sequence[float], is_prompt: bool = False) -> list[Message]:
         """Convert turns to the content of messages; neighbouring results share one. No message stays open."""
-        messages: list[Message] = []
-        for is_result, group in groupby(enumerate(turns, 1), lambda item: item[1].role == "tool"):
-            numbered = list(group)
-            if is_result:
-                results = [(turn.content, weights[number - 1]) for number, turn in numbered]
-                messages.append(Message("user", _results(results), numbered[-1][0]))
-                continue
-            messages += [Message.from_turn(turn, weights[number - 1], number) for number, turn in numbered]
-        return messages
+        return write_results_as_user(turns, weights)
 
     def call_start(self, name: str | None) -> str:
         """Return the start of a call. It ends before a space, which models write as part of the next token."""
         start = '<tool_call>\n{"name":'
-        return start if name is None else f'{start} {_json(name)}, "arguments":'
+        return start if name is None else f'{start} {to_json(name)}, "arguments":'
 
-    def reader(self, opening: str) -> EventReader:
+    def reader(self, opening: str, tools: Sequence[Tool] = ()) -> EventReader:
         """Return a parser of an answer that may end with calls."""
         return TaggedCalls()
 
@@ -123,6 +115,19 @@ def describe_tools(tools: Iterable[str], example: str) -> str:
     return _TOOLS.format(tools="\n".join(tools), example=example)
 
 
+def write_results_as_user(turns: Sequence[Turn], weights: Sequence[float]) -> list[Message]:
+    """Convert turns to the content of messages; neighbouring results are one message of the user."""
+    messages: list[Message] = []
+    for is_result, group in groupby(enumerate(turns, 1), lambda item: item[1].role == "tool"):
+        numbered = list(group)
+        if is_result:
+            results = [(turn.content, weights[number - 1]) for number, turn in numbered]
+            messages.append(Message("user", _results(results), numbered[-1][0]))
+            continue
+        messages += [Message.from_turn(turn, weights[number - 1], number) for number, turn in numbered]
+    return messages
+
+
 def _results(results: Sequence[tuple[str, float]]) -> list[Segment]:
     """Convert the texts and weights of neighbouring results to segments, one for each run of equal weights.
 
@@ -135,29 +140,3 @@ def _results(results: Sequence[tuple[str, float]]) -> list[Segment]:
         Segment("".join(text for text, _ in run), False, weight, "tool")
         for weight, run in groupby(weighted, lambda item: item[1])
     ]
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, ensure_ascii=False)
-
-
-def _json_of_text(text: str) -> str:
-    """Return a text that is JSON as its re-encoded value; other texts, and values that would lose data, as a string."""
-    try:
-        return _json(json.loads(text, object_pairs_hook=_object, parse_float=_float, parse_constant=_float))
-    except (ValueError, RecursionError):
-        return _json(text)
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    decoded = dict(pairs)
-    if len(decoded) < len(pairs):
-        raise ValueError("duplicate key")
-    return decoded
-
-
-def _float(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError("not a JSON number")
-    return value

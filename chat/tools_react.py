@@ -61,6 +61,7 @@ class React:
 
     stops: ClassVar[tuple[str, ...]] = (_OBSERVATION,)
     opening_after_result: ClassVar[str] = _THOUGHT
+    separator: ClassVar[str] = ""
 
     def check(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> None:
         """Check that a conversation can be written as ReAct text.
@@ -130,7 +131,7 @@ class React:
         """Return the start of a call without a thought. It ends before a space, which belongs to the next token."""
         return _THOUGHT + _ACTION + ("" if name is None else f" {name}{_INPUT}")
 
-    def reader(self, opening: str) -> EventReader:
+    def reader(self, opening: str, tools: Sequence[Tool] = ()) -> EventReader:
         """Return a parser of a thought with a call, or of a final answer."""
         return ReactText(opening)
 

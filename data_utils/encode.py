@@ -12,11 +12,11 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypedDict
 
-from chat.answers import Answers
+from chat.answers import Answers, is_question, move_thinking
 from chat.chatml import END_OF_TEXT
 from chat.families import THINK, THINK_END, Family
 from chat.label_mask import LabelMask, labels_from_weights
-from chat.render import check_tools, control_ids_of, encode_segment, plain_encoder, render
+from chat.render import check_turns, control_ids_of, encode_segment, plain_encoder, render
 from chat.segments import Message, Segment
 from chat.turns import Tool, Turn
 from data_utils.byte_pairs import FasterEncoder
@@ -186,7 +186,7 @@ class Encoder:
             if turn.thinking or (turn.role == "assistant" and (THINK in turn.content or THINK_END in turn.content)):
                 self._check_thinking(turn, number, where)
         try:
-            check_tools(turns, self.family, conversation.tools)
+            check_turns(turns, self.family, conversation.tools)
         except ValueError as error:
             raise DataError(where, str(error), "Leave the record out") from None
 
@@ -340,7 +340,8 @@ class Encoder:
         return EncodedConversation(rest.input_ids, rest.spans, len(messages) - len(kept))
 
     def _render(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> list[Message]:
-        return render(turns, self.family, self.options.system_message, self.options.label_mask, tools)
+        read = [move_thinking(turn, self.family) for turn in turns]
+        return render(read, self.family, self.options.system_message, self.options.label_mask, tools)
 
     def _segment_ids(self, segment: Segment) -> list[int]:
         return encode_segment(segment, self._encode_text, self._control_ids)
@@ -409,7 +410,7 @@ class Encoder:
         def from_turn(start: int) -> list[Message]:
             return self._render([*turns[:first], *turns[start:]], tools)
 
-        starts = [index for index in range(first + 1, len(turns)) if turns[index].role == "user"]
+        starts = [index for index in range(first + 1, len(turns)) if is_question(turns[index])]
         # The later the start, the shorter the conversation.
         longest = bisect_left(starts, True, key=lambda start: not self._encode(from_turn(start)).turns_dropped)
         if longest == len(starts) or _has_answer(turns) > _has_answer(turns[starts[longest] :]):

@@ -39,6 +39,8 @@ def has_shape(turns: Sequence[Turn], family: Family) -> bool:
         return False
     has_marks = family.has_thinking or bool(family.prompt_suffix)
     for role, content, calls, weight, thinking in turns:
+        if family.is_strict and content != content.strip():
+            return False
         if calls or thinking or role not in _ROLES or weight not in _WEIGHTS:
             return False
         if has_marks and (content.startswith(("<tool_response>", "\n")) or THINK in content or THINK_END in content):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,14 @@ from chat.detect import family_of
 from chat.families import Family
 from chat.segments import Message
 from chat.tools_hermes import Hermes
+from chat.tools_xml import XmlCalls
 from chat.turns import Tool, ToolCall, Turn
 from data_utils.encode import EncodedConversation, EncodeOptions, Encoder
 from data_utils.schema import Conversation
 from qwen_model.tokenization_qwen import SPLIT_PATTERN
 from tests.encoding import check_and_encode
+
+Row = dict[str, Any]
 
 STYLES = {
     "qwen1_5": "chatml",
@@ -41,9 +44,25 @@ STYLES = {
     "qwen3_instruct_2507": "chatml",
     "qwen3_instruct_2507_launch": "chatml-hybrid",
     "qwen3_thinking_2507": "chatml-thinking",
+    "qwen3_5_think": "chatml-3.5",
+    "qwen3_5_nothink": "chatml-3.5",
+    "qwen3_6": "chatml-3.5",
+    "qwen3_8": "chatml-3.8",
 }
 
-Row = dict[str, Any]
+_SWITCH: tuple[Row, ...] = ({"enable_thinking": True}, {"enable_thinking": False})
+_KEPT: tuple[Row, ...] = ({"preserve_thinking": True}, {"preserve_thinking": False})
+_DROPPED_WITHOUT_THINKING: Row = {"preserve_thinking": False, "enable_thinking": False}
+_EFFORTS: tuple[Row, ...] = tuple({"reasoning_effort": effort} for effort in ("low", "medium", "xhigh"))
+# Arguments of the chat templates, beside none.
+MODES: dict[str, tuple[Row, ...]] = {
+    **dict.fromkeys(
+        ("qwen3", "qwen3_launch", "qwen3_instruct_2507_launch", "qwen3_5_think", "qwen3_5_nothink"), _SWITCH
+    ),
+    "qwen3_6": (*_SWITCH, *_KEPT),
+    "qwen3_8": (*_SWITCH, *_KEPT, *_EFFORTS, _DROPPED_WITHOUT_THINKING),
+}
+CHECKPOINTS = [(name, mode) for name in STYLES for mode in ({}, *MODES.get(name, ()))]
 
 
 @dataclass(frozen=True)
@@ -51,8 +70,9 @@ class Checkpoint:
     """The tokenizer and chat template of a checkpoint, and what was recorded with them.
 
     Attributes:
-        rows: conversations with the characters and ids that the model has to generate.
+        rows: conversations with the characters that the model has to generate, if the vocabulary is here with the ids.
         cases: conversations and prompts with their text.
+        mode: arguments of the chat template, with which ``family`` was detected and rows and cases were recorded.
     """
 
     name: str
@@ -61,6 +81,7 @@ class Checkpoint:
     tokenizer: PreTrainedTokenizerFast
     rows: list[Row]
     cases: list[Row]
+    mode: Row = field(default_factory=dict)
 
     def encoder(self, **options: Any) -> Encoder:
         return Encoder(self.tokenizer, self.family, EncodeOptions(**options))
@@ -72,7 +93,7 @@ class Checkpoint:
         """Return the text of the official template."""
         return str(
             self.tokenizer.apply_chat_template(
-                list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt
+                list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt, **self.mode
             )
         )
 
@@ -93,23 +114,48 @@ def _base_tokenizer(rank_file: Path) -> str:
 def _tokenizer(shared: Path, kind: str) -> PreTrainedTokenizerFast:
     base = Tokenizer.from_str(_base_tokenizer(shared / "golden" / "tiny-qwen" / "qwen.tiktoken"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=base)
-    for token in _load(shared / "families" / "families.json")["added_tokens"][kind]:
+    tokens = _load(shared / "families" / "families.json")["added_tokens"][kind]
+    # The vocabulary of Qwen3.5 is larger; the order of its added tokens is that of Qwen3.
+    offset = tokens[0]["id"] - len(tokenizer)
+    assert offset == 0 or kind == "qwen3_5"
+    for token in tokens:
         added = AddedToken(token["content"], special=token["special"], normalized=False)
         tokenizer.add_tokens([added], special_tokens=token["special"])
-        assert tokenizer.convert_tokens_to_ids(token["content"]) == token["id"]
+        assert tokenizer.convert_tokens_to_ids(token["content"]) == token["id"] - offset
     return tokenizer
 
 
-def load_family(shared: Path, name: str) -> Checkpoint:
+def load_family(shared: Path, name: str, mode: Row | None = None) -> Checkpoint:
     """Load a checkpoint. Its tokenizer is shared, and has the template of the checkpoint that was loaded last."""
-    folder = shared / "families"
+    folder, mode = shared / "families", mode or {}
     facts = _load(folder / "families.json")["families"][name]
     tokenizer = _tokenizer(shared, facts["added_tokens"])
-    tokenizer.chat_template = (folder / facts["template"]).read_text(encoding="utf-8")
-    recorded = [
-        _load(folder / file).get(facts.get("alias_of", name), []) for file in ("expected_training.json", "cases.json")
+    template = (folder / facts["template"]).read_text(encoding="utf-8")
+    tokenizer.chat_template = template
+    key = facts.get("alias_of", name)
+    # By their text: 0 equals False, and is another argument to a template.
+    cases = [case for case in _load(folder / "cases.json").get(key, []) if repr(_mode_of(case, template)) == repr(mode)]
+    rows = [
+        row
+        for recorded in _load(folder / "expected_training.json").get(key, [])
+        for row in (recorded, *_other_prompts(recorded))
+        if repr(_mode_of(row, template)) == repr(mode)
     ]
-    return Checkpoint(name, facts, family_of(tokenizer), tokenizer, *recorded)
+    return Checkpoint(name, facts, family_of(tokenizer, **mode), tokenizer, rows, cases, mode)
+
+
+def _mode_of(row: Row, template: str) -> Row:
+    """Return the arguments of a row that its template knows."""
+    prompts = ("add_generation_prompt", "continue_final_message")
+    return {key: value for key, value in row["kwargs"].items() if key not in prompts and key in template}
+
+
+def _other_prompts(row: Row) -> Iterator[Row]:
+    """Yield a row as it is behind the prompts of the other mode, if that changes the prompts alone."""
+    for spans, is_thinking in (("spans_no_thinking", False), ("spans_thinking", True)):
+        if spans in row:
+            changed = {key: value for key, value in row.items() if key not in ("ids", "token_spans")}
+            yield {**changed, "kwargs": {**row["kwargs"], "enable_thinking": is_thinking}, "spans": row[spans]}
 
 
 def turns_of(row: Row) -> list[Turn]:
@@ -119,7 +165,7 @@ def turns_of(row: Row) -> list[Turn]:
             message["role"],
             message.get("content") or "",
             tuple(
-                ToolCall(call["function"]["name"], call["function"]["arguments"])
+                ToolCall(call["function"]["name"], call["function"].get("arguments", {}))
                 for call in message.get("tool_calls") or ()
             ),
             thinking=message.get("reasoning_content"),
@@ -150,22 +196,31 @@ def left_out(row: Row, checkpoint: Checkpoint) -> str:
         return "the template fails"
     if row["kwargs"].get("continue_final_message"):
         return "the prompt continues a started answer"
-    has_modes = "enable_thinking" in str(checkpoint.tokenizer.chat_template)
-    if has_modes and row["kwargs"].get("enable_thinking") is False and row["kwargs"].get("add_generation_prompt"):
-        return "the prompt is not of the default mode"
+    if not row["messages"]:
+        return "there is no message"
     for message in row["messages"]:
         if message["role"] not in ("system", "user", "assistant", "tool"):
             return "unknown role"
         content = message.get("content")
         if not isinstance(content, str) and not (content is None and message.get("tool_calls")):
             return "content is not a string"
+        if isinstance(message.get("tool_calls"), dict):
+            return "calls are not a list"
+        if not isinstance(message.get("reasoning_content", ""), str):
+            return "thinking is not a string"
         if "reasoning" in message or "thinking" in message:
             return "reasoning_content under another name, which the formats read"
+    if checkpoint.family.is_strict and row["messages"][0]["role"] == "tool":
+        return "the template writes a result without its header, which is refused"
     form = checkpoint.family.tool_form
     calls = [call for turn in turns_of(row) for call in turn.calls]
     if form is None and (row["tools"] or calls or any(message["role"] == "tool" for message in row["messages"])):
         return "tools are refused, but the template ignores them"
-    if isinstance(form, Hermes) and not form.keeps_strings and any(isinstance(call.arguments, str) for call in calls):
+    if (
+        isinstance(form, Hermes | XmlCalls)
+        and not form.keeps_strings
+        and any(isinstance(call.arguments, str) for call in calls)
+    ):
         return "string arguments are decoded, but the template writes them verbatim"
     return ""
 

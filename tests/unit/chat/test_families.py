@@ -20,13 +20,15 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from chat.detect import as_template_reads, family_of
-from chat.families import ANSWER_STYLES, Family
+from chat.families import ANSWER_STYLES, EMPTY_THOUGHT, Family
 from chat.render import encode_prompt, render, render_prompt, text_of
 from chat.tools_hermes import HERMES_FORMS
+from chat.tools_xml import XML_FORMS
 from chat.turns import Turn
 from errors import ConfigError, DataError
 from tests.encoding import trained_runs
 from tests.families import (
+    CHECKPOINTS,
     STYLES,
     Checkpoint,
     Row,
@@ -43,13 +45,19 @@ SPECIALS = {151643, *range(IM_START, 151657)}
 OLD = ("qwen1_5", "qwen1_5_launch", "qwen1_5_base", "qwen2")
 
 
-@pytest.fixture(params=STYLES)
+@pytest.fixture(params=CHECKPOINTS, ids=str)
 def checkpoint(request: pytest.FixtureRequest, shared: Path) -> Checkpoint:
-    return load_family(shared, request.param)
+    return load_family(shared, *request.param)
 
 
 def compared(checkpoint: Checkpoint) -> list[Row]:
     return [row for row in checkpoint.rows if not left_out(row, checkpoint)]
+
+
+def encoded(checkpoint: Checkpoint) -> list[Row]:
+    """Return the rows that encode to their text: thinking in the text of an answer is moved to its field."""
+    reads_text = checkpoint.family.has_thinking_in_text
+    return [row for row in compared(checkpoint) if reads_text or "</think>" not in str(row["messages"])]
 
 
 def read_turns(row: Row, family: Family) -> list[Turn]:
@@ -82,8 +90,15 @@ def has_token_across_answer_start(row: Row, checkpoint: Checkpoint) -> bool:
 def test_family_is_detected_from_the_template(checkpoint: Checkpoint) -> None:
     family = checkpoint.family
     assert family.name == STYLES[checkpoint.name]
-    assert family.default_system == checkpoint.facts["default_system"]
     assert family.knows_thinking
+    if family.is_strict:
+        sentence = checkpoint.facts.get("reasoning_effort", {}).get(checkpoint.mode.get("reasoning_effort"))
+        default = checkpoint.facts["default_system"] if sentence is None or "default" in sentence else sentence
+        is_silent = checkpoint.mode.get("enable_thinking") is False or default == "no sentence"
+        assert (family.default_system, family.instructions) == (None, "" if is_silent else default or "")
+        assert family.tool_form == XML_FORMS[0 if checkpoint.name.startswith("qwen3_5") else 1]
+        return
+    assert family.default_system == checkpoint.facts["default_system"]
     form = {"qwen2_5_launch": 1}.get(checkpoint.name, 2 if checkpoint.name.startswith("qwen3") else 0)
     assert family.tool_form == (None if checkpoint.name in OLD else HERMES_FORMS[form])
 
@@ -106,19 +121,21 @@ def test_text_and_trained_characters_equal_the_template(checkpoint: Checkpoint) 
 
 
 def test_ids_and_trained_tokens(checkpoint: Checkpoint) -> None:
-    for row in compared(checkpoint):
-        encoded = checkpoint.encode(read_turns(row, checkpoint.family), row["tools"] or ())
-        runs = trained_runs(encoded)
-        trained_texts = [checkpoint.tokenizer.decode(encoded.input_ids[start:end]) for start, end in runs]
-        assert checkpoint.tokenizer.decode(encoded.input_ids) == row["text"], row["name"]
+    for row in encoded(checkpoint):
+        sample = checkpoint.encode(read_turns(row, checkpoint.family), row["tools"] or ())
+        runs = trained_runs(sample)
+        trained_texts = [checkpoint.tokenizer.decode(sample.input_ids[start:end]) for start, end in runs]
+        assert checkpoint.tokenizer.decode(sample.input_ids) == row["text"], row["name"]
         assert trained_texts == [row["text"][start:end] for start, end in row["spans"]], row["name"]
+        if "ids" not in row:
+            continue  # its vocabulary is not here, or its prompts are of another mode
         differs = has_control_text(row, checkpoint) or has_token_across_answer_start(row, checkpoint)
-        assert (encoded.input_ids != row["ids"]) == differs, row["name"]
+        assert (sample.input_ids != row["ids"]) == differs, row["name"]
         assert differs or runs == row["token_spans"], row["name"]
 
 
 def test_ids_are_those_of_the_text_split_where_answers_start(checkpoint: Checkpoint) -> None:
-    for row in compared(checkpoint):
+    for row in encoded(checkpoint):
         if has_control_text(row, checkpoint):
             continue
         cuts = [0, *_answer_starts(row, checkpoint.family), len(row["text"])]
@@ -126,12 +143,12 @@ def test_ids_are_those_of_the_text_split_where_answers_start(checkpoint: Checkpo
         expected = [
             id_ for piece in pieces for id_ in checkpoint.tokenizer(piece, add_special_tokens=False)["input_ids"]
         ]
-        encoded = checkpoint.encode(read_turns(row, checkpoint.family), row["tools"] or ())
-        assert encoded.input_ids == expected, row["name"]
+        sample = checkpoint.encode(read_turns(row, checkpoint.family), row["tools"] or ())
+        assert sample.input_ids == expected, row["name"]
 
 
 def test_control_tokens_in_messages_give_no_control_ids(checkpoint: Checkpoint) -> None:
-    for row in compared(checkpoint):
+    for row in encoded(checkpoint):
         turns = read_turns(row, checkpoint.family)
         placed = len(render(turns, checkpoint.family, tools=row["tools"] or ()))
         ids = checkpoint.encode(turns, row["tools"] or ()).input_ids
@@ -140,10 +157,10 @@ def test_control_tokens_in_messages_give_no_control_ids(checkpoint: Checkpoint) 
 
 
 def test_prompts_equal_the_template_and_are_prefixes_of_the_training_ids(checkpoint: Checkpoint) -> None:
-    for row in compared(checkpoint):
+    for row in encoded(checkpoint):
         turns, tools = read_turns(row, checkpoint.family), row["tools"] or ()
-        encoded = checkpoint.encode(turns, tools)
-        starts = [start for start, _ in trained_runs(encoded)]
+        sample = checkpoint.encode(turns, tools)
+        starts = [start for start, _ in trained_runs(sample)]
         prompts = []
         for index, turn in enumerate(turns):
             if turn.role != "assistant" or index == 0:
@@ -152,7 +169,7 @@ def test_prompts_equal_the_template_and_are_prefixes_of_the_training_ids(checkpo
             template = checkpoint.template(row["messages"][:index], tools, prompt=True)
             assert text_of(rendered) == template, (row["name"], index)
             prompt = encode_prompt(rendered, checkpoint.tokenizer)
-            if encoded.input_ids[: len(prompt)] == prompt:
+            if sample.input_ids[: len(prompt)] == prompt:
                 prompts.append(len(prompt))
         assert set(starts) <= set(prompts), row["name"]
         assert len(starts) == len(row["spans"]), row["name"]
@@ -179,6 +196,9 @@ def test_thinking_is_trained_if_supported_and_refused_if_not(checkpoint: Checkpo
     trained = [decode(encoded.input_ids[first:end]) for first, end in trained_runs(encoded)]
     if thinking == "stripped":
         assert text.endswith("<|im_start|>assistant\n2<|im_end|>\n") and trained == []
+    elif checkpoint.family.prompt_suffix == EMPTY_THOUGHT:
+        # The prompt says that there is no thinking.
+        assert text.endswith("<|im_start|>assistant\n<think>\nadd\n</think>\n\n2<|im_end|>\n") and trained == []
     else:
         whole = "<|im_start|>assistant\n<think>\nadd\n</think>\n\n2<|im_end|>\n"
         assert text.endswith(whole) and trained == [whole.removeprefix(start)]

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
 
 import pytest
+from jinja2 import TemplateError
 
 from chat.detect import as_template_reads
 from chat.families import Family
@@ -18,15 +20,15 @@ from data_utils.files import read_records
 from data_utils.formats import FORMATS
 from errors import DataError
 from tests.encoding import check_and_encode
-from tests.families import STYLES, Checkpoint, closed, left_out, load_family, messages_of, turns_of
+from tests.families import CHECKPOINTS, Checkpoint, closed, left_out, load_family, messages_of, turns_of
 
 # Names whose template equals that of another name.
 ALIASES = ("qwen1_5", "qwen2_5_coder")
 
 
-@pytest.fixture(params=[name for name in STYLES if name not in ALIASES])
+@pytest.fixture(params=[item for item in CHECKPOINTS if item[0] not in ALIASES], ids=str)
 def checkpoint(request: pytest.FixtureRequest, shared: Path) -> Checkpoint:
-    return load_family(shared, request.param)
+    return load_family(shared, *request.param)
 
 
 def opens_answer(prompt: str, family: Family) -> bool:
@@ -45,8 +47,6 @@ def test_expressible_cases_equal_the_template(checkpoint: Checkpoint) -> None:
             continue
         rendered = render(turns, family, tools=tools)
         assert text_of(rendered) == closed(case["text"], family), case["name"]
-        if case["kwargs"].get("enable_thinking") is False:
-            continue  # its recorded prompts are of another mode
         trained = {message.end - 1 for message in rendered if any(segment.weight for segment in message.segments)}
         expected = {answer["turn"] for answer in case["prefix_holds"] if answer["prefix_holds"]}
         if not family.prompts_after_answer:
@@ -57,6 +57,16 @@ def test_expressible_cases_equal_the_template(checkpoint: Checkpoint) -> None:
 def test_most_cases_are_compared(checkpoint: Checkpoint) -> None:
     compared = [case for case in checkpoint.cases if not left_out(case, checkpoint)]
     assert len(compared) >= 0.5 * len(checkpoint.cases)
+
+
+def test_orders_that_a_strict_template_refuses_are_refused(checkpoint: Checkpoint) -> None:
+    if not checkpoint.family.is_strict:
+        return
+    for case in checkpoint.cases:
+        expressible = {key: value for key, value in case.items() if key != "error"}
+        if "error" in case and not left_out(expressible, checkpoint):
+            with pytest.raises(ValueError, match=r"chat format 'chatml-3\.[58]'"):
+                render(turns_of(case), checkpoint.family, tools=case["tools"] or ())
 
 
 TEXTS = (
@@ -125,9 +135,15 @@ def _arguments(random: Random, form: object) -> Any:
 def test_random_conversations_against_the_template(checkpoint: Checkpoint) -> None:
     """Compare text and prompts; exactly those answers are trained whose prompt is a prefix of the text."""
     family, random = checkpoint.family, Random(0)
-    for _ in range(300):
+    for _ in range(100 if checkpoint.mode else 300):
         turns, tools = random_conversation(random, family)
-        text = closed(checkpoint.template(messages_of(turns), tools), family)
+        if family.is_strict and turns[0].role == "tool":
+            continue  # written without its header, which is refused
+        if (written := template_or_none(checkpoint, turns, tools)) is None:
+            with pytest.raises(ValueError, match="has no question of a user"):
+                render(turns, family, tools=tools)
+            continue
+        text = closed(written, family)
         read = as_template_reads(turns, family)
         rendered = render(read, family, tools=tools)
         assert text_of(rendered) == text, (turns, tools)
@@ -135,10 +151,21 @@ def test_random_conversations_against_the_template(checkpoint: Checkpoint) -> No
         for index, turn in enumerate(turns):
             if turn.role != "assistant":
                 continue
-            prompt = checkpoint.template(messages_of(turns[:index]), tools, prompt=True) if index else ""
-            if index:
+            prompt = (template_or_none(checkpoint, turns[:index], tools, prompt=True) or "") if index else ""
+            if prompt:
                 assert prompt == text_of(render_prompt(read[:index], family, tools=tools)), (turns[:index], tools)
             assert (index in trained) == (opens_answer(prompt, family) and text.startswith(prompt)), (index, turns)
+
+
+def template_or_none(
+    checkpoint: Checkpoint, turns: Sequence[Turn], tools: Sequence[Tool], prompt: bool = False
+) -> str | None:
+    """Return the text of the template; ``None`` if it finds no question."""
+    try:
+        return checkpoint.template(messages_of(turns), tools, prompt)
+    except TemplateError as error:
+        assert str(error) == "No user query found in messages."
+        return None
 
 
 @pytest.mark.parametrize("name", ["qwen2_5", "qwen3"])

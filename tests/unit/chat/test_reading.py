@@ -58,7 +58,7 @@ def with_values(turn: Turn) -> Turn:
 def test_reading_inverts_writing(
     family: Family, content: str, calls: tuple[ToolCall, ...], thought: str | None
 ) -> None:
-    turn = Turn("assistant", content, calls, thinking=(thought or None) if family.thinking == "block" else None)
+    turn = Turn("assistant", content, calls, thinking=(thought or None) if family.has_thinking_field else None)
     text = write_answer(turn, family, is_last=True, after_last_question=True)
     assert with_values(read_answer(text, family, has_tools=True)) == turn
 
