@@ -16,7 +16,7 @@ from typing import Any
 from jinja2 import TemplateError
 
 from chat.chatml import IM_END, IM_START
-from chat.families import ANSWER_STYLES, Family
+from chat.families import ANSWER_STYLES, STRICT_STYLES, Family
 from chat.limited import LimitExceeded, run_limited
 from chat.render import render, render_prompt, text_of
 from chat.tools_hermes import HERMES_FORMS
@@ -114,7 +114,7 @@ def match_template(apply: ApplyTemplate) -> Family:
         ConfigError: no known answer style renders plain conversations as the template does.
     """
     system, found = _default_system(apply), []
-    for style in ANSWER_STYLES:
+    for style in (*ANSWER_STYLES, *STRICT_STYLES):
         # The system message of a strict family's template precedes that of a conversation, and is not replaced by it.
         family = replace(style, instructions=system or "") if style.is_strict else replace(style, default_system=system)
         if all(_matches(probe, (), family, apply) for probe in _PROBES):

@@ -88,11 +88,6 @@ def thought_block(thought: str) -> str:
 
 EMPTY_THOUGHT = thought_block("")
 
-_QWEN3_5 = Family("chatml-3.5", thinking="blocks", is_strict=True)  # Qwen3.5 and Qwen3.6
-_QWEN3_8 = Family(
-    "chatml-3.8", thinking="kept", has_thinking_in_text=False, is_strict=True, writes_blank_system=False
-)  # Qwen3.8
-
 ANSWER_STYLES = (
     Family("chatml"),  # Qwen1.5, Qwen2, Qwen2.5, QwQ-32B-Preview, Qwen3-Instruct-2507
     Family("chatml-launch", prompts_after_answer=False),  # Qwen1.5 as published in February 2024
@@ -101,11 +96,17 @@ ANSWER_STYLES = (
     Family("chatml-qwq", thinking="stripped_from_history", prompt_suffix=f"{THINK}\n"),  # QwQ-32B
     Family("chatml-qwq-launch", thinking="stripped", prompt_suffix=f"{THINK}\n"),
     Family("chatml-hybrid", thinking="block", prompt_suffix=EMPTY_THOUGHT),  # Qwen3 with enable_thinking=False
-    # Prompts for an answer with thinking and without it; answers before the last question without and with thinking.
-    *(
-        replace(style, thinking=thinking, prompt_suffix=suffix)
-        for style, kinds in ((_QWEN3_5, ("blocks", "kept")), (_QWEN3_8, ("kept", "blocks")))
-        for thinking in kinds
-        for suffix in (f"{THINK}\n", EMPTY_THOUGHT)
-    ),
+)
+
+# Prompts for an answer with thinking and without it; answers before the last question without and with thinking.
+STRICT_STYLES = tuple(
+    replace(style, thinking=thinking, prompt_suffix=suffix)
+    for style in (
+        Family("chatml-3.5", thinking="blocks", is_strict=True),  # Qwen3.5 and Qwen3.6
+        Family(  # Qwen3.8
+            "chatml-3.8", thinking="kept", has_thinking_in_text=False, is_strict=True, writes_blank_system=False
+        ),
+    )
+    for thinking in ("blocks", "kept")
+    for suffix in (f"{THINK}\n", EMPTY_THOUGHT)
 )

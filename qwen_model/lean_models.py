@@ -12,14 +12,16 @@ from functools import cache, wraps
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
 
+from chat.label_mask import IGNORE_INDEX
 from qwen_model.architectures import architecture_of
 from qwen_model.family_chat import FamilyChatMixin
 from qwen_model.head import why_opaque
 from qwen_model.lean_loss import CausalLMLossOutput, lean_causal_lm_loss
-from qwen_model.loss import causal_lm_loss, full_logits_loss
+from qwen_model.loss import causal_lm_loss
 from qwen_model.modeling_qwen import QWenLMHeadModel
 from qwen_model.sample_attention import NO_MASKS, check_takes_rows
 
@@ -63,7 +65,7 @@ def with_lean_loss(parent_forward: Callable[..., Any]) -> Callable[..., Any]:
         if reason := why_opaque(self.lm_head):
             _warn_of_full_logits(reason)
             outputs = parent_forward(self, *args, **kwargs)
-            loss, correct = full_logits_loss(outputs.logits, labels, num_items_in_batch, loss_weights, label_smoothing)
+            loss, correct = _full_logits_loss(outputs.logits, labels, num_items_in_batch, loss_weights, label_smoothing)
         else:
             outputs = self.base_model(*args, **kwargs)
             loss, correct = lean_causal_lm_loss(
@@ -120,3 +122,24 @@ def build_on_meta(config: Mapping[str, Any]) -> Any:
     settings = model_class.config_class.from_dict(values)
     with torch.device("meta"):
         return model_class(settings).eval()
+
+
+def _full_logits_loss(
+    logits: Tensor,
+    labels: Tensor,
+    num_items_in_batch: Tensor | int | None = None,
+    loss_weights: Tensor | None = None,
+    label_smoothing: float = 0.0,
+) -> tuple[Tensor, Tensor]:
+    """Compute the results of ``lean_causal_lm_loss`` from the logits [B, T, V] of all positions."""
+    flat, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device)
+    is_target = targets != IGNORE_INDEX
+    losses = F.cross_entropy(
+        flat, targets, ignore_index=IGNORE_INDEX, reduction="none", label_smoothing=label_smoothing
+    )
+    weights = is_target.float()
+    if loss_weights is not None:
+        weights = weights * loss_weights[:, 1:].flatten().to(weights)
+    count = weights.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=flat.device)
+    loss = (losses * weights).sum() / count.clamp(min=torch.finfo(torch.float32).tiny)
+    return loss, ((flat.argmax(-1) == targets) & is_target).sum()

@@ -39,22 +39,3 @@ def causal_lm_loss(
     if num_items_in_batch is not None:
         count = num_items_in_batch
     return total / (count.to(total.device) if isinstance(count, Tensor) else count)
-
-
-def full_logits_loss(
-    logits: Tensor,
-    labels: Tensor,
-    num_items_in_batch: Tensor | int | None = None,
-    loss_weights: Tensor | None = None,
-    label_smoothing: float = 0.0,
-) -> tuple[Tensor, Tensor]:
-    """Compute the results of ``lean_causal_lm_loss`` from the logits [B, T, V] of all positions."""
-    flat, targets = logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten().to(logits.device)
-    is_target = targets != _NO_TARGET
-    losses = F.cross_entropy(flat, targets, ignore_index=_NO_TARGET, reduction="none", label_smoothing=label_smoothing)
-    weights = is_target.float()
-    if loss_weights is not None:
-        weights = weights * loss_weights[:, 1:].flatten().to(weights)
-    count = weights.sum() if num_items_in_batch is None else torch.as_tensor(num_items_in_batch, device=flat.device)
-    loss = (losses * weights).sum() / count.clamp(min=torch.finfo(torch.float32).tiny)
-    return loss, ((flat.argmax(-1) == targets) & is_target).sum()

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from chat.families import Family, thought_block
+from chat.families import EMPTY_THOUGHT, Family
 from chat.render import encode_prompt, render_prompt
 from chat.segments import Message, Segment
 from chat.turns import Tool, ToolCall, Turn
@@ -56,9 +56,9 @@ def _thinking(family: Family, thinking: bool | None) -> list[Message]:
     if thinking is None:
         return []
     if family.thinking == "block" and not family.prompt_suffix:  # a model with both kinds of answers
-        empty = Segment(thought_block(""), False, 0, "assistant")
+        empty = Segment(EMPTY_THOUGHT, False, 0, "assistant")
         return [] if thinking else [Message("assistant", [empty], 0, is_open=True)]
-    thinks = bool(family.prompt_suffix)
+    thinks = bool(family.prompt_suffix) and family.prompt_suffix != EMPTY_THOUGHT
     if thinking != thinks:
         what = f"{str(thinking).lower()} is not possible: this model {'always' if thinks else 'never'} thinks"
         raise RequestError("enable_thinking", what, "Leave it out")

@@ -23,7 +23,6 @@ from chat.chatml import DEFAULT_SYSTEM
 from chat.families import ANSWER_STYLES, QWEN_V1, Family
 from chat.label_mask import LabelMask
 from chat.tools_hermes import HERMES_FORMS
-from chat.tools_xml import XML_FORMS
 from chat.turns import ToolCall, Turn
 from data_utils.encode import EncodeOptions, Encoder
 from data_utils.schema import Conversation
@@ -52,11 +51,7 @@ LATER_WORDS = (
 )
 _BY_WORDS = re.compile(f"({'|'.join(map(re.escape, LATER_WORDS))})")
 LATER_FAMILIES = (
-    *(
-        replace(style, tool_form=form)
-        for style in ANSWER_STYLES
-        for form in (XML_FORMS if style.is_strict else (HERMES_FORMS[0], HERMES_FORMS[2]))
-    ),
+    *(replace(style, tool_form=form) for style in ANSWER_STYLES for form in (HERMES_FORMS[0], HERMES_FORMS[2])),
     replace(ANSWER_STYLES[0], default_system=DEFAULT_SYSTEM),
 )
 FAMILIES: tuple[Family, ...] = (QWEN_V1, *LATER_FAMILIES)
@@ -183,7 +178,7 @@ def texts(subject: Subject) -> st.SearchStrategy[str]:
 
 @st.composite
 def answers(draw: st.DrawFn, subject: Subject, family: Family, calls: Sequence[ToolCall] = ()) -> Turn:
-    thoughts = st.none() | texts(subject) if family.has_thinking_field else st.none()
+    thoughts = st.none() | texts(subject) if family.thinking == "block" else st.none()
     return Turn("assistant", draw(texts(subject)), tuple(calls), thinking=draw(thoughts))
 
 

@@ -44,6 +44,8 @@ STYLES = {
     "qwen3_instruct_2507": "chatml",
     "qwen3_instruct_2507_launch": "chatml-hybrid",
     "qwen3_thinking_2507": "chatml-thinking",
+}
+STRICT = {
     "qwen3_5_think": "chatml-3.5",
     "qwen3_5_nothink": "chatml-3.5",
     "qwen3_6": "chatml-3.5",
@@ -62,7 +64,7 @@ MODES: dict[str, tuple[Row, ...]] = {
     "qwen3_6": (*_SWITCH, *_KEPT),
     "qwen3_8": (*_SWITCH, *_KEPT, *_EFFORTS, _DROPPED_WITHOUT_THINKING),
 }
-CHECKPOINTS = [(name, mode) for name in STYLES for mode in ({}, *MODES.get(name, ()))]
+CHECKPOINTS = [(name, mode) for name in (*STYLES, *STRICT) for mode in ({}, *MODES.get(name, ()))]
 
 
 @dataclass(frozen=True)

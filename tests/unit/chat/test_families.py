@@ -20,7 +20,7 @@ from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
 from chat.detect import as_template_reads, family_of
-from chat.families import ANSWER_STYLES, EMPTY_THOUGHT, Family
+from chat.families import ANSWER_STYLES, EMPTY_THOUGHT, STRICT_STYLES, Family
 from chat.render import encode_prompt, render, render_prompt, text_of
 from chat.tools_hermes import HERMES_FORMS
 from chat.tools_xml import XML_FORMS
@@ -29,6 +29,7 @@ from errors import ConfigError, DataError
 from tests.encoding import trained_runs
 from tests.families import (
     CHECKPOINTS,
+    STRICT,
     STYLES,
     Checkpoint,
     Row,
@@ -89,7 +90,7 @@ def has_token_across_answer_start(row: Row, checkpoint: Checkpoint) -> bool:
 
 def test_family_is_detected_from_the_template(checkpoint: Checkpoint) -> None:
     family = checkpoint.family
-    assert family.name == STYLES[checkpoint.name]
+    assert family.name == (STYLES | STRICT)[checkpoint.name]
     assert family.knows_thinking
     if family.is_strict:
         sentence = checkpoint.facts.get("reasoning_effort", {}).get(checkpoint.mode.get("reasoning_effort"))
@@ -243,7 +244,7 @@ def test_unknown_template_is_refused() -> None:
 
 
 def test_every_answer_style_has_a_family() -> None:
-    assert {style.name for style in ANSWER_STYLES} == set(STYLES.values())
+    assert {style.name for style in (*ANSWER_STYLES, *STRICT_STYLES)} == {*STYLES.values(), *STRICT.values()}
 
 
 _WORD_LEVEL = json.dumps(

@@ -13,14 +13,16 @@ from hypothesis import strategies as st
 from chat.answers import write_answer
 from chat.detect import HERMES_FORMS
 from chat.events import CallStart, Content, Event, Thinking
-from chat.families import ANSWER_STYLES, QWEN_V1, Family
+from chat.families import ANSWER_STYLES, QWEN_V1, STRICT_STYLES, Family
 from chat.reading import AnswerReader, opening_of, read_answer, turn_of
 from chat.render import render, text_of
 from chat.turns import ToolCall, Turn
 from tests.golden import Golden
 
 LATER = [
-    Family(style.name, thinking=style.thinking, tool_form=form) for style in ANSWER_STYLES for form in HERMES_FORMS
+    Family(style.name, thinking=style.thinking, tool_form=form)
+    for style in (*ANSWER_STYLES, *STRICT_STYLES)
+    for form in HERMES_FORMS
 ]
 PLAIN = next(family for family in LATER if not family.has_thinking)
 THINKS = next(family for family in LATER if family.thinking == "block")

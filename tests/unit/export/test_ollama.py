@@ -103,6 +103,11 @@ def test_template_writes_what_the_chat_template_writes(shared: Path, name: str) 
         assert render(template, fields) == expected, case
 
 
+def test_format_that_is_not_known_is_refused(shared: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--modelfile: the chat format 'chatml-3.5' cannot be written"):
+        go_template(load_family(shared, "qwen3_6").family)
+
+
 def test_template_of_qwen_v1_writes_its_prompt() -> None:
     messages = CONVERSATIONS["history"]
     turns = [Turn(message["role"], message["content"]) for message in messages]
