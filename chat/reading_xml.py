@@ -64,7 +64,8 @@ def _is_cut(body: str) -> bool:
 
 def _declared(tool: Tool) -> tuple[str, dict[str, list[str]]]:
     """Return a function's name, and the types that its schema declares for each parameter."""
-    function = tool.get("function") if isinstance(tool.get("function"), dict) else tool
+    inner = tool.get("function")
+    function = inner if isinstance(inner, dict) else tool
     schema = function.get("parameters")
     properties = schema.get("properties") if isinstance(schema, dict) else None
     name = function.get("name")
