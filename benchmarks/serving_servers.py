@@ -33,7 +33,7 @@ _ANIMALS = (
 )  # fmt: skip
 
 # A server over llama.cpp's library: one answer after the other, each token as an event.
-_LLAMA_SERVER = """
+_LLAMA_SERVER = r"""
 import json, sys, threading, uvicorn
 from fastapi import FastAPI, Request
 from fastapi.responses import StreamingResponse
