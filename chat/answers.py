@@ -124,12 +124,12 @@ def split_thinking(turn: Turn, family: Family) -> tuple[str, str]:
     return thought.strip() if family.is_strict else thought, answer
 
 
-def move_thinking(turn: Turn, family: Family) -> Turn:
-    """Return a turn with the thinking in its text moved to the field, if its family knows only that."""
-    if turn.role != "assistant" or turn.thinking is not None or family.has_thinking_in_text:
+def move_thinking(turn: Turn) -> Turn:
+    """Return a turn with the thinking in its text moved to the field, for families that know only that."""
+    if turn.role != "assistant" or turn.thinking is not None or THINK_END not in turn.content:
         return turn
     thought, answer = _split_text(turn.content)
-    return turn._replace(content=answer, thinking=thought) if THINK_END in turn.content else turn
+    return turn._replace(content=answer, thinking=thought)
 
 
 def _split_text(text: str) -> tuple[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from typing import Any
+from typing import Any, NoReturn
 
 
 def to_json(value: Any) -> str:
@@ -27,6 +27,11 @@ def parse_exactly(text: str) -> Any:
         ValueError: it is no JSON, or its value would lose data: keys that occur twice, numbers that are not finite.
     """
     return json.loads(text, object_pairs_hook=_object, parse_float=_float, parse_constant=_float)
+
+
+def refuse_constant(name: str) -> NoReturn:
+    """Raise ``ValueError`` for NaN and infinities, as ``parse_constant`` of ``json.loads``."""
+    raise ValueError(f"{name} is not JSON")
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

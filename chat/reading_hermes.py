@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
+from chat.arguments import refuse_constant
 from chat.events import CallArguments, CallStart, Content, Event, partial_length
 
 _OPEN, _CLOSE = "<tool_call>", "</tool_call>"
@@ -92,17 +93,13 @@ def _content(text: str) -> list[Event]:
 def _call_events(body: str) -> list[Event]:
     """Return the events of a call; nothing if it is malformed."""
     try:
-        call: Any = json.loads(body, strict=False, parse_constant=_refuse)
+        call: Any = json.loads(body, strict=False, parse_constant=refuse_constant)
         name, arguments = call["name"], call.get("arguments", {})
         text = arguments if isinstance(arguments, str) else json.dumps(arguments, ensure_ascii=False, allow_nan=False)
         f"{name}{text}".encode()  # escapes of half a character
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return []
     return [CallStart(name), CallArguments(text)] if isinstance(name, str) and name else []
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")
 
 
 def _ends_in_string(body: str) -> bool:

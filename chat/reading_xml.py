@@ -9,8 +9,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
+from chat.arguments import refuse_constant
 from chat.events import CallArguments, CallStart, Event
 from chat.reading_hermes import TaggedCalls
 from chat.turns import Tool
@@ -89,14 +90,10 @@ def _value(text: str, types: Sequence[str]) -> Any:
     if not types or ("string" in types and "null" not in types):
         return text
     try:
-        value = _PYTHON[text] if text in _PYTHON else json.loads(text, parse_constant=_refuse)
+        value = _PYTHON[text] if text in _PYTHON else json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError):
         return text
     if "string" in types and value is not None:
         return text
     classes = tuple(class_ for type_ in types for class_ in _CLASSES.get(type_, ()))
     return value if isinstance(value, classes) and (not isinstance(value, bool) or bool in classes) else text
-
-
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not JSON")

@@ -34,11 +34,17 @@ def check_turns(turns: Sequence[Turn], family: Family, tools: Sequence[Tool]) ->
     Raises:
         ValueError: it cannot; the message names the reason.
     """
+    _checked_form(turns, family, tools)
+
+
+def _checked_form(turns: Sequence[Turn], family: Family, tools: Sequence[Tool]) -> ToolForm | None:
+    """Return the tool form that a conversation needs, after ``check_turns``."""
     form = _tool_form(turns, family, tools)
     if form is not None:
         form.check(turns, tools)
     if family.is_strict and all(turn.role != TEXT for turn in turns):
         _check_order(turns, family)
+    return form
 
 
 def _check_order(turns: Sequence[Turn], family: Family) -> None:
@@ -117,14 +123,14 @@ def _render(
     tools: Sequence[Tool],
     is_prompt: bool,
 ) -> list[Message]:
-    check_turns(turns, family, tools)
-    form = _tool_form(turns, family, tools)
+    form = _checked_form(turns, family, tools)
     complete = add_system_turn(turns, family, system_message)
     if family.is_strict:
         complete = list(map(trimmed, complete))
     if form is not None:
         complete = form.describe(complete, tools)
-    complete = _add_instructions(complete, family)
+    if family.instructions or not family.writes_blank_system:
+        complete = _add_instructions(complete, family)
     has_own_system = bool(turns) and turns[0].role == "system"
     answers = Answers(complete, family)
     weights = turn_weights(complete, label_mask, answers.promptable(has_own_system))

@@ -340,8 +340,9 @@ class Encoder:
         return EncodedConversation(rest.input_ids, rest.spans, len(messages) - len(kept))
 
     def _render(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> list[Message]:
-        read = [move_thinking(turn, self.family) for turn in turns]
-        return render(read, self.family, self.options.system_message, self.options.label_mask, tools)
+        if not self.family.has_thinking_in_text:
+            turns = list(map(move_thinking, turns))
+        return render(turns, self.family, self.options.system_message, self.options.label_mask, tools)
 
     def _segment_ids(self, segment: Segment) -> list[int]:
         return encode_segment(segment, self._encode_text, self._control_ids)
