@@ -8,25 +8,21 @@ library of llama-cpp-python with a GGUF file in float16, and answers one request
 from __future__ import annotations
 
 import asyncio
-import os
-import socket
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 
-ROOT = Path(__file__).parents[1]
+from benchmarks.server_process import ROOT, server_process
+
 OURS, THEIRS, CONTINUOUS, LLAMA_CPP = "ours", "transformers serve", "transformers serve, continuous", "llama.cpp"
 SERVERS = (OURS, THEIRS, CONTINUOUS, LLAMA_CPP)
-_START = 300  # seconds that a server may take to start
 _ANIMALS = (
     "otter", "heron", "badger", "lynx", "marten", "stork", "hare", "toad",
     "owl", "fox", "newt", "crane", "mole", "swan", "ibex", "wren",
@@ -55,7 +51,7 @@ async def answer(request: Request):
                 yield f"data: {json.dumps(chunk)}\n\n"
     return StreamingResponse(events(), media_type="text/event-stream")
 
-uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[2]), log_level="warning")
+uvicorn.run(app, host="127.0.0.1", port=int(sys.argv[3]), log_level="warning")
 """
 
 
@@ -86,7 +82,10 @@ def measure_servers(
     turns: dict[tuple[str, int], list[Turn]] = {}
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        ports = {name: stack.enter_context(running(name, model, folder, tools)) for name in names}
+        ports = {}
+        for name in names:
+            server = server_process(command_of(name, model, folder, tools), variables_of(name, tools))
+            ports[name] = stack.enter_context(server).port
         for round_ in range(rounds + 1):  # the first one warms up
             for count in clients:
                 for name in names:
@@ -120,59 +119,26 @@ def _figures(turns: dict[tuple[str, int], list[Turn]], names: Sequence[str], cou
     return figures
 
 
-@contextmanager
-def running(name: str, model: str, folder: Path, tools: Path | None) -> Iterator[int]:
-    """Run a server; yield its port when it answers."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with (folder / f"{name}.log").open("w+") as log:
-        process = subprocess.Popen(
-            command_of(name, model, port, folder, tools),
-            cwd=ROOT,
-            env=environment_of(name, tools),
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            _wait(process, port, name, log)
-            yield port
-        finally:
-            process.terminate()
-            process.wait()
-
-
-def command_of(name: str, model: str, port: int, folder: Path, tools: Path | None) -> list[str]:
+def command_of(name: str, model: str, folder: Path, tools: Path | None) -> list[str]:
     """Return the command of a server; for llama.cpp the GGUF file is written first."""
     if name == OURS:
-        flags = ["--model_name_or_path", model, "--served_model_name", model, "--port", str(port)]
+        flags = ["--model_name_or_path", model, "--served_model_name", model]
         return [sys.executable, "-m", "scripts.serve", *flags]
     if name == LLAMA_CPP:
         file = folder / "model.gguf"
         flags = ["--outfile", str(file), "--quantize", "f16", "--tools", str(tools)]
         subprocess.run([sys.executable, "-m", "scripts.export_gguf", model, *flags], cwd=ROOT, check=True)
-        return [sys.executable, "-c", _LLAMA_SERVER, str(file), str(port)]
-    command = [str(Path(sys.executable).with_name("transformers")), "serve", model, "--port", str(port)]
+        return [sys.executable, "-c", _LLAMA_SERVER, str(file)]
+    command = [str(Path(sys.executable).with_name("transformers")), "serve", model]
     command += ["--host", "127.0.0.1", "--log-level", "error"]
     # Without a GPU the number of blocks is not found out by itself.
     return [*command, "--continuous-batching", "--cb-num-blocks", "256"] if name == CONTINUOUS else command
 
 
-def environment_of(name: str, tools: Path | None) -> dict[str, str]:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
-    return environment | {"PYTHONPATH": str(Path(tools).resolve())} if name == LLAMA_CPP and tools else environment
-
-
-def _wait(process: subprocess.Popen[bytes], port: int, name: str, log: Any) -> None:
-    end = time.monotonic() + _START
-    while time.monotonic() < end and process.poll() is None:
-        try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                return
-        except (URLError, OSError):
-            time.sleep(0.5)
-    log.seek(0)
-    raise RuntimeError(f"{name} did not start:\n{log.read()[-2000:]}")
+def variables_of(name: str, tools: Path | None) -> dict[str, str]:
+    """Return the variables of a server's environment."""
+    offline = {"HF_HUB_OFFLINE": "1"}
+    return offline | {"PYTHONPATH": str(tools.resolve())} if name == LLAMA_CPP and tools else offline
 
 
 async def ask_all(name: str, port: int, model: str, count: int, tokens: int) -> Turn:

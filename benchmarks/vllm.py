@@ -36,9 +36,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.results_file import parse_args, save_results
+from benchmarks.server_process import RefusedError
 from benchmarks.vllm_answers import OTHERS, compare, questions
 from benchmarks.vllm_models import Models
-from benchmarks.vllm_servers import HERMES, RefusedError, Server, serve_ours, serve_vllm, together
+from benchmarks.vllm_servers import HERMES, Server, serve_ours, serve_vllm, together
 from commands import HelpFormatter
 
 ROOT = Path(__file__).parents[1]

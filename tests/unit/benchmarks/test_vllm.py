@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from benchmarks import vllm
+from benchmarks.server_process import reason_of
 from benchmarks.vllm_answers import first_difference, questions
 from benchmarks.vllm_models import chat_template
-from benchmarks.vllm_servers import reason_of
 from chat.detect import match_template
 from chat.tools_hermes import Hermes
 
