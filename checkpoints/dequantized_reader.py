@@ -10,7 +10,6 @@ from types import MappingProxyType
 import torch
 from torch import Tensor
 
-from checkpoints.files import load_json
 from checkpoints.model_config import Quantization, find_quantization
 from checkpoints.packed_weights import (
     PARTS,
@@ -27,6 +26,7 @@ from checkpoints.packed_weights import (
 )
 from checkpoints.shards import CheckpointReader, open_checkpoint
 from checkpoints.source import TensorSource
+from checkpoints.whole import load_text_config
 from errors import ConfigError
 from qwen_model.architectures import BIASED_LAYERS, block_shapes
 
@@ -203,7 +203,7 @@ def open_dequantized(folder: Path, dtype: torch.dtype) -> TensorSource:
         raise ConfigError(f"{folder}: {packed} is quantised, but no config describes how", copy_again)
     if quantization is None:
         return reader
-    source = DequantizedReader(reader, quantization, dtype, block_shapes(load_json(folder / "config.json")))
+    source = DequantizedReader(reader, quantization, dtype, block_shapes(load_text_config(folder)))
     if not source.is_quantized:
         raise ConfigError(f"{folder}: its config names {quantization}, but no weight is quantised", copy_again)
     return source

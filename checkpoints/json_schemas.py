@@ -42,7 +42,7 @@ from checkpoints.names import (
     TRAINING_SAMPLES,
     WEIGHTS,
 )
-from qwen_model.architectures import ARCHITECTURES
+from qwen_model.architectures import ARCHITECTURES, TEXT_TYPES
 
 MIB = 2**20
 
@@ -160,10 +160,21 @@ _QWEN_CONFIG = table(_CONFIG_ROWS, never_null=_SIZES, find_contradiction=_find_c
 _OTHER_CONFIG = table({
     name: _CONFIG_ROWS[name] for name in ("model_type", "architectures", "dtype", "torch_dtype", "quantization_config")
 })  # fmt: skip
+# A larger model with a text model in it.
+_WHOLE_CONFIG = table(
+    {
+        **{name: rule for name, rule in _CONFIG_ROWS.items() if name not in _SIZES},
+        "text_config": _QWEN_CONFIG,
+        "vision_config": OBJECT,
+    },
+    required=["text_config"],
+)
 
 
 def _find_in_config(config: dict[str, Any], place: str) -> Fault:
     model_type = config.get("model_type")
+    if isinstance(model_type, str) and model_type in TEXT_TYPES:
+        return _WHOLE_CONFIG.find_fault(config, place)
     is_other = isinstance(model_type, str) and model_type not in ARCHITECTURES
     return (_OTHER_CONFIG if is_other else _QWEN_CONFIG).find_fault(config, place)
 

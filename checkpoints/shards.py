@@ -6,7 +6,7 @@ import hashlib
 import os
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from checkpoints.files import check_regular, is_file, load_json
+from checkpoints.files import check_regular, is_file, load_json, load_json_or_empty
 from checkpoints.folder_kind import fix_for_no_model
 from checkpoints.model_config import find_quantization
 from checkpoints.names import WEIGHTS
 from checkpoints.source import TensorSource
+from checkpoints.whole import has_other_parts, text_name
 from errors import ConfigError
 
 MIB = 2**20
@@ -35,6 +36,7 @@ class _SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         check_regular(path)
+        self.path = path
         try:
             self._file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -67,6 +69,7 @@ class _PickleFile:
 
     def __init__(self, path: Path) -> None:
         check_regular(path)
+        self.path = path
         try:
             state = load_pickle(path)
         except MemoryError:
@@ -101,10 +104,20 @@ def _broken(path: Path, error: Exception) -> ConfigError:
 class CheckpointReader(TensorSource):
     """The tensors in the weight files of a checkpoint; built by :func:`open_checkpoint`."""
 
-    def __init__(self, files: list[Path], weight_map: Mapping[str, str] | None = None) -> None:
-        """``weight_map``: tensor name -> file name, from the index; if ``None``, all tensors of all files."""
+    def __init__(
+        self,
+        files: list[Path],
+        weight_map: Mapping[str, str] | None = None,
+        rename: Callable[[str], str | None] = lambda stored: stored,
+    ) -> None:
+        """Open the files.
+
+        Args:
+            weight_map: tensor name -> file name, from the index; if ``None``, all tensors of all files.
+            rename: stored name -> the name here; ``None`` leaves the tensor out.
+        """
         self.files = files
-        self._file_of: dict[str, _SafetensorsFile | _PickleFile] = {}
+        self._places: dict[str, tuple[_SafetensorsFile | _PickleFile, str]] = {}
         for path in files:
             file = _SafetensorsFile(path) if path.suffix == ".safetensors" else _PickleFile(path)
             names = file.names
@@ -113,27 +126,49 @@ class CheckpointReader(TensorSource):
                 if missing := set(names) - set(file.names):
                     what = f"{path} lacks the tensor {min(missing)}, which the index assigns to it"
                     raise ConfigError(what, "Copy or download this file again")
-            self._file_of.update(dict.fromkeys(names, file))
+            self._add(file, names, rename)
+
+    def _add(self, file: _SafetensorsFile | _PickleFile, names: list[str], rename: Callable[[str], str | None]) -> None:
+        for stored in names:
+            if (name := rename(stored)) is None:
+                continue
+            if name in self._places and self._places[name][1] != stored:
+                what = f"{self.files[0].parent} has both {self._places[name][1]} and {stored}, which are one tensor"
+                raise ConfigError(what, "Copy or download the weights again")
+            self._places[name] = file, stored
 
     def names(self) -> list[str]:
-        return list(self._file_of)
+        return list(self._places)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._places
+
+    def stored_name(self, name: str) -> str:
+        """Return the name that a tensor has in its file."""
+        return self._places[name][1]
+
+    def path_of(self, name: str) -> Path:
+        """Return the file that contains a tensor."""
+        return self._places[name][0].path
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return self._file_of[name].shape(name)
+        file, stored = self._places[name]
+        return file.shape(stored)
 
     def dtype(self, name: str) -> torch.dtype:
-        return self._file_of[name].dtype(name)
+        file, stored = self._places[name]
+        return file.dtype(stored)
 
     def rows(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        tensor = self._file_of[name].read(name)
+        file, stored = self._places[name]
+        tensor = file.read(stored)
         return tensor[start:stop] if tensor.dim() else tensor
 
 
 def open_checkpoint(folder: str | Path, names: tuple[str, ...] = WEIGHTS) -> CheckpointReader:
     """Open the weights of a folder: one file or shards with an index, safetensors preferred to ``.bin``.
+
+    Of a model with other parts beside its text model, only the text model's tensors, by their names in it alone.
 
     Args:
         folder: a checkpoint folder.
@@ -142,7 +177,26 @@ def open_checkpoint(folder: str | Path, names: tuple[str, ...] = WEIGHTS) -> Che
         ConfigError: no weights, a missing shard, a truncated or unreadable file.
     """
     files, weight_map = _find_weights(Path(folder), names)
+    if names == WEIGHTS and _has_other_parts(folder):
+        return CheckpointReader(files, weight_map, text_name)
     return CheckpointReader(files, weight_map)
+
+
+def open_other_parts(folder: str | Path) -> CheckpointReader:
+    """Open the tensors of a folder that :func:`open_checkpoint` leaves out, by their stored names; there may be none.
+
+    Raises:
+        ConfigError: see :func:`open_checkpoint`.
+    """
+    files, weight_map = _find_weights(Path(folder), WEIGHTS)
+    has_others = _has_other_parts(folder)
+    return CheckpointReader(
+        files, weight_map, lambda stored: stored if has_others and text_name(stored) is None else None
+    )
+
+
+def _has_other_parts(folder: str | Path) -> bool:
+    return has_other_parts(load_json_or_empty(Path(folder) / "config.json"))
 
 
 def _names_from_quantization(folder: Path) -> tuple[str, ...]:

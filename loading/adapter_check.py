@@ -10,10 +10,10 @@ import torch
 from checkpoints.adapter import read_adapter
 from checkpoints.base_check import check_trained_on
 from checkpoints.dequantized_reader import open_dequantized
-from checkpoints.files import load_json
 from checkpoints.fold import check_fits
 from checkpoints.model_config import Quantization, load_base_quantization
 from checkpoints.shards import open_checkpoint
+from checkpoints.whole import load_text_config
 from errors import ConfigError
 from loading.checkpoint import Checkpoint
 
@@ -35,7 +35,7 @@ def check_adapter(checkpoint: Checkpoint, folder: str, flag: str, any_base: bool
     check_trained_on(checkpoint.folder, [adapter], any_base, (flag, "--model_name_or_path"))
     source, stored = open_dequantized(checkpoint.folder, torch.float16), open_checkpoint(checkpoint.folder).names()
     try:
-        check_fits(source, load_json(checkpoint.folder / "config.json"), adapter, stored)
+        check_fits(source, load_text_config(checkpoint.folder), adapter, stored)
     except ConfigError as error:
         raise ConfigError(f"{flag} {error}") from error
 

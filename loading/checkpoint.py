@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, GenerationConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, GenerationConfig, PreTrainedModel
 from transformers.activations import ACT2FN
 
 from chat.chatml import END_OF_TEXT, IM_END
@@ -17,11 +17,12 @@ from chat.families import Family
 from chat.stops import end_ids_of
 from checkpoints.base_files import Files, read_base_files
 from checkpoints.dequantized_reader import open_dequantized
-from checkpoints.files import is_file, load_json
+from checkpoints.files import is_file
 from checkpoints.input_folders import check_model_files
 from checkpoints.model_config import DTYPE_NAMES, Quantization, find_quantization
-from checkpoints.shards import CheckpointReader, open_checkpoint
+from checkpoints.shards import open_checkpoint
 from checkpoints.source import TensorSource, is_finite
+from checkpoints.whole import load_text_config
 from errors import ConfigError, one_line
 from loading.chat_family import chat_family
 from loading.hubs import find_folder
@@ -180,8 +181,8 @@ def _check_finite(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
     """Raise unless all weights are finite: one NaN would make every loss NaN, without naming the weight."""
     for name, parameter in (*model.named_parameters(), *model.named_buffers()):
         if not is_finite(getattr(parameter, "ds_tensor", parameter)):  # ZeRO-3: this rank's shard
-            files = open_checkpoint(checkpoint.folder).files
-            file = next((file for file in files if name in CheckpointReader([file])), checkpoint.folder)
+            reader = open_checkpoint(checkpoint.folder)
+            file = reader.path_of(name) if name in reader else checkpoint.folder
             raise ConfigError(
                 f"{file}: {name} holds NaN or infinity in {str(parameter.dtype).removeprefix('torch.')}",
                 "Copy the file again from the original checkpoint"
@@ -192,14 +193,17 @@ def _check_finite(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
 def load_config(folder: Path) -> Any:
     """Load config.json of a supported ``model_type`` with transformers; Qwen v1 must be registered.
 
+    Of a model with other parts, it is the config of its text model.
+
     Raises:
         ConfigError: it is missing, or transformers cannot use it.
     """
     file = folder / "config.json"
-    architecture_of(load_json(file).get("model_type"), file)
+    values = load_text_config(folder)
+    architecture_of(values.get("model_type"), file)
     fix = "Copy it again from the original checkpoint, or install a transformers that supports the model"
     with library_errors(str(file), fix):
-        config = AutoConfig.from_pretrained(str(folder))
+        config = CONFIG_MAPPING[values["model_type"]].from_dict(values, name_or_path=str(folder))
     activation = getattr(config, "hidden_act", None)
     if activation is not None and activation not in ACT2FN:
         raise ConfigError(f"{file}: hidden_act {activation!r} is unknown", "Qwen models have silu")

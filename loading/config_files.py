@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from checkpoints.files import load_json_or_empty, open_regular
+from checkpoints.whole import has_other_parts, text_config, text_name
 
 # Kinds of scaled rotary embeddings whose `factor` multiplies the trained length; for others, the config's
 # max_position_embeddings is the extended length.
@@ -37,8 +38,8 @@ def find_local_folder(name_or_path: str, cache_dir: str | None = None, hub: str 
 
 
 def load_model_config(folder: Path) -> dict[str, Any]:
-    """Read ``config.json``; empty if it cannot be read, which loading the checkpoint reports."""
-    return load_json_or_empty(folder / "config.json")
+    """Read ``config.json`` of the text model; empty if it cannot be read, which loading the checkpoint reports."""
+    return text_config(load_json_or_empty(folder / "config.json"))
 
 
 def max_positions(config: Mapping[str, Any]) -> int | None:
@@ -68,6 +69,8 @@ def module_names(folder: Path) -> list[str]:
         names |= weight_map.keys() if isinstance(weight_map, dict) else set()
     for file in () if names else sorted(folder.glob("*.safetensors")):
         names |= _safetensors_header(file).keys()
+    if has_other_parts(load_json_or_empty(folder / "config.json")):
+        names = {name for stored in names if (name := text_name(stored)) is not None}
     modules = (name.rpartition(".") for name in names)
     return sorted(module for module, _, part in modules if part in ("weight", "qweight"))
 

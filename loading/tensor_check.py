@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 
-from checkpoints.files import load_json
 from checkpoints.source import TensorSource, row_blocks
+from checkpoints.whole import load_text_config
 from errors import ConfigError
 from loading.opening import library_errors
 from qwen_model.architectures import ARCHITECTURES, HEAD_WEIGHT, Architecture, is_computed
@@ -39,7 +39,7 @@ def check_tensors(folder: Path, source: TensorSource) -> None:
     Raises:
         ConfigError: tensors that are missing, not part of the model, or of another shape or dtype.
     """
-    config = load_json(folder / "config.json")
+    config = load_text_config(folder)
     architecture = ARCHITECTURES.get(str(config.get("model_type")))
     if architecture is None:
         return

@@ -150,6 +150,9 @@ _QWEN3 = replace(
     base_system=None,
 )
 
+TEXT_TYPES = {"qwen3_5": "qwen3_5_text"}
+"""``model_type`` of a larger model -> that of the text model in it, see ``checkpoints/whole.py``."""
+
 ARCHITECTURES = {row.model_type: row for row in (_QWEN, _QWEN2, _QWEN3)}
 
 EMBEDDING_WEIGHTS = tuple(dict.fromkeys(row.embedding_weight for row in ARCHITECTURES.values()))
