@@ -55,6 +55,19 @@ _STEPS_PROBE: Probe = (_ASK, _STEP, _RESULT, _STEP, _RESULT, _THOUGHT, _ASK, _ST
 
 _MOST_TEXT = 1_000_000  # characters of a rendered probe
 
+
+class TemplateFailure(ConfigError):
+    """A chat template that fails, or takes too much time, memory or text.
+
+    Attributes:
+        reason: what it does.
+    """
+
+    def __init__(self, place: Path, reason: str) -> None:
+        super().__init__(f"{place}: the chat template {reason}", "Restore the official chat template of the checkpoint")
+        self.reason = reason
+
+
 ApplyTemplate = Callable[[Sequence[dict[str, Any]], Sequence[Tool], bool], str]
 
 
@@ -91,10 +104,7 @@ def family_of(tokenizer: Any, base_system: str | None = None, **template_kwargs:
     try:
         return run_limited(lambda: match_template(apply))
     except LimitExceeded as error:
-        place = _template_file(str(getattr(tokenizer, "name_or_path", "")))
-        raise ConfigError(
-            f"{place}: the chat template {error}", "Restore the official chat template of the checkpoint"
-        ) from None
+        raise TemplateFailure(_template_file(str(getattr(tokenizer, "name_or_path", ""))), str(error)) from None
 
 
 def _template_file(folder: str) -> Path:

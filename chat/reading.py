@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from chat.events import CallStart, Content, Event, EventReader, PlainReader, Thinking, partial_length
-from chat.families import THINK, THINK_END, Family, thought_block
+from chat.families import THINK, THINK_END, Family
 from chat.turns import Tool, ToolCall, Turn
 
 
@@ -18,13 +18,12 @@ class AnswerReader:
 
     Args:
         family: of the model.
-        has_tools: functions were offered. If not, what looks like a call is content.
+        tools: functions that were offered. Without any, what looks like a call is content.
         opening: the start of the answer if it is part of the prompt; see ``opening_of``.
-        tools: the functions, for the types of their parameters.
     """
 
-    def __init__(self, family: Family, has_tools: bool = False, opening: str = "", tools: Sequence[Tool] = ()) -> None:
-        form = family.tool_form if has_tools or tools else None
+    def __init__(self, family: Family, tools: Sequence[Tool] = (), opening: str = "") -> None:
+        form = family.tool_form if tools else None
         self._calls: EventReader = form.reader(opening, tools) if form else PlainReader()
         self._thought = _Thought(family.has_thinking)
         self._pending: list[Event] = []
@@ -91,25 +90,20 @@ class _Thought:
         return [Thinking(text)] if text else []
 
 
-def opening_of(family: Family, has_tools: bool, after_result: bool, thinking: bool | None = None) -> str:
+def opening_of(family: Family, has_tools: bool, after_result: bool) -> str:
     """Return the text of an answer that its prompt already contains.
 
     Args:
         after_result: the conversation ends with the result of a call.
-        thinking: ``False`` if the prompt contains an empty thought, so that the model does not think.
     """
-    if thinking is False and family.has_thinking:
-        return thought_block("")
     if family.prompt_suffix:
         return family.prompt_suffix
     return family.tool_form.opening_after_result if family.tool_form and has_tools and after_result else ""
 
 
-def read_answer(
-    text: str, family: Family, has_tools: bool = False, opening: str = "", tools: Sequence[Tool] = ()
-) -> Turn:
-    """Parse a whole answer."""
-    reader = AnswerReader(family, has_tools, opening, tools)
+def read_answer(text: str, family: Family, tools: Sequence[Tool] = (), opening: str = "") -> Turn:
+    """Parse a whole answer; see :class:`AnswerReader`."""
+    reader = AnswerReader(family, tools, opening)
     return turn_of([*reader.feed(text), *reader.close()])
 
 

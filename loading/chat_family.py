@@ -12,8 +12,8 @@ from errors import ConfigError
 from qwen_model.architectures import architecture_of
 
 
-def chat_family(model_type: str, tokenizer: Any) -> Family:
-    """Qwen v1's fixed format, or that of the tokenizer's chat template.
+def chat_family(model_type: str, tokenizer: Any, **template_kwargs: Any) -> Family:
+    """Qwen v1's fixed format, or that of the tokenizer's chat template with arguments of it.
 
     Raises:
         ConfigError: an unsupported ``model_type``, or a chat template that renders like no known format.
@@ -23,7 +23,9 @@ def chat_family(model_type: str, tokenizer: Any) -> Family:
     if isinstance(templates, dict) and "default" not in templates:
         what = f"the checkpoint has the chat templates {', '.join(sorted(templates))}, and none named default"
         raise ConfigError(what, "Add chat_template.jinja, the one for conversations without tools")
-    return family_of(tokenizer, architecture.base_system) if architecture.brings_chat_template else QWEN_V1
+    if not architecture.brings_chat_template:
+        return QWEN_V1
+    return family_of(tokenizer, architecture.base_system, **template_kwargs)
 
 
 def add_chat_template(files: Files, model_type: str) -> None:

@@ -13,7 +13,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from commands import CommandParser, run_command, set_up_logging
-from serving.flags import add_model_flags, check_packages, parse_adapters
+from serving.flags import (
+    add_model_flags,
+    add_template_flags,
+    check_packages,
+    check_template_options,
+    parse_adapters,
+    template_options,
+)
 
 _DESCRIPTION = f"Chat with a model in the terminal.\n\n{__doc__.partition(chr(10) * 2)[2]}"
 
@@ -29,6 +36,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         ("seed", int, "equal seeds give equal answers (default: random)"),
     ):
         parser.add_argument(f"--{name}", type=kind, help=text)
+    add_template_flags(parser)
     parser.add_argument("--history_file", type=Path, help="file of earlier lines (default: in the user's state folder)")
     parser.add_argument("--no_history", action="store_true", help="keep no file of earlier lines")
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
@@ -56,7 +64,9 @@ def main(argv: Sequence[str]) -> int:
         args.model_name_or_path, args.adapters, device_map=args.device_map, kv_cache=args.kv_cache, max_concurrency=1,
         any_base=args.any_base,
     ) as engine:  # fmt: skip
-        session = Session(engine, sampling, args.system_message, next(iter(args.adapters), None))
+        options = template_options(args)
+        check_template_options(engine, options)
+        session = Session(engine, sampling, args.system_message, next(iter(args.adapters), None), options)
         screen.show_note(f"{engine.model_name}; :help shows the commands")
         all_answered = converse(session, screen)
     # Who types sees what was refused; who pipes needs the exit code.

@@ -25,7 +25,7 @@ from commands import CommandParser, run_command, set_up_logging
 from console import show
 from errors import ConfigError, RunError, Terminated, one_line
 from outputs import check_output_file, parse_output
-from serving.flags import add_model_flags
+from serving.flags import add_model_flags, add_template_flags, check_template_options, template_options
 
 if TYPE_CHECKING:
     from array import array
@@ -62,7 +62,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     for name, kind, meaning in _SAMPLING:
         parser.add_argument(f"--{name}", type=kind, help=f"{meaning} (default: that of the checkpoint)")
     parser.add_argument("--stop", action="append", default=[], help="text that ends an answer; can be given repeatedly")
-    parser.add_argument("--no_thinking", action="store_true", help="let a model that can think answer without it")
+    add_template_flags(parser)
     parser.add_argument(
         "--max_concurrency", type=int, default=16, help="answers written at the same time (default: 16)"
     )
@@ -89,8 +89,8 @@ _SAMPLING = (
 )
 # Flags that decide what the answers are; --data_format decides the prompts, which have a digest.
 _DECIDING = (
-    "model_name_or_path", "adapter", "system_message", "n", "seed", "max_new_tokens", "stop", "no_thinking", "kv_cache",
-    *(name for name, _, _ in _SAMPLING),
+    "model_name_or_path", "adapter", "system_message", "n", "seed", "max_new_tokens", "stop", "thinking",
+    "preserve_thinking", "reasoning_effort", "kv_cache", *(name for name, _, _ in _SAMPLING),
 )  # fmt: skip
 
 
@@ -184,24 +184,13 @@ def answer_all(prompts: Prompts, file: AnswerFile, args: argparse.Namespace, sam
         max_concurrency=args.max_concurrency, queue_size=1 << 30, any_base=args.any_base,
         model_name="model",  # a folder named like the adapter is allowed
     ) as engine:  # fmt: skip
-        if args.no_thinking:
-            _check_no_thinking(engine)
+        check_template_options(engine, template_options(args))
         _Loop(engine, file, args, sampling).run(_tasks(engine, prompts, file, args))
-
-
-def _check_no_thinking(engine: Engine) -> None:
-    from chat.turns import Turn
-    from serving.requests import RequestError
-
-    try:
-        engine.render_turns([Turn("user", "Hi")], thinking=False)
-    except RequestError as error:
-        raise ConfigError(f"--no_thinking: {error}") from None
 
 
 def _tasks(engine: Engine, prompts: Prompts, file: AnswerFile, args: argparse.Namespace) -> Iterator[Task]:
     """Yield the answers that the file lacks."""
-    thinking = False if args.no_thinking else None
+    options = template_options(args)
     for index, conversation in enumerate(prompts):
         numbers = [number for number in range(index * args.n, (index + 1) * args.n) if number not in file]
         if not numbers:
@@ -213,7 +202,7 @@ def _tasks(engine: Engine, prompts: Prompts, file: AnswerFile, args: argparse.Na
             if conversation.is_text:
                 ids = engine.encode(turns[0].content)
             else:
-                ids = engine.render_turns(turns, conversation.tools, args.system_message, thinking)
+                ids = engine.render_turns(turns, conversation.tools, args.system_message, options)
         except (ConfigError, UnicodeError) as refused:
             error = refused
         for number in numbers:
@@ -226,7 +215,7 @@ class _Loop:
     def __init__(self, engine: Engine, file: AnswerFile, args: argparse.Namespace, sampling: Sampling) -> None:
         self._engine, self._file, self._sampling = engine, file, sampling
         self._n, self._seed = args.n, args.seed
-        self._thinking = False if args.no_thinking else None
+        self._family = engine.family_of(template_options(args))
         self._adapter = None if args.adapter is None else "adapter"
         self._window = _WINDOW * args.max_concurrency
 
@@ -263,7 +252,7 @@ class _Loop:
             return task.error
         index, choice = divmod(task.number, self._n)
         seed = hashlib.sha256(f"{self._seed} {index} {choice}".encode()).digest()
-        form = self._engine.family.tool_form if task.conversation.tools else None
+        form = self._family.tool_form if task.conversation.tools else None
         stops = (*self._sampling.stop, *(form.stops if form else ()))
         sampling = replace(self._sampling, seed=int.from_bytes(seed[:7], "big"), stop=stops)
         try:
@@ -301,9 +290,8 @@ class _Loop:
         turns = conversation.turns
         if conversation.is_text:
             return {"text": turns[0].content + answer.text}
-        family, has_tools = self._engine.family, bool(conversation.tools)
-        opening = opening_of(family, has_tools, turns[-1].role == "tool", self._thinking)
-        turn = read_answer(answer.text, family, has_tools, opening)
+        opening = opening_of(self._family, bool(conversation.tools), turns[-1].role == "tool")
+        turn = read_answer(answer.text, self._family, conversation.tools, opening)
         record = write_messages(replace(conversation, turns=(*turns, turn)), {})
         try:
             FORMATS["messages"].parse(record, conversation.where)

@@ -13,6 +13,7 @@ from chat.families import Family
 from chat.render import control_ids_of, plain_encoder
 from chat.turns import Tool, Turn
 from errors import ConfigError, RunError
+from serving.formats import Formats, TemplateOptions
 from serving.rendering import check_tools, parse_messages, render_turns
 from serving.requests import (
     ClosedError,
@@ -26,6 +27,7 @@ from serving.requests import (
 from serving.ticket import Ticket
 
 logger = logging.getLogger(__name__)
+_DEFAULT = TemplateOptions()
 
 
 class Engine:
@@ -34,7 +36,7 @@ class Engine:
     Attributes:
         model_name: the name of the base, for ``model`` of a request: the last part of its path.
         adapters: names of the loaded adapters.
-        family: the checkpoint's chat format.
+        family: the checkpoint's chat format; :meth:`family_of` gives those with arguments of its template.
         tokenizer: the checkpoint's tokenizer.
         context_length: most tokens of prompt and answer together.
         model: the base, whose layers have the adapters. Only the engine's thread may call it while requests run.
@@ -113,6 +115,9 @@ class Engine:
             checkpoint: a ``loading.checkpoint.Checkpoint``.
             adapters: names of the adapters in ``model`` by the names that requests use.
         """
+        from functools import partial
+
+        from loading.chat_family import chat_family
         from serving.adapters import Adapters
         from serving.batch import Runner
         from serving.sampling import default_sampling
@@ -122,6 +127,9 @@ class Engine:
         config = model.config
         self.model_name = model_name or Path(checkpoint.name).name or checkpoint.name
         self.family, self.tokenizer = checkpoint.family, checkpoint.tokenizer
+        template = str(getattr(self.tokenizer, "chat_template", None) or "")
+        detect = partial(chat_family, checkpoint.model_type, self.tokenizer)
+        self._formats = Formats(self.family, detect, "" if checkpoint.model_type == "qwen" else template)
         positions = int(config.max_position_embeddings)
         self.context_length = context_length or positions
         if self.context_length > positions:
@@ -163,12 +171,20 @@ class Engine:
             raise UnknownModelError("model", f"{model!r} is not loaded", f"Use one of {known}")
         return name
 
+    def family_of(self, options: TemplateOptions) -> Family:
+        """Return the chat format with arguments of the checkpoint's template.
+
+        Raises:
+            OptionError: it has no such format, by the argument's name.
+        """
+        return self._formats.family(options)
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
         system: str | None = None,
-        thinking: bool | None = None,
+        options: TemplateOptions = _DEFAULT,
     ) -> tuple[int, ...]:
         """Return the ids of the prompt for the next answer of a conversation.
 
@@ -176,22 +192,23 @@ class Engine:
             messages: in OpenAI's form.
             tools: in OpenAI's form.
             system: system message of a conversation without one; ``None``: that of the family.
-            thinking: whether the answer begins with thinking; ``None``: as the checkpoint does by default.
+            options: arguments of the checkpoint's template.
 
         Raises:
             RequestError: what the family cannot write, by the field's name.
         """
-        return self.render_turns(parse_messages(messages, self.family), check_tools(tools), system, thinking)
+        turns = parse_messages(messages, self.family_of(options))
+        return self.render_turns(turns, check_tools(tools), system, options)
 
     def render_turns(
         self,
         turns: Sequence[Turn],
         tools: Sequence[Tool] = (),
         system: str | None = None,
-        thinking: bool | None = None,
+        options: TemplateOptions = _DEFAULT,
     ) -> tuple[int, ...]:
         """Return the ids of a prompt, as :meth:`render`, from turns that were checked."""
-        return render_turns(turns, tools, self.family, self.tokenizer, system, thinking)
+        return render_turns(turns, tools, self.family_of(options), self.tokenizer, system)
 
     def encode(self, text: str) -> tuple[int, ...]:
         """Return the ids of a plain text; control tokens in it stay text."""

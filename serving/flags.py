@@ -5,10 +5,15 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 from console import pip_command
 from errors import ConfigError
 from serving.requests import check_adapter_names
+
+if TYPE_CHECKING:
+    from serving.engine import Engine
+    from serving.formats import TemplateOptions
 
 
 def add_model_flags(parser: argparse.ArgumentParser, adapter_help: str, several_adapters: bool = True) -> None:
@@ -28,6 +33,35 @@ def add_model_flags(parser: argparse.ArgumentParser, adapter_help: str, several_
     parser.add_argument("--any_base", action="store_true", help="accept adapters that were trained on other weights")
     parser.add_argument("--device_map", help="auto spreads the model over all GPUs (default: one GPU, or the CPU)")
     parser.add_argument("--kv_cache", choices=("int8", "fp8"), help="keep keys and values in 8 bits")
+
+
+def add_template_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that become arguments of the checkpoint's chat template, see :func:`template_options`."""
+    parser.add_argument("--thinking", choices=("on", "off"), help="whether answers begin with thinking")
+    parser.add_argument(
+        "--no_thinking", action="store_const", const="off", dest="thinking", help="the same as --thinking off"
+    )
+    parser.add_argument("--preserve_thinking", choices=("on", "off"), help="whether earlier thinking is read again")
+    parser.add_argument("--reasoning_effort", metavar="VALUE", help="how much the model is told to think, such as low")
+
+
+def template_options(args: argparse.Namespace) -> TemplateOptions:
+    """Return the arguments of the chat template that the flags ask for."""
+    from serving.formats import TemplateOptions
+
+    switch = {"on": True, "off": False, None: None}
+    return TemplateOptions(switch[args.thinking], switch[args.preserve_thinking], args.reasoning_effort)
+
+
+def check_template_options(engine: Engine, options: TemplateOptions) -> None:
+    """Raise ``ConfigError`` for a flag that the checkpoint's chat template cannot fulfil."""
+    from serving.formats import OptionError
+
+    try:
+        engine.family_of(options)
+    except OptionError as error:
+        flag = error.field.replace("enable_thinking", "thinking")
+        raise ConfigError(f"--{flag}: {error.reason}", "Leave it out") from None
 
 
 def check_packages(*names: str) -> None:

@@ -8,9 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from chat.families import EMPTY_THOUGHT, Family
+from chat.families import Family
 from chat.render import encode_prompt, render_prompt
-from chat.segments import Message, Segment
 from chat.turns import Tool, ToolCall, Turn
 from serving.requests import RequestError, shown
 
@@ -28,12 +27,7 @@ _EMPTY = ("name", "refusal", "annotations", "audio")
 
 
 def render_turns(
-    turns: Sequence[Turn],
-    tools: Sequence[Tool],
-    family: Family,
-    tokenizer: Any,
-    system: str | None = None,
-    thinking: bool | None = None,
+    turns: Sequence[Turn], tools: Sequence[Tool], family: Family, tokenizer: Any, system: str | None = None
 ) -> tuple[int, ...]:
     """Return the ids of the prompt for the next answer; see ``Engine.render``.
 
@@ -44,25 +38,14 @@ def render_turns(
         raise RequestError("messages", "the last one is an answer, and this model's chat format continues none")
     if turns[-1].calls:
         raise RequestError("messages", "the last one calls functions; their results have to follow")
+    if tools and family.tool_form is None:
+        what = f"the chat template of this model ({family.name}) writes no tools that are known here"
+        raise RequestError("tools", what, "Leave them out, or take a model that calls functions, from Qwen2.5 on")
     try:
         rendered = render_prompt(turns, family, system, tools=tools)
     except ValueError as error:
-        raise RequestError("tools" if tools else "messages", str(error)) from None
-    return tuple(encode_prompt([*rendered, *_thinking(family, thinking)], tokenizer))
-
-
-def _thinking(family: Family, thinking: bool | None) -> list[Message]:
-    """Return what the thinking switch adds to a prompt."""
-    if thinking is None:
-        return []
-    if family.thinking == "block" and not family.prompt_suffix:  # a model with both kinds of answers
-        empty = Segment(EMPTY_THOUGHT, False, 0, "assistant")
-        return [] if thinking else [Message("assistant", [empty], 0, is_open=True)]
-    thinks = bool(family.prompt_suffix) and family.prompt_suffix != EMPTY_THOUGHT
-    if thinking != thinks:
-        what = f"{str(thinking).lower()} is not possible: this model {'always' if thinks else 'never'} thinks"
-        raise RequestError("enable_thinking", what, "Leave it out")
-    return []
+        raise RequestError("messages", str(error)) from None
+    return tuple(encode_prompt(rendered, tokenizer))
 
 
 def parse_messages(messages: Sequence[Mapping[str, Any]], family: Family) -> list[Turn]:

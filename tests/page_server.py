@@ -42,6 +42,7 @@ class PageServer(ThreadingHTTPServer):
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.models = ["tiny"]
+        self.has_thinking = False
         self.key = ""
         self.answers: deque[Iterable[Step]] = deque()
         self.refusals: deque[tuple[int, str]] = deque()
@@ -81,7 +82,8 @@ class _Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         if self.path == "/v1/models":
             if self._is_allowed():
-                self._json(200, {"object": "list", "data": [{"id": name} for name in self.server.models]})
+                known = {"has_thinking": self.server.has_thinking}
+                self._json(200, {"object": "list", "data": [{"id": name, **known} for name in self.server.models]})
         elif (file := page_files().get(self.path)) is not None:
             self._send(200, file.body, file.headers)
         else:

@@ -7,15 +7,17 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import uvicorn
 
 from chat.chatml import IM_END, IM_START
-from chat.families import QWEN_V1, Family
+from chat.families import EMPTY_THOUGHT, QWEN_V1, Family
 from serving.api.app import build_app
 from serving.api.connection import LimitedConnection
 from serving.api.settings import Settings
+from serving.formats import Formats, TemplateOptions
 from serving.rendering import check_tools, parse_messages, render_turns
 from serving.requests import (
     ClosedError,
@@ -31,6 +33,8 @@ from serving.requests import (
     Usage,
 )
 from serving.ticket import Ticket
+
+_DEFAULT = TemplateOptions()
 
 Script = Callable[[Request], Sequence[str]]
 
@@ -77,15 +81,23 @@ class ScriptedEngine:
             raise UnknownModelError("model", f"{model!r} is not loaded")
         return known[model]
 
+    def family_of(self, options: TemplateOptions) -> Family:
+        template = "enable_thinking" if self.family.has_thinking else ""
+        return Formats(self.family, self._family_with, template).family(options)
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] = (),
         system: str | None = None,
-        thinking: bool | None = None,
+        options: TemplateOptions = _DEFAULT,
     ) -> tuple[int, ...]:
-        turns = parse_messages(messages, self.family)
-        return render_turns(turns, check_tools(tools), self.family, self.tokenizer, system, thinking)
+        family = self.family_of(options)
+        return render_turns(parse_messages(messages, family), check_tools(tools), family, self.tokenizer, system)
+
+    def _family_with(self, enable_thinking: bool) -> Family:
+        """Return the format of a template that knows this argument, as that of Qwen3."""
+        return self.family if enable_thinking else replace(self.family, prompt_suffix=EMPTY_THOUGHT)
 
     def encode(self, text: str) -> tuple[int, ...]:
         return tuple(self.tokenizer.encode_plain(text))

@@ -89,4 +89,7 @@ def _add_routes(app: FastAPI, service: Service) -> None:
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
-    return {"id": name, "object": "model", "created": service.created, "owned_by": "user"}
+    family = service.engine.family
+    # For the page: whether its messages may have thinking.
+    thinking = {"has_thinking": family.has_thinking and family.knows_thinking}
+    return {"id": name, "object": "model", "created": service.created, "owned_by": "user", **thinking}

@@ -6,13 +6,13 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from chat.families import thought_block
+from chat.families import EMPTY_THOUGHT, Family
 from chat.reading import AnswerReader, opening_of
 from serving.api.chat_choice import Choice
 from serving.api.errors import ApiError, JsonResponse, api_error
@@ -31,8 +31,12 @@ from serving.api.running import (
     watched,
 )  # fmt: skip
 from serving.api.schemas import ChatRequest, FunctionName, NamedTool
+from serving.formats import OptionError, TemplateOptions
 from serving.requests import RequestError
 from serving.ticket import Ticket
+
+if TYPE_CHECKING:
+    from serving.engine import Engine
 
 _LOG = logging.getLogger("serving.texts")
 
@@ -42,12 +46,14 @@ class _Prompt:
     """A rendered conversation.
 
     Attributes:
+        tools: those that the answer may call.
         opening: the start of the answer that it contains.
     """
 
     ids: tuple[int, ...]
+    family: Family
+    tools: Sequence[Mapping[str, Any]]
     opening: str
-    has_tools: bool
 
 
 @dataclass(frozen=True)
@@ -87,8 +93,8 @@ async def _start(service: Service, body: ChatRequest) -> _Run:
     adapter = engine.adapter_of(body.model)
     check = await in_thread(build_check, body.response_format, body.messages)
     call_checks, prompt = await in_thread(_render, service, body)
-    form = engine.family.tool_form
-    stops = form.stops if form is not None and prompt.has_tools else ()
+    form = prompt.family.tool_form
+    stops = form.stops if form is not None and prompt.tools else ()
     sampling = sampling_of(
         body,
         service,
@@ -101,10 +107,10 @@ async def _start(service: Service, body: ChatRequest) -> _Run:
     choices = [
         Choice(
             index,
-            AnswerReader(engine.family, prompt.has_tools, prompt.opening),
+            AnswerReader(prompt.family, prompt.tools, prompt.opening),
             id_,
             bool(body.functions),
-            engine.family.has_thinking,
+            prompt.family.has_thinking,
             most_calls,
         )
         for index in range(body.n)
@@ -129,21 +135,34 @@ def _render(service: Service, body: ChatRequest) -> tuple[dict[str, Check], _Pro
 
 def _render_prompt(service: Service, body: ChatRequest, tools: Sequence[Mapping[str, Any]]) -> _Prompt:
     """Return the prompt. ``tool_choice`` and ``function_call`` decide how its answer begins."""
-    family, messages = service.engine.family, messages_with_tools(body.messages)
+    engine, options, messages = service.engine, body.template_options, messages_with_tools(body.messages)
     choice = body.tool_choice or body.function_call or "auto"
     name = _forced_name(choice, tools)
     if choice != "auto" and choice != "none" and not tools:
         raise RequestError("tool_choice", "there are no tools to choose from")
     if choice == "none":
         tools = []
-    ids = service.engine.render(messages, tools, thinking=body.thinking)
-    opening = opening_of(family, bool(tools), messages[-1].get("role") == "tool", body.thinking)
+    is_forced = bool(tools) and (name is not None or choice == "required")
+    if is_forced:
+        options = _without_thinking(engine, options)
+    family, ids = engine.family_of(options), engine.render(messages, tools, options=options)
+    opening = opening_of(family, bool(tools), messages[-1].get("role") == "tool")
     forced = ""
-    if tools and (name is not None or choice == "required") and family.tool_form is not None:
-        start = thought_block("") if family.has_thinking else ""
+    if is_forced and family.tool_form is not None:
+        start = EMPTY_THOUGHT if family.has_thinking else ""
         forced = f"{start}{family.tool_form.call_start(name)}".removeprefix(opening)
-        ids = (*ids, *service.engine.encode(forced))
-    return _Prompt(ids, opening + forced, bool(tools))
+        ids = (*ids, *engine.encode(forced))
+    return _Prompt(ids, family, tools, opening + forced)
+
+
+def _without_thinking(engine: Engine, options: TemplateOptions) -> TemplateOptions:
+    """Return options whose prompt leads to an answer without thinking, where the model's template has one."""
+    without = replace(options, enable_thinking=False)
+    try:
+        engine.family_of(without)
+    except OptionError:
+        return options
+    return without
 
 
 def _forced_name(choice: str | NamedTool | FunctionName, tools: Sequence[Mapping[str, Any]]) -> str | None:

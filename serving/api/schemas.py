@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from serving.formats import TemplateOptions
 from serving.requests import MOST_LOGPROBS
 
 # Values of fields that this server does not know, with which OpenAI's clients mean: as always.
@@ -90,8 +91,15 @@ class CompletionRequest(SamplingFields):
     logprobs: int | None = Field(default=None, ge=0)
 
 
-class TemplateOptions(Strict):
+Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+
+
+class TemplateFields(Strict):
+    """Arguments of the chat template, see ``serving.formats.TemplateOptions``."""
+
     enable_thinking: bool | None = None
+    preserve_thinking: bool | None = None
+    reasoning_effort: Effort | None = None
 
 
 class JsonSchema(Strict):
@@ -137,18 +145,24 @@ class ChatRequest(SamplingFields):
     logprobs: bool = False
     top_logprobs: int | None = Field(default=None, ge=0, le=MOST_LOGPROBS)
     response_format: ResponseFormat | None = None
-    chat_template_kwargs: TemplateOptions | None = None
+    reasoning_effort: Effort | None = None
+    chat_template_kwargs: TemplateFields = TemplateFields()
 
     @property
-    def thinking(self) -> bool | None:
-        """Return whether the answer is to begin with thinking, if the request says so."""
-        return self.chat_template_kwargs.enable_thinking if self.chat_template_kwargs else None
+    def template_options(self) -> TemplateOptions:
+        """Return the arguments of the chat template."""
+        given = self.chat_template_kwargs
+        effort = given.reasoning_effort or self.reasoning_effort
+        return TemplateOptions(given.enable_thinking, given.preserve_thinking, effort)
 
     @model_validator(mode="after")
     def check_fields(self) -> ChatRequest:
         both = {self.max_tokens, self.max_completion_tokens} - {None}
         if len(both) > 1:
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+        efforts = {self.reasoning_effort, self.chat_template_kwargs.reasoning_effort} - {None}
+        if len(efforts) > 1:
+            raise ValueError("reasoning_effort and chat_template_kwargs.reasoning_effort differ; give one of them")
         if self.top_logprobs is not None and not self.logprobs:
             raise ValueError("top_logprobs needs logprobs: true")
         if (self.functions or self.function_call) and (self.tools or self.tool_choice):

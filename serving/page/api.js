@@ -59,7 +59,7 @@ export async function listModels(key) {
   const response = await request("/v1/models", key);
   const body = await response.json().catch(() => null);
   if (!Array.isArray(body?.data)) throw new ApiError("The server's list of models cannot be read.");
-  return body.data.map((model) => String(model.id));
+  return body.data.map(({ id, has_thinking }) => ({ id: String(id), hasThinking: has_thinking === true }));
 }
 
 // Yields {thinking}, {content}, {call: {index, id, name, arguments}}, {finish} and {usage}, as they arrive.

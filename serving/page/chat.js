@@ -17,6 +17,7 @@ let conversation = null;
 let views = [];
 let answering = null;
 let areModelsKnown = false;
+let hasThinking = false; // of the models, which share a chat format
 let isKept = true; // false: the storage had no room for the conversation
 
 const prompt = byId("prompt");
@@ -87,9 +88,9 @@ function save() {
   }
 }
 
-function keepSettings() {
+function changeSettings(change) {
   try {
-    store.saveSettings(settings);
+    store.changeSettings(settings, change);
   } catch (error) {
     showBanner(error.message);
   }
@@ -143,7 +144,7 @@ async function answer() {
   const own = conversation;
   if (!areModelsKnown) await loadModels(); // the server was not there when the page was opened, or is another one
   if (conversation !== own || answering) return;
-  const request = { model: byId("model").value, messages: store.requestMessages(conversation), ...requestSettings(settings) };
+  const request = { model: byId("model").value, messages: store.requestMessages(conversation, hasThinking), ...requestSettings(settings) };
   const message = { role: "assistant", content: "", thinking: "", calls: [], model: request.model };
   add(message);
   const view = views.at(-1);
@@ -206,9 +207,10 @@ async function loadModels() {
   }
   showBanner("");
   areModelsKnown = models.length > 0;
+  hasThinking = models.some((model) => model.hasThinking);
   const select = byId("model");
-  select.replaceChildren(...models.map((name) => el("option", { value: name, text: name })));
-  if (models.includes(settings.model)) select.value = settings.model;
+  select.replaceChildren(...models.map(({ id }) => el("option", { value: id, text: id })));
+  if (models.some(({ id }) => id === settings.model)) select.value = settings.model;
   select.hidden = models.length === 0;
 }
 
@@ -246,16 +248,14 @@ function keydown(event) {
 function connect() {
   connectTheme();
   connectPanels();
-  connectSettings(settings, keepSettings);
+  connectSettings(settings, changeSettings);
   byId("system").addEventListener("input", ({ target }) => {
     conversation.system = target.value;
-    settings.system = target.value;
-    keepSettings();
+    changeSettings((each) => (each.system = target.value));
     if (!answering) save();
   });
   byId("model").addEventListener("change", ({ target }) => {
-    settings.model = target.value;
-    keepSettings();
+    changeSettings((each) => (each.model = target.value));
   });
   byId("new").addEventListener("click", () => {
     openConversation("");

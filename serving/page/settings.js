@@ -4,13 +4,14 @@ import { byId } from "./dom.js";
 const NUMBERS = [
   "temperature", "top_p", "top_k", "max_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
 ];
+const CHOICES = ["thinking", "reasoning_effort"];
 
-// changed(settings) after every valid change. The system message belongs to the conversation, see chat.js.
+// changed(change) for every valid change: a function that makes it in an object of settings. The system message belongs to the conversation, see chat.js.
 export function connectSettings(settings, changed) {
   const form = byId("settings-form");
   form.addEventListener("submit", (event) => event.preventDefault());
   for (const name of [...NUMBERS, "stop"]) form.elements[name].value = settings.sampling[name] ?? "";
-  form.elements.thinking.value = settings.thinking;
+  for (const name of CHOICES) form.elements[name].value = settings[name];
   form.elements.tools.value = settings.tools;
   form.addEventListener("input", ({ target }) => {
     const fault = faultOf(target);
@@ -19,13 +20,15 @@ export function connectSettings(settings, changed) {
     target.setAttribute("aria-invalid", String(Boolean(fault)));
     if (note) note.textContent = fault;
     if (fault || target.name === "system") return;
-    if (target.name in settings && target.name !== "sampling") settings[target.name] = target.value;
-    else if (target.value === "") delete settings.sampling[target.name];
-    else settings.sampling[target.name] = target.value;
-    changed(settings);
+    const { name, value } = target;
+    changed((each) => {
+      if (name === "tools" || CHOICES.includes(name)) each[name] = value;
+      else if (value === "") delete each.sampling[name];
+      else each.sampling[name] = value;
+    });
   });
   byId("reset-settings").addEventListener("click", () => {
-    for (const name of [...NUMBERS, "stop", "thinking"]) {
+    for (const name of [...NUMBERS, "stop", ...CHOICES]) {
       form.elements[name].value = "";
       form.elements[name].dispatchEvent(new Event("input", { bubbles: true }));
     }
@@ -59,6 +62,7 @@ export function requestSettings(settings) {
   const stop = (settings.sampling.stop ?? "").split("\n").filter(Boolean);
   if (stop.length) part.stop = stop;
   if (settings.tools.trim()) part.tools = JSON.parse(settings.tools);
+  if (settings.reasoning_effort) part.reasoning_effort = settings.reasoning_effort;
   if (settings.thinking) part.chat_template_kwargs = { enable_thinking: settings.thinking === "on" };
   return part;
 }

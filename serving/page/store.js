@@ -97,11 +97,15 @@ export function onOtherTab(changed) {
 
 export function readSettings() {
   const settings = read(`${PREFIX}settings`);
-  return { model: "", system: "", thinking: "", tools: "", sampling: {}, ...(settings ?? {}) };
+  return { model: "", system: "", thinking: "", reasoning_effort: "", tools: "", sampling: {}, ...(settings ?? {}) };
 }
 
-export function saveSettings(settings) {
-  write(`${PREFIX}settings`, settings);
+// Changes the settings of this tab, and those that are kept, in which another tab may have changed others.
+export function changeSettings(settings, change) {
+  change(settings);
+  const kept = readSettings();
+  change(kept);
+  write(`${PREFIX}settings`, kept);
 }
 
 export function saveTheme(theme) {
@@ -141,8 +145,8 @@ const isJson = (text) => {
 };
 
 // Answers without any content are left out, and so are calls that the conversation went on without: both the API and
-// training data want a result for each call. Thinking is that of the answers from message `thoughtsFrom` on.
-function writtenMessages({ system, messages }, thoughtsFrom) {
+// training data want a result for each call.
+function writtenMessages({ system, messages }, withThinking = true) {
   const written = system.trim() ? [{ role: "system", content: system }] : [];
   messages.forEach(({ role, content, calls = [], thinking, tool_call_id }, at) => {
     const next = messages[at + 1];
@@ -155,7 +159,7 @@ function writtenMessages({ system, messages }, thoughtsFrom) {
     else if (content || tool_calls.length) {
       written.push({
         role, content,
-        ...(thinking && at >= thoughtsFrom ? { reasoning_content: thinking } : {}),
+        ...(thinking && withThinking ? { reasoning_content: thinking } : {}),
         ...(tool_calls.length ? { tool_calls } : {}),
       });
     }
@@ -163,10 +167,10 @@ function writtenMessages({ system, messages }, thoughtsFrom) {
   return written;
 }
 
-// The messages of a conversation as the API takes them. A model goes on from what it thought before a call; thinking
-// before the last question is in no family's prompt, and a model that knows no thinking refuses it.
-export function requestMessages(conversation) {
-  return writtenMessages(conversation, conversation.messages.findLastIndex(({ role }) => role === "user"));
+// The messages of a conversation as the API takes them. Which thinking the model reads again is its chat format's affair;
+// one that knows no thinking refuses it.
+export function requestMessages(conversation, withThinking) {
+  return writtenMessages(conversation, withThinking);
 }
 
 // Functions that were offered, with those of another request: the last description of each name.
@@ -181,7 +185,7 @@ const hasNull = (value) => value === null || (typeof value === "object" && Objec
 export function exportLines(conversations) {
   return conversations
     .map((conversation) => {
-      const messages = writtenMessages(conversation, 0);
+      const messages = writtenMessages(conversation);
       if (!messages.some(({ role }) => role === "assistant")) return "";
       for (const { function: call } of messages.flatMap((message) => message.tool_calls ?? [])) {
         if (call.arguments && !isJson(call.arguments)) call.arguments = JSON.stringify(call.arguments);

@@ -8,9 +8,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from chat.turns import Turn
 from errors import ConfigError
-from serving.requests import BASE, RequestError, Sampling
+from serving.formats import OptionError
+from serving.requests import BASE, Sampling
 from serving.terminal.session import Session
 
 # Settings of :config and the types of their values.
@@ -19,6 +19,7 @@ _SETTINGS: dict[str, type[float] | type[int]] = {
     "frequency_penalty": float, "max_tokens": int,
 }  # fmt: skip
 _DEFAULT = "default"
+_SWITCH = {"on": True, "off": False, _DEFAULT: None}
 
 
 class Quit(Exception):
@@ -127,17 +128,33 @@ class Commands:
         return "\n".join(f"{'*' if name == (session.adapter or BASE) else ' '} {name}" for name in known)
 
     def thinking(self, text: str) -> str:
+        return self._switch("enable_thinking", "thinking", text)
+
+    def keep_thinking(self, text: str) -> str:
+        return self._switch("preserve_thinking", "keep-thinking", text)
+
+    def effort(self, text: str) -> str:
         if text:
-            choices = {"on": True, "off": False, _DEFAULT: None}
-            if text not in choices:
-                raise ConfigError(f":thinking {text}", f"Use {', '.join(choices)}")
-            try:
-                self.session.engine.render_turns([Turn("user", "")], thinking=choices[text])
-            except RequestError:
-                what = f":thinking {text}: this model {'never' if text == 'on' else 'always'} thinks"
-                raise ConfigError(what, f"Use :thinking {_DEFAULT}") from None
-            self.session.thinking = choices[text]
-        return f"thinking: { {True: 'on', False: 'off', None: _DEFAULT}[self.session.thinking] }"
+            self._set_option("reasoning_effort", f":effort {text}", None if text == _DEFAULT else text)
+        return f"effort: {self.session.options.reasoning_effort or _DEFAULT}"
+
+    def _switch(self, option: str, command: str, text: str) -> str:
+        """Show or set an option of the template that is a truth value."""
+        if text:
+            if text not in _SWITCH:
+                raise ConfigError(f":{command} {text}", f"Use {', '.join(_SWITCH)}")
+            self._set_option(option, f":{command} {text}", _SWITCH[text])
+        value = getattr(self.session.options, option)
+        return f"{command}: {next(word for word, each in _SWITCH.items() if each is value)}"
+
+    def _set_option(self, option: str, line: str, value: bool | str | None) -> None:
+        change: dict[str, Any] = {option: value}
+        options = replace(self.session.options, **change)
+        try:
+            self.session.engine.family_of(options)
+        except OptionError as error:
+            raise ConfigError(f"{line}: {error.reason}", f"Use {line.split()[0]} {_DEFAULT}") from None
+        self.session.options = options
 
     def save(self, text: str) -> str:
         if not text:
@@ -167,6 +184,10 @@ COMMANDS = (
     Command(("system",), "[TEXT | default]", "show or set the system message", Commands.system),
     Command(("adapter",), "[NAME | base]", "show the adapters, or let one answer", Commands.adapter),
     Command(("thinking",), "[on | off | default]", "whether answers begin with thinking", Commands.thinking),
+    Command(
+        ("keep-thinking",), "[on | off | default]", "whether earlier thinking is read again", Commands.keep_thinking
+    ),
+    Command(("effort",), "[low | medium | ... | default]", "how much the model is told to think", Commands.effort),
     Command(("save",), "FILE", "append the conversation to a file, as training data", Commands.save),
 )
 _BY_NAME = {name: command for command in COMMANDS for name in command.names}

@@ -10,10 +10,13 @@ from typing import TYPE_CHECKING
 from chat.events import Event
 from chat.reading import AnswerReader, opening_of, turn_of
 from chat.turns import Turn
+from serving.formats import TemplateOptions
 from serving.requests import FinishReason, Request, Sampling
 
 if TYPE_CHECKING:
     from serving.engine import Engine
+
+_DEFAULT = TemplateOptions()
 
 
 class Session:
@@ -23,20 +26,24 @@ class Session:
         sampling: what replaces the checkpoint's values.
         system: system message; ``None``: that of the family.
         adapter: the adapter that answers; ``None``: the base.
+        options: arguments of the checkpoint's template.
 
     Attributes:
         turns: questions and answers so far.
-        thinking: whether answers begin with thinking; ``None``: as the checkpoint does by default.
         finish_reason: why the last answer ended.
     """
 
     def __init__(
-        self, engine: Engine, sampling: Sampling, system: str | None = None, adapter: str | None = None
+        self,
+        engine: Engine,
+        sampling: Sampling,
+        system: str | None = None,
+        adapter: str | None = None,
+        options: TemplateOptions = _DEFAULT,
     ) -> None:
         self.engine = engine
         self.first_sampling = self.sampling = sampling
-        self.system, self.adapter = system, adapter
-        self.thinking: bool | None = None
+        self.system, self.adapter, self.options = system, adapter, options
         self.turns: list[Turn] = []
         self.finish_reason: FinishReason | None = None
 
@@ -47,9 +54,10 @@ class Session:
             RequestError: the conversation is too long.
         """
         engine, asked = self.engine, [*self.turns, Turn("user", text)]
-        prompt = engine.render_turns(asked, system=self.system, thinking=self.thinking)
+        prompt = engine.render_turns(asked, system=self.system, options=self.options)
         ticket = engine.submit(Request(prompt, self.sampling, self.adapter))
-        reader = AnswerReader(engine.family, opening=opening_of(engine.family, False, False, self.thinking))
+        family = engine.family_of(self.options)
+        reader = AnswerReader(family, opening=opening_of(family, False, False))
         events: list[Event] = []
         try:
             for piece in ticket:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from chat.answers import write_answer
 from chat.detect import HERMES_FORMS
 from chat.events import CallStart, Content, Event, Thinking
-from chat.families import ANSWER_STYLES, QWEN_V1, STRICT_STYLES, Family
+from chat.families import ANSWER_STYLES, EMPTY_THOUGHT, QWEN_V1, STRICT_STYLES, Family
 from chat.reading import AnswerReader, opening_of, read_answer, turn_of
 from chat.render import render, text_of
 from chat.turns import ToolCall, Turn
@@ -24,6 +25,7 @@ LATER = [
     for style in (*ANSWER_STYLES, *STRICT_STYLES)
     for form in HERMES_FORMS
 ]
+TOOLS = ({"type": "function", "function": {"name": "f"}},)
 PLAIN = next(family for family in LATER if not family.has_thinking)
 THINKS = next(family for family in LATER if family.thinking == "block")
 
@@ -45,7 +47,7 @@ calls = st.lists(st.builds(ToolCall, names, arguments), max_size=3).map(tuple)
 
 
 def read_in_pieces(text: str, cuts: list[int], family: Family, opening: str = "") -> Turn:
-    reader = AnswerReader(family, True, opening)
+    reader = AnswerReader(family, TOOLS, opening)
     borders = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
     events = [event for start, end in pairwise(borders) for event in reader.feed(text[start:end])]
     return turn_of([*events, *reader.close()])
@@ -62,16 +64,16 @@ def test_reading_inverts_writing(
 ) -> None:
     turn = Turn("assistant", content, calls, thinking=(thought or None) if family.has_thinking_field else None)
     text = write_answer(turn, family, is_last=True, after_last_question=True)
-    assert with_values(read_answer(text, family, has_tools=True)) == turn
+    assert with_values(read_answer(text, family, tools=TOOLS)) == turn
 
 
 @given(words.map(str.strip), names, arguments)
 def test_reading_inverts_writing_of_react(content: str, name: str, values: dict[str, Any]) -> None:
     turn = Turn("assistant", content, (ToolCall(name, values),))
     text = react_answer(turn)
-    assert with_values(read_answer(text, QWEN_V1, has_tools=True)) == turn
+    assert with_values(read_answer(text, QWEN_V1, tools=TOOLS)) == turn
     answer = Turn("assistant", content)
-    assert read_answer(react_answer(answer), QWEN_V1, has_tools=True) == answer
+    assert read_answer(react_answer(answer), QWEN_V1, tools=TOOLS) == answer
 
 
 def react_answer(turn: Turn) -> str:
@@ -84,14 +86,14 @@ def react_answer(turn: Turn) -> str:
 @example('a\n<tool_call>\n{"name": "f", "arguments": {}}\n</tool_call>\n', list(range(70)), PLAIN, False)
 def test_splitting_changes_nothing(text: str, cuts: list[int], family: Family, is_open: bool) -> None:
     opening = opening_of(family, True, after_result=is_open)
-    assert read_in_pieces(text, cuts, family, opening) == read_answer(text, family, True, opening)
-    assert read_in_pieces(text, list(range(len(text))), family, opening) == read_answer(text, family, True, opening)
+    assert read_in_pieces(text, cuts, family, opening) == read_answer(text, family, TOOLS, opening)
+    assert read_in_pieces(text, list(range(len(text))), family, opening) == read_answer(text, family, TOOLS, opening)
 
 
 @given(noise, st.sampled_from([PLAIN, THINKS]))
 def test_no_character_is_lost(text: str, family: Family) -> None:
     """Apart from white space, tags, and the keys of calls."""
-    turn = read_answer(text, family, has_tools=True)
+    turn = read_answer(text, family, tools=TOOLS)
     called = "".join(
         f"<tool_call>{json.dumps({'name': call.name, 'arguments': json.loads(call.arguments)})}</tool_call>"
         for call in turn.calls
@@ -110,7 +112,7 @@ def test_recorded_answers_of_the_original_server(any_golden: Golden) -> None:
             content = content.removesuffix("\nObservation:")
         elif case["tag"] == "two final answers":
             content = written.partition("Final Answer: ")[2]
-        turn = read_answer(written, QWEN_V1, has_tools=True)
+        turn = read_answer(written, QWEN_V1, tools=TOOLS)
         assert (turn.content, turn.calls[0]._asdict() if turn.calls else None) == (content, call), case["tag"]
 
 
@@ -125,13 +127,13 @@ def test_recorded_answers_of_the_original_server(any_golden: Golden) -> None:
 )  # fmt: skip
 def test_malformed_call_is_content(call: str) -> None:
     text = f"Look:\n<tool_call>{call}</tool_call>\nDone."
-    assert read_answer(text, PLAIN, has_tools=True) == Turn("assistant", text)
+    assert read_answer(text, PLAIN, tools=TOOLS) == Turn("assistant", text)
 
 
 def test_unfinished_call_is_read_if_it_is_complete() -> None:
     text = '<tool_call>\n{"name": "f", "arguments": {"a": 1}}'
-    assert read_answer(text, PLAIN, has_tools=True).calls == (ToolCall("f", '{"a": 1}'),)
-    assert read_answer(text[:-1], PLAIN, has_tools=True) == Turn("assistant", text[:-1])
+    assert read_answer(text, PLAIN, tools=TOOLS).calls == (ToolCall("f", '{"a": 1}'),)
+    assert read_answer(text[:-1], PLAIN, tools=TOOLS) == Turn("assistant", text[:-1])
 
 
 def test_calls_are_content_without_tools() -> None:
@@ -141,7 +143,7 @@ def test_calls_are_content_without_tools() -> None:
 
 
 def events_of(pieces: list[str], family: Family) -> list[list[Event]]:
-    reader = AnswerReader(family, has_tools=True)
+    reader = AnswerReader(family, TOOLS)
     return [reader.feed(piece) for piece in pieces]
 
 
@@ -159,11 +161,11 @@ def test_text_is_passed_on_at_once() -> None:
 def test_prompt_that_opens_the_answer() -> None:
     """After a result a v1 model continues a thought; a reasoning model starts inside one, or after an empty one."""
     after_result = opening_of(QWEN_V1, True, after_result=True)
-    turn = read_answer(" I now know the final answer.\nFinal Answer: It is 22.", QWEN_V1, True, after_result)
+    turn = read_answer(" I now know the final answer.\nFinal Answer: It is 22.", QWEN_V1, TOOLS, after_result)
     assert turn == Turn("assistant", "It is 22.")
-    assert read_answer(" It is 22.", QWEN_V1, True, after_result).content == " It is 22."
+    assert read_answer(" It is 22.", QWEN_V1, TOOLS, after_result).content == " It is 22."
     reasons = next(style for style in ANSWER_STYLES if style.prompt_suffix)
     opened = opening_of(reasons, False, False)
-    assert read_answer("Hm.\n</think>\n\n22", reasons, False, opened) == Turn("assistant", "22", thinking="Hm.")
-    closed = opening_of(THINKS, False, False, thinking=False)
-    assert read_answer("22", THINKS, False, closed) == Turn("assistant", "22")
+    assert read_answer("Hm.\n</think>\n\n22", reasons, opening=opened) == Turn("assistant", "22", thinking="Hm.")
+    closed = opening_of(replace(THINKS, prompt_suffix=EMPTY_THOUGHT), False, False)
+    assert read_answer("22", THINKS, opening=closed) == Turn("assistant", "22")

@@ -37,7 +37,7 @@ values = st.fixed_dictionaries(
 
 
 def read(text: str, family: Family = JSON, cuts: tuple[int, ...] = (), tools: tuple[Any, ...] = (TOOL,)) -> Turn:
-    reader = AnswerReader(family, True, tools=tools)
+    reader = AnswerReader(family, tools)
     borders = [0, *sorted(cut % (len(text) + 1) for cut in cuts), len(text)]
     events = [event for start, end in pairwise(borders) for event in reader.feed(text[start:end])]
     return turn_of([*events, *reader.close()])

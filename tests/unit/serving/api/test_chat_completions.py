@@ -11,10 +11,12 @@ from openai import BadRequestError, NotFoundError, OpenAI, UnprocessableEntityEr
 
 from chat.detect import HERMES_FORMS
 from chat.families import QWEN_V1, Family
+from chat.tools_xml import XML_FORMS
 from tests.serving_api import ScriptedEngine, served
 
 HERMES = Family("chatml", tool_form=HERMES_FORMS[0])
 THINKS = Family("chatml-hybrid", thinking="block", tool_form=HERMES_FORMS[2])
+TAGGED = Family("chatml-3.5", thinking="blocks", prompt_suffix="<think>\n", is_strict=True, tool_form=XML_FORMS[1])
 ASK = [{"role": "user", "content": "Weather in Ulm? Answer in JSON."}]
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
 CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "Ulm"}}\n</tool_call>'
@@ -156,6 +158,21 @@ def test_tool_choice(server: Served, family: Family) -> None:
         server.ask([], family, tools=[TOOL], tool_choice={"type": "function", "function": {"name": "other"}})
 
 
+def test_values_of_tagged_calls_have_the_types_of_their_parameters(server: Served) -> None:
+    """Qwen3.5 and later write a value as its text alone, and begin every answer with thinking, which may be empty."""
+    types = {"city": {"type": "string"}, "days": {"type": "integer"}}
+    tool = {"type": "function", "function": {"name": "weather", "parameters": {"properties": types}}}
+    rest = "<parameter=city>\n12\n</parameter>\n<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>"
+    script = ["Hm.\n</think>\n\n<tool_call>\n<function=weather>\n", rest]
+    message = server.ask(script, TAGGED, tools=[tool]).choices[0].message
+    assert json.loads(message.tool_calls[0].function.arguments) == {"city": "12", "days": 3}
+    assert message.reasoning_content == "Hm."
+    chunks = server.stream(["weather>\n", rest], TAGGED, tools=[tool], tool_choice="required")
+    assert server.engine.prompt_of().endswith("<think>\n\n</think>\n\n<tool_call>\n<function=")
+    pieces = [call for chunk in chunks for call in chunk.choices[0].delta.tool_calls or []]
+    assert json.loads("".join(piece.function.arguments for piece in pieces)) == {"city": "12", "days": 3}
+
+
 def test_thinking_has_a_field_of_its_own(server: Served) -> None:
     message = server.ask(["<think>\nHm", "m.\n</th", "ink>\n\n22"], THINKS).choices[0].message
     assert (message.reasoning_content, message.content) == ("Hmm.", "22")
@@ -216,7 +233,7 @@ def test_check_of_an_endless_schema_ends(server: Served) -> None:
     [
         ({"extra_body": {"min_p": 0.1}}, "min_p", "is not supported"),
         ({"logit_bias": {"5": 1}}, "logit_bias", "is not supported"),
-        ({"reasoning_effort": "high"}, "reasoning_effort", "is not supported"),
+        ({"reasoning_effort": "high"}, "reasoning_effort", "no such setting"),
         ({"temperature": -1}, "temperature", "number from"),
         ({"temperature": "hot"}, "temperature", "must be a number"),
         ({"n": 0}, "n", "at least 1"),

@@ -77,8 +77,9 @@ def test_settings_are_sent_and_kept_and_empty_ones_are_not_sent(chat: Chat, serv
     assert chat.text("#top_p-fault") == "Between 0 and 1."
     chat.fill("#max_tokens", "1.5")
     assert chat.text("#max_tokens-fault") == "A whole number is needed."
-    chat.evaluate("document.querySelector('#thinking').value = 'off'")
-    chat.evaluate("document.querySelector('#thinking').dispatchEvent(new Event('input', {bubbles: true}))")
+    for name, value in (("thinking", "off"), ("reasoning_effort", "low")):
+        field = f"document.querySelector('#{name}')"
+        chat.evaluate(f"{field}.value = '{value}', {field}.dispatchEvent(new Event('input', {{bubbles: true}}))")
     chat.reload()
     chat.wait_for("document.querySelector('#model').options.length")
     chat.ask("Again")
@@ -87,7 +88,20 @@ def test_settings_are_sent_and_kept_and_empty_ones_are_not_sent(chat: Chat, serv
     assert {name: sent.get(name) for name in ("temperature", "top_k", "seed", "stop", "top_p", "max_tokens")} == {
         "temperature": 0.5, "top_k": 20, "seed": 7, "stop": ["END", "STOP"], "top_p": None, "max_tokens": None,
     }  # fmt: skip
-    assert sent["chat_template_kwargs"] == {"enable_thinking": False}
+    assert (sent["chat_template_kwargs"], sent["reasoning_effort"]) == ({"enable_thinking": False}, "low")
+
+
+def test_two_tabs_keep_each_others_settings(chat: Chat, open_tab: OpenTab) -> None:
+    other = open_tab()
+    for tab, values in ((other, {"#temperature": "0.5"}), (chat, {"#top_k": "20", "#system": "Be brief."})):
+        tab.click("[data-opens=settings]")
+        for selector, text in values.items():
+            tab.fill(selector, text)
+    other.fill("#top_p", "0.9")
+    chat.reload()
+    names = ("temperature", "top_p", "top_k", "system")
+    kept = [chat.evaluate(f"document.querySelector('#{name}').value") for name in names]
+    assert kept == ["0.5", "0.9", "20", "Be brief."]
 
 
 def test_chosen_adapter_answers_and_is_remembered(server: PageServer, open_tab: OpenTab) -> None:
@@ -111,6 +125,11 @@ def test_thinking_is_folded_beside_the_answer(chat: Chat, server: PageServer) ->
     assert chat.text(".thinking .fold-body") == "Let me see."
     chat.ask("And 3 + 3?")
     assert server.requests[1]["messages"][1] == {"role": "assistant", "content": "Four"}
+    server.has_thinking = True  # another model, which reads what it needs of it
+    chat.reload()
+    chat.wait_for("document.querySelector('#model').options.length")
+    chat.ask("And 4 + 4?")
+    assert server.requests[2]["messages"][1]["reasoning_content"] == "Let me see."
 
 
 def test_calls_are_shown_and_their_results_sent(chat: Chat, server: PageServer) -> None:
