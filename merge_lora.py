@@ -66,9 +66,9 @@ def main(argv: Sequence[str]) -> None:
 
         check_verifiable(base.model_type)
     with staged_folder(args.output) as folder:
-        check_space(plan.source.total_nbytes(), args.output)
-        with progress_bar(plan.source, "merging") as bar:
-            files = save_source(plan.source, folder, max_shard_size, bar.update)
+        check_space(plan.written.total_nbytes(), args.output)
+        with progress_bar(plan.written, "merging") as bar:
+            files = save_source(plan.written, folder, max_shard_size, bar.update)
         size = sum(file.stat().st_size for file in files)
         plan.warn_of_loss()
         write_companion_files(plan, folder)
@@ -160,7 +160,8 @@ def verify(plan: MergePlan, folder: Path) -> str:
     from export.verify.samples import choose_samples
 
     samples = choose_samples(plan.adapters, folder, plan.vocab_size)
-    comparison = Comparison(plan.fold.base, plan.fold_config, plan.adapters, folder, samples)
+    parts = plan.base.other_parts
+    comparison = Comparison(plan.fold.base, plan.fold_config, plan.adapters, folder, samples, parts)
     with steps_bar("verifying") as show:
         verification = verify_merge(comparison, plan.source.rounding, show)
     if verification.faults:

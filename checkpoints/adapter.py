@@ -21,9 +21,8 @@ from checkpoints.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from checkpoints.patterns import check_patterns, module_pattern
 from checkpoints.shards import CheckpointReader, open_checkpoint
 from checkpoints.source import is_finite
+from checkpoints.whole import ADAPTER_PREFIX, text_name
 from errors import ConfigError
-
-PREFIX = "base_model.model."
 
 # Name pattern of an adapter's tensor -> its role, and the parameter of the module that it changes. Files not written by
 # save_pretrained also contain the adapter's name (".default").
@@ -91,8 +90,11 @@ def read_adapter(folder: str | Path, flag: str = "--adapter") -> Adapter:
     tensors = open_checkpoint(folder, ADAPTER_WEIGHTS)
     edits: dict[str, Edit] = {}
     parsed = {name: _parse_name(name, folder) for name in tensors.names()}
-    check_patterns(config, {module for module, _, _ in parsed.values()}, str(folder / ADAPTER_CONFIG))
-    for name, (module, role, parameter) in parsed.items():
+    # The options are those of the names in the file.
+    stored = {name: _parse_name(tensors.stored_name(name), folder)[0] for name in parsed}
+    check_patterns(config, set(stored.values()), str(folder / ADAPTER_CONFIG))
+    for name, (_, role, parameter) in parsed.items():
+        module = stored[name]
         edit = edits.setdefault(parameter, Edit())
         if role in edit.roles:
             what = f"{folder}: {name} and {edit.roles[role]} have the same role"
@@ -114,9 +116,12 @@ def read_adapter(folder: str | Path, flag: str = "--adapter") -> Adapter:
 def _parse_name(name: str, folder: Path) -> tuple[str, str, str]:
     """Name of an adapter's tensor -> (module, role, name of the base's parameter)."""
     for pattern, role, parameter in _ROLES:
-        if name.startswith(PREFIX) and (match := pattern.fullmatch(name, len(PREFIX))):
+        if name.startswith(ADAPTER_PREFIX) and text_name(name.removeprefix(ADAPTER_PREFIX)) is None:
+            what = f"{folder}: {name} is not of the text model, which is all that this toolkit reads"
+            raise ConfigError(what, "Use an adapter of the text model alone")
+        if name.startswith(ADAPTER_PREFIX) and (match := pattern.fullmatch(name, len(ADAPTER_PREFIX))):
             return match["module"], role, f"{match['module']}.{parameter or match['parameter']}"
-    raise ConfigError(f"{folder}: {name} is not the name of a LoRA tensor", f"Names must start with {PREFIX}")
+    raise ConfigError(f"{folder}: {name} is not the name of a LoRA tensor", f"Names must start with {ADAPTER_PREFIX}")
 
 
 def _rank_and_scale(module: str, config: Mapping[str, Any]) -> tuple[int, float]:

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from checkpoints.companions import find_companion
+from checkpoints.companions import PROCESSOR_FILES, find_companion
 from checkpoints.files import json_text, save_bytes
 from checkpoints.names import TEMPLATES_FOLDER
 
@@ -31,14 +31,14 @@ _TEMPLATE_FILES = ("chat_template.jinja", "chat_template.json")
 
 
 def read_base_files(base: Path, adapters: Sequence[Path] = ()) -> Files:
-    """Return the base's config, and settings and tokenizer of the first adapter that has them, else of the base.
+    """Return the base's config and processors; settings and tokenizer of the first adapter with them, else the base's.
 
     Raises:
         ConfigError: a link that leads out of a folder.
     """
     sources = [*adapters, base]
     settings = _first(_read(source, [GENERATION_CONFIG]) for source in sources)
-    return _read(base, [CONFIG]) | settings | read_tokenizer(sources)
+    return _read(base, [CONFIG, *PROCESSOR_FILES]) | settings | read_tokenizer(sources)
 
 
 def read_tokenizer(sources: Sequence[Path]) -> Files:

@@ -19,13 +19,15 @@ TOKENIZER_FILES = (
     "tokenizer_config.json", "qwen.tiktoken", "qwen_extra.tiktoken", "tokenizer.json", "vocab.json", "merges.txt",
     "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
+PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+"""Settings for images and videos, of models that take them."""
 _VOCABULARIES = ("qwen.tiktoken", "tokenizer.json", "vocab.json")
 LICENSES = re.compile(r"(LICEN[SC]E|NOTICE)\b", re.IGNORECASE)
 """Beginning of the names of licence files."""
 
 _NAMES = {
     "config.json", "generation_config.json", "README.md", ADAPTER_CONFIG, BASE_QUANTIZATION, *TOKENIZER_FILES,
-    *RUN_RECORDS,
+    *PROCESSOR_FILES, *RUN_RECORDS,
 }  # fmt: skip
 
 

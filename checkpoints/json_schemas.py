@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from checkpoints.companions import PROCESSOR_FILES
 from checkpoints.json_rules import (
     ANY,
     ANY_NUMBER,
@@ -344,6 +345,7 @@ SCHEMAS: Mapping[str, Schema] = {
     "special_tokens_map.json": Schema(table(_SPECIAL_TOKENS)),
     "added_tokens.json": Schema(mapping_of(whole(0, _MAX_IDS), 10**6)),
     "vocab.json": Schema(_VOCABULARY),
+    **dict.fromkeys(PROCESSOR_FILES, Schema()),
     "chat_template.json": Schema(table({"chat_template": either(ANY_TEXT, _TEMPLATES)})),
     **dict.fromkeys(("quantize_config.json", "quant_config.json", BASE_QUANTIZATION), Schema(QUANTIZATION)),
     **{f"{name}.index.json": Schema(_INDEX) for name in (*WEIGHTS, *ADAPTER_WEIGHTS)},

@@ -14,6 +14,7 @@ from typing import Any, Literal, get_args
 
 from checkpoints.files import is_file, load_json
 from checkpoints.names import BASE_QUANTIZATION
+from checkpoints.whole import has_other_parts, text_config, with_text_config
 from console import pip_command
 from errors import ConfigError
 
@@ -56,15 +57,16 @@ def result_config(config: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     Left out are ``auto_map``, because code is not copied, and what describes the values, which have changed.
     """
     kept = {key: value for key, value in config.items() if key not in ("auto_map", "converted_from", ROUNDED_AS)}
-    return with_both_rope_forms(with_dtype(kept, dtype))
+    return with_text_config(kept, with_both_rope_forms(with_dtype(text_config(kept), dtype)))
 
 
 def with_both_rope_forms(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of a config.json whose ``rope_parameters`` are also under the keys from before transformers 5.
 
-    transformers 4 does not read ``rope_parameters`` and takes a ``rope_theta`` of 10,000 without a warning.
+    transformers 4 does not read ``rope_parameters`` and takes a ``rope_theta`` of 10,000 without a warning. Models that
+    it does not know need no older keys.
     """
-    rope = config.get("rope_parameters")
+    rope = None if has_other_parts(config) else config.get("rope_parameters")
     if not isinstance(rope, dict) or rope.get("rope_theta") is None:
         return dict(config)
     older = {"rope_theta": rope["rope_theta"]}
@@ -125,7 +127,7 @@ def find_quantization(folder: Path) -> Quantization | None:
         ConfigError: a file that cannot be read, or an unsupported method, format or number of bits.
     """
     file = folder / "config.json"
-    config = _load(file)
+    config = text_config(_load(file))
     if isinstance(quantization := config.get("quantization_config"), dict):
         return _parse(quantization, file, str(quantization.get("quant_method", "")).lower())
     for name, method in (("quantize_config.json", "gptq"), ("quant_config.json", "awq")):

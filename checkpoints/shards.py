@@ -19,7 +19,7 @@ from checkpoints.folder_kind import fix_for_no_model
 from checkpoints.model_config import find_quantization
 from checkpoints.names import WEIGHTS
 from checkpoints.source import TensorSource
-from checkpoints.whole import has_other_parts, text_name
+from checkpoints.whole import adapter_text_name, has_other_parts, text_name
 from errors import ConfigError
 
 MIB = 2**20
@@ -168,7 +168,8 @@ class CheckpointReader(TensorSource):
 def open_checkpoint(folder: str | Path, names: tuple[str, ...] = WEIGHTS) -> CheckpointReader:
     """Open the weights of a folder: one file or shards with an index, safetensors preferred to ``.bin``.
 
-    Of a model with other parts beside its text model, only the text model's tensors, by their names in it alone.
+    Of a model with other parts beside its text model, only the text model's tensors, by their names in it alone; of an
+    adapter on such a model, all tensors by the names that they have on the text model.
 
     Args:
         folder: a checkpoint folder.
@@ -177,12 +178,12 @@ def open_checkpoint(folder: str | Path, names: tuple[str, ...] = WEIGHTS) -> Che
         ConfigError: no weights, a missing shard, a truncated or unreadable file.
     """
     files, weight_map = _find_weights(Path(folder), names)
-    if names == WEIGHTS and _has_other_parts(folder):
-        return CheckpointReader(files, weight_map, text_name)
-    return CheckpointReader(files, weight_map)
+    if not set(names) <= set(WEIGHTS):
+        return CheckpointReader(files, weight_map, adapter_text_name)
+    return CheckpointReader(files, weight_map, *([text_name] if _has_other_parts(folder) else []))
 
 
-def open_other_parts(folder: str | Path) -> CheckpointReader:
+def open_left_out(folder: str | Path) -> CheckpointReader:
     """Open the tensors of a folder that :func:`open_checkpoint` leaves out, by their stored names; there may be none.
 
     Raises:

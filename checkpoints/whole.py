@@ -7,7 +7,8 @@ has without the rest, and writes the rest as it is. Needs no torch.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,17 @@ from qwen_model.architectures import TEXT_TYPES
 TEXT_CONFIG = "text_config"
 
 _WITHIN_WHOLE, _ALONE = "model.language_model.", "model."
+LONGER_NAMES = {rf"^{re.escape(_WITHIN_WHOLE)}": _ALONE}
+"""A pattern of stored names, and what replaces it in those of the text model alone."""
 _OTHER_PARTS = ("model.visual.", "mtp.")
 _OF_BOTH = ("tie_word_embeddings", "quantization_config", "dtype", "torch_dtype")
 """Settings of the text model that the whole config may have instead."""
+
+ADAPTER_PREFIX = "base_model.model."
+"""Beginning of the names of an adapter's tensors; the name of the model's module follows."""
+_MODULE_OPTIONS = (
+    "target_modules", "exclude_modules", "modules_to_save", "trainable_token_indices", "rank_pattern", "alpha_pattern",
+)  # fmt: skip
 
 
 def is_whole(config: Mapping[str, Any]) -> bool:
@@ -38,6 +47,29 @@ def text_config(config: Mapping[str, Any]) -> dict[str, Any]:
     declared = own.get("dtype") or own.get("torch_dtype")
     missing = {key: value for key, value in shared.items() if not (declared and key.endswith("dtype"))}
     return missing | own | tied
+
+
+def with_text_config(config: Mapping[str, Any], text: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a config.json with another config of the text model, each value where it was; any other config: ``text``.
+
+    Args:
+        text: the config of :func:`text_config` with values that were changed, added or removed.
+    """
+    if not is_whole(config):
+        return dict(text)
+    before, own = text_config(config), config[TEXT_CONFIG]
+    changed = {key: value for key, value in text.items() if key not in before or before[key] != value}
+    removed = before.keys() - text.keys()
+    within = {key: value for key, value in own.items() if key not in removed}
+    around = {key: value for key, value in config.items() if key not in removed or key not in _OF_BOTH}
+    for key, value in changed.items():
+        if key == "tie_word_embeddings" or key in own or key not in around:
+            within[key] = value
+        if key == "tie_word_embeddings" or (key in _OF_BOTH and key in around):
+            around[key] = value
+    dtype = text.get("dtype") or text.get("torch_dtype")
+    declared: dict[str, Any] = {key: dtype for key in ("dtype", "torch_dtype") if key in around and dtype}
+    return {**around, **declared, TEXT_CONFIG: within}
 
 
 def load_text_config(folder: Path) -> dict[str, Any]:
@@ -64,3 +96,45 @@ def text_name(stored: str) -> str | None:
 def whole_name(name: str) -> str:
     """Return the name that a tensor of the text model has in the whole one."""
     return _WITHIN_WHOLE + name.removeprefix(_ALONE) if name.startswith(_ALONE) else name
+
+
+def adapter_text_name(stored: str) -> str:
+    """Return the name that a stored tensor of an adapter has on the text model alone; see :func:`text_name`."""
+    name = stored.removeprefix(ADAPTER_PREFIX)
+    return ADAPTER_PREFIX + (text_name(name) or name) if name != stored else stored
+
+
+def adapter_whole_name(name: str) -> str:
+    """Return the name that a tensor of an adapter has on the whole model."""
+    return ADAPTER_PREFIX + whole_name(name.removeprefix(ADAPTER_PREFIX))
+
+
+def text_options(options: Mapping[str, Any], adapted: Sequence[str]) -> dict[str, Any]:
+    """Return the options of an adapter on the whole model, for the text model alone.
+
+    Args:
+        adapted: the text model's modules that the adapter has matrices for: an expression may not match their names.
+    """
+    renamed = _with_modules(options, lambda module: re.sub(r"language_model(\.|\\\.)", "", module, count=1))
+    if isinstance(renamed.get("target_modules"), str):
+        renamed |= {"target_modules": list(adapted), "exclude_modules": None}
+    return renamed
+
+
+def whole_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the options of an adapter on the text model alone, for the whole model."""
+    return _with_modules(
+        options, lambda module: re.sub(r"\bmodel(\.|\\\.)", r"model\1language_model\1", module, count=1)
+    )
+
+
+def _with_modules(options: Mapping[str, Any], rename: Callable[[str], str]) -> dict[str, Any]:
+    """Rename the modules in an adapter's options; an expression for all of them is left as it is."""
+    renamed = dict(options)
+    for option in _MODULE_OPTIONS:
+        value = options.get(option)
+        if isinstance(value, Mapping):
+            renamed[option] = {rename(module): each for module, each in value.items()}
+        elif value and not isinstance(value, str):
+            renamed[option] = [rename(module) for module in value]
+    return renamed

@@ -17,9 +17,9 @@ import torch
 from chat.chatml import IM_END
 from chat.render import encode_prompt, plain_encoder, render_prompt, text_of
 from chat.turns import Turn
-from checkpoints.files import load_json
 from checkpoints.shards import open_checkpoint
 from checkpoints.source import TensorSource
+from checkpoints.whole import load_text_config
 from errors import RunError
 from export.verify.prompts import PROMPTS
 from loading.chat_family import chat_family
@@ -152,7 +152,7 @@ def check_ids(path: Path, folder: Path, tokenizer: Any) -> int:
     llama = llama_cpp.Llama(str(path), vocab_only=True, verbose=False)
     encode = plain_encoder(tokenizer)
     texts = [*_TEXTS, *(text for pair in PROMPTS for text in pair)]
-    family = chat_family(str(load_json(folder / "config.json")["model_type"]), tokenizer)
+    family = chat_family(str(load_text_config(folder)["model_type"]), tokenizer)
     prompts = [render_prompt([Turn("user", question)], family) for question, _ in PROMPTS]
     pairs = [(text, encode(text), False) for text in texts]
     pairs += [(text_of(prompt), encode_prompt(prompt, tokenizer), True) for prompt in prompts]

@@ -18,8 +18,10 @@ from checkpoints.fold import WeightedAdapter
 from checkpoints.folder_kind import fix_for_no_model
 from checkpoints.input_folders import check_model_files
 from checkpoints.model_config import Quantization, declared_dtype, find_quantization
+from checkpoints.other_parts import OtherParts, open_other_parts
 from checkpoints.source import TensorSource
 from checkpoints.training_samples import TrainingSamples
+from checkpoints.whole import text_config
 from errors import ConfigError
 from loading.config_files import find_cached_folder
 from loading.tensor_check import check_tensors
@@ -33,14 +35,18 @@ class Base:
     """An opened checkpoint folder.
 
     Attributes:
-        config: contents of config.json.
+        config: contents of config.json; of a larger model, those of its text model.
+        file_config: contents of config.json.
         source: the tensors under their plain names; quantised ones are dequantised when read.
+        other_parts: what the folder has beside the text model.
         quantization: how the stored weights are quantised, if they are.
     """
 
     folder: Path
     config: dict[str, Any]
+    file_config: dict[str, Any]
     source: TensorSource
+    other_parts: OtherParts | None
     quantization: Quantization | None
 
     @property
@@ -110,7 +116,8 @@ def open_base(folder: Path) -> Base:
             config.
     """
     check_model_files(folder)
-    config = load_json(folder / "config.json")
+    file_config = load_json(folder / "config.json")
+    config = text_config(file_config)
     if not isinstance(config.get("model_type"), str):
         what = f"{folder / 'config.json'} has no model_type"
         raise ConfigError(what, "Copy it again from the original checkpoint")
@@ -118,4 +125,4 @@ def open_base(folder: Path) -> Base:
     dequantized_dtype = getattr(torch, declared_dtype(config) or "float16")
     source = open_dequantized(folder, dequantized_dtype)
     check_tensors(folder, source)
-    return Base(folder, config, source, find_quantization(folder))
+    return Base(folder, config, file_config, source, open_other_parts(folder), find_quantization(folder))

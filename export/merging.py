@@ -20,7 +20,9 @@ from checkpoints.model_config import (
     dtype_name,
     result_config,
 )
-from checkpoints.source import InDtype, main_dtype
+from checkpoints.other_parts import WithOtherParts
+from checkpoints.source import InDtype, TensorSource, main_dtype
+from checkpoints.whole import with_text_config
 from console import python_command
 from errors import ConfigError
 from export.inputs import Base
@@ -41,7 +43,7 @@ class MergePlan:
     Attributes:
         fold: base and adapters folded in float32, in the adapters' layout.
         fold_config: the base's config.json in that layout.
-        source: the merged tensors as they are written.
+        source: the merged tensors as they are written, but for what the base has beside its text model.
         config: config.json of the merged checkpoint.
         layout: layout that is written, ``qwen`` or ``qwen2`` (whose names Qwen3 shares).
         matched: how the base was rounded before the merge, as in the training of the adapters.
@@ -55,6 +57,12 @@ class MergePlan:
     config: dict[str, Any]
     layout: str
     matched: Quantization | None = None
+
+    @property
+    def written(self) -> TensorSource:
+        """All tensors that are written, by the names that they have in the files."""
+        others = self.base.other_parts
+        return self.source if others is None else WithOtherParts(self.source, others)
 
     @property
     def dtype(self) -> str:
@@ -149,6 +157,7 @@ def plan_merge(
     stored = choose_dtype(dtype, base.config)
     rounded = RoundedTensors(merged if stored is None else InDtype(merged, stored), before, rounding)
 
+    merged_config = with_text_config(base.file_config, merged_config)
     merged_config = result_config(merged_config, dtype_name(main_dtype(rounded)))
     if matched is not None:
         merged_config[ROUNDED_AS] = str(matched)

@@ -15,11 +15,12 @@ import torch
 
 from checkpoints.adapter import Adapter
 from checkpoints.dequantized_reader import open_dequantized
-from checkpoints.files import load_json, load_json_or_empty
+from checkpoints.files import load_json_or_empty
 from checkpoints.model_config import Quantization, load_base_quantization
 from checkpoints.names import RUN_SUMMARY
 from checkpoints.shards import fingerprint
 from checkpoints.source import TensorSource
+from checkpoints.whole import load_text_config
 from errors import ConfigError
 from export.inputs import find_base
 from export.layouts.convert import convert_tensors
@@ -127,4 +128,4 @@ def _stored_with(adapter: Adapter, plan: MergePlan) -> TensorSource:
     if recorded not in (None, fingerprint(base)):
         raise ConfigError(f"{base} is not the checkpoint that {adapter.folder} was trained on")
     source = open_dequantized(base, torch.float16)
-    return convert_tensors(source, load_json(base / "config.json"), layout_of_config(plan.fold_config))
+    return convert_tensors(source, load_text_config(base), layout_of_config(plan.fold_config))

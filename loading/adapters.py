@@ -21,6 +21,7 @@ from checkpoints.input_folders import check_files
 from checkpoints.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from checkpoints.patterns import check_patterns
 from checkpoints.shards import open_checkpoint
+from checkpoints.whole import ADAPTER_PREFIX, LONGER_NAMES, text_options
 from errors import ConfigError, one_line
 from loading.checkpoint import Checkpoint
 from loading.initial_values import begin_as_weights
@@ -193,9 +194,13 @@ def load_adapter(
     check_patterns(options, modules, f"{flag} {Path(folder) / ADAPTER_CONFIG}")
     fix = "Give the folder of an adapter of this model"
     with library_errors(f"{flag} {folder}", fix, _describe), without_gptqmodel(), drawn_once():
-        saved = {tensor.replace(".default", "") for tensor in open_checkpoint(folder, ADAPTER_WEIGHTS).names()}
+        reader = open_checkpoint(folder, ADAPTER_WEIGHTS)
+        saved = {tensor.replace(".default", "") for tensor in reader.names()}
+        if any(reader.stored_name(tensor) != tensor for tensor in reader.names()):
+            options = text_options(options, _adapted_modules(saved))
         config = _peft_config(options, folder, flag)  # so that peft does not read the file, with keys of any kind
         settings: dict[str, Any] = {"is_trainable": is_trainable, "autocast_adapter_dtype": in_float32}
+        settings["key_mapping"] = LONGER_NAMES
         if isinstance(model, PeftModel):
             adapted = model
             adapted.add_adapter(name, config)
@@ -217,6 +222,12 @@ def load_adapter(
             " and ".join(missing),
         )
     return adapted
+
+
+def _adapted_modules(saved: Iterable[str]) -> list[str]:
+    """Return the modules that the tensors of an adapter are matrices for."""
+    parts = (name.removeprefix(ADAPTER_PREFIX).partition(".lora_") for name in saved)
+    return sorted({module for module, found, _ in parts if found})
 
 
 @contextmanager

@@ -20,9 +20,10 @@ from checkpoints.dequantized_reader import open_dequantized
 from checkpoints.files import is_file
 from checkpoints.input_folders import check_model_files
 from checkpoints.model_config import DTYPE_NAMES, Quantization, find_quantization
+from checkpoints.other_parts import OtherParts, open_other_parts
 from checkpoints.shards import open_checkpoint
 from checkpoints.source import TensorSource, is_finite
-from checkpoints.whole import load_text_config
+from checkpoints.whole import LONGER_NAMES, load_text_config
 from errors import ConfigError, one_line
 from loading.chat_family import chat_family
 from loading.hubs import find_folder
@@ -48,6 +49,7 @@ class Checkpoint:
         chat_format: Qwen v1's ``chatml`` or ``raw``; ``None`` if its files contain neither.
         quantization: how its weights are quantised; ``None`` if they are not.
         files: config, generation settings and tokenizer as they are in its folder.
+        other_parts: what the folder has beside the text model, if that is a part of a larger one.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Checkpoint:
     chat_format: str | None
     quantization: Quantization | None
     files: Files
+    other_parts: OtherParts | None = None
 
     @property
     def model_type(self) -> str:
@@ -115,6 +118,7 @@ def load_checkpoint(
         chat_format=chat_format_of(config, generation_config),
         quantization=find_quantization(folder),
         files=read_base_files(folder),
+        other_parts=open_other_parts(folder) if reads_weights else None,
     )
 
 
@@ -146,6 +150,8 @@ def load_model(
         _check_stored(checkpoint.folder)
     if device_map is not None:
         arguments["device_map"] = device_map
+    if checkpoint.other_parts is not None:
+        arguments["key_mapping"] = LONGER_NAMES
     try:
         with library_errors(place, "Copy the weights again from the original checkpoint"):
             model: Any = model_class_of(checkpoint.model_type).from_pretrained(

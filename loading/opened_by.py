@@ -13,7 +13,7 @@ from checkpoints.files import load_json_or_empty
 from checkpoints.names import TEMPLATES_FOLDER
 from console import python_command, shown_path
 from loading.tokenizer import is_rebuilt_otherwise
-from qwen_model.architectures import ARCHITECTURES
+from qwen_model.architectures import ARCHITECTURES, TEXT_TYPES
 
 Commands = dict[str, list[str]]
 """Shell commands by what they do: ``ask``, ``serve``, ``vllm``, ``convert``; each after what it needs."""
@@ -50,7 +50,7 @@ def _commands(
         path: what they call the folder.
         in_checkout: makes a command of this toolkit from what follows ``python``.
     """
-    model_type = config.get("model_type")
+    model_type = TEXT_TYPES.get(str(config.get("model_type")), config.get("model_type"))
     if model_type not in ARCHITECTURES or not has_tokenizer(folder):
         return {}
     name, quantization = shlex.quote(path), config.get("quantization_config") or {}

@@ -105,20 +105,28 @@ def _tensor_faults(config: Mapping[str, Any], architecture: Architecture, source
 
 
 def _expected_shapes(config: Mapping[str, Any], architecture: Architecture) -> tuple[dict[str, tuple[int, ...]], bool]:
-    """Return the shapes of a model's tensors, and whether its head is tied. All layers are like the first one."""
+    """Return the shapes of a model's tensors, and whether its head is tied. Layers of one kind are alike."""
     key = _layers_key(config, architecture)
     number = config.get(key, _config_class(architecture).num_hidden_layers)
-    model = build_on_meta({**config, key: 1, "layer_types": None})
+    kinds: Sequence[str | None] = _kinds_of_layers(config, architecture) or [None] * number
+    built = list(dict.fromkeys(kinds))  # one layer of each kind
+    model = build_on_meta({**config, key: len(built), "layer_types": built if built[0] else None})
     tied = bool(model.config.tie_word_embeddings)
-    first = f"{architecture.blocks}.0."
     shapes: dict[str, tuple[int, ...]] = {}
     for name, tensor in model.state_dict().items():
-        if name.startswith(first):
-            layers = (f"{architecture.blocks}.{layer}.{name.removeprefix(first)}" for layer in range(number))
+        if match := re.match(rf"{re.escape(architecture.blocks)}\.(\d+)\.", name):
+            kind, part = built[int(match[1])], name[match.end() :]
+            layers = (f"{architecture.blocks}.{layer}.{part}" for layer in range(number) if kinds[layer] == kind)
             shapes |= dict.fromkeys(layers, tuple(tensor.shape))
         elif not (tied and name == HEAD_WEIGHT):
             shapes[name] = tuple(tensor.shape)
     return shapes, tied
+
+
+def _kinds_of_layers(config: Mapping[str, Any], architecture: Architecture) -> list[str] | None:
+    """Return the kind of each layer, as config.json or the default of its family has it; ``None`` if all are alike."""
+    values = {name: value for name, value in config.items() if name != "quantization_config"}
+    return getattr(_config_class(architecture).from_dict(values), "layer_types", None)
 
 
 def _is_harmless(name: str, shapes: Shapes, source: TensorSource) -> bool:

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import Qwen3_5Config, Qwen3_5ForConditionalGeneration
 
+from chat.template import CHATML_TEMPLATE
 from tests.models import write_later_checkpoint
 
 TEXT_SIZES: dict[str, Any] = {
@@ -32,7 +33,7 @@ PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json")
 
 
 def write_whole_folder(
-    folder: Path, template: str | None = None, tied: bool = False, dtype: torch.dtype = torch.float32
+    folder: Path, template: str | None = CHATML_TEMPLATE, tied: bool = False, dtype: torch.dtype = torch.float32
 ) -> Path:
     """Write a random model of transformers' class for texts and images, with layers that draft and a tokenizer."""
     write_later_checkpoint(folder, "qwen3", template, tied)

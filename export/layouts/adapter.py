@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from checkpoints.adapter import PREFIX, Adapter, Edit
+from checkpoints.adapter import Adapter, Edit
+from checkpoints.whole import ADAPTER_PREFIX
 from errors import ConfigError
 from export.layouts.qwen2_names import Layout, layout_of_names, module_in_qwen, modules_in_qwen2
 
@@ -54,7 +55,7 @@ class ConvertedAdapter:
         suffix = _SUFFIXES.get(role)
         if suffix is None:  # a whole parameter: peft keeps biases in the wrapped base layer, saved modules outside it
             suffix = f"base_layer.{parameter}" if f".base_layer.{parameter}" in source else parameter
-        self.tensors[f"{PREFIX}{module}.{suffix}"] = tensor.contiguous()
+        self.tensors[f"{ADAPTER_PREFIX}{module}.{suffix}"] = tensor.contiguous()
 
 
 def convert_adapter_tensors(adapter: Adapter, layout: Layout) -> ConvertedAdapter:

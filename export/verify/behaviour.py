@@ -16,10 +16,11 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from chat.label_mask import IGNORE_INDEX
-from checkpoints.files import load_json
 from checkpoints.fold import WeightedAdapter
-from checkpoints.shards import open_checkpoint
+from checkpoints.other_parts import OtherParts
+from checkpoints.shards import open_checkpoint, open_left_out
 from checkpoints.source import TensorSource, main_dtype, row_blocks
+from checkpoints.whole import load_text_config
 from errors import ConfigError
 from export.verify.layered_model import HeldTensors, LayeredModel
 from export.verify.reference import AdaptedParameters
@@ -166,13 +167,15 @@ class Comparison:
 
     Args:
         base: the base's tensors by the names of its layout, dequantised.
-        base_config: contents of its config.json.
+        base_config: contents of its config.json; of a larger model, the config of its text model.
         adapters: in the base's layout.
         merged: the merged folder, in any layout.
         samples: to compare answers on; cut to the length that both models were trained for.
+        other_parts: what the base's folder has beside its text model.
 
     Attributes:
         base_config, written_config: contents of the base's config.json and of the folder's.
+        other_parts: what base and folder have beside their text models.
         reference, result: module structures of the base's config and of the folder's.
         base, adapted, merged: parameters of the three models.
 
@@ -187,9 +190,11 @@ class Comparison:
         adapters: Sequence[WeightedAdapter],
         merged: Path,
         samples: Samples,
+        other_parts: OtherParts | None = None,
     ) -> None:
         self.written = open_checkpoint(merged)
-        self.base_config, self.written_config = base_config, load_json(merged / "config.json")
+        self.other_parts = (other_parts, open_left_out(merged)) if other_parts is not None else None
+        self.base_config, self.written_config = base_config, load_text_config(merged)
         same_layout = base_config["model_type"] == self.written_config.get("model_type")
         dtypes = {main_dtype(base), main_dtype(self.written)}
         fast = computes_bfloat16() and same_layout and dtypes == {torch.bfloat16}

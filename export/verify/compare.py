@@ -19,13 +19,13 @@ import torch
 from torch import Tensor
 
 from checkpoints.model_config import Rounding, dtype_name
-from checkpoints.source import main_dtype, row_blocks
+from checkpoints.source import TensorSource, main_dtype, row_blocks
 from errors import ConfigError
 from export.layouts.convert import convert_tensors
 from export.layouts.qwen2_names import layout_of_config
 from export.verify.behaviour import NOTICEABLE_LOSS, Behaviour, Comparison
 from export.verify.reference import AdaptedParameters
-from export.verify.weights import SUMMED, TensorCheck
+from export.verify.weights import SUMMED, TensorCheck, same_bits
 from qwen_model.architectures import ARCHITECTURES, HEAD_WEIGHT
 from qwen_model.block_runner import run_block
 
@@ -145,6 +145,7 @@ class _Verifier:
             streams.run_stage(index)
             on_progress(index + 2, steps)
         behaviour = all_.behaviour(streams)
+        self._check_other_parts()
         if not (all_.reference.tied_to and all_.result.tied_to):
             self._check(HEAD_WEIGHT)
         if not self._faults and math.isfinite(behaviour.adapter_loss) and not math.isfinite(behaviour.merged_loss):
@@ -152,6 +153,18 @@ class _Verifier:
         on_progress(steps, steps)
         kept = 1 + self._lost / self._learnt if self._learnt else 1.0
         return Verification(self._tensors, kept, main_dtype(all_.written), self._rounding, behaviour, self._faults)
+
+    def _check_other_parts(self) -> None:
+        """Compare what base and folder have beside their text models: no value may change."""
+        if self._all.other_parts is None:
+            return
+        base, written = self._all.other_parts[0].tensors, self._all.other_parts[1]
+        if different := set(base.names()) ^ set(written.names()):
+            self._faults.append(f"{min(different)}: only in {'the base' if min(different) in base else 'the folder'}")
+        for name in (name for name in base.names() if name in written):
+            self._tensors += 1
+            if _differ(base, written, name):
+                self._faults.append(f"{name}: differs from the base's, and is not of the text model")
 
     def _check(self, name: str) -> None:
         """Compare a tensor, named as in the base's layout."""
@@ -173,13 +186,20 @@ def check_tensor(name: str, adapted: AdaptedParameters, written: AdaptedParamete
     shape = adapted.source.shape(stored)
     step = max(1, math.prod(shape) // SUMMED)
     check = TensorCheck(name, written.source.dtype(written_name), rounding, step)
-    if len(shape) == 1:
-        check.compare_vector(adapted.source.read(stored), adapted.vector(name), written.source.read(written_name))
+    if len(shape) != 2:
+        values = adapted.source.read(stored), adapted.vector(name), written.source.read(written_name)
+        check.compare_vector(*(each.flatten() for each in values))
         return check
     for start, stop in row_blocks(*shape):
         rows = adapted.source.rows(stored, start, stop)
         check.compare(rows, adapted.changes(name, start, stop), written.source.rows(written_name, start, stop), start)
     return check
+
+
+def _differ(first: TensorSource, second: TensorSource, name: str) -> bool:
+    if (first.shape(name), first.dtype(name)) != (second.shape(name), second.dtype(name)):
+        return True
+    return not all(map(same_bits, first.blocks(name), second.blocks(name)))
 
 
 class _SameStates:

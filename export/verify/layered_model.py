@@ -128,7 +128,7 @@ class LayeredModel:
         return [*block_arguments, {}]
 
     def load_stage(self, stage: str, parameters: AdaptedParameters) -> nn.Module:
-        """Load a stage; vectors are float32, weights of linear layers as ``parameters.weight`` returns them.
+        """Load a stage; weights of linear layers as ``parameters.weight`` returns them, all others are float32.
 
         The module is used again by the next call, so that no stage stays in memory.
         """
@@ -143,8 +143,8 @@ class LayeredModel:
         values = {}
         for name, _ in module.named_parameters():
             full = f"{stage}.{name}"
-            is_vector = len(self.shapes[full]) == 1
-            values[name] = parameters.vector(full) if is_vector else parameters.weight(full)
+            is_matrix = len(self.shapes[full]) == 2
+            values[name] = parameters.weight(full) if is_matrix else parameters.vector(full)
         module.load_state_dict(values, assign=True)
         for name, layer in module.named_modules():
             if isinstance(layer, AdaptedLinear):

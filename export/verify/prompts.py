@@ -11,7 +11,7 @@ from chat.chatml import IM_END, IM_START
 from chat.render import control_ids_of, encode_prompt, render
 from chat.turns import Turn
 from checkpoints.companions import has_tokenizer
-from checkpoints.files import load_json
+from checkpoints.whole import load_text_config
 from errors import ConfigError, one_line
 from loading.chat_family import chat_family
 from loading.tokenizer import load_tokenizer
@@ -62,7 +62,7 @@ def _encode(folder: Path, vocab_size: int) -> list[list[int]]:
     tokenizer = load_tokenizer(folder, str(folder))
     if len(set(control_ids_of(tokenizer).values())) < 2:
         raise ValueError(f"it lacks {IM_START} and {IM_END}")
-    family = chat_family(load_json(folder / "config.json")["model_type"], tokenizer)
+    family = chat_family(load_text_config(folder)["model_type"], tokenizer)
     conversations = ([Turn("user", question), Turn("assistant", answer)] for question, answer in PROMPTS)
     prompts = [encode_prompt(render(turns, family), tokenizer)[:MAX_TOKENS] for turns in conversations]
     if (largest := max(id_ for prompt in prompts for id_ in prompt)) >= vocab_size:

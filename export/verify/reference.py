@@ -158,7 +158,7 @@ class AdaptedParameters:
         return stored if keeps else stored.to(torch.float32)
 
     def vector(self, name: str) -> Tensor:
-        """Return a bias or the weight of a norm, with the adapters applied."""
+        """Return a bias, or the weight of a norm or a convolution, with the adapters applied."""
         stored = self.stored_rows(name)
         value = stored.clone()
         for adapter, edit in self._edits(name):

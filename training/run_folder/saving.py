@@ -10,6 +10,7 @@ import copy
 import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +22,15 @@ from transformers import PreTrainedModel
 
 from chat.stops import stopping_generation_config
 from checkpoints.base_files import CONFIG, GENERATION_CONFIG, Files, set_values, values_of, write_files
+from checkpoints.companions import PROCESSOR_FILES
 from checkpoints.files import save_json
 from checkpoints.model_config import Rounding, dtype_name, result_config
 from checkpoints.names import ADAPTER_SAFETENSORS, ADAPTER_WEIGHTS, BASE_QUANTIZATION, WEIGHTS
+from checkpoints.other_parts import OtherParts
 from checkpoints.rounding import round_rows
-from checkpoints.shards import open_checkpoint
-from checkpoints.source import is_finite
+from checkpoints.shards import open_checkpoint, open_left_out
+from checkpoints.source import TensorSource, is_finite
+from checkpoints.whole import adapter_whole_name, whole_options
 from checkpoints.writing import save_checkpoint, save_tensors
 from errors import ConfigError, RunError
 from loading.chat_family import add_chat_template
@@ -68,7 +72,8 @@ def save_model(
     with saving_errors(folder), staged_files(folder) as staging:
         files = companions(checkpoint)
         if isinstance(model, PeftModel):
-            save_adapter(model, dtype, staging, state_dict)
+            files = {name: content for name, content in files.items() if name not in PROCESSOR_FILES}
+            save_adapter(model, dtype, staging, state_dict, checkpoint.other_parts)
             if exact and not is_plain(model):
                 tensors = {name: _to_disk(name, tensor, None) for name, tensor in trained_tensors(model).items()}
                 save_tensors(tensors, staging / TRAINED_VALUES)
@@ -144,19 +149,29 @@ def restore_tensors(model: Any, folder: Path) -> None:
 
 
 def save_adapter(
-    model: PeftModel, dtype: torch.dtype | None, folder: Path, state_dict: Mapping[str, Tensor] | None = None
+    model: PeftModel,
+    dtype: torch.dtype | None,
+    folder: Path,
+    state_dict: Mapping[str, Tensor] | None = None,
+    other_parts: OtherParts | None = None,
 ) -> None:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json`` as peft reads them.
 
     Args:
         dtype: saved precision; ``None`` is that of memory.
+        other_parts: of the base's folder, which decides what its modules are called.
     """
     trained, config = trained_tensors(model, state_dict), copy.deepcopy(model.peft_config["default"])
     if not is_plain(model):
         trained, config = plain_tensors(trained), plain_config(config)  # of the rank and the base that others know
     # A tied embedding appears twice, and safetensors needs separate memory.
     tensors = {name: _to_disk(name, item, _saved_dtype(name, dtype)).clone() for name, item in trained.items()}
-    save_tensors(tensors, folder / ADAPTER_SAFETENSORS)
+    stored = tensors
+    if other_parts is not None and other_parts.names_are_longer:  # other programs apply it to the whole model
+        stored = {adapter_whole_name(name): tensor for name, tensor in tensors.items()}
+        for option, value in whole_options(vars(config)).items():
+            setattr(config, option, value)
+    save_tensors(stored, folder / ADAPTER_SAFETENSORS)
     config.inference_mode = True
     base = os.path.expanduser(config.base_model_name_or_path or "")
     if os.path.isdir(base):  # otherwise the name of a model on a hub
@@ -165,7 +180,7 @@ def save_adapter(
     if (quantization := getattr(model.config, "quantization_config", None)) is not None:
         # The adapter was trained beside weights that were rounded this way.
         save_json(quantization.to_dict(), folder / BASE_QUANTIZATION)
-    _check_saved(tensors.items(), folder, (ADAPTER_SAFETENSORS,))
+    _check_saved(tensors.items(), open_checkpoint(folder, (ADAPTER_SAFETENSORS,)))
 
 
 def _saved_dtype(name: str, dtype: torch.dtype | None) -> torch.dtype | None:
@@ -192,10 +207,23 @@ def save_full(
         for name, tensor in tqdm(tensors.items(), action, unit=" tensors", disable=not show_progress):
             yield name, _to_disk(name, tensor, dtype)
 
-    save_checkpoint(as_saved("Saving"), folder, MAX_SHARD_SIZE)
+    save_checkpoint(_with_other_parts(as_saved("Saving"), checkpoint.other_parts), folder, MAX_SHARD_SIZE)
     stored = dtype or next(tensor.dtype for tensor in tensors.values() if tensor.is_floating_point())
     write_files(trained_config(checkpoint, stored), folder)
-    _check_saved(as_saved("Checking"), folder, WEIGHTS[:1])
+    _check_saved(as_saved("Checking"), open_checkpoint(folder))
+    if checkpoint.other_parts is not None:
+        _check_saved(_tensors_of(checkpoint.other_parts.tensors), open_left_out(folder))
+
+
+def _with_other_parts(tensors: Iterable[tuple[str, Tensor]], others: OtherParts | None) -> Iterable[tuple[str, Tensor]]:
+    """Yield the text model's tensors by the names that its folder gives them, then what the folder has beside them."""
+    if others is None:
+        return tensors
+    return chain(((others.stored_name(name), tensor) for name, tensor in tensors), _tensors_of(others.tensors))
+
+
+def _tensors_of(source: TensorSource) -> Iterator[tuple[str, Tensor]]:
+    return ((name, source.read(name)) for name in source.names())
 
 
 def _to_disk(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -213,12 +241,11 @@ def _to_disk(name: str, tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
     return tensor
 
 
-def _check_saved(tensors: Iterable[tuple[str, Tensor]], folder: Path, names: tuple[str, ...]) -> None:
+def _check_saved(tensors: Iterable[tuple[str, Tensor]], reader: TensorSource) -> None:
     """Compare saved tensors with those in memory; warn about tensors that are all zero, as if nothing was gathered.
 
     Biases may be zeros, and so are all second matrices of an adapter that no step has changed yet.
     """
-    reader = open_checkpoint(folder, names)
     all_zero, second_matrices = [], list[str]()
     for name, tensor in tensors:
         if name not in reader:

@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from checkpoints.files import load_json
-from checkpoints.shards import open_checkpoint, open_other_parts
+from checkpoints.shards import open_checkpoint, open_left_out
 from checkpoints.whole import load_text_config, text_config
 from errors import ConfigError
 from tests.models import change_json
@@ -20,7 +20,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_text_model_has_its_own_names_and_the_rest_is_apart(whole: Path) -> None:
-    stored, text, others = load_file(whole / "model.safetensors"), open_checkpoint(whole), open_other_parts(whole)
+    stored, text, others = load_file(whole / "model.safetensors"), open_checkpoint(whole), open_left_out(whole)
     assert {text.stored_name(name) for name in text.names()} | set(others.names()) == stored.keys()
     assert not {text.stored_name(name) for name in text.names()} & set(others.names())
     assert {name.split(".")[0] for name in others.names()} == {"model", "mtp"}
