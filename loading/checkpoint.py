@@ -154,10 +154,11 @@ def load_model(
         arguments["key_mapping"] = LONGER_NAMES
     try:
         with library_errors(place, "Copy the weights again from the original checkpoint"):
-            model: Any = model_class_of(checkpoint.model_type).from_pretrained(
+            model, loaded = model_class_of(checkpoint.model_type).from_pretrained(
                 None if "state_dict" in arguments else str(checkpoint.folder),
                 dtype=storage_dtype,
                 attn_implementation=attn_implementation,
+                output_loading_info=True,
                 **arguments,
             )
     except ConfigError as error:
@@ -166,6 +167,7 @@ def load_model(
             what = f"--attn_implementation {attn_implementation}: {cause.rstrip('.')}"
             raise ConfigError(what, "Install what it needs, or give sdpa") from error
         raise
+    assert not loaded["missing_keys"], f"transformers left {sorted(loaded['missing_keys'])} at random values"
     _check_finite(model, checkpoint)
     if is_bitsandbytes:
         patch_bitsandbytes_linear(model, dtype)

@@ -76,8 +76,13 @@ def _layers_key(config: Mapping[str, Any], architecture: Architecture) -> str:
 
 def _tensor_faults(config: Mapping[str, Any], architecture: Architecture, source: TensorSource) -> list[str]:
     """Compare names, shapes and dtypes."""
-    shapes, tied = _expected_shapes(config, architecture)
+    kinds = _kinds_of_layers(config, architecture)
+    of_kinds, shapes, tied = _shapes_of_kinds(config, architecture, kinds)
+    for layer, kind in enumerate(kinds):
+        shapes |= {f"{architecture.blocks}.{layer}.{name}": shape for name, shape in of_kinds[kind].items()}
     names = source.names()
+    if fault := _kind_fault(kinds, of_kinds, architecture, names):
+        return [fault]
     faults = []
     if missing := [name for name in shapes if name not in source]:
         faults.append(f"{len(missing)} tensors are missing: {_listed(missing)}")
@@ -104,29 +109,50 @@ def _tensor_faults(config: Mapping[str, Any], architecture: Architecture, source
     return faults
 
 
-def _expected_shapes(config: Mapping[str, Any], architecture: Architecture) -> tuple[dict[str, tuple[int, ...]], bool]:
-    """Return the shapes of a model's tensors, and whether its head is tied. Layers of one kind are alike."""
-    key = _layers_key(config, architecture)
-    number = config.get(key, _config_class(architecture).num_hidden_layers)
-    kinds: Sequence[str | None] = _kinds_of_layers(config, architecture) or [None] * number
-    built = list(dict.fromkeys(kinds))  # one layer of each kind
-    model = build_on_meta({**config, key: len(built), "layer_types": built if built[0] else None})
-    tied = bool(model.config.tie_word_embeddings)
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, tensor in model.state_dict().items():
-        if match := re.match(rf"{re.escape(architecture.blocks)}\.(\d+)\.", name):
-            kind, part = built[int(match[1])], name[match.end() :]
-            layers = (f"{architecture.blocks}.{layer}.{part}" for layer in range(number) if kinds[layer] == kind)
-            shapes |= dict.fromkeys(layers, tuple(tensor.shape))
-        elif not (tied and name == HEAD_WEIGHT):
-            shapes[name] = tuple(tensor.shape)
-    return shapes, tied
-
-
-def _kinds_of_layers(config: Mapping[str, Any], architecture: Architecture) -> list[str] | None:
-    """Return the kind of each layer, as config.json or the default of its family has it; ``None`` if all are alike."""
+def _kinds_of_layers(config: Mapping[str, Any], architecture: Architecture) -> list[str]:
+    """Return what each layer has in ``layer_types``; of a model without them, whose layers are alike, a common name."""
     values = {name: value for name, value in config.items() if name != "quantization_config"}
-    return getattr(_config_class(architecture).from_dict(values), "layer_types", None)
+    settings = _config_class(architecture).from_dict(values)
+    return list(getattr(settings, "layer_types", None) or [""] * settings.num_hidden_layers)
+
+
+def _shapes_of_kinds(
+    config: Mapping[str, Any], architecture: Architecture, kinds: Sequence[str]
+) -> tuple[dict[str, dict[str, tuple[int, ...]]], dict[str, tuple[int, ...]], bool]:
+    """Build a layer of each kind.
+
+    Returns:
+        The shapes of a layer's tensors by its kind, those outside of the layers, and whether the head is tied.
+    """
+    different = list(dict.fromkeys(kinds))
+    types = {"layer_types": different} if different != [""] else {}
+    model = build_on_meta({**config, _layers_key(config, architecture): len(different), **types})
+    tied = bool(model.config.tie_word_embeddings)
+    of_kinds: dict[str, dict[str, tuple[int, ...]]] = {kind: {} for kind in different}
+    others: dict[str, tuple[int, ...]] = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith(f"{architecture.blocks}."):
+            number, _, within = name.removeprefix(f"{architecture.blocks}.").partition(".")
+            of_kinds[different[int(number)]][within] = tuple(tensor.shape)
+        elif not (tied and name == HEAD_WEIGHT):
+            others[name] = tuple(tensor.shape)
+    return of_kinds, others, tied
+
+
+def _kind_fault(
+    kinds: Sequence[str], of_kinds: Mapping[str, Shapes], architecture: Architecture, names: Sequence[str]
+) -> str:
+    """Describe the first layer that has the tensors of another kind than config.json says; empty if there is none."""
+    stored: dict[int, set[str]] = {}
+    for name in names:
+        if match := re.match(rf"{re.escape(architecture.blocks)}\.(\d+)\.(.+)", name):
+            stored.setdefault(int(match[1]), set()).add(match[2])
+    for layer, declared in enumerate(kinds):
+        own = stored[layer] - of_kinds[declared].keys()
+        for kind, shapes in of_kinds.items():
+            if own and own <= shapes.keys() and not shapes.keys() - stored[layer]:
+                return f"layer_types of config.json has {declared} for layer {layer}, its tensors are those of {kind}"
+    return ""
 
 
 def _is_harmless(name: str, shapes: Shapes, source: TensorSource) -> bool:

@@ -155,7 +155,7 @@ class _Projection(torch.autograd.Function):
                 output.addmm_(next(inners), up.to(dtype).T, alpha=layer.scale * ctx.missing)
             outputs.append(output.view(*first.shape[:-1], output.shape[1]))
             saved += [weight, down, up]
-        ctx.layers, ctx.dtype, ctx.shape = layers, dtype, first.shape
+        ctx.layers, ctx.dtype, ctx.shape, ctx.rounds_last = layers, dtype, first.shape, norm and norm.rounds_last
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(*saved)
         return tuple(outputs)
@@ -166,7 +166,7 @@ class _Projection(torch.autograd.Function):
         states, inverse, norm_weight, first, second, where, inner, *saved = ctx.saved_tensors
         _, _, needs_first, needs_second, *needs = ctx.needs_input_grad
         if states is not None:
-            first = NormInput(states, inverse, norm_weight).output()
+            first = NormInput(states, inverse, norm_weight, ctx.rounds_last).output()
         activated = None if second is None else F.silu(first)
         x = first if activated is None else activated * second
         x = None if x is None else x.to(ctx.dtype).reshape(-1, x.shape[-1])

@@ -9,7 +9,7 @@ standard library, because ``checkpoints`` reads it without transformers.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -32,12 +32,10 @@ class Architecture:
         model_class: class in ``lean_models.py`` that the toolkit loads.
         embedding, blocks, norm: modules of the model: token embedding, list of blocks, final norm.
         block_returns_tuple: whether a block returns a tuple that begins with the states.
-        why_padded: why its batches are padded rows of one sample each: what a block carries from token to token beside
-            attention would reach the next sample of a row. Empty: samples can share a row.
         linear_groups: all linear layers of a block, in the order of their computation; those of a group have the same
-            input.
+            input. Where blocks differ, a block has some of the groups, see ``groups_of``.
         biased_layers: those of them that have a bias.
-        shapes: config.json -> [O, I] of these layers by their names within a block.
+        shapes: config.json -> [O, I] of these layers by their names within a block, of blocks of every kind.
         brings_chat_template: whether checkpoints bring a chat template; Qwen v1 has one fixed format instead.
         base_knows_chatml: whether base checkpoints were trained with the ChatML tokens.
         base_system: default system message of checkpoints without a chat template; ``None``: no system message.
@@ -51,7 +49,6 @@ class Architecture:
     blocks: str
     norm: str
     block_returns_tuple: bool = False
-    why_padded: str = ""
     linear_groups: tuple[tuple[str, ...], ...]
     biased_layers: tuple[str, ...]
     shapes: Callable[[Mapping[str, Any]], Shapes]
@@ -63,6 +60,10 @@ class Architecture:
     def linear_layers(self) -> tuple[str, ...]:
         """Names within a block of its linear layers, in the order of their computation."""
         return tuple(name for group in self.linear_groups for name in group)
+
+    def groups_of(self, layers: Collection[str]) -> tuple[tuple[str, ...], ...]:
+        """The groups of a block that has these linear layers, by their names within it."""
+        return tuple(group for group in self.linear_groups if group[0] in layers)
 
     @property
     def lora_targets(self) -> tuple[str, ...]:
@@ -98,6 +99,22 @@ def _qwen2_shapes(config: Mapping[str, Any]) -> Shapes:
         "self_attn.q_proj": (queries, hidden), "self_attn.k_proj": (keys, hidden),
         "self_attn.v_proj": (keys, hidden), "self_attn.o_proj": (hidden, queries),
         "mlp.gate_proj": (width, hidden), "mlp.up_proj": (width, hidden), "mlp.down_proj": (hidden, width),
+    }  # fmt: skip
+
+
+def _qwen3_5_shapes(config: Mapping[str, Any]) -> Shapes:
+    hidden = int(config["hidden_size"])
+    shapes = _qwen2_shapes({"head_dim": 256, **config})
+    queries, _ = shapes["self_attn.q_proj"]
+    keys, values = (
+        int(config[f"linear_num_{kind}_heads"]) * int(config[f"linear_{kind}_head_dim"]) for kind in ("key", "value")
+    )
+    decays = int(config["linear_num_value_heads"])
+    return shapes | {
+        "self_attn.q_proj": (2 * queries, hidden),
+        "linear_attn.in_proj_qkv": (2 * keys + values, hidden), "linear_attn.in_proj_z": (values, hidden),
+        "linear_attn.in_proj_b": (decays, hidden), "linear_attn.in_proj_a": (decays, hidden),
+        "linear_attn.out_proj": (hidden, values),
     }  # fmt: skip
 
 
@@ -150,10 +167,24 @@ _QWEN3 = replace(
     base_system=None,
 )
 
+_QWEN3_5 = replace(
+    _QWEN3,
+    model_type="qwen3_5_text",
+    display_name="Qwen3.5",
+    saved_class="Qwen3_5ForCausalLM",
+    model_class="LeanQwen3_5ForCausalLM",
+    linear_groups=(
+        tuple(f"linear_attn.in_proj_{part}" for part in ("qkv", "z", "b", "a")),
+        ("linear_attn.out_proj",),
+        *_QWEN3.linear_groups,
+    ),
+    shapes=_qwen3_5_shapes,
+)
+
 TEXT_TYPES = {"qwen3_5": "qwen3_5_text"}
 """``model_type`` of a larger model -> that of the text model in it, see ``checkpoints/whole.py``."""
 
-ARCHITECTURES = {row.model_type: row for row in (_QWEN, _QWEN2, _QWEN3)}
+ARCHITECTURES = {row.model_type: row for row in (_QWEN, _QWEN2, _QWEN3, _QWEN3_5)}
 
 EMBEDDING_WEIGHTS = tuple(dict.fromkeys(row.embedding_weight for row in ARCHITECTURES.values()))
 """Names that the embedding's tensor can have on disk; other decoders than Qwen's use the second one as well."""
@@ -182,7 +213,8 @@ def architecture_of(model_type: object, file: object = "config.json") -> Archite
     """
     if isinstance(model_type, str) and model_type in ARCHITECTURES:
         return ARCHITECTURES[model_type]
-    *others, last = ARCHITECTURES
+    published = {own: whole for whole, own in TEXT_TYPES.items()}
+    *others, last = (published.get(name, name) for name in ARCHITECTURES)
     what = "there is no model_type" if model_type is None else f"model_type {model_type!r} is not supported"
     raise ConfigError(
         f"{file}: {what}",

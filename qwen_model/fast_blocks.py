@@ -1,4 +1,4 @@
-"""Leaner ``forward`` methods for embeddings, norms, attention and MLP, with the results of their own classes.
+"""Leaner ``forward`` methods for the modules of a block and the embedding, with the results of their own classes.
 
 ``use_fast_blocks`` gives these modules another class in memory: a subclass of their own, whose ``forward`` calls the
 functions of ``adapted_linear.py``, ``fused_ops.py`` and ``summed_gradients.py``. Modules, parameters and calls stay, so
@@ -9,6 +9,7 @@ Shapes: B batch, T tokens, C hidden size, H heads, D head size.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -17,9 +18,17 @@ from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm
+from transformers.models.qwen3_5.modeling_qwen3_5 import (
+    Qwen3_5Attention,
+    Qwen3_5GatedDeltaNet,
+    Qwen3_5MLP,
+    Qwen3_5RMSNorm,
+    Qwen3_5RMSNormGated,
+)
 
 from qwen_model.adapted_linear import project, project_gated
-from qwen_model.fused_ops import rms_norm, rotate
+from qwen_model.delta_net import RowsDeltaNet, compute
+from qwen_model.fused_ops import gated, gated_norm, rms_norm, rotate
 from qwen_model.modeling_qwen import QWenAttention, QWenMLP, QWenRMSNorm, eager_attention
 from qwen_model.rope import RotaryTables
 from qwen_model.summed_gradients import SummingEmbedding
@@ -44,7 +53,13 @@ class _Norm(nn.Module):
 
 
 class _Attention(nn.Module):
-    """The attention of Qwen2 and Qwen3: keys and values of their own heads, in Qwen3 normalised queries and keys."""
+    """The attention since Qwen2: keys and values of their own heads, since Qwen3 normalised queries and keys.
+
+    Attributes:
+        is_gated: the projection of the queries also has a gate for each of them, as in Qwen3.5.
+    """
+
+    is_gated = False
 
     def forward(
         self: Any,
@@ -60,14 +75,17 @@ class _Attention(nn.Module):
         shape = hidden_states.shape[:-1]
         projected = project(hidden_states, (self.q_proj, self.k_proj, self.v_proj))
         query, key, value = (states.view(*shape, -1, self.head_dim) for states in projected)
+        gate = None
+        if self.is_gated:
+            query, gate = query.unflatten(-2, (-1, 2)).unbind(-2)
         if hasattr(self, "q_norm"):
             query, key = self.q_norm(query), self.k_norm(key)
         cos, sin = position_embeddings
         dtype = _attended_dtype(query, cos)
         query, key = rotate(query, cos, sin, dtype), rotate(key, cos, sin, dtype)
         dropout = self.attention_dropout if self.training else 0.0
-        kwargs["sliding_window"] = self.sliding_window
-        return _attend(self, query, key, value, attention_mask, self.o_proj, dropout, **kwargs)
+        kwargs["sliding_window"] = getattr(self, "sliding_window", None)
+        return _attend(self, query, key, value, attention_mask, self.o_proj, dropout, gate, **kwargs)
 
 
 class FastQWenAttention(QWenAttention):
@@ -101,12 +119,14 @@ def _attend(
     attention_mask: Tensor | None,
     output_layer: nn.Module,
     dropout: float,
+    gate: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor | None]:
     """Call the attention of the model's config and the layer after it.
 
     Args:
         query, key, value: [B, T, heads, D].
+        gate: [B, T, heads, D], of what comes from the attention.
 
     Returns:
         States [B, T, C], and the weights of the attention if it returns any.
@@ -114,6 +134,8 @@ def _attend(
     function = ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager_attention)
     heads_first = (states.transpose(1, 2) for states in (query, key, value))
     output, weights = function(module, *heads_first, attention_mask, scaling=module.scaling, dropout=dropout, **kwargs)
+    if gate is not None:
+        output = gated(output, gate)
     (states,) = project(output.flatten(2), (output_layer,))
     return states, weights
 
@@ -127,7 +149,7 @@ def _attended_dtype(query: Tensor, table: Tensor) -> torch.dtype:
 
 
 class _MLP(nn.Module):
-    """The gated MLP of Qwen2 and Qwen3."""
+    """The gated MLP since Qwen2."""
 
     def forward(self: Any, x: Tensor) -> Tensor:
         gate, up = project(x, (self.gate_proj, self.up_proj))
@@ -169,9 +191,48 @@ class FastQwen3RMSNorm(_Norm, Qwen3RMSNorm):
     pass
 
 
+class FastQwen3_5Attention(_Attention, Qwen3_5Attention):
+    is_gated = True
+
+
+class FastQwen3_5DeltaNet(Qwen3_5GatedDeltaNet):
+    def forward(
+        self,
+        hidden_states: Tensor,
+        cache_params: Any = None,
+        attention_mask: Tensor | None = None,
+        sequence_lengths: Sequence[int] | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        if cache_params is not None:
+            own: Any = super().forward
+            return own(hidden_states, cache_params, attention_mask, **kwargs)  # type: ignore[no-any-return]
+        if attention_mask is not None:
+            hidden_states = hidden_states * attention_mask[..., None].to(hidden_states.dtype)
+        samples, length = hidden_states.shape[:2]
+        return compute(self, project, hidden_states, sequence_lengths or [length] * samples)
+
+
+class FastQwen3_5MLP(_MLP, Qwen3_5MLP):
+    pass
+
+
+class FastQwen3_5RMSNorm(Qwen3_5RMSNorm):
+    def forward(self, x: Tensor) -> Tensor:
+        return rms_norm(x, 1.0 + self.weight.float(), self.eps, rounds_last=True)
+
+
+class FastQwen3_5RMSNormGated(Qwen3_5RMSNormGated):
+    def forward(self, hidden_states: Tensor, gate: Tensor) -> Tensor:
+        return gated_norm(hidden_states, gate, self.weight, self.variance_epsilon)
+
+
 _FAST_CLASSES: dict[type, type] = {
     nn.Embedding: SummingEmbedding,
     QWenAttention: FastQWenAttention, QWenMLP: FastQWenMLP, QWenRMSNorm: FastQWenRMSNorm,
     Qwen2Attention: FastQwen2Attention, Qwen2MLP: FastQwen2MLP, Qwen2RMSNorm: FastQwen2RMSNorm,
     Qwen3Attention: FastQwen3Attention, Qwen3MLP: FastQwen3MLP, Qwen3RMSNorm: FastQwen3RMSNorm,
+    Qwen3_5Attention: FastQwen3_5Attention, Qwen3_5MLP: FastQwen3_5MLP, Qwen3_5RMSNorm: FastQwen3_5RMSNorm,
+    Qwen3_5GatedDeltaNet: FastQwen3_5DeltaNet, RowsDeltaNet: FastQwen3_5DeltaNet,
+    Qwen3_5RMSNormGated: FastQwen3_5RMSNormGated,
 }  # fmt: skip

@@ -12,21 +12,23 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
+def rms_norm(states: Tensor, weight: Tensor, eps: float, rounds_last: bool = False) -> Tensor:
     """Normalise the last dimension by its root mean square in float32, round to the input's dtype, then scale.
 
     Args:
         states: [..., C].
         weight: [C]; it gets a gradient if it is trained.
+        rounds_last: scale, then round; the weight is float32.
     """
     output: Any
-    output, inverse = _RMSNorm.apply(states, weight, eps)
+    output, inverse = _RMSNorm.apply(states, weight, eps, rounds_last)
     if output.requires_grad:
-        output.norm_input = NormInput(states.detach(), inverse, weight.detach()), output._version
+        output.norm_input = NormInput(states.detach(), inverse, weight.detach(), rounds_last), output._version
     result: Tensor = output
     return result
 
@@ -39,14 +41,18 @@ class NormInput:
         states: [..., C].
         inverse: reciprocal of the root mean square, float32 [..., 1].
         weight: [C].
+        rounds_last: see ``rms_norm``.
     """
 
     states: Tensor
     inverse: Tensor
     weight: Tensor
+    rounds_last: bool
 
     def output(self) -> Tensor:
         """Compute the output again; its bits are those of the norm."""
+        if self.rounds_last:
+            return (self.states * self.inverse).mul_(self.weight).to(self.states.dtype)
         return _scaled((self.states * self.inverse).to(self.states.dtype), self.weight)
 
 
@@ -58,16 +64,15 @@ def norm_input_of(states: Tensor) -> NormInput | None:
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        length = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
-        inverse = length.square_().div_(states.shape[-1]).add_(eps).rsqrt_()
+    def forward(ctx: Any, states: Tensor, weight: Tensor, eps: float, rounds_last: bool) -> tuple[Tensor, Tensor]:
+        inverse = _inverse_root(states, eps)
         ctx.save_for_backward(states, inverse, weight)
         ctx.mark_non_differentiable(inverse)
-        return NormInput(states, inverse, weight).output(), inverse
+        return NormInput(states, inverse, weight, rounds_last).output(), inverse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+    def backward(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:
         states, inverse, weight = ctx.saved_tensors
         # With n = x / rms(x): the gradient of x is (g w - n mean(g w n)) / rms(x), that of w is the sum of g n.
         products = (gradient.float() * states).flatten(0, -2)  # g x
@@ -77,7 +82,13 @@ class _RMSNorm(torch.autograd.Function):
             to_states = _scaled(gradient * inverse, weight).addcmul_(states, means, value=-1).to(states.dtype)
         if ctx.needs_input_grad[1]:
             to_weight = products.T.mv(inverse.flatten()).to(weight.dtype)
-        return to_states, to_weight, None
+        return to_states, to_weight, None, None
+
+
+def _inverse_root(states: Tensor, eps: float) -> Tensor:
+    """Return the reciprocal of the root mean square of the last dimension, float32 [..., 1]."""
+    length = torch.linalg.vector_norm(states, dim=-1, keepdim=True, dtype=torch.float32)
+    return length.square_().div_(states.shape[-1]).add_(eps).rsqrt_()
 
 
 def _scaled(states: Tensor, weight: Tensor) -> Tensor:
@@ -125,3 +136,56 @@ def _rotated(states: Tensor, cos: Tensor, sin: Tensor, is_inverse: bool) -> Tens
     rotated[..., second].addcmul_(states[..., first], sines[1], value=-sign)
     rotated[..., size:] = states[..., size:]
     return rotated
+
+
+def gated(states: Tensor, gate: Tensor) -> Tensor:
+    """Return ``states * sigmoid(gate)``, of which only the two are kept."""
+    output: Tensor = _Gated.apply(states, gate)
+    return output
+
+
+class _Gated(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(states, gate)
+        return states * gate.sigmoid()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        states, gate = ctx.saved_tensors
+        opening = gate.sigmoid()
+        to_gate = torch.ops.aten.sigmoid_backward(gradient * states, opening)
+        return (gradient * opening).to(states.dtype), to_gate.to(gate.dtype)
+
+
+def gated_norm(states: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Normalise the last dimension as ``rms_norm`` does, then multiply with ``silu(gate)`` in float32.
+
+    Args:
+        states, gate: [..., C].
+        weight: [C].
+    """
+    output: Tensor = _GatedNorm.apply(states, gate, weight, eps)
+    return output
+
+
+class _GatedNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: Tensor, gate: Tensor, weight: Tensor, eps: float) -> Tensor:
+        inverse = _inverse_root(states, eps)
+        ctx.save_for_backward(states, gate, inverse, weight)
+        return (_scaled((states * inverse).to(states.dtype), weight) * F.silu(gate.float())).to(states.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        states, gate, inverse, weight = ctx.saved_tensors
+        wide, normalised = gate.float(), states * inverse
+        to_scaled = gradient * F.silu(wide)
+        to_weight = (to_scaled * normalised).flatten(0, -2).sum(0).to(weight.dtype)
+        to_normalised = to_scaled.mul_(weight)
+        means = (to_normalised * normalised).mean(-1, keepdim=True)
+        to_states = to_normalised.addcmul_(normalised, means, value=-1).mul_(inverse).to(states.dtype)
+        to_gate = torch.ops.aten.silu_backward(normalised.mul_(weight).mul_(gradient), wide).to(gate.dtype)
+        return to_states, to_gate, to_weight, None

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import Qwen2ForCausalLM, Qwen3ForCausalLM
+from transformers import Qwen2ForCausalLM, Qwen3_5ForCausalLM, Qwen3ForCausalLM
 
 from chat.label_mask import IGNORE_INDEX
 from qwen_model.architectures import architecture_of
@@ -100,6 +100,10 @@ class LeanQwen2ForCausalLM(FamilyChatMixin, Qwen2ForCausalLM):
 
 class LeanQwen3ForCausalLM(FamilyChatMixin, Qwen3ForCausalLM):
     forward = with_lean_loss(Qwen3ForCausalLM.forward)
+
+
+class LeanQwen3_5ForCausalLM(FamilyChatMixin, Qwen3_5ForCausalLM):
+    forward = with_lean_loss(Qwen3_5ForCausalLM.forward)
 
 
 def model_class_of(model_type: str) -> Any:

@@ -20,11 +20,12 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qwen_model import delta_net
 from qwen_model.modeling_qwen import eager_attention
 
 Attend = Callable[..., tuple[Tensor, Tensor | None]]
 
-NO_MASKS = {"full_attention": None, "sliding_attention": None}
+NO_MASKS = {"full_attention": None, "sliding_attention": None, "linear_attention": None}
 """``attention_mask`` of a row: masks that are ready. Without them transformers builds one of [N, N] from positions."""
 
 _FLASH = ("flash_attention_2", "flash_attention_3", "flash_attention_4")  # they read the lengths themselves
@@ -40,6 +41,7 @@ def take_rows(model: Any) -> None:
     for name, own_name in _NAMES.items():
         ALL_ATTENTION_FUNCTIONS.register(own_name, partial(attend_by_sample, _FUNCTIONS[name]))
         ALL_MASK_ATTENTION_FUNCTIONS.register(own_name, ALL_MASK_ATTENTION_FUNCTIONS[name])
+    delta_net.take_rows(model)
     name = model.config._attn_implementation
     if name in _NAMES:
         model.set_attn_implementation(_NAMES[name])
@@ -59,10 +61,12 @@ def ready_masks(config: Any) -> dict[str, None] | None:
 
 
 def check_takes_rows(model: Any) -> None:
-    """Raise unless a model's attention keeps the samples of a row apart."""
+    """Raise unless a model keeps the samples of a row apart."""
     name = model.config._attn_implementation
     if name not in (*_NAMES.values(), *_FLASH):
         raise ValueError(f"attention {name!r} would mix the samples of a row; call take_rows(model) first")
+    if not delta_net.takes_rows(model):
+        raise ValueError("the delta nets would mix the samples of a row; call take_rows(model) first")
 
 
 def attend_by_sample(

@@ -18,6 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3_5ForCausalLM,
+    Qwen3_5TextConfig,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -44,6 +46,13 @@ SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 # Not special: decoding with skip_special_tokens keeps them.
 PLAIN_TOKENS = {"qwen2": ("<tool_call>", "</tool_call>")}
 PLAIN_TOKENS["qwen3"] = (*PLAIN_TOKENS["qwen2"], "<tool_response>", "</tool_response>", "<think>", "</think>")
+PLAIN_TOKENS["qwen3_5_text"] = PLAIN_TOKENS["qwen3"]
+
+DELTA_NETS: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"], "linear_num_key_heads": 2, "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8, "linear_value_head_dim": 4, "partial_rotary_factor": 0.5,
+}  # fmt: skip
+"""Sizes of a tiny Qwen3.5 beside those of every family."""
 
 
 def write_conversations(path: Path, conversations: Sequence[Sequence[tuple[str, str]]] = CONVERSATIONS) -> Path:
@@ -101,7 +110,7 @@ def write_later_checkpoint(
     dtype: torch.dtype = torch.float32,
     hidden_size: int = 32,
 ) -> Path:
-    """Write a tiny random checkpoint of Qwen2 or Qwen3, with a fast tokenizer of 700 ranks and a chat template."""
+    """Write a tiny random checkpoint after Qwen v1, with a fast tokenizer of 700 ranks and a chat template."""
     fast = Tokenizer.from_str(_fast_tokenizer(TINY / "qwen.tiktoken"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast)
     for special, tokens in ((True, SPECIAL_TOKENS), (False, PLAIN_TOKENS[model_type])):
@@ -120,8 +129,10 @@ def write_later_checkpoint(
     model: Any
     if model_type == "qwen2":
         model = Qwen2ForCausalLM(Qwen2Config(**sizes))
-    else:
+    elif model_type == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**sizes, head_dim=8))
+    else:
+        model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**sizes, **DELTA_NETS, head_dim=8))
     model.to(dtype).save_pretrained(folder)
     ends = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_end|>", "<|endoftext|>")]
     generation = GenerationConfig(eos_token_id=ends, pad_token_id=ends[1], do_sample=True, top_p=0.8, top_k=20)

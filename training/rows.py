@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from errors import ConfigError
-from qwen_model.architectures import architecture_of
 from training.config.args import RunArguments
 from training.config.engines import find_engine
 
@@ -23,9 +22,7 @@ def why_padded(args: RunArguments, config: Mapping[str, Any]) -> str:
     """
     if not args.data.padding_free:
         return "--padding_free False"
-    architecture, attention = architecture_of(config["model_type"]), args.model.attn_implementation
-    if architecture.why_padded:
-        return f"{architecture.display_name} {architecture.why_padded}"
+    attention = args.model.attn_implementation
     if attention not in ATTENTION:
         return f"--attn_implementation {attention} does not keep samples of one row apart"
     if config.get("output_attentions"):

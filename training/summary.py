@@ -18,13 +18,14 @@ from torch import nn
 from checkpoints.files import save_json
 from checkpoints.names import DATA_REPORT_PAGE, LOSS_CURVE, RUN_ARGUMENTS, RUN_SUMMARY, TRAINING_LOG
 from checkpoints.shards import fingerprint
-from console import python_command
+from console import pip_command, python_command
 from data_utils.examples import ExampleSet
 from data_utils.report.data_report import DataReport, count_steps
 from loading.adapters import EmbeddingsPolicy
 from loading.checkpoint import Checkpoint
 from loading.opened_by import opening_commands
 from loading.quantized import count_elements, count_weights
+from qwen_model.delta_net import KERNELS, describe
 from training.callbacks import RunLog
 from training.config.args import RunArguments
 from training.config.schedules import SCHEDULES
@@ -129,6 +130,7 @@ def describe_run(
         *_packing_rows(trainer, args, batch),
         ("steps", f"{steps:,} of {batch} {_items_of(trainer)} ({per_epoch:,} per epoch)"),
         *_joined_rows(trainer),
+        *_delta_net_rows(trainer),
         *([("expected", memory)] if memory else []),
         ("output", str(args.output_dir)),
         *([("memory", describe_memory(trainer.keeps_freed_memory(policy)))] if training.device.type == "cpu" else []),
@@ -190,6 +192,14 @@ def _joined_rows(trainer: QwenTrainer) -> list[tuple[str, str]]:
         return []
     text = f"{joining.accumulation} micro-batches of a step are joined to about {per_step:.1f} rows"
     return [("rows", f"{text} of up to {joining.budget:,} tokens")]
+
+
+def _delta_net_rows(trainer: QwenTrainer) -> list[tuple[str, str]]:
+    """Return what computes the delta nets of a model that has some."""
+    text = describe(cast(nn.Module, trainer.model))
+    if text and KERNELS not in text and trainer.args.device.type == "cuda":
+        text += f"; faster: {pip_command(KERNELS)}"
+    return [("delta nets", text)] if text else []
 
 
 def warn_of_few_steps(trainer: QwenTrainer) -> None:

@@ -159,7 +159,7 @@ def test_unknown_model_type(tmp_path: Path, model_type: str) -> None:
     folder = copy_checkpoint(tmp_path / "model", model_type=model_type)
     refuses(
         folder, f"{folder / 'config.json'}: model_type {model_type!r} is not supported",
-        "Use a checkpoint of model_type qwen, qwen2 or qwen3",
+        "Use a checkpoint of model_type qwen, qwen2, qwen3 or qwen3_5",
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from qwen_model.architectures import (
 from qwen_model.block_runner import blocks_of, capture_block_inputs, run_block
 from qwen_model.lean_models import model_class_of
 from tests.golden import REPO
+from tests.models import DELTA_NETS
 from tests.unit.test_imports import ALL_SOURCES
 
 SIZES = {
@@ -44,7 +46,9 @@ def model(architecture: Architecture) -> Any:
     model_class = model_class_of(architecture.model_type)
     config_class = model_class.config_class
     known = inspect.signature(config_class.__init__).parameters
-    return model_class(config_class(**{name: size for name, size in SIZES.items() if name in known})).eval()
+    sizes = {name: size for name, size in SIZES.items() if name in known}
+    changes = DELTA_NETS if "linear_key_head_dim" in known else {}
+    return model_class(config_class(**sizes | changes)).eval()
 
 
 def test_model_type_and_classes(architecture: Architecture, model: Any) -> None:
@@ -79,9 +83,9 @@ def linear_layers(block: nn.Module) -> dict[str, nn.Linear]:
     return {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
 
 
-def test_lora_targets_are_the_linear_layers_of_a_block(architecture: Architecture, model: Any) -> None:
-    for block in blocks_of(model):
-        assert {name.split(".")[-1] for name in linear_layers(block)} == set(architecture.lora_targets)
+def test_lora_targets_are_the_linear_layers_of_the_blocks(architecture: Architecture, model: Any) -> None:
+    layers = {name for block in blocks_of(model) for name in linear_layers(block)}
+    assert {name.split(".")[-1] for name in layers} == set(architecture.lora_targets)
     outside = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     outside = [name for name in outside if not name.startswith(f"{architecture.blocks}.")]
     assert not {name.split(".")[-1] for name in outside} & set(architecture.lora_targets)
@@ -89,47 +93,50 @@ def test_lora_targets_are_the_linear_layers_of_a_block(architecture: Architectur
 
 def test_quantised_groups_cover_the_linear_layers_of_a_block(architecture: Architecture, model: Any) -> None:
     for block in blocks_of(model):
-        assert sorted(architecture.linear_layers) == sorted(linear_layers(block))
+        layers = linear_layers(block)
+        assert sorted(name for group in architecture.groups_of(layers) for name in group) == sorted(layers)
 
 
 def test_biased_layers(architecture: Architecture, model: Any) -> None:
     for block in blocks_of(model):
         biased = {name for name, layer in linear_layers(block).items() if layer.bias is not None}
-        assert biased == set(architecture.biased_layers)
+        assert biased == set(architecture.biased_layers) & linear_layers(block).keys()
 
 
 def test_shapes_from_the_config(architecture: Architecture, model: Any) -> None:
-    shapes = block_shapes(model.config.to_dict())
+    shapes: dict[str, tuple[int, ...]] = {}
     for block in blocks_of(model):
-        assert shapes == {name: tuple(layer.weight.shape) for name, layer in linear_layers(block).items()}
+        shapes |= {name: tuple(layer.weight.shape) for name, layer in linear_layers(block).items()}
+    assert block_shapes(model.config.to_dict()) == shapes
 
 
-def block_inputs(model: Any) -> tuple[nn.Module, torch.Tensor, Any]:
-    block = blocks_of(model)[0]
+def block_inputs(model: Any) -> Iterator[tuple[nn.Module, torch.Tensor, Any]]:
     states, arguments = capture_block_inputs(model, input_ids=torch.tensor([[5, 9, 33, 7, 21]]))
-    return block, states, arguments[0]
+    for block, others in zip(blocks_of(model), arguments, strict=True):
+        yield block, states, others
 
 
 def test_layers_of_a_group_have_the_same_input(architecture: Architecture, model: Any) -> None:
-    block, states, arguments = block_inputs(model)
-    inputs: dict[str, torch.Tensor] = {}
+    for block, states, arguments in block_inputs(model):
+        inputs: dict[str, torch.Tensor] = {}
 
-    def hook(name: str) -> Any:
-        return lambda module, args: inputs.setdefault(name, args[0])
+        def hook(name: str, inputs: dict[str, torch.Tensor] = inputs) -> Any:
+            return lambda module, args: inputs.setdefault(name, args[0])
 
-    for name, layer in linear_layers(block).items():
-        layer.register_forward_pre_hook(hook(name))
-    run_block(block, states, arguments)
-    assert tuple(inputs) == architecture.linear_layers, "the order of their computation"
-    for group in architecture.linear_groups:
-        assert all(torch.equal(inputs[name], inputs[group[0]]) for name in group)
+        for name, layer in linear_layers(block).items():
+            layer.register_forward_pre_hook(hook(name))
+        run_block(block, states, arguments)
+        groups = architecture.groups_of(inputs)
+        assert tuple(inputs) == tuple(name for group in groups for name in group), "the order of their computation"
+        for group in groups:
+            assert all(torch.equal(inputs[name], inputs[group[0]]) for name in group)
 
 
 def test_whether_a_block_returns_a_tuple(architecture: Architecture, model: Any) -> None:
-    block, states, arguments = block_inputs(model)
-    output: Any = block(states, **arguments)
-    assert isinstance(output, tuple) == architecture.block_returns_tuple
-    assert run_block(block, states, arguments).shape == states.shape
+    for block, states, arguments in block_inputs(model):
+        output: Any = block(states, **arguments)
+        assert isinstance(output, tuple) == architecture.block_returns_tuple
+        assert run_block(block, states, arguments).shape == states.shape
 
 
 @pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", ["qwen"]])

@@ -97,7 +97,8 @@ def test_loss_and_gradients_are_those_of_the_classes(name: str, attention: str, 
         if "checkpointed" in mode:
             model.enable_input_require_grads()
             model.gradient_checkpointing_enable({"use_reentrant": False})
-    assert_equal(*models, batch_of(is_padded))
+    # The first output of a delta net is a small product of query and key, whose rounding its norm makes larger.
+    assert_equal(*models, batch_of(is_padded), 5e-5 if "linear_num_key_heads" in MODELS[name][1] else 2e-6)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
@@ -127,9 +128,10 @@ def test_answers_with_a_cache_are_those_of_the_classes(name: str) -> None:
 def test_weights_of_the_attention_are_returned_where_they_are_asked_for(name: str) -> None:
     inputs = {"input_ids": torch.tensor([samples()[0]["input_ids"]]), "output_attentions": True}
     plain, fast = (model(**inputs) for model in build_pair(name, "eager"))
-    assert len(fast.attentions) == SIZES["num_hidden_layers"]
+    kinds = MODELS[name][1].get("layer_types", ["full_attention"] * SIZES["num_hidden_layers"])
+    assert len(fast.attentions) == kinds.count("full_attention")
     for one, other in zip(fast.attentions, plain.attentions, strict=True):
-        torch.testing.assert_close(one, other, rtol=0, atol=1e-6)
+        torch.testing.assert_close(one, other, rtol=0, atol=2e-6)
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)

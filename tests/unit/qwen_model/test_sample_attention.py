@@ -20,6 +20,7 @@ from qwen_model import sample_attention
 from qwen_model.architectures import ARCHITECTURES
 from qwen_model.lean_models import model_class_of
 from qwen_model.sample_attention import take_rows
+from tests.models import DELTA_NETS
 
 SIZES = {
     "vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -29,7 +30,7 @@ SIZES = {
 WINDOW = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
 # Name, model_type, changes of the config.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    **{name: (name, {}) for name in ARCHITECTURES},
+    **{name: (name, DELTA_NETS if name.startswith("qwen3_5") else {}) for name in ARCHITECTURES},
     "qwen2, as many heads of keys": ("qwen2", {"num_key_value_heads": 4}),
     "qwen2, sliding window": ("qwen2", WINDOW),
 }

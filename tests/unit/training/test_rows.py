@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import pytest
 
 from checkpoints.files import load_json
 from loading.checkpoint import load_checkpoint
-from qwen_model.architectures import ARCHITECTURES
 from tests.models import TINY, write_conversations, write_later_checkpoint
 from tests.unit.training.test_trainer import build_trainer
 from training.config.parsing import parse_args
@@ -25,6 +23,7 @@ from training.rows import why_padded
         ("qwen", ("--use_lora", "--lora_dropout", 0)),
         ("qwen2", ("--label_smoothing_factor", 0.1, "--gradient_checkpointing", "True")),
         ("qwen3", ("--loss", "full_logits", "--attn_implementation", "eager")),
+        ("qwen3_5_text", ("--use_lora", "--gradient_checkpointing", "True", "--lora_dropout", 0)),
     ],
 )
 def test_training_and_evaluation_on_rows_log_the_figures_of_padded_batches(
@@ -70,11 +69,8 @@ def test_what_cannot_be_a_row_is_padded_and_the_log_says_why(
     assert [f"Batches are padded: {reason}" in message for message in messages] == [True][: flags[:6] != "--padd"]
 
 
-def test_an_architecture_can_say_that_its_batches_are_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_decides_whether_batches_are_rows() -> None:
     config: dict[str, Any] = load_json(TINY / "config.json")
     assert why_padded(parse_args([]), config) == ""
     assert why_padded(parse_args(["--attn_implementation", "flash_attention_2"]), config) == ""
     assert "output_attentions" in why_padded(parse_args([]), config | {"output_attentions": True})
-    row = replace(ARCHITECTURES["qwen"], why_padded="carries a state from token to token")
-    monkeypatch.setitem(ARCHITECTURES, "qwen", row)
-    assert why_padded(parse_args([]), config) == "Qwen v1 carries a state from token to token"
