@@ -58,6 +58,8 @@ def _commands(
     commands = {}
     if is_prompted := _has_default_template(folder, str(model_type)):
         commands["ask"] = [f'{in_checkout("-m scripts.ask")} --model_name_or_path {name} "Who are you?"']
+    if model_type in TEXT_TYPES.values():  # with other programs it was not tried
+        return commands
     # Both know only the classes within themselves, and take the tokenizer's class that transformers chooses.
     if is_prompted and not is_rebuilt_otherwise(folder, config):
         if model_type != "qwen":

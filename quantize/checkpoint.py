@@ -28,6 +28,7 @@ from quantize.calibration import Samples
 from quantize.gptq import is_symmetric
 from quantize.packed import Measurements, check_sizes, max_inputs, quantize_weights
 from quantize.perplexity import AnswerLosses
+from qwen_model.architectures import TEXT_TYPES
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,12 @@ def check_quantizable(checkpoint: Checkpoint, quantization: Quantization) -> Non
         raise ConfigError(
             f"--model_name_or_path {checkpoint.name}: its weights are already quantised ({checkpoint.quantization})",
             "Give the unquantised model",
+        )
+    if checkpoint.model_type in TEXT_TYPES.values():
+        raise ConfigError(
+            f"--model_name_or_path {checkpoint.name}: model_type {checkpoint.model_type} is not written quantised: its "
+            "delta nets sum the errors of rounded weights over a text, and no program was tried on such a file",
+            "Train it with --q_lora, which quantises it while loading",
         )
     check_sizes(open_checkpoint(checkpoint.folder), checkpoint.model_type, quantization)
     if not quantization.is_packed:
