@@ -81,6 +81,9 @@ Method = Literal["gptq", "awq", "nf4", "fp4", "int8"]
 _PACKED: tuple[Method, ...] = ("gptq", "awq")
 
 _TITLES = {"gptq": "GPTQ", "awq": "AWQ", "nf4": "NF4", "fp4": "FP4", "int8": "8-bit"}
+_USE_UNQUANTISED = (
+    "Use the unquantised model: its name is that of this one without -FP8. --q_lora quantises it in memory"
+)
 _USE_ANOTHER = "Use the unquantised model, or one quantised as GPTQ, AWQ (GEMM) or by bitsandbytes"
 
 
@@ -173,7 +176,7 @@ def _parse(config: dict[str, Any], file: Path, method: str) -> Quantization:
     # The first configs of auto-gptq do not name their method; AutoAWQ has its own names for the numbers.
     if method not in _PACKED and not (method == "" and "bits" in config):
         what = f"{file}: weights quantised by {method or 'an unnamed method'} cannot be read"
-        raise ConfigError(what, _USE_ANOTHER)
+        raise ConfigError(what, _USE_UNQUANTISED if method == "fp8" else _USE_ANOTHER)
     bits, group_size = (_number(config, keys, file) for keys in (("bits", "w_bit"), ("group_size", "q_group_size")))
     if method == "awq":
         layout = str(config.get("version") or config.get("checkpoint_format") or config.get("format") or "gemm").lower()

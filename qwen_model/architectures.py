@@ -194,6 +194,13 @@ BIASED_LAYERS = frozenset(name.rpartition(".")[2] for row in ARCHITECTURES.value
 """Last parts of the names of all layers that have a bias in some architecture."""
 
 
+_OTHER_QWENS = {
+    r"qwen\w*_(moe|next)(_text)?": "it is a mixture of experts, and the tensors of experts are not trained here",
+    r"qwen\w*_vl(_moe)?(_text)?": "it is made for images, and only models of text are trained here",
+    r"qwen\w*_(audio|omni)\w*": "it is made for sound, and only models of text are trained here",
+}
+"""Values of ``model_type`` of the same family -> why they are not in the table."""
+
 _COMPUTED = re.compile(r"(.*\.)?(rotary_emb\.inv_freq|attn\.(bias|masked_bias))")
 
 
@@ -216,6 +223,9 @@ def architecture_of(model_type: object, file: object = "config.json") -> Archite
     published = {own: whole for whole, own in TEXT_TYPES.items()}
     *others, last = (published.get(name, name) for name in ARCHITECTURES)
     what = "there is no model_type" if model_type is None else f"model_type {model_type!r} is not supported"
+    if reason := next((reason for part, reason in _OTHER_QWENS.items() if re.fullmatch(part, str(model_type))), None):
+        fix = "Use a dense text model of Qwen, or train this one with ms-swift"
+        raise ConfigError(f"{file}: {what}: {reason}", fix)
     raise ConfigError(
         f"{file}: {what}",
         f"Use a checkpoint of model_type {', '.join(others)} or {last}",

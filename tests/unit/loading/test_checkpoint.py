@@ -154,13 +154,18 @@ def test_broken_config(tmp_path: Path, text: str, fault: str) -> None:
     refuses(tmp_path / "model", f"{tmp_path / 'model' / 'config.json'} {fault}")
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe"])
-def test_unknown_model_type(tmp_path: Path, model_type: str) -> None:
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("llama", ". Use a checkpoint of model_type qwen, qwen2, qwen3 or qwen3_5"),
+        *((name, ": it is a mixture of experts,") for name in ("qwen2_moe", "qwen3_moe", "qwen3_5_moe", "qwen3_next")),
+        *((name, ": it is made for images,") for name in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
+        *((name, ": it is made for sound,") for name in ("qwen2_audio", "qwen2_5_omni")),
+    ],
+)
+def test_unknown_model_type(tmp_path: Path, model_type: str, reason: str) -> None:
     folder = copy_checkpoint(tmp_path / "model", model_type=model_type)
-    refuses(
-        folder, f"{folder / 'config.json'}: model_type {model_type!r} is not supported",
-        "Use a checkpoint of model_type qwen, qwen2, qwen3 or qwen3_5",
-    )  # fmt: skip
+    refuses(folder, f"{folder / 'config.json'}: model_type {model_type!r} is not supported{reason}")
 
 
 def test_contradictory_config(tmp_path: Path) -> None:
