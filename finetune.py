@@ -61,7 +61,8 @@ def run(args: RunArguments) -> None:
     init_process_group(args)
     training_arguments = build_training_arguments(args)
     world, heartbeat = join_run(args.options.heartbeat_timeout)
-    checkpoint = load_checkpoint(args.model.model_name_or_path, args.model.cache_dir, args.model.model_hub)
+    model = args.model
+    checkpoint = load_checkpoint(model.model_name_or_path, model.cache_dir, model.model_hub, yarn=model.yarn)
     check_agreement(world, args, checkpoint, training_arguments.device.type)
     policy = choose_embeddings(args.lora, checkpoint)
     sets = load_shared_data(world, args, training_arguments, checkpoint)
@@ -70,9 +71,9 @@ def run(args: RunArguments) -> None:
     if start.is_finished:
         heartbeat.finish()
         return
-    model = load_training_model(checkpoint, args, training_arguments, policy)
+    trained = load_training_model(checkpoint, args, training_arguments, policy)
     prepare_output(args, start.removes_leftovers)  # removes old results, now that every check has passed
-    trainer, log = build_trainer(args, training_arguments, checkpoint, model, sets, facts, start, world, heartbeat)
+    trainer, log = build_trainer(args, training_arguments, checkpoint, trained, sets, facts, start, world, heartbeat)
     record_start(trainer, args, sets, policy, expected_memory(trainer, args))
     with explain_how_to_resume(args.output_dir, args.resumes_automatically):
         is_kept = training_arguments.device.type == "cpu" and trainer.keeps_freed_memory(policy)

@@ -39,6 +39,7 @@ def main(argv: Sequence[str]) -> None:
     from checkpoints.base_check import check_trained_on
     from checkpoints.files import save_json
     from checkpoints.folders import check_space, staged_folder
+    from checkpoints.rope import common_yarn
     from checkpoints.writing import parse_size, save_source
     from export.companion_files import write_card, write_companion_files
     from export.inputs import find_base, load_adapters, open_base
@@ -55,7 +56,8 @@ def main(argv: Sequence[str]) -> None:
     max_shard_size = parse_size(args.max_shard_size)
     weighted = load_adapters(args.adapter)
     adapters = [each.adapter for each in weighted]
-    base = open_base(find_base(args.base, adapters[0].folder, adapters[0].config))
+    yarn = common_yarn(adapter.folder for adapter in adapters)
+    base = open_base(find_base(args.base, adapters[0].folder, adapters[0].config), yarn)
     inputs |= {"--adapter": [adapter.folder for adapter in adapters], "--base": [base.folder]}
     check_output_folder(args.output, "--output", inputs)
     check_trained_on(base.folder, adapters, args.any_base, base_is_given=args.base is not None)

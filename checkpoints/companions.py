@@ -12,7 +12,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from checkpoints.names import ADAPTER_CONFIG, BASE_QUANTIZATION, RUN_RECORDS
+from checkpoints.names import ADAPTER_CONFIG, BASE_QUANTIZATION, BASE_ROPE, RUN_RECORDS
 from errors import ConfigError
 
 TOKENIZER_FILES = (
@@ -26,8 +26,8 @@ LICENSES = re.compile(r"(LICEN[SC]E|NOTICE)\b", re.IGNORECASE)
 """Beginning of the names of licence files."""
 
 _NAMES = {
-    "config.json", "generation_config.json", "README.md", ADAPTER_CONFIG, BASE_QUANTIZATION, *TOKENIZER_FILES,
-    *PROCESSOR_FILES, *RUN_RECORDS,
+    "config.json", "generation_config.json", "README.md", ADAPTER_CONFIG, BASE_QUANTIZATION, BASE_ROPE,
+    *TOKENIZER_FILES, *PROCESSOR_FILES, *RUN_RECORDS,
 }  # fmt: skip
 
 

@@ -36,6 +36,7 @@ from checkpoints.names import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BASE_QUANTIZATION,
+    BASE_ROPE,
     DATA_REPORT,
     MERGE_REPORT,
     RUN_ARGUMENTS,
@@ -348,6 +349,12 @@ SCHEMAS: Mapping[str, Schema] = {
     **dict.fromkeys(PROCESSOR_FILES, Schema()),
     "chat_template.json": Schema(table({"chat_template": either(ANY_TEXT, _TEMPLATES)})),
     **dict.fromkeys(("quantize_config.json", "quant_config.json", BASE_QUANTIZATION), Schema(QUANTIZATION)),
+    BASE_ROPE: Schema(
+        table(
+            {"factor": number(1, 10**6), "original_max_position_embeddings": either(_LENGTH, one_of(None))},
+            required=["factor"],
+        )
+    ),
     **{f"{name}.index.json": Schema(_INDEX) for name in (*WEIGHTS, *ADAPTER_WEIGHTS)},
     ADAPTER_CONFIG: Schema(table(ADAPTER_ROWS)),  # `adapter_config.py` also refuses unknown options
     RUN_ARGUMENTS: Schema(_ARGUMENTS, has_nan=True),

@@ -20,6 +20,9 @@ TEMPLATES_FOLDER = "additional_chat_templates"
 BASE_QUANTIZATION = "base_quantization.json"
 """The quantization_config of a model that was quantised while it was loaded, beside its adapter."""
 
+BASE_ROPE = "base_rope.json"
+"""How the rotary embeddings of a model were scaled while it was loaded, beside its adapter."""
+
 QUANTIZATION_REPORT = "quantization_report.json"
 """What quantising a model cost, beside its weights."""
 

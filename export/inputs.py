@@ -19,6 +19,7 @@ from checkpoints.folder_kind import fix_for_no_model
 from checkpoints.input_folders import check_model_files
 from checkpoints.model_config import Quantization, declared_dtype, find_quantization
 from checkpoints.other_parts import OtherParts, open_other_parts
+from checkpoints.rope import Yarn, with_yarn
 from checkpoints.source import TensorSource
 from checkpoints.training_samples import TrainingSamples
 from checkpoints.whole import text_config
@@ -108,15 +109,18 @@ def find_base(base: Path | None, adapter: Path, adapter_config: dict[str, Any]) 
     raise ConfigError(what, "Give the base's folder with --base DIR")
 
 
-def open_base(folder: Path) -> Base:
+def open_base(folder: Path, yarn: Yarn | None = None) -> Base:
     """Open a checkpoint to merge into; of its weights only the headers are read.
+
+    Args:
+        yarn: scales the rotary embeddings of its config, as in the training of the adapters.
 
     Raises:
         ConfigError: weights that are missing, damaged, quantised in a way that cannot be read, or not those of the
             config.
     """
     check_model_files(folder)
-    file_config = load_json(folder / "config.json")
+    file_config = with_yarn(load_json(folder / "config.json"), yarn)
     config = text_config(file_config)
     if not isinstance(config.get("model_type"), str):
         what = f"{folder / 'config.json'} has no model_type"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from transformers.activations import ACT2FN
 from chat.chatml import END_OF_TEXT, IM_END
 from chat.families import Family
 from chat.stops import end_ids_of
-from checkpoints.base_files import Files, read_base_files
+from checkpoints.base_files import CONFIG, Files, read_base_files, set_values, values_of
 from checkpoints.dequantized_reader import open_dequantized
 from checkpoints.files import is_file
 from checkpoints.input_folders import check_model_files
 from checkpoints.model_config import DTYPE_NAMES, Quantization, find_quantization
 from checkpoints.other_parts import OtherParts, open_other_parts
+from checkpoints.rope import Yarn, find_yarn_fault, resolved, with_yarn
 from checkpoints.shards import open_checkpoint
 from checkpoints.source import TensorSource, is_finite
 from checkpoints.whole import LONGER_NAMES, load_text_config
@@ -50,6 +51,7 @@ class Checkpoint:
         quantization: how its weights are quantised; ``None`` if they are not.
         files: config, generation settings and tokenizer as they are in its folder.
         other_parts: what the folder has beside the text model, if that is a part of a larger one.
+        yarn: how the rotary embeddings of ``config`` and ``files`` are scaled, beyond the folder's own config.
     """
 
     name: str
@@ -63,6 +65,7 @@ class Checkpoint:
     quantization: Quantization | None
     files: Files
     other_parts: OtherParts | None = None
+    yarn: Yarn | None = None
 
     @property
     def model_type(self) -> str:
@@ -75,7 +78,12 @@ class Checkpoint:
 
 
 def load_checkpoint(
-    name_or_path: str, cache_dir: str | None = None, hub: str = "hf", *, reads_weights: bool = True
+    name_or_path: str,
+    cache_dir: str | None = None,
+    hub: str = "hf",
+    *,
+    reads_weights: bool = True,
+    yarn: Yarn | None = None,
 ) -> Checkpoint:
     """Read a checkpoint without its weights, of which names, shapes and dtypes are checked.
 
@@ -84,6 +92,7 @@ def load_checkpoint(
         cache_dir: cache folder of the hub's library; ``None``: its default.
         hub: ``hf`` or ``modelscope``.
         reads_weights: else they may be missing, and the dtype is the config's.
+        yarn: scales the rotary embeddings of its config.
 
     Raises:
         ConfigError: no such checkpoint, an unsupported model_type, a tokenizer of another model, or weights that are
@@ -92,7 +101,8 @@ def load_checkpoint(
     register_qwen()
     folder = find_folder(name_or_path, cache_dir, hub)
     check_model_files(folder)
-    config = load_config(folder)
+    yarn = None if yarn is None else resolved(yarn, load_text_config(folder))
+    config = load_config(folder, yarn)
     try:
         source = open_dequantized(folder, torch.float16) if reads_weights else None
     except ConfigError as error:
@@ -117,7 +127,8 @@ def load_checkpoint(
         dtype=saved_dtype(source, config),
         chat_format=chat_format_of(config, generation_config),
         quantization=find_quantization(folder),
-        files=read_base_files(folder),
+        files=_with_yarn(read_base_files(folder), yarn),
+        yarn=yarn,
         other_parts=open_other_parts(folder) if reads_weights else None,
     )
 
@@ -198,7 +209,22 @@ def _check_finite(model: PreTrainedModel, checkpoint: Checkpoint) -> None:
             )
 
 
-def load_config(folder: Path) -> Any:
+def _with_yarn(files: Files, yarn: Yarn | None) -> Files:
+    if yarn is not None:
+        set_values(files, CONFIG, with_yarn(values_of(files, CONFIG), yarn))
+    return files
+
+
+def scaled_checkpoint(checkpoint: Checkpoint, yarn: Yarn | None) -> Checkpoint:
+    """Return a checkpoint whose config has scaled rotary embeddings.
+
+    Raises:
+        ConfigError: they cannot be scaled.
+    """
+    return checkpoint if yarn is None else replace(checkpoint, config=load_config(checkpoint.folder, yarn), yarn=yarn)
+
+
+def load_config(folder: Path, yarn: Yarn | None = None) -> Any:
     """Load config.json of a supported ``model_type`` with transformers; Qwen v1 must be registered.
 
     Of a model with other parts, it is the config of its text model.
@@ -209,6 +235,9 @@ def load_config(folder: Path) -> Any:
     file = folder / "config.json"
     values = load_text_config(folder)
     architecture_of(values.get("model_type"), file)
+    if yarn is not None and (fault := find_yarn_fault(values)):
+        raise ConfigError(f"{file}: its rotary embeddings cannot be scaled: {fault}", "Leave out --rope_scaling")
+    values = with_yarn(values, yarn)
     fix = "Copy it again from the original checkpoint, or install a transformers that supports the model"
     with library_errors(str(file), fix):
         config = CONFIG_MAPPING[values["model_type"]].from_dict(values, name_or_path=str(folder))

@@ -10,10 +10,11 @@ from typing import Any
 import torch
 
 from checkpoints.model_config import Quantization, load_base_quantization
+from checkpoints.rope import common_yarn
 from errors import ConfigError
 from loading.adapter_check import check_adapter
 from loading.adapters import load_adapter
-from loading.checkpoint import Checkpoint, load_model
+from loading.checkpoint import Checkpoint, load_model, scaled_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -27,8 +28,8 @@ def load_for_inference(
 ) -> Any:
     """Load a model in its saved precision, on the GPU if there is one, with an adapter if one is given.
 
-    If the adapter was trained on a base quantised while loading, the base is quantised the same way. Quantised models
-    compute in float32 on a CPU.
+    If the adapter was trained on a base quantised while loading, the base is quantised the same way; so are its rotary
+    embeddings scaled. Quantised models compute in float32 on a CPU.
 
     Args:
         adapter: folder of the adapter that is active; its name in the model is ``default``.
@@ -43,6 +44,7 @@ def load_for_inference(
     adapters = {**({} if adapter is None else {"default": adapter}), **(others or {})}
     for folder in adapters.values():
         check_adapter(checkpoint, folder, "--adapter", any_base)
+    checkpoint = scaled_checkpoint(checkpoint, common_yarn(map(Path, adapters.values())))
     on_gpu = torch.cuda.is_available()
     quantize = _quantization_of(checkpoint, list(adapters.values()))
     dtype = checkpoint.dtype if on_gpu or not (checkpoint.quantization or quantize) else torch.float32

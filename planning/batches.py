@@ -67,7 +67,9 @@ class RunBatches:
         from training.data import build_train_dataset, load_data
 
         model = args.model
-        checkpoint = load_checkpoint(model.model_name_or_path, model.cache_dir, model.model_hub, reads_weights=False)
+        checkpoint = load_checkpoint(
+            model.model_name_or_path, model.cache_dir, model.model_hub, reads_weights=False, yarn=model.yarn
+        )
         sets = load_data(args, _flags(args, processes), checkpoint)
         is_padded = bool(why_padded(args, checkpoint.config.to_dict()))
         return cls(build_train_dataset(args, checkpoint, sets["train"]), is_padded, sets.get("eval"))

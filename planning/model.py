@@ -64,7 +64,7 @@ def read_checkpoint(args: RunArguments) -> Checkpoint:
             "Give a folder that has one: a rehearsal needs no other file of a checkpoint",
         )
     try:
-        config = load_config(folder)
+        config = load_config(folder, args.model.yarn)
         quantization = find_quantization(folder)
     except ConfigError as error:
         raise ConfigError(f"--model_name_or_path {error}") from error

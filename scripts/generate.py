@@ -142,7 +142,7 @@ def _run_of(args: argparse.Namespace, keys: array[int]) -> dict[str, Any]:
         ConfigError: a folder contains no weights.
     """
     from checkpoints.base_files import read_base_files
-    from checkpoints.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_QUANTIZATION, WEIGHTS
+    from checkpoints.names import ADAPTER_CONFIG, ADAPTER_WEIGHTS, BASE_QUANTIZATION, BASE_ROPE, WEIGHTS
     from checkpoints.shards import fingerprint
 
     run = {name: getattr(args, name) for name in _DECIDING}
@@ -151,7 +151,7 @@ def _run_of(args: argparse.Namespace, keys: array[int]) -> dict[str, Any]:
         with suppress(ValueError):  # loading reports broken files
             run["model_name_or_path.settings_sha256"] = _digest_of(read_base_files(model))
     if args.adapter is not None and (adapter := Path(args.adapter)).is_dir():
-        files = [path for name in (ADAPTER_CONFIG, BASE_QUANTIZATION) if (path := adapter / name).is_file()]
+        files = [path for name in (ADAPTER_CONFIG, BASE_QUANTIZATION, BASE_ROPE) if (path := adapter / name).is_file()]
         run["adapter.weights_sha256"] = fingerprint(adapter, ADAPTER_WEIGHTS)
         run["adapter.settings_sha256"] = _digest_of({path.name: path.read_bytes() for path in files})
     return {**run, "data_sha256": hashlib.sha256(keys.tobytes()).hexdigest()}

@@ -13,7 +13,7 @@ from checkpoints.model_config import check_bitsandbytes, find_quantization
 from console import pip_command
 from data_utils.sources import parse_fill, parse_source
 from errors import ConfigError, numbered
-from loading.config_files import load_model_config, max_positions, module_names
+from loading.config_files import load_model_config, module_names
 from processes import is_first
 from qwen_model.architectures import ARCHITECTURES
 from training.cache_entries import usable_folder
@@ -26,6 +26,7 @@ from training.flag_checks import check_flags, warn_of_ignored_flags
 from training.lora_checks import check_lora, faults_of, model_folder
 from training.optimizer_checks import check_optimizer, check_schedule
 from training.planned_device import lacks_gpu
+from training.rope_checks import check_positions
 from training.rows import ATTENTION, choose_packing
 from training.run_folder.prepare import check_output
 from training.run_folder.start import check_start
@@ -209,14 +210,10 @@ def _check_quantization(args: RunArguments) -> Faults:
 
 
 def _check_model(args: RunArguments) -> Faults:
-    name, length, folder = args.model.model_name_or_path, args.data.model_max_length, model_folder(args)
+    folder = model_folder(args)
     if os.path.isdir(folder):
         yield from faults_of(check_model_files, folder)
-    positions = max_positions(load_model_config(folder))
-    if positions is not None and length > positions:
-        yield ConfigError(
-            f"--model_max_length {length} exceeds the {positions} positions of {name}", f"Give {positions} or less"
-        )
+    yield from check_positions(args, load_model_config(folder))
     attention = args.model.attn_implementation or ""
     if attention.startswith("flash_attention") and attention not in ATTENTION:
         fix = f"Give one of {', '.join(name for name in ATTENTION if name)}"

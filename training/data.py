@@ -14,6 +14,7 @@ from transformers import TrainingArguments
 
 from checkpoints.files import save_json, save_text
 from checkpoints.names import DATA_REPORT, DATA_REPORT_PAGE
+from checkpoints.rope import with_yarn
 from console import DISK_FULL, wants_color
 from data_utils.blocks import KeptConversation
 from data_utils.collate import Collator
@@ -109,7 +110,8 @@ def preview_data(
         ConfigError: a checkpoint without a usable tokenizer.
         DataError: a file or a record that cannot be used.
     """
-    checkpoint = load_checkpoint(args.model.model_name_or_path, args.model.cache_dir, args.model.model_hub)
+    model = args.model
+    checkpoint = load_checkpoint(model.model_name_or_path, model.cache_dir, model.model_hub, yarn=model.yarn)
     reader = build_reader(args, args.trainer_values(), checkpoint, max_samples)
     for kept in reader.read():
         if use is not None:
@@ -170,7 +172,7 @@ def build_reader(
     settings = report_settings(
         encoder,
         model=checkpoint.name,
-        positions=max_positions(load_model_config(checkpoint.folder)),
+        positions=max_positions(with_yarn(load_model_config(checkpoint.folder), checkpoint.yarn)),
         batch_size=flags.per_device_train_batch_size,
         accumulation=flags.gradient_accumulation_steps,
         world_size=count_processes(),

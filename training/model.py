@@ -14,6 +14,7 @@ from loading.checkpoint import Checkpoint, load_model
 from qwen_model.fast_blocks import use_fast_blocks
 from qwen_model.sample_attention import take_rows
 from training.config.args import LoraArguments, RunArguments
+from training.rope_checks import check_continued_scaling
 from training.rows import COMPILE_FLAGS, why_padded
 
 
@@ -28,6 +29,7 @@ def choose_embeddings(lora: LoraArguments, checkpoint: Checkpoint) -> Embeddings
     if lora.lora_weight_path:
         check_adapter(checkpoint, lora.lora_weight_path, "--lora_weight_path", lora.any_base)
         quantization = checkpoint.quantization or lora.quantization
+        check_continued_scaling(lora.lora_weight_path, checkpoint.yarn)
         warn_of_other_form(lora.lora_weight_path, "--lora_weight_path", quantization)
     return embeddings_policy(lora.trainable_embeddings, checkpoint, lora.lora_weight_path)
 

@@ -11,13 +11,13 @@ from typing import Any
 from checkpoints.adapter import Adapter
 from checkpoints.companions import copy_companion
 from checkpoints.files import save_json
-from checkpoints.names import ADAPTER_CONFIG, ADAPTER_SAFETENSORS, BASE_QUANTIZATION, RUN_RECORDS
+from checkpoints.names import ADAPTER_CONFIG, ADAPTER_SAFETENSORS, BASE_QUANTIZATION, BASE_ROPE, RUN_RECORDS
 from checkpoints.writing import save_tensors
 from export.layouts.adapter import LoraScale, convert_adapter_tensors
 from export.layouts.qwen2_names import Layout, convert_suffix
 
 # Files beside an adapter that hold for any layout.
-_COPIED = (*RUN_RECORDS, BASE_QUANTIZATION, "README.md", "LICENSE")
+_COPIED = (*RUN_RECORDS, BASE_QUANTIZATION, BASE_ROPE, "README.md", "LICENSE")
 
 
 def save_converted_adapter(adapter: Adapter, layout: Layout, folder: Path, base: str | None = None) -> None:

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 from typing import Any, Literal
 
 from checkpoints.model_config import Quantization
+from checkpoints.rope import MOST_FACTOR, MOST_POSITIONS, Yarn
 from errors import ConfigError
 from training.config.defaults import MODEL_MAX_LENGTH
 
@@ -32,6 +33,21 @@ class ModelArguments:
     loss: Literal["lean", "full_logits"] = _flag(
         "lean", "lean: computed in chunks, without storing all logits; full_logits: plain cross entropy, for comparison"
     )
+    rope_scaling: Literal["yarn"] | None = _flag(
+        None, "extend the model's positions for longer samples: yarn scales its rotary embeddings; needs --rope_factor"
+    )
+    rope_factor: float | None = _flag(None, "with --rope_scaling: positions afterwards, divided by those before")
+    rope_original_length: int | None = _flag(
+        None, "with --rope_scaling: positions before (default: max_position_embeddings of config.json)"
+    )
+
+    @property
+    def yarn(self) -> Yarn | None:
+        """The scaling of the rotary embeddings, if there is one; values out of range are reported later."""
+        factor, original = self.rope_factor, self.rope_original_length
+        if self.rope_scaling is None or factor is None or not 1 < factor <= MOST_FACTOR:
+            return None
+        return Yarn(factor, original if original is None or 1 <= original <= MOST_POSITIONS else None)
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from checkpoints.rope import with_yarn
 from console import python_command
 from errors import ConfigError
 from loading.config_files import find_local_folder, load_model_config, max_positions
@@ -107,5 +108,5 @@ def _build(values: dict[str, Any]) -> RunArguments:
 def _limit_length(data: DataArguments, model: ModelArguments) -> DataArguments:
     """Lower the default of ``--model_max_length`` to the model's limit, if its config.json is on this disk."""
     config = load_model_config(find_local_folder(model.model_name_or_path, model.cache_dir, model.model_hub))
-    positions = max_positions(config) or data.model_max_length
+    positions = max_positions(with_yarn(config, model.yarn)) or data.model_max_length
     return dataclasses.replace(data, model_max_length=min(data.model_max_length, positions))

@@ -39,10 +39,11 @@ _ENCODING = frozenset({
     "eval_split", "data_format", "fill", "on_bad_record", "system_message", "label_mask", "truncation",
     "model_max_length", "allow_special_tokens",
 })  # fmt: skip
-# Which parameters train and what their optimizer stores: a checkpoint fits no other values.
+# Which model is trained, which of its parameters, and what their optimizer stores: a checkpoint fits no other values.
 _PARAMETERS = frozenset({
     "lora_r", "lora_alpha", "lora_target_modules", "lora_bias", "quant_type", "load_in_8bit", "pure_bf16", "optim",
     "lora_rank_pattern", "lora_alpha_pattern", "use_rslora", "use_dora", "init_lora_weights", "loraplus_lr_ratio",
+    "rope_scaling", "rope_factor", "rope_original_length",
 })  # fmt: skip
 # Compared as `mode`, `embeddings` and `packs`.
 _MODE = frozenset({"use_lora", "q_lora", "trainable_embeddings", "packing"})

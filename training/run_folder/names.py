@@ -8,6 +8,7 @@ from checkpoints.names import (
     ADAPTER_CONFIG,
     ADAPTER_SAFETENSORS,
     BASE_QUANTIZATION,
+    BASE_ROPE,
     RUN_ARGUMENTS,
     RUN_RECORDS,
     RUN_SUMMARY,
@@ -35,7 +36,7 @@ RUN_WEIGHTS = re.compile(
 """Weights that a run writes."""
 
 RUN_FILE = re.compile(
-    "|".join(map(re.escape, (*RUN_RECORDS, ADAPTER_CONFIG, BASE_QUANTIZATION)))
+    "|".join(map(re.escape, (*RUN_RECORDS, ADAPTER_CONFIG, BASE_QUANTIZATION, BASE_ROPE)))
     + rf"|{RUN_WEIGHTS.pattern}|config\.json|generation_config\.json"
     r"|[^/]+\.tiktoken|tokenizer(_config)?\.json|vocab\.json|merges\.txt|special_tokens_map\.json"
     r"|added_tokens\.json|chat_template\.(jinja|json)"

@@ -27,6 +27,7 @@ from checkpoints.files import save_json
 from checkpoints.model_config import Rounding, dtype_name, result_config
 from checkpoints.names import ADAPTER_SAFETENSORS, ADAPTER_WEIGHTS, BASE_QUANTIZATION, WEIGHTS
 from checkpoints.other_parts import OtherParts
+from checkpoints.rope import save_yarn
 from checkpoints.rounding import round_rows
 from checkpoints.shards import open_checkpoint, open_left_out
 from checkpoints.source import TensorSource, is_finite
@@ -74,6 +75,8 @@ def save_model(
         if isinstance(model, PeftModel):
             files = {name: content for name, content in files.items() if name not in PROCESSOR_FILES}
             save_adapter(model, dtype, staging, state_dict, checkpoint.other_parts)
+            if checkpoint.yarn is not None:
+                save_yarn(checkpoint.yarn, staging)
             if exact and not is_plain(model):
                 tensors = {name: _to_disk(name, tensor, None) for name, tensor in trained_tensors(model).items()}
                 save_tensors(tensors, staging / TRAINED_VALUES)

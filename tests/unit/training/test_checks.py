@@ -213,7 +213,10 @@ def test_model_max_length_beyond_the_positions_is_refused(tmp_path: Path) -> Non
     refuses(message, tmp_path, "--model_max_length", 2049)
     check(tmp_path, "--model_max_length", 2048)  # beyond seq_length, 64: dynamic NTK
     later = write_later_checkpoint(tmp_path / "later", "qwen3")
-    message = f"--model_max_length 513 exceeds the 512 positions of {later}. Give 512 or less"
+    message = (
+        f"--model_max_length 513 exceeds the 512 positions of {later}. Give 512 or less, or extend them with "
+        "--rope_scaling yarn --rope_factor 2"
+    )
     refuses(message, tmp_path, "--model_name_or_path", later, "--model_max_length", 513)
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 256}
     change_json(later / "config.json", rope_scaling=yarn)
