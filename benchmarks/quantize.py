@@ -45,9 +45,10 @@ from checkpoints.model_config import Quantization
 from loading.checkpoint import load_checkpoint
 from quantize.calibration import Samples
 from quantize.checkpoint import quantize_checkpoint
-model, format_, group_size, samples, output, result = sys.argv[1:]
+model, format_, group_size, samples, output, result, *options = sys.argv[1:]
 samples = Samples(**json.loads(Path(samples).read_text()))
-quantization = Quantization(format_, 4, int(group_size), zero_offset=int(format_ == "gptq"))
+options = dict.fromkeys(options, True)  # an earlier revision has none
+quantization = Quantization(format_, 4, int(group_size), zero_offset=int(format_ == "gptq"), **options)
 print("ready", flush=True)
 sys.stdin.readline()
 started = time.process_time()
@@ -120,17 +121,19 @@ def compare(name: str, model: str, args: argparse.Namespace, folder: Path) -> li
     counts = draw(model, args.data_path, args.samples, samples)
     losses: dict[str, AnswerLosses] = {"float": measure_losses(model, samples)}
     costs: dict[str, dict[str, Any]] = {}
+    before = folder.parent / "before"
     for format_ in FORMATS:
-        for when, sources in (("before", folder.parent / "before"), ("now", ROOT)):
+        runs: list[tuple[str, Path, list[str]]] = [("before", before, []), ("now", ROOT, [])]
+        for when, sources, options in [*runs, *([("symmetric", ROOT, ["symmetric"])] if format_ == "gptq" else [])]:
             row, output = f"{format_} {when}", folder / f"{format_}-{when}"
             result = folder / "result.json"
-            memory = run_and_watch(sources, [model, format_, GROUP_SIZE, samples, output, result])
+            memory = run_and_watch(sources, [model, format_, GROUP_SIZE, samples, output, result, *options])
             losses[row] = measure_losses(output, samples)
             seconds, nearest, worst = json.loads(result.read_text())
             costs[row] = {"cpu_seconds": round(seconds, 1), "memory_mib": memory, **(worst or {})}
-            if when == "now":
+            if when != "before":
                 costs[row]["time_to_before"] = round(seconds / costs[f"{format_} before"]["cpu_seconds"], 2)
-            if nearest is not None:
+            if nearest is not None and not options:
                 losses["nearest"] = AnswerLosses(*map(tuple, nearest))
     rows = []
     for row, measured in losses.items():

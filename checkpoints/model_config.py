@@ -96,6 +96,7 @@ class Quantization:
         zero_offset: added to each stored zero point: 1 in the first GPTQ format, else 0.
         file_name: of the weights, without suffix, if it is not the usual one.
         act_order: GPTQ: the inputs of a group need not be consecutive, so that the group of each is stored.
+        symmetric: GPTQ, when quantising: every zero point is the middle value.
     """
 
     method: Method
@@ -104,6 +105,7 @@ class Quantization:
     zero_offset: int = 0
     file_name: str | None = None
     act_order: bool = field(default=False, compare=False)
+    symmetric: bool = field(default=False, compare=False)
 
     @property
     def is_packed(self) -> bool:

@@ -21,8 +21,8 @@ _NUM_RANGES = 16  # tried per group, from the full range of its weights down to 
 
 
 def is_symmetric(quantization: Quantization) -> bool:
-    """Whether all zero points are the middle value: 8 bits lose nothing by it, and some kernels read no others."""
-    return quantization.bits == 8
+    """Whether all zero points are the middle value: some kernels read no others, and 8 bits lose nothing by it."""
+    return quantization.symmetric or quantization.bits == 8
 
 
 @torch.no_grad()

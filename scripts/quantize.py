@@ -50,6 +50,10 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         "--group_size", type=int, choices=GROUP_SIZES, help="inputs that share a scale, for gptq and awq; default: 128"
     )
     parser.add_argument(
+        "--symmetric", action="store_true",
+        help="gptq without zero points, which vLLM needs with 4 bits; costs more (docs/qlora.md)",
+    )  # fmt: skip
+    parser.add_argument(
         "--samples", type=int, default=128, help="number of conversations that calibrate; default: %(default)s"
     )
     parser.add_argument(
@@ -79,6 +83,8 @@ def check_args(args: argparse.Namespace) -> None:
         raise ConfigError(f"--bits 8 is not supported with --format {args.format}", "Give --bits 4, or --format gptq")
     if args.format == "nf4" and args.group_size is not None:
         raise ConfigError(f"--group_size {args.group_size} has no effect with --format nf4", "Remove it")
+    if args.symmetric and args.format != "gptq":
+        raise ConfigError(f"--symmetric has no effect with --format {args.format}", "Remove it")
     if args.samples < 1:
         raise ConfigError(f"--samples {args.samples} is too few", "Give 1 or more")
     if args.model_max_length is not None and args.model_max_length < 1:
@@ -99,7 +105,9 @@ def main(argv: Sequence[str]) -> None:
     from quantize.checkpoint import check_quantizable, quantize_checkpoint
 
     group_size = 0 if args.format == "nf4" else args.group_size or 128
-    quantization = Quantization(args.format, args.bits, group_size, zero_offset=int(args.format == "gptq"))
+    quantization = Quantization(
+        args.format, args.bits, group_size, zero_offset=int(args.format == "gptq"), symmetric=args.symmetric
+    )
     checkpoint = load_checkpoint(args.model_name_or_path)
     check_outside_inputs(args.output_dir, "--output_dir", {"--model_name_or_path": [checkpoint.folder]})
     check_quantizable(checkpoint, quantization)

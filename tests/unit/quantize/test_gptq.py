@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -105,9 +107,13 @@ def test_zero_points_can_be_stored(weight: Tensor, inputs: Tensor, method: Metho
         assert output_error(weight[row : row + 1], quantised[row : row + 1], inputs) < 0.02
 
 
-def test_8_bits_are_symmetric(weight: Tensor, inputs: Tensor) -> None:
-    rounded = quantize_gptq(weight, gram_of(inputs), len(inputs), settings(bits=8))
-    assert rounded.zeros.unique().tolist() == [128]
+@pytest.mark.parametrize("bits", [4, 8])
+def test_symmetric_weights_have_one_zero_point(weight: Tensor, inputs: Tensor, bits: int) -> None:
+    quantization = replace(settings(bits=bits), symmetric=bits == 4)  # 8 bits always are
+    rounded = quantize_gptq(weight, gram_of(inputs), len(inputs), quantization)
+    assert rounded.zeros.unique().tolist() == [1 << bits - 1]
+    unpacked = unpack_weight(pack_weight(rounded, quantization), quantization)
+    assert output_error(weight, unpacked, inputs) < output_error(weight, round_to_nearest(weight, bits, GROUP), inputs)
 
 
 def test_arguments_are_not_modified(weight: Tensor, inputs: Tensor) -> None:
