@@ -67,7 +67,7 @@ CASES = {
     "merged": Case(Models.merged),
     "adapter beside its base": Case(Models.base, adapter=Models.adapter),
     "adapter of NF4 weights, merged": Case(Models.merged_nf4),
-    "GPTQ, symmetric": Case(Models.symmetric_gptq, dtype="bfloat16"),
+    "GPTQ, symmetric": Case(lambda models: models.quantised("gptq", "--symmetric"), dtype="bfloat16"),
     "AWQ": Case(lambda models: models.quantised("awq"), dtype="bfloat16"),
     "Qwen v1, merged with --layout qwen2": Case(Models.merged_v1_as_qwen2, has_tools=False),
 }

@@ -117,18 +117,11 @@ class Models:
         command = ["merge_lora.py", "--adapter", self.adapter_nf4(), "--match_quantised_base", "--output"]
         return self._made("merged_nf4", command)
 
-    def quantised(self, form: str) -> Path:
+    def quantised(self, form: str, *flags: str) -> Path:
         """Return ``merged`` in 4 bits, ``gptq`` or ``awq``."""
-        command = ["-m", "scripts.quantize", "--model_name_or_path", self.merged(), "--format", form]
+        command = ["-m", "scripts.quantize", "--model_name_or_path", self.merged(), "--format", form, *flags]
         data = ["--data_path", self._taught(with_calls=True), "--group_size", GROUP, "--output_dir"]
-        return self._made(form, [*command, *data])
-
-    def symmetric_gptq(self) -> Path:
-        """Return ``merged`` in 4 bits as Qwen-7B-Chat-Int4 is stored, without the zero points of scripts.quantize."""
-        folder = self.work / "gptq_symmetric"
-        if not folder.is_dir():
-            write_symmetric_gptq(self.merged(), folder)
-        return folder
+        return self._made("".join([form, *flags]), [*command, *data])
 
     def _taught(self, with_calls: bool) -> Path:
         file = self.work / ("taught.json" if with_calls else "taught_facts.json")
@@ -160,31 +153,6 @@ class Models:
             raise RuntimeError(f"{' '.join(words)} failed:{os.linesep}{result.stdout[-3000:]}")
         mark.write_text("\n".join(words), encoding="utf-8")
         return folder
-
-
-def write_symmetric_gptq(source: Path, target: Path) -> None:
-    """Write a Qwen2 checkpoint in GPTQ's format, 4 bits rounded to nearest around 8, in groups of ``GROUP`` inputs."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    shutil.copytree(source, target, ignore=shutil.ignore_patterns("*.safetensors", "*.md"))
-    tensors = load_file(source / "model.safetensors")
-    for name in [name for name in tensors if name.endswith("_proj.weight")]:
-        weight = tensors.pop(name).float()
-        outputs, inputs = weight.shape
-        groups = weight.view(outputs, -1, GROUP)
-        scales = (groups.abs().amax(-1) / 7).clamp(min=1e-6).half()
-        values = (groups / scales.float()[..., None]).round().clamp(-8, 7).long() + 8
-        words = (values.view(outputs, -1, 8) << torch.arange(0, 32, 4)).sum(-1)  # the first input in the lowest bits
-        layer = name.removesuffix("weight")
-        tensors[f"{layer}qweight"] = words.int().T.contiguous()
-        tensors[f"{layer}qzeros"] = torch.full((inputs // GROUP, outputs // 8), 0x77777777, dtype=torch.int32)  # 8 - 1
-        tensors[f"{layer}scales"] = scales.T.contiguous()
-        tensors[f"{layer}g_idx"] = torch.arange(inputs, dtype=torch.int32) // GROUP
-    save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
-    quantization = {"quant_method": "gptq", "bits": 4, "group_size": GROUP, "desc_act": False, "sym": True}
-    config = load_json(source / "config.json") | {"quantization_config": quantization | {"checkpoint_format": "gptq"}}
-    save_json(config, target / "config.json")
 
 
 def _records(with_calls: bool) -> Iterator[dict[str, Any]]:

@@ -211,7 +211,10 @@ def plain_encoder(tokenizer: Any) -> EncodeText:
     def encode(text: str) -> list[int]:
         # Tokenizers in Rust refuse lone surrogates; replace them by U+FFFD, as tiktoken does.
         clean = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        ids: list[int] = tokenizer(clean, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        # Quiet: it would warn of texts that are longer than the model's context, which callers check.
+        ids: list[int] = tokenizer(clean, add_special_tokens=False, split_special_tokens=True, verbose=False)[
+            "input_ids"
+        ]
         return ids
 
     return encode

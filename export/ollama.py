@@ -48,7 +48,7 @@ def go_template(family: Family, has_switch: bool = False) -> str:
         ConfigError: a format that is not known in this form.
     """
     if family.is_strict:
-        what = f"--modelfile: the chat format {family.name!r} cannot be written as a template of Ollama"
+        what = f"--modelfile: the chat format {family.name!r} trims every text, which templates of Ollama cannot do"
         raise ConfigError(what, "Leave it out; the checkpoint's own template is in the file")
     form = family.tool_form if isinstance(family.tool_form, Hermes) else None
     thinks = family.thinking == "block" and family.knows_thinking

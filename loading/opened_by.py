@@ -16,7 +16,7 @@ from loading.tokenizer import is_rebuilt_otherwise
 from qwen_model.architectures import ARCHITECTURES, TEXT_TYPES
 
 Commands = dict[str, list[str]]
-"""Shell commands by what they do: ``ask``, ``serve``, ``vllm``, ``convert``; each after what it needs."""
+"""Shell commands by what they do: ``ask``, ``serve``, ``vllm``, ``gguf``; each after what it needs."""
 
 
 def opening_commands(folder: Path, config: Mapping[str, Any]) -> Commands:
@@ -67,13 +67,8 @@ def _commands(
             commands["serve"] = [install, f"{python} -m transformers.cli.transformers serve {name}"]
         if method in (None, "awq") or (method == "gptq" and quantization.get("sym")):  # it refuses zero points of GPTQ
             commands["vllm"] = _vllm_commands(path, str(model_type), python, in_checkout)
-    if method is None or (method == "gptq" and model_type != "qwen"):
-        # Its requirements are older than this toolkit's, hence the environment of its own.
-        commands["convert"] = [
-            f"git clone --depth 1 https://github.com/ggml-org/llama.cpp && {python} -m venv llama.cpp/.venv",
-            "llama.cpp/.venv/bin/pip install -r llama.cpp/requirements/requirements-convert_hf_to_gguf.txt",
-            f"llama.cpp/.venv/bin/python llama.cpp/convert_hf_to_gguf.py {name} --outfile model.gguf",
-        ]
+    if is_prompted and method is None:  # it says itself what has to be installed
+        commands["gguf"] = [f"{in_checkout('-m scripts.export_gguf')} {name} --outfile model.gguf"]
     return commands
 
 

@@ -19,7 +19,6 @@ from serving.flags import (
     check_packages,
     check_template_options,
     parse_adapters,
-    template_options,
 )
 
 _DESCRIPTION = f"Chat with a model in the terminal.\n\n{__doc__.partition(chr(10) * 2)[2]}"
@@ -32,10 +31,13 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     for name, kind, text in (
         ("temperature", float, "0 takes the most likely token (default: the checkpoint's value)"),
         ("top_p", float, "probability of the tokens that are drawn from (default: the checkpoint's value)"),
-        ("max_tokens", int, "length limit of an answer (default: the checkpoint's, or what is left)"),
         ("seed", int, "equal seeds give equal answers (default: random)"),
     ):
         parser.add_argument(f"--{name}", type=kind, help=text)
+    parser.add_argument(
+        "--max_new_tokens", "--max_tokens", type=int,
+        help="length limit of an answer (default: the checkpoint's, or what is left)",
+    )  # fmt: skip
     add_template_flags(parser)
     parser.add_argument("--history_file", type=Path, help="file of earlier lines (default: in the user's state folder)")
     parser.add_argument("--no_history", action="store_true", help="keep no file of earlier lines")
@@ -57,15 +59,14 @@ def main(argv: Sequence[str]) -> int:
     from serving.terminal.screens import TerminalScreen, open_screen
     from serving.terminal.session import Session
 
-    sampling = Sampling(args.temperature, args.top_p, seed=args.seed, max_tokens=args.max_tokens)
+    sampling = Sampling(args.temperature, args.top_p, seed=args.seed, max_tokens=args.max_new_tokens)
     history = None if args.no_history else args.history_file or default_history()
     screen = open_screen(history)
     with Engine.load(
         args.model_name_or_path, args.adapters, device_map=args.device_map, kv_cache=args.kv_cache, max_concurrency=1,
         any_base=args.any_base,
     ) as engine:  # fmt: skip
-        options = template_options(args)
-        check_template_options(engine, options)
+        options = check_template_options(engine, args)
         session = Session(engine, sampling, args.system_message, next(iter(args.adapters), None), options)
         screen.show_note(f"{engine.model_name}; :help shows the commands")
         all_answered = converse(session, screen)

@@ -58,7 +58,9 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--system_message", help="system message of conversations without one")
     parser.add_argument("--n", type=int, default=1, help="answers to each prompt (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random numbers (default: 0)")
-    parser.add_argument("--max_new_tokens", type=int, default=512, help="length limit of an answer (default: 512)")
+    parser.add_argument(
+        "--max_new_tokens", "--max_tokens", type=int, default=512, help="length limit of an answer (default: 512)"
+    )
     for name, kind, meaning in _SAMPLING:
         parser.add_argument(f"--{name}", type=kind, help=f"{meaning} (default: that of the checkpoint)")
     parser.add_argument("--stop", action="append", default=[], help="text that ends an answer; can be given repeatedly")
@@ -184,7 +186,7 @@ def answer_all(prompts: Prompts, file: AnswerFile, args: argparse.Namespace, sam
         max_concurrency=args.max_concurrency, queue_size=1 << 30, any_base=args.any_base,
         model_name="model",  # a folder named like the adapter is allowed
     ) as engine:  # fmt: skip
-        check_template_options(engine, template_options(args))
+        check_template_options(engine, args)
         _Loop(engine, file, args, sampling).run(_tasks(engine, prompts, file, args))
 
 

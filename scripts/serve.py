@@ -3,7 +3,7 @@
 Addresses: / (a page to chat with), /v1/chat/completions, /v1/completions, /v1/models, /health and /metrics. Requests
 that come together are answered together. Meant for one machine; docs/serving.md says what it is not meant for.
 
-SIGTERM and Ctrl-C finish the requests that run; a second Ctrl-C ends them as they are.
+SIGTERM and Ctrl-C finish the requests that run; a second one ends them as they are.
 """
 
 from __future__ import annotations

@@ -53,15 +53,17 @@ def template_options(args: argparse.Namespace) -> TemplateOptions:
     return TemplateOptions(switch[args.thinking], switch[args.preserve_thinking], args.reasoning_effort)
 
 
-def check_template_options(engine: Engine, options: TemplateOptions) -> None:
-    """Raise ``ConfigError`` for a flag that the checkpoint's chat template cannot fulfil."""
+def check_template_options(engine: Engine, args: argparse.Namespace) -> TemplateOptions:
+    """Return :func:`template_options`; ``ConfigError`` for a flag that the checkpoint's chat template cannot fulfil."""
     from serving.formats import OptionError
 
+    options = template_options(args)
     try:
         engine.family_of(options)
     except OptionError as error:
         flag = error.field.replace("enable_thinking", "thinking")
-        raise ConfigError(f"--{flag}: {error.reason}", "Leave it out") from None
+        raise ConfigError(f"--{flag} {getattr(args, flag)}: {error.reason}", "Leave it out") from None
+    return options
 
 
 def check_packages(*names: str) -> None:

@@ -81,7 +81,7 @@ class Sampling:
     Attributes:
         temperature: 0 takes the most likely token each time.
         top_p: of the most likely tokens, those are drawn from that together have this probability.
-        top_k: number of the most likely tokens that are drawn from; 0: all.
+        top_k: number of the most likely tokens that are drawn from; 0: all, for which vLLM's clients say -1.
         repetition_penalty: divides the scores of tokens of prompt and answer; 1 has no effect.
         presence_penalty: subtracted from the scores of tokens of the answer so far.
         frequency_penalty: subtracted as many times as the token is in the answer so far.
@@ -105,6 +105,8 @@ class Sampling:
     ignore_end: bool = False
 
     def __post_init__(self) -> None:
+        if self.top_k == -1:
+            object.__setattr__(self, "top_k", 0)
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not (isinstance(value, (int, float)) and least <= value <= most):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI, Request
 from fastapi.telemetry import TelemetryConfig
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import PlainTextResponse, Response
+from starlette.routing import Match
+from starlette.types import Scope
 
 from serving.api.chat_completions import create_chat_completion
 from serving.api.completions import create_completion
@@ -18,7 +21,7 @@ from serving.api.gate import Gate
 from serving.api.running import Service, in_thread
 from serving.api.schemas import ChatRequest, CompletionRequest
 from serving.api.settings import Settings
-from serving.page import page_routes
+from serving.page import page_files, page_routes
 
 if TYPE_CHECKING:
     from serving.engine import Engine
@@ -43,7 +46,9 @@ def build_app(engine: Engine, settings: Settings) -> FastAPI:
     app = FastAPI(
         title="Qwen", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None, telemetry=_NO_TELEMETRY
     )
-    app.add_middleware(Gate, settings=settings, metrics=service.metrics, open_paths=_OPEN_PATHS)
+    app.add_middleware(
+        Gate, settings=settings, metrics=service.metrics, open_paths=_OPEN_PATHS, path_of=partial(_path_of, app)
+    )
     if settings.allowed_origins:
         app.add_middleware(
             CORSMiddleware,
@@ -86,6 +91,16 @@ def _add_routes(app: FastAPI, service: Service) -> None:
     @app.get("/metrics")
     async def metrics() -> Response:
         return PlainTextResponse(service.metrics.text(engine.load_now()), media_type="text/plain; version=0.0.4")
+
+
+def _path_of(app: FastAPI, scope: Scope) -> str:
+    """Return the address that a request is for, also if it was refused before its route was looked for."""
+    if scope["path"] in page_files():
+        return str(scope["path"])
+    for route in app.router.routes:
+        if route.matches(scope)[0] is not Match.NONE:
+            return str(getattr(route, "path", "other"))
+    return "other"
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:

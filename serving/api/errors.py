@@ -104,6 +104,7 @@ def add_handlers(app: FastAPI) -> None:
         message = {
             404: f"there is no {request.url.path}; docs/serving.md lists the addresses",
             405: "this address has another method",
+            400: f"the body cannot be read: {_reason(error.__cause__)}",
         }.get(error.status_code)
         return ApiError(error.status_code, message or str(error.detail)).response(error.headers)
 
@@ -115,6 +116,13 @@ def add_handlers(app: FastAPI) -> None:
         app.add_exception_handler(kind, answer)
     app.add_exception_handler(HTTPException, answer_http)
     app.add_exception_handler(RequestValidationError, answer_invalid)
+
+
+def _reason(error: BaseException | None) -> str:
+    """Return why a body cannot be read: what FastAPI leaves out of its own message."""
+    if isinstance(error, RecursionError):
+        return "it is nested too deeply"
+    return one_line(error) if error is not None else "it cannot be parsed"
 
 
 def invalid_request(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:

@@ -6,7 +6,7 @@ import asyncio
 import hmac
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from urllib.parse import urlsplit
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -14,7 +14,6 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from serving.api.errors import ApiError, api_error
 from serving.api.metrics import Metrics
 from serving.api.settings import Settings
-from serving.page import page_files
 
 _LOG = logging.getLogger("serving.requests")
 _CLOSE = {"Connection": "close"}  # the rest of the body is not read
@@ -28,10 +27,19 @@ class Gate:
 
     Args:
         open_paths: prefixes of addresses that need no key.
+        path_of: returns the address of the server that a request is for; never what a client made up.
     """
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: Metrics, open_paths: tuple[str, ...]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        settings: Settings,
+        metrics: Metrics,
+        open_paths: tuple[str, ...],
+        path_of: Callable[[Scope], str],
+    ) -> None:
         self._app, self._settings, self._metrics, self._open_paths = app, settings, metrics, open_paths
+        self._path_of = path_of
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
@@ -55,8 +63,7 @@ class Gate:
             await api_error(error).response(_CLOSE)(scope, exchange.receive, exchange.send)
         finally:
             status = exchange.status
-            path = scope["path"] if scope["path"] in page_files() else "other"  # never what a client made up
-            route = str(getattr(scope.get("route"), "path", path))
+            route = self._path_of(scope)
             seconds = time.monotonic() - started
             self._metrics.count_request(route, status)
             if route.startswith("/v1/"):

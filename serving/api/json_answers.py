@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
-from typing import Any, NoReturn
+from typing import Any
 
+from chat.arguments import refuse_constant
 from serving.api.errors import ApiError
 from serving.api.schemas import ResponseFormat
 from serving.requests import RequestError, shown
 
+_LONGEST_PLACE = 200  # characters
 _MOST_STEPS = 20_000  # of checking a schema's keywords: references can make a small schema take for ever
 # Keywords with a regular expression, which can take for ever, too.
 _REFUSED = ("pattern", "patternProperties")
@@ -79,10 +81,12 @@ def _schema_check(schema: dict[str, Any] | bool, field: str, mismatch: Callable[
     from referencing.exceptions import Unresolvable
 
     try:
-        _refuse_keywords(schema, field)
+        _check_keywords(schema, field)
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
-        raise ApiError(400, f"{field}: {error.message}", field) from None
+        raise _schema_fault(field + error.json_path.removeprefix("$"), field, error.message) from None
+    except _Refused as refused:
+        raise _schema_fault(refused.place, field, str(refused)) from None
     except RecursionError:
         raise ApiError(400, f"{field}: is nested too deeply", field) from None
 
@@ -114,35 +118,46 @@ def _schema_check(schema: dict[str, Any] | bool, field: str, mismatch: Callable[
     return check
 
 
-def _refuse_keywords(value: Any, field: str, is_schema: bool = True) -> None:
-    """Refuse keywords that cannot be checked safely, wherever they are in a schema.
+class _Refused(Exception):
+    """A keyword that cannot be checked safely, at ``place``."""
+
+    def __init__(self, place: str, what: str) -> None:
+        super().__init__(what)
+        self.place = place
+
+
+def _schema_fault(place: str, field: str, what: str) -> ApiError:
+    """Return the error of a schema, at its place in the request if that is short enough to be read."""
+    shown_place = place if len(place) <= _LONGEST_PLACE else field
+    return ApiError(400, f"{shown_place}: {what}", shown_place)
+
+
+def _check_keywords(value: Any, place: str, is_schema: bool = True) -> None:
+    """Raise ``_Refused`` for keywords that cannot be checked safely, wherever they are in a schema.
 
     Args:
+        place: of the value in the request.
         is_schema: the keys of an object are keywords, not names of properties or definitions.
     """
     if isinstance(value, list):
-        for item in value:
-            _refuse_keywords(item, field)
+        for index, item in enumerate(value):
+            _check_keywords(item, f"{place}[{index}]")
     if not isinstance(value, dict):
         return
     for name, inner in value.items():
         if is_schema and name in _REFUSED:
-            raise ApiError(400, f"{field}: the keyword {name} is not supported", field)
+            raise _Refused(place, f"the keyword {name} is not supported")
         if is_schema and name in ("$ref", "$dynamicRef") and not str(inner).startswith("#"):
-            raise ApiError(400, f"{field}: {name} to something outside of the schema is not supported", field)
+            raise _Refused(place, f"{name} to something outside of the schema is not supported")
         if not (is_schema and name in _DATA):
-            _refuse_keywords(inner, field, not (is_schema and name in _NAMES))
+            _check_keywords(inner, f"{place}.{name}", not (is_schema and name in _NAMES))
 
 
 def _parse(text: str, mismatch: Callable[[str], ApiError]) -> Any:
     try:
-        return json.loads(text, parse_constant=_refuse_constant)
+        return json.loads(text, parse_constant=refuse_constant)
     except (ValueError, RecursionError) as error:
         raise mismatch(f"it is not JSON ({error})") from None
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no value of JSON")
 
 
 def _call_mismatch(name: str, what: str) -> ApiError:

@@ -11,8 +11,8 @@ from serving.requests import MOST_LOGPROBS
 
 # Values of fields that this server does not know, with which OpenAI's clients mean: as always.
 _NEUTRAL: dict[str, Any] = {
-    "best_of": 1, "echo": False, "logit_bias": {}, "metadata": {}, "modalities": ["text"], "service_tier": "auto",
-    "store": False, "suffix": "", "verbosity": "medium",
+    "best_of": 1, "echo": False, "logit_bias": {}, "metadata": {}, "min_p": 0, "modalities": ["text"],
+    "service_tier": "auto", "store": False, "suffix": "", "verbosity": "medium",
 }  # fmt: skip
 _MOST_STOPS, _LONGEST_STOP = 16, 1000  # what may be the beginning of one is compared after each token
 

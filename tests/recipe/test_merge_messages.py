@@ -78,8 +78,7 @@ def test_messages_name_no_temporary_folder_and_no_command_that_cannot_work(
     output = tmp_path / "named"
     result = merge_well("--adapter", adapter, "--base", base, "--output", output)
     assert f"the tokenizer of {output} cannot be used" in result.stderr and ".partial" not in result.stderr
-    assert "convert_hf_to_gguf.py" in result.stdout
-    assert "scripts.ask" not in result.stdout and "transformers serve" not in result.stdout
+    assert "next:" not in result.stdout
 
     shutil.rmtree(base / "additional_chat_templates")
     for name in ("tokenizer.json", "vocab.json", "merges.txt"):

@@ -27,13 +27,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.parametrize("model_type", ["qwen", "qwen2", "qwen3"])
 def test_commands_name_the_folder_and_come_after_their_installation(folder: Path, model_type: str) -> None:
     commands = opening_commands(folder, {"model_type": model_type})
-    assert list(commands) == (
-        ["ask", "vllm", "convert"] if model_type == "qwen" else ["ask", "serve", "vllm", "convert"]
-    )
+    assert list(commands) == (["ask", "vllm", "gguf"] if model_type == "qwen" else ["ask", "serve", "vllm", "gguf"])
     for name, lines in commands.items():
         *installation, last = map(shlex.split, lines)
         assert any(word.startswith("my models/it's") for word in last)
-        assert name == "ask" or any("install" in words for words in installation)
+        assert name in ("ask", "gguf") or any("install" in words for words in installation)
 
 
 @pytest.mark.parametrize("model_type", ["qwen", "qwen2"])
@@ -61,12 +59,10 @@ def test_weights_that_vllm_refuses_are_not_served_by_it(
     assert ("vllm" in opening_commands(folder, config)) == is_served
 
 
-@pytest.mark.parametrize(("method", "is_converted"), [("gptq", True), ("awq", False), ("bitsandbytes", False)])
-def test_quantised_weights_that_llama_cpp_cannot_read_are_not_converted(
-    folder: Path, method: str, is_converted: bool
-) -> None:
+@pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes"])
+def test_quantised_weights_are_not_exported_to_llama_cpp(folder: Path, method: str) -> None:
     config = {"model_type": "qwen2", "quantization_config": {"quant_method": method}}
-    assert ("convert" in opening_commands(folder, config)) == is_converted
+    assert "gguf" not in opening_commands(folder, config)
 
 
 @pytest.mark.parametrize(("model_type", "is_asked"), [("qwen", True), ("qwen2", True), ("qwen3", False)])
@@ -85,7 +81,7 @@ def test_named_templates_without_a_default_one_are_not_asked(folder: Path, names
     assert ("ask" in opening_commands(folder, {"model_type": "qwen2"})) == is_asked
     (folder / "additional_chat_templates").mkdir()
     (folder / "additional_chat_templates" / "rag.jinja").write_text("{{ messages }}")
-    assert [*opening_commands(folder, {"model_type": "qwen2"})] == ["convert"]
+    assert opening_commands(folder, {"model_type": "qwen2"}) == {}
 
 
 def test_a_folder_without_a_tokenizer_is_opened_by_nothing(folder: Path) -> None:
@@ -95,13 +91,13 @@ def test_a_folder_without_a_tokenizer_is_opened_by_nothing(folder: Path) -> None
 
 def test_a_tokenizer_that_transformers_changes_is_not_served_by_it(tmp_path: Path) -> None:
     config = {"model_type": "qwen2"}
-    assert list(opening_commands(write_published(tmp_path / "qwen"), config)) == ["ask", "serve", "vllm", "convert"]
-    assert list(opening_commands(write_with_foreign_tokenizer(tmp_path / "foreign"), config)) == ["ask", "convert"]
+    assert list(opening_commands(write_published(tmp_path / "qwen"), config)) == ["ask", "serve", "vllm", "gguf"]
+    assert list(opening_commands(write_with_foreign_tokenizer(tmp_path / "foreign"), config)) == ["ask", "gguf"]
 
 
 def test_no_command_is_named_that_was_not_tried(folder: Path) -> None:
     """docs/export.md has a row, with versions, for each program."""
     table = (REPO / "docs" / "export.md").read_text()
-    for program in ("scripts.ask", "transformers serve", "vllm serve", "convert_hf_to_gguf.py"):
+    for program in ("scripts.ask", "transformers serve", "vllm serve", "scripts.export_gguf"):
         assert f"| `{program}" in table
     assert opening_commands(folder, {"model_type": "llama"}) == {}

@@ -167,7 +167,7 @@ def test_thinking_that_cannot_be_left_out_is_refused(tmp_path: Path, shared: Pat
     template = (shared / "families" / "templates" / "qwen3_thinking_2507.jinja").read_text()
     model = write_later_checkpoint(tmp_path / "model", "qwen3", template)
     (tmp_path / "q.txt").write_text("Hi\n")
-    with pytest.raises(ConfigError, match=r"--thinking: this model always thinks"):
+    with pytest.raises(ConfigError, match=r"--thinking off: this model always thinks"):
         run(tmp_path / "q.txt", tmp_path / "a.jsonl", "--no_thinking", "--model_name_or_path", str(model))
     assert not (tmp_path / "a.jsonl").exists()
 

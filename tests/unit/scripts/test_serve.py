@@ -161,7 +161,7 @@ def test_sigterm_finishes_the_answers_that_run(capsys: pytest.CaptureFixture[str
 
 
 @pytest.mark.usefixtures("logging_of_tests")
-def test_second_interrupt_ends_answers_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
+def test_second_signal_ends_answers_as_they_are(capsys: pytest.CaptureFixture[str]) -> None:
     """The streams of a long request come to their proper end, and nothing is logged as a failure."""
     reasons: dict[int, str] = {}
 
@@ -172,13 +172,14 @@ def test_second_interrupt_ends_answers_as_they_are(capsys: pytest.CaptureFixture
                 reasons[-1] = "signalled"
                 os.kill(os.getpid(), signal.SIGINT)
                 time.sleep(0.5)
-                os.kill(os.getpid(), signal.SIGINT)
+                os.kill(os.getpid(), signal.SIGTERM)
             if chunk.choices[0].finish_reason:
                 reasons[chunk.choices[0].index] = chunk.choices[0].finish_reason
 
     serve_and(use)
     assert len(reasons) == 17 and "length" in reasons.values()
     shown = capsys.readouterr()
-    assert "stopping: taking no more requests, finishing 1; Ctrl-C ends their answers" in shown.err
+    assert "stopping: taking no more requests, finishing 1; Ctrl-C or SIGTERM again ends their answers" in shown.err
+    assert "stopping at once: answers end as they are" in shown.err
     assert "1 requests finished, 0 cut off" in shown.err and shown.out.endswith("stopped\n")
     assert "Traceback" not in shown.err and "ERROR" not in shown.err

@@ -100,3 +100,13 @@ def test_trained_biases_are_refused(base: Path) -> None:
 def test_adapters_that_exclude_each_other_are_refused(base: Path, folders: dict[str, Path]) -> None:
     with pytest.raises(ConfigError, match="embeddings has trained embeddings, rows trained rows"):
         load_engine(base, {name: folders[name] for name in ("rows", "embeddings")})
+
+
+def test_adapters_with_a_cache_in_8_bits_answer_together_as_alone(base: Path, folders: dict[str, Path]) -> None:
+    """Each key and value is quantised on its own, so no row depends on the others, whatever their adapters."""
+    names = (None, "plain", "rslora", "dora")
+    with load_engine(base, {name: folders[name] for name in names if name}, kv_cache="int8") as engine:
+        asked = [Request((300, *prompts(1)[0], 301), GREEDY, adapter=name) for name in names]
+        together = answers(engine, asked)
+        assert together == [answers(engine, [request])[0] for request in asked]
+        assert len(set(together)) == len(together), "every adapter changes the answer"

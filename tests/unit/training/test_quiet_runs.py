@@ -86,7 +86,7 @@ def test_the_end_of_a_run_says_what_comes_next(
     assert done.startswith("3 steps in ") and "loss " in done
     words = {row.split()[0]: row for row in rows}
     first = ["learnt", "adapter"] if mode else ["learnt", "model"]
-    assert list(words) == [*first, "records", "ask", *(["merge"] if mode else ["vllm", "convert"])]
+    assert list(words) == [*first, "records", "ask", *(["merge"] if mode else ["vllm", "gguf"])]
     assert f"{output}" in words["adapter" if mode else "model"]
     assert f"'{output}'" in words["ask"] and "scripts.ask" in words["ask"]
     assert not mode or f"merge_lora.py --adapter '{output}' --output '{output}-merged'" in words["merge"]

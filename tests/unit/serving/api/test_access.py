@@ -148,13 +148,21 @@ def test_what_is_no_http(url: str) -> None:
 
 @pytest.mark.parametrize(
     ("path", "method", "status"),
-    [("/v1/nothing", "GET", 404), (CHAT, "GET", 405), ("/docs", "GET", 404), ("/../etc", "GET", 404)],
+    [("/v1/nothing", "GET", 404), ("/docs", "GET", 404), ("/../etc", "GET", 404)],
 )
 def test_unknown_addresses(url: str, path: str, method: str, status: int) -> None:
     found, _, error = ask(url, path, None, method)
     figures = ask(url, "/metrics", None, "GET")[2]
     assert 'path="other"' in figures and "nothing" not in figures and "etc" not in figures
     assert found == status and set(error) == {"message", "type", "param", "code"}
+
+
+def test_refused_requests_are_counted_by_their_address(url: str) -> None:
+    assert ask(url, CHAT, None, "GET")[0] == 405 and ask(url, CHAT, body="x" * 5000)[0] == 413
+    assert ask(url, "/v1/models/tiny:x", None, "GET", Origin="https://other.example")[0] == 403
+    figures = ask(url, "/metrics", None, "GET")[2]
+    for path, status in ((CHAT, 405), (CHAT, 413), ("/v1/models/{name:path}", 403)):
+        assert f'path="{path}",status="{status}"' in figures
 
 
 @pytest.mark.parametrize("body", ["", "{", "[]", "3", "null", b"\xff\xfe", "[" * 1500, '{"a":' + "9" * 1900 + "}"])

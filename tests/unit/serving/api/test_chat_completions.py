@@ -70,13 +70,14 @@ def test_answer_and_its_stream_are_equal(server: Served) -> None:
 def test_sampling_reaches_the_engine(server: Served) -> None:
     server.ask(
         ["a"], temperature=0.5, top_p=0.9, seed=7, stop=["x", "y"], max_completion_tokens=9, presence_penalty=0.5,
-        frequency_penalty=-1, extra_body={"top_k": 5, "repetition_penalty": 1.1},
+        frequency_penalty=-1, extra_body={"top_k": 5, "repetition_penalty": 1.1, "min_p": 0.0},
     )  # fmt: skip
     sampling = server.engine.requests[-1].sampling
     assert (sampling.temperature, sampling.top_p, sampling.seed, sampling.stop) == (0.5, 0.9, 7, ("x", "y"))
     assert (sampling.max_tokens, sampling.top_k, sampling.repetition_penalty) == (9, 5, 1.1)
     assert (sampling.presence_penalty, sampling.frequency_penalty, sampling.logprobs) == (0.5, -1, None)
-    server.ask(["a"], stop="x", max_tokens=3, model="tiny:poet")
+    server.ask(["a"], stop="x", max_tokens=3, model="tiny:poet", extra_body={"top_k": -1})
+    assert server.engine.requests[-1].sampling.top_k == 0
     assert server.engine.requests[-1].sampling.stop == ("x",) and server.engine.requests[-1].adapter == "poet"
 
 

@@ -67,7 +67,7 @@ def test_client_that_leaves_is_logged_and_counted_as_such(stream: bool, caplog: 
         wait_until(lambda: caplog.text.count(" 499 ") == 2)
         assert f"POST {CHAT} 499" in caplog.text and " 200 " not in caplog.text
         figures = httpx2.get(f"{url}/metrics").text
-    assert f'path="{CHAT}",status="499"}} 1' in figures and 'status="200"' not in figures
+    assert f'path="{CHAT}",status="499"}} 2' in figures and 'status="200"' not in figures
 
 
 def test_requests_that_follow_on_one_connection_without_waiting() -> None:

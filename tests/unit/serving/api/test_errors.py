@@ -16,7 +16,15 @@ from tests.serving_api import ScriptedEngine, served
 USER = {"role": "user", "content": "Hi"}
 TOOL = {"type": "function", "function": {"name": "f"}}
 JSON = {"Content-Type": "application/json"}
+LONG = '{"seed": ' + "9" * 5000 + "}"  # an integer that Python does not convert
 CHAT = "/v1/chat/completions"
+
+
+SCHEMA = "response_format.json_schema.schema"
+
+
+def with_schema(schema: Any) -> dict[str, Any]:
+    return {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": schema}}}
 
 
 @pytest.fixture(scope="module", params=["qwen", "qwen3"])
@@ -72,6 +80,8 @@ def refusal(client: httpx2.Client, body: Any, path: str = CHAT) -> tuple[str | N
         ({"functions": [{"name": "f", "parameters": 5}]}, "functions[0].parameters", "an object or a list, not 5"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format.json_schema.name", "requ"),
         ({"x" * 500: 1}, "x" * 200, "xxx"),
+        (with_schema({"properties": {"a": {"type": "text"}}}), f"{SCHEMA}.properties.a.type", "'text' is not valid"),
+        (with_schema({"anyOf": [{}, {"pattern": "x"}]}), f"{SCHEMA}.anyOf[1]", "the keyword pattern is not supported"),
     ],
 )
 def test_parameter_and_value(client: httpx2.Client, fields: dict[str, Any], param: str, message: str) -> None:
@@ -85,6 +95,13 @@ def test_missing_fields_and_other_bodies(client: httpx2.Client) -> None:
     assert refusal(client, '{"model": "tiny", x}') == (
         None, "the body is not JSON: Expecting property name enclosed in double quotes at character 18",
     )  # fmt: skip
+    for body, reason in (
+        (b'{"model": "\xff"}', "invalid start byte"),
+        ("[" * 9999, "nested too deeply"),
+        (LONG, "4300"),
+    ):
+        param, message = refusal(client, body)
+        assert param is None and message.startswith("the body cannot be read: ") and reason in message
     for body in ("[]", "3", '"x"', "null", ""):
         param, message = refusal(client, body)
         assert param is None and "JSON" in message

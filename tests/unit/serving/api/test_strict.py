@@ -105,7 +105,7 @@ def test_only_the_strict_functions_are_checked(server: Server) -> None:
     [
         ({"strict": "yes"}, r'tools\[0\].function.strict: must be true or false, not "yes"'),
         ({"strict": True, "parameters": []}, r"tools\[0\].function.parameters: must be a JSON schema"),
-        ({"strict": True, "parameters": {"type": "strange"}}, r"tools\[0\].function.parameters: .*not valid"),
+        ({"strict": True, "parameters": {"type": "strange"}}, r"tools\[0\].function.parameters.type: .*not valid"),
         ({"strict": True, "parameters": {"properties": {"a": {"pattern": "(a+)+$"}}}}, "pattern is not supported"),
     ],
 )
