@@ -7,7 +7,7 @@ without a prompt that leads to it could never be generated, and is not trained.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from chat.families import THINK, THINK_END, Family, thought_block
 from chat.turns import Turn
@@ -52,14 +52,43 @@ class Answers:
         Args:
             has_own_system: the system turn is part of the data, not added by rendering.
         """
-        found: set[int] = set()
+        return {index for index, is_prefix, _ in self._prompted(has_own_system) if is_prefix}
+
+    def in_samples(self, has_own_system: bool) -> tuple[set[int], set[int]]:
+        """Return the indices of answers that a sample of their own can train, and of those that need none.
+
+        A sample of its own writes an answer as the last one, behind its inference prompt. An answer needs none if the
+        whole conversation trains it with the same text.
+
+        Args:
+            has_own_system: as in ``promptable``.
+        """
+        own: set[int] = set()
+        whole: set[int] = set()
+        for index, is_prefix, after_question in self._prompted(has_own_system):
+            text = self._text(index, True, after_question)
+            if not text.startswith(self._family.prompt_suffix):
+                continue
+            own.add(index)
+            if is_prefix and text == self._rendered(index):
+                whole.add(index)
+        return own, whole
+
+    def _prompted(self, has_own_system: bool) -> Iterator[tuple[int, bool, bool]]:
+        """Yield each answer that has an inference prompt: its index, whether the prompt is what precedes it and
+        opens it in the rendered conversation, and whether a question precedes it."""
+        family = self._family
+        opening = 1 if self._turns and self._turns[0].role == "system" else 0
         after_question = False
         is_history_same = True  # answers since the last question, except for the previous turn, are as in the prompt
         previous: int | None = None  # the previous turn, if it is an answer
         for index, turn in enumerate(self._turns):
-            has_prompt = is_history_same and (after_question or not self._family.is_strict)
-            if turn.role == "assistant" and has_prompt and self._follows_prompt(index, previous, after_question):
-                found.add(index)
+            has_prompt = after_question or not family.is_strict
+            if index == opening and not has_own_system and not family.prompts_opening_answer:
+                has_prompt = False
+            if turn.role == "assistant" and has_prompt and (previous is None or family.prompts_after_answer):
+                is_prefix = is_history_same and self._follows_prompt(index, previous, after_question)
+                yield index, is_prefix, after_question
             if previous is not None:
                 in_prompt = self._text(previous, False, after_question)
                 is_history_same = is_history_same and in_prompt == self._rendered(previous)
@@ -67,18 +96,12 @@ class Answers:
             if is_question(turn):
                 # What precedes a question is written the same whatever follows.
                 after_question = is_history_same = True
-        if not has_own_system and not self._family.prompts_opening_answer:
-            found.discard(1 if self._turns and self._turns[0].role == "system" else 0)
-        return found
 
     def _follows_prompt(self, index: int, previous: int | None, after_question: bool) -> bool:
         """Check that an answer starts as its prompt ends, and that an answer before it is written as a last one."""
         if not self._rendered(index).startswith(self._family.prompt_suffix):
             return False
-        if previous is None:
-            return True
-        in_prompt = self._text(previous, True, after_question)
-        return self._family.prompts_after_answer and in_prompt == self._rendered(previous)
+        return previous is None or self._text(previous, True, after_question) == self._rendered(previous)
 
     def _rendered(self, index: int) -> str:
         return self._text(index, index == self._last, index > self._last_question)
@@ -122,6 +145,18 @@ def split_thinking(turn: Turn, family: Family) -> tuple[str, str]:
         return turn.thinking or "", turn.content
     thought, answer = _split_text(turn.content)
     return thought.strip() if family.is_strict else thought, answer
+
+
+def has_thinking(turn: Turn, family: Family) -> bool:
+    """Return whether an answer brings thinking that a family knows as such."""
+    return bool(split_thinking(turn, family)[0].strip())
+
+
+def without_thinking(turn: Turn) -> Turn:
+    """Return an answer without its thinking, in its text and in its field."""
+    if turn.role != "assistant" or not (turn.thinking or (turn.thinking is None and THINK_END in turn.content)):
+        return turn
+    return turn._replace(content=turn.content if turn.thinking else _split_text(turn.content)[1], thinking="")
 
 
 def move_thinking(turn: Turn) -> Turn:

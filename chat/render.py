@@ -95,6 +95,25 @@ def render(
     return _render(turns, family, system_message, label_mask, tools, is_prompt=False)
 
 
+def render_answer(
+    turns: Sequence[Turn],
+    family: Family,
+    system_message: str | None = None,
+    label_mask: LabelMask = "assistant",
+    tools: Sequence[Tool] = (),
+    trained_from: int = 0,
+) -> list[Message]:
+    """Render a sample of the last turn, an answer: its text is the prompt of the turns before it, then the answer.
+
+    Args:
+        trained_from: number of the first turns that other samples train, and this one does not.
+
+    Raises:
+        ValueError: as ``render``.
+    """
+    return _render(turns, family, system_message, label_mask, tools, is_prompt=False, trained_from=trained_from)
+
+
 def render_prompt(
     turns: Sequence[Turn], family: Family, system_message: str | None = None, tools: Sequence[Tool] = ()
 ) -> list[Message]:
@@ -122,7 +141,9 @@ def _render(
     label_mask: LabelMask,
     tools: Sequence[Tool],
     is_prompt: bool,
+    trained_from: int | None = None,
 ) -> list[Message]:
+    """Render a conversation; with ``trained_from`` a sample of its last answer, see ``render_answer``."""
     form = _checked_form(turns, family, tools)
     complete = add_system_turn(turns, family, system_message)
     if family.is_strict:
@@ -132,23 +153,43 @@ def _render(
     if family.instructions or not family.writes_blank_system:
         complete = _add_instructions(complete, family)
     has_own_system = bool(turns) and turns[0].role == "system"
+    added_turns = len(complete) - len(turns)
     answers = Answers(complete, family)
-    weights = turn_weights(complete, label_mask, answers.promptable(has_own_system))
-    written = answers.written_turns()
+    if trained_from is None:
+        written, promptable = answers.written_turns(), answers.promptable(has_own_system)
+    else:
+        if trained_from:
+            others = [turn._replace(weight=0.0) for turn in complete[: trained_from + added_turns]]
+            complete = [*others, *complete[len(others) :]]
+        written, promptable = _answer_sample(answers, Answers(complete[:-1], family), has_own_system)
+    weights = turn_weights(complete, label_mask, promptable)
     if form is not None:
         contents = form.write(written, weights, is_prompt)
     else:
         contents = [Message.from_turn(turn, weights[index], index + 1) for index, turn in enumerate(written)]
 
-    added_turns = len(complete) - len(turns)
     messages = []
     start = 0  # of the message, in the turns
     for content in contents:
         is_open = content.is_open and is_prompt
         segments = _framed(content, family, complete[start].weight, label_mask, is_open)
-        messages.append(Message(content.role, segments, max(0, content.end - added_turns), is_open))
+        weighted = zip(complete[start : content.end], weights[start : content.end], strict=True)
+        trained = tuple(turn for turn, weight in weighted if weight and turn.role == "assistant")
+        messages.append(Message(content.role, segments, max(0, content.end - added_turns), is_open, trained))
         start = content.end
     return messages
+
+
+def _answer_sample(answers: Answers, history: Answers, has_own_system: bool) -> tuple[list[Turn], set[int]]:
+    """Return the turns of a sample of the last answer as they are written, and its answers that may be trained.
+
+    Args:
+        answers: of all turns.
+        history: of all but the last, which are written as in a prompt.
+    """
+    written = [*history.written_turns(), answers.written_turns()[-1]]
+    own, _ = answers.in_samples(has_own_system)
+    return written, history.promptable(has_own_system) | (own & {len(written) - 1})
 
 
 def _add_instructions(turns: list[Turn], family: Family) -> list[Turn]:

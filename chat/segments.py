@@ -35,12 +35,14 @@ class Message(NamedTuple):
         segments: at least one. A tool form gives the content; ``chat.render`` adds the header and the control tokens.
         end: number of the conversation's turns that are complete after this message.
         is_open: its author has not finished: a call waits for its result.
+        trained: the trained answers in it, as the conversation has them.
     """
 
     role: str
     segments: list[Segment]
     end: int
     is_open: bool = False
+    trained: tuple[Turn, ...] = ()
 
     @classmethod
     def from_turn(cls, turn: Turn, weight: float, end: int) -> Message:

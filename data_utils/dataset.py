@@ -69,6 +69,9 @@ def report_settings(encoder: Encoder, **run: Any) -> ReportSettings:
         label_mask=encoder.options.label_mask,
         truncation=encoder.options.truncation,
         model_max_length=encoder.options.max_length,
+        thinking=encoder.options.thinking,
+        split_turns=encoder.options.split_turns,
+        has_switch=encoder.rules.has_switch,
         **run,
     )
 

@@ -5,24 +5,30 @@
 
 from __future__ import annotations
 
-import json
-from bisect import bisect_left
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal, NamedTuple, TypedDict
 
-from chat.answers import Answers, is_question, move_thinking
+from chat.answers import has_thinking
 from chat.chatml import END_OF_TEXT
-from chat.families import THINK, THINK_END, Family
+from chat.families import Family
 from chat.label_mask import LabelMask, labels_from_weights
-from chat.render import check_turns, control_ids_of, encode_segment, plain_encoder, render
+from chat.render import check_turns, control_ids_of, encode_segment, plain_encoder, render, render_answer
+from chat.samples import Sample, SampleRules, SplitTurns, Thinking
 from chat.segments import Message, Segment
 from chat.turns import Tool, Turn
 from data_utils.byte_pairs import FasterEncoder
-from data_utils.files import Location
-from data_utils.schema import Conversation, short_repr
+from data_utils.conversation_checks import (
+    check_has_answer,
+    check_texts,
+    check_writable,
+    lost_parts,
+    plain_token_notes,
+)
+from data_utils.schema import Conversation
 from data_utils.shapes import Shape, build_shape, has_shape
+from data_utils.shortening import keep_newest, keep_oldest
 from data_utils.special_tokens import any_of, encoder_with, find_special_tokens
 from data_utils.text_file import parts_of
 from errors import ConfigError, DataError
@@ -67,6 +73,8 @@ class EncodeOptions:
             ``cut``: cut at ``max_length``, even within an answer, as Qwen v1's original script did.
             ``drop``: leave the conversation out.
             ``error``: refuse it.
+            A sample of one answer keeps it: ``turns`` leaves the sample out, ``turns_left`` shortens its prompt.
+        thinking: which prompts are trained, and ``split_turns``: what a sample is; see ``chat.samples.SampleRules``.
         needs_answer: refuse a conversation without an assistant turn.
         allow_special_tokens: added tokens of the tokenizer that text in messages becomes.
     """
@@ -77,6 +85,8 @@ class EncodeOptions:
     truncation: Truncation = "turns"
     needs_answer: bool = True
     allow_special_tokens: tuple[str, ...] = ()
+    thinking: Thinking = "on"
+    split_turns: SplitTurns = "never"
 
 
 class Span(NamedTuple):
@@ -96,12 +106,15 @@ class EncodedConversation:
         spans: authors and loss weights of the ids, in order; the lengths add up to T.
         turns_dropped: messages that are missing or, with ``truncation="cut"``, incomplete.
         full_length: ids of the whole conversation; 0 if none are missing.
+        answers: number of trained answers; ``with_thinking`` of them bring thinking.
     """
 
     input_ids: Sequence[int]
     spans: list[Span]
     turns_dropped: int = 0
     full_length: int = field(default=0, compare=False)
+    answers: int = 0
+    with_thinking: int = 0
 
     @property
     def labels(self) -> list[int]:
@@ -121,14 +134,16 @@ class Encoder:
     Args:
         tokenizer: a ``QWenTokenizer`` or a fast tokenizer of the later families.
         family: from ``chat.detect.family_of``.
+        plain: the family behind prompts that ask for no thinking, if they differ.
 
     Raises:
         ConfigError: a name in ``allow_special_tokens`` that is no added token, or a control token.
     """
 
-    def __init__(self, tokenizer: Any, family: Family, options: EncodeOptions) -> None:
+    def __init__(self, tokenizer: Any, family: Family, options: EncodeOptions, plain: Family | None = None) -> None:
         self.family = family
         self.options = options
+        self.rules = SampleRules(family, plain or family, options.thinking, options.split_turns, options.label_mask)
         self._decode = tokenizer.decode
         self._check_text = getattr(tokenizer, "check_text", None)  # only Qwen v1's tokenizer has limits
         self._special_tokens = find_special_tokens(tokenizer, options.allow_special_tokens)
@@ -139,6 +154,7 @@ class Encoder:
         self._encode_text = lru_cache(maxsize=_CACHED_TEXTS)(encode_text)
         self._control_ids = control_ids_of(tokenizer)
         self._shape_of = lru_cache(maxsize=_CACHED_SHAPES)(self._build_shape)
+        self._plan_of = lru_cache(maxsize=_CACHED_SHAPES)(self._plan_shape)
         self._end_of_text = int(tokenizer.convert_tokens_to_ids(END_OF_TEXT))
 
     @property
@@ -172,56 +188,17 @@ class Encoder:
             DataError: no assistant turn, a text that cannot be tokenised, or tools or thinking that the family cannot
                 write.
         """
-        where, turns = conversation.where, conversation.turns
-        if self.options.needs_answer and not conversation.is_text and all(turn.role != "assistant" for turn in turns):
-            raise DataError(where, "the conversation has no assistant turn to train", "Remove the record")
-        for number, turn in enumerate(turns, 1):
-            if self._check_text is not None:
-                try:
-                    self._check_text(turn.content)
-                except ValueError as error:
-                    fix = "Shorten it, or leave the record out"
-                    owner = "the text" if conversation.is_text else f"turn {number}"
-                    raise DataError(where, f"{owner} contains {error}", fix) from None
-            if turn.thinking or (turn.role == "assistant" and (THINK in turn.content or THINK_END in turn.content)):
-                self._check_thinking(turn, number, where)
-        try:
-            check_turns(turns, self.family, conversation.tools)
-        except ValueError as error:
-            raise DataError(where, str(error), "Leave the record out") from None
-
-    def _check_thinking(self, turn: Turn, number: int, where: Location | str) -> None:
-        family = self.family
-        if not family.knows_thinking:
-            raise DataError(
-                where,
-                f"turn {number} contains thinking, which the checkpoint's chat template writes in an unknown way",
-                "Restore the official chat template of the checkpoint, or remove the thinking",
-            )
-        if turn.thinking and not family.has_thinking:
-            raise DataError(
-                where,
-                f"turn {number} has a field with thinking, which the chat format {family.name!r} does not support",
-                "Remove the field, or leave the record out",
-            )
+        if self.options.needs_answer:
+            check_has_answer(conversation)
+        if self._check_text is not None:
+            check_texts(conversation, self._check_text)
+        check_writable(conversation, self.rules)
 
     def notes(self, conversation: Conversation) -> list[str]:
         """Return what a conversation loses in this chat format, and what may not be meant; see ``schema.Notes``."""
-        family, notes = self.family, list(conversation.notes)
-        format_ = f"the chat format {family.name!r}"
-        if conversation.tools and family.tool_form is not None:
-            lost = family.tool_form.lost_fields(conversation.tools)
-            notes += (f"describe tools with {short_repr(name)}, which {format_} does not write" for name in lost)
-        thinks = family.has_thinking and not conversation.is_text and not has_shape(conversation.turns, family)
-        if thinks and Answers(conversation.turns, family).loses_thinking():
-            notes.append(f"contain thinking that {format_} leaves out at its place")
+        notes = [*conversation.notes, *lost_parts(conversation, self.rules)]
         if self._plain_tokens is not None:
-            found = {token for text in _texts(conversation) for token in self._plain_tokens.findall(text)}
-            notes += (
-                f"contain {short_repr(token)}, which is trained as text, not as the special token of that name "
-                f"(--allow_special_tokens {short_repr(token)} changes it)"
-                for token in sorted(found)
-            )
+            notes += plain_token_notes(conversation, self._plain_tokens)
         return notes
 
     def skip_reason(self, conversation: Conversation, encoded: EncodedConversation) -> str:
@@ -238,12 +215,50 @@ class Encoder:
         return f"chat format {self.family.name!r} has no inference prompt for any of its answers"
 
     def encode(self, conversation: Conversation) -> list[EncodedConversation]:
-        """Encode what ``check_conversation`` accepts: one sample of a conversation, or the pieces of a plain text.
+        """Encode what ``check_conversation`` accepts: the samples of a conversation, or the pieces of a plain text.
+
+        There is at least one. Of what has been left out because it is too long, only the longest has a
+        ``full_length``.
 
         Raises:
             DataError: see ``encode_conversation``.
         """
-        return self._encode_pieces(conversation) if conversation.is_text else [self.encode_conversation(conversation)]
+        if conversation.is_text:
+            return self._encode_pieces(conversation)
+        if self.rules.is_trivial:
+            return [self.encode_conversation(conversation)]
+        turns = self.rules.read(conversation.turns)
+        if turns is not conversation.turns:
+            conversation = replace(conversation, turns=tuple(turns))
+        return [self.encode_conversation(conversation, sample) for sample in self._plan(conversation)]
+
+    def _plan(self, conversation: Conversation) -> list[Sample]:
+        """Return the samples of a conversation that the family can write."""
+        turns, tools = conversation.turns, conversation.tools
+        if not tools and has_shape(turns, self.family):
+            roles, _, _, weights, _ = zip(*turns, strict=True)
+            plan = self._plan_of(roles, weights)
+        else:
+            plan = self.rules.plan(turns)
+        if len(plan) == 1:
+            return plan
+        samples: list[Sample] = []
+        unwritten: int | None = None  # the first turn of a sample that cannot be written; the next one trains it
+        for sample in plan:
+            if unwritten is not None:
+                sample = sample._replace(trained_from=unwritten)
+            try:
+                check_turns(turns[: sample.end], self.family, tools)
+            except ValueError:
+                unwritten = sample.trained_from
+                continue
+            samples.append(sample)
+            unwritten = None
+        return samples or [Sample(True, len(turns))]
+
+    def _plan_shape(self, roles: Sequence[str], weights: Sequence[float | None]) -> list[Sample]:
+        turns = [Turn(role, "", (), weight) for role, weight in zip(roles, weights, strict=True)]
+        return self.rules.plan(turns)
 
     def _encode_pieces(self, conversation: Conversation) -> list[EncodedConversation]:
         """Encode a plain text, which ends with the end of text, as pieces of at most ``max_length`` ids.
@@ -261,8 +276,8 @@ class Encoder:
         pieces = (ids[start : start + most] for start in starts)
         return [EncodedConversation(piece, [Span(len(piece), turn.role, weight)]) for piece in pieces]
 
-    def encode_conversation(self, conversation: Conversation) -> EncodedConversation:
-        """Encode a conversation that ``check_conversation`` accepts, shortened if it is longer than ``max_length``.
+    def encode_conversation(self, conversation: Conversation, sample: Sample | None = None) -> EncodedConversation:
+        """Encode a sample of a conversation, by default all of it, shortened if it is longer than ``max_length``.
 
         After turns are dropped, the rest is rendered again as a conversation of its own: some families write the last
         answer differently, and the turn that described the tools may be gone.
@@ -271,14 +286,17 @@ class Encoder:
             DataError: a text that cannot be tokenised, or with ``truncation="error"`` a conversation that is too long.
         """
         options, turns, tools = self.options, conversation.turns, conversation.tools
+        sample = sample or Sample(True, len(turns))
+        is_longest = all(turn.role != "assistant" for turn in turns[sample.end :])
+        turns = turns[: sample.end]
         try:
             if not tools and has_shape(turns, self.family):
-                encoded = self._encode_shape(turns)
+                encoded = self._encode_shape(turns, sample)
                 if len(encoded.input_ids) <= options.max_length:
                     return encoded
-            messages = self._render(turns, tools)
+            messages = self._render(turns, tools, sample)
             encoded = self._encode(messages)
-            rest = messages[len(messages) - encoded.turns_dropped + 1 :] if encoded.turns_dropped else []
+            rest = messages[len(messages) - encoded.turns_dropped + 1 :] if encoded.turns_dropped and is_longest else []
             rest_length = sum(len(self._segment_ids(part)) for message in rest for part in message.segments)
         except ValueError as error:
             raise DataError(conversation.where, str(error), "Shorten the text, or leave the record out") from None
@@ -290,21 +308,22 @@ class Encoder:
                 f"the conversation has more than --model_max_length {options.max_length} tokens",
                 "Raise it, shorten the conversation, or choose another --truncation",
             )
-        shortened = self._shorten(turns, tools, messages, encoded)
+        shortened = self._shorten(turns, tools, sample, messages, encoded)
         return replace(shortened, full_length=len(encoded.input_ids) + rest_length)
 
-    def _build_shape(self, roles: Sequence[str], weights: Sequence[float | None]) -> Shape:
+    def _build_shape(self, roles: Sequence[str], weights: Sequence[float | None], sample: Sample) -> Shape:
         return build_shape(
-            roles, weights, lambda turns: self._render(turns, ()), self._encode_uncached, self._control_ids
+            roles, weights, lambda turns: self._render(turns, (), sample), self._encode_uncached, self._control_ids
         )
 
-    def _encode_shape(self, turns: Sequence[Turn]) -> EncodedConversation:
-        """Encode a whole conversation whose texts do not decide how it is written, as ``_encode`` would."""
+    def _encode_shape(self, turns: Sequence[Turn], sample: Sample) -> EncodedConversation:
+        """Encode a sample of a conversation whose texts do not decide how it is written, as ``_encode`` would."""
         roles, texts, _, weights, _ = zip(*turns, strict=True)
         encode_text = self._encode_text
         ids: list[int] = []
         spans: list[Span] = []
-        for role, weight, parts in self._shape_of(roles, weights):
+        shape = self._shape_of(roles, weights, sample)
+        for role, weight, parts in shape.spans:
             start = len(ids)
             for constant, before, turn in parts:
                 ids += constant
@@ -314,12 +333,17 @@ class Encoder:
                 spans[-1] = Span(spans[-1].length + length, role, weight)
             elif length:
                 spans.append(Span(length, role, weight))
-        return EncodedConversation(ids, spans)
+        return EncodedConversation(ids, spans, answers=shape.answers)
 
     def _shorten(
-        self, turns: Sequence[Turn], tools: Sequence[Tool], messages: Sequence[Message], encoded: EncodedConversation
+        self,
+        turns: Sequence[Turn],
+        tools: Sequence[Tool],
+        sample: Sample,
+        messages: Sequence[Message],
+        encoded: EncodedConversation,
     ) -> EncodedConversation:
-        """Return what remains of a conversation that is too long.
+        """Return what remains of a sample that is too long.
 
         Args:
             messages: all of its messages.
@@ -327,22 +351,27 @@ class Encoder:
         """
         options = self.options
         if options.truncation == "cut":
-            spans = _cut(encoded.spans, options.max_length)
-            return EncodedConversation(encoded.input_ids[: options.max_length], spans, encoded.turns_dropped)
+            return _cut(encoded, options.max_length)
         kept: list[Message] | None = None
-        if options.truncation == "turns":
-            kept = self._keep_oldest(turns, tools, messages[: len(messages) - encoded.turns_dropped + 1])
+        if options.truncation == "turns" and sample.trained_from is None:
+            fitting = messages[: len(messages) - encoded.turns_dropped + 1]
+            kept = keep_oldest(turns, fitting, lambda part: self._render(part, tools, sample), self._encode)
         elif options.truncation == "turns_left":
-            kept = self._keep_newest(turns, tools)
+
+            def render_newest(part: Sequence[Turn]) -> list[Message]:
+                start = sample.trained_from and max(0, sample.trained_from - len(turns) + len(part))
+                return self._render(part, tools, sample._replace(trained_from=start))
+
+            kept = keep_newest(turns, render_newest, self._encode)
         if kept is None:
             return EncodedConversation([], [], len(messages))
-        rest = self._encode(kept)
-        return EncodedConversation(rest.input_ids, rest.spans, len(messages) - len(kept))
+        return replace(self._encode(kept), turns_dropped=len(messages) - len(kept))
 
-    def _render(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> list[Message]:
-        if not self.family.has_thinking_in_text:
-            turns = list(map(move_thinking, turns))
-        return render(turns, self.family, self.options.system_message, self.options.label_mask, tools)
+    def _render(self, turns: Sequence[Turn], tools: Sequence[Tool], sample: Sample) -> list[Message]:
+        family, options = self.rules.family_of(sample), self.options
+        if sample.trained_from is None:
+            return render(turns, family, options.system_message, options.label_mask, tools)
+        return render_answer(turns, family, options.system_message, options.label_mask, tools, sample.trained_from)
 
     def _segment_ids(self, segment: Segment) -> list[int]:
         return encode_segment(segment, self._encode_text, self._control_ids)
@@ -356,7 +385,9 @@ class Encoder:
         spans: list[Span] = []
         start, role, weight = 0, "", 0.0  # of the last span
         dropped, encode_text, control_ids = 0, self._encode_text, self._control_ids
+        trained: list[Turn] = []
         for number, message in enumerate(messages):
+            trained += message.trained
             for text, is_control, own_weight, own_role in message.segments:
                 segment_ids = [control_ids[text]] if is_control else encode_text(text)
                 if segment_ids and (own_role != role or own_weight != weight):
@@ -369,77 +400,23 @@ class Encoder:
                 break
         if len(ids) > start:
             spans.append(Span(len(ids) - start, role, weight))
-        return EncodedConversation(ids, spans, dropped)
-
-    def _keep_oldest(
-        self, turns: Sequence[Turn], tools: Sequence[Tool], messages: Sequence[Message]
-    ) -> list[Message] | None:
-        """Return the longest start of the conversation that fits, has an answer and, if possible, trains something.
-
-        Reasoning families may train an answer only if it is the last one. A message's length depends on whether it is
-        the last one, so the first message that did not fit may fit as the last one, and those that fitted may not.
-
-        Args:
-            messages: those that fitted, and the next one.
-        """
-        longest = None
-        for message in reversed(messages):
-            kept = turns[: message.end]
-            if len(kept) == len(turns):
-                continue
-            if not kept or _has_answer(turns) > _has_answer(kept):
-                break
-            try:
-                shorter = self._render(kept, tools)
-            except ValueError:
-                continue  # the turn that would describe the tools is gone
-            encoded = self._encode(shorter)
-            if encoded.turns_dropped:
-                continue
-            if any(span.weight for span in encoded.spans):
-                return shorter
-            longest = longest or shorter
-        return longest
-
-    def _keep_newest(self, turns: Sequence[Turn], tools: Sequence[Tool]) -> list[Message] | None:
-        """Return the longest end of the conversation that fits, starts with a question and has an answer.
-
-        The system message stays.
-        """
-        first = 1 if turns[0].role == "system" else 0
-
-        def from_turn(start: int) -> list[Message]:
-            return self._render([*turns[:first], *turns[start:]], tools)
-
-        starts = [index for index in range(first + 1, len(turns)) if is_question(turns[index])]
-        # The later the start, the shorter the conversation.
-        longest = bisect_left(starts, True, key=lambda start: not self._encode(from_turn(start)).turns_dropped)
-        if longest == len(starts) or _has_answer(turns) > _has_answer(turns[starts[longest] :]):
-            return None
-        return from_turn(starts[longest])
+        thinking = sum(has_thinking(turn, self.family) for turn in trained) if self.family.has_thinking else 0
+        return EncodedConversation(ids, spans, dropped, answers=len(trained), with_thinking=thinking)
 
 
-def _texts(conversation: Conversation) -> Iterator[str]:
-    """Yield the texts of a conversation that reach its ids."""
-    for turn in conversation.turns:
-        yield turn.content
-        yield turn.thinking or ""
-        for call in turn.calls:
-            yield call.name
-            yield call.arguments_text
-    yield from (json.dumps(tool, ensure_ascii=False) for tool in conversation.tools)
-
-
-def _has_answer(turns: Sequence[Turn]) -> bool:
-    return any(turn.role == "assistant" for turn in turns)
-
-
-def _cut(spans: Iterable[Span], length: int) -> list[Span]:
-    """Return the spans of the first ``length`` ids."""
-    kept = []
-    for span in spans:
-        if length <= 0:
-            break
-        kept.append(span._replace(length=min(span.length, length)))
-        length -= span.length
-    return kept
+def _cut(encoded: EncodedConversation, length: int) -> EncodedConversation:
+    """Return the first ``length`` ids; the last answer counts if some of it is left to train."""
+    spans, left = list[Span](), length
+    for span in encoded.spans:
+        if left > 0:
+            spans.append(span._replace(length=min(span.length, left)))
+            left -= span.length
+    lost = 0 if spans and spans[-1].weight else 1
+    answers = max(0, encoded.answers - lost)
+    return replace(
+        encoded,
+        input_ids=encoded.input_ids[:length],
+        spans=spans,
+        answers=answers,
+        with_thinking=min(encoded.with_thinking, answers),
+    )

@@ -78,33 +78,31 @@ class RecordEncoder:
             block.faults.append(error)
             report.skip(where, BAD_RECORD, copies)
             return
-        first = pieces[0]
-        is_trained = bool(first.trained_tokens)
-        if first.full_length:
-            report.count_too_long(first.full_length, len(first.input_ids) if is_trained else 0, copies)
-        if not is_trained:
-            report.skip(where, encoder.skip_reason(conversation, first), copies)
+        kept = [piece for piece in pieces if piece.trained_tokens]
+        if full_length := max(piece.full_length for piece in pieces):
+            report.count_too_long(full_length, max((len(piece.input_ids) for piece in kept), default=0), copies)
+        if not kept:
+            shortened = (piece for piece in pieces if piece.turns_dropped)
+            report.skip(where, encoder.skip_reason(conversation, next(shortened, pieces[0])), copies)
             return
         block.is_text |= conversation.is_text
-        unfilled, notes, location = (
-            sorted(names - fill.keys()) if names else (),
-            encoder.notes(conversation),
-            self._show(where),
-        )
-        answers = count_answers(conversation.turns)
-        for piece in pieces:
-            report.keep(
-                where,
-                piece,
-                unfilled,
-                copies,
-                answers=answers,
-                truncated=f"longer than --model_max_length {encoder.options.max_length}"
-                if piece.turns_dropped
-                else None,
-                notes=notes if piece is first else (),
-                is_first=piece is first,
-            )
+        location = self._show(where)
+        is_shortened = any(piece.turns_dropped for piece in pieces)
+        if not conversation.is_text:
+            report.count_samples(kept, copies)
+        for piece in kept:
+            if piece is kept[0]:
+                report.keep(
+                    where,
+                    piece,
+                    sorted(names - fill.keys()) if names else (),
+                    copies,
+                    answers=count_answers(conversation.turns),
+                    truncated=f"longer than --model_max_length {encoder.options.max_length}" if is_shortened else None,
+                    notes=encoder.notes(conversation),
+                )
+            else:
+                report.keep(where, piece, copies=copies, is_first=False)
             ids = array("i", piece.input_ids)
             block.add(ids, piece, set_name, copies, where, digest_of(ids, piece.spans), location)
 

@@ -26,8 +26,16 @@ class Part(NamedTuple):
     turn: int | None = None
 
 
-Shape = Sequence[tuple[str, float, Sequence[Part]]]
-"""Author, weight and parts of each span."""
+class Shape(NamedTuple):
+    """What conversations of one shape have in common.
+
+    Attributes:
+        spans: author, weight and parts of each span.
+        answers: number of trained answers.
+    """
+
+    spans: Sequence[tuple[str, float, Sequence[Part]]]
+    answers: int
 
 
 def has_shape(turns: Sequence[Turn], family: Family) -> bool:
@@ -63,7 +71,8 @@ def build_shape(
     placeholders = {f"\0turn {index}\0": index for index in range(len(roles))}
     turns = [Turn(role, text, (), weight) for role, text, weight in zip(roles, placeholders, weights, strict=True)]
     spans: list[tuple[str, float, list[Part]]] = []
-    for text, is_control, weight, role in (segment for message in render(turns) for segment in message.segments):
+    messages = render(turns)
+    for text, is_control, weight, role in (segment for message in messages for segment in message.segments):
         if not spans or spans[-1][:2] != (role, weight):
             spans.append((role, weight, []))
         parts = spans[-1][2]
@@ -74,7 +83,8 @@ def build_shape(
             parts.append(Part((), before, placeholders[found]))
         elif ids := [control_ids[text]] if is_control else encode_text(text):
             parts.append(Part(tuple(ids)))
-    return [(role, weight, _joined(parts)) for role, weight, parts in spans if parts]
+    joined = [(role, weight, _joined(parts)) for role, weight, parts in spans if parts]
+    return Shape(joined, sum(len(message.trained) for message in messages))
 
 
 def _joined(parts: Sequence[Part]) -> list[Part]:

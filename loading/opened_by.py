@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +19,16 @@ Commands = dict[str, list[str]]
 """Shell commands by what they do: ``ask``, ``serve``, ``vllm``, ``gguf``; each after what it needs."""
 
 
-def opening_commands(folder: Path, config: Mapping[str, Any]) -> Commands:
+def opening_commands(folder: Path, config: Mapping[str, Any], prompt_flags: Sequence[str] = ()) -> Commands:
     """Return the commands that open a checkpoint's folder, for the user who wrote it.
 
     Args:
         config: its config.json; there are no commands for families that this toolkit cannot load, and without a
             tokenizer.
+        prompt_flags: words for a shell, flags of scripts.ask with which its prompts are those of training.
     """
     python = shlex.quote(shown_path(Path(sys.executable)))
-    return _commands(folder, config, str(folder), python, python_command)
+    return _commands(folder, config, str(folder), python, python_command, prompt_flags)
 
 
 def published_commands(folder: Path, config: Mapping[str, Any]) -> Commands:
@@ -42,7 +43,12 @@ def opening_lines(folder: Path, config: Mapping[str, Any]) -> str:
 
 
 def _commands(
-    folder: Path, config: Mapping[str, Any], path: str, python: str, in_checkout: Callable[[str], str]
+    folder: Path,
+    config: Mapping[str, Any],
+    path: str,
+    python: str,
+    in_checkout: Callable[[str], str],
+    prompt_flags: Sequence[str] = (),
 ) -> Commands:
     """Return the commands.
 
@@ -57,7 +63,8 @@ def _commands(
     method = quantization.get("quant_method")
     commands = {}
     if is_prompted := _has_default_template(folder, str(model_type)):
-        commands["ask"] = [f'{in_checkout("-m scripts.ask")} --model_name_or_path {name} "Who are you?"']
+        question = " ".join([*prompt_flags, '"Who are you?"'])
+        commands["ask"] = [f"{in_checkout('-m scripts.ask')} --model_name_or_path {name} {question}"]
     if model_type in TEXT_TYPES.values():  # with other programs it was not tried
         return commands
     # Both know only the classes within themselves, and take the tokenizer's class that transformers chooses.

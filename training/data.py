@@ -28,6 +28,7 @@ from data_utils.report.terminal import render_report
 from data_utils.sources import parse_fill, parse_source
 from loading.checkpoint import Checkpoint, load_checkpoint
 from loading.config_files import load_model_config, max_positions
+from loading.prompt_modes import prompt_families
 from processes import count_processes, is_first
 from training.cache_entries import usable_folder
 from training.config.args import RunArguments
@@ -43,7 +44,7 @@ from training.training_arguments import check_training_arguments
 logger = logging.getLogger(__name__)
 
 # Flags that concern conversations; --fill says itself what it does not find.
-_OF_CONVERSATIONS = ("system_message", "label_mask", "truncation")
+_OF_CONVERSATIONS = ("system_message", "label_mask", "truncation", "thinking", "split_turns", "chat_template_kwargs")
 
 
 def load_shared_data(
@@ -158,6 +159,8 @@ def build_reader(
         truncation=data.truncation,
         needs_answer=data.label_mask != "all",
         allow_special_tokens=tuple(dict.fromkeys(data.allow_special_tokens or ())),
+        thinking=data.thinking,
+        split_turns=data.split_turns,
     )
     data_options = DataOptions(
         data_format=data.data_format,
@@ -166,7 +169,8 @@ def build_reader(
         eval_share=data.eval_split,
         seed=flags.seed if flags.data_seed is None else flags.data_seed,
     )
-    encoder = Encoder(checkpoint.tokenizer, checkpoint.family, encode_options)
+    family, plain = prompt_families(checkpoint, data.thinking, data.chat_template_kwargs)
+    encoder = Encoder(checkpoint.tokenizer, family, encode_options, plain)
     encoder.check_rows(checkpoint.config.vocab_size)
     config = checkpoint.config.to_dict()
     settings = report_settings(

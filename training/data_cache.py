@@ -62,7 +62,7 @@ def ingredients(reader: DataReader, checkpoint: Checkpoint) -> dict[str, Any]:
         "libraries": {name: importlib.metadata.version(name) for name in _LIBRARIES},
         "python": platform.python_version(),
         "tokenizer": digest_files(checkpoint.folder, *CONFIG_FILES),
-        "family": asdict(encoder.family),
+        "families": [asdict(encoder.family), asdict(encoder.rules.plain)],
         "encoding": asdict(encoder.options),
         "options": options,
         "max_samples": reader.max_samples,

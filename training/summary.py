@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import logging
 import platform
+import shlex
 import statistics
 import time
 from dataclasses import replace
@@ -98,7 +99,9 @@ def record_end(
         with ornament("the loss curve"):
             plot_losses({"": log.rows}, args.output_dir / LOSS_CURVE, f"Loss of {args.output_dir.absolute().name}")
         warn_of_little(learnt, log.losses(), trainer.args.learning_rate)
-        logger.info("Done: %s\n%s", describe_result(summary), describe_output(args, trainer.checkpoint))
+        logger.info(
+            "Done: %s\n%s", describe_result(summary), describe_output(args, trainer.checkpoint, sets["train"].report)
+        )
     trainer.ornaments.end()
     with ornament("the end of --report_to"):
         trainer.accelerator.end_training()
@@ -254,8 +257,25 @@ def describe_result(summary: dict[str, Any]) -> str:
     return "\n  learnt     ".join([line, *describe_learnt(summary["learnt"])])
 
 
-def describe_output(args: RunArguments, checkpoint: Checkpoint) -> str:
-    """Return what lies in the output folder, and the commands that use it."""
+def prompt_flags(args: RunArguments, report: DataReport) -> list[str]:
+    """Return the flags of scripts.ask with which its prompts are those of training, where they are not the default."""
+    flags, total = [], report.total()
+    if (thinking := args.data.thinking) in ("on", "off"):
+        flags += ["--thinking", thinking]
+    elif report.settings.has_switch and total.answers_with_thinking in (0, total.answers_trained):
+        flags += ["--thinking", "on" if total.answers_with_thinking else "off"]
+    if args.data.chat_template_kwargs:
+        flags += ["--chat_template_kwargs", json.dumps(args.data.chat_template_kwargs)]
+    return flags
+
+
+def describe_output(args: RunArguments, checkpoint: Checkpoint, report: DataReport) -> str:
+    """Return what lies in the output folder, and the commands that use it.
+
+    Args:
+        report: of the training data.
+    """
+    flags = list(map(shlex.quote, prompt_flags(args, report)))
     folder = args.output_dir
     base: object = Path(args.model.model_name_or_path) if args.model.model_hub == "hf" else checkpoint.folder
     question = '"Who are you?"'
@@ -263,11 +283,14 @@ def describe_output(args: RunArguments, checkpoint: Checkpoint) -> str:
         merged = folder.with_name(f"{folder.name}-merged")
         rows = [
             ("adapter", str(folder)),
-            ("ask", python_command("-m scripts.ask --model_name_or_path", base, "--adapter", folder, question)),
+            (
+                "ask",
+                python_command("-m scripts.ask --model_name_or_path", base, "--adapter", folder, *flags, question),
+            ),
             ("merge", python_command("merge_lora.py --adapter", folder, "--output", merged)),
         ]
     else:
-        commands = opening_commands(folder, {"model_type": checkpoint.model_type})
+        commands = opening_commands(folder, {"model_type": checkpoint.model_type}, flags)
         rows = [
             ("model", str(folder)),
             *((name, line) for name, lines in commands.items() for line in lines),

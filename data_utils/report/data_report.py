@@ -26,6 +26,8 @@ class ReportSettings:
         unpacked: why plain text is not packed either, which it is by default; empty if it is, or if packing was chosen.
         by_source: each source is packed by itself.
         drop_last: items that fill no batch are left out of each epoch.
+        thinking, split_turns: see ``data_utils.encode.EncodeOptions``.
+        has_switch: the chat format has prompts with thinking and without.
     """
 
     model: str = ""
@@ -44,10 +46,13 @@ class ReportSettings:
     unpacked: str = ""
     by_source: bool = False
     drop_last: bool = False
+    thinking: str = "on"
+    split_turns: str = "never"
+    has_switch: bool = False
 
     def data_flags(self, separator: str = " ") -> str:
         """Return the flags that decide which tokens are trained, with their values."""
-        names = ("label_mask", "truncation", "model_max_length")
+        names = ("label_mask", "truncation", "model_max_length", "thinking", "split_turns")
         return separator.join(f"--{name} {getattr(self, name)}" for name in names)
 
 
@@ -151,6 +156,29 @@ class DataReport:
             f"{packing['capacity']:,} tokens, {packing['fill']:.1%} filled"
         )
 
+    def describe_answers(self) -> list[str]:
+        """Return sentences on the answers that are trained, and on conversations with a sample for each of them."""
+        total, settings = self.total(), self.settings
+        if not total.answers_trained:
+            return []
+        text = f"{total.answers_trained:,} of {total.answers:,} answers are trained"
+        if total.answers_with_thinking or settings.has_switch:
+            text += f", {total.answers_with_thinking:,} of them with thinking"
+        if settings.has_switch and settings.thinking in ("auto", "mixed"):
+            text += f", each behind the prompt that fits it (--thinking {settings.thinking})"
+        lines = [f"{text}."]
+        if left := total.answers - total.answers_trained:
+            reason = "no prompt leads to them where they stand, or they are too long"
+            lines.append(f"{left:,} are not: --label_mask leaves them out, {reason}.")
+        if total.split:
+            share = total.repeated_tokens / (total.tokens - total.repeated_tokens)
+            lines.append(
+                f"{total.split:,} of {total.kept:,} {total.noun} are split into {total.split_samples:,} samples, one "
+                f"for each answer (--split_turns {settings.split_turns}): {total.repeated_tokens:,} tokens more, "
+                f"{share:.1%}."
+            )
+        return lines
+
     @property
     def items_per_step(self) -> int:
         """Samples, or packs of them, of an optimizer step."""
@@ -237,7 +265,11 @@ class DataReport:
 
     def warnings(self, with_locations: bool = True) -> list[str]:
         """Return a line for each finding that the user should know."""
-        lines = [*self._lost_tokens(), *(line for source in self.sources for line in source.warnings(with_locations))]
+        lines = [
+            *self._lost_tokens(),
+            *self._lost_thinking(),
+            *(line for source in self.sources for line in source.warnings(with_locations)),
+        ]
         kept = sum(source.kept for source in self.sources)
         if kept:
             unused = (source for source in self.sources if source.read and not source.kept)
@@ -260,6 +292,19 @@ class DataReport:
                     f"not fill a batch of {batch:,}"
                 )
         return lines
+
+    def _lost_thinking(self) -> list[str]:
+        """Return a line if a model that can think would learn answers without it only."""
+        total, settings = self.total(), self.settings
+        if self.name != "train" or settings.thinking != "auto" or not settings.has_switch:
+            return []
+        if not total.answers_trained or total.answers_with_thinking:
+            return []
+        return [
+            "no answer brings thinking, so only answers behind the prompt without it are trained, and those with "
+            "thinking may get worse. Ask the result without thinking (--thinking off says so here too), or add answers "
+            "with reasoning_content"
+        ]
 
     def _lost_tokens(self) -> list[str]:
         """Return a line about what ``--model_max_length`` costs, and the length that keeps more; none if all fits."""

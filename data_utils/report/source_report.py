@@ -13,17 +13,21 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from operator import iadd
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from chat.turns import Turn
 from data_utils.report.counts import COPY_OF, OTHER_REASONS, DuplicateIndex, ReasonCounts
 from data_utils.report.samples import Encoded, visible_line
 
+if TYPE_CHECKING:
+    from data_utils.encode import EncodedConversation
+
 _TOO_LONG = "too long"
 _PERCENTILES = (5, 25, 50, 75, 95, 99)
 _REASONS = ("skipped", "truncated", "duplicates", "empty_answers", "unfilled", "notes")
 _SUMMED = (
-    *("in_file", "read", "kept", "distinct", "answers", "tokens", "trained_tokens", "trained_weight"),
+    *("in_file", "read", "kept", "distinct", "answers", "answers_trained", "answers_with_thinking"),
+    *("split", "split_samples", "repeated_tokens", "tokens", "trained_tokens", "trained_weight"),
     *("tokens_by_role", "trained_by_role", "lengths", "trained_lengths", "too_long", "lost_tokens"),
     *_REASONS,
 )
@@ -44,13 +48,16 @@ class SourceReport:
         duplicates: exact copies of an earlier sample of any source; requested repeats do not count.
         distinct: samples that are no such copies.
         answers: assistant turns that may be trained; ``empty_answers`` of them have neither text nor calls.
+        answers_trained: those of them that are; ``answers_with_thinking`` of these bring thinking.
+        split: conversations with a sample for each answer; ``split_samples`` of them all. ``repeated_tokens`` are those
+            of all samples but the longest of each conversation: what splitting adds.
         unfilled: samples that contain a placeholder without a value, by the placeholder's name.
         notes: samples with a loss or a doubt, by ``data_utils.schema.Notes``.
         tokens: all ids; ``tokens_by_role`` splits them by the role of the turn.
         trained_tokens: ids with weight > 0 that are not the first of a sample; ``trained_weight`` is the sum of their
             weights.
         lengths: number of samples of each length; ``trained_lengths``: of each number of trained tokens. A text that
-            is cut has several samples.
+            is cut has several samples, and so has a conversation with one for each answer.
         too_long: conversations with more than the maximum number of ids, which are shortened or skipped;
             ``lost_tokens``: the ids that this costs; ``longest``: the ids of the longest one.
     """
@@ -62,6 +69,11 @@ class SourceReport:
     kept: int = 0
     distinct: int = 0
     answers: int = 0
+    answers_trained: int = 0
+    answers_with_thinking: int = 0
+    split: int = 0
+    split_samples: int = 0
+    repeated_tokens: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     trained_weight: float = 0.0
@@ -100,7 +112,7 @@ class SourceReport:
 
     @property
     def samples(self) -> int:
-        """Number of samples: of a conversation one, of a plain text one for each piece."""
+        """Number of samples: of a conversation one, or one for each answer; of a plain text one for each piece."""
         return self.lengths.total()
 
     @property
@@ -132,7 +144,7 @@ class SourceReport:
         notes: Iterable[str] = (),
         is_first: bool = True,
     ) -> None:
-        """Count a sample. Call this once for each record, and for each further piece of a text.
+        """Count a sample. Call this once for each record, and for each further sample of it.
 
         Args:
             unfilled: names of placeholders in it that have no value.
@@ -140,7 +152,7 @@ class SourceReport:
             answers: see ``count_answers``.
             notes: sentences that follow "conversations ...".
             truncated: how it was shortened; by default ``encoded.turns_dropped`` decides whether it was.
-            is_first: not a further piece of the text that was counted before.
+            is_first: not a further sample of the record that was counted before.
         """
         length = len(encoded.input_ids)
         assert copies > 0 and length == sum([span[0] for span in encoded.spans]), "the spans do not cover the ids"
@@ -149,7 +161,7 @@ class SourceReport:
         self.tokens += length * copies
         self.lengths[length] += copies
         self._count_spans(encoded.spans, copies)
-        if truncated is not None or encoded.turns_dropped:
+        if is_first and (truncated is not None or encoded.turns_dropped):
             self.truncated.add(truncated or _TOO_LONG, where, copies)
         for name in unfilled:
             self.unfilled.add(name, where, copies)
@@ -161,6 +173,16 @@ class SourceReport:
         if self.duplicate_index is not None:
             [original] = self.duplicate_index.add([digest_of(encoded.input_ids, encoded.spans)], [visible_line(where)])
             self.count_copy(where, original)
+
+    def count_samples(self, samples: Sequence[EncodedConversation], copies: int = 1) -> None:
+        """Count the trained answers of a conversation, and what splitting it adds, beside ``keep``."""
+        self.answers_trained += sum(sample.answers for sample in samples) * copies
+        self.answers_with_thinking += sum(sample.with_thinking for sample in samples) * copies
+        if len(samples) > 1:
+            lengths = [len(sample.input_ids) for sample in samples]
+            self.split += copies
+            self.split_samples += len(samples) * copies
+            self.repeated_tokens += (sum(lengths) - max(lengths)) * copies
 
     def count_copy(self, where: object, original: str | None) -> None:
         """Count a sample as a copy of an earlier one, or as distinct if there is none."""
@@ -213,6 +235,11 @@ class SourceReport:
             "duplicates": self.duplicates.total,
             "answers": self.answers,
             "empty_answers": self.empty_answers.total,
+            "answers_trained": self.answers_trained,
+            "answers_with_thinking": self.answers_with_thinking,
+            "split": self.split,
+            "split_samples": self.split_samples,
+            "repeated_tokens": self.repeated_tokens,
             "tokens": self.tokens,
             "trained_tokens": self.trained_tokens,
             "trained_weight": round(self.trained_weight, 6),

@@ -38,6 +38,8 @@ def render_report(report: DataReport, *, color: bool, width: int = 100) -> str:
         parts.append(sample_lines(sample, f"Sample {number} of {len(report.samples)}", paint, width))
     total = report.total()
     parts.append(_sources(report, total, paint, width))
+    if answers := report.describe_answers():
+        parts.append([*heading("Answers", paint, width), *wrap(" ".join(answers), width)])
     if total.kept:
         parts += [_lengths(total, paint, width), _roles(total, paint, width), _padding(report, paint, width)]
     if packing := report.describe_packing():
@@ -91,10 +93,8 @@ def _sources(report: DataReport, total: SourceReport, paint: Painter, width: int
             # "300 read, 287 kept": no line break between a number and its name.
             pairs = ", ".join(f"{value} {head}".replace(" ", "\u00a0") for head, value in zip(heads, row, strict=True))
             lines += [line.replace("\u00a0", " ") for line in wrap(f"  {pairs}", width, "  ")]
-    if total.samples != total.kept:
-        what = (
-            f"{total.kept:,} {total.noun} give {total.samples:,} samples: texts longer than --model_max_length are cut"
-        )
+    if more := total.samples - total.split_samples - (total.kept - total.split):
+        what = f"{total.kept:,} {total.noun} give {more:,} more samples: texts longer than --model_max_length are cut"
         lines += wrap(what, width)
     return lines
 

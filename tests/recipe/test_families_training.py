@@ -20,6 +20,7 @@ from tests.models import CONVERSATIONS, write_conversations, write_later_checkpo
 
 FAMILIES = {"qwen2": "qwen2_5", "qwen3": "qwen3"}
 QUESTION, ANSWER = CONVERSATIONS[1][0][1], CONVERSATIONS[1][1][1]
+PROMPT = ("--thinking", "off")  # by which answers without thinking are trained
 IDS = torch.tensor([[701, 39, 72, 702, 198, 5, 6, 7, 701, 702, 300, 400]])
 
 
@@ -85,8 +86,8 @@ def test_merged_adapter_equals_base_with_adapter(
         expected = tuned.eval()(input_ids=IDS).logits
         merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged").eval()(input_ids=IDS).logits
     assert (merged - expected).abs().max() <= 1e-4
-    result = run_well("-m", "scripts.ask", "--model_name_or_path", tmp_path / "merged", QUESTION)
-    assert without_empty_thought(result.stdout) == ANSWER
+    result = run_well("-m", "scripts.ask", "--model_name_or_path", tmp_path / "merged", *PROMPT, QUESTION)
+    assert result.stdout == f"{ANSWER}\n"
 
 
 def test_adapters_and_full_weights_answer_as_trained(
@@ -98,13 +99,8 @@ def test_adapters_and_full_weights_answer_as_trained(
         [outputs["qwen2-full"]],
         [outputs["qwen3-full"]],
     ):
-        assert run_here(ask.main, "scripts.ask", ["--model_name_or_path", *arguments, QUESTION]) == 0
-        assert without_empty_thought(capfd.readouterr().out) == ANSWER
-
-
-def without_empty_thought(text: str) -> str:
-    """Return an answer without the empty thought that Qwen3 writes before it."""
-    return text.removeprefix("<think>\n\n</think>\n\n").removesuffix("\n")
+        assert run_here(ask.main, "scripts.ask", ["--model_name_or_path", *arguments, *PROMPT, QUESTION]) == 0
+        assert capfd.readouterr().out == f"{ANSWER}\n"
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)

@@ -83,6 +83,22 @@ class DataArguments:
         "tokens to train; assistant: every answer and its end token; last: only the last answer; qwen: as the "
         'original script, also the turn markers; all: every token; "train" and "weight" of a turn take precedence',
     )
+    thinking: Literal["auto", "on", "off", "mixed"] = _flag(
+        "auto",
+        "prompts of models that can think; auto: an answer with thinking is trained behind the prompt that asks for "
+        "it, one without behind the other; mixed: the same, without a warning; on: all behind the prompt that asks for "
+        "it; off: all behind the other, without their thinking",
+    )
+    split_turns: Literal["auto", "always", "never"] = _flag(
+        "auto",
+        "always: a sample for each answer, with the prompt that leads to it; auto: only in conversations of which the "
+        "chat format would train some answers not at all or without their thinking; never: whole conversations",
+    )
+    chat_template_kwargs: dict[str, Any] | None = _flag(
+        None,
+        "arguments of the checkpoint's chat template, as a server takes them: "
+        '{"reasoning_effort": "low", "preserve_thinking": true}',
+    )
     model_max_length: int = _flag(
         MODEL_MAX_LENGTH, "maximum tokens of a sample; the default is lowered to the model's limit"
     )

@@ -13,7 +13,7 @@ from jinja2 import TemplateError
 
 from chat.detect import as_template_reads
 from chat.families import Family
-from chat.render import render, render_prompt, text_of
+from chat.render import render, render_answer, render_prompt, text_of
 from chat.tools_hermes import Hermes
 from chat.turns import Tool, ToolCall, Turn
 from data_utils.files import read_records
@@ -154,6 +154,11 @@ def test_random_conversations_against_the_template(checkpoint: Checkpoint) -> No
             prompt = (template_or_none(checkpoint, turns[:index], tools, prompt=True) or "") if index else ""
             if prompt:
                 assert prompt == text_of(render_prompt(read[:index], family, tools=tools)), (turns[:index], tools)
+                sample = render_answer(read[: index + 1], family, tools=tools)
+                text_of_sample, is_trained = text_of(sample), any(message.trained for message in sample)
+                assert is_trained == text_of_sample.startswith(prompt), (turns[: index + 1], tools)
+                if turns[index - 1].role != "assistant":  # whose block of thinking depends on what follows
+                    assert text_of_sample == closed(checkpoint.template(messages_of(turns[: index + 1]), tools), family)
             assert (index in trained) == (opens_answer(prompt, family) and text.startswith(prompt)), (index, turns)
 
 

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from chat.families import ANSWER_STYLES, QWEN_V1, Family
+from chat.families import ANSWER_STYLES, QWEN_V1, STRICT_STYLES, Family
+from chat.render import check_turns
+from chat.samples import Sample
 from chat.turns import ToolCall, Turn
 from data_utils.encode import EncodeOptions, Encoder
 from data_utils.shapes import has_shape
@@ -31,7 +33,7 @@ def tokenizer() -> QWenTokenizer:
     return QWenTokenizer.from_pretrained(TINY)
 
 
-@pytest.mark.parametrize("family", [QWEN_V1, *ANSWER_STYLES], ids=lambda family: family.name)
+@pytest.mark.parametrize("family", [QWEN_V1, *ANSWER_STYLES, *STRICT_STYLES], ids=lambda family: family.name)
 @PROFILE
 @given(
     turns=st.lists(TURNS, min_size=1, max_size=5).map(tuple), mask=st.sampled_from(["assistant", "qwen", "last", "all"])
@@ -40,8 +42,17 @@ def test_a_shape_gives_what_rendering_gives(
     family: Family, tokenizer: QWenTokenizer, turns: tuple[Turn, ...], mask: str
 ) -> None:
     encoder = Encoder(tokenizer, family, EncodeOptions(label_mask=mask))  # type: ignore[arg-type]
-    if has_shape(turns, family):
-        assert encoder._encode_shape(turns) == encoder._encode(encoder._render(turns, ()))
+    if not has_shape(turns, family):
+        return
+    samples = [Sample(True, len(turns))]
+    if turns[-1].role == "assistant":
+        samples.append(Sample(True, len(turns), len(turns) // 2))
+    for sample in samples:
+        try:
+            check_turns(turns, family, ())
+        except ValueError:
+            continue  # a strict format has no question, or a late system message
+        assert encoder._encode_shape(turns, sample) == encoder._encode(encoder._render(turns, (), sample))
 
 
 def test_texts_that_decide_how_they_are_written_have_no_shape() -> None:
@@ -64,5 +75,5 @@ def test_a_shape_is_rendered_once(tokenizer: QWenTokenizer, monkeypatch: pytest.
     render = encoder._render
     monkeypatch.setattr(encoder, "_render", lambda *arguments: rendered.append(1) or render(*arguments))
     for number in range(9):
-        encoder._encode_shape((Turn("user", f"{number}"), Turn("assistant", "Hello!")))
+        encoder._encode_shape((Turn("user", f"{number}"), Turn("assistant", "Hello!")), Sample(True, 2))
     assert len(rendered) == 1

@@ -122,7 +122,7 @@ def _other_folder(case: Case, file: str, text: str) -> None:
 
 OTHER_ENCODING = {
     "max_length": 63, "system_message": "Be brief.", "label_mask": "last", "truncation": "cut", "needs_answer": False,
-    "allow_special_tokens": ("<|extra_0|>",),
+    "allow_special_tokens": ("<|extra_0|>",), "thinking": "auto", "split_turns": "auto",
 }  # fmt: skip
 OTHER_OPTIONS = {
     "data_format": "conversations", "fill": {"name": "Elm"}, "skip_bad": False, "eval_share": 0.1, "seed": 43,
