@@ -2,79 +2,56 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any
 
+from chat.detect import TemplateFailure
 from chat.families import Family
 from chat.samples import Thinking, opens_thinking
 from errors import ConfigError
 from loading.chat_family import chat_family
 from loading.checkpoint import Checkpoint
-from loading.opening import library_errors
 
-FLAG = "--chat_template_kwargs"
 _SWITCH = "enable_thinking"
-# Set by who renders a conversation, not by a user.
-_RESERVED = ("messages", "tools", "documents", "add_generation_prompt", "continue_final_message")
 
 
 def prompt_families(
-    checkpoint: Checkpoint, thinking: Thinking, template_kwargs: Mapping[str, Any] | None = None
+    checkpoint: Checkpoint, thinking: Thinking | None, arguments: Mapping[str, Any]
 ) -> tuple[Family, Family]:
     """Return the families behind prompts with thinking and without it; the same if the template has no switch.
 
     Args:
-        thinking: ``on`` and ``off`` need one of them only, which is then returned twice.
-        template_kwargs: further arguments of the chat template, of all prompts and conversations.
+        thinking: ``on`` and ``off`` need one of them only, which is then returned twice; so does ``None``, the
+            template's default.
+        arguments: others of the chat template, for all prompts and conversations.
 
     Raises:
-        ConfigError: arguments that the template does not have or refuses, or a kind of prompts that it does not have.
+        ConfigError: an argument that the template does not have or refuses, or a kind of prompts that it does not have.
     """
-    kwargs = dict(template_kwargs or {})
-    _check_names(checkpoint, kwargs)
-    if not _mentions(checkpoint, _SWITCH):
-        family = _family(checkpoint, kwargs) if kwargs else checkpoint.family
+    for name in arguments:
+        if not _mentions(checkpoint, name):
+            raise ConfigError(
+                f"{_shown(arguments, name)}: the checkpoint's chat template has no {name}", "Leave it out"
+            )
+    if thinking is None or not _mentions(checkpoint, _SWITCH):
+        family = _family(checkpoint, arguments) if arguments else checkpoint.family
         families = family, family
     elif thinking in ("on", "off"):
-        family = _family(checkpoint, {**kwargs, _SWITCH: thinking == "on"})
+        family = _family(checkpoint, arguments, thinking == "on")
         families = family, family
     else:
-        families = _family(checkpoint, {**kwargs, _SWITCH: True}), _family(checkpoint, {**kwargs, _SWITCH: False})
+        families = _family(checkpoint, arguments, True), _family(checkpoint, arguments, False)
     _check_mode(families[0], thinking)
     return families
 
 
-def prompt_family(
-    checkpoint: Checkpoint, thinking: Literal["on", "off"] | None, template_kwargs: Mapping[str, Any] | None = None
-) -> Family:
-    """Return the family behind prompts with thinking, without it, or (``None``) as the template's default is.
-
-    Raises:
-        ConfigError: as ``prompt_families``.
-    """
-    if thinking is not None:
-        return prompt_families(checkpoint, thinking, template_kwargs)[0]
-    kwargs = dict(template_kwargs or {})
-    _check_names(checkpoint, kwargs)
-    return _family(checkpoint, kwargs) if kwargs else checkpoint.family
-
-
-def _check_mode(family: Family, thinking: Thinking) -> None:
+def _check_mode(family: Family, thinking: Thinking | None) -> None:
     if thinking == "on" and not family.has_thinking:
         raise ConfigError(f"--thinking on: the chat format {family.name!r} has no thinking", "Leave it out")
     if thinking == "off" and opens_thinking(family):
         what = f"--thinking off: every answer of this checkpoint begins with thinking (chat format {family.name!r})"
-        raise ConfigError(what, "Leave it out and train answers with thinking, or take a checkpoint with both")
-
-
-def _check_names(checkpoint: Checkpoint, kwargs: Mapping[str, Any]) -> None:
-    for name in kwargs:
-        if name == _SWITCH:
-            raise ConfigError(f"{FLAG}: {name} is decided for each answer", "Give --thinking on or off instead")
-        if name in _RESERVED or not _mentions(checkpoint, name):
-            raise ConfigError(f"{FLAG}: the checkpoint's chat template has no argument {name!r}", "Leave it out")
+        raise ConfigError(what, "Leave it out, or take a checkpoint that also answers without")
 
 
 def _mentions(checkpoint: Checkpoint, name: str) -> bool:
@@ -83,13 +60,18 @@ def _mentions(checkpoint: Checkpoint, name: str) -> bool:
     return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", str(template or "")) is not None
 
 
-def _family(checkpoint: Checkpoint, kwargs: Mapping[str, Any]) -> Family:
-    given = {name: value for name, value in kwargs.items() if name != _SWITCH}
-    place = f"{FLAG} {json.dumps(given)}" if given else f"{checkpoint.folder}: its chat template"
+def _family(checkpoint: Checkpoint, arguments: Mapping[str, Any], thinks: bool | None = None) -> Family:
+    switch = {} if thinks is None else {_SWITCH: thinks}
     try:
-        with library_errors(place, "Restore the official chat template of the checkpoint"):
-            return chat_family(checkpoint.model_type, checkpoint.tokenizer, **kwargs)
-    except ConfigError as error:
-        if not given:
+        return chat_family(checkpoint.model_type, checkpoint.tokenizer, **arguments, **switch)
+    except TemplateFailure as error:
+        if not arguments:
             raise
-        raise ConfigError(f"{place} cannot be used: {error}") from None
+        name = list(arguments)[-1]  # a text, of which templates know some; truth values fail in none
+        what = f"{_shown(arguments, name)}: the checkpoint's chat template {error.reason}"
+        raise ConfigError(what, "Give a value that it knows, or leave it out") from None
+
+
+def _shown(arguments: Mapping[str, Any], name: str) -> str:
+    value = arguments[name]
+    return f"--{name} {'on' if value is True else 'off' if value is False else value}"

@@ -8,15 +8,16 @@ answer is drawn as in scripts.chat.
 from __future__ import annotations
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from commands import CommandParser, quiet_libraries, run_command
 from console import visible
 from errors import ConfigError, one_line
+from serving.flags import add_template_flags, template_options
 
 if TYPE_CHECKING:
     from loading.checkpoint import Checkpoint
@@ -37,14 +38,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         help="use the adapter with other weights than those of its training, with a warning instead of an error",
     )
     parser.add_argument("--system_message", help="system message (default: that of the model's chat format)")
-    parser.add_argument(
-        "--thinking", choices=("on", "off"),
-        help="ask for an answer with thinking or without (default: as the checkpoint's chat template does)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--chat_template_kwargs", metavar="JSON",
-        help='further arguments of the chat template, as in training: {"reasoning_effort": "low"}',
-    )  # fmt: skip
+    add_template_flags(parser)
     parser.add_argument("--max_new_tokens", type=int, default=512, help="length limit of the answer (default: 512)")
     parser.add_argument(
         "--do_sample", action="store_true",
@@ -57,22 +51,11 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         parser.error("--any_base needs --adapter")
     if args.max_new_tokens < 1:
         parser.error(f"--max_new_tokens {args.max_new_tokens} is too small; give 1 or more")
-    args.chat_template_kwargs = _parse_kwargs(parser, args.chat_template_kwargs)
     if args.question == "-":
         args.question = sys.stdin.read()
     if not args.question.strip():
         parser.error("the question is empty")
     return args
-
-
-def _parse_kwargs(parser: CommandParser, text: str | None) -> dict[str, Any]:
-    try:
-        values = {} if text is None else json.loads(text)
-    except ValueError as error:
-        parser.error(f"--chat_template_kwargs {text} is not JSON ({error})")
-    if not isinstance(values, dict):
-        parser.error(f"--chat_template_kwargs {text} is not a JSON object")
-    return values
 
 
 def main(argv: Sequence[str]) -> None:
@@ -86,12 +69,14 @@ def main(argv: Sequence[str]) -> None:
     from checkpoints.adapter import read_adapter
     from loading.checkpoint import load_checkpoint
     from loading.inference import load_for_inference
-    from loading.prompt_modes import prompt_family
+    from loading.prompt_modes import prompt_families
 
     if args.adapter is not None:
         read_adapter(args.adapter)  # refused before the base is read
     checkpoint = load_checkpoint(args.model_name_or_path)
-    family = prompt_family(checkpoint, args.thinking, args.chat_template_kwargs)
+    arguments = {name: value for name, value in asdict(template_options(args)).items() if value is not None}
+    arguments.pop("enable_thinking", None)
+    family, _ = prompt_families(checkpoint, args.thinking, arguments)
     settings = _settings(checkpoint, args.do_sample)
     model = load_for_inference(checkpoint, args.adapter, args.any_base)
     tokenizer = checkpoint.tokenizer

@@ -44,7 +44,9 @@ from training.training_arguments import check_training_arguments
 logger = logging.getLogger(__name__)
 
 # Flags that concern conversations; --fill says itself what it does not find.
-_OF_CONVERSATIONS = ("system_message", "label_mask", "truncation", "thinking", "split_turns", "chat_template_kwargs")
+_OF_CONVERSATIONS = (
+    "system_message", "label_mask", "truncation", "thinking", "split_turns", "preserve_thinking", "reasoning_effort",
+)  # fmt: skip
 
 
 def load_shared_data(
@@ -169,7 +171,7 @@ def build_reader(
         eval_share=data.eval_split,
         seed=flags.seed if flags.data_seed is None else flags.data_seed,
     )
-    family, plain = prompt_families(checkpoint, data.thinking, data.chat_template_kwargs)
+    family, plain = prompt_families(checkpoint, data.thinking, data.template_arguments)
     encoder = Encoder(checkpoint.tokenizer, family, encode_options, plain)
     encoder.check_rows(checkpoint.config.vocab_size)
     config = checkpoint.config.to_dict()

@@ -264,8 +264,9 @@ def prompt_flags(args: RunArguments, report: DataReport) -> list[str]:
         flags += ["--thinking", thinking]
     elif report.settings.has_switch and total.answers_with_thinking in (0, total.answers_trained):
         flags += ["--thinking", "on" if total.answers_with_thinking else "off"]
-    if args.data.chat_template_kwargs:
-        flags += ["--chat_template_kwargs", json.dumps(args.data.chat_template_kwargs)]
+    for name in ("preserve_thinking", "reasoning_effort"):
+        if (value := getattr(args.data, name)) is not None:
+            flags += [f"--{name}", value]
     return flags
 
 

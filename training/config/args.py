@@ -94,10 +94,11 @@ class DataArguments:
         "always: a sample for each answer, with the prompt that leads to it; auto: only in conversations of which the "
         "chat format would train some answers not at all or without their thinking; never: whole conversations",
     )
-    chat_template_kwargs: dict[str, Any] | None = _flag(
-        None,
-        "arguments of the checkpoint's chat template, as a server takes them: "
-        '{"reasoning_effort": "low", "preserve_thinking": true}',
+    preserve_thinking: Literal["on", "off"] | None = _flag(
+        None, "whether earlier thinking stays in prompts, where the chat template lets one choose (Qwen3.6, Qwen3.8)"
+    )
+    reasoning_effort: str | None = _flag(
+        None, "how much the model is told to think, where the chat template has it (Qwen3.8: low, medium, xhigh)"
     )
     model_max_length: int = _flag(
         MODEL_MAX_LENGTH, "maximum tokens of a sample; the default is lowered to the model's limit"
@@ -120,6 +121,16 @@ class DataArguments:
     )
     no_data_cache: bool = _flag(False, "keep no prepared data, and use none")
     dataset_num_proc: int = _flag(1, "processes that check and tokenise the data side by side")
+
+    @property
+    def template_arguments(self) -> dict[str, Any]:
+        """The arguments of the chat template that were given, beside the one that ``thinking`` decides."""
+        given: dict[str, Any] = {}
+        if self.preserve_thinking is not None:
+            given["preserve_thinking"] = self.preserve_thinking == "on"
+        if self.reasoning_effort is not None:
+            given["reasoning_effort"] = self.reasoning_effort
+        return given
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def test_sample_without_colour() -> None:
         "What is trained",
         "───────────────",
         "--label_mask assistant, --truncation turns,",
-        "--model_max_length 8192",
+        "--model_max_length 8192, --thinking on, --split_turns never",
     ]
     start = lines.index("Sample 1 of 1: a.json:1")
     assert lines[start - 2 : start + 10] == [
@@ -80,7 +80,7 @@ def test_tables_of_a_report() -> None:
     a.skip("a.json:7", "no answer fits")
     b.keep("b.jsonl:1", encode(("user", "Hi", 0.0), ("assistant", "Hi", 1.0)), copies=5, truncated="cut")
     text = render_report(report, color=False, width=90)
-    assert "m (qwen_v1): --label_mask last, --truncation cut, --model_max_length 100\n" in text
+    assert "m (qwen_v1): --label_mask last, --truncation cut, --model_max_length 100, --thinking" in text
     assert text[text.index("Data (train)") :].splitlines() == [
         "Data (train)",
         "────────────",
