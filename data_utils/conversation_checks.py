@@ -64,7 +64,8 @@ def check_writable(conversation: Conversation, rules: SampleRules) -> None:
         raise DataError(
             where,
             f"no answer brings thinking, with which every answer of the chat format {family.name!r} begins",
-            "Add it as reasoning_content, leave the record out, or train an empty one with --thinking on",
+            "Add it as reasoning_content, or leave the record out"
+            + (", or train an empty one with --thinking on" if family.has_thinking_field else ""),
         )
 
 

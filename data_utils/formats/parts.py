@@ -65,7 +65,8 @@ def _parse_part(part: object, owner: str) -> tuple[str, Any]:
     kind = _KINDS.get(type_) if isinstance(type_, str) else None
     if kind is None:
         what = f"{owner} has a part of type {short_repr(type_)}"
-        if isinstance(type_, str) and type_.startswith(_MEDIA):
+        named = type_ if isinstance(type_, str) else next(iter(part), "")  # Qwen-VL's parts have no type
+        if named.startswith(_MEDIA):
             raise InvalidRecord(f"{what}: only text can be trained on", _PART_FIX)
         raise InvalidRecord(what, f'Known types are {", ".join(_KINDS)}. Calls may also be in "tool_calls"')
     values = [part[name] for name in _VALUES[kind] if part.get(name) is not None]

@@ -19,6 +19,8 @@ _NAMES: dict[str, str] = {
     "system_message": "system system_prompt default_system",
     "label_mask": "train_on_inputs train_on_prompt mask_history loss_scale assistant_only_loss completion_only_loss "
     "mask_inputs",
+    "thinking": "enable_thinking use_thinking train_thinking",
+    "split_turns": "split_multi_turn split_conversations",
     "model_max_length": "cutoff_len max_seq_length max_seq_len max_length max_len sequence_len sequence_length "
     "seq_length seq_len block_size context_length max_source_length max_tokens",
     "truncation": "truncation_strategy truncation_side",

@@ -54,6 +54,22 @@ def test_expressible_cases_equal_the_template(checkpoint: Checkpoint) -> None:
         assert trained == expected, case["name"]
 
 
+def test_prompts_of_all_cases_are_prefixes_of_the_samples_of_their_answers(checkpoint: Checkpoint) -> None:
+    family = checkpoint.family
+    for case in checkpoint.cases:
+        turns = turns_of(case) if not left_out(case, checkpoint) else []
+        for index, turn in enumerate(turns):
+            if turn.role != "assistant" or not index:
+                continue
+            prompt = template_or_none(checkpoint, turns[:index], case["tools"] or (), prompt=True)
+            if prompt is None:
+                continue  # without a question
+            turns_read = as_template_reads(turns[: index + 1], family)
+            sample = render_answer(turns_read, family, tools=case["tools"] or ())
+            is_trained = any(message.trained for message in sample)
+            assert is_trained == (opens_answer(prompt, family) and text_of(sample).startswith(prompt)), case["name"]
+
+
 def test_most_cases_are_compared(checkpoint: Checkpoint) -> None:
     compared = [case for case in checkpoint.cases if not left_out(case, checkpoint)]
     assert len(compared) >= 0.5 * len(checkpoint.cases)
