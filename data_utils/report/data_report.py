@@ -168,8 +168,8 @@ class DataReport:
             text += f", each behind the prompt that fits it (--thinking {settings.thinking})"
         lines = [f"{text}."]
         if left := total.answers - total.answers_trained:
-            reason = "no prompt leads to them where they stand, or they are too long"
-            lines.append(f"{left:,} are not: --label_mask leaves them out, {reason}.")
+            mask = f"--label_mask {settings.label_mask} leaves them out, " if settings.label_mask == "last" else ""
+            lines.append(f"{left:,} are not: {mask}no prompt leads to them where they stand, or they are too long.")
         if total.split:
             share = total.repeated_tokens / (total.tokens - total.repeated_tokens)
             lines.append(
