@@ -240,7 +240,7 @@ class Encoder:
             plan = self._plan_of(roles, weights)
         else:
             plan = self.rules.plan(turns)
-        if len(plan) == 1:
+        if plan[0].trained_from is None:
             return plan
         samples: list[Sample] = []
         unwritten: int | None = None  # the first turn of a sample that cannot be written; the next one trains it

@@ -128,6 +128,13 @@ def test_a_sample_that_is_too_long_keeps_its_answer_or_is_left_out(fast: Subject
         encoder_of(fast, "chatml-3.5", **split, max_length=most, truncation="error").encode(Conversation(FOUR, "here"))
 
 
+def test_an_answer_without_any_prompt_gives_no_sample(fast: Subject) -> None:
+    encoder = encoder_of(fast, "chatml-3.5", thinking="auto", split_turns="always")
+    assert [sample.trained_tokens for sample in encoder.encode(Conversation((PLAIN, ASK), "here"))] == [0]
+    [sample] = encoder.encode(Conversation((PLAIN, ASK, PLAIN), "here"))
+    assert sample.answers == 1
+
+
 def write(path: Path, *conversations: tuple[Turn, ...]) -> Path:
     records = [
         {
