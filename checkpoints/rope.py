@@ -36,11 +36,12 @@ class Yarn:
         return f"YaRN, factor {self.factor:g}"
 
 
-def find_yarn_fault(config: Mapping[str, Any]) -> str:
+def find_yarn_fault(config: Mapping[str, Any], yarn: Yarn | None = None) -> str:
     """Describe why a model's rotary embeddings cannot be scaled; empty if they can be.
 
     Args:
         config: contents of config.json, or of the text model's part of it.
+        yarn: the scaling of an adapter's training, which the config may have already.
     """
     config = text_config(config)
     if config.get("model_type") == "qwen":
@@ -48,6 +49,10 @@ def find_yarn_fault(config: Mapping[str, Any]) -> str:
     for key in ("rope_scaling", "rope_parameters"):
         rope = config.get(key)
         kind = rope.get("rope_type", rope.get("type", "default")) if isinstance(rope, Mapping) else "default"
+        if kind == "yarn" and yarn is not None and isinstance(rope, Mapping):
+            found = Yarn(rope.get("factor", 0), rope.get("original_max_position_embeddings"))
+            if found == yarn:
+                continue
         if kind != "default":
             return f"config.json scales the rotary embeddings already ({key}: {kind})"
     return "" if config.get("max_position_embeddings") else "config.json has no max_position_embeddings"

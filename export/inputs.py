@@ -19,7 +19,7 @@ from checkpoints.folder_kind import fix_for_no_model
 from checkpoints.input_folders import check_model_files
 from checkpoints.model_config import Quantization, declared_dtype, find_quantization
 from checkpoints.other_parts import OtherParts, open_other_parts
-from checkpoints.rope import Yarn, with_yarn
+from checkpoints.rope import Yarn, find_yarn_fault, with_yarn
 from checkpoints.source import TensorSource
 from checkpoints.training_samples import TrainingSamples
 from checkpoints.whole import text_config
@@ -120,7 +120,11 @@ def open_base(folder: Path, yarn: Yarn | None = None) -> Base:
             config.
     """
     check_model_files(folder)
-    file_config = with_yarn(load_json(folder / "config.json"), yarn)
+    file_config = load_json(folder / "config.json")
+    if yarn is not None and (fault := find_yarn_fault(file_config, yarn)):
+        what = f"{folder / 'config.json'}: {fault}, and the adapter was trained with {yarn}"
+        raise ConfigError(what, "Give the base of its training with --base")
+    file_config = with_yarn(file_config, yarn)
     config = text_config(file_config)
     if not isinstance(config.get("model_type"), str):
         what = f"{folder / 'config.json'} has no model_type"

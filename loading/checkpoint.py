@@ -235,8 +235,10 @@ def load_config(folder: Path, yarn: Yarn | None = None) -> Any:
     file = folder / "config.json"
     values = load_text_config(folder)
     architecture_of(values.get("model_type"), file)
-    if yarn is not None and (fault := find_yarn_fault(values)):
-        raise ConfigError(f"{file}: its rotary embeddings cannot be scaled: {fault}", "Leave out --rope_scaling")
+    if yarn is not None and (fault := find_yarn_fault(values, yarn)):
+        raise ConfigError(
+            f"{file}: {yarn} cannot be applied: {fault}", "Use the config.json of the original checkpoint"
+        )
     values = with_yarn(values, yarn)
     fix = "Copy it again from the original checkpoint, or install a transformers that supports the model"
     with library_errors(str(file), fix):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,11 @@ TARGETS = ["in_proj_qkv", "in_proj_a", "out_proj", "q_proj", "v_proj", "o_proj",
 @pytest.fixture(scope="module", params=[False, True], ids=["untied", "tied"])
 def base(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> Path:
     return write_whole_folder(tmp_path_factory.mktemp("whole") / "base", tied=request.param)
+
+
+@pytest.fixture(scope="module")
+def untied(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_whole_folder(tmp_path_factory.mktemp("whole") / "untied")
 
 
 def make_adapter(base: Path, folder: Path, model_class: Any, **options: Any) -> Path:
@@ -111,9 +117,9 @@ def test_head_trained_apart_unties_both_configs(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_verification_finds_a_changed_tensor(base: Path, tmp_path: Path, name: str) -> None:
-    adapter, folder = make_adapter(base, tmp_path / "adapter", Qwen3_5ForCausalLM), tmp_path / "merged"
-    plan = plan_merge(open_base(base), load_adapters([str(adapter)]), "auto", "auto")
+def test_verification_finds_a_changed_tensor(untied: Path, tmp_path: Path, name: str) -> None:
+    adapter, folder = make_adapter(untied, tmp_path / "adapter", Qwen3_5ForCausalLM), tmp_path / "merged"
+    plan = plan_merge(open_base(untied), load_adapters([str(adapter)]), "auto", "auto")
     save_source(plan.written, folder, 10**9)
     write_companion_files(plan, folder)
     assert "verified:" in verify(plan, folder)
@@ -122,3 +128,17 @@ def test_verification_finds_a_changed_tensor(base: Path, tmp_path: Path, name: s
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(RunError, match=re.escape(name.replace("language_model.", ""))):
         verify(plan, folder)
+
+
+def test_folder_of_the_text_model_alone_stays_one(untied: Path, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    model = Qwen3_5ForCausalLM.from_pretrained(untied, dtype=torch.float32)
+    shutil.copytree(untied, base, ignore=shutil.ignore_patterns("model*", *PROCESSOR_FILES))
+    model.save_pretrained(base)
+    adapter, merged = make_adapter(base, tmp_path / "adapter", Qwen3_5ForCausalLM), tmp_path / "merged"
+    merge_well("--adapter", adapter, "--output", merged)
+    adapted = PeftModel.from_pretrained(model, adapter)
+    result = Qwen3_5ForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    torch.testing.assert_close(logits_of(result), logits_of(adapted), atol=1e-4, rtol=1e-4)
+    assert read(merged)["model_type"] == "qwen3_5_text"
+    assert load_file(base / "model.safetensors").keys() == load_file(merged / "model.safetensors").keys()

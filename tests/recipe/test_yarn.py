@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from errors import ConfigError
 from loading.checkpoint import load_checkpoint, load_model
 from loading.inference import load_for_inference
 from tests.commands import finetune_here
-from tests.merging import merge_well, read
+from tests.merging import merge, merge_well, message_of, read
 from tests.models import change_json, write_conversations, write_later_checkpoint
 
 SETTINGS = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512}
@@ -73,6 +74,14 @@ def test_adapter_keeps_its_positions_in_use_and_merge(base: Path, tmp_path: Path
     merge_well("--adapter", adapter, "--output", tmp_path / "merged")
     check_config(tmp_path / "merged")
     used = load_for_inference(load_checkpoint(str(base)), str(adapter))
+    scaled = shutil.copytree(base, tmp_path / "scaled")
+    change_json(scaled / "config.json", rope_scaling=SETTINGS, rope_theta=5e5, rope_parameters=None)
+    assert torch.equal(logits_of(load_for_inference(load_checkpoint(str(scaled)), str(adapter))), logits_of(used))
+    change_json(scaled / "config.json", rope_scaling=SETTINGS | {"factor": 2.0})
+    with pytest.raises(ConfigError, match=r"YaRN, factor 4 cannot be applied: config.json scales"):
+        load_for_inference(load_checkpoint(str(scaled)), str(adapter))
+    refused = merge("--adapter", adapter, "--base", scaled, "--output", tmp_path / "refused")
+    assert "config.json scales the rotary embeddings already" in message_of(refused)
     assert used.config.max_position_embeddings == 2048
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
     torch.testing.assert_close(logits_of(used), logits_of(merged), atol=1e-4, rtol=1e-4)

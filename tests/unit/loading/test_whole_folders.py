@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +13,14 @@ from safetensors.torch import load_file
 from transformers import Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration
 
 from checkpoints.files import load_json
+from checkpoints.model_config import Quantization
+from checkpoints.shards import open_checkpoint
 from errors import ConfigError
 from loading.adapter_check import check_adapter
 from loading.adapters import EmbeddingsPolicy, LoraSettings, attach_lora, load_adapter
 from loading.checkpoint import Checkpoint, load_checkpoint, load_model
+from loading.quantized import QuantizedLinear
+from tests.quantized import write_dequantized, write_gptq
 from tests.whole_folders import PROCESSOR_FILES, write_whole_folder
 from training.run_folder.saving import restore_tensors, save_model
 
@@ -112,3 +117,23 @@ def test_adapter_of_the_vision_tower_is_refused(checkpoint: Checkpoint, tmp_path
     get_peft_model(base, LoraConfig(target_modules=["qkv", "q_proj"])).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=r"model\.visual\..* is not of the text model"):
         check_adapter(checkpoint, str(tmp_path), "--adapter")
+
+
+def test_packed_text_model_of_a_whole_folder(
+    checkpoint: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layers = re.compile(r"model\.language_model\.layers\.\d+\.(self_attn|mlp)\.\w+_proj\.weight")
+    monkeypatch.setattr("tests.quantized._BLOCK_WEIGHT", layers)
+    weights = write_gptq(checkpoint.folder, tmp_path / "packed")
+    write_dequantized(checkpoint.folder, tmp_path / "plain", weights)
+    models = [load_model(load_checkpoint(str(tmp_path / name)), torch.float32) for name in ("packed", "plain")]
+    assert sum(isinstance(module, QuantizedLinear) for module in models[0].modules()) == len(weights) == 16
+    torch.testing.assert_close(*map(logits_of, models), atol=1e-4, rtol=1e-4)
+
+
+def test_text_model_is_quantised_while_loading(checkpoint: Checkpoint) -> None:
+    model = load_model(checkpoint, torch.float32, quantize=Quantization("nf4", 4))
+    layer = model.get_submodule("model.layers.0.linear_attn.in_proj_qkv")
+    weight = layer.dequantize(torch.float32)
+    stored = open_checkpoint(checkpoint.folder).read("model.layers.0.linear_attn.in_proj_qkv.weight")
+    assert 0 < (weight - stored).norm() < 0.2 * stored.norm()
