@@ -68,19 +68,19 @@ def base_and_adapter(layer: nn.Module) -> tuple[Any, Adapter | None] | None:
     """
     wrapper: Any = layer
     if type(layer) is nn.Linear or not hasattr(layer, "lora_A"):
-        return (layer, None) if _is_product(layer) and _is_bare(layer) else None
+        return (layer, None) if _is_product(layer) and is_bare(layer) else None
     if _why_lora_is_opaque(wrapper) or (wrapper.merged and wrapper.disable_adapters):  # its call would unmerge it
         return None
     base, adapter = wrapper.get_base_layer(), adapter_of(wrapper)
     parts = [wrapper, base] if adapter is None else [wrapper, base, adapter.down, adapter.up, adapter.dropout]
-    return (base, adapter) if _is_product(base) and all(map(_is_bare, parts)) else None
+    return (base, adapter) if _is_product(base) and all(map(is_bare, parts)) else None
 
 
 def _is_product(module: nn.Module) -> bool:
     return _is_linear(module) or (isinstance(module, nn.Linear) and hasattr(type(module), "dequantize"))
 
 
-def _is_bare(module: nn.Module) -> bool:
+def is_bare(module: nn.Module) -> bool:
     hooks = module._forward_pre_hooks or module._forward_hooks or module._backward_pre_hooks or module._backward_hooks
     return not hooks and "forward" not in vars(module)
 

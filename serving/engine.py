@@ -82,6 +82,7 @@ class Engine:
         """
         from loading.checkpoint import load_checkpoint
         from loading.inference import load_for_inference
+        from qwen_model.answer_blocks import use_answer_blocks
         from serving.adapters import loading_order
 
         model_name = model_name or Path(model_name_or_path).absolute().name or model_name_or_path
@@ -91,6 +92,7 @@ class Engine:
         checkpoint = load_checkpoint(model_name_or_path)
         folders = {inner[name]: folder for name, folder in ordered.items()}
         model = load_for_inference(checkpoint, any_base=any_base, others=folders, device_map=device_map)
+        use_answer_blocks(model)
         return cls(
             checkpoint, model, inner, kv_cache=kv_cache, max_concurrency=max_concurrency, queue_size=queue_size,
             request_timeout=request_timeout, context_length=context_length, model_name=model_name,

@@ -232,6 +232,10 @@ READ = [
         for name in ("PartialState", "AcceleratorState", "GradientState")
     ),
     Member("torch:ops.mkldnn._linear_pointwise", "qwen_model/products.py"),
+    Member("torch:ops.mkldnn._is_mkldnn_bf16_supported", "qwen_model/packed_linear.py"),
+    Member("torch:ops.mkldnn._is_mkldnn_fp16_supported", "qwen_model/packed_linear.py"),
+    Member("torch:ops.quantized.linear_prepack_fp16", "qwen_model/packed_linear.py"),
+    Member("torch:ops.quantized.linear_dynamic_fp16", "qwen_model/packed_linear.py"),
     Member("torch.distributed.distributed_c10d:_get_default_store", "training/distributed/world.py", ""),
     Member("tqdm:tqdm._instances", "commands.py"),
     Member("atexit:_run_exitfuncs", "commands.py"),
