@@ -19,6 +19,7 @@ from transformers.activations import SiLUActivation
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.qwen2.modeling_qwen2 import Qwen2Attention, Qwen2MLP, Qwen2RMSNorm
 from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3MLP, Qwen3RMSNorm
+from transformers.models.qwen3_5.modeling_qwen3_5 import Qwen3_5MLP, Qwen3_5RMSNorm
 
 from qwen_model.head import is_bare
 from qwen_model.modeling_qwen import QWenAttention, QWenMLP, QWenRMSNorm, eager_attention
@@ -166,7 +167,7 @@ class AnswerQWenAttention(QWenAttention):
 
 
 class _MLP(nn.Module):
-    """The gated MLP of Qwen2 and Qwen3."""
+    """The gated MLP since Qwen2."""
 
     joined_names = ("gate_proj", "up_proj")
 
@@ -227,8 +228,20 @@ class AnswerQwen3RMSNorm(_Norm, Qwen3RMSNorm):
     pass
 
 
+class AnswerQwen3_5MLP(_MLP, Qwen3_5MLP):
+    pass
+
+
+class AnswerQwen3_5RMSNorm(Qwen3_5RMSNorm):
+    joined_names: Sequence[str] = ()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], 1.0 + self.weight.float(), self.eps).type_as(x)
+
+
 _ANSWER_CLASSES: dict[type, type] = {
     QWenAttention: AnswerQWenAttention, QWenMLP: AnswerQWenMLP, QWenRMSNorm: AnswerQWenRMSNorm,
     Qwen2Attention: AnswerQwen2Attention, Qwen2MLP: AnswerQwen2MLP, Qwen2RMSNorm: AnswerQwen2RMSNorm,
     Qwen3Attention: AnswerQwen3Attention, Qwen3MLP: AnswerQwen3MLP, Qwen3RMSNorm: AnswerQwen3RMSNorm,
+    Qwen3_5MLP: AnswerQwen3_5MLP, Qwen3_5RMSNorm: AnswerQwen3_5RMSNorm,
 }  # fmt: skip

@@ -157,15 +157,40 @@ def build_cache(config: Any, kind: str | None = None) -> Cache:
     Raises:
         ConfigError: another kind.
     """
+    return Cache(layers=build_layers(config, layer_class(kind)))
+
+
+def layer_class(kind: str | None) -> type[DynamicLayer]:
+    """Return the class of a layer with keys and values of a kind.
+
+    Raises:
+        ConfigError: an unknown kind.
+    """
     if kind not in _LAYERS:
         raise ConfigError(f"--kv_cache {kind} is not a kind of cache", f"Use {' or '.join(CACHE_KINDS)}")
+    return _LAYERS[kind]
+
+
+def build_layers(config: Any, of_attention: type[DynamicLayer], of_states: Any = None) -> list[Any]:
+    """Build the layers of a cache, one for each block.
+
+    Args:
+        of_attention: class of layers with keys and values.
+        of_states: class of layers with the state of a delta net; ``None``: transformers'. No kind changes it: its
+            size does not depend on the number of tokens.
+    """
     # A layer with a sliding window keeps what left the window: rows of different lengths are joined, masks hide it.
-    return Cache(layers=[_LAYERS[kind]() for _ in range(config.num_hidden_layers)])
+    types = getattr(config, "layer_types", None) or ()
+    if "linear_attention" not in types:
+        return [of_attention() for _ in range(config.num_hidden_layers)]
+    from transformers.cache_utils import LinearAttentionLayer  # not in transformers 4, where an exported folder may run
+
+    return [(of_states or LinearAttentionLayer)() if each == "linear_attention" else of_attention() for each in types]
 
 
 def cache_bytes(cache: Cache) -> int:
     """Return the bytes of a cache's keys and values."""
-    held = [layer for layer in cache.layers if cache.get_seq_length()]
+    held = [layer for layer in cache.layers if isinstance(layer, DynamicLayer) and cache.get_seq_length()]
     return sum(states.nbytes for layer in held for states in _states(layer))
 
 

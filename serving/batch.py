@@ -64,6 +64,7 @@ class Runner:
             attention_mask={
                 "full_attention": _mask(start, end, left, hides_padding),
                 "sliding_attention": _mask(start, end, left, hides_padding, self._window),
+                "linear_attention": positions >= left if max(padding) > start else None,
             },
             past_key_values=cache,
             use_cache=True,

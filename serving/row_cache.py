@@ -1,4 +1,4 @@
-"""Keys and values of a batch whose rows come and go.
+"""Keys and values, or states, of a batch whose rows come and go.
 
 Rows are padded on the left, so that the newest tokens of all rows are in the last column.
 
@@ -11,9 +11,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, LinearAttentionLayer
 
-from qwen_model.kv_cache import build_cache
+from qwen_model.kv_cache import build_layers, layer_class
 
 _BLOCK = 64  # columns by which buffers grow, at least
 
@@ -84,6 +84,25 @@ class RowLayer(DynamicLayer):
         return keys, values
 
 
+class StateLayer(LinearAttentionLayer):
+    """What a delta net carries from token to token: a state and the newest inputs of its convolution, for each row.
+
+    They have no columns. Padding leaves them at zero, because the net's input is zero there.
+    """
+
+    def join(self, other: StateLayer, padding: int, other_padding: int) -> None:
+        """Append the rows of another layer below these."""
+        for own, others in ((self.conv_states, other.conv_states), (self.recurrent_states, other.recurrent_states)):
+            own[0] = torch.cat((own[0], others[0].to(own[0].device)))
+
+    def cut_left(self, columns: int) -> None:
+        """Keep what there is: the oldest columns of all rows are padding."""
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        for states in (self.conv_states, self.recurrent_states):
+            states[0] = states[0][indices.to(states[0].device)]
+
+
 def build_row_cache(config: Any, kind: str | None = None) -> Cache:
     """Build the empty cache of a batch.
 
@@ -91,9 +110,7 @@ def build_row_cache(config: Any, kind: str | None = None) -> Cache:
         config: of the model.
         kind: ``int8`` or ``fp8``; ``None``: the precision of the model.
     """
-    if kind is not None:
-        return build_cache(config, kind)
-    return Cache(layers=[RowLayer() for _ in range(config.num_hidden_layers)])
+    return Cache(layers=build_layers(config, RowLayer if kind is None else layer_class(kind), StateLayer))
 
 
 def join_caches(cache: Cache, other: Cache, padding: int, other_padding: int) -> None:

@@ -19,11 +19,11 @@ GREEDY = Sampling(temperature=0.0, repetition_penalty=1.0, max_tokens=12, ignore
 
 
 def write_checkpoint(folder: Path, kind: str) -> Path:
-    """Write a tiny checkpoint: ``qwen`` (trained length 16), ``qwen2``, ``qwen3``, or ``windows`` of 8 tokens."""
+    """Write a tiny checkpoint: ``qwen`` (trained length 16), a later type, or ``windows`` of 8 tokens."""
     if kind == "qwen":
         copy_checkpoint(folder, seq_length=16, use_dynamic_ntk=True, use_logn_attn=True)
         return folder
-    write_later_checkpoint(folder, "qwen3" if kind == "qwen3" else "qwen2")
+    write_later_checkpoint(folder, "qwen2" if kind == "windows" else kind)
     if kind == "windows":
         layers = {"layer_types": ["full_attention", "sliding_attention"], "max_window_layers": 1}
         change_json(folder / "config.json", use_sliding_window=True, sliding_window=8, **layers)

@@ -10,7 +10,7 @@ import pytest
 from serving import scheduler
 from tests.serving import GREEDY, alone, answers, load_base, load_engine, requests, write_checkpoint
 
-KINDS = ("qwen", "qwen2", "qwen3", "windows")
+KINDS = ("qwen", "qwen2", "qwen3", "qwen3_5_text", "windows")
 
 
 @pytest.fixture(scope="module", params=KINDS)
