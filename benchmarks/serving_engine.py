@@ -23,10 +23,13 @@ GENERATE, CONTINUOUS = "generate(), one at a time", "generate_batch(), together"
 
 def measure_engine(model: str, questions: int, tokens: int, rounds: int, continuous: bool) -> dict[str, Any]:
     """Return the figures, and print them."""
+    from loading.checkpoint import load_checkpoint
+    from loading.inference import load_for_inference
     from serving.engine import Engine
 
     with Engine.load(model, max_concurrency=questions) as engine:
-        ways = ways_of(engine, tokens, continuous)
+        own = load_for_inference(load_checkpoint(model))  # the engine's model has blocks of its own
+        ways = ways_of(engine, own, tokens, continuous)
         prompts = random_prompts(questions, len(engine.tokenizer))
         same = check_equal(ways, prompts)
         seconds = {name: statistics.median(times) for name, times in measure(ways, prompts, rounds).items()}
@@ -52,8 +55,12 @@ def random_prompts(count: int, vocabulary: int) -> Prompts:
     return [tuple(draw.randrange(300, vocabulary - 300) for _ in range(draw.randint(16, 128))) for _ in range(count)]
 
 
-def ways_of(engine: Engine, tokens: int, continuous: bool) -> dict[str, Callable[[Prompts], Prompts]]:
-    """Return functions that answer prompts with a number of tokens each."""
+def ways_of(engine: Engine, model: Any, tokens: int, continuous: bool) -> dict[str, Callable[[Prompts], Prompts]]:
+    """Return functions that answer prompts with a number of tokens each.
+
+    Args:
+        model: what transformers answers with.
+    """
     import torch
     from transformers import GenerationConfig, logging
 
@@ -61,7 +68,6 @@ def ways_of(engine: Engine, tokens: int, continuous: bool) -> dict[str, Callable
 
     logging.set_verbosity_error()  # of an end token that no model has
     greedy = Sampling(temperature=0.0, repetition_penalty=1.0, max_tokens=tokens, ignore_end=True)
-    model = engine.model
     settings = GenerationConfig(do_sample=False, max_new_tokens=tokens, eos_token_id=-1, pad_token_id=0)
 
     def together(prompts: Prompts) -> Prompts:
