@@ -33,17 +33,22 @@ def use_answer_blocks(model: nn.Module) -> None:
     Modules of classes that are not known stay as they are, as do those with hooks. The model can be neither saved nor
     trained afterwards: layers that are joined or packed have no weights of their own names any more.
     """
-    for module in list(model.modules()):
+    for module in _without_layers(model):
         answering = _ANSWER_CLASSES.get(type(module))
         has_silu = isinstance(getattr(module, "act_fn", None), nn.SiLU | SiLUActivation | None)
         if answering is not None and has_silu and is_bare(module):
             module.__class__ = answering
             _join_layers(module)
     with Packer() as packer:
-        for parent in list(model.modules()):
+        for parent in _without_layers(model):
             for name, layer in list(parent.named_children()):
                 if type(layer) is nn.Linear and is_slow(layer.weight) and is_bare(layer) and _is_called(parent, name):
                     packer.pack(layer, lambda packed, parent=parent, name=name: setattr(parent, name, packed))
+
+
+def _without_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the modules of a model but for its plain linear layers, which a list would keep in memory."""
+    return [module for module in model.modules() if type(module) is not nn.Linear]
 
 
 def _is_called(parent: Any, name: str) -> bool:

@@ -78,9 +78,9 @@ class Packer:
         largest = float(weight.abs().max()) if weight.numel() else 0.0
         if not math.isfinite(largest) or not largest:
             return
-        exponent = _LARGEST_EXPONENT - math.frexp(largest)[1]
+        exponent = min(_LARGEST_EXPONENT - math.frexp(largest)[1], 100)  # float32 has both powers of two
         bias = None if layer.bias is None else layer.bias.detach().float()
-        scaled = torch.ldexp(weight.float(), torch.tensor(exponent))
+        scaled = weight.float().mul_(2.0**exponent)
 
         def run() -> None:
             packed = torch.ops.quantized.linear_prepack_fp16(scaled, bias)
