@@ -10,6 +10,7 @@ Shapes: B batch, T tokens, C hidden size, H heads of queries, K heads of keys an
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def use_answer_blocks(model: nn.Module) -> None:
         for parent in _without_layers(model):
             for name, layer in list(parent.named_children()):
                 if type(layer) is nn.Linear and is_slow(layer.weight) and is_bare(layer) and _is_called(parent, name):
-                    packer.pack(layer, lambda packed, parent=parent, name=name: setattr(parent, name, packed))
+                    packer.pack(layer, partial(setattr, parent, name))
 
 
 def _without_layers(model: nn.Module) -> list[nn.Module]:

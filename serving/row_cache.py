@@ -92,13 +92,15 @@ class StateLayer(LinearAttentionLayer):
 
     def join(self, other: StateLayer, padding: int, other_padding: int) -> None:
         """Append the rows of another layer below these."""
-        for own, others in ((self.conv_states, other.conv_states), (self.recurrent_states, other.recurrent_states)):
+        pairs: Any = (self.conv_states, other.conv_states), (self.recurrent_states, other.recurrent_states)
+        for own, others in pairs:
             own[0] = torch.cat((own[0], others[0].to(own[0].device)))
 
     def cut_left(self, columns: int) -> None:
         """Keep what there is: the oldest columns of all rows are padding."""
 
     def batch_select_indices(self, indices: Tensor) -> None:
+        states: Any
         for states in (self.conv_states, self.recurrent_states):
             states[0] = states[0][indices.to(states[0].device)]
 

@@ -29,6 +29,7 @@ TRAINER = "training/trainer.py"
 CHECKPOINTS = "training/trainer_checkpoints.py"
 REHEARSAL = "planning/fake_run.py"
 MEMORY = "training/trainer_memory.py"
+ATTENTION = "transformers:PreTrainedConfig._attn_implementation"
 
 
 class Member(NamedTuple):
@@ -208,10 +209,9 @@ READ = [
     Member("transformers:TrainerState.stateful_callbacks", "training/trainer_resume.py"),
     Member("transformers:PreTrainedConfig._auto_class", "qwen_model/configuration_qwen.py"),
     Member("transformers:PreTrainedTokenizerBase._auto_class", "qwen_model/tokenization_qwen.py"),
-    Member("transformers:PreTrainedConfig._attn_implementation", "qwen_model/modeling_qwen.py"),
-    Member("transformers:PreTrainedConfig._attn_implementation", "qwen_model/sample_attention.py"),
+    *(Member(ATTENTION, f"qwen_model/{name}.py") for name in ("modeling_qwen", "sample_attention")),
+    *(Member(ATTENTION, f"qwen_model/{name}.py") for name in ("fast_blocks", "answer_blocks")),
     Member("peft.tuners.lora:LoraLayer.cast_input_dtype_enabled", "loading/adapters.py"),
-    Member("transformers:PreTrainedConfig._attn_implementation", "qwen_model/fast_blocks.py"),
     Member("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu", "qwen_model/sample_attention.py"),
     Member("torch:ops.aten._scaled_dot_product_flash_attention_for_cpu_backward", "qwen_model/sample_attention.py"),
     Member("torch:Tensor._version", "qwen_model/fused_ops.py"),
@@ -234,8 +234,6 @@ READ = [
     Member("torch:ops.mkldnn._linear_pointwise", "qwen_model/products.py"),
     Member("torch:ops.mkldnn._is_mkldnn_bf16_supported", "qwen_model/packed_linear.py"),
     Member("torch:ops.mkldnn._is_mkldnn_fp16_supported", "qwen_model/packed_linear.py"),
-    Member("torch:ops.quantized.linear_prepack_fp16", "qwen_model/packed_linear.py"),
-    Member("torch:ops.quantized.linear_dynamic_fp16", "qwen_model/packed_linear.py"),
     Member("torch.distributed.distributed_c10d:_get_default_store", "training/distributed/world.py", ""),
     Member("tqdm:tqdm._instances", "commands.py"),
     Member("atexit:_run_exitfuncs", "commands.py"),
