@@ -302,8 +302,8 @@ class DataReport:
             return []
         return [
             "no answer brings thinking, so only answers behind the prompt without it are trained, and those with "
-            "thinking may get worse. Ask the result without thinking (--thinking off says so here too), or add answers "
-            "with reasoning_content"
+            "thinking may get worse. Ask the result without it (--thinking off of scripts.ask), or add answers with "
+            "reasoning_content; --thinking mixed does not warn"
         ]
 
     def _lost_tokens(self) -> list[str]:
