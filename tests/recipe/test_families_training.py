@@ -68,7 +68,7 @@ def test_loss_falls(outputs: dict[str, Path], model_type: str, mode: str) -> Non
     losses = logged_losses(output)
     assert losses[0] > 6
     # LoRA does not train the small random head, whose logits separate 768 tokens less clearly.
-    assert losses[-1] < (4.0 if mode == "lora" else 0.5)
+    assert losses[-1] < (4.5 if mode == "lora" else 0.5)
     summary = read_json(output / "run_summary.json")
     assert (summary["model_type"], summary["mode"]) == (model_type, mode)
     assert {"tokenizer.json", "chat_template.jinja", "generation_config.json"} < set(names_in(output))
