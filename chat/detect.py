@@ -2,22 +2,27 @@
 
 Checkpoints later than Qwen v1 have a chat template. Short conversations (probes) are rendered with it and with each
 known answer style and tool form, and those that give the same text are used. So training writes what the checkpoint's
-own template writes. Path names and model names are never used. A template is code of the checkpoint, so the probes are
-rendered in a process with limits.
+own template writes. What may differ within a style (default system message, names of roles, white space) is read from
+the first probes. A template that writes no ChatML, or in another way, writes conversations itself
+(``chat.own_template``). Path names and model names are never used. A template is code of the checkpoint, so the probes
+are rendered in a process with limits.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
 
 from chat.chatml import IM_END, IM_START
 from chat.families import ANSWER_STYLES, STRICT_STYLES, Family
 from chat.limited import LimitExceeded, run_limited
+from chat.own_template import MOST_TEXT, OwnTemplate, examine_template
 from chat.render import render, render_prompt, text_of
 from chat.tools_hermes import HERMES_FORMS
 from chat.tools_xml import XML_FORMS
@@ -53,35 +58,42 @@ _THINKING_PROBES: tuple[Probe, ...] = (
 _STEP = _THOUGHT._replace(calls=(_CALL,))
 _STEPS_PROBE: Probe = (_ASK, _STEP, _RESULT, _STEP, _RESULT, _THOUGHT, _ASK, _STEP._replace(content=""), _RESULT, _STEP)
 
-_MOST_TEXT = 1_000_000  # characters of a rendered probe
-
-
-class TemplateFailure(ConfigError):
-    """A chat template that fails, or takes too much time, memory or text.
-
-    Attributes:
-        reason: what it does.
-    """
-
-    def __init__(self, place: Path, reason: str) -> None:
-        super().__init__(f"{place}: the chat template {reason}", "Restore the official chat template of the checkpoint")
-        self.reason = reason
+_SPACES = " \n"
+_NAME = re.compile(r"[\w .-]+")
+_TEMPLATE_ERRORS = (TemplateError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError)
 
 
 ApplyTemplate = Callable[[Sequence[dict[str, Any]], Sequence[Tool], bool], str]
 
+_RESTORE = "Restore the official chat template of the checkpoint, or give another one with --chat_template"
 
-def family_of(tokenizer: Any, base_system: str | None = None, **template_kwargs: Any) -> Family:
+
+class TemplateFailure(ConfigError):
+    """A chat template that cannot be used: it fails, takes too much time, memory or text, or hides its answers.
+
+    Attributes:
+        reason: what it does, as the end of a sentence about it.
+    """
+
+    def __init__(self, place: object, reason: str, fix: str = _RESTORE) -> None:
+        super().__init__(f"{place}: the chat template {reason}", fix)
+        self.reason = reason
+
+
+def family_of(
+    tokenizer: Any, base_system: str | None = None, place: str | None = None, **template_kwargs: Any
+) -> Family:
     """Return the family of a checkpoint later than Qwen v1, from its tokenizer's chat template.
 
     Args:
         base_system: default system message of a base checkpoint, which has no template.
+        place: flag and file of a template that replaces the checkpoint's, for messages.
         template_kwargs: arguments of the template, such as ``enable_thinking=False``: the family is of prompts and
             texts with them.
 
     Raises:
-        ConfigError: a chat template that writes plain conversations in an unknown way, fails, or takes too much time,
-            memory or text.
+        TemplateFailure: a chat template whose answers cannot be told from what precedes them, that fails, or takes too
+            much time, memory or text.
     """
     if not getattr(tokenizer, "chat_template", None):
         # As the first instruct models of the same model_type.
@@ -97,14 +109,19 @@ def family_of(tokenizer: Any, base_system: str | None = None, **template_kwargs:
                 **template_kwargs,
             )
         )
-        if len(text) > _MOST_TEXT:
-            raise LimitExceeded(f"writes more than {_MOST_TEXT:,} characters for a conversation of a few words")
+        if len(text) > MOST_TEXT:
+            raise LimitExceeded(f"writes more than {MOST_TEXT:,} characters for a conversation of a few words")
         return text
 
     try:
-        return run_limited(lambda: match_template(apply))
-    except LimitExceeded as error:
-        raise TemplateFailure(_template_file(str(getattr(tokenizer, "name_or_path", ""))), str(error)) from None
+        family = run_limited(lambda: match_template(apply))
+        own = None if family else examine_template(_own_template(tokenizer, template_kwargs))
+    except (LimitExceeded, ValueError) as error:
+        reason = str(error).removeprefix("the chat template ")
+        if place is not None:
+            raise TemplateFailure(place, reason, "Correct the template") from None
+        raise TemplateFailure(_template_file(str(getattr(tokenizer, "name_or_path", ""))), reason) from None
+    return family or Family("own template", own_template=own)
 
 
 def _template_file(folder: str) -> Path:
@@ -112,66 +129,161 @@ def _template_file(folder: str) -> Path:
     return file if file.is_file() else Path(folder, "tokenizer_config.json")
 
 
-def match_template(apply: ApplyTemplate) -> Family:
-    """Return the family whose rendering equals that of a chat template.
+def _own_template(tokenizer: Any, template_kwargs: dict[str, Any]) -> OwnTemplate:
+    template: Any = tokenizer.chat_template
+    source = template["default"] if isinstance(template, dict) else template
+    # Without those that it does not read: formats with and without them are then equal.
+    known = {name: value for name, value in template_kwargs.items() if name in source}
+    arguments = json.dumps({**tokenizer.special_tokens_map, **known}, sort_keys=True, default=str)
+    special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
+    return OwnTemplate(str(source), arguments, tuple(sorted({*special, *map(str, tokenizer.all_special_tokens)})))
+
+
+def match_template(apply: ApplyTemplate) -> Family | None:
+    """Return the family whose rendering equals that of a chat template; ``None`` if there is none.
 
     If no tool form matches, the family has none; if thinking does not match, ``knows_thinking`` is false.
 
     Args:
         apply: renders messages (OpenAI's dicts) and tools to text, with or without the generation prompt.
-
-    Raises:
-        ConfigError: no known answer style renders plain conversations as the template does.
     """
-    system, found = _default_system(apply), []
+    seen, template, found = _observe(apply), _Template(apply), []
     for style in (*ANSWER_STYLES, *STRICT_STYLES):
         # The system message of a strict family's template precedes that of a conversation, and is not replaced by it.
-        family = replace(style, instructions=system or "") if style.is_strict else replace(style, default_system=system)
-        if all(_matches(probe, (), family, apply) for probe in _PROBES):
-            found.append(_with_thinking(_with_tools(family, apply), apply))
+        family = replace(style, instructions=seen.system or "") if style.is_strict else seen.adapt(style)
+        if all(_matches(probe, (), family, template) for probe in _PROBES):
+            found.append(_with_thinking(_with_tools(family, template), template))
             if found[-1].knows_thinking:
                 return found[-1]
-    if found:
-        return found[0]
-    raise ConfigError(
-        "tokenizer_config.json: the checkpoint's chat template does not write plain conversations as any known Qwen "
-        "template does",
-        "Restore the official chat template of the checkpoint",
+    return found[0] if found else None
+
+
+class _Observed(NamedTuple):
+    """What may differ within a style; see ``Family``."""
+
+    system: str | None = None
+    instructions: str = ""
+    role_names: tuple[tuple[str, str], ...] = ()
+    trimmed_roles: tuple[str, ...] = ()
+    turn_end: str = "\n"
+
+    def adapt(self, style: Family) -> Family:
+        return replace(
+            style, default_system=None if self.instructions else self.system, instructions=self.instructions,
+            role_names=self.role_names, trimmed_roles=self.trimmed_roles, turn_end=self.turn_end,
+        )  # fmt: skip
+
+
+class _Written(NamedTuple):
+    """A message in a rendering.
+
+    Attributes:
+        before: text before its ``<|im_start|>``.
+        opening: text between the header and its own.
+        end: text between its ``<|im_end|>`` and what follows.
+    """
+
+    before: str
+    name: str
+    opening: str
+    is_trimmed: bool
+    end: str
+
+
+def _observe(apply: ApplyTemplate) -> _Observed:
+    """Return what the first probes show of a template; what they do not show is as in the official ones."""
+    roles = ("user", "assistant", "user")
+    text = _try(apply, roles)
+    found = {role: _find(text, role) for role in roles}
+    text_with_system = _try(apply, ("system", *roles))
+    if system := _find(text_with_system, "system"):
+        found["system"] = system
+    if not (user := found["user"]):
+        return _Observed()
+    name = system.name if system else "system"
+    seen = _Observed(
+        role_names=tuple((role, each.name) for role, each in found.items() if each and each.name != role),
+        trimmed_roles=tuple(sorted(role for role, each in found.items() if each and each.is_trimmed)),
+        turn_end=user.end,
     )
+    opening, closing = f"{IM_START}{name}\n", f"{IM_END}{user.end}"
+    if not (user.before.startswith(opening) and user.before.endswith(closing)):
+        return seen
+    default = user.before[len(opening) : -len(closing)]
+    is_kept = system is not None and system.opening == f"{default}\n\n"
+    return seen._replace(system=default, instructions=default if is_kept else "")
 
 
-def _default_system(apply: ApplyTemplate) -> str | None:
-    before, _, _ = apply([{"role": "user", "content": "u"}], (), True).partition(f"{IM_START}user\nu")
-    opening, closing = f"{IM_START}system\n", f"{IM_END}\n"
-    if before.startswith(opening) and before.endswith(closing):
-        return before[len(opening) : -len(closing)]
-    return None
+def _try(apply: ApplyTemplate, roles: Sequence[str]) -> str:
+    """Render one message of each role, whose text is its role within white space; return no text on failure."""
+    messages = [{"role": role, "content": f"{_SPACES}({role}){_SPACES[::-1]}"} for role in roles]
+    try:
+        return apply(messages, (), True)
+    except _TEMPLATE_ERRORS:
+        return ""
 
 
-def _with_tools(family: Family, apply: ApplyTemplate) -> Family:
+def _find(text: str, role: str) -> _Written | None:
+    """Return how the first message of a role is written, if it is ChatML."""
+    before, word, after = text.partition(f"({role})")
+    before, start, header = before.rpartition(IM_START)
+    name, line_end, opening = header.partition("\n")
+    content_end, end_token, rest = after.partition(IM_END)
+    is_trimmed = not opening.endswith(_SPACES)
+    end, next_start, _ = rest.partition(IM_START)
+    is_chatml = word and start and line_end and end_token and next_start and _NAME.fullmatch(name) and not end.strip()
+    if not is_chatml or content_end != ("" if is_trimmed else _SPACES[::-1]):
+        return None
+    return _Written(before, name, opening if is_trimmed else opening.removesuffix(_SPACES), is_trimmed, end)
+
+
+class _Template:
+    """The texts that a template writes for probes, each rendered once."""
+
+    def __init__(self, apply: ApplyTemplate) -> None:
+        self._apply = apply
+        self._texts: dict[tuple[int, int], tuple[str, str] | None] = {}
+
+    def texts_of(self, probe: Probe, tools: Sequence[Tool]) -> tuple[str, str] | None:
+        """Return a probe's text and the prompt for its last answer; ``None`` if the template fails.
+
+        Args:
+            probe, tools: constants of this module.
+        """
+        key = id(probe), id(tools)
+        if key not in self._texts:
+            try:
+                whole = self._apply(_messages(probe), tools, False)
+                self._texts[key] = whole, self._apply(_messages(probe[:-1]), tools, True)
+            except _TEMPLATE_ERRORS:
+                self._texts[key] = None
+        return self._texts[key]
+
+
+def _with_tools(family: Family, template: _Template) -> Family:
     """Return the family with the tool form that matches, if there is one."""
     for form in (*HERMES_FORMS, *XML_FORMS):
         with_form = replace(family, tool_form=form)
         probes = (*_TOOL_PROBES, _STRING_ARGUMENTS_PROBE) if form.keeps_strings else _TOOL_PROBES
-        if all(_matches(probe, _TOOLS, with_form, apply) for probe in probes):
+        if all(_matches(probe, _TOOLS, with_form, template) for probe in probes):
             return with_form
     return family
 
 
-def _with_thinking(family: Family, apply: ApplyTemplate) -> Family:
+def _with_thinking(family: Family, template: _Template) -> Family:
     """Return the family with ``knows_thinking`` decided."""
     probes = (*_THINKING_PROBES, _STEPS_PROBE) if family.tool_form else _THINKING_PROBES
-    return replace(family, knows_thinking=all(_matches(probe, (), family, apply) for probe in probes))
+    return replace(family, knows_thinking=all(_matches(probe, (), family, template) for probe in probes))
 
 
-def _matches(probe: Sequence[Turn], tools: Sequence[Tool], family: Family, apply: ApplyTemplate) -> bool:
+def _matches(probe: Probe, tools: Sequence[Tool], family: Family, template: _Template) -> bool:
     """Check that a probe, and the prompt for its last answer, have the template's text; false if the template fails."""
-    try:
-        whole, prompt = apply(_messages(probe), tools, False), apply(_messages(probe[:-1]), tools, True)
-    except (TemplateError, TypeError, ValueError, ArithmeticError, AttributeError, LookupError):
+    texts = template.texts_of(probe, tools)
+    if texts is None:
         return False
+    whole, prompt = texts
     turns = as_template_reads(probe, family)
-    return _closed(whole) == text_of(render(turns, family, tools=tools)) and prompt == text_of(
+    return _closed(whole, family) == text_of(render(turns, family, tools=tools)) and prompt == text_of(
         render_prompt(turns[:-1], family, tools=tools)
     )
 
@@ -194,6 +306,7 @@ def _message(turn: Turn) -> dict[str, Any]:
     return message
 
 
-def _closed(text: str) -> str:
+def _closed(text: str, family: Family) -> str:
     """Close the last message, which the template of Qwen1.5's launch leaves open."""
-    return text if text.endswith(f"{IM_END}\n") else f"{text}{IM_END}\n"
+    end = f"{IM_END}{family.turn_end}"
+    return text if text.endswith(end) else text + end

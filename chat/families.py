@@ -2,7 +2,7 @@
 
 Every family writes conversations as ChatML. They differ in the default system message, in which texts are tokenised
 together, in the text before an answer, in what happens to thinking, and in how tools are written. ``chat.detect``
-finds the family of a checkpoint.
+finds the family of a checkpoint. A format that is none of theirs is written by the checkpoint's template itself.
 """
 
 from __future__ import annotations
@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from chat.chatml import DEFAULT_SYSTEM
+from chat.chatml import DEFAULT_SYSTEM, IM_END, IM_START
+from chat.own_template import OwnTemplate
 from chat.segments import ToolForm
 from chat.tools_react import React
 
@@ -48,6 +49,10 @@ class Family:
             question of a user.
         instructions: text before the system message, or instead of it if there is none.
         writes_blank_system: a system message without text is an empty system turn; if not, there is none.
+        role_names: the names of roles in headers, where they differ: pairs of role and name.
+        trimmed_roles: roles whose texts are written without the white space around them; a strict family's are all.
+        turn_end: white space behind the ``<|im_end|>`` of each message.
+        own_template: writes the conversations; then nothing else of the format counts. ``None`` for ChatML.
     """
 
     name: str
@@ -63,6 +68,33 @@ class Family:
     is_strict: bool = False
     instructions: str = ""
     writes_blank_system: bool = True
+    role_names: tuple[tuple[str, str], ...] = ()
+    trimmed_roles: tuple[str, ...] = ()
+    turn_end: str = "\n"
+    own_template: OwnTemplate | None = None
+
+    def header(self, role: str) -> str:
+        """Return the name of a role in the header of its messages, and the end of the line."""
+        return f"{dict(self.role_names).get(role, role)}\n" if self.role_names else f"{role}\n"
+
+    def is_trimmed(self, role: str) -> bool:
+        """Return whether texts of a role are written without the white space around them."""
+        return self.is_strict or role in self.trimmed_roles
+
+    @property
+    def control_tokens(self) -> tuple[str, ...]:
+        """The control tokens of conversations."""
+        return (IM_START, IM_END) if self.own_template is None else self.own_template.used_tokens
+
+    @property
+    def stops(self) -> tuple[str, ...]:
+        """Tokens that end an answer, beside ChatML's."""
+        return () if self.own_template is None else (self.own_template.stop,)
+
+    @property
+    def placed_tokens(self) -> tuple[str, ...]:
+        """All tokens that rendering can place."""
+        return (IM_START, IM_END) if self.own_template is None else self.own_template.tokens
 
     @property
     def has_thinking(self) -> bool:

@@ -1,5 +1,7 @@
 """Conversations as ChatML: the only place that writes turns, for training and for inference.
 
+Other formats are written by the checkpoint's template itself (``chat.own_template``), called from here.
+
 A turn is ``<|im_start|>{role}\\n{content}<|im_end|>\\n``. ``chat.answers`` gives the text of answers, the family's tool
 form writes tools and calls, and ``chat.label_mask`` gives the loss weights. Because training and inference share this
 code, the ids of a prompt are a prefix of the training ids of the same conversation.
@@ -14,6 +16,7 @@ from chat.answers import Answers, is_question
 from chat.chatml import IM_END, IM_START
 from chat.families import Family
 from chat.label_mask import LabelMask, frame_weights, turn_weights
+from chat.own_template import render_own
 from chat.segments import Message, Segment, ToolForm
 from chat.turns import TEXT, Tool, Turn
 
@@ -35,6 +38,8 @@ def check_turns(turns: Sequence[Turn], family: Family, tools: Sequence[Tool]) ->
         ValueError: it cannot; the message names the reason.
     """
     _checked_form(turns, family, tools)
+    if family.own_template is not None and all(turn.role != TEXT for turn in turns):
+        render_own(turns, family.own_template, "assistant", is_prompt=False, added=0)
 
 
 def _checked_form(turns: Sequence[Turn], family: Family, tools: Sequence[Tool]) -> ToolForm | None:
@@ -129,7 +134,7 @@ def render_prompt(
         return messages
     if messages and messages[-1].is_open:
         return messages
-    header = Segment("assistant\n" + family.prompt_suffix, False, 0, "assistant")
+    header = Segment(family.header("assistant") + family.prompt_suffix, False, 0, "assistant")
     prompt = Message("assistant", [Segment(IM_START, True, 0, "assistant"), header], len(turns), is_open=True)
     return [*messages, prompt]
 
@@ -146,8 +151,10 @@ def _render(
     """Render a conversation; with ``trained_from`` a sample of its last answer, see ``render_answer``."""
     form = _checked_form(turns, family, tools)
     complete = add_system_turn(turns, family, system_message)
-    if family.is_strict:
-        complete = list(map(trimmed, complete))
+    if family.own_template is not None:
+        return render_own(complete, family.own_template, label_mask, is_prompt, len(complete) - len(turns))
+    if family.is_strict or family.trimmed_roles:
+        complete = [trimmed(turn) if family.is_trimmed(turn.role) else turn for turn in complete]
     if form is not None:
         complete = form.describe(complete, tools)
     if family.instructions or not family.writes_blank_system:
@@ -209,7 +216,7 @@ def _framed(
     first, *rest = content.segments
     role = first.role
     frame = frame_weights(own_weight, content.segments[-1].weight, label_mask, content.is_open)
-    header = f"{content.role}\n"
+    header = family.header(content.role)
     if content.role == "assistant":
         # The header is part of the prompt, whose ids the model continues at inference.
         if family.prompt_suffix and first.text.startswith(family.prompt_suffix):
@@ -219,7 +226,9 @@ def _framed(
         first = Segment(header + first.text, first.is_control, first.weight or frame.header, role)
         header = ""
     headers = [Segment(header, False, frame.header, role)] if header else []
-    ends = [] if is_open else [Segment(IM_END, True, frame.end, role), Segment("\n", False, frame.end, role)]
+    ends = [] if is_open else [Segment(IM_END, True, frame.end, role)]
+    if ends and family.turn_end:
+        ends.append(Segment(family.turn_end, False, frame.end, role))
     return [Segment(IM_START, True, frame.start, role), *headers, first, *rest, *ends]
 
 
@@ -233,14 +242,18 @@ def encode_segment(segment: Segment, encode_text: EncodeText, control_ids: dict[
 
     Args:
         encode_text: text -> ids; must not convert text to control tokens (see ``plain_encoder``).
-        control_ids: ids of ``<|im_start|>`` and ``<|im_end|>``.
+        control_ids: see ``control_ids_of``.
     """
     return [control_ids[segment.text]] if segment.is_control else encode_text(segment.text)
 
 
-def control_ids_of(tokenizer: Any) -> dict[str, int]:
-    """Return the ids of the control tokens that rendering places, from a Qwen v1 or a later tokenizer."""
-    return {token: int(tokenizer.convert_tokens_to_ids(token)) for token in (IM_START, IM_END)}
+def control_ids_of(tokenizer: Any, tokens: Iterable[str] = (IM_START, IM_END)) -> dict[str, int]:
+    """Return the ids of control tokens, from a Qwen v1 or a later tokenizer.
+
+    Args:
+        tokens: ``Family.placed_tokens`` or ``Family.control_tokens``.
+    """
+    return {token: int(tokenizer.convert_tokens_to_ids(token)) for token in tokens}
 
 
 def plain_encoder(tokenizer: Any) -> EncodeText:
@@ -263,6 +276,7 @@ def plain_encoder(tokenizer: Any) -> EncodeText:
 
 def encode_prompt(messages: Iterable[Message], tokenizer: Any) -> list[int]:
     """Return the ids of rendered messages."""
-    encode_text, control_ids = plain_encoder(tokenizer), control_ids_of(tokenizer)
-    segments = (segment for message in messages for segment in message.segments)
+    segments = [segment for message in messages for segment in message.segments]
+    encode_text = plain_encoder(tokenizer)
+    control_ids = control_ids_of(tokenizer, {segment.text for segment in segments if segment.is_control})
     return [id_ for segment in segments for id_ in encode_segment(segment, encode_text, control_ids)]

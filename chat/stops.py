@@ -8,9 +8,13 @@ from typing import Any
 from chat.chatml import END_OF_TEXT, IM_END, MAX_WINDOW_SIZE
 
 
-def end_ids_of(tokenizer: Any) -> list[int]:
-    """Return the ids that end an answer: ``<|im_end|>``, then end-of-text; an empty list if either is missing."""
-    tokens = [IM_END, END_OF_TEXT]
+def end_ids_of(tokenizer: Any, stops: Sequence[str] = ()) -> list[int]:
+    """Return the ids that end an answer: ``<|im_end|>``, then end-of-text; an empty list if either is missing.
+
+    Args:
+        stops: ``Family.stops``, which come first.
+    """
+    tokens = [*dict.fromkeys(token for token in (*stops, IM_END) if token != END_OF_TEXT), END_OF_TEXT]
     ids = [tokenizer.convert_tokens_to_ids(token) for token in tokens]
     # For a missing token some tokenizers return the id of the unknown token.
     return ids if None not in ids and tokenizer.convert_ids_to_tokens(ids) == tokens else []

@@ -146,13 +146,13 @@ class Encoder:
         self.rules = SampleRules(family, plain or family, options.thinking, options.split_turns, options.label_mask)
         self._decode = tokenizer.decode
         self._check_text = getattr(tokenizer, "check_text", None)  # only Qwen v1's tokenizer has limits
-        self._special_tokens = find_special_tokens(tokenizer, options.allow_special_tokens)
+        self._special_tokens = find_special_tokens(tokenizer, options.allow_special_tokens, family.control_tokens)
         self._plain_tokens = any_of(self._special_tokens.plain)
         self._plain = FasterEncoder(tokenizer, plain_encoder(tokenizer))
         encode_text = encoder_with(self._plain, self._special_tokens.allowed)
         self._encode_uncached = encode_text
         self._encode_text = lru_cache(maxsize=_CACHED_TEXTS)(encode_text)
-        self._control_ids = control_ids_of(tokenizer)
+        self._control_ids = control_ids_of(tokenizer, family.placed_tokens)
         self._shape_of = lru_cache(maxsize=_CACHED_SHAPES)(self._build_shape)
         self._plan_of = lru_cache(maxsize=_CACHED_SHAPES)(self._plan_shape)
         self._end_of_text = int(tokenizer.convert_tokens_to_ids(END_OF_TEXT))

@@ -45,9 +45,11 @@ def has_shape(turns: Sequence[Turn], family: Family) -> bool:
     """
     if not 0 < len(turns) <= _MOST_TURNS:
         return False
+    if family.own_template is not None:
+        return False
     has_marks = family.has_thinking or bool(family.prompt_suffix)
     for role, content, calls, weight, thinking in turns:
-        if family.is_strict and content != content.strip():
+        if family.is_trimmed(role) and content != content.strip():
             return False
         if calls or thinking or role not in _ROLES or weight not in _WEIGHTS:
             return False

@@ -30,23 +30,25 @@ class SpecialTokens(NamedTuple):
     plain: Mapping[str, int]
 
 
-def find_special_tokens(tokenizer: Any, names: Collection[str]) -> SpecialTokens:
+def find_special_tokens(tokenizer: Any, names: Collection[str], control: Collection[str] = ()) -> SpecialTokens:
     """Return the special tokens of a tokenizer, without the control tokens.
 
     Args:
         names: those that are allowed.
+        control: control tokens of the chat format beside ChatML's.
 
     Raises:
         ConfigError: a name that is no added token, or a control token.
     """
-    control_ids = {int(tokenizer.convert_tokens_to_ids(token)) for token in _CONTROL_TOKENS if _has(tokenizer, token)}
+    control_tokens = (*_CONTROL_TOKENS, *control)
+    control_ids = {int(tokenizer.convert_tokens_to_ids(token)) for token in control_tokens if _has(tokenizer, token)}
     control_ids |= {id_ for name in ("eos", "pad") if (id_ := getattr(tokenizer, f"{name}_token_id", None)) is not None}
     added = _added_tokens(tokenizer)
-    known = {text: id_ for text, (id_, _) in added.items() if id_ not in control_ids and text not in _CONTROL_TOKENS}
+    known = {text: id_ for text, (id_, _) in added.items() if id_ not in control_ids and text not in control_tokens}
     for name in names:
         if name in known:
             continue
-        if name in added or name in _CONTROL_TOKENS:
+        if name in added or name in control_tokens:
             raise ConfigError(f"{_FLAG} {name}: text must never become a control token of the chat format", "Remove it")
         shown = ", ".join(list(known)[:_SHOWN_NAMES]) + (", ..." if len(known) > _SHOWN_NAMES else "")
         fix = f"Its tokens are {shown}" if known else "It has none: add the token to the checkpoint's tokenizer first"

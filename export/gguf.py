@@ -77,6 +77,8 @@ def open_model(folder: Path) -> Exported:
     if not (end_ids := end_ids_of(tokenizer)):
         raise ConfigError(f"{folder}: the tokenizer has no ChatML tokens", "Use the checkpoint's own tokenizer")
     family = chat_family(model_type, tokenizer)
+    if family.stops:  # the first one becomes the file's end of an answer
+        end_ids = [*dict.fromkeys([*map(tokenizer.convert_tokens_to_ids, family.stops), *end_ids])]
     return Exported(folder, model_type, source, tokenizer, family, end_ids, load_generation_config(folder))
 
 

@@ -317,7 +317,7 @@ def _build_config(
         # Only with ensure_weight_tying do tied embedding and head stay one tensor.
         embeddings = {"modules_to_save": list(architecture.embedding_modules), "ensure_weight_tying": tied}
     elif policy.mode == "chatml_tokens":
-        ids = sorted(control_ids_of(checkpoint.tokenizer).values())
+        ids = sorted(control_ids_of(checkpoint.tokenizer, checkpoint.family.control_tokens).values())
         names = architecture.embedding_modules[: 1 if tied else 2]
         embeddings = {"trainable_token_indices": {name: ids for name in names}}
     return LoraConfig(

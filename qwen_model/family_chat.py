@@ -43,7 +43,7 @@ class FamilyChatMixin(ChatMixin):
     def chat_stops(
         self, tokenizer: Any, stop_words_ids: list[list[int]] | None, config: GenerationConfig
     ) -> dict[str, Any]:
-        ends = end_ids_of(tokenizer)
+        ends = end_ids_of(tokenizer, self._family(tokenizer).stops)
         if not ends:
             raise ConfigError("the tokenizer has no <|im_end|>, which ends answers", "Use a chat model of Qwen")
         known = config.eos_token_id

@@ -96,7 +96,7 @@ def copy_in_bfloat16(folder: Path, chat_format: str = "chatml") -> Path:
 
 
 @cache
-def _fast_tokenizer(rank_file: Path) -> str:
+def fast_tokenizer(rank_file: Path) -> str:
     converted = TikTokenConverter(str(rank_file), pattern=SPLIT_PATTERN).converted()
     converted.normalizer = normalizers.NFC()
     return str(converted.to_str())
@@ -111,7 +111,7 @@ def write_later_checkpoint(
     hidden_size: int = 32,
 ) -> Path:
     """Write a tiny random checkpoint after Qwen v1, with a fast tokenizer of 700 ranks and a chat template."""
-    fast = Tokenizer.from_str(_fast_tokenizer(TINY / "qwen.tiktoken"))
+    fast = Tokenizer.from_str(fast_tokenizer(TINY / "qwen.tiktoken"))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast)
     for special, tokens in ((True, SPECIAL_TOKENS), (False, PLAIN_TOKENS[model_type])):
         tokenizer.add_tokens(

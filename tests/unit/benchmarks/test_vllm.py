@@ -39,7 +39,8 @@ def test_the_template_writes_calls_as_qwen2_5_does() -> None:
     def apply(messages: object, tools: object, prompt: bool) -> str:
         return template.render(messages=messages, tools=tools or None, add_generation_prompt=prompt)
 
-    assert match_template(apply).tool_form == Hermes()
+    family = match_template(apply)
+    assert family is not None and family.tool_form == Hermes()
 
 
 def test_questions_ask_for_calls_only_of_models_that_were_taught_them() -> None:

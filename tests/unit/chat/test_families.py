@@ -10,14 +10,11 @@ the whole text tokenised at once. Rendering must give the same, with two intende
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerFast
 
 from chat.detect import as_template_reads, family_of
 from chat.families import ANSWER_STYLES, EMPTY_THOUGHT, STRICT_STYLES, Family
@@ -25,7 +22,7 @@ from chat.render import encode_prompt, render, render_prompt, text_of
 from chat.tools_hermes import HERMES_FORMS
 from chat.tools_xml import XML_FORMS
 from chat.turns import Turn
-from errors import ConfigError, DataError
+from errors import DataError
 from tests.encoding import trained_runs
 from tests.families import (
     CHECKPOINTS,
@@ -236,17 +233,5 @@ def test_thinking_is_refused_if_the_template_writes_it_in_an_unknown_way(shared:
     assert changed.encode([Turn("user", "what is <think>?"), Turn("assistant", "a tag")]).input_ids
 
 
-def test_unknown_template_is_refused() -> None:
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(_WORD_LEVEL))
-    tokenizer.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}"
-    with pytest.raises(ConfigError, match="does not write plain conversations as any known Qwen template"):
-        family_of(tokenizer)
-
-
 def test_every_answer_style_has_a_family() -> None:
     assert {style.name for style in (*ANSWER_STYLES, *STRICT_STYLES)} == {*STYLES.values(), *STRICT.values()}
-
-
-_WORD_LEVEL = json.dumps(
-    {"version": "1.0", "added_tokens": [], "model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "a"}}
-)

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
+from chat.detect import family_of
 from chat.families import QWEN_V1
 from chat.render import render_prompt, text_of
 from chat.turns import Turn
@@ -17,6 +18,7 @@ from errors import ConfigError
 from export.ollama import go_template, modelfile
 from tests.families import STYLES, Checkpoint, load_family
 from tests.go_template import PrintedJson, render
+from tests.own_templates import CHATML, OWN, tokenizer_with
 
 TOOL = {"type": "function", "function": {"name": "weather", "parameters": {"city": {"type": "string"}}}}
 CALL = {"function": {"name": "weather", "arguments": {"city": "Köln"}}}
@@ -104,8 +106,13 @@ def test_template_writes_what_the_chat_template_writes(shared: Path, name: str) 
 
 
 def test_format_that_is_not_known_is_refused(shared: Path) -> None:
-    with pytest.raises(ConfigError, match=r"--modelfile: the chat format 'chatml-3.5' trims every text"):
-        go_template(load_family(shared, "qwen3_6").family)
+    families = [load_family(shared, "qwen3_6").family]
+    families += [family_of(tokenizer_with(each)) for each in (OWN["labels"], CHATML["other names"], CHATML["trimmed"])]
+    for family in families:
+        reason = r"(trims texts|of this checkpoint cannot be written)"
+        with pytest.raises(ConfigError, match=rf"--modelfile: the chat format '{family.name}' {reason}"):
+            go_template(family)
+    assert "Be kind" not in go_template(family_of(tokenizer_with(CHATML["default system"]))), "it is SYSTEM's"
 
 
 def test_template_of_qwen_v1_writes_its_prompt() -> None:
