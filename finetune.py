@@ -47,8 +47,8 @@ def main(argv: Sequence[str]) -> int:
 def run(args: RunArguments) -> None:
     """Train as the arguments say, and save to the output folder, which this process owns."""
     with importing():  # for seconds: the arguments have been checked before
-        from loading.checkpoint import load_checkpoint
         from planning.at_start import expected_memory
+        from training.base import load_base
         from training.build import build_trainer
         from training.data import load_shared_data
         from training.distributed.agreement import check_agreement
@@ -61,8 +61,7 @@ def run(args: RunArguments) -> None:
     init_process_group(args)
     training_arguments = build_training_arguments(args)
     world, heartbeat = join_run(args.options.heartbeat_timeout)
-    model = args.model
-    checkpoint = load_checkpoint(model.model_name_or_path, model.cache_dir, model.model_hub, yarn=model.yarn)
+    checkpoint = load_base(args)
     check_agreement(world, args, checkpoint, training_arguments.device.type)
     policy = choose_embeddings(args.lora, checkpoint)
     sets = load_shared_data(world, args, training_arguments, checkpoint)

@@ -117,9 +117,9 @@ def examine_template(own: OwnTemplate) -> OwnTemplate:
 
 def _trims(own: OwnTemplate, role: str) -> bool:
     roles = ["user", "assistant"] if role != "system" else ["system", "user", "assistant"]
-    messages = [(each, f"{_SPACES}{each}{_SPACES}" if each == role else each) for each in roles]
+    messages = [(each, f"{_SPACES}({each}){_SPACES}" if each == role else each) for each in roles]
     [text] = _texts(own, [(messages, False)])
-    return isinstance(text, str) and f"{_SPACES}{role}" not in text and f"{role}{_SPACES}" not in text
+    return isinstance(text, str) and f"{_SPACES}({role})" not in text and f"({role}){_SPACES}" not in text
 
 
 def render_own(
@@ -202,12 +202,15 @@ def _outline(own: OwnTemplate, roles: tuple[str, ...], is_prompt: bool) -> _Outl
     if isinstance(whole, Failure):
         raise ValueError(f"the chat template fails for this conversation: {whole.reason}")
     outline = _Outline(whole, {}, {}, next((i for i in range(len(roles)) if _mark(i) not in whole), None), "")
+    end = 0
     for index, prompt, text in zip(answers, others[: len(answers)], others[len(answers) :], strict=True):
         span = _span(own, whole, prompt, text, index)
+        if not isinstance(span, str) and span[0] < end:
+            span = "the chat template's prompt for an answer ends within the answer before it"
         if isinstance(span, str):
             outline = outline._replace(reason=span)
         else:
-            outline.spans[index] = span
+            outline.spans[index], end = span, span[1]
             outline.prompts[index] = str(prompt)
     return outline
 
@@ -275,7 +278,8 @@ def _messages(
     for index, (start, end) in outline.spans.items():
         if segments := _segments(writer, outline.text[position:start], index):
             yield Message(turns[index - 1].role, segments, max(0, index - added))
-        yield Message("assistant", _segments(writer, outline.text[start:end], index, True), max(0, index + 1 - added))
+        segments, trained = _segments(writer, outline.text[start:end], index, True), weights[index] > 0
+        yield Message("assistant", segments, max(0, index + 1 - added), trained=(turns[index],) if trained else ())
         position = end
     last = len(turns) - 1
     if segments := _segments(writer, outline.text[position:], last):

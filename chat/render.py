@@ -152,7 +152,10 @@ def _render(
     form = _checked_form(turns, family, tools)
     complete = add_system_turn(turns, family, system_message)
     if family.own_template is not None:
-        return render_own(complete, family.own_template, label_mask, is_prompt, len(complete) - len(turns))
+        added = len(complete) - len(turns)
+        untrained = trained_from + added if trained_from else 0
+        complete = [*(turn._replace(weight=0.0) for turn in complete[:untrained]), *complete[untrained:]]
+        return render_own(complete, family.own_template, label_mask, is_prompt, added)
     if family.is_strict or family.trimmed_roles:
         complete = [trimmed(turn) if family.is_trimmed(turn.role) else turn for turn in complete]
     if form is not None:

@@ -52,7 +52,7 @@ def go_template(family: Family, has_switch: bool = False) -> str:
         what = f"--modelfile: the chat format {family.name!r} trims texts, which templates of Ollama cannot do"
         raise ConfigError(what, "Leave it out; the checkpoint's own template is in the file")
     if is_changed or family.own_template:
-        what = f"--modelfile: the chat format {family.name!r} of this checkpoint cannot be written as a template of Ollama"
+        what = f"--modelfile: the chat format {family.name!r} of this checkpoint cannot be a template of Ollama"
         raise ConfigError(what, "Leave it out; the checkpoint's own template is in the file")
     form = family.tool_form if isinstance(family.tool_form, Hermes) else None
     thinks = family.thinking == "block" and family.knows_thinking

@@ -12,11 +12,14 @@ from errors import ConfigError
 from qwen_model.architectures import architecture_of
 
 
-def chat_family(model_type: str, tokenizer: Any, **template_kwargs: Any) -> Family:
+def chat_family(model_type: str, tokenizer: Any, place: str | None = None, **template_kwargs: Any) -> Family:
     """Qwen v1's fixed format, or that of the tokenizer's chat template with arguments of it.
 
+    Args:
+        place: see ``family_of``.
+
     Raises:
-        ConfigError: an unsupported ``model_type``, or a chat template that renders like no known format.
+        ConfigError: an unsupported ``model_type``, or a chat template that cannot be used.
     """
     architecture = architecture_of(model_type)
     templates = getattr(tokenizer, "chat_template", None)
@@ -25,7 +28,7 @@ def chat_family(model_type: str, tokenizer: Any, **template_kwargs: Any) -> Fami
         raise ConfigError(what, "Add chat_template.jinja, the one for conversations without tools")
     if not architecture.brings_chat_template:
         return QWEN_V1
-    return family_of(tokenizer, architecture.base_system, **template_kwargs)
+    return family_of(tokenizer, architecture.base_system, place, **template_kwargs)
 
 
 def add_chat_template(files: Files, model_type: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from checkpoints.source import TensorSource, is_finite
 from checkpoints.whole import LONGER_NAMES, load_text_config
 from errors import ConfigError, one_line
 from loading.chat_family import chat_family
+from loading.chat_template_file import FLAG, adapters_template, read_chat_template, replace_chat_template
 from loading.hubs import find_folder
 from loading.opening import library_errors
 from loading.quantized import compute_in_float32, loading_arguments, patch_bitsandbytes_linear
@@ -73,8 +74,8 @@ class Checkpoint:
 
     @property
     def end_ids(self) -> list[int]:
-        """Ids of ``<|im_end|>`` and end-of-text, which end an answer."""
-        return end_ids_of(self.tokenizer)
+        """Ids that end an answer: those of the chat format, ``<|im_end|>``, and end-of-text at the end."""
+        return end_ids_of(self.tokenizer, self.family.stops)
 
 
 def load_checkpoint(
@@ -84,6 +85,8 @@ def load_checkpoint(
     *,
     reads_weights: bool = True,
     yarn: Yarn | None = None,
+    chat_template: str | None = None,
+    adapters: Sequence[str] = (),
 ) -> Checkpoint:
     """Read a checkpoint without its weights, of which names, shapes and dtypes are checked.
 
@@ -93,10 +96,12 @@ def load_checkpoint(
         hub: ``hf`` or ``modelscope``.
         reads_weights: else they may be missing, and the dtype is the config's.
         yarn: scales the rotary embeddings of its config.
+        chat_template: file with a template that replaces the checkpoint's.
+        adapters: folders of adapters; the template that they were trained with replaces the checkpoint's, too.
 
     Raises:
-        ConfigError: no such checkpoint, an unsupported model_type, a tokenizer of another model, or weights that are
-            missing, truncated, or not those of the config.
+        ConfigError: no such checkpoint, an unsupported model_type, a tokenizer of another model, a chat template that
+            cannot be used, or weights that are missing, truncated, or not those of the config.
     """
     register_qwen()
     folder = find_folder(name_or_path, cache_dir, hub)
@@ -108,8 +113,10 @@ def load_checkpoint(
     except ConfigError as error:
         raise ConfigError(f"--model_name_or_path {error}") from error
     tokenizer = load_tokenizer(folder, f"--model_name_or_path {folder}: its tokenizer cannot be read")
+    files = read_base_files(folder)
+    place = _choose_template(str(config.model_type), tokenizer, files, chat_template, adapters)
     with library_errors(f"{folder}: its chat template", "Restore the official chat template of the checkpoint"):
-        family = chat_family(config.model_type, tokenizer)
+        family = chat_family(config.model_type, tokenizer, place)
     generation_config = load_generation_config(folder)
     _check_tokenizer(folder, config, tokenizer, generation_config)
     try:
@@ -127,10 +134,34 @@ def load_checkpoint(
         dtype=saved_dtype(source, config),
         chat_format=chat_format_of(config, generation_config),
         quantization=find_quantization(folder),
-        files=_with_yarn(read_base_files(folder), yarn),
+        files=_with_yarn(files, yarn),
         yarn=yarn,
         other_parts=open_other_parts(folder) if reads_weights else None,
     )
+
+
+def _choose_template(
+    model_type: str, tokenizer: Any, files: Files, chat_template: str | None, adapters: Sequence[str]
+) -> str | None:
+    """Give a tokenizer and a checkpoint's files the template of a file or an adapter; return its place if it has one.
+
+    Raises:
+        ConfigError: a file that cannot be used, or that a checkpoint with a fixed format cannot take.
+    """
+    if not architecture_of(model_type).brings_chat_template:
+        if chat_template is not None:
+            what = f"{FLAG} {chat_template}: Qwen v1 has one fixed chat format, which no template decides"
+            raise ConfigError(what, "Leave it out, or convert the checkpoint with scripts.convert_layout first")
+        return None
+    if chat_template is not None:
+        text, place = read_chat_template(chat_template), f"{FLAG} {chat_template}"
+    elif (of_adapters := adapters_template(adapters, tokenizer.chat_template)) is not None:
+        text, place = of_adapters, f"the adapter in {adapters[0]}"
+    else:
+        return None
+    tokenizer.chat_template = text
+    replace_chat_template(files, text)
+    return place
 
 
 def load_model(

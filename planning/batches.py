@@ -63,13 +63,10 @@ class RunBatches:
             ConfigError: a checkpoint without a usable tokenizer.
             DataError: a file or a record that cannot be used.
         """
-        from loading.checkpoint import load_checkpoint
+        from training.base import load_base
         from training.data import build_train_dataset, load_data
 
-        model = args.model
-        checkpoint = load_checkpoint(
-            model.model_name_or_path, model.cache_dir, model.model_hub, reads_weights=False, yarn=model.yarn
-        )
+        checkpoint = load_base(args, reads_weights=False)
         sets = load_data(args, _flags(args, processes), checkpoint)
         is_padded = bool(why_padded(args, checkpoint.config.to_dict()))
         return cls(build_train_dataset(args, checkpoint, sets["train"]), is_padded, sets.get("eval"))

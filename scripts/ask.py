@@ -37,6 +37,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         action="store_true",
         help="use the adapter with other weights than those of its training, with a warning instead of an error",
     )
+    parser.add_argument("--chat_template", metavar="FILE", help="Jinja chat template instead of the checkpoint's")
     parser.add_argument("--system_message", help="system message (default: that of the model's chat format)")
     add_template_flags(parser)
     parser.add_argument("--max_new_tokens", type=int, default=512, help="length limit of the answer (default: 512)")
@@ -73,7 +74,8 @@ def main(argv: Sequence[str]) -> None:
 
     if args.adapter is not None:
         read_adapter(args.adapter)  # refused before the base is read
-    checkpoint = load_checkpoint(args.model_name_or_path)
+    adapters = [] if args.adapter is None else [args.adapter]
+    checkpoint = load_checkpoint(args.model_name_or_path, chat_template=args.chat_template, adapters=adapters)
     arguments = {name: value for name, value in asdict(template_options(args)).items() if value is not None}
     arguments.pop("enable_thinking", None)
     family, _ = prompt_families(checkpoint, args.thinking, arguments)

@@ -64,7 +64,7 @@ def main(argv: Sequence[str]) -> int:
     screen = open_screen(history)
     with Engine.load(
         args.model_name_or_path, args.adapters, device_map=args.device_map, kv_cache=args.kv_cache, max_concurrency=1,
-        any_base=args.any_base,
+        any_base=args.any_base, chat_template=args.chat_template,
     ) as engine:  # fmt: skip
         options = check_template_options(engine, args)
         session = Session(engine, sampling, args.system_message, next(iter(args.adapters), None), options)

@@ -91,8 +91,8 @@ _SAMPLING = (
 )
 # Flags that decide what the answers are; --data_format decides the prompts, which have a digest.
 _DECIDING = (
-    "model_name_or_path", "adapter", "system_message", "n", "seed", "max_new_tokens", "stop", "thinking",
-    "preserve_thinking", "reasoning_effort", "kv_cache", *(name for name, _, _ in _SAMPLING),
+    "model_name_or_path", "adapter", "chat_template", "system_message", "n", "seed", "max_new_tokens", "stop",
+    "thinking", "preserve_thinking", "reasoning_effort", "kv_cache", *(name for name, _, _ in _SAMPLING),
 )  # fmt: skip
 
 
@@ -184,6 +184,7 @@ def answer_all(prompts: Prompts, file: AnswerFile, args: argparse.Namespace, sam
     with Engine.load(
         args.model_name_or_path, adapters, device_map=args.device_map, kv_cache=args.kv_cache,
         max_concurrency=args.max_concurrency, queue_size=1 << 30, any_base=args.any_base,
+        chat_template=args.chat_template,
         model_name="model",  # a folder named like the adapter is allowed
     ) as engine:  # fmt: skip
         check_template_options(engine, args)

@@ -62,6 +62,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         help=f"maximum sequence length; default: min({MODEL_MAX_LENGTH}, model limit)",
     )
     parser.add_argument("--seed", type=int, default=42, help="seed of the sampling; default: %(default)s")
+    parser.add_argument("--chat_template", metavar="FILE", help="Jinja chat template instead of the checkpoint's")
     parser.add_argument(
         "--system_message", help="system message of conversations without one; default: that of the chat format"
     )
@@ -108,7 +109,7 @@ def main(argv: Sequence[str]) -> None:
     quantization = Quantization(
         args.format, args.bits, group_size, zero_offset=int(args.format == "gptq"), symmetric=args.symmetric
     )
-    checkpoint = load_checkpoint(args.model_name_or_path)
+    checkpoint = load_checkpoint(args.model_name_or_path, chat_template=args.chat_template)
     check_outside_inputs(args.output_dir, "--output_dir", {"--model_name_or_path": [checkpoint.folder]})
     check_quantizable(checkpoint, quantization)
     options = EncodeOptions(max_length=choose_length(args, checkpoint.folder), system_message=args.system_message)

@@ -161,6 +161,7 @@ def main(argv: Sequence[str]) -> None:
             args.adapters,
             device_map=args.device_map,
             kv_cache=args.kv_cache,
+            chat_template=args.chat_template,
             max_concurrency=args.max_concurrency,
             queue_size=args.queue_size,
             request_timeout=args.request_timeout,

@@ -62,6 +62,7 @@ class Engine:
         context_length: int | None = None,
         any_base: bool = False,
         model_name: str | None = None,
+        chat_template: str | None = None,
     ) -> Engine:
         """Load a checkpoint and adapters, and start the engine.
 
@@ -76,6 +77,7 @@ class Engine:
             context_length: most tokens of prompt and answer; ``None``: ``max_position_embeddings`` of config.json.
             any_base: accept adapters that were trained on other weights, with a warning.
             model_name: the name of the base; ``None``: the last part of its path.
+            chat_template: file with a template that replaces the checkpoint's; ``None``: that of the adapters.
 
         Raises:
             ConfigError: checkpoint or adapter cannot be used.
@@ -89,7 +91,7 @@ class Engine:
         check_adapter_names(adapters or {}, model_name)
         ordered = loading_order(adapters or {})
         inner = {name: f"adapter{index}" for index, name in enumerate(ordered)}
-        checkpoint = load_checkpoint(model_name_or_path)
+        checkpoint = load_checkpoint(model_name_or_path, chat_template=chat_template, adapters=list(ordered.values()))
         folders = {inner[name]: folder for name, folder in ordered.items()}
         model = load_for_inference(checkpoint, any_base=any_base, others=folders, device_map=device_map)
         use_answer_blocks(model)
@@ -336,7 +338,11 @@ class Engine:
 
 
 def _end_ids(checkpoint: Any) -> frozenset[int]:
-    """Return the ids that end an answer: those of generation_config.json, and the control tokens of ChatML."""
+    """Return the ids that end an answer: those of generation_config.json, and the control tokens of ChatML.
+
+    Another format may have control tokens within its answers.
+    """
     eos = checkpoint.generation_config.eos_token_id
     given = eos if isinstance(eos, list) else [] if eos is None else [eos]
-    return frozenset([*given, *checkpoint.end_ids, *control_ids_of(checkpoint.tokenizer).values()])
+    control = () if checkpoint.family.own_template else control_ids_of(checkpoint.tokenizer).values()
+    return frozenset([*given, *checkpoint.end_ids, *control])

@@ -31,6 +31,7 @@ def add_model_flags(parser: argparse.ArgumentParser, adapter_help: str, several_
     else:
         parser.add_argument("--adapter", metavar="DIR", help=adapter_help)
     parser.add_argument("--any_base", action="store_true", help="accept adapters that were trained on other weights")
+    parser.add_argument("--chat_template", metavar="FILE", help="Jinja chat template instead of the checkpoint's")
     parser.add_argument("--device_map", help="auto spreads the model over all GPUs (default: one GPU, or the CPU)")
     parser.add_argument("--kv_cache", choices=("int8", "fp8"), help="keep keys and values in 8 bits")
 

@@ -13,6 +13,7 @@ from checkpoints.model_config import check_bitsandbytes, find_quantization
 from console import pip_command
 from data_utils.sources import parse_fill, parse_source
 from errors import ConfigError, numbered
+from loading.chat_template_file import read_chat_template
 from loading.config_files import load_model_config, module_names
 from processes import is_first
 from qwen_model.architectures import ARCHITECTURES
@@ -89,6 +90,8 @@ def _check_data(args: RunArguments) -> Faults:
         for name in names or ():
             yield from faults_of(parse_source, name, flag)
     yield from faults_of(parse_fill, data.fill or ())
+    if args.model.chat_template is not None:
+        yield from faults_of(read_chat_template, args.model.chat_template)
     if data.data_cache_dir is not None and not data.no_data_cache:
         yield from faults_of(usable_folder, data)
     if not 0 <= data.eval_split < 1:

@@ -26,10 +26,11 @@ from data_utils.report.data_report import DataReport
 from data_utils.report.page import render_html
 from data_utils.report.terminal import render_report
 from data_utils.sources import parse_fill, parse_source
-from loading.checkpoint import Checkpoint, load_checkpoint
+from loading.checkpoint import Checkpoint
 from loading.config_files import load_model_config, max_positions
 from loading.prompt_modes import prompt_families
 from processes import count_processes, is_first
+from training.base import load_base
 from training.cache_entries import usable_folder
 from training.config.args import RunArguments
 from training.data_cache import find_or_prepare
@@ -113,8 +114,7 @@ def preview_data(
         ConfigError: a checkpoint without a usable tokenizer.
         DataError: a file or a record that cannot be used.
     """
-    model = args.model
-    checkpoint = load_checkpoint(model.model_name_or_path, model.cache_dir, model.model_hub, yarn=model.yarn)
+    checkpoint = load_base(args)
     reader = build_reader(args, args.trainer_values(), checkpoint, max_samples)
     for kept in reader.read():
         if use is not None:

@@ -29,6 +29,9 @@ class ModelArguments:
     model_name_or_path: str = _flag("Qwen/Qwen-7B", "checkpoint folder, or model id on a hub")
     model_hub: Literal["hf", "modelscope"] = _flag("hf", "hub for model ids: Hugging Face or ModelScope")
     cache_dir: str | None = _flag(None, "cache folder for downloaded models")
+    chat_template: str | None = _flag(
+        None, "file with a Jinja chat template that replaces the checkpoint's; it is saved with the result"
+    )
     attn_implementation: str | None = _flag(None, "eager, sdpa or flash_attention_2 (default: chosen by transformers)")
     loss: Literal["lean", "full_logits"] = _flag(
         "lean", "lean: computed in chunks, without storing all logits; full_logits: plain cross entropy, for comparison"

@@ -37,7 +37,7 @@ _INPUT_PATHS = frozenset(_FACT_OF_INPUT)
 # How records become examples: compared by the digest of the examples.
 _ENCODING = frozenset({
     "eval_split", "data_format", "fill", "on_bad_record", "system_message", "label_mask", "truncation",
-    "model_max_length", "allow_special_tokens", "thinking", "split_turns", "preserve_thinking",
+    "model_max_length", "allow_special_tokens", "chat_template", "thinking", "split_turns", "preserve_thinking",
     "reasoning_effort",
 })  # fmt: skip
 # Which model is trained, which of its parameters, and what their optimizer stores: a checkpoint fits no other values.
