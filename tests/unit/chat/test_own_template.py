@@ -7,6 +7,7 @@ import signal
 from itertools import pairwise
 
 import pytest
+from jinja2 import TemplateError
 
 from chat.detect import family_of
 from chat.families import Family
@@ -68,6 +69,17 @@ def test_prompts_are_prefixes_of_what_is_trained(template: str) -> None:
         last = encoding.decode(encoded.input_ids[starts[-1] :])
         assert last.strip().startswith(turns[-1].content) and "<|" in last
         assert last.rstrip().endswith(tuple(["<|im_end|>", "<|end|>"])), "with the token that ends it"
+
+
+@pytest.mark.parametrize("template", OWN.values(), ids=OWN)
+def test_other_orders_of_turns_are_written_as_the_template_does_or_refused(template: str) -> None:
+    encoding = encoder(template)
+    for turns in ([ASK, ANSWER, LAST], [ASK, ASK, LAST], [ANSWER, ASK, LAST], [SYSTEM, ANSWER], [ASK, ANSWER, ASK]):
+        try:
+            text = written(template, turns)
+            assert encoding.decode(encode(encoding, turns).input_ids) == text
+        except (DataError, TemplateError) as error:
+            assert "roles must alternate" in str(error) and template == OWN["system in the question"]
 
 
 @each_template

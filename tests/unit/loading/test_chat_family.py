@@ -13,8 +13,8 @@ from loading.chat_family import chat_family
 
 @pytest.mark.parametrize(
     ("model_type", "default_system"),
-    [("qwen2", "You are a helpful assistant."), ("qwen3", None)],
-    ids=["qwen2", "qwen3"],
+    [("qwen2", "You are a helpful assistant."), ("qwen3", None), ("qwen3_5_text", None)],
+    ids=["qwen2", "qwen3", "qwen3_5"],
 )
 def test_base_checkpoint_without_a_template(model_type: str, default_system: str | None) -> None:
     family = chat_family(model_type, SimpleNamespace(chat_template=None))
