@@ -74,6 +74,12 @@ class LimitedProcess:
         self._lock = threading.Lock()
         self._process: ForkProcess | None = None
         self._connection: Connection | None = None
+        self._owner = 0
+
+    def __del__(self) -> None:
+        # Processes that were forked after it keep its pipe open; one that is a copy of its parent must not end it.
+        if self._process is not None and self._owner == os.getpid():
+            self._end()
 
     def __call__(self, request: Any) -> Any:
         """Return the result for a request.
@@ -93,6 +99,7 @@ class LimitedProcess:
         if self._connection is None:
             self._connection, other_end = multiprocessing.get_context("fork").Pipe()
             self._process = _fork(_serve, self._function, other_end, self._connection, os.getpid())
+            self._owner = os.getpid()
             other_end.close()
         kind: str
         value: Any
