@@ -53,6 +53,7 @@ def run(args: RunArguments) -> None:
         from training.data import load_shared_data
         from training.distributed.agreement import check_agreement
         from training.distributed.heartbeat import join_run
+        from training.held_out import choose_held_out
         from training.model import choose_embeddings, load_training_model
         from training.summary import record_end, record_start, run_facts
         from training.training_arguments import build_training_arguments, remove_accelerate_variables
@@ -65,6 +66,7 @@ def run(args: RunArguments) -> None:
     check_agreement(world, args, checkpoint, training_arguments.device.type)
     policy = choose_embeddings(args.lora, checkpoint)
     sets = load_shared_data(world, args, training_arguments, checkpoint)
+    held_out = choose_held_out(args, checkpoint, sets)
     facts = run_facts(args, checkpoint, sets, policy) if world.is_first else {}
     start = agree_on_start(world, args, facts)
     if start.is_finished:
@@ -72,7 +74,9 @@ def run(args: RunArguments) -> None:
         return
     trained = load_training_model(checkpoint, args, training_arguments, policy)
     prepare_output(args, start.removes_leftovers)  # removes old results, now that every check has passed
-    trainer, log = build_trainer(args, training_arguments, checkpoint, trained, sets, facts, start, world, heartbeat)
+    trainer, log = build_trainer(
+        args, training_arguments, checkpoint, trained, sets, facts, start, world, heartbeat, held_out
+    )
     record_start(trainer, args, sets, policy, expected_memory(trainer, args))
     with explain_how_to_resume(args.output_dir, args.resumes_automatically):
         is_kept = training_arguments.device.type == "cpu" and trainer.keeps_freed_memory(policy)

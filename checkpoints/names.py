@@ -37,9 +37,10 @@ LOSS_CURVE = "training_loss.png"
 DATA_REPORT = "data_receipt.json"
 DATA_REPORT_PAGE = "data_receipt.html"
 TRAINING_SAMPLES = "training_samples.json"
+EVAL_SAMPLES = "eval_samples.jsonl"
 
 RUN_RECORDS = (
     RUN_ARGUMENTS, RUN_ARGUMENTS_YAML, RUN_SUMMARY, TRAINING_LOG, LOSS_CURVE, DATA_REPORT, DATA_REPORT_PAGE,
-    TRAINING_SAMPLES,
+    TRAINING_SAMPLES, EVAL_SAMPLES,
 )  # fmt: skip
 """All records that a run writes beside its model or adapter and tokenizer."""

@@ -16,6 +16,7 @@ from training.config.args import RunArguments
 from training.data import build_collator, build_train_dataset
 from training.distributed.heartbeat import Heartbeat, HeartbeatCallback
 from training.distributed.world import World
+from training.held_out import HeldOut, SampleFile, source_names
 from training.progress import Progress
 from training.rows import why_apart
 from training.run_folder.start import Start
@@ -35,6 +36,7 @@ def build_trainer(
     start: Start,
     world: World,
     heartbeat: Heartbeat,
+    held_out: HeldOut | None = None,
 ) -> tuple[QwenTrainer, RunLog]:
     """Return the trainer and its log.
 
@@ -43,7 +45,11 @@ def build_trainer(
         facts: what checkpoints record of the run, see ``training.run_folder.changes``.
         start: whether the run resumes.
         heartbeat: shows this rank's progress to the other ranks.
+        held_out: the questions of ``--eval_generate``.
     """
+    # Ranks that have not read the data have no reports.
+    eval_sources = world.broadcast_from_rank0("sources", source_names(sets.get("eval")))
+    samples = SampleFile(args.output_dir)
     log = RunLog(args.output_dir, Progress(), resumes=start.checkpoint is not None)
     collator = build_collator(args, checkpoint)
     trainer = QwenTrainer(
@@ -58,12 +64,14 @@ def build_trainer(
         world=world,
         rate_ratio=args.lora.loraplus_lr_ratio,
         joins_rows=not collator.is_padded and _joins_rows(args),
+        eval_sources=eval_sources,
+        held_out=None if held_out is None else (held_out, samples),
         model=model,
         args=training_arguments,
         data_collator=collator,
         train_dataset=build_train_dataset(args, checkpoint, sets["train"]),
         eval_dataset=sets.get("eval"),
-        callbacks=[*build_callbacks(args, log), HeartbeatCallback(heartbeat.status)],
+        callbacks=[*build_callbacks(args, log), HeartbeatCallback(heartbeat.status), *([samples] if held_out else [])],
     )
     set_tensorboard_folder(trainer.callback_handler.callbacks, args.options.logging_dir)
     return trainer, log

@@ -21,7 +21,7 @@ from checkpoints.files import save_text
 from checkpoints.names import TRAINING_LOG
 from training.config.args import RunArguments, parse_profile_steps
 from training.config.intervals import SHORT_RUN
-from training.display import KEYS, is_measured
+from training.display import is_measured, measured_values
 from training.profiling import Profiler
 from training.progress import Progress
 from training.run_folder.curves import Row, load_rows
@@ -72,7 +72,8 @@ class RunLog(TrainerCallback, ExportableState):
     """The run's log: appends every logged step to ``training_log.jsonl``.
 
     Each line has ``step``, ``elapsed`` (seconds of training), ``tokens`` (targets) and ``samples`` so far, ``epoch``,
-    and either ``eval_loss`` and ``eval_token_accuracy``, or ``loss``, ``token_accuracy``, ``lr``, ``grad_norm``,
+    and either ``eval_loss``, ``eval_token_accuracy`` and further ``eval_`` figures (of answers, and of each source with
+    its name, as in ``eval_NAME_loss``), or ``loss``, ``token_accuracy``, ``lr``, ``grad_norm``,
     ``tokens_per_second`` (all but padding), ``padding`` (a share), ``peak_memory_gib`` and ``eta_seconds``.
     """
 
@@ -111,7 +112,7 @@ class RunLog(TrainerCallback, ExportableState):
     ) -> None:
         if not logs or not is_measured(logs):
             return
-        values = {key: float(logs[name]) for name, (key, _) in KEYS.items() if name in logs}
+        values = measured_values(logs)
         total = self.progress.total
         counts = {"elapsed": self.progress.elapsed(), "tokens": total.targets, "samples": total.samples}
         row = {"step": state.global_step, **values, **counts}

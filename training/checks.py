@@ -10,11 +10,13 @@ from collections.abc import Callable, Iterator
 from checkpoints.input_folders import check_model_files
 from checkpoints.json_schemas import MAX_KEPT_SAMPLES
 from checkpoints.model_config import check_bitsandbytes, find_quantization
+from checkpoints.rope import find_yarn_fault, with_yarn
 from console import pip_command
 from data_utils.sources import parse_fill, parse_source
 from errors import ConfigError, numbered
+from evaluation.metrics import SCORES
 from loading.chat_template_file import read_chat_template
-from loading.config_files import load_model_config, module_names
+from loading.config_files import load_model_config, max_positions, module_names
 from processes import is_first
 from qwen_model.architectures import ARCHITECTURES
 from training.cache_entries import usable_folder
@@ -67,7 +69,8 @@ def check_args(args: RunArguments) -> None:
     """
     checks: tuple[Callable[[RunArguments], Faults], ...] = (
         _check_data, _check_numbers, _check_precision, check_lora, _check_quantization, check_optimizer,
-        check_schedule, check_flags, _check_model, _check_intervals, _check_reporters, check_engine, _check_output,
+        check_schedule, check_flags, _check_model, _check_intervals, _check_reporters, check_engine, _check_held_out,
+        _check_output,
     )  # fmt: skip
     # Several checks may meet the same fault of a file.
     faults = list({str(fault): fault for check in checks for fault in check(args)}.values())
@@ -266,8 +269,36 @@ def _check_intervals(args: RunArguments) -> Faults:
             f"Add it. {_EVALUATE}",
         )
     metric, known = get("metric_for_best_model"), ("loss", "token_accuracy")
-    if metric is not None and metric.removeprefix("eval_") not in known:
-        yield ConfigError(f"--metric_for_best_model {metric} is unknown", f"Give {' or '.join(known)}")
+    name = (metric or "loss").removeprefix("eval_")
+    if name in SCORES and args.options.eval_generate is None:
+        yield ConfigError(f"--metric_for_best_model {metric} needs answers", "Add --eval_generate 50")
+    elif name not in (*known, *SCORES):
+        yield ConfigError(
+            f"--metric_for_best_model {metric} is unknown",
+            f"Give {' or '.join(known)}; with --eval_generate also {', '.join(SCORES)}",
+        )
+
+
+def _check_held_out(args: RunArguments) -> Faults:
+    """Check ``--eval_generate``, which needs evaluations."""
+    count, limit = args.options.eval_generate, args.options.eval_max_new_tokens
+    if count is None:
+        if limit != type(args.options)().eval_max_new_tokens:
+            yield ConfigError(f"--eval_max_new_tokens {limit} needs --eval_generate", "Add it")
+        return
+    flag = f"--eval_generate {count}"
+    if count < 1:
+        yield ConfigError(f"{flag} is out of range", "Give 1 or more, or leave it out")
+    if not (_evaluates(args) or args.trainer_value("eval_on_start")):
+        yield ConfigError(f"{flag} needs evaluations", _EVALUATE)
+    config = load_model_config(model_folder(args))
+    yarn = None if not config or find_yarn_fault(config) else args.model.yarn
+    positions = max_positions(with_yarn(config, yarn))
+    if limit < 1:
+        yield ConfigError(f"--eval_max_new_tokens {limit} is out of range", "Give 1 or more")
+    elif positions is not None and limit >= positions:
+        what = f"--eval_max_new_tokens {limit} leaves no room for a question in the {positions} positions of the model"
+        yield ConfigError(what, f"Give less than {positions}")
 
 
 def _check_save_after_evaluation(args: RunArguments) -> Faults:

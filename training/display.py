@@ -22,6 +22,15 @@ KEYS = {
     "eval_loss": ("eval_loss", "evaluation loss {:.4f}"),
     "token_accuracy": ("token_accuracy", "accuracy {:.1%}"),
     "eval_token_accuracy": ("eval_token_accuracy", "accuracy {:.1%}"),
+    "eval_exact_match": ("eval_exact_match", "exact match {:.1%}"),
+    "eval_contains": ("eval_contains", ""),
+    "eval_rouge_l": ("eval_rouge_l", "ROUGE-L {:.3f}"),
+    "eval_chrf": ("eval_chrf", "chrF {:.3f}"),
+    "eval_valid_json": ("eval_valid_json", "valid JSON {:.1%}"),
+    "eval_call_name": ("eval_call_name", "right function {:.1%}"),
+    "eval_call_arguments": ("eval_call_arguments", "right call {:.1%}"),
+    "eval_stopped": ("eval_stopped", "stopped {:.1%}"),
+    "eval_answer_tokens": ("eval_answer_tokens", "{:.1f} tokens per answer"),
     "learning_rate": ("lr", "lr {:.2e}"),
     "learning_rate_b": ("lr_b", "of B {:.2e}"),
     "grad_norm": ("grad_norm", "grad norm {:.3g}"),
@@ -31,6 +40,7 @@ KEYS = {
     "eta_seconds": ("eta_seconds", ""),
     "epoch": ("epoch", ""),
 }
+_OF_SOURCES = ("exact_match", "rouge_l", "loss")  # which a log line has of each source, the first of them that it has
 _BAR = "{percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}{postfix}"
 _EVALUATION_BAR = "evaluation {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt}"
 _TIME_AND_LEVEL = len("00:00:00 INFO ")
@@ -46,6 +56,27 @@ def is_measured(logs: dict[str, Any]) -> bool:
     return "loss" in logs or "eval_loss" in logs
 
 
+def measured_values(logs: dict[str, Any]) -> dict[str, float]:
+    """Return the figures of logs by their keys in ``training_log.jsonl``, those of single sources included."""
+    ends = tuple(f"_{name.removeprefix('eval_')}" for name in KEYS if name.startswith("eval_"))
+    keys = {name: key for name, (key, _) in KEYS.items()}
+    keys |= {name: name for name in logs if name.startswith("eval_") and name.endswith(ends) and name not in keys}
+    return {key: float(logs[name]) for name, key in keys.items() if name in logs}
+
+
+def _describe_sources(logs: dict[str, Any]) -> list[str]:
+    """Return a figure of each source of the evaluation data, if there are several."""
+    for name in _OF_SOURCES:
+        sources = [key for key in logs if key.startswith("eval_") and key.endswith(f"_{name}") and key not in KEYS]
+        if sources:
+            label, text = KEYS[f"eval_{name}"][1].removeprefix("evaluation ").rsplit(" ", 1)
+            of_each = [
+                f"{key.removeprefix('eval_').removesuffix(f'_{name}')} {text.format(logs[key])}" for key in sources
+            ]
+            return [f"{label} of {', '.join(of_each)}"]
+    return []
+
+
 def describe_logs(logs: dict[str, Any], width: int | None = None) -> str:
     """Format logs as ``loss 1.2345, accuracy 71.3%, ...``; empty if they contain no loss.
 
@@ -55,6 +86,7 @@ def describe_logs(logs: dict[str, Any], width: int | None = None) -> str:
     if not is_measured(logs):
         return ""
     parts = [text.format(logs[name]) for name, (_, text) in KEYS.items() if text and name in logs]
+    parts += _describe_sources(logs)
     while width is not None and len(parts) > 1 and len(", ".join(parts)) > width:
         parts.pop()
     return ", ".join(parts)

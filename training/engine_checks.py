@@ -33,6 +33,9 @@ def check_engine(args: RunArguments) -> Iterator[ConfigError]:
         yield from _check_deepspeed(args, engine)
     elif engine.name == "fsdp2":
         yield from _check_fsdp(args, engine)
+    if engine.shards_parameters and args.options.eval_generate is not None:
+        what = f"--eval_generate {args.options.eval_generate}: each process has only a part of the weights with "
+        yield ConfigError(f"{what}{engine.title}", "Remove it, or use ZeRO-2")
     if engine.shards_parameters and args.lora.q_lora:
         yield ConfigError(
             f"--q_lora: quantised weights cannot be sharded by {engine.title}",

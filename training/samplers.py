@@ -6,7 +6,9 @@ So a run that resumes in the middle of an epoch continues in the same order, and
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Iterator, Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -141,15 +143,23 @@ class PaddedDataset(Dataset[Any]):
     """Items followed by blank ones: one token that is not a target, so that no figure changes.
 
     Padded to a multiple of the global batch, it gives every rank the same number of batches, and no example twice.
+
+    Args:
+        sizes: of parts that are padded each, so that no batch has items of two; by default all are one part.
     """
 
-    def __init__(self, examples: ExampleSet | PackedExamples, multiple: int, token: int) -> None:
+    def __init__(
+        self, examples: ExampleSet | PackedExamples, multiple: int, token: int, sizes: Sequence[int] | None = None
+    ) -> None:
         self.examples = examples
-        self.length = math.ceil(len(examples) / multiple) * multiple
+        self.sizes = [len(examples)] if sizes is None else list(sizes)
+        self.ends = list(accumulate(math.ceil(size / multiple) * multiple for size in self.sizes))
         self.blank = {"input_ids": [token], "labels": [IGNORE_INDEX]}
 
     def __len__(self) -> int:
-        return self.length
+        return self.ends[-1]
 
     def __getitem__(self, index: int) -> Any:
-        return self.examples[index] if index < len(self.examples) else self.blank
+        part = bisect_right(self.ends, range(len(self))[index])
+        place = range(len(self))[index] - (self.ends[part - 1] if part else 0)
+        return self.examples[sum(self.sizes[:part]) + place] if place < self.sizes[part] else self.blank

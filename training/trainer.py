@@ -10,7 +10,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Mapping
+from bisect import bisect_right
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -29,11 +31,13 @@ from training.display import LogLines, ProgressBar
 from training.distributed.heartbeat import RankStatus
 from training.distributed.world import World
 from training.first_loss import check_first_loss
+from training.held_out import HeldOut, SampleFile, metrics_of
 from training.joined_rows import is_empty, join_micro_batches
 from training.learning_rates import raise_rate_of_second
 from training.noise import embedding_noise
 from training.ornaments import Ornaments
 from training.progress import Counts, Progress, count_correct, count_targets, count_tokens, weigh_targets
+from training.run_folder.curves import Row
 from training.samplers import PaddedDataset, build_sampler
 from training.signals import Signals, StopRequest
 from training.trainer_engines import (
@@ -68,6 +72,8 @@ class QwenTrainer(MemoryTrainer):
         world: the ranks of the run; by default this one only.
         rate_ratio: LoRA+: the learning rate of an adapter's matrices B, divided by that of all other parameters.
         joins_rows: join the micro-batches of a step, which must be rows without padding, to longer rows.
+        eval_sources: a name for each source of the evaluation data; the figures of several are also reported apart.
+        held_out: the questions that are answered at each evaluation, if any, and the file of the answers.
     """
 
     progress: Progress
@@ -81,8 +87,9 @@ class QwenTrainer(MemoryTrainer):
     _step_counts: list[Tensor | int]  # targets, tokens, slots, samples
     _step_correct: Tensor
     _operations_per_position: int | None = None
-    # This rank's share of the current evaluation, on the device: summed loss, its weight, correct, targets.
+    # This rank's share of the current evaluation by source, on the device: summed loss, its weight, correct, targets.
     _evaluated: Tensor
+    _source: int = 0  # of the batch that is evaluated: each has examples of one
 
     def __init__(
         self,
@@ -97,6 +104,8 @@ class QwenTrainer(MemoryTrainer):
         world: World | None = None,
         rate_ratio: float = 1.0,
         joins_rows: bool = False,
+        eval_sources: Sequence[str] = (),
+        held_out: tuple[HeldOut, SampleFile] | None = None,
         **kwargs: Any,
     ) -> None:
         super().__init__(processing_class=checkpoint.tokenizer, **kwargs)
@@ -117,7 +126,9 @@ class QwenTrainer(MemoryTrainer):
         self.add_callback(LogLines() if self.args.disable_tqdm else ProgressBar(self.progress))
         self._losses, self._batch_indices, self._step_counts = [], [], []
         self._step_correct = torch.zeros((), dtype=torch.long, device=self.args.device)
-        self._evaluated = torch.zeros(4, device=self.args.device)
+        self.eval_sources, self.held_out = eval_sources, held_out
+        self._source_ends = [*accumulate(getattr(self.eval_dataset, "source_sizes", [0]))]
+        self._evaluated = torch.zeros(len(self._source_ends), 4, device=self.args.device)
         self.ornaments = Ornaments(self.callback_handler.callbacks)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -161,9 +172,15 @@ class QwenTrainer(MemoryTrainer):
         is_training: bool = False,
         dataloader_key: str | None = None,
     ) -> DataLoader[Any]:
-        """Pad the dataset so that all ranks get as many batches; accelerate would repeat the first examples."""
-        if self.args.world_size > 1 and not (is_training and self.args.dataloader_drop_last):
-            dataset = PaddedDataset(dataset, self.args.world_size * batch_size, self.checkpoint.end_ids[-1])
+        """Pad the dataset so that all ranks get as many batches; accelerate would repeat the first examples.
+
+        For evaluations each source is padded, so that batches have examples of one.
+        """
+        sizes = None if is_training else dataset.source_sizes
+        needs_padding = not (is_training and self.args.dataloader_drop_last)
+        if (self.args.world_size > 1 and needs_padding) or (sizes and len(sizes) > 1 and batch_size > 1):
+            multiple = self.args.world_size * batch_size
+            dataset = PaddedDataset(dataset, multiple, self.checkpoint.end_ids[-1], sizes)
         return super()._get_dataloader(dataset, description, batch_size, sampler_fn, is_training, dataloader_key)
 
     def get_batch_samples(self, *args: Any, **kwargs: Any) -> tuple[list[Any], Tensor | int | None]:
@@ -227,7 +244,7 @@ class QwenTrainer(MemoryTrainer):
         if model.training:
             self._step_correct += correct
         else:
-            self._evaluated[2] += correct
+            self._evaluated[self._source, 2] += correct
         return (loss, outputs) if return_outputs else loss
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -352,20 +369,45 @@ class QwenTrainer(MemoryTrainer):
         self._evaluated.zero_()
         with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
             output = super().evaluation_loop(*args, **kwargs)
-        total, weight, correct, targets = self.accelerator.reduce(self._evaluated, reduction="sum").tolist()
+            rows = self._answer_held_out()
         assert output.metrics is not None, "the loop always reports"
         prefix = kwargs.get("metric_key_prefix", "eval")
-        output.metrics[f"{prefix}_loss"] = total / weight if weight else 0.0
-        output.metrics[f"{prefix}_token_accuracy"] = round(correct / max(targets, 1), 6)
+        sources: list[list[float]] = self.accelerator.reduce(self._evaluated, reduction="sum").tolist()
+        parts = {prefix: [sum(column) for column in zip(*sources, strict=True)]}
+        if len(self.eval_sources) > 1:
+            named = zip(self.eval_sources, sources, strict=False)
+            parts |= {f"{prefix}_{name}": sums for name, sums in named if sums[-1]}
+        for start, (total, weight, correct, targets) in parts.items():
+            output.metrics[f"{start}_loss"] = total / weight if weight else 0.0
+            output.metrics[f"{start}_token_accuracy"] = round(correct / max(targets, 1), 6)
+        output.metrics.update(metrics_of(rows, self.eval_sources, prefix))
         return output
 
+    def _answer_held_out(self) -> list[Row]:
+        """Let the model answer the questions of ``--eval_generate``, and write the answers on rank 0."""
+        if self.held_out is None:
+            return []
+        held_out, file = self.held_out
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        was_training = model.training
+        model.eval()
+        try:
+            with self.accelerator.autocast():
+                rows = held_out.evaluate(model, self.state.global_step, self.eval_sources, self.world, self.status)
+        finally:
+            model.train(was_training)
+        if self.is_world_process_zero():
+            file.add(rows)
+        return rows
+
     def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        inputs.pop("index", None)
+        indices = inputs.pop("index", [])  # blank ones, which fill up a batch, have none
+        self._source = bisect_right(self._source_ends, indices[0]) if indices else 0
         loss, logits, labels = super().prediction_step(model, inputs, *args, **kwargs)
         assert loss is not None, "examples have labels"
         # The loss is this rank's sum over the targets of all ranks' batches, times the number of ranks.
         scale = self._get_num_items_in_batch([inputs], loss.device) / self.args.world_size
-        self._evaluated[0] += loss.detach() * scale
-        self._evaluated[1] += weigh_targets(inputs).to(loss.device)
-        self._evaluated[3] += count_targets(inputs).to(loss.device)
+        self._evaluated[self._source, 0] += loss.detach() * scale
+        self._evaluated[self._source, 1] += weigh_targets(inputs).to(loss.device)
+        self._evaluated[self._source, 3] += count_targets(inputs).to(loss.device)
         return loss, logits, labels

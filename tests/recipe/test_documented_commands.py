@@ -45,6 +45,7 @@ ELSEWHERE = {
     "torchrun": "tests/recipe/test_processes.py",
     "mpirun": "tests/recipe/test_processes.py",
     "python -m scripts.chat": "tests/unit/serving/terminal/test_chat.py",
+    "python -m scripts.evaluate": "tests/unit/scripts/test_evaluate.py",
     "python -m scripts.export_gguf": "tests/recipe/test_export_gguf.py",
     "python -m scripts.generate": "tests/unit/scripts/test_generate.py",
     "python -m scripts.serve": "tests/unit/scripts/test_serve.py",

@@ -20,7 +20,7 @@ PACKAGES = {
     "loading": {"errors", "console", "processes", "chat", "qwen_model", "checkpoints"},
     "training": {
         "errors", "console", "ownership", "outputs", "processes", "commands", "chat", "qwen_model", "data_utils",
-        "checkpoints", "loading",
+        "checkpoints", "loading", "evaluation",
     },
     "quantize": {
         "errors", "console", "outputs", "processes", "chat", "qwen_model", "data_utils", "checkpoints", "loading",
@@ -28,9 +28,12 @@ PACKAGES = {
     "export": {"errors", "console", "outputs", "processes", "chat", "qwen_model", "checkpoints", "loading"},
     "planning": {
         "errors", "console", "outputs", "processes", "chat", "qwen_model", "data_utils", "checkpoints", "loading",
-        "training",
+        "training", "evaluation",
     },
     "serving": {"errors", "console", "processes", "chat", "qwen_model", "checkpoints", "loading"},
+    "evaluation": {
+        "errors", "console", "outputs", "chat", "qwen_model", "checkpoints", "data_utils", "loading", "serving",
+    },
 }  # fmt: skip
 COMMANDS = ("finetune", "merge_lora", "scripts", "benchmarks")
 MAY_IMPORT: dict[str, set[str]] = {
@@ -257,6 +260,8 @@ def test_no_launcher_enables_remote_code() -> None:
         ("training", "from tests.golden import REPO"),
         ("training", "import quantize.gptq"),
         ("serving", "import data_utils.schema"),
+        ("serving", "import evaluation.metrics"),
+        ("evaluation", "import training.progress"),
         ("loading", "from serving.engine import Engine"),
     ],
 )

@@ -215,6 +215,12 @@ class TrainingOptions:
     pure_bf16: bool = _flag(False, "keep trained parameters and optimizer in bfloat16 too, without float32 copies")
     logging_dir: str | None = _flag(None, "folder for TensorBoard files (default: runs/ in --output_dir)")
     early_stopping_patience: int | None = _flag(None, "stop after this many evaluations without an improvement")
+    eval_generate: int | None = _flag(
+        None,
+        "at each evaluation, let the model answer this many questions of the evaluation data, and score the answers; "
+        "as many from each source, drawn by --seed",
+    )
+    eval_max_new_tokens: int = _flag(256, "with --eval_generate: length limit of an answer")
     heartbeat_timeout: float = _flag(
         600.0, "seconds without progress after which a rank is reported and the run ends; 0 disables the check"
     )

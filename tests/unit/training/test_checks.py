@@ -248,7 +248,18 @@ def test_model_max_length_beyond_the_positions_is_refused(tmp_path: Path) -> Non
         ("--lr_scheduler_type reduce_lr_on_plateau", "--lr_scheduler_type reduce_lr_on_plateau needs evaluations. "
          "Give --eval_strategy, and --eval_data_path or --eval_split"),
         ("{evaluates} --metric_for_best_model bleu", "--metric_for_best_model bleu is unknown. "
-         "Give loss or token_accuracy"),
+         "Give loss or token_accuracy; with --eval_generate also exact_match, contains, rouge_l, chrf, valid_json, "
+         "call_name, call_arguments, stopped"),
+        ("{evaluates} --metric_for_best_model eval_chrf",
+         "--metric_for_best_model eval_chrf needs answers. Add --eval_generate 50"),
+        ("--eval_generate 5",
+         "--eval_generate 5 needs evaluations. Give --eval_strategy, and --eval_data_path or --eval_split"),
+        ("{evaluates} --eval_generate 0", "--eval_generate 0 is out of range. Give 1 or more, or leave it out"),
+        ("{evaluates} --eval_max_new_tokens 9", "--eval_max_new_tokens 9 needs --eval_generate. Add it"),
+        ("{evaluates} --eval_generate 5 --eval_max_new_tokens 0",
+         "--eval_max_new_tokens 0 is out of range. Give 1 or more"),
+        ("{evaluates} --eval_generate 5 --eval_max_new_tokens 2048", "--eval_max_new_tokens 2048 leaves no room for a "
+         "question in the 2048 positions of the model. Give less than 2048"),
         ("--eval_on_start", "--eval_on_start has no data to evaluate on. Give --eval_data_path or --eval_split too"),
     ],
 )  # fmt: skip

@@ -1,0 +1,148 @@
+"""Greedy answers of a model in memory to questions, several at a time, and their scores.
+
+The rows of a batch are those of the server (``serving.batch``): each row's answer is that which it would get alone,
+whatever its length, and adapters act as they are set.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from chat.reading import opening_of, read_answer
+from chat.render import control_ids_of
+from chat.stops import stopping_generation_config
+from chat.turns import Tool
+from errors import ConfigError
+from evaluation.metrics import ANSWER_TOKENS, Reply, score_answer
+from evaluation.questions import Question
+from loading.checkpoint import Checkpoint
+from serving.adapters import Adapters
+from serving.batch import Runner
+from serving.requests import Request, Sampling
+from serving.row import Row
+from serving.sampling import RowSampler
+from serving.scheduler import Scheduler
+from serving.text_stream import TextStream, TokenBytes
+from serving.ticket import Ticket
+
+ROWS = 16
+"""Answers that are written at the same time."""
+
+# Ids do not tell which functions were offered: both answers are read as if some were, without types of parameters.
+_ANY_TOOLS: tuple[Tool, ...] = ({"type": "function", "function": {"name": "", "parameters": {}}},)
+_CACHED_LAYERS = {"full_attention", "sliding_attention"}  # of which the server's rows keep keys and values
+_GREEDY = Sampling(0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, seed=0)
+
+
+@dataclass(frozen=True)
+class Written:
+    """An answer as a model wrote it.
+
+    Attributes:
+        tokens: with the one that ends it.
+        stopped: it ended by itself.
+    """
+
+    text: str
+    tokens: int
+    stopped: bool
+
+
+class Answerer:
+    """Lets models that share a tokenizer answer questions, and scores the answers.
+
+    Args:
+        checkpoint: the models' base.
+        max_new_tokens: length limit of an answer.
+
+    Attributes:
+        end_ids: tokens that end an answer: those at which a tuned model stops, and control tokens.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, max_new_tokens: int) -> None:
+        """
+        Raises:
+            ConfigError: layers whose state a batch of answers cannot keep.
+        """
+        if others := {*(getattr(checkpoint.config, "layer_types", None) or ())} - _CACHED_LAYERS:
+            what = f"{checkpoint.name}: answers of layers of the type {', '.join(sorted(others))} are not supported yet"
+            raise ConfigError(what, "scripts.ask answers single questions")
+        self._family, self._limit = checkpoint.family, max_new_tokens
+        self._token_bytes = TokenBytes(checkpoint.tokenizer)
+        self._positions = int(checkpoint.config.max_position_embeddings)
+        config = checkpoint.generation_config.to_dict()
+        stopping = stopping_generation_config(config, checkpoint.end_ids, checkpoint.model_type)
+        self.end_ids = frozenset([*stopping["eos_token_id"], *control_ids_of(checkpoint.tokenizer).values()])
+        form = self._family.tool_form
+        self._stops = form.stops if form else ()
+
+    # ----------------------------------------------------------------------------------------------------- answers
+
+    @torch.no_grad()
+    def answer(
+        self, model: Any, questions: Sequence[Question], on_turn: Callable[[int], object] = lambda answered: None
+    ) -> list[Written]:
+        """Return the model's answers to questions, in their order; the model must be in evaluation mode.
+
+        Args:
+            model: without wrappers; layers may have adapters.
+            on_turn: called after each token of the batch with the number of questions that are answered.
+        """
+        rows = [self._row(question) for question in questions]
+        scheduler = Scheduler(Runner(model, Adapters(model, {})), ROWS)
+        waiting = deque(sorted(rows, key=lambda row: -row.prompt_length))
+        while waiting or scheduler.running:
+            if scheduler.wants_rows and waiting:
+                chosen = scheduler.choose(list(waiting))
+                waiting = deque(row for row in waiting if row not in chosen)
+                scheduler.begin(chosen)
+            waiting.extendleft(reversed(scheduler.turn()))
+            on_turn(scheduler.answered)
+        answers = [row.ticket.answer() for row in rows]
+        return [Written(each.text, each.usage.completion_tokens, each.finish_reason == "stop") for each in answers]
+
+    def _row(self, question: Question) -> Row:
+        room = min(self._limit, self._positions - len(question.prompt_ids))
+        # A text that ends calls does not end an answer that has to contain it.
+        text, calls = self.text(question.expected_ids), self.expected(question).calls
+        stops = tuple(stop for stop in self._stops if calls or stop not in text)
+        sampling = replace(_GREEDY, max_tokens=room, stop=stops)
+        sampler = RowSampler(sampling, question.prompt_ids)
+        return Row(Ticket(Request(question.prompt_ids, sampling)), sampler, self._token_bytes, self.end_ids, None)
+
+    # ------------------------------------------------------------------------------------------------------- scores
+
+    def asked(self, question: Question) -> str:
+        """Return the text of the message that is answered."""
+        return self.text(question.asked_ids).partition("\n")[2]
+
+    def expected(self, question: Question) -> Reply:
+        """Return the expected answer."""
+        return self._read(question, self.text(question.expected_ids, self._stops))
+
+    def given(self, question: Question, written: Written) -> Reply:
+        """Return a written answer, read as the expected one is."""
+        return self._read(question, written.text)
+
+    def scores(self, question: Question, written: Written) -> dict[str, float]:
+        """Return the scores of an answer, and its number of tokens."""
+        scores = score_answer(self.expected(question), self.given(question, written))
+        return {**scores, "stopped": float(written.stopped), ANSWER_TOKENS: float(written.tokens)}
+
+    def too_long(self, questions: Sequence[Question]) -> int:
+        """Return how many of the expected answers exceed the limit, with the token that ends them."""
+        return sum(len(question.expected_ids) >= self._limit for question in questions)
+
+    def text(self, ids: Sequence[int], stops: tuple[str, ...] = ()) -> str:
+        """Return the text of ids up to a stop text, without special tokens."""
+        stream = TextStream(self._token_bytes, stops)
+        return "".join([*map(stream.feed, ids), stream.close()])
+
+    def _read(self, question: Question, text: str) -> Reply:
+        opening = opening_of(self._family, True, question.after_result)
+        return Reply.of(read_answer(text, self._family, _ANY_TOOLS, opening))
