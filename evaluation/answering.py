@@ -144,5 +144,5 @@ class Answerer:
         return "".join([*map(stream.feed, ids), stream.close()])
 
     def _read(self, question: Question, text: str) -> Reply:
-        opening = opening_of(self._family, True, question.after_result)
+        opening = question.opening or opening_of(replace(self._family, prompt_suffix=""), True, question.after_result)
         return Reply.of(read_answer(text, self._family, _ANY_TOOLS, opening))

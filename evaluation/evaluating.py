@@ -27,6 +27,7 @@ from evaluation.questions import Question, QuestionFinder, draw_questions
 from loading.adapter_check import check_adapter
 from loading.checkpoint import Checkpoint, load_checkpoint, scaled_checkpoint
 from loading.inference import load_for_inference
+from loading.prompt_modes import prompt_families
 
 GENERAL = Path(__file__).with_name("general.jsonl")
 """Forty short questions of general knowledge, which tuning should not make a model forget."""
@@ -106,13 +107,15 @@ class Sets:
             ConfigError: no questions.
             DataError: data that cannot be used.
         """
-        family, tokenizer = self.checkpoint.family, self.checkpoint.tokenizer
-        encoder = Encoder(tokenizer, family, EncodeOptions(int(self.checkpoint.config.max_position_embeddings)))
+        tokenizer, positions = self.checkpoint.tokenizer, int(self.checkpoint.config.max_position_embeddings)
+        families = prompt_families(self.checkpoint, "auto", {})
+        options = EncodeOptions(positions, thinking="auto", split_turns="auto")  # as a run without flags
+        encoder = Encoder(tokenizer, families[0], options, families[1])
         sources = {"eval": [parse_source(path) for path in paths]}
         examples = load_examples(DataReader(sources, encoder, DataOptions(data_format), show_progress=False))["eval"]
         most = len(examples) if count is None else count
         self._examples[name] = examples
-        questions = draw_questions(examples, QuestionFinder(family, tokenizer), most, seed)
+        questions = draw_questions(examples, QuestionFinder(families, tokenizer), most, seed)
         seen: Counter[str] = Counter()
         for number, question in enumerate(questions):  # a conversation can have several
             seen[question.where] += 1

@@ -5,6 +5,7 @@ Only control tokens separate messages, and no text of the data contains any, so 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from random import Random
 from typing import Any
@@ -27,6 +28,7 @@ class Question:
         prompt_ids: from the start of the conversation to where the answer begins.
         expected_ids: of the answer, without the token that ends it.
         asked_ids: of the message before the answer, with its role and without control tokens.
+        opening: what opens the answer in the prompt, such as thinking.
         after_result: the answer goes on after the result of a call in the same message.
         index: of its example in the set.
     """
@@ -36,6 +38,7 @@ class Question:
     prompt_ids: tuple[int, ...]
     expected_ids: tuple[int, ...]
     asked_ids: tuple[int, ...]
+    opening: str = ""
     after_result: bool = False
     index: int = 0
 
@@ -44,14 +47,15 @@ class QuestionFinder:
     """Finds the last answer of an example that is trained and complete.
 
     Args:
-        family: of the examples.
+        families: behind the prompts of the examples: with thinking and without it, if they differ.
         tokenizer: that encoded them.
     """
 
-    def __init__(self, family: Family, tokenizer: Any) -> None:
-        control = control_ids_of(tokenizer)
+    def __init__(self, families: Iterable[Family], tokenizer: Any) -> None:
+        encode, control = plain_encoder(tokenizer), control_ids_of(tokenizer)
         self._start, self._end = control[IM_START], control[IM_END]
-        self._header = plain_encoder(tokenizer)(f"assistant\n{family.prompt_suffix}")
+        openings = sorted({family.prompt_suffix for family in families}, key=len)
+        self._headers = [(encode(f"assistant\n{opening}"), opening) for opening in openings]
 
     def find(self, example: Example, where: str = "", source: int = 0, index: int = 0) -> Question | None:
         """Return the question of an example; ``None`` for a plain text, and if no trained answer is complete."""
@@ -59,22 +63,37 @@ class QuestionFinder:
         starts = [index for index, id_ in enumerate(ids) if id_ == self._start]
         for number in reversed(range(len(starts))):
             start = starts[number]
-            begin = start + 1 + len(self._header)
-            end = _index(ids, self._end, begin)
-            is_answer = end is not None and ids[start + 1 : begin] == self._header
-            if not is_answer or end is None or end > (starts[number + 1] if starts[number + 1 :] else len(ids)):
+            end = _index(ids, self._end, start)
+            if end is None or end > (starts[number + 1] if starts[number + 1 :] else len(ids)):
                 continue
-            trained = [index for index in range(begin, end) if labels[index] != IGNORE_INDEX]
-            if not trained and (end > begin or labels[end] == IGNORE_INDEX):
+            if (found := self._answer(ids, labels, start + 1, end)) is None:
                 continue
-            # One message can have several answers, with the results of calls between them.
-            last = trained[-1] + 1 if trained else end
-            first = next((at + 1 for at in range(last - 1, begin - 1, -1) if labels[at] == IGNORE_INDEX), begin)
+            first, last, opening, after_result = found
             asked = ids[starts[number - 1] + 1 : start] if number else []
             asked = asked[: _index(asked, self._end, 0)]
-            answer = tuple(ids[:first]), tuple(ids[first:last]), tuple(asked), first > begin
+            answer = tuple(ids[:first]), tuple(ids[first:last]), tuple(asked), opening, after_result
             return Question(where, source, *answer, index)
         return None
+
+    def _answer(self, ids: list[int], labels: list[int], start: int, end: int) -> tuple[int, int, str, bool] | None:
+        """Return where the last trained answer of a message begins and ends, what opens it, and whether a result does.
+
+        Args:
+            start, end: of the message, without control tokens.
+        """
+        headers = [(start + len(each), opening) for each, opening in self._headers if ids[start:][: len(each)] == each]
+        headers = [(begin, opening) for begin, opening in headers if begin <= end]
+        if not headers:
+            return None
+        trained = [index for index in range(headers[0][0], end) if labels[index] != IGNORE_INDEX]
+        last = trained[-1] + 1 if trained else end
+        if not trained and (labels[end] == IGNORE_INDEX or end not in [begin for begin, _ in headers]):
+            return None
+        # One message can have several answers, with the results of calls between them.
+        first = next((at + 1 for at in range(last - 1, start - 1, -1) if labels[at] == IGNORE_INDEX), start)
+        # A mask that trains headers, too, does not say where the answer begins.
+        begin, opening = headers[-1] if first <= start else [each for each in headers if each[0] <= first][-1]
+        return max(begin, first), last, opening, first > begin
 
 
 def _index(ids: list[int], id_: int, begin: int) -> int | None:

@@ -23,6 +23,7 @@ from evaluation.answering import Answerer, Written
 from evaluation.metrics import SCORES, mean_scores
 from evaluation.questions import Question, QuestionFinder, draw_questions
 from loading.checkpoint import Checkpoint
+from loading.prompt_modes import prompt_families
 from training.config.args import RunArguments
 from training.distributed.heartbeat import RankStatus
 from training.distributed.world import World
@@ -92,7 +93,8 @@ def choose_held_out(args: RunArguments, checkpoint: Checkpoint, sets: Mapping[st
     number, limit = args.options.eval_generate, args.options.eval_max_new_tokens
     if number is None:
         return None
-    finder = QuestionFinder(checkpoint.family, checkpoint.tokenizer)
+    families = prompt_families(checkpoint, args.data.thinking, args.data.template_arguments)
+    finder = QuestionFinder(families, checkpoint.tokenizer)
     questions = draw_questions(sets["eval"], finder, number, args.trainer_value("seed"))
     if not questions:
         reason = "is plain text" if sets["eval"].has_text else "has no answer that is trained and complete"

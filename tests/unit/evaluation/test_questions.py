@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
-from chat.families import ANSWER_STYLES, QWEN_V1, STRICT_STYLES, Family
+from chat.families import ANSWER_STYLES, EMPTY_THOUGHT, QWEN_V1, STRICT_STYLES, Family
 from chat.label_mask import LabelMask
 from chat.render import encode_prompt, render_prompt
 from chat.tools_hermes import HERMES_FORMS
@@ -47,7 +47,7 @@ def found(encoded: EncodedConversation, finder: QuestionFinder, labels: list[int
 
 
 def finder(subject: Subject) -> QuestionFinder:
-    return QuestionFinder(STYLES[1], subject.tokenizer)
+    return QuestionFinder([STYLES[1]], subject.tokenizer)
 
 
 def answerer_of(subject: Subject, family: Family) -> Answerer:
@@ -78,7 +78,7 @@ def test_question_is_the_prompt_of_the_last_answer(subjects: dict[bool, Subject]
         turns = [*turns[:-1], turns[-1]._replace(thinking="" if "\n\n" in family.prompt_suffix else "So.")]
     tools = (TOOL,) if any(turn.calls for turn in turns) else ()
     encoded = check_and_encode(subject.fresh_encoder(family), Conversation(tuple(turns), Location("a", 1), tools))
-    question = found(encoded, QuestionFinder(family, subject.tokenizer))
+    question = found(encoded, QuestionFinder([family], subject.tokenizer))
     if family.thinking == "stripped":  # no answer of the data can follow its prompt, and none is trained
         assert question is None
         return
@@ -95,6 +95,23 @@ def test_question_is_the_prompt_of_the_last_answer(subjects: dict[bool, Subject]
     scores = answerer.scores(question, written)
     assert {scores.pop("answer_tokens"), *scores.values()} == {len(ids) + 1.0, 1.0}
     assert ("above" if chat == "after_result" and family is not QWEN_V1 else ASKED.content) in answerer.asked(question)
+
+
+@pytest.mark.parametrize("label_mask", ["assistant", "all"])
+@pytest.mark.parametrize("thought", ["", "So."])
+def test_prompts_with_and_without_thinking_are_told_apart(
+    subjects: dict[bool, Subject], thought: str, label_mask: LabelMask
+) -> None:
+    """The families of a model that can think: their prompts differ in what opens the answer."""
+    subject, families = subjects[False], [style for style in STYLES if style.name == "chatml-3.5"][:2]
+    assert families[0].prompt_suffix == "<think>\n" and families[1].prompt_suffix == EMPTY_THOUGHT
+    turns = (ASKED, Turn("assistant", "Up.", thinking=thought))
+    family = families[not thought]
+    encoded = check_and_encode(subject.fresh_encoder(family, label_mask=label_mask), Conversation(turns, "a"))
+    question = found(encoded, QuestionFinder(families, subject.tokenizer))
+    assert question is not None and question.opening == family.prompt_suffix
+    assert list(question.prompt_ids) == encode_prompt(render_prompt(turns[:-1], family), subject.tokenizer)
+    assert answerer_of(subject, families[0]).expected(question).text == "Up."
 
 
 @pytest.mark.parametrize("label_mask", ["assistant", "last", "qwen", "all"])
@@ -116,6 +133,9 @@ def test_answers_that_are_not_trained_or_not_complete_are_not_asked_for(subjects
     assert expected(*turns) == "Up."
     assert expected(*turns, cut=-2) == expected(*turns[:3], turns[3]._replace(weight=0.0)) == turns[1].content
     assert expected(turns[0], turns[1]._replace(weight=0.0)) is None
+    encoder = subject.fresh_encoder(STYLES[1], label_mask="qwen")  # which trains the ends of all messages
+    untrained = Conversation((turns[0], turns[1]._replace(weight=0.0)), Location("a", 1))
+    assert found(encoder.encode_conversation(untrained), finder(subject)) is None
     [piece] = subject.encoder(STYLES[1]).encode(Conversation((Turn("text", "Hi <|im_start|>"),), Location("a", 1)))
     assert found(piece, finder(subject)) is None
 
