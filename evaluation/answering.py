@@ -17,7 +17,6 @@ from chat.reading import opening_of, read_answer
 from chat.render import control_ids_of
 from chat.stops import stopping_generation_config
 from chat.turns import Tool
-from errors import ConfigError
 from evaluation.metrics import ANSWER_TOKENS, Reply, score_answer
 from evaluation.questions import Question
 from loading.checkpoint import Checkpoint
@@ -35,7 +34,6 @@ ROWS = 16
 
 # Ids do not tell which functions were offered: both answers are read as if some were, without types of parameters.
 _ANY_TOOLS: tuple[Tool, ...] = ({"type": "function", "function": {"name": "", "parameters": {}}},)
-_CACHED_LAYERS = {"full_attention", "sliding_attention"}  # of which the server's rows keep keys and values
 _GREEDY = Sampling(0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, seed=0)
 
 
@@ -65,13 +63,6 @@ class Answerer:
     """
 
     def __init__(self, checkpoint: Checkpoint, max_new_tokens: int) -> None:
-        """
-        Raises:
-            ConfigError: layers whose state a batch of answers cannot keep.
-        """
-        if others := {*(getattr(checkpoint.config, "layer_types", None) or ())} - _CACHED_LAYERS:
-            what = f"{checkpoint.name}: answers of layers of the type {', '.join(sorted(others))} are not supported yet"
-            raise ConfigError(what, "scripts.ask answers single questions")
         self._family, self._limit = checkpoint.family, max_new_tokens
         self._token_bytes = TokenBytes(checkpoint.tokenizer)
         self._positions = int(checkpoint.config.max_position_embeddings)
