@@ -103,6 +103,7 @@ class LeanQwen3ForCausalLM(FamilyChatMixin, Qwen3ForCausalLM):
 
 
 class LeanQwen3_5ForCausalLM(FamilyChatMixin, Qwen3_5ForCausalLM):
+    _no_split_modules = ["Qwen3_5DecoderLayer"]  # the parent's list has a block of the vision tower, too
     forward = with_lean_loss(Qwen3_5ForCausalLM.forward)
 
 

@@ -150,6 +150,7 @@ OVERRIDDEN = [
         "qwen_model/tokenization_qwen.py",
         "self new_tokens special_tokens",
     ),
+    Member("transformers:Qwen3_5ForCausalLM._no_split_modules", "qwen_model/lean_models.py"),
     # transformers' documented hooks for a model of one's own.
     *(
         Member(f"transformers:PreTrainedModel.{name}", "qwen_model/modeling_qwen.py", parameters)
