@@ -6,8 +6,8 @@ For each mode one process trains with batches of 8, and under each engine two pr
 packs, and 1): a tiny Qwen v1 in float32 on the CPU, on conversations of many lengths whose last batch is not full.
 Twenty steps of AdamW, evaluated twice, give the differences of the loss curves; one step of SGD with a huge learning
 rate gives the gradients of the first step, for what it leaves of the weights is the gradient. Then the files of both
-results are compared, and adapters merged. A combination that is refused is one whose command ended with exit code 2
-before a model was loaded.
+results are compared, and adapters merged. ``--model_name_or_path`` takes another tiny model. A combination that is
+refused is one whose command ended with exit code 2 before a model was loaded.
 """
 
 from __future__ import annotations
@@ -101,8 +101,8 @@ def python() -> str:
 class Runs:
     """Runs of ``finetune.py`` on the same model and data, in a folder of their own."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, model: Path = MODEL) -> None:
+        self.folder, self.model = folder, model
         records = json.loads((ROOT / "examples" / "identity.json").read_text(encoding="utf-8"))
         for name, part in (("train", records[:TRAINED]), ("eval", records[TRAINED : TRAINED + EVALUATED])):
             (folder / f"{name}.json").write_text(json.dumps(part, ensure_ascii=False), encoding="utf-8")
@@ -113,7 +113,7 @@ class Runs:
         processes, batch = 1 if engine is None else WORLD, PACKS if "--packing" in mode else BATCH
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", WORLD] if processes > 1 else []
         words = [
-            python(), *start, "finetune.py", "--model_name_or_path", MODEL, "--data_path",
+            python(), *start, "finetune.py", "--model_name_or_path", self.model, "--data_path",
             self.folder / "train.json", "--eval_data_path", self.folder / "eval.json", "--output_dir", output,
             "--per_device_train_batch_size", batch // processes, "--gradient_accumulation_steps", 1, "--weight_decay",
             0, "--per_device_eval_batch_size", 2, "--lora_dropout", 0, "--logging_steps", 1, "--save_strategy", "no",
@@ -200,10 +200,11 @@ def main(argv: Sequence[str]) -> None:
     )
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
+    parser.add_argument("--model_name_or_path", type=Path, default=MODEL, help="folder of a tiny model")
     args = parse_args(parser, argv, RESULTS)
     results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        runs = Runs(Path(folder))
+        runs = Runs(Path(folder), args.model_name_or_path.absolute())
         for mode in args.modes:
             alone = runs.train(f"{mode}-alone", MODES[mode], None)
             alone_gradients = runs.first_gradients(f"{mode}-alone-gradients", MODES[mode], None)

@@ -126,7 +126,7 @@ class _Trial:
 
     def __init__(self, planner: Planner, base: Expectation) -> None:
         self._planner, self._machine = planner, base.machine
-        self._estimates = can_be_shallow(base.args, base.rehearsal, planner.equal_blocks)
+        self._estimates = can_be_shallow(base.args, base.rehearsal, planner.blocks)
 
     def expect(self, changes: Sequence[Change]) -> Expectation | None:
         """Expect the last of several changes that build on each other; ``None`` if it cannot be rehearsed."""

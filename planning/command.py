@@ -18,7 +18,7 @@ from planning.devices import find_device
 from planning.expectation import Expectation, Machine, Planner
 from planning.model import read_checkpoint
 from planning.report import gib, render, to_json
-from planning.shallow import count_equal_blocks
+from planning.shallow import find_blocks
 from processes import count_processes, has_gpu, is_first
 from training.config.args import RunArguments
 from training.planned_device import lacks_gpu
@@ -46,7 +46,7 @@ def show_plan(args: RunArguments, machine: Machine | None = None, file: Path | N
     checkpoint = read_checkpoint(args)
     batches = RunBatches.of_run(args, machine.processes) if args.data.data_path else None
     config = checkpoint.config
-    planner = Planner(machine, int(config.hidden_size), batches, count_equal_blocks(config))
+    planner = Planner(machine, int(config.hidden_size), batches, find_blocks(config))
     logger.info("Rehearsing a step of one process, without data")
     run = planner.expect(args)
     logger.info("As it is: %s, after %.1f s", gib(run.share.peak_bytes), run.rehearsal.seconds_taken)

@@ -9,7 +9,7 @@ from planning.batches import RunBatches, assumed_batch, assumed_evaluation
 from planning.devices import GIB, RESERVE_GIB, Device
 from planning.engines import Share, Task, share_of
 from planning.rehearsal import BatchShape, Rehearsal, rehearse
-from planning.shallow import estimate
+from planning.shallow import Blocks, estimate
 from training.config.args import RunArguments
 from training.config.engines import find_engine
 from training.rows import why_apart
@@ -108,13 +108,13 @@ class Planner:
 
     Attributes:
         hidden_size: of the model.
-        equal_blocks: of the model; 0: not known, or not alike.
+        blocks: of the model.
     """
 
     def __init__(
-        self, machine: Machine, hidden_size: int, batches: RunBatches | None = None, equal_blocks: int = 0
+        self, machine: Machine, hidden_size: int, batches: RunBatches | None = None, blocks: Blocks | None = None
     ) -> None:
-        self.machine, self.hidden_size, self.batches, self.equal_blocks = machine, hidden_size, batches, equal_blocks
+        self.machine, self.hidden_size, self.batches, self.blocks = machine, hidden_size, batches, blocks or Blocks()
         self._rehearsed: dict[str, Rehearsal] = {}
         self._longest: dict[tuple[int, int, str], BatchShape] = {}  # by what changes alter: batch, accumulation, engine
 
@@ -138,7 +138,7 @@ class Planner:
         """Rehearse a run.
 
         Args:
-            is_estimate: rehearse fewer of its equal blocks (see ``planning.shallow``).
+            is_estimate: rehearse fewer of its blocks (see ``planning.shallow``).
 
         Raises:
             ConfigError: something in it cannot be rehearsed, which the message names.
@@ -168,7 +168,7 @@ class Planner:
             kind = self.machine.device.kind
             options: dict[str, Any] = {"device_type": kind, "evaluation": evaluation, "is_alone": is_alone}
             if is_estimate:
-                self._rehearsed[key] = estimate(args, shape, self.equal_blocks, **options)
+                self._rehearsed[key] = estimate(args, shape, self.blocks, **options)
             else:
                 self._rehearsed[key] = rehearse(args, shape, **options)
         return self._rehearsed[key]

@@ -1,76 +1,105 @@
 """Estimates of a rehearsal from two of the same model with fewer blocks, in a fraction of its time.
 
-Blocks are alike, so everything that a step holds at a given place is a constant and a multiple of the number of blocks.
-Places are counted from the first block and from the last one; what is in between lies between them.
+Blocks are alike, or their kinds repeat every few blocks, so everything that a step holds at a given place is a constant
+and a multiple of the number of blocks. Places are counted from the first block and from the last one, at least one
+block of each kind; what is in between lies between them.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from planning.memory import COMPONENTS, Moment
 from planning.rehearsal import BatchShape, ParameterSize, Rehearsal, rehearse
 from training.config.args import RunArguments
 
-_NEAR = 2  # blocks from either end
-_LEAST = 2 * _NEAR - 1
+_NEAR = 2  # blocks from either end, at least
 _WORTH = 12  # blocks of a model: fewer are rehearsed sooner than two shallow ones
+_LONGEST = 8  # period of a model whose blocks count as alike
 _BLOCK = re.compile(r"(.*block )(\d+)")
 
 
-def count_equal_blocks(config: Any) -> int:
-    """Return the number of blocks of a model; 0 if they differ, as where only some attend to a window."""
-    types = getattr(config, "layer_types", None) or ()
-    return 0 if len(set(types)) > 1 else int(config.num_hidden_layers)
+@dataclass(frozen=True)
+class Blocks:
+    """Blocks of a model.
+
+    Attributes:
+        count: 0 if it is not known, or no pattern repeats, as where only the first blocks attend to a window.
+        period: so many blocks after one comes the next of its kind.
+    """
+
+    count: int = 0
+    period: int = 1
+
+    @property
+    def near(self) -> int:
+        """Blocks from either end of which each place is estimated."""
+        return max(_NEAR, self.period)
 
 
-def can_be_shallow(args: RunArguments, rehearsal: Rehearsal, blocks: int) -> bool:
-    """Return whether a rehearsed run trains the same in all of its blocks, and has enough of them for an estimate."""
+def find_blocks(config: Any) -> Blocks:
+    """Return the blocks of a model by its config."""
+    count, types = int(config.num_hidden_layers), list(getattr(config, "layer_types", None) or ())
+    for period in range(1, _LONGEST + 1):
+        if types[period:] == types[:-period]:
+            return Blocks(count, period)
+    return Blocks()
+
+
+def can_be_shallow(args: RunArguments, rehearsal: Rehearsal, blocks: Blocks) -> bool:
+    """Return whether all blocks of a kind train the same in a rehearsed run, and are enough for an estimate."""
     lora = args.lora
-    if blocks < _WORTH or lora.lora_weight_path or lora.lora_rank_pattern or lora.lora_alpha_pattern:
+    if lora.lora_weight_path or lora.lora_rank_pattern or lora.lora_alpha_pattern:
         return False  # a saved adapter has all blocks, and a pattern may name one of them
-    parts = [_of_block(rehearsal.tensors, number) for number in range(blocks)]
-    return bool(parts[0]) and all(part == parts[0] for part in parts)
+    if blocks.count < max(_WORTH, sum(depths(args, blocks))):
+        return False
+    parts = [_of_block(rehearsal.tensors, number) for number in range(blocks.count)]
+    return bool(parts[0]) and all(part == parts[number % blocks.period] for number, part in enumerate(parts))
 
 
-def depths(args: RunArguments, blocks: int) -> tuple[int, int]:
-    """Return two small numbers of blocks, of which as many are left over as of ``blocks`` where every n-th differs."""
-    every = 1
+def depths(args: RunArguments, blocks: Blocks) -> tuple[int, int]:
+    """Return two small numbers of blocks, of which as many are left over as of all where every n-th differs."""
+    every, least = blocks.period, 2 * blocks.near - 1
     if args.trainer_value("gradient_checkpointing"):
-        every = int((args.trainer_value("gradient_checkpointing_kwargs") or {}).get("every_n_layers", 1))
-    first = _LEAST + (blocks - _LEAST) % every
+        kwargs = args.trainer_value("gradient_checkpointing_kwargs") or {}
+        every = math.lcm(every, int(kwargs.get("every_n_layers", 1)))
+    first = least + (blocks.count - least) % every
     return first, first + every
 
 
-def estimate(args: RunArguments, batch: BatchShape, blocks: int, **options: Any) -> Rehearsal:
+def estimate(args: RunArguments, batch: BatchShape, blocks: Blocks, **options: Any) -> Rehearsal:
     """Return what ``rehearse`` would return, without the text of where the peak is.
 
     Args:
-        blocks: of the model, all alike.
+        blocks: of the model.
         options: those of ``rehearse``.
 
     Raises:
         ConfigError: see ``rehearse``.
     """
     first, second = depths(args, blocks)
-    if second >= blocks:
+    if second >= blocks.count:
         return rehearse(args, batch, **options)
     small, large = (rehearse(args, batch, blocks=number, **options) for number in (first, second))
-    steps = (blocks - second) // (second - first)
+    steps = (blocks.count - second) // (second - first)
 
     def at(low: int, high: int) -> int:
         return high + (high - low) * steps
 
-    starts, ends = _places(small, first), _places(large, second)
+    starts, ends = _places(small, first, blocks.near), _places(large, second, blocks.near)
     moments = {
-        _name(place, blocks): _moment(starts[place], ends[place], at) for place in starts if place in ends
+        _name(place, blocks.count): _moment(starts[place], ends[place], at) for place in starts if place in ends
     }  # fmt: skip
     peak = max(moments, key=lambda name: moments[name].bytes)
     outside = [tensor for tensor in large.tensors if tensor.block is None]
-    inside = [replace(each, block=number) for number in range(blocks) for each in large.tensors if each.block == 0]
+    inside = [
+        replace(each, block=number)
+        for number in range(blocks.count) for each in large.tensors if each.block == number % blocks.period
+    ]  # fmt: skip
     return Rehearsal(
         peak_bytes=moments[peak].bytes,
         components=moments[peak].components,
@@ -91,7 +120,7 @@ def _of_block(tensors: Sequence[ParameterSize], number: int) -> list[tuple[int, 
     return [(tensor.elements, tensor.bytes, tensor.is_trained) for tensor in tensors if tensor.block == number]
 
 
-def _places(rehearsal: Rehearsal, blocks: int) -> Mapping[tuple[str, int | None], Moment]:
+def _places(rehearsal: Rehearsal, blocks: int, near: int) -> Mapping[tuple[str, int | None], Moment]:
     """Return the moments by part of the step and block, negative if it is counted from the last one."""
     found: dict[tuple[str, int | None], Moment] = {}
     for name, moment in rehearsal.moments.items():
@@ -99,9 +128,9 @@ def _places(rehearsal: Rehearsal, blocks: int) -> Mapping[tuple[str, int | None]
             found[name, None] = moment
             continue
         number = int(match[2])
-        if number < _NEAR:
+        if number < near:
             found[match[1], number] = moment
-        if number >= blocks - _NEAR:
+        if number >= blocks - near:
             found[match[1], number - blocks] = moment
     return found
 

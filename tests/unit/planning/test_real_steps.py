@@ -16,7 +16,7 @@ import planning.fake_run
 from data_utils.collate import Collator
 from loading.checkpoint import load_checkpoint
 from planning.rehearsal import BatchShape, Rehearsal
-from tests.models import write_later_checkpoint
+from tests.models import DELTA_NETS, write_later_checkpoint
 from tests.unit.planning.shapes import rehearse_flags, write_config
 from training.config.parsing import parse_args
 from training.model import choose_embeddings, load_training_model
@@ -38,13 +38,16 @@ def facts(rehearsal: Rehearsal) -> dict[str, Any]:
         ("tied", "--bf16"),
         ("qwen", "--use_lora --loss full_logits --gradient_accumulation_steps 1 --gradient_checkpointing False"),
         ("qwen3", "--pure_bf16 --optim adamw_torch --padding_free False"),
+        ("qwen3_5_text", "--use_lora --bf16"),
     ],
 )
 def test_tensors_with_data_take_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, model_type: str, flags: str
 ) -> None:
     is_tied = model_type == "tied"
-    folder = write_config(tmp_path, "qwen2" if is_tied else model_type, head_dim=8, tie_word_embeddings=is_tied)
+    values = DELTA_NETS if model_type == "qwen3_5_text" else {}
+    sizes: dict[str, Any] = {"head_dim": 8, "tie_word_embeddings": is_tied, **values}
+    folder = write_config(tmp_path, "qwen2" if is_tied else model_type, **sizes)
     fake = facts(rehearse_flags(folder, flags, LENGTHS))
     monkeypatch.setattr(planning.fake_run, "FakeTensorMode", nullcontext)
     assert facts(rehearse_flags(folder, flags, LENGTHS)) == fake

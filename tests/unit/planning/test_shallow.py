@@ -8,7 +8,8 @@ import pytest
 
 from planning.model import read_checkpoint
 from planning.rehearsal import BatchShape, rehearse
-from planning.shallow import can_be_shallow, count_equal_blocks, depths, estimate
+from planning.shallow import Blocks, can_be_shallow, depths, estimate, find_blocks
+from tests.models import DELTA_NETS
 from tests.unit.planning.shapes import write_config
 from training.config.parsing import parse_args
 
@@ -33,12 +34,24 @@ _EVERY = "--gradient_checkpointing --gradient_checkpointing_kwargs"
 )
 def test_an_estimate_is_the_rehearsal_of_all_blocks(tmp_path: Path, flags: str, device_type: str) -> None:
     folder = write_config(tmp_path, num_hidden_layers=15, hidden_size=128, intermediate_size=256)
+    compare(folder, flags, device_type, Blocks(15))
+
+
+def test_an_estimate_of_blocks_of_two_kinds(tmp_path: Path) -> None:
+    types = ["linear_attention", "full_attention"] * 6
+    folder = write_config(tmp_path, "qwen3_5_text", **DELTA_NETS | {"num_hidden_layers": 12, "layer_types": types})
+    compare(folder, "--use_lora --bf16", "cuda", Blocks(12, 2))
+
+
+def compare(folder: Path, flags: str, device_type: str, blocks: Blocks) -> None:
+    """Compare an estimate with the rehearsal of all blocks."""
     args = parse_args(["--model_name_or_path", str(folder), *flags.split(" ")])
     evaluation = BatchShape((64,) * 8, 500) if "eval" in flags else None
     batch = BatchShape((64, 64), 120)
     full = rehearse(args, batch, device_type=device_type, evaluation=evaluation)
-    assert can_be_shallow(args, full, 15) and depths(args, 15)[1] < 15
-    found = estimate(args, batch, 15, device_type=device_type, evaluation=evaluation)
+    assert find_blocks(read_checkpoint(args).config) == blocks
+    assert can_be_shallow(args, full, blocks) and depths(args, blocks)[1] < blocks.count
+    found = estimate(args, batch, blocks, device_type=device_type, evaluation=evaluation)
     rounding = 4 * 512  # of CUDA's allocator
     assert found.peak_bytes == pytest.approx(full.peak_bytes, abs=rounding)
     assert found.components == pytest.approx(full.components, abs=rounding)
@@ -54,10 +67,10 @@ def test_blocks_that_differ_are_rehearsed_one_by_one(tmp_path: Path) -> None:
     batch = BatchShape((64,), 60)
     for more, is_alike in ((), True), (("--lora_target_modules", "layers.3.mlp.up_proj"), False):
         args = parse_args([*flags, *more])
-        assert can_be_shallow(args, rehearse(args, batch), 12) == is_alike
+        assert can_be_shallow(args, rehearse(args, batch), Blocks(12)) == is_alike
     sliding = {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 6}
-    counts = []
+    found = []
     for values in ({}, sliding):
         args = parse_args(["--model_name_or_path", str(write_config(tmp_path, num_hidden_layers=12, **values))])
-        counts.append(count_equal_blocks(read_checkpoint(args).config))
-    assert counts == [12, 0]
+        found.append(find_blocks(read_checkpoint(args).config))
+    assert found == [Blocks(12), Blocks()]
