@@ -11,7 +11,7 @@ from typing import Any
 from errors import ConfigError
 
 MAX_LENGTH, STEP_SAMPLES = 512, 16
-# Random models in Qwen2's layout, in float32.
+# Random models in Qwen2's layout, in float32; one with delta nets in Qwen3.5's.
 SHAPES: dict[str, dict[str, Any]] = {
     "tiny": {
         "hidden_size": 64, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -25,6 +25,11 @@ SHAPES: dict[str, dict[str, Any]] = {
         "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30, "num_attention_heads": 9,
         "num_key_value_heads": 3, "tie_word_embeddings": True,
     },
+    "delta_nets": {
+        "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "tie_word_embeddings": False, "head_dim": 64, "linear_num_key_heads": 4,
+        "linear_num_value_heads": 8, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+    },
 }  # fmt: skip
 VOCABULARY = 151_936
 
@@ -32,11 +37,13 @@ VOCABULARY = 151_936
 def write_model(shape: str, tokenizer: Path, folder: Path) -> None:
     """Write a random checkpoint of a shape, with the files of a tokenizer's folder."""
     import torch
-    from transformers import Qwen2Config, Qwen2ForCausalLM
+    from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
     torch.manual_seed(0)
-    config: Any = Qwen2Config(**SHAPES[shape], vocab_size=VOCABULARY, max_position_embeddings=2048)
-    Qwen2ForCausalLM(config).save_pretrained(folder)
+    config_class: Any = Qwen3_5TextConfig if shape == "delta_nets" else Qwen2Config
+    config = config_class(**SHAPES[shape], vocab_size=VOCABULARY, max_position_embeddings=2048)
+    model: Any = Qwen3_5ForCausalLM if shape == "delta_nets" else Qwen2ForCausalLM
+    model(config).save_pretrained(folder)
     for file in tokenizer.iterdir():
         shutil.copyfile(file, folder / file.name)
 

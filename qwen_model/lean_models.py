@@ -103,8 +103,12 @@ class LeanQwen3ForCausalLM(FamilyChatMixin, Qwen3ForCausalLM):
 
 
 class LeanQwen3_5ForCausalLM(FamilyChatMixin, Qwen3_5ForCausalLM):
-    _no_split_modules = ["Qwen3_5DecoderLayer"]  # the parent's list has a block of the vision tower, too
     forward = with_lean_loss(Qwen3_5ForCausalLM.forward)
+
+    def __init__(self, config: Any) -> None:
+        super().__init__(config)
+        # FSDP looks for all of these classes; the parent's list has a block of the vision tower, too.
+        self._no_split_modules = {type(block).__name__ for block in self.model.layers}
 
 
 def model_class_of(model_type: str) -> Any:

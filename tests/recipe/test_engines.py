@@ -14,6 +14,8 @@ from benchmarks.engines import ENGINES, MODEL, MODES, Result, Runs, compare, lar
 from planning.devices import find_device
 from planning.expectation import Machine, Planner
 from tests import fork_server
+from tests.bases import TEMPLATE
+from tests.models import write_later_checkpoint
 from tests.programs import require_program
 from training.config.parsing import parse_args
 
@@ -56,6 +58,16 @@ def test_two_processes_train_as_one_does(runs: Runs, mode: str, engine: str, wit
     assert figures["loss"] <= LOSS and figures["eval_loss"] <= LOSS
     assert figures.get("first_gradients", 0) <= GRADIENTS
     assert figures["same_files"] and figures.get("merges", True)
+
+
+def test_delta_nets_train_under_zero3_as_in_one_process(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """They use parameters of modules that they do not call."""
+    folder = tmp_path_factory.mktemp("delta nets")
+    own = Runs(folder, write_later_checkpoint(folder / "model", "qwen3_5_text", TEMPLATE))
+    alone, together = (own.train(name, [], engine) for name, engine in (("alone", None), ("zero3", ENGINES["zero3"])))
+    assert (alone.code, together.code) == (0, 0), together.stderr
+    assert largest_difference(together.logged("loss"), alone.logged("loss")) <= LOSS
+    assert together.weights().keys() == alone.weights().keys()
 
 
 @pytest.mark.parametrize("config", ["ds_config_zero2_offload.json", "ds_config_zero3_offload.json"])

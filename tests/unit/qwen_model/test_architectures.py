@@ -73,6 +73,11 @@ def test_module_names(architecture: Architecture, model: Any) -> None:
     assert outside == {architecture.embedding, architecture.norm, HEAD}
 
 
+def test_modules_that_are_not_split_are_the_blocks(model: Any) -> None:
+    """FSDP2 fails at one that the model does not have."""
+    assert {type(block).__name__ for block in blocks_of(model)} == set(model._no_split_modules)
+
+
 def test_names_of_tensors_on_disk(architecture: Architecture, model: Any) -> None:
     assert {architecture.embedding_weight, HEAD_WEIGHT} <= model.state_dict().keys()
     assert architecture.embedding_weight in EMBEDDING_WEIGHTS
