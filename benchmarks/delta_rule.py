@@ -108,7 +108,8 @@ def counted(kept: dict[str, int], name: str, inputs: Sequence[Tensor]) -> Any:
 def ours(inputs: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:
     from qwen_model.delta_rule import gated_delta_rule
 
-    return gated_delta_rule(*inputs, lengths)
+    query, key, value, log_decay, strength = inputs
+    return gated_delta_rule(query, key, value, log_decay, strength, lengths)
 
 
 def theirs(inputs: Sequence[Tensor], lengths: Sequence[int]) -> Tensor:

@@ -61,9 +61,9 @@ def _mentions(checkpoint: Checkpoint, name: str) -> bool:
 
 
 def _family(checkpoint: Checkpoint, arguments: Mapping[str, Any], thinks: bool | None = None) -> Family:
-    switch = {} if thinks is None else {_SWITCH: thinks}
+    switched = arguments if thinks is None else {**arguments, _SWITCH: thinks}
     try:
-        return chat_family(checkpoint.model_type, checkpoint.tokenizer, **arguments, **switch)
+        return chat_family(checkpoint.model_type, checkpoint.tokenizer, **switched)
     except TemplateFailure as error:
         if not arguments:
             raise

@@ -108,7 +108,7 @@ class LeanQwen3_5ForCausalLM(FamilyChatMixin, Qwen3_5ForCausalLM):
     def __init__(self, config: Any) -> None:
         super().__init__(config)
         # FSDP looks for all of these classes; the parent's list has a block of the vision tower, too.
-        self._no_split_modules = {type(block).__name__ for block in self.model.layers}
+        self._no_split_modules = sorted({type(block).__name__ for block in self.model.layers})
 
 
 def model_class_of(model_type: str) -> Any:
