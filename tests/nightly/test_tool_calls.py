@@ -32,7 +32,7 @@ def client(small_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     (model / "chat_template.jinja").write_text(chat_template(), encoding="utf-8")
     records = [{"messages": [*question, *following], "tools": [TOOL]} for question, following in calls()]
     data.write_text(json.dumps(records), encoding="utf-8")
-    adapter = tune(model, data, work / "adapter", *LORA)
+    adapter = tune(model, data, work / "adapter", *LORA, steps=12)  # knows them by then
     command = [
         sys.executable,
         "-m",

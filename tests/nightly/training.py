@@ -32,9 +32,9 @@ class Behaviour:
         return sum(one == two for one, two in pairs) / len(pairs)
 
 
-def tune(model: Path, data: Path, output: Path, *flags: object) -> Path:
+def tune(model: Path, data: Path, output: Path, *flags: object, steps: int = STEPS) -> Path:
     """Run ``finetune.py`` with the documented flags, except for 40 steps of 4 conversations, which take minutes."""
-    fixed = ("--model_name_or_path", model, "--data_path", data, "--output_dir", output, "--max_steps", STEPS)
+    fixed = ("--model_name_or_path", model, "--data_path", data, "--output_dir", output, "--max_steps", steps)
     run_well("finetune.py", *fixed, *SMALL_STEPS, *flags, timeout=TIMEOUT)
     return output
 
