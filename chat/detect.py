@@ -76,8 +76,8 @@ class TemplateFailure(ConfigError):
     """
 
     def __init__(self, place: object, reason: str, fix: str = _RESTORE) -> None:
-        super().__init__(f"{place}: the chat template {reason}", fix)
-        self.reason = reason
+        self.reason = reason.rstrip(".")
+        super().__init__(f"{place}: the chat template {self.reason}", fix)
 
 
 def family_of(

@@ -94,6 +94,8 @@ def lost_parts(conversation: Conversation, rules: SampleRules) -> Iterator[str]:
         return
     if has_shape(conversation.turns, family) and not rules.always_thinks:
         return
+    if any(_opens_thinking_only(turn) for turn in conversation.turns):
+        yield "have answers that open thinking and do not end it, which are trained as answers without thinking"
     turns = rules.read(conversation.turns)
     if rules.thinking == "off":
         if turns != conversation.turns:
@@ -102,6 +104,10 @@ def lost_parts(conversation: Conversation, rules: SampleRules) -> Iterator[str]:
         yield f"have answers without the thinking that {_named(family)} needs, which are not trained"
     elif len(rules.plan(turns)) == 1 and Answers(turns, family).loses_thinking():
         yield f"contain thinking that {_named(family)} leaves out at its place"
+
+
+def _opens_thinking_only(turn: Turn) -> bool:
+    return turn.role == "assistant" and turn.thinking is None and THINK in turn.content.rpartition(THINK_END)[2]
 
 
 def plain_token_notes(conversation: Conversation, plain_tokens: re.Pattern[str]) -> Iterator[str]:

@@ -79,6 +79,11 @@ CASES: dict[str, tuple[Family, list[dict[str, Any]], dict[str, int]]] = {
         ],
         {"contain thinking that the chat format 'chatml-hybrid' leaves out at its place": 2},
     ),
+    "thinking without an end": (
+        HYBRID,
+        [thinking({"content": "<think>\nHm. Hello!"}, {}), thinking({"content": "<think>Hm.</think>Hello!"})],
+        {"have answers that open thinking and do not end it, which are trained as answers without thinking": 1},
+    ),
     "thinking as text": (QWEN_V1, [thinking({"content": "<think>\nHm.\n</think>\n\nHello!"}, {})], {}),
     "special tokens": (
         QWEN_V1,
