@@ -79,18 +79,19 @@ def _turns(rows: Sequence[Row]) -> list[dict[str, Any]]:
     return turns
 
 
-def render_table(report: Mapping[str, Any]) -> str:
-    """Return the main figures as text: a row for each figure, a column for each model."""
-    lines = []
+def render_tables(report: Mapping[str, Any]) -> list[str]:
+    """Return the main figures of each set as text: a row for each figure, a column for each model."""
+    tables = []
     for name, of_set in report["sets"].items():
         labels = list(of_set["figures"])
-        lines.append(f"{name}: {of_set['questions']} questions")
+        lines = [f"{name}: {of_set['questions']} questions"]
         lines.append("  " + f"{'':<16}" + "".join(f"{label[:32]:<34}" for label in labels))
         for figure in (*FIGURES, "perplexity"):
             cells = [_cell(of_set, label, figure) for label in labels]
             if any(cells):
                 lines.append("  " + f"{figure:<16}" + "".join(f"{cell:<34}" for cell in cells).rstrip())
-    return "\n".join(lines)
+        tables.append("\n".join(lines))
+    return tables
 
 
 def _cell(of_set: Mapping[str, Any], label: str, figure: str) -> str:

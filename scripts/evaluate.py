@@ -139,7 +139,7 @@ def write_report(args: argparse.Namespace, subjects: Sequence[Subject], rows: An
     from evaluation.comparison import failed_bounds
     from evaluation.evaluating import HELD_OUT
     from evaluation.page import render_page
-    from evaluation.report import build_report, render_table
+    from evaluation.report import build_report, render_tables
 
     labels = [subject.label for subject in subjects]
     report = build_report(rows, labels, places, args.seed)
@@ -150,7 +150,8 @@ def write_report(args: argparse.Namespace, subjects: Sequence[Subject], rows: An
     report = {"models": models, "bounds": bounds_of(args), "failed": failed, **report}
     save_json(report, args.output / "report.json")
     save_text(render_page(report, rows, places), args.output / "report.html")
-    show(render_table(report))
+    for table in render_tables(report):
+        show(table)
     show(f"{args.output / 'report.html'} has the answers side by side")
     for line in failed:
         logger.error("%s", line)

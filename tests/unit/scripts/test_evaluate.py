@@ -78,7 +78,8 @@ def test_an_adapter_is_compared_with_its_base(folder: Path, tmp_path: Path, caps
     page = (output / "report.html").read_text(encoding="utf-8")
     assert "script" not in Page(page).tags and {"svg", "circle", "table"} <= set(Page(page).tags)
     assert "<script>alert(1)</script>" in Page(page).text and "src=" not in page and "://" not in page
-    assert "held_out: 9 questions" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "held_out: 9 questions\n" in printed and "\ngeneral: 40 questions\n" in printed
 
 
 def test_loss_is_that_of_the_whole_logits(folder: Path, tmp_path: Path) -> None:
