@@ -334,6 +334,8 @@ _KNOWN_WARNINGS = (
 _KNOWN_LINES = {
     "DeepSpeed": "Setting accelerator",
     "accelerate.accelerator": "Gradient accumulation steps mismatch",  # the Trainer accumulates by itself
+    # Delta nets without flash-linear-attention, which docs/training.md and the start of a run name.
+    "transformers.integrations.hub_kernels": "is falling back to its reference PyTorch implementation",
 }
 
 # They warn on import, and once per layer, about other machines.
