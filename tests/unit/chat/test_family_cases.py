@@ -66,8 +66,8 @@ def test_prompts_of_all_cases_are_prefixes_of_the_samples_of_their_answers(check
                 continue  # without a question
             turns_read = as_template_reads(turns[: index + 1], family)
             sample = render_answer(turns_read, family, tools=case["tools"] or ())
-            is_trained = any(message.trained for message in sample)
-            assert is_trained == (opens_answer(prompt, family) and text_of(sample).startswith(prompt)), case["name"]
+            follows = opens_answer(prompt, family) and text_of(sample).startswith(prompt)
+            assert bool(sample[-1].trained) == follows, case["name"]
 
 
 def test_most_cases_are_compared(checkpoint: Checkpoint) -> None:
@@ -171,8 +171,9 @@ def test_random_conversations_against_the_template(checkpoint: Checkpoint) -> No
             if prompt:
                 assert prompt == text_of(render_prompt(read[:index], family, tools=tools)), (turns[:index], tools)
                 sample = render_answer(read[: index + 1], family, tools=tools)
-                text_of_sample, is_trained = text_of(sample), any(message.trained for message in sample)
-                assert is_trained == text_of_sample.startswith(prompt), (turns[: index + 1], tools)
+                text_of_sample = text_of(sample)
+                follows = opens_answer(prompt, family) and text_of_sample.startswith(prompt)
+                assert bool(sample[-1].trained) == follows, (turns[: index + 1], tools)
                 if turns[index - 1].role != "assistant":  # whose block of thinking depends on what follows
                     assert text_of_sample == closed(checkpoint.template(messages_of(turns[: index + 1]), tools), family)
             assert (index in trained) == (opens_answer(prompt, family) and text.startswith(prompt)), (index, turns)
