@@ -165,7 +165,9 @@ class CheckpointReader(TensorSource):
         return tensor[start:stop] if tensor.dim() else tensor
 
 
-def open_checkpoint(folder: str | Path, names: tuple[str, ...] = WEIGHTS) -> CheckpointReader:
+def open_checkpoint(
+    folder: str | Path, names: tuple[str, ...] = WEIGHTS, has_others: bool | None = None
+) -> CheckpointReader:
     """Open the weights of a folder: one file or shards with an index, safetensors preferred to ``.bin``.
 
     Of a model with other parts beside its text model, only the text model's tensors, by their names in it alone; of an
@@ -174,13 +176,15 @@ def open_checkpoint(folder: str | Path, names: tuple[str, ...] = WEIGHTS) -> Che
     Args:
         folder: a checkpoint folder.
         names: file names of the weights in order of preference (for an adapter ``adapter_model.*``).
+        has_others: the model may have other parts; ``None``: as config.json says.
     Raises:
         ConfigError: no weights, a missing shard, a truncated or unreadable file.
     """
     files, weight_map = _find_weights(Path(folder), names)
+    has_others = _has_other_parts(folder) if has_others is None else has_others
     if not set(names) <= set(WEIGHTS):
         return CheckpointReader(files, weight_map, adapter_text_name)
-    return CheckpointReader(files, weight_map, *([text_name] if _has_other_parts(folder) else []))
+    return CheckpointReader(files, weight_map, *([text_name] if has_others else []))
 
 
 def open_left_out(folder: str | Path) -> CheckpointReader:

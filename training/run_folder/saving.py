@@ -31,7 +31,7 @@ from checkpoints.rope import save_yarn
 from checkpoints.rounding import round_rows
 from checkpoints.shards import open_checkpoint, open_left_out
 from checkpoints.source import TensorSource, is_finite
-from checkpoints.whole import adapter_whole_name, whole_options
+from checkpoints.whole import adapter_whole_name, has_other_parts, whole_options
 from checkpoints.writing import save_checkpoint, save_tensors
 from errors import ConfigError, RunError
 from loading.chat_family import add_chat_template
@@ -136,7 +136,8 @@ def restore_tensors(model: Any, folder: Path) -> None:
         ConfigError: a file is damaged, or its tensors are not exactly those of the model; nothing is restored then.
     """
     files = ADAPTER_WEIGHTS if isinstance(model, PeftModel) else WEIGHTS
-    saved = open_checkpoint(folder, files if is_plain(model) else (TRAINED_VALUES,))
+    has_others = has_other_parts(model.config.to_dict())  # the folder has no config.json
+    saved = open_checkpoint(folder, files if is_plain(model) else (TRAINED_VALUES,), has_others)
     tensors, place = trained_tensors(model), saved.files[0] if len(saved.files) == 1 else folder
     fix = "Resume with the model and the adapter's settings that the checkpoint was trained with"
     for names, what in ((tensors.keys() - set(saved.names()), "lacks"), (set(saved.names()) - tensors.keys(), "has")):
