@@ -176,12 +176,13 @@ def open_checkpoint(
     Args:
         folder: a checkpoint folder.
         names: file names of the weights in order of preference (for an adapter ``adapter_model.*``).
-        has_others: the model may have other parts; ``None``: as config.json says.
+        has_others: whether the model may have other parts; ``None``: as the folder's config.json tells.
     Raises:
         ConfigError: no weights, a missing shard, a truncated or unreadable file.
     """
     files, weight_map = _find_weights(Path(folder), names)
-    has_others = _has_other_parts(folder) if has_others is None else has_others
+    if has_others is None:
+        has_others = _has_other_parts(folder)
     if not set(names) <= set(WEIGHTS):
         return CheckpointReader(files, weight_map, adapter_text_name)
     return CheckpointReader(files, weight_map, *([text_name] if has_others else []))

@@ -136,7 +136,8 @@ def restore_tensors(model: Any, folder: Path) -> None:
         ConfigError: a file is damaged, or its tensors are not exactly those of the model; nothing is restored then.
     """
     files = ADAPTER_WEIGHTS if isinstance(model, PeftModel) else WEIGHTS
-    has_others = has_other_parts(model.config.to_dict())  # the folder has no config.json
+    # A run resumes from links to the weights alone, without config.json.
+    has_others = has_other_parts({"model_type": model.config.model_type})
     saved = open_checkpoint(folder, files if is_plain(model) else (TRAINED_VALUES,), has_others)
     tensors, place = trained_tensors(model), saved.files[0] if len(saved.files) == 1 else folder
     fix = "Resume with the model and the adapter's settings that the checkpoint was trained with"

@@ -72,6 +72,11 @@ def test_saved_folder_is_whole(checkpoint: Checkpoint, tmp_path: Path, exact: bo
     for each in (Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration):
         assert torch.equal(logits_of(each.from_pretrained(folder, dtype=torch.float32)), expected), each
     assert torch.equal(logits_of(load_model(load_checkpoint(str(folder)), torch.float32)), expected)
+    (tmp_path / "links").mkdir()  # as in a run that resumes
+    (tmp_path / "links" / "model.safetensors").symlink_to(folder / "model.safetensors")
+    restored = load_model(checkpoint, torch.float32)
+    restore_tensors(restored, tmp_path / "links")
+    assert torch.equal(logits_of(restored), expected)
 
 
 @pytest.mark.parametrize("embeddings", ["none", "full", "chatml_tokens"])
