@@ -139,6 +139,8 @@ def compute_in_float32(model: nn.Module) -> None:
             module.__class__ = CastingLinear
         elif type(module) is nn.Embedding:
             module.__class__ = Float32Embedding
+        elif isinstance(module, nn.Conv1d):  # its input would be rounded to the dtype of its few weights
+            module.float()
 
 
 @register_quantization_config(_METHOD)
