@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import resource
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable
@@ -76,9 +77,10 @@ class LimitedProcess:
         self._connection: Connection | None = None
         self._owner = 0
 
-    def __del__(self) -> None:
+    def __del__(self, is_finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         # Processes that were forked after it keep its pipe open; one that is a copy of its parent must not end it.
-        if self._process is not None and self._owner == os.getpid():
+        # At the end of the interpreter multiprocessing has ended it, as all daemons.
+        if not is_finalizing() and self._process is not None and self._owner == os.getpid():
             self._end()
 
     def __call__(self, request: Any) -> Any:

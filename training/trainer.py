@@ -89,6 +89,7 @@ class QwenTrainer(MemoryTrainer):
     _operations_per_position: int | None = None
     # This rank's share of the current evaluation by source, on the device: summed loss, its weight, correct, targets.
     _evaluated: Tensor
+    _source_ends: list[int]  # of the examples that are evaluated
     _source: int = 0  # of the batch that is evaluated: each has examples of one
 
     def __init__(
@@ -127,8 +128,6 @@ class QwenTrainer(MemoryTrainer):
         self._losses, self._batch_indices, self._step_counts = [], [], []
         self._step_correct = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.eval_sources, self.held_out = eval_sources, held_out
-        self._source_ends = [*accumulate(getattr(self.eval_dataset, "source_sizes", [0]))]
-        self._evaluated = torch.zeros(len(self._source_ends), 4, device=self.args.device)
         self.ornaments = Ornaments(self.callback_handler.callbacks)
 
     def create_accelerator_and_postprocess(self) -> None:
@@ -177,6 +176,8 @@ class QwenTrainer(MemoryTrainer):
         For evaluations each source is padded, so that batches have examples of one.
         """
         sizes = None if is_training else dataset.source_sizes
+        if sizes is not None:
+            self._source_ends = [*accumulate(sizes)]
         needs_padding = not (is_training and self.args.dataloader_drop_last)
         if (self.args.world_size > 1 and needs_padding) or (sizes and len(sizes) > 1 and batch_size > 1):
             multiple = self.args.world_size * batch_size
@@ -366,7 +367,7 @@ class QwenTrainer(MemoryTrainer):
 
         The random numbers of training do not depend on evaluations.
         """
-        self._evaluated.zero_()
+        self._evaluated = torch.zeros(len(self._source_ends), 4, device=self.args.device)
         with torch.random.fork_rng([self.args.device] if self.args.device.type == "cuda" else []):
             output = super().evaluation_loop(*args, **kwargs)
             rows = self._answer_held_out()

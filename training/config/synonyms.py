@@ -7,7 +7,7 @@ _NAMES: dict[str, str] = {
     "pretrained_model pretrained_model_name_or_path checkpoint ckpt_path",
     "model_hub": "use_hf hub use_modelscope_hub",
     "cache_dir": "model_cache_dir",
-    "chat_template": "template chat_template_path custom_chat_template chat_template_file jinja_template",
+    "chat_template": "chat_template_path custom_chat_template chat_template_file jinja_template",
     "attn_implementation": "flash_attn attn_impl use_flash_attn use_flash_attention flash_attention attention "
     "use_flash_attention_2",
     "data_path": "data dataset datasets dataset_name dataset_path dataset_dir data_files data_file train_file "
@@ -78,7 +78,6 @@ _NAMES: dict[str, str] = {
 # What is no flag here.
 _EXPLAINED: dict[str, str] = {
     "template": "the chat format is read from the checkpoint",
-    "chat_template": "the chat format is read from the checkpoint",
     "prompt_template": "the chat format is read from the checkpoint",
     "model_type": "the architecture is read from the checkpoint",
     "stage": "it always fine-tunes on conversations",

@@ -62,7 +62,7 @@ def test_only_imported_modules_are_written(folder: Path) -> None:
 
 def test_code_is_only_what_the_model_needs(folder: Path) -> None:
     """Tools, thinking, chat detection and the lean loss stay in the toolkit."""
-    assert sum(len(path.read_text().splitlines()) for path in folder.glob("*.py")) <= 2000
+    assert sum(len(path.read_text().splitlines()) for path in folder.glob("*.py")) <= 2100
 
 
 def test_only_import_lines_differ_from_the_source(folder: Path) -> None:

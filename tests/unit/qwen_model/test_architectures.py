@@ -144,7 +144,7 @@ def test_whether_a_block_returns_a_tuple(architecture: Architecture, model: Any)
         assert run_block(block, states, arguments).shape == states.shape
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen3_moe", ["qwen"]])
+@pytest.mark.parametrize("model_type", ["llama", "no_model", ["qwen"]])
 def test_unknown_model_type_is_refused(model_type: object) -> None:
     with pytest.raises(ConfigError, match=r"^folder/config\.json: model_type .* is not supported\. Use a checkpoint"):
         architecture_of(model_type, "folder/config.json")

@@ -64,6 +64,7 @@ def test_outputs_and_gradients_are_those_of_the_definition(shared: int, monkeypa
 def test_outputs_are_those_of_transformers() -> None:
     tensors = inputs((100,), dtype=torch.float32)
     query, key, value, log_decay, strength = (each[None] for each in tensors)
+    query, key = (each.repeat_interleave(2, 2) for each in (query, key))  # earlier versions do not share heads
     expected, _ = torch_recurrent_gated_delta_rule(
         query, key, value, g=log_decay, beta=strength, use_qk_l2norm_in_kernel=True
     )
