@@ -89,7 +89,8 @@ class Sets:
 
     def __init__(self, subject: Subject, max_new_tokens: int, any_base: bool = False) -> None:
         self.subject, self._any_base = subject, any_base
-        self.checkpoint: Checkpoint = load_checkpoint(subject.model)
+        adapters = [] if subject.adapter is None else [subject.adapter]
+        self.checkpoint: Checkpoint = load_checkpoint(subject.model, adapters=adapters)
         if subject.adapter is not None:
             check_adapter(self.checkpoint, subject.adapter, subject.flag, any_base)
             self.checkpoint = scaled_checkpoint(self.checkpoint, load_yarn(Path(subject.adapter)))

@@ -1,12 +1,13 @@
 """Questions of held-out examples: the ids of a prompt and of the answer that is expected, read from tokenised ones.
 
-Only control tokens separate messages, and no text of the data contains any, so the ids say where an answer begins.
+Only control tokens separate messages, and no text of the data contains any, so the ids say where an answer begins. What
+a template of the user's writes is divided by what is trained.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
@@ -27,7 +28,8 @@ class Question:
         source: index of its source.
         prompt_ids: from the start of the conversation to where the answer begins.
         expected_ids: of the answer, without the token that ends it.
-        asked_ids: of the message before the answer, with its role and without control tokens.
+        asked_ids: of the message before the answer, with its role and without control tokens; with a template of the
+            user's the prompt.
         opening: what opens the answer in the prompt, such as thinking.
         after_result: the answer goes on after the result of a call in the same message.
         index: of its example in the set.
@@ -52,14 +54,19 @@ class QuestionFinder:
     """
 
     def __init__(self, families: Iterable[Family], tokenizer: Any) -> None:
-        encode, control = plain_encoder(tokenizer), control_ids_of(tokenizer)
-        self._start, self._end = control[IM_START], control[IM_END]
-        openings = sorted({family.prompt_suffix for family in families}, key=len)
-        self._headers = [(encode(f"assistant\n{opening}"), opening) for opening in openings]
+        families = list(families)
+        own = families[0].own_template
+        encode, control = plain_encoder(tokenizer), control_ids_of(tokenizer, families[0].placed_tokens)
+        self._stop = None if own is None else control[own.stop]
+        self._start, self._end = control.get(IM_START, -1), control.get(IM_END, -1)
+        openings = sorted({(family.header("assistant"), family.prompt_suffix) for family in families}, key=_length)
+        self._headers = [(encode(f"{header}{opening}"), opening) for header, opening in openings]
 
     def find(self, example: Example, where: str = "", source: int = 0, index: int = 0) -> Question | None:
         """Return the question of an example; ``None`` for a plain text, and if no trained answer is complete."""
         ids, labels = example["input_ids"], example["labels"]
+        if self._stop is not None:
+            return self._find_before_stop(ids, labels, Question(where, source, (), (), (), index=index))
         starts = [index for index, id_ in enumerate(ids) if id_ == self._start]
         for number in reversed(range(len(starts))):
             start = starts[number]
@@ -74,6 +81,17 @@ class QuestionFinder:
             answer = tuple(ids[:first]), tuple(ids[first:last]), tuple(asked), opening, after_result
             return Question(where, source, *answer, index)
         return None
+
+    def _find_before_stop(self, ids: list[int], labels: list[int], question: Question) -> Question | None:
+        """Return the question of an example that a template of the user's has written: only its last token is known."""
+        ends = [index for index, id_ in enumerate(ids) if id_ == self._stop and labels[index] != IGNORE_INDEX]
+        if not ends:
+            return None
+        first = next((at + 1 for at in range(ends[-1] - 1, -1, -1) if labels[at] == IGNORE_INDEX), 0)
+        if not first:  # a mask that trains everything does not say where the answer begins
+            return None
+        prompt, expected = tuple(ids[:first]), tuple(ids[first : ends[-1]])
+        return replace(question, prompt_ids=prompt, expected_ids=expected, asked_ids=prompt)
 
     def _answer(self, ids: list[int], labels: list[int], start: int, end: int) -> tuple[int, int, str, bool] | None:
         """Return where the last trained answer of a message begins and ends, what opens it, and whether a result does.
@@ -94,6 +112,10 @@ class QuestionFinder:
         # A mask that trains headers, too, does not say where the answer begins.
         begin, opening = headers[-1] if first <= start else [each for each in headers if each[0] <= first][-1]
         return max(begin, first), last, opening, first > begin
+
+
+def _length(texts: tuple[str, str]) -> int:
+    return sum(map(len, texts))
 
 
 def _index(ids: list[int], id_: int, begin: int) -> int | None:

@@ -1,7 +1,7 @@
 """Compare models on held-out questions: ``python -m scripts.evaluate --model_name_or_path BASE --adapter A
 --data_path held_out.jsonl --output DIR``.
 
-Each model answers the last turn of each conversation greedily, and its loss on all answers is measured; so are forty
+Each model answers the last turn of each sample greedily, and its loss on all answers is measured; so are forty
 general questions, which show what tuning has made it forget. Differences from the base come with 95 % intervals.
 
 The folder has report.json, report.html and answers.jsonl, from which the same command continues a run that was killed.

@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 from transformers import GenerationConfig
 
+from chat.detect import family_of
 from chat.families import ANSWER_STYLES, EMPTY_THOUGHT, QWEN_V1, STRICT_STYLES, Family
 from chat.label_mask import LabelMask
 from chat.render import encode_prompt, render_prompt
 from chat.tools_hermes import HERMES_FORMS
 from chat.turns import ToolCall, Turn
-from data_utils.encode import EncodedConversation
+from data_utils.encode import EncodedConversation, EncodeOptions, Encoder
 from data_utils.location import Location
 from data_utils.schema import Conversation
 from evaluation.answering import Answerer, Written
@@ -23,6 +24,7 @@ from evaluation.questions import Question, QuestionFinder, draw_questions
 from tests.chats import Subject, load_subject
 from tests.encoding import check_and_encode
 from tests.golden import SMALL
+from tests.own_templates import CHATML, OWN, tokenizer_with
 
 TOOL = {"type": "function", "function": {"name": "find", "description": "", "parameters": {"type": "object"}}}
 CALL = Turn("assistant", "I look.", (ToolCall("find", {"q": "天"}),))
@@ -95,6 +97,17 @@ def test_question_is_the_prompt_of_the_last_answer(subjects: dict[bool, Subject]
     scores = answerer.scores(question, written)
     assert {scores.pop("answer_tokens"), *scores.values()} == {len(ids) + 1.0, 1.0}
     assert ("above" if chat == "after_result" and family is not QWEN_V1 else ASKED.content) in answerer.asked(question)
+
+
+@pytest.mark.parametrize("template", [*CHATML.values(), *OWN.values()], ids=[*CHATML, *OWN])
+def test_question_of_a_template_of_the_users(template: str) -> None:
+    tokenizer = tokenizer_with(template)
+    family, turns = family_of(tokenizer), (Turn("user", "1+1?"), Turn("assistant", "Two."))
+    encoded = check_and_encode(Encoder(tokenizer, family, EncodeOptions()), Conversation(turns, "a"))
+    question = found(encoded, QuestionFinder([family], tokenizer))
+    assert question is not None
+    assert list(question.prompt_ids) == encode_prompt(render_prompt(turns[:-1], family), tokenizer)
+    assert tokenizer.decode(question.expected_ids).strip() == "Two."
 
 
 @pytest.mark.parametrize("label_mask", ["assistant", "all"])
