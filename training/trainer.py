@@ -128,6 +128,7 @@ class QwenTrainer(MemoryTrainer):
         self._losses, self._batch_indices, self._step_counts = [], [], []
         self._step_correct = torch.zeros((), dtype=torch.long, device=self.args.device)
         self.eval_sources, self.held_out = eval_sources, held_out
+        self._source_ends, self._evaluated = [0], torch.zeros(1, 4, device=self.args.device)
         self.ornaments = Ornaments(self.callback_handler.callbacks)
 
     def create_accelerator_and_postprocess(self) -> None:

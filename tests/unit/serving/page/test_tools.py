@@ -117,5 +117,5 @@ def test_untidy_conversations_are_exported_as_data(qwen3: Path, chat: Chat, tmp_
     )
     data = tmp_path / "untidy.jsonl"
     data.write_text(lines, encoding="utf-8")
-    assert preview(qwen3, data, "--dump", tmp_path / "dump.jsonl") == 0
+    assert preview(qwen3, data, "--dump", tmp_path / "dump.jsonl", "--split_turns", "never") == 0
     assert len((tmp_path / "dump.jsonl").read_text(encoding="utf-8").splitlines()) == len(records)
