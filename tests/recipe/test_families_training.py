@@ -19,7 +19,7 @@ from tests.data import load
 from tests.models import CONVERSATIONS, write_conversations, write_later_checkpoint
 
 FAMILIES = {"qwen2": "qwen2_5", "qwen3": "qwen3"}
-STEPS = {"qwen3-lora": 150}  # the model could not answer after 60 as the others do
+MAX_STEPS = {"qwen3-lora": 150}  # the model could not answer after 60 as the others do
 QUESTION, ANSWER = CONVERSATIONS[1][0][1], CONVERSATIONS[1][1][1]
 PROMPT = ("--thinking", "off")  # by which answers without thinking are trained
 IDS = torch.tensor([[701, 39, 72, 702, 198, 5, 6, 7, 701, 702, 300, 400]])
@@ -49,7 +49,7 @@ def outputs(tmp_path_factory: pytest.TempPathFactory, bases: dict[str, Path]) ->
     arguments: dict[str, list[object]] = {
         f"{model_type}-{mode}": [
             *PLAIN, "--model_name_or_path", bases[model_type], "--data_path", data, "--output_dir",
-            folder / f"{model_type}-{mode}", "--max_steps", STEPS.get(f"{model_type}-{mode}", 60),
+            folder / f"{model_type}-{mode}", "--max_steps", MAX_STEPS.get(f"{model_type}-{mode}", 60),
             "--logging_steps", 1, "--save_strategy", "no",
             *modes[mode],
         ]
