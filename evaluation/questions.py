@@ -87,7 +87,7 @@ class QuestionFinder:
         ends = [index for index, id_ in enumerate(ids) if id_ == self._stop and labels[index] != IGNORE_INDEX]
         if not ends:
             return None
-        first = next((at + 1 for at in range(ends[-1] - 1, -1, -1) if labels[at] == IGNORE_INDEX), 0)
+        first = _trained_from(labels, 0, ends[-1])
         if not first:  # a mask that trains everything does not say where the answer begins
             return None
         prompt, expected = tuple(ids[:first]), tuple(ids[first : ends[-1]])
@@ -108,10 +108,15 @@ class QuestionFinder:
         if not trained and (labels[end] == IGNORE_INDEX or end not in [begin for begin, _ in headers]):
             return None
         # One message can have several answers, with the results of calls between them.
-        first = next((at + 1 for at in range(last - 1, start - 1, -1) if labels[at] == IGNORE_INDEX), start)
+        first = _trained_from(labels, start, last)
         # A mask that trains headers, too, does not say where the answer begins.
         begin, opening = headers[-1] if first <= start else [each for each in headers if each[0] <= first][-1]
         return max(begin, first), last, opening, first > begin
+
+
+def _trained_from(labels: list[int], start: int, end: int) -> int:
+    """Return where the trained labels before ``end`` begin, not before ``start``."""
+    return next((at + 1 for at in range(end - 1, start - 1, -1) if labels[at] == IGNORE_INDEX), start)
 
 
 def _length(texts: tuple[str, str]) -> int:

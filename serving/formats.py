@@ -79,7 +79,7 @@ class Formats:
                 try:
                     self._found[key] = self._detect(**known)
                 except TemplateFailure as error:
-                    self._found[key] = f"the checkpoint's chat template {error.reason.rstrip('.')}"
+                    self._found[key] = f"the checkpoint's chat template {error.reason}"
                 except ConfigError:
                     self._found[key] = "the checkpoint's chat template then writes an unknown format"
             return self._found[key]
