@@ -49,6 +49,7 @@ class OwnTemplate:
         used_tokens: those that it writes in plain conversations.
         stop: the token that it writes behind an answer.
         trimmed_roles: roles whose texts it writes without the white space around them.
+        opening: what it writes before the text of an answer, and its prompts do not end with; empty if white space.
     """
 
     source: str
@@ -57,6 +58,7 @@ class OwnTemplate:
     used_tokens: tuple[str, ...] = ()
     stop: str = ""
     trimmed_roles: tuple[str, ...] = ()
+    opening: str = ""
 
     @property
     def pattern(self) -> re.Pattern[str]:
@@ -86,11 +88,11 @@ class _Outline(NamedTuple):
 
 
 def examine_template(own: OwnTemplate) -> OwnTemplate:
-    """Return a template with the attributes that its rendering shows: tokens, stop, trimmed roles.
+    """Return a template with the attributes that its rendering shows: tokens, stop, trimmed roles, opening.
 
     Raises:
-        ValueError: answers cannot be told from what precedes them, or have no end; or it takes too much time, memory or
-            text. The message names the reason.
+        ValueError: answers cannot be told from what precedes them, or have no end; prompts lack their header; or it
+            takes too much time, memory or text. The message names the reason.
     """
     [text] = _texts(own, [([("user", "u"), ("assistant", "b")], False)])
     if isinstance(text, Failure):
@@ -101,6 +103,7 @@ def examine_template(own: OwnTemplate) -> OwnTemplate:
         raise ValueError(f"the chat template does not write the text of {what}")
     if outline.reason:
         raise ValueError(outline.reason)
+    opening = _opening(own, outline)
     texts = [outline.text, *outline.prompts.values()]
     for roles in (("user", "assistant") * 2, ("system", "user", "assistant")):
         try:
@@ -112,7 +115,24 @@ def examine_template(own: OwnTemplate) -> OwnTemplate:
     found = own.pattern.search(outline.text, end)
     assert found is not None, "an answer that can be trained has an end"
     trimmed = tuple(role for role in ("system", "user", "assistant") if _trims(own, role))
-    return replace(own, used_tokens=tuple(sorted(used)), stop=found[0], trimmed_roles=trimmed)
+    return replace(own, used_tokens=tuple(sorted(used)), stop=found[0], trimmed_roles=trimmed, opening=opening)
+
+
+def _opening(own: OwnTemplate, outline: _Outline) -> str:
+    """Return ``OwnTemplate.opening``, by the outline of a question and an answer.
+
+    Raises:
+        ValueError: it is the header of answers, because the template ignores that a prompt is asked for.
+    """
+    opening = outline.text[outline.spans[1][0] : outline.text.index(_mark(1))]
+    if not opening.strip():
+        return ""
+    prompt, no_prompt = _texts(own, [([("user", _mark(0))], is_prompt) for is_prompt in (True, False)])
+    if prompt == no_prompt:
+        end = f"{{% if add_generation_prompt %}}{{{{ {opening!r} }}}}{{% endif %}}"
+        what = f"its prompts lack {opening!r}, which it writes before each answer"
+        raise ValueError(f"the chat template ignores add_generation_prompt: {what}. At its end it needs {end}")
+    return opening
 
 
 def _trims(own: OwnTemplate, role: str) -> bool:

@@ -90,7 +90,10 @@ def lost_parts(conversation: Conversation, rules: SampleRules) -> Iterator[str]:
     if conversation.tools and family.tool_form is not None:
         lost = family.tool_form.lost_fields(conversation.tools)
         yield from (f"describe tools with {short_repr(name)}, which {_named(family)} does not write" for name in lost)
-    if conversation.is_text or (rules.thinking != "off" and not family.has_thinking):
+    if conversation.is_text:
+        return
+    yield from _opening_notes(conversation, rules)
+    if rules.thinking != "off" and not family.has_thinking:
         return
     if has_shape(conversation.turns, family) and not rules.always_thinks:
         return
@@ -104,6 +107,18 @@ def lost_parts(conversation: Conversation, rules: SampleRules) -> Iterator[str]:
         yield f"have answers without the thinking that {_named(family)} needs, which are not trained"
     elif len(rules.plan(turns)) == 1 and Answers(turns, family).loses_thinking():
         yield f"contain thinking that {_named(family)} leaves out at its place"
+
+
+def _opening_notes(conversation: Conversation, rules: SampleRules) -> Iterator[str]:
+    """Yield a sentence for what a template of its own writes at the start of answers."""
+    if rules.family.own_template is None:
+        return
+    templates = [rules.family_of(sample).own_template for sample in rules.plan(rules.read(conversation.turns))]
+    for opening in sorted({template.opening for template in templates if template and template.opening}):
+        yield (
+            f"are written with {short_repr(opening)} before answers, which is trained with them, because the chat "
+            "template's prompts do not end with it"
+        )
 
 
 def _opens_thinking_only(turn: Turn) -> bool:

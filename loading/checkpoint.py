@@ -115,7 +115,7 @@ def load_checkpoint(
     tokenizer = load_tokenizer(folder, f"--model_name_or_path {folder}: its tokenizer cannot be read")
     files = read_base_files(folder)
     place = _choose_template(str(config.model_type), tokenizer, files, chat_template, adapters)
-    with library_errors(f"{folder}: its chat template", "Restore the official chat template of the checkpoint"):
+    with library_errors(f"{folder}: its chat template", "Restore the official chat template", path=place or ""):
         family = chat_family(config.model_type, tokenizer, place)
     generation_config = load_generation_config(folder)
     _check_tokenizer(folder, config, tokenizer, generation_config)

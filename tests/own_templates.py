@@ -35,6 +35,10 @@ CHATML = {
 }
 """ChatML with something else than the official ones have."""
 
+EMPTY_BLOCK = "<think>\n\n</think>\n\n"
+OPENED = "Chat.\n" + _CHATML.replace("+ m.content", f"+ ({EMPTY_BLOCK!r} if m.role == 'assistant' else '') + m.content")
+"""Writes something at the start of each answer that its prompts do not end with."""
+
 OWN = {
     "brackets": "{{ bos_token or '' }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
     "{% elif m.role == 'system' %}<<SYS>>\n{{ m.content }}\n<</SYS>>\n\n{% else %} {{ m.content }}{{ eos_token }}"
@@ -64,6 +68,7 @@ REFUSED = {
     "no answers": (_CHATML.replace("for m in messages", "for m in messages if m.role == 'user'"), "text of an answer"),
     "no questions": ("hello<|im_end|>", "text of a question"),
     "other prompt": (_CHATML.replace(">assistant\n", ">assistant\n<think>\n"), "is not how it begins to write"),
+    "no prompt": (_CHATML.partition("{% if add")[0], r"ignores add_generation_prompt: its prompts lack '<\|im_start"),
     "no Jinja": ("{% for m in messages %}{{ m.content }", "TemplateSyntaxError.*line 1"),
     "raises": ("{{ raise_exception('no chat') }}", "fails for a question and an answer: TemplateError: no chat"),
     "tries to leave": ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "SecurityError"),

@@ -11,6 +11,7 @@ from jinja2 import TemplateError
 
 from chat.detect import family_of
 from chat.families import Family
+from chat.label_mask import IGNORE_INDEX
 from chat.limited import LimitedProcess, LimitExceeded
 from chat.render import encode_prompt, render, render_prompt, text_of
 from chat.turns import Turn
@@ -18,7 +19,7 @@ from data_utils.encode import EncodeOptions, Encoder
 from data_utils.schema import Conversation
 from errors import ConfigError, DataError
 from tests.encoding import check_and_encode
-from tests.own_templates import CHATML, OTHER_TOKENS, OWN, REFUSED, tokenizer_with
+from tests.own_templates import CHATML, EMPTY_BLOCK, OPENED, OTHER_TOKENS, OWN, REFUSED, tokenizer_with
 
 ASK, ANSWER, AGAIN, LAST = (
     Turn("user", "1+1?"), Turn("assistant", "Two."), Turn("user", " And\n2+2?\n"), Turn("assistant", "Four,\nI think"),
@@ -103,6 +104,18 @@ def test_template_without_answers_of_its_own_is_refused(template: str, reason: s
         ConfigError, match=rf"^--chat_template x: the chat template .*{reason}.*\. Correct the template$"
     ):
         family_of(tokenizer_with(template), place="--chat_template x")
+
+
+def test_text_before_answers_that_prompts_lack_is_noted() -> None:
+    conversation = Conversation((ASK, ANSWER), "here")
+    assert [encoder(template).notes(conversation) for template in OWN.values()] == [[]] * len(OWN)
+    encoding = encoder(OPENED)
+    [note] = encoding.notes(conversation)
+    assert "'<think>\\n\\n</think>\\n\\n' before answers, which is trained" in note
+    trained = [label for label in encode(encoding, [ASK, ANSWER]).labels if label != IGNORE_INDEX]
+    assert encoding.decode(trained) == f"{EMPTY_BLOCK}Two.<|im_end|>\n"
+    prompted = OPENED.replace("assistant\n' }}{% endif", f"assistant\n' + {EMPTY_BLOCK!r} }}}}{{% endif")
+    assert prompted != OPENED and encoder(prompted).notes(conversation) == []
 
 
 def test_masks_and_weights_reach_what_the_template_writes() -> None:

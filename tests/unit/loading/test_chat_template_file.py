@@ -18,7 +18,7 @@ from scripts import ask
 from tests.bases import BASES, TEMPLATE
 from tests.commands import finetune_here
 from tests.models import TINY, write_conversations, write_later_checkpoint
-from tests.own_templates import CHATML, OWN
+from tests.own_templates import CHATML, OWN, REFUSED
 
 BRACKETS = OWN["brackets"].replace("eos_token", "'<|endoftext|>'")
 QUESTION, REPLY = "Who are you?", "I am [INST] tiny <|im_end|>"
@@ -86,6 +86,13 @@ def test_qwen_v1_takes_no_template(tmp_path: Path) -> None:
     (tmp_path / "x.jinja").write_text(TEMPLATE)
     with pytest.raises(ConfigError, match=r"^--chat_template .*: Qwen v1 has one fixed chat format"):
         load_checkpoint(str(TINY), chat_template=str(tmp_path / "x.jinja"))
+
+
+def test_template_that_cannot_be_used_is_named_by_its_flag(tmp_path: Path) -> None:
+    base = write_later_checkpoint(tmp_path / "base", "qwen2", TEMPLATE)
+    (tmp_path / "x.jinja").write_text(REFUSED["no prompt"][0])
+    with pytest.raises(ConfigError, match=r"^--chat_template \S+/x\.jinja: the chat template ignores add_generation"):
+        load_checkpoint(str(base), chat_template=str(tmp_path / "x.jinja"))
 
 
 def test_template_of_adapters_counts_if_it_is_another_one(tmp_path: Path) -> None:
