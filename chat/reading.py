@@ -101,6 +101,12 @@ def opening_of(family: Family, has_tools: bool, after_result: bool) -> str:
     return family.tool_form.opening_after_result if family.tool_form and has_tools and after_result else ""
 
 
+def ends_in_thinking(text: str, family: Family, opening: str = "") -> bool:
+    """Return whether a whole answer begins to think and does not end that."""
+    whole = (opening + text).lstrip()
+    return family.has_thinking and whole.startswith(THINK) and THINK_END not in whole
+
+
 def read_answer(text: str, family: Family, tools: Sequence[Tool] = (), opening: str = "") -> Turn:
     """Parse a whole answer; see :class:`AnswerReader`."""
     reader = AnswerReader(family, tools, opening)

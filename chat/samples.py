@@ -90,8 +90,13 @@ class SampleRules:
         return turns
 
     def lacks_thinking(self, turns: Sequence[Turn]) -> bool:
-        """Return whether answers are to be trained, all without the thinking that every answer has to begin with."""
+        """Return whether answers are to be trained, all without the thinking that every answer has to begin with.
+
+        Thinking of an answer with the weight 0 shows that the conversation has not lost it.
+        """
         if not self._chooses or not self.always_thinks or self.label_mask == "all":
+            return False
+        if any(turn.role == "assistant" and turn.weight == 0 and has_thinking(turn, self.family) for turn in turns):
             return False
         return bool(self._wanted(turns)) and not self._wanted(self.read(turns))
 

@@ -39,7 +39,7 @@ class AnswerFile:
         keys: of the prompts, see ``prompt_key``.
 
     Attributes:
-        count: answers in the file.
+        count: answers in the file; ``cut`` of them were ended by their length limit.
         failed: prompts without an answer that were recorded since the start.
 
     Raises:
@@ -52,7 +52,7 @@ class AnswerFile:
         self._offsets = array("q", [_ABSENT]) * (len(keys) * per_prompt)
         self._last = -1  # number of the answer on the last line
         self._is_sorted = True
-        self.count = self.failed = 0
+        self.count = self.cut = self.failed = 0
         self.errors_path = path.with_name(f"{path.name}.errors")
         self._run_path = path.with_name(f"{path.name}.run")
 
@@ -88,7 +88,7 @@ class AnswerFile:
         """
         index, choice = divmod(number, self._per_prompt)
         text = _encoded({"index": index, "choice": choice, **line})
-        self._note(number, _append(self._file, text, self._path))
+        self._note(number, _append(self._file, text, self._path), line)
 
     def add_error(self, number: int, where: object, reason: str) -> None:
         """Record that an answer could not be written, in the file of errors; that of an earlier start is replaced."""
@@ -150,18 +150,18 @@ class AnswerFile:
                     self._file.truncate(offset)
                     break
                 where = f"{self._path}:{line_number}"
-                number, key = self._parsed(line, where)
+                value, number, key = self._parsed(line, where)
                 if number in self:
                     raise DataError(where, "answers what an earlier line has answered", _FIX)
                 if key != self._keys[number // self._per_prompt]:
                     raise DataError(where, "answers another prompt than --data_path has at its index", _FIX)
-                self._note(number, offset)
+                self._note(number, offset, value)
                 offset += len(line)
 
-    def _parsed(self, line: bytes, where: str) -> tuple[int, int]:
-        """Return the number of an answer, and the key of its prompt."""
+    def _parsed(self, line: bytes, where: str) -> tuple[Record, int, int]:
+        """Return a line, the number of its answer, and the key of its prompt."""
         try:
-            value = json.loads(line)
+            value: Record = json.loads(line)
             index, choice, answer = value["index"], value["choice"], value["answer"]
             if not (type(index) is type(choice) is int and isinstance(answer, str)):
                 raise TypeError
@@ -171,12 +171,13 @@ class AnswerFile:
         if not (0 <= index < len(self._keys) and 0 <= choice < self._per_prompt):
             what = f"has index {index} and choice {choice} of {len(self._keys)} prompts with {self._per_prompt} answers"
             raise DataError(where, what, _FIX)
-        return index * self._per_prompt + choice, key
+        return value, index * self._per_prompt + choice, key
 
-    def _note(self, number: int, offset: int) -> None:
+    def _note(self, number: int, offset: int, line: Record) -> None:
         self._is_sorted = self._is_sorted and number > self._last
         self._offsets[number], self._last = offset, number
         self.count += 1
+        self.cut += line.get("finish_reason") == "length"
 
     # ------------------------------------------------------------------------------------------------------- sorting
 

@@ -17,7 +17,7 @@ from chat.turns import Turn
 from data_utils.files import data_files, read_records
 from data_utils.formats import FORMATS, Format, check_unambiguous, recognise
 from data_utils.formats.pairs import PAIRS
-from data_utils.formats.writing import write_messages
+from data_utils.formats.writing import THINKING_FIELD, write_messages
 from data_utils.json_stream import MAX_RECORD_BYTES, complete_lines
 from data_utils.location import Location
 from data_utils.other_files import check_encoding
@@ -34,6 +34,7 @@ class Prompts:
 
     Attributes:
         keys: of all prompts, in their order; see :func:`prompt_key`.
+        digest: of all that they contain, as a hexadecimal number.
 
     Raises:
         ConfigError: no such format.
@@ -45,14 +46,16 @@ class Prompts:
             raise ConfigError(f"--data_format {data_format} is unknown", f"Give one of {', '.join(['auto', *FORMATS])}")
         self._format = data_format
         self._files = data_files(path)
-        self.keys = self._checked()
+        self.keys, self.digest = self._checked()
 
-    def _checked(self) -> array[int]:
+    def _checked(self) -> tuple[array[int], str]:
         faults: list[DataError] = []
-        keys = array("Q")
+        keys, digest = array("Q"), hashlib.sha256()
         for item in self._parsed():
             if isinstance(item, Conversation):
-                keys.append(prompt_key(prompt_record(item)))
+                record = prompt_record(item)
+                keys.append(prompt_key(record))
+                digest.update(_json(record))
                 continue
             faults.append(item)
             if len(faults) == _SHOWN_FAULTS:
@@ -61,7 +64,7 @@ class Prompts:
             raise faults[0]
         if faults:
             raise DataError(str(self._files[0]), numbered(f"{len(faults)} faults, nothing is answered", faults))
-        return keys
+        return keys, digest.hexdigest()
 
     def __iter__(self) -> Iterator[Conversation]:
         """
@@ -182,6 +185,15 @@ def prompt_record(conversation: Conversation) -> Record:
 
 
 def prompt_key(record: Record) -> int:
-    """Return 64 bits that tell the record of a prompt from others."""
-    digest = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
-    return int.from_bytes(digest.digest()[:8], "little")
+    """Return 64 bits that tell the record of a prompt from others, without thinking, which a model may not read."""
+    if "messages" in record:
+        record = {**record, "messages": [_without_thinking(message) for message in record["messages"]]}
+    return int.from_bytes(hashlib.sha256(_json(record)).digest()[:8], "little")
+
+
+def _without_thinking(message: Record) -> Record:
+    return {name: value for name, value in message.items() if name != THINKING_FIELD}
+
+
+def _json(record: Record) -> bytes:
+    return json.dumps(record, sort_keys=True).encode()

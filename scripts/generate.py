@@ -4,8 +4,9 @@ The input is a data file of any format that finetune.py reads, with or without a
 file with a prompt per line. If a conversation ends with an answer, the model writes that answer anew. Plain texts are
 continued.
 
-Each line of the output is an answer, in the order of the input; with its prompt it is a record that finetune.py reads.
-Prompts that cannot be answered are listed in a file beside it, NAME.errors, and the exit code is 1. The same command
+Each line of the output is an answer, in the order of the input; with its prompt it is a record that finetune.py reads,
+and does not train where the limit of tokens has cut the answer off. Prompts that cannot be answered, and answers that
+are cut off within their thinking, are listed in a file beside it, NAME.errors, and the exit code is 1. The same command
 continues a run that was killed, and tries again what has no answer.
 """
 
@@ -17,6 +18,7 @@ import logging
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,8 +30,6 @@ from outputs import check_output_file, parse_output
 from serving.flags import add_model_flags, add_template_flags, check_template_options, template_options
 
 if TYPE_CHECKING:
-    from array import array
-
     from data_utils.answer_file import AnswerFile
     from data_utils.prompts import Prompts
     from data_utils.schema import Conversation, Record
@@ -112,19 +112,25 @@ def main(argv: Sequence[str]) -> None:
     if total > _MOST_ANSWERS:
         what = f"--n {args.n}: {len(prompts.keys)} prompts have {total} answers, more than {_MOST_ANSWERS}"
         raise ConfigError(what, "Lower it, or split --data_path")
-    with AnswerFile(args.output, _run_of(args, prompts.keys), prompts.keys, args.n) as file:
+    with AnswerFile(args.output, _run_of(args, prompts.digest), prompts.keys, args.n) as file:
         if not file.missing:
-            show(f"{args.output} is complete")
+            show(f"{args.output} is complete{_cut_answers(file)}")
             return
         try:
-            answer_all(prompts, file, args, sampling)
+            thoughts = answer_all(prompts, file, args, sampling)
         except (KeyboardInterrupt, Terminated) as error:
             raise type(error)(f"{file.count} of {total} answers are written; the same command goes on") from None
         file.finish()
     if file.failed:
         what = f"{args.output} has {file.count} of {total} answers, and {file.errors_path} why the others failed"
-        raise RunError(what, "The same command tries them again")
-    show(f"{args.output} has {file.count} of {total} answers")
+        fix = f"{thoughts:,} ended within their thinking: give a higher --max_new_tokens, and another --output"
+        raise RunError(what + _cut_answers(file), fix if thoughts else "The same command tries them again")
+    show(f"{args.output} has {file.count} of {total} answers{_cut_answers(file)}")
+
+
+def _cut_answers(file: AnswerFile) -> str:
+    """Return the end of a sentence about the answers of a file."""
+    return f'; {file.cut:,} of them are cut off ("finish_reason": "length"), and are not trained' if file.cut else ""
 
 
 def _sampling_of(args: argparse.Namespace) -> Sampling:
@@ -137,7 +143,7 @@ def _sampling_of(args: argparse.Namespace) -> Sampling:
         raise ConfigError(f"--{error}") from None
 
 
-def _run_of(args: argparse.Namespace, keys: array[int]) -> dict[str, Any]:
+def _run_of(args: argparse.Namespace, data_digest: str) -> dict[str, Any]:
     """Return what decides the answers of a run: flags, and the content of local models and of the data.
 
     Raises:
@@ -156,7 +162,7 @@ def _run_of(args: argparse.Namespace, keys: array[int]) -> dict[str, Any]:
         files = [path for name in (ADAPTER_CONFIG, BASE_QUANTIZATION, BASE_ROPE) if (path := adapter / name).is_file()]
         run["adapter.weights_sha256"] = fingerprint(adapter, ADAPTER_WEIGHTS)
         run["adapter.settings_sha256"] = _digest_of({path.name: path.read_bytes() for path in files})
-    return {**run, "data_sha256": hashlib.sha256(keys.tobytes()).hexdigest()}
+    return {**run, "data_sha256": data_digest}
 
 
 def _digest_of(files: Mapping[str, bytes]) -> str:
@@ -176,8 +182,12 @@ class Task(NamedTuple):
     error: Exception | None
 
 
-def answer_all(prompts: Prompts, file: AnswerFile, args: argparse.Namespace, sampling: Sampling) -> None:
-    """Write all answers that the file lacks, in their order."""
+class UnfinishedThoughtError(Exception):
+    """An answer that ended within its thinking."""
+
+
+def answer_all(prompts: Prompts, file: AnswerFile, args: argparse.Namespace, sampling: Sampling) -> int:
+    """Write all answers that the file lacks, in their order; return how many ended within their thinking."""
     from serving.engine import Engine
 
     adapters = {} if args.adapter is None else {"adapter": args.adapter}
@@ -188,17 +198,27 @@ def answer_all(prompts: Prompts, file: AnswerFile, args: argparse.Namespace, sam
         model_name="model",  # a folder named like the adapter is allowed
     ) as engine:  # fmt: skip
         check_template_options(engine, args)
-        _Loop(engine, file, args, sampling).run(_tasks(engine, prompts, file, args))
+        loop = _Loop(engine, file, args, sampling)
+        loop.run(_tasks(engine, prompts, file, args))
+    return loop.unfinished_thoughts
 
 
 def _tasks(engine: Engine, prompts: Prompts, file: AnswerFile, args: argparse.Namespace) -> Iterator[Task]:
     """Yield the answers that the file lacks."""
     options = template_options(args)
+    family = engine.family_of(options)
+    knows_thinking, has_lost_some = family.has_thinking and family.knows_thinking, False
     for index, conversation in enumerate(prompts):
         numbers = [number for number in range(index * args.n, (index + 1) * args.n) if number not in file]
         if not numbers:
             continue
         turns = conversation.turns
+        if not knows_thinking and any(turn.thinking for turn in turns):
+            if not has_lost_some:
+                what = "the chat format %r has no thinking that is known, so it is left out of prompts and output"
+                logger.warning(f"%s: {what}", conversation.where, family.name)
+            turns, has_lost_some = tuple(turn._replace(thinking=None) for turn in turns), True
+            conversation = replace(conversation, turns=turns)
         ids: tuple[int, ...] = ()
         error = None
         try:
@@ -212,13 +232,27 @@ def _tasks(engine: Engine, prompts: Prompts, file: AnswerFile, args: argparse.Na
             yield Task(number, conversation, ids, error)
 
 
+def _always_thinks(engine: Engine) -> bool:
+    """Return whether training needs thinking in every answer, because the model has no prompt without it."""
+    from chat.samples import SampleRules
+    from serving.formats import OptionError, TemplateOptions
+
+    try:
+        plain = engine.family_of(TemplateOptions(enable_thinking=False))
+    except OptionError:
+        plain = engine.family
+    return SampleRules(engine.family, plain).always_thinks
+
+
 class _Loop:
     """Submits tasks, some in advance, and writes their answers in the order of the tasks."""
 
     def __init__(self, engine: Engine, file: AnswerFile, args: argparse.Namespace, sampling: Sampling) -> None:
         self._engine, self._file, self._sampling = engine, file, sampling
-        self._n, self._seed = args.n, args.seed
+        self._n, self._seed, self._limit = args.n, args.seed, args.max_new_tokens
         self._family = engine.family_of(template_options(args))
+        self._always_thinks = _always_thinks(engine)
+        self.unfinished_thoughts = 0
         self._adapter = None if args.adapter is None else "adapter"
         self._window = _WINDOW * args.max_concurrency
 
@@ -247,8 +281,6 @@ class _Loop:
 
     def _ticket(self, task: Task) -> Ticket | Exception:
         """Return the ticket of a task, or why it cannot be answered."""
-        from dataclasses import replace
-
         from serving.requests import Request, RequestError
 
         if task.error is not None:
@@ -272,6 +304,7 @@ class _Loop:
             answer = ticket.answer()
             record = self._record(task.conversation, answer)
         except Exception as error:
+            self.unfinished_thoughts += isinstance(error, UnfinishedThoughtError)
             if self._file.failed < _SHOWN_ERRORS:
                 logger.warning("%s: no answer: %s", where, one_line(error))
             self._file.add_error(task.number, where, one_line(error))
@@ -281,25 +314,38 @@ class _Loop:
         self._file.add(task.number, {**record, **details})
 
     def _record(self, conversation: Conversation, answer: Answer) -> Record:
-        """Return a conversation with its answer as a record of the format messages, or a continued text."""
-        from dataclasses import replace
+        """Return a conversation with its answer as a record of the format messages, or a continued text.
 
-        from chat.reading import opening_of, read_answer
+        An answer that is cut off has the weight 0: training would teach the model to end there.
+
+        Raises:
+            UnfinishedThoughtError: it is all thinking.
+        """
+        from chat.reading import ends_in_thinking, opening_of, read_answer
         from chat.turns import Turn
         from data_utils.formats import FORMATS
         from data_utils.formats.writing import write_messages
         from errors import DataError
 
-        turns = conversation.turns
+        turns, is_cut = conversation.turns, answer.finish_reason != "stop"
         if conversation.is_text:
-            return {"text": turns[0].content + answer.text}
+            return {"text": turns[0].content + answer.text, **({"train": False} if is_cut else {})}
         opening = opening_of(self._family, bool(conversation.tools), turns[-1].role == "tool")
+        if ends_in_thinking(answer.text, self._family, opening):
+            limit = "--max_new_tokens" if answer.usage.completion_tokens >= self._limit else "the model's context"
+            raise UnfinishedThoughtError(
+                f"{limit} ended the answer within its thinking, after {answer.usage.completion_tokens} tokens"
+                if is_cut
+                else "the model ended its answer within its thinking"
+            )
         turn = read_answer(answer.text, self._family, conversation.tools, opening)
+        weight = 0.0 if is_cut or (self._always_thinks and not (turn.thinking or "").strip()) else None
+        turn = turn._replace(weight=weight)
         record = write_messages(replace(conversation, turns=(*turns, turn)), {})
         try:
             FORMATS["messages"].parse(record, conversation.where)
         except DataError:  # a call that no record can hold, such as one with a quotation mark in its name, stays text
-            turn = Turn("assistant", answer.text)
+            turn = Turn("assistant", answer.text, weight=weight)
             record = write_messages(replace(conversation, turns=(*turns, turn)), {})
         return record
 

@@ -10,6 +10,9 @@ from data_utils.formats.json_text import parse_json, without_nulls
 from data_utils.formats.turns import FUNCTION_CALL
 from data_utils.schema import Conversation, InvalidRecord, Record
 
+THINKING_FIELD = "reasoning_content"
+"""The field of an answer that its thinking is written to."""
+
 
 def write_conversations(conversation: Conversation, extra: Record) -> Record:
     """Return a record that ``parse_conversations`` parses to the same conversation, with one exception.
@@ -82,7 +85,7 @@ def _tools_field(conversation: Conversation) -> Record:
 
 
 def _thinking_fields(turn: Turn) -> Record:
-    return {} if turn.thinking is None else {"reasoning_content": turn.thinking}
+    return {} if turn.thinking is None else {THINKING_FIELD: turn.thinking}
 
 
 def _weight_fields(turn: Turn) -> Record:

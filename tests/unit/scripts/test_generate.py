@@ -17,16 +17,21 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file, save_file
 
+from chat.label_mask import IGNORE_INDEX
+from data_utils.encode import EncodeOptions, Encoder
 from data_utils.files import data_files, read_records
 from data_utils.formats import FORMATS
 from errors import ConfigError, DataError, RunError
+from loading.checkpoint import load_checkpoint
+from loading.prompt_modes import prompt_families
 from scripts import generate
 from serving.engine import Engine
-from serving.requests import Request, RequestError, Sampling
+from serving.requests import Answer, Request, RequestError, Sampling
 from serving.ticket import Ticket
 from tests import fork_server
 from tests.adapters import LINEAR, make_adapter
 from tests.commands import environment, limited_file_size, restored_log_handlers, run_here
+from tests.data import reader
 from tests.golden import REPO
 from tests.models import CONVERSATIONS, TINY, change_json, write_conversations, write_later_checkpoint
 from tests.serving import load_engine
@@ -59,7 +64,8 @@ def test_last_answer_is_written_anew_in_the_order_of_the_input(tmp_path: Path) -
             assert line["messages"][:-1] == messages
             sampling = Sampling(temperature=0.0, max_tokens=8)
             answer = engine.submit(Request(engine.render(messages), sampling)).answer()
-            assert line["messages"][-1] == {"role": "assistant", "content": answer.text}
+            cut = {"train": False} if answer.finish_reason == "length" else {}
+            assert line["messages"][-1] == {"role": "assistant", "content": answer.text, **cut}
             assert (line["answer"], line["finish_reason"]) == (answer.text, answer.finish_reason)
             assert line["usage"]["completion_tokens"] == answer.usage.completion_tokens
             FORMATS["messages"].parse(line, "here")  # what is written can be trained on
@@ -145,6 +151,60 @@ def test_call_that_no_record_can_hold_stays_text(tmp_path: Path, shared: Path, m
     assert "tool_calls" in lines[0]["messages"][-1] and [line["answer"] for line in lines] == calls
     for where, record in read_records(output):
         FORMATS["messages"].parse(record, where)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "template", "opening"),
+    [("qwen2", "qwen2_5", None), ("qwen3", "qwen3", "<think>\n"), ("qwen3", "qwen3_thinking_2507", "")],
+)
+def test_answers_of_a_model_are_data_for_it(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    model_type: str, template: str, opening: str | None,
+) -> None:  # fmt: skip
+    """Whole answers are trained, and those that are cut off or lack the thinking that the model needs are not."""
+    text = (shared / "families" / "templates" / f"{template}.jinja").read_text()
+    model = write_later_checkpoint(tmp_path / "model", model_type, text)
+    earlier = {"role": "assistant", "content": "Earlier", "reasoning_content": "Hm"}
+    messages = [{"role": "user", "content": "Hi"}, earlier, {"role": "user", "content": "Again"}]
+    data, output = write_lines(tmp_path / "q.jsonl", [{"messages": messages}]), tmp_path / "a.jsonl"
+    thought = "" if opening is None else f"{opening}A thought\n</think>\n\n"
+    answers = [(f"{thought}Whole", "stop"), (f"{thought}Cut", "length")]
+    answers.append(("\n</think>\n\nPlain" if opening == "" else "Plain", "stop"))
+    if opening is not None:
+        answers.append((f"{opening}Half a thought", "length"))
+    answer, given = Ticket.answer, iter(answers)
+
+    def written(ticket: Ticket) -> Answer:
+        text, reason = next(given)
+        return replace(answer(ticket), text=text, finish_reason=reason)
+
+    flags = (*GREEDY, "--n", str(len(answers)), "--model_name_or_path", str(model))
+    with monkeypatch.context() as patch:
+        patch.setattr(Ticket, "answer", written)
+        if opening is None:
+            run(data, output, *flags)
+            assert '1 of them are cut off ("finish_reason": "length"), and are not trained' in capsys.readouterr().out
+        else:
+            with pytest.raises(RunError, match=r"1 of them are cut off .*\. 1 ended within their thinking: give a"):
+                run(data, output, *flags)
+            [error] = lines_of(tmp_path / "a.jsonl.errors")
+            assert error["error"] == "--max_new_tokens ended the answer within its thinking, after 8 tokens"
+    lines = lines_of(output)
+    is_trained = [line["messages"][-1].get("train", True) for line in lines]
+    assert is_trained == [True, False, opening != ""]
+    assert ("reasoning_content" in lines[0]["messages"][1]) == (opening is not None)
+    checkpoint = load_checkpoint(str(model))
+    family, plain = prompt_families(checkpoint, "auto", {})
+    encoder = Encoder(checkpoint.tokenizer, family, EncodeOptions(thinking="auto", split_turns="auto"), plain)
+    trained = [
+        encoder.decode([label for label in kept.encoded.labels if label != IGNORE_INDEX])
+        for kept in reader(encoder, output).read()
+    ]
+    texts = "".join(trained)
+    assert ("Whole<|im_end|>" in texts, "Cut" in texts, "Plain<|im_end|>" in texts) == (True, False, opening != "")
+    if opening is None:  # the file is continued, though it lacks the thinking of its prompts
+        run(data, output, *flags)
+        assert "is complete; 1 of them are cut off" in capsys.readouterr().out
 
 
 def test_adapter_answers_and_belongs_to_the_run(tmp_path: Path) -> None:
