@@ -305,7 +305,8 @@ class Encoder:
         if options.truncation == "error":
             raise DataError(
                 conversation.where,
-                f"the conversation has more than --model_max_length {options.max_length} tokens",
+                f"the conversation has {'' if is_longest else 'at least '}{len(encoded.input_ids) + rest_length} "
+                f"tokens, more than --model_max_length {options.max_length}",
                 "Raise it, shorten the conversation, or choose another --truncation",
             )
         shortened = self._shorten(turns, tools, sample, messages, encoded)

@@ -201,8 +201,8 @@ def _nothing_left(set_name: str, report: DataReport) -> DataError:
         what = f"nothing is left to {purpose} on: --eval_split holds out every record"
         return DataError(names, what, "Give more records, or --eval_data_path")
     fix = (
-        "Raise --model_max_length, or shorten the conversations"
-        if any("--model_max_length" in reason for reason in counts)
+        f"{advice}. Or shorten the conversations"
+        if (advice := report.fitting_length())
         else "Give longer texts, or remove their weight"
         if noun == "texts"
         else "Put a user turn before each answer, and use a checkpoint whose prompt does not open a <think> block"

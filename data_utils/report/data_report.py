@@ -13,6 +13,9 @@ from data_utils.report.padding import padding_shares
 from data_utils.report.samples import Sample, visible_line
 from data_utils.report.source_report import SourceReport
 
+# Of the conversations: a length that keeps so many of them is named if most are too long.
+_NEARLY_ALL = 0.95
+
 
 @dataclass(frozen=True)
 class ReportSettings:
@@ -246,7 +249,8 @@ class DataReport:
             return [f"none of {total.in_file:,} records is left: --eval_split holds out, or #N and @xF leave out, all"]
         if not total.kept:
             reasons = "; ".join(f"{count:,} skipped, {reason}" for reason, count in total.skipped.counts.items())
-            return [f"none of {total.read:,} {total.noun} can be used{': ' + reasons if reasons else ''}"]
+            what = f"none of {total.read:,} {total.noun} can be used{': ' + reasons if reasons else ''}"
+            return [f"{what}. {advice}" if (advice := self.fitting_length()) else what]
         problems = []
         if not total.trained_tokens:
             problems.append(
@@ -254,9 +258,8 @@ class DataReport:
                 f"{visible_line(self.settings.label_mask)}, and the fields train, loss and weight of the turns"
             )
         if total.truncated.total == total.kept:
-            problems.append(
-                f"all {total.kept:,} samples were shortened. Raise --model_max_length {self.settings.model_max_length}"
-            )
+            advice = self.fitting_length() or f"Raise --model_max_length {self.settings.model_max_length}"
+            problems.append(f"all {total.kept:,} {total.noun} were shortened. {advice}")
         if total.answers and total.empty_answers.total == total.answers:
             problems.append(f"all {total.answers:,} answers are empty. Check which field of the data has the answers")
         if total.distinct == 1 and total.duplicates.total:
@@ -293,6 +296,22 @@ class DataReport:
                 )
         return lines
 
+    def fitting_length(self) -> str:
+        """Return a sentence on the ``--model_max_length`` that keeps all conversations; empty if none is too long.
+
+        If most are, it also has the one that keeps nearly all.
+        """
+        total, settings = self.total(), self.settings
+        longest, most = total.length_that_keeps(1), total.length_that_keeps(_NEARLY_ALL)
+        if not longest:
+            return ""
+        enough = min(longest, settings.positions or longest)
+        if enough <= settings.model_max_length:
+            return f"The longest has {longest} tokens, and the model allows {settings.positions}"
+        keeps = "keeps all of them" if enough == longest else "is the most that the model allows"
+        advice = f"--model_max_length {enough} {keeps}"
+        return f"{advice}, {most} keeps {_NEARLY_ALL:.0%}" if total.length_that_keeps(0.5) and most < enough else advice
+
     def _lost_thinking(self) -> list[str]:
         """Return a line if a model that can think would learn answers without it only."""
         total, settings = self.total(), self.settings
@@ -308,14 +327,11 @@ class DataReport:
 
     def _lost_tokens(self) -> list[str]:
         """Return a line about what ``--model_max_length`` costs, and the length that keeps more; none if all fits."""
-        total, settings = self.total(), self.settings
+        total = self.total()
         if not total.too_long:
             return []
-        enough = min(total.longest, settings.positions or total.longest)
-        keeps = "keeps all of them" if enough == total.longest else "is the most that the model allows"
-        advice = f". --model_max_length {enough} {keeps}" if enough > settings.model_max_length else ""
         return [
             f"{total.too_long:,} of {total.read:,} {total.noun} are longer than --model_max_length "
-            f"{settings.model_max_length}: {total.lost_tokens / (total.tokens + total.lost_tokens):.1%} of all tokens "
-            f"are left out{advice}"
+            f"{self.settings.model_max_length}: {total.lost_tokens / (total.tokens + total.lost_tokens):.1%} of all "
+            f"tokens are left out. {self.fitting_length()}"
         ]

@@ -28,7 +28,7 @@ _REASONS = ("skipped", "truncated", "duplicates", "empty_answers", "unfilled", "
 _SUMMED = (
     *("in_file", "read", "kept", "distinct", "answers", "answers_trained", "answers_with_thinking"),
     *("split", "split_samples", "repeated_tokens", "tokens", "trained_tokens", "trained_weight"),
-    *("tokens_by_role", "trained_by_role", "lengths", "trained_lengths", "too_long", "lost_tokens"),
+    *("tokens_by_role", "trained_by_role", "lengths", "trained_lengths", "full_lengths", "lost_tokens"),
     *_REASONS,
 )
 
@@ -58,8 +58,8 @@ class SourceReport:
             weights.
         lengths: number of samples of each length; ``trained_lengths``: of each number of trained tokens. A text that
             is cut has several samples, and so has a conversation with one for each answer.
-        too_long: conversations with more than the maximum number of ids, which are shortened or skipped;
-            ``lost_tokens``: the ids that this costs; ``longest``: the ids of the longest one.
+        full_lengths: number of conversations of each length beyond the maximum, which are shortened or skipped;
+            ``lost_tokens``: the ids that this costs.
     """
 
     name: str
@@ -81,9 +81,8 @@ class SourceReport:
     trained_by_role: Counter[str] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
     trained_lengths: Counter[int] = field(default_factory=Counter)
-    too_long: int = 0
+    full_lengths: Counter[int] = field(default_factory=Counter)
     lost_tokens: int = 0
-    longest: int = 0
     skipped: ReasonCounts = field(default_factory=ReasonCounts)
     truncated: ReasonCounts = field(default_factory=ReasonCounts)
     duplicates: ReasonCounts = field(default_factory=ReasonCounts)
@@ -107,13 +106,32 @@ class SourceReport:
         """Add the counts of what follows, of this source or of another."""
         for name in _SUMMED:
             setattr(self, name, iadd(getattr(self, name), getattr(other, name)))
-        self.longest = max(self.longest, other.longest)
         return self
 
     @property
     def samples(self) -> int:
         """Number of samples: of a conversation one, or one for each answer; of a plain text one for each piece."""
         return self.lengths.total()
+
+    @property
+    def too_long(self) -> int:
+        """Number of conversations with more than the maximum number of ids."""
+        return self.full_lengths.total()
+
+    def length_that_keeps(self, share: float) -> int:
+        """Return the least number of ids that, as the maximum, would keep a share of the conversations whole.
+
+        It is 0 if the present maximum does. Conversations that are skipped for other reasons do not count.
+        """
+        whole = self.kept - self.truncated.total
+        missing = math.ceil(share * (whole + self.too_long)) - whole
+        for length, count in sorted(self.full_lengths.items()):
+            if missing <= 0:
+                break
+            missing -= count
+            if missing <= 0:
+                return length
+        return 0
 
     @property
     def noun(self) -> str:
@@ -128,9 +146,8 @@ class SourceReport:
 
     def count_too_long(self, full_length: int, kept_length: int, copies: int = 1) -> None:
         """Count a conversation that is too long, beside ``skip`` or ``keep``: its ids, and how many remain."""
-        self.too_long += copies
+        self.full_lengths[full_length] += copies
         self.lost_tokens += (full_length - kept_length) * copies
-        self.longest = max(self.longest, full_length)
 
     def keep(
         self,

@@ -107,7 +107,7 @@ def test_set_without_examples_is_an_error(tmp_path: Path, tokenizer: QWenTokeniz
     path = write_lines(tmp_path / "chats.jsonl", SHORT, TWICE)
     message = (
         f"{path}: nothing is left to train on: 2 conversations read, 2 skipped, no answer fits within "
-        "--model_max_length 26. Raise --model_max_length, or shorten the conversations"
+        "--model_max_length 26. --model_max_length 43 keeps all of them. Or shorten the conversations"
     )
     with pytest.raises(DataError, match=f"^{re.escape(message)}$"):
         load(Encoder(tokenizer, QWEN_V1, EncodeOptions(max_length=26)), path)
@@ -193,7 +193,7 @@ def test_too_long_conversation_can_be_refused_or_dropped(tmp_path: Path, tokeniz
     refusing = Encoder(tokenizer, QWEN_V1, EncodeOptions(max_length=40, truncation="error"))
     with pytest.raises(DataError, match="2 faults") as caught:
         load(refusing, path)
-    assert f"{path}:3: the conversation has more than --model_max_length 40 tokens" in str(caught.value)
+    assert f"{path}:3: the conversation has 145 tokens, more than --model_max_length 40" in str(caught.value)
     assert load(refusing, path, skip_bad=True).report.total().skipped.locations == {
         "invalid record": [f"{path}:3", f"{path}:5"]
     }

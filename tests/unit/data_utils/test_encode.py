@@ -299,6 +299,6 @@ def test_too_long_conversation_can_be_dropped_or_refused(tokenizer: QWenTokenize
     assert encode(tokenizer, HI, HELLO, truncation="drop", max_length=27).turns_dropped == 0
     assert encode(tokenizer, HI, HELLO, truncation="drop", max_length=26) == EncodedConversation([], [], 3)
     assert encode(tokenizer, HI, HELLO, truncation="error", max_length=27).trained_tokens == 6
-    message = r"^chats\.jsonl:7: the conversation has more than --model_max_length 26 tokens\. Raise it, shorten"
+    message = r"^chats\.jsonl:7: the conversation has 27 tokens, more than --model_max_length 26\. Raise it, shorten"
     with pytest.raises(DataError, match=message):
         encode(tokenizer, HI, HELLO, truncation="error", max_length=26)

@@ -124,7 +124,7 @@ def test_a_sample_that_is_too_long_keeps_its_answer_or_is_left_out(fast: Subject
     assert kept["turns_left"][1].input_ids == alone[0].input_ids
     assert kept["turns_left"][1].spans == alone[0].spans
     assert kept["cut"][1].input_ids == second.input_ids[:most]
-    with pytest.raises(DataError, match=r"^here: the conversation has more than --model_max_length"):
+    with pytest.raises(DataError, match=rf"^here: the conversation has {most + 1} tokens, more than --model_max"):
         encoder_of(fast, "chatml-3.5", **split, max_length=most, truncation="error").encode(Conversation(FOUR, "here"))
 
 

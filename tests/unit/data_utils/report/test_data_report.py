@@ -152,9 +152,33 @@ def test_problem_all_samples_shortened() -> None:
     source = report.add_source("a")
     source.keep("a:1", exchange(1, 15), truncated="cut")
     source.keep("a:2", exchange(2, 14), truncated="too long", copies=3)
-    assert report.problems() == ["all 4 samples were shortened. Raise --model_max_length 16"]
+    assert report.problems() == ["all 4 conversations were shortened. Raise --model_max_length 16"]
     source.keep("a:3", exchange(3, 3))
     assert report.problems() == []
+
+
+def test_length_that_would_fit_is_named() -> None:
+    """The longest, and that of 95 % if most are too long; no length that the model does not allow."""
+    report = DataReport("train", ReportSettings(model_max_length=16))
+    source = report.add_source("a")
+    for number in range(1, 41):
+        source.skip(f"a:{number}", "no answer fits within --model_max_length 16")
+        source.count_too_long(10 * number + 10, 0)
+    what = "none of 40 conversations can be used: 40 skipped, no answer fits within --model_max_length 16"
+    both = "--model_max_length 410 keeps all of them, 390 keeps 95%"
+    assert report.problems() == [f"{what}. {both}"]
+    assert report.warnings()[0].endswith(f" are left out. {both}")
+    for positions, advice in {
+        400: "--model_max_length 400 is the most that the model allows, 390 keeps 95%",
+        100: "--model_max_length 100 is the most that the model allows",
+        16: "The longest has 410 tokens, and the model allows 16",
+    }.items():
+        report.settings = ReportSettings(model_max_length=16, positions=positions)
+        assert report.fitting_length() == advice
+    report.settings = ReportSettings(model_max_length=16)
+    for number in range(45):
+        source.keep(f"b:{number}", exchange(3, 3, first_id=number))
+    assert report.fitting_length() == "--model_max_length 410 keeps all of them", "most fit"
 
 
 def test_problem_all_answers_empty() -> None:
