@@ -274,7 +274,7 @@ class DataReader:
         decode, control_ids = self.encoder.decode, self.encoder.control_ids
         for kept in block.conversations():
             report = self.reports[kept.set_name]
-            if report.accepts_samples:
+            if report.accepts(str(kept.where)):
                 source = report.sources[kept.source].name
                 report.add_sample(build_sample(kept.where, source, kept.encoded, decode, control_ids))
 

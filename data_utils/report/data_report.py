@@ -93,12 +93,22 @@ class DataReport:
 
     @property
     def accepts_samples(self) -> bool:
-        return len(self.samples) < self.max_samples
+        """Whether there are fewer than ``max_samples`` to show, or several of one record, of which others take the place."""
+        return len({sample.where for sample in self.samples}) < self.max_samples
+
+    def accepts(self, where: str) -> bool:
+        """Return whether a sample of a record is to be shown."""
+        is_new = all(sample.where != where for sample in self.samples)
+        return self.accepts_samples and (is_new or len(self.samples) < self.max_samples)
 
     def add_sample(self, sample: Sample) -> None:
-        """Keep a sample to show, unless there are ``max_samples`` already."""
-        if self.accepts_samples:
-            self.samples.append(sample)
+        """Keep a sample to show, if it is accepted; the last that is not its record's first makes room for it."""
+        if not self.accepts(sample.where):
+            return
+        if len(self.samples) == self.max_samples:
+            places = [each.where for each in self.samples]
+            del self.samples[max(index for index, where in enumerate(places) if where in places[:index])]
+        self.samples.append(sample)
 
     def close(self) -> None:
         """Delete the temporary file of the duplicate index. Nothing can be counted afterwards."""

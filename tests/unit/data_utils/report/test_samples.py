@@ -6,6 +6,7 @@ import time
 from collections.abc import Sequence
 from types import SimpleNamespace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -44,12 +45,16 @@ def test_first_token_is_not_trained() -> None:
     )
 
 
-def test_report_keeps_the_first_samples() -> None:
-    report = DataReport("train", max_samples=2)
-    for line in (1, 2, 3):
-        assert report.accepts_samples == (line < 3)
+@pytest.mark.parametrize(
+    ("lines", "shown"), [((1, 2, 3, 4), (1, 2, 3)), ((1, 1, 1, 1, 2, 2, 3, 4), (1, 2, 3)), ((1, 1, 1, 1, 2), (1, 1, 2))]
+)
+def test_report_keeps_samples_of_the_first_records(lines: tuple[int, ...], shown: tuple[int, ...]) -> None:
+    """One of each record, and more only if there are too few records."""
+    report = DataReport("train", max_samples=3)
+    for line in lines:
         report.add_sample(sample_of(*CHAT, where=f"a.json:{line}"))
-    assert [sample.where for sample in report.samples] == ["a.json:1", "a.json:2"]
+    assert [sample.where for sample in report.samples] == [f"a.json:{line}" for line in shown]
+    assert report.accepts_samples == (len(set(shown)) < 3) and not report.accepts("a.json:1")
 
 
 def test_characters_of_several_tokens_are_not_split() -> None:
