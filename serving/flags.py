@@ -62,7 +62,7 @@ def check_template_options(engine: Engine, args: argparse.Namespace) -> Template
     try:
         engine.family_of(options)
     except OptionError as error:
-        flag = error.field.replace("enable_thinking", "thinking")
+        flag = error.name.replace("enable_thinking", "thinking")
         raise ConfigError(f"--{flag} {getattr(args, flag)}: {error.reason}", "Leave it out") from None
     return options
 

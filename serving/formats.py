@@ -31,12 +31,17 @@ class OptionError(RequestError):
     """An option that the checkpoint's template does not fulfil.
 
     Attributes:
+        name: of the option.
         reason: why.
     """
 
-    def __init__(self, name: str, value: bool | str, reason: str) -> None:
-        super().__init__(name, f"{shown(value)} is not possible: {reason}", "Leave it out")
-        self.reason = reason
+    def __init__(self, name: str, value: bool | str, reason: str, place: str | None = None) -> None:
+        super().__init__(place or name, f"{shown(value)} is not possible: {reason}", "Leave it out")
+        self.name, self._value, self.reason = name, value, reason
+
+    def at(self, place: str) -> OptionError:
+        """Return the error with the place of the option in a request."""
+        return OptionError(self.name, self._value, self.reason, place)
 
 
 class Formats:

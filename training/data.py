@@ -22,6 +22,7 @@ from data_utils.dataset import DataOptions, DataReader, report_settings
 from data_utils.encode import EncodeOptions, Encoder
 from data_utils.examples import ExampleSet
 from data_utils.prepared import Prepared, prepare_temporary
+from data_utils.report.counts import counted
 from data_utils.report.data_report import DataReport
 from data_utils.report.page import render_html
 from data_utils.report.terminal import render_report
@@ -95,8 +96,8 @@ def prepare_data(args: RunArguments, training_arguments: TrainingArguments, chec
     _log_unused_flags(args, [examples.report for examples in sets.values()])
     if "eval" in sets and training_arguments.eval_strategy == "no" and not training_arguments.eval_on_start:
         logger.warning(
-            "%d conversations are held out for evaluation, but the run never evaluates. Give --eval_strategy",
-            len(sets["eval"]),
+            "Evaluation data: %s, but the run never evaluates. Give --eval_strategy",
+            counted(len(sets["eval"]), "samples"),
         )
     return prepared
 

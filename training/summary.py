@@ -21,6 +21,7 @@ from checkpoints.names import DATA_REPORT_PAGE, LOSS_CURVE, RUN_ARGUMENTS, RUN_S
 from checkpoints.shards import fingerprint
 from console import pip_command, python_command
 from data_utils.examples import ExampleSet
+from data_utils.report.counts import counted
 from data_utils.report.data_report import DataReport, count_steps
 from loading.adapters import EmbeddingsPolicy
 from loading.checkpoint import Checkpoint
@@ -119,6 +120,7 @@ def describe_run(
         mode = f"LoRA on quantised weights ({quantization})"
     mode += f" ({method})" if (method := method_of(trainer.model, args)) else ""
     report = examples.report.total()
+    samples = f" in {report.samples:,} samples" if report.samples != report.kept else ""
     rows = [
         (
             "model",
@@ -127,11 +129,11 @@ def describe_run(
         ("mode", f"{mode}, {args.precision} on {training.device}"),
         ("embeddings", f"{policy.mode} ({policy.reason})" if policy else "trained with the rest"),
         ("trained", f"{trained:,} of {total:,} parameters ({trained / total:.2%})"),
-        ("data", f"{report.kept:,} of {report.read:,} {report.noun}, {report.tokens:,} tokens"),
+        ("data", f"{report.kept:,} of {report.read:,} {report.noun}{samples}, {report.tokens:,} tokens"),
         *_source_rows(examples.report),
         ("targets", f"{report.trained_tokens:,} tokens ({report.trained_tokens / report.tokens:.1%})"),
         *_packing_rows(trainer, args, batch),
-        ("steps", f"{steps:,} of {batch} {_items_of(trainer)} ({per_epoch:,} per epoch)"),
+        ("steps", f"{steps:,} of {counted(batch, _items_of(trainer))} ({per_epoch:,} per epoch)"),
         *_joined_rows(trainer),
         *_delta_net_rows(trainer),
         *([("expected", memory)] if memory else []),
@@ -157,7 +159,7 @@ def method_of(model: nn.Module | None, args: RunArguments) -> str:
 
 
 def _steps_of(trainer: QwenTrainer) -> tuple[int, int, int]:
-    """Return the conversations or packs of an optimizer step, the steps of an epoch, and those of the run."""
+    """Return the samples or packs of an optimizer step, the steps of an epoch, and those of the run."""
     flags, items = trainer.args, trainer.train_dataset
     accumulation = flags.gradient_accumulation_steps
     batch = flags.train_batch_size * accumulation * flags.world_size
@@ -167,7 +169,7 @@ def _steps_of(trainer: QwenTrainer) -> tuple[int, int, int]:
 
 def _items_of(trainer: QwenTrainer) -> str:
     packed = isinstance(trainer.train_dataset, PackedExamples)
-    return "packs" if packed else "conversations"
+    return "packs" if packed else "samples"
 
 
 def _packing_rows(trainer: QwenTrainer, args: RunArguments, batch: int) -> list[tuple[str, str]]:
@@ -226,10 +228,11 @@ def warn_of_few_steps(trainer: QwenTrainer) -> None:
             "model_max_length": getattr(trainer.train_dataset, "capacity", 1),
         }
         lower = " or ".join(f"--{name} {value}" for name, value in sizes.items() if value > 1)
+        change = f"Lower {lower}, or raise" if lower else "Raise"
         logger.warning(
-            "The run has only %d optimizer steps, of %d %s each, which teach little. %s --num_train_epochs %g; "
+            "The run has only %d optimizer steps, of %s each, which teach little. %s --num_train_epochs %g; "
             "docs/training.md has a recipe",
-            steps, batch, _items_of(trainer), f"Lower {lower}, or raise" if lower else "Raise", flags.num_train_epochs,
+            steps, counted(batch, _items_of(trainer)), change, flags.num_train_epochs,
         )  # fmt: skip
 
 

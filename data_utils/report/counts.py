@@ -26,7 +26,7 @@ _AFTER_PATH = re.compile(r"(:\d+)?( \(record \d+\))?( = .*)?$")
 
 @dataclass
 class ReasonCounts:
-    """Number of occurrences per reason, with the first 100 locations of each.
+    """Number of occurrences per reason, with the first 100 different locations of each.
 
     The first 50 reasons are counted separately, later ones together. Reasons and locations are single lines without
     control characters.
@@ -58,7 +58,8 @@ class ReasonCounts:
             reason = OTHER_REASONS
         self.counts[reason] += count
         recorded = self.locations.setdefault(reason, [])
-        recorded += list(locations)[: _RECORDED_LOCATIONS - len(recorded)]
+        if room := _RECORDED_LOCATIONS - len(recorded):
+            recorded += [where for where in locations if where not in recorded][:room]
 
     def first_locations(self, reason: str) -> str:
         """Return the first few locations of a reason, with a shared file name only once: ``a.jsonl:3, :7, :12``."""
@@ -68,6 +69,11 @@ class ReasonCounts:
         for separator in (", ", COPY_OF):
             first, rest = (text.replace(f"{separator}{path}:", f"{separator}:") for text in (first, rest))
         return first + rest + (", ..." if len(self.locations[reason]) > _LOGGED_LOCATIONS else "")
+
+
+def counted(count: int, nouns: str) -> str:
+    """Return a number with its noun, of which ``nouns`` is the plural: ``1 sample``, ``2 samples``."""
+    return f"{count:,} {nouns.removesuffix('s') if count == 1 else nouns}"
 
 
 class DuplicateIndex:

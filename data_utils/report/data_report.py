@@ -93,7 +93,7 @@ class DataReport:
 
     @property
     def accepts_samples(self) -> bool:
-        """Whether there are fewer than ``max_samples`` to show, or several of one record, of which others take the place."""
+        """Whether there are fewer than ``max_samples``, or several of a record, whose places samples of others take."""
         return len({sample.where for sample in self.samples}) < self.max_samples
 
     def accepts(self, where: str) -> bool:
@@ -293,9 +293,10 @@ class DataReport:
                 if source.in_file and not source.read
             ]
         if self.name == "train" and 0 < (count := self._count_items()) < self.items_per_step:
+            only = f"there {'is' if count == 1 else 'are'} only {count:,}"
             lines.append(
-                f"a step uses {self.items_per_step:,} {self._items}, but there are only {count:,}: "
-                f"an epoch is one step. Lower {self._step_flags()} for more steps"
+                f"a step uses {self.items_per_step:,} {self._items}, but {only}: an epoch is one step. Lower "
+                f"{self._step_flags()} for more steps"
             )
         if self.name == "train" and self.settings.drop_last:
             count, batch = self._count_items(), self.settings.batch_size * self.settings.world_size

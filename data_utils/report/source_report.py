@@ -16,7 +16,7 @@ from operator import iadd
 from typing import TYPE_CHECKING, Any
 
 from chat.turns import Turn
-from data_utils.report.counts import COPY_OF, OTHER_REASONS, DuplicateIndex, ReasonCounts
+from data_utils.report.counts import COPY_OF, OTHER_REASONS, DuplicateIndex, ReasonCounts, counted
 from data_utils.report.samples import Encoded, visible_line
 
 if TYPE_CHECKING:
@@ -298,7 +298,8 @@ class SourceReport:
         for reason, n in self.empty_answers.counts.items():
             findings.append((f"{n:,} of {self.answers:,} answers are empty", self.empty_answers, reason))
         for reason, n in self.duplicates.counts.items():
-            findings.append((f"{n:,} samples are exact copies of earlier ones", self.duplicates, reason))
+            copies = "is an exact copy of an earlier one" if n == 1 else "are exact copies of earlier ones"
+            findings.append((f"{counted(n, 'samples')} {copies}", self.duplicates, reason))
         return [
             f"{self.name}: {line}: {counts.first_locations(reason)}" if with_locations else f"{self.name}: {line}"
             for line, counts, reason in findings

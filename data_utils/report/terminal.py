@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from console import visible
+from data_utils.report.counts import counted
 from data_utils.report.data_report import DataReport
 from data_utils.report.padding import STRATEGIES
 from data_utils.report.samples import visible_line
@@ -94,8 +95,8 @@ def _sources(report: DataReport, total: SourceReport, paint: Painter, width: int
             pairs = ", ".join(f"{value} {head}".replace(" ", "\u00a0") for head, value in zip(heads, row, strict=True))
             lines += [line.replace("\u00a0", " ") for line in wrap(f"  {pairs}", width, "  ")]
     if more := total.samples - total.split_samples - (total.kept - total.split):
-        what = f"{total.kept:,} {total.noun} give {more:,} more samples: texts longer than --model_max_length are cut"
-        lines += wrap(what, width)
+        what = f"{counted(total.kept, total.noun)} and {counted(more, 'more samples')}"
+        lines += wrap(f"{what}: texts longer than --model_max_length are cut", width)
     return lines
 
 

@@ -128,6 +128,8 @@ def _render(service: Service, body: ChatRequest) -> tuple[dict[str, Check], _Pro
     tools = body.tools or tools_of_functions(body.functions or [])
     try:
         return build_call_checks(tools), _render_prompt(service, body, without_strict(tools))
+    except OptionError as error:
+        raise error.at(body.place_of(error.name)) from None
     except (ApiError, RequestError) as error:
         is_older = body.functions or body.function_call
         raise (in_older_form(api_error(error)) if is_older else error) from None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -14,6 +15,7 @@ from starlette.responses import Response
 
 from console import visible_lines
 from errors import ConfigError, one_line
+from serving.formats import TemplateOptions
 from serving.requests import ClosedError, QueueFullError, RequestError, UnknownModelError, shown
 
 _LOG = logging.getLogger(__name__)
@@ -22,6 +24,8 @@ _TYPES = {401: "authentication_error", 403: "permission_error", 404: "not_found_
 # Seconds after which a client may try again.
 _RETRY_AFTER = {429: "1", 503: "5"}
 _MOST_PARAM = 200  # characters
+# Arguments of the chat template beside the other fields of a body, as pydantic names them.
+_MISPLACED = [("body", field.name) for field in fields(TemplateOptions)]
 # What pydantic's types of errors say of a field.
 _WORDS = {"extra_forbidden": "is not supported by this server", "missing": "is required"}
 _NEEDED = {
@@ -143,6 +147,8 @@ def invalid_request(errors: Sequence[Mapping[str, Any]], body: Any) -> ApiError:
 def _fault(errors: Sequence[Mapping[str, Any]]) -> str:
     """Return what is wrong with a field that has these errors."""
     needed = [_NEEDED[error["type"]].format(**error.get("ctx", {})) for error in errors if error["type"] in _NEEDED]
+    if errors[0]["type"] == "extra_forbidden" and errors[0]["loc"] in _MISPLACED:
+        return "is an argument of the chat template: /v1/chat/completions takes it in chat_template_kwargs"
     if needed:
         return f"must be {' or '.join(dict.fromkeys(needed))}, not {shown(errors[0]['input'])}"
     return _WORDS.get(errors[0]["type"]) or str(errors[0]["msg"]).removeprefix("Value error, ")

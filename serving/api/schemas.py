@@ -155,6 +155,10 @@ class ChatRequest(SamplingFields):
         effort = given.reasoning_effort or self.reasoning_effort
         return TemplateOptions(given.enable_thinking, given.preserve_thinking, effort)
 
+    def place_of(self, option: str) -> str:
+        """Return the field that gives an argument of the chat template."""
+        return option if getattr(self.chat_template_kwargs, option) is None else f"chat_template_kwargs.{option}"
+
     @model_validator(mode="after")
     def check_fields(self) -> ChatRequest:
         both = {self.max_tokens, self.max_completion_tokens} - {None}

@@ -173,7 +173,7 @@ def test_run_from_any_folder(name: str, mode: dict[str, object], weights: str, d
     arguments = json.loads((tmp_path / output / "run_args.json").read_text(encoding="utf-8"))
     expected = COMMON | OVERRIDES | mode
     assert {key: arguments[key] for key in expected} == expected
-    assert f" of {32 if name in MANY else 16} conversations (" in result.stderr  # batch size x accumulation x processes
+    assert f" of {32 if name in MANY else 16} samples (" in result.stderr  # batch size x accumulation x processes
 
 
 @pytest.mark.parametrize(

@@ -70,7 +70,7 @@ def test_a_run_that_cannot_learn_is_told_at_its_start_and_end(
     _, learnt = train(tmp_path, "--use_lora", "--learning_rate", 1e-7, "--num_train_epochs", 6, "--keep_samples", 0)
     assert (learnt["samples"], learnt["reproduced"]) == (4, 0)
     start, end = capfd.readouterr().err.split(" INFO step 1/6: ")
-    assert "WARNING The run has only 6 optimizer steps, of 8 conversations each, which teach little." in start
+    assert "WARNING The run has only 6 optimizer steps, of 8 samples each, which teach little." in start
     assert "WARNING Nothing was learnt: the loss is " in end
 
 

@@ -139,7 +139,7 @@ def test_texts_are_packed_with_conversations_and_each_keeps_its_way(
         f"  {packing['packs']} packs of up to 80 tokens, {packing['fill']:.1%} filled (--packing auto: there" in start
     )
     assert "--per_device_train_batch_size 1: 80 tokens; about" in start
-    assert "of 1 packs (" in start and "optimizer steps, of 1 packs each" in start
+    assert "of 1 pack (" in start and "optimizer steps, of 1 pack each" in start
     assert summary["steps"] == packing["packs"] == receipt["train"]["steps"]
     samples = receipt["train"]["samples"]
     assert summary["trained_samples"] == samples == read_log(tmp_path / "out")[-1]["samples"] > receipt["train"]["kept"]

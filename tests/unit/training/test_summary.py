@@ -215,7 +215,7 @@ def test_start_up_block(tmp_path: Path, data: Path, capfd: pytest.CaptureFixture
         "trained": "122,880 of 205,152 parameters (59.90%)",
         "data": f"10 of 10 conversations, {figures['tokens']:,} tokens",
         "targets": f"{figures['trained_tokens']:,} tokens ({figures['trained_tokens'] / figures['tokens']:.1%})",
-        "steps": "6 of 4 conversations (3 per epoch)",
+        "steps": "6 of 4 samples (3 per epoch)",
         "rows": "2 micro-batches of a step are joined to about 1.2 rows of up to 2,472 tokens",
         "output": str(tmp_path / "out"),
     }

@@ -398,7 +398,7 @@ def test_sequential_mixing_trains_one_source_after_the_other(data: Path, tmp_pat
 
 
 def test_unused_evaluation_data_is_warned_about(data: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    message = "2 conversations are held out for evaluation, but the run never evaluates. Give --eval_strategy"
+    message = "Evaluation data: 2 samples, but the run never evaluates. Give --eval_strategy"
     build_trainer(data, tmp_path, "--eval_split", 0.25)
     assert message in caplog.messages
     caplog.clear()

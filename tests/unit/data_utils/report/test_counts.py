@@ -72,6 +72,16 @@ def test_duplicates_are_found_across_the_sources_of_a_set() -> None:
     assert other.duplicates.total == 0
 
 
+def test_record_of_several_copies_is_named_once() -> None:
+    for count, what in ((1, "1 sample is an exact copy of an earlier one"), (3, "3 samples are exact copies of")):
+        source = SourceReport("a")
+        for where in ("a:1", "a:2"):
+            for number in range(count):  # one for each answer of a conversation
+                source.keep(where, exchange(2, 3, first_id=number), is_first=number == 0)
+        [line] = source.warnings()
+        assert line.startswith(f"a: {what}") and line.endswith(": a:2 = :1")
+
+
 def test_duplicates_among_many_samples() -> None:
     source = SourceReport("a")
     numbers = [random.Random(0).randrange(1000) for _ in range(2)] + [index % 3000 for index in range(5000)]
