@@ -24,6 +24,7 @@ from chat.families import ANSWER_STYLES, STRICT_STYLES, Family
 from chat.limited import LimitExceeded, run_limited
 from chat.own_template import MOST_TEXT, OwnTemplate, examine_template
 from chat.render import render, render_prompt, text_of
+from chat.template_arguments import reads_argument, template_text
 from chat.tools_hermes import HERMES_FORMS
 from chat.tools_xml import XML_FORMS
 from chat.turns import Tool, ToolCall, Turn
@@ -130,13 +131,12 @@ def _template_file(folder: str) -> Path:
 
 
 def _own_template(tokenizer: Any, template_kwargs: dict[str, Any]) -> OwnTemplate:
-    template: Any = tokenizer.chat_template
-    source = template["default"] if isinstance(template, dict) else template
+    source = template_text(tokenizer)
     # Without those that it does not read: formats with and without them are then equal.
-    known = {name: value for name, value in template_kwargs.items() if name in source}
+    known = {name: value for name, value in template_kwargs.items() if reads_argument(source, name)}
     arguments = json.dumps({**tokenizer.special_tokens_map, **known}, sort_keys=True, default=str)
     special = [str(token) for token in tokenizer.added_tokens_decoder.values() if token.special]
-    return OwnTemplate(str(source), arguments, tuple(sorted({*special, *map(str, tokenizer.all_special_tokens)})))
+    return OwnTemplate(source, arguments, tuple(sorted({*special, *map(str, tokenizer.all_special_tokens)})))
 
 
 def match_template(apply: ApplyTemplate) -> Family | None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from chat.chatml import END_OF_TEXT, IM_END, IM_START
 from chat.families import THINK, THINK_END, Family
+from chat.template_arguments import reads_argument
 from chat.tools_hermes import Hermes, describe_tools
 from errors import ConfigError
 from outputs import staged_file
@@ -86,7 +87,7 @@ def modelfile(family: Family, chat_template: object, generation_config: Any, ggu
     Raises:
         ConfigError: a system message that a Modelfile cannot contain.
     """
-    template = go_template(family, has_switch="enable_thinking" in str(chat_template))
+    template = go_template(family, has_switch=reads_argument(str(chat_template), "enable_thinking"))
     lines = [f"FROM ./{gguf}", f'TEMPLATE """{template}"""']
     if system := family.default_system:
         if '"""' in system or system.endswith('"'):

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from chat.detect import TemplateFailure
 from chat.families import Family
 from chat.samples import Thinking, opens_thinking
+from chat.template_arguments import reads_argument, refused_argument, template_text
 from errors import ConfigError
 from loading.chat_family import chat_family
 from loading.checkpoint import Checkpoint
@@ -29,12 +29,13 @@ def prompt_families(
     Raises:
         ConfigError: an argument that the template does not have or refuses, or a kind of prompts that it does not have.
     """
+    template = template_text(checkpoint.tokenizer)
     for name in arguments:
-        if not _mentions(checkpoint, name):
+        if not reads_argument(template, name):
             raise ConfigError(
                 f"{_shown(arguments, name)}: the checkpoint's chat template has no {name}", "Leave it out"
             )
-    if thinking is None or not _mentions(checkpoint, _SWITCH):
+    if thinking is None or not reads_argument(template, _SWITCH):
         family = _family(checkpoint, arguments) if arguments else checkpoint.family
         families = family, family
     elif thinking in ("on", "off"):
@@ -54,12 +55,6 @@ def _check_mode(family: Family, thinking: Thinking | None) -> None:
         raise ConfigError(what, "Leave it out, or take a checkpoint that also answers without")
 
 
-def _mentions(checkpoint: Checkpoint, name: str) -> bool:
-    """Return whether the chat template has a name; what it does not mention changes no text."""
-    template = getattr(checkpoint.tokenizer, "chat_template", None)
-    return re.search(rf"(?<!\w){re.escape(name)}(?!\w)", str(template or "")) is not None
-
-
 def _family(checkpoint: Checkpoint, arguments: Mapping[str, Any], thinks: bool | None = None) -> Family:
     switched = arguments if thinks is None else {**arguments, _SWITCH: thinks}
     try:
@@ -67,7 +62,7 @@ def _family(checkpoint: Checkpoint, arguments: Mapping[str, Any], thinks: bool |
     except TemplateFailure as error:
         if not arguments:
             raise
-        name = list(arguments)[-1]  # a text, of which templates know some; truth values fail in none
+        name = refused_argument(arguments)
         what = f"{_shown(arguments, name)}: the checkpoint's chat template {error.reason}"
         raise ConfigError(what, "Give a value that it knows, or leave it out") from None
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from chat.families import Family
 from chat.render import control_ids_of, plain_encoder
+from chat.template_arguments import template_text
 from chat.turns import Tool, Turn
 from errors import ConfigError, RunError
 from serving.formats import Formats, TemplateOptions
@@ -131,9 +132,9 @@ class Engine:
         config = model.config
         self.model_name = model_name or Path(checkpoint.name).name or checkpoint.name
         self.family, self.tokenizer = checkpoint.family, checkpoint.tokenizer
-        template = str(getattr(self.tokenizer, "chat_template", None) or "")
         detect = partial(chat_family, checkpoint.model_type, self.tokenizer)
-        self._formats = Formats(self.family, detect, "" if checkpoint.model_type == "qwen" else template)
+        template = "" if checkpoint.model_type == "qwen" else template_text(self.tokenizer)
+        self._formats = Formats(self.family, detect, template)
         positions = int(config.max_position_embeddings)
         self.context_length = context_length or positions
         if self.context_length > positions:

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from chat.detect import TemplateFailure
 from chat.families import EMPTY_THOUGHT, Family
+from chat.template_arguments import reads_argument, refused_argument
 from errors import ConfigError
 from serving.requests import RequestError, shown
 
@@ -65,11 +66,10 @@ class Formats:
             OptionError: the checkpoint's template has no such format.
         """
         given = {name: value for name, value in asdict(options).items() if value is not None}
-        known = {name: value for name, value in given.items() if name in self._template}
+        known = {name: value for name, value in given.items() if reads_argument(self._template, name)}
         found = self._with(known) if known else self._default
         if isinstance(found, str):
-            # The last one is a text, of which templates know some; truth values fail in none.
-            name = list(known)[-1]
+            name = refused_argument(known)
             raise OptionError(name, known[name], found)
         for name, value in given.items():
             if fault := _fault(name, value, found, name in known):
