@@ -445,7 +445,5 @@ def test_unlisted_members_are_found() -> None:
 
     lines = list(unlisted_in_class(Careless, "x.py"))
     assert [line.rpartition(".")[2] for line in lines] == ["_save_rng_state", "_signature_columns"]
-    source = (
-        "from torch import _C\nscheduler._last_lr\nself._own = self._other\ngetattr(bar, '_instances')\nturn._replace()"
-    )
+    source = "from torch import _C\nrate._last_lr\nself._own = self._other\ngetattr(bar, '_instances')\nturn._replace()"
     assert sorted(foreign_private_names(ast.parse(source))) == ["_C", "_instances", "_last_lr", "_other"]
