@@ -2,7 +2,8 @@
 
 ``use_fast_blocks`` gives these modules another class in memory: a subclass of their own, whose ``forward`` calls the
 functions of ``adapted_linear.py``, ``fused_ops.py`` and ``summed_gradients.py``. Modules, parameters and calls stay, so
-hooks, gradient checkpointing, adapters and copies work as before, and what is saved does not contain it.
+hooks, gradient checkpointing, adapters and copies work as before, and what is saved does not contain it. Each class is
+written out, not made by a function, because a pickled model finds its classes by their names.
 
 Shapes: B batch, T tokens, C hidden size, H heads, D head size.
 """
