@@ -24,12 +24,18 @@ class TaggedCalls:
     Args:
         parse: returns the events of the text between the tags of a call; nothing if it is malformed.
         is_cut: whether such a text ends within a value, so that the end tag is part of that value.
+        separator: line ends between content and the first call; fewer of them are none of the content's either.
     """
 
     def __init__(
-        self, parse: Callable[[str], list[Event]] | None = None, is_cut: Callable[[str], bool] | None = None
+        self,
+        parse: Callable[[str], list[Event]] | None = None,
+        is_cut: Callable[[str], bool] | None = None,
+        separator: str = "\n",
     ) -> None:
         self._parse, self._is_cut = parse or _call_events, is_cut or _ends_in_string
+        self._most_line_ends = len(separator)
+        self._openings = [separator[start:] + _OPEN for start in range(len(separator) + 1)]
         self._held = ""
         self._gap: str | None = None  # what preceded the tag of the call that is being read; None outside calls
         self._searched = 0  # characters of a call in which its end is not
@@ -53,7 +59,8 @@ class TaggedCalls:
         before, tag, after = self._held.partition(_OPEN)
         if not tag:
             return None
-        text = "" if not self._has_content and not before.strip() else before.removesuffix("\n")
+        line_ends = min(len(before) - len(before.rstrip("\n")), self._most_line_ends)
+        text = "" if not self._has_content and not before.strip() else before[: len(before) - line_ends]
         self._gap, self._held, self._searched = before[len(text) :], after, 0
         return _content(text)
 
@@ -78,7 +85,7 @@ class TaggedCalls:
         """Return the content that cannot belong to a call."""
         if self._gap is not None:
             return []
-        kept = max(partial_length(self._held, tag) for tag in (_OPEN, f"\n{_OPEN}"))
+        kept = max(partial_length(self._held, opening) for opening in self._openings)
         text = self._held[: len(self._held) - kept]
         if not self._has_content and not text.strip():
             return []

@@ -30,14 +30,15 @@ _CLASSES: Mapping[str, tuple[type, ...]] = {
 }
 
 
-def tagged_parameters(tools: Sequence[Tool]) -> TaggedCalls:
+def tagged_parameters(tools: Sequence[Tool], separator: str) -> TaggedCalls:
     """Return a parser of content and calls.
 
     Args:
         tools: functions that may be called, for the types of their parameters.
+        separator: line ends between content and the first call.
     """
     declared = {name: types for name, types in map(_declared, tools) if name}
-    return TaggedCalls(_parser(declared), _is_cut)
+    return TaggedCalls(_parser(declared), _is_cut, separator)
 
 
 def _parser(declared: Mapping[str, Mapping[str, list[str]]]) -> Callable[[str], list[Event]]:

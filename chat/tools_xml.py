@@ -128,7 +128,7 @@ class XmlCalls:
 
     def reader(self, opening: str, tools: Sequence[Tool] = ()) -> EventReader:
         """Return a parser of an answer that may end with calls."""
-        return tagged_parameters(tools)
+        return tagged_parameters(tools, self.separator)
 
 
 XML_FORMS = (XmlCalls(writes_python=True), XmlCalls())  # Qwen3.5; Qwen3.6 and Qwen3.8

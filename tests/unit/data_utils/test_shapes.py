@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,6 +13,7 @@ from chat.render import check_turns
 from chat.samples import Sample
 from chat.turns import ToolCall, Turn
 from data_utils.encode import EncodeOptions, Encoder
+from data_utils.schema import Conversation
 from data_utils.shapes import has_shape
 from qwen_model.tokenization_qwen import QWenTokenizer
 from tests.chats import PROFILE
@@ -33,7 +36,10 @@ def tokenizer() -> QWenTokenizer:
     return QWenTokenizer.from_pretrained(TINY)
 
 
-@pytest.mark.parametrize("family", [QWEN_V1, *ANSWER_STYLES, *STRICT_STYLES], ids=lambda family: family.name)
+EFFORT = replace(STRICT_STYLES[-1], instructions="Think briefly.")
+
+
+@pytest.mark.parametrize("family", [QWEN_V1, *ANSWER_STYLES, *STRICT_STYLES, EFFORT], ids=lambda family: family.name)
 @PROFILE
 @given(
     turns=st.lists(TURNS, min_size=1, max_size=5).map(tuple), mask=st.sampled_from(["assistant", "qwen", "last", "all"])
@@ -62,6 +68,17 @@ def test_texts_that_decide_how_they_are_written_have_no_shape() -> None:
         assert has_shape([Turn("assistant", text)], QWEN_V1)
     for turn in (Turn("tool", "x"), Turn("assistant", "", (ToolCall("f", {}),)), Turn("assistant", "a", thinking="b")):
         assert not has_shape([turn], QWEN_V1)
+
+
+def test_a_blank_system_message_has_no_shape_where_none_is_written(tokenizer: QWenTokenizer) -> None:
+    """Qwen3.8 leaves it out; behind a reasoning effort there are no line ends for it."""
+    turns = (Turn("system", ""), Turn("user", "a"), Turn("assistant", "b"))
+    for family in (STRICT_STYLES[-1], EFFORT):
+        assert not has_shape(turns, family) and has_shape(turns[1:], family)
+        encoder = Encoder(tokenizer, family, EncodeOptions())
+        without = encoder.encode_conversation(Conversation(turns[1:], "here"))
+        assert encoder.encode_conversation(Conversation(turns, "here")).input_ids == without.input_ids
+    assert has_shape(turns, STRICT_STYLES[0])
 
 
 def test_long_conversations_and_rare_weights_have_no_shape() -> None:
