@@ -20,9 +20,10 @@ from transformers import AddedToken, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from chat.chatml import DEFAULT_SYSTEM
-from chat.families import ANSWER_STYLES, QWEN_V1, Family
+from chat.families import ANSWER_STYLES, QWEN_V1, STRICT_STYLES, Family
 from chat.label_mask import LabelMask
 from chat.tools_hermes import HERMES_FORMS
+from chat.tools_xml import XML_FORMS
 from chat.turns import ToolCall, Turn
 from data_utils.encode import EncodeOptions, Encoder
 from data_utils.schema import Conversation
@@ -53,6 +54,7 @@ _BY_WORDS = re.compile(f"({'|'.join(map(re.escape, LATER_WORDS))})")
 LATER_FAMILIES = (
     *(replace(style, tool_form=form) for style in ANSWER_STYLES for form in (HERMES_FORMS[0], HERMES_FORMS[2])),
     replace(ANSWER_STYLES[0], default_system=DEFAULT_SYSTEM),
+    *(replace(style, tool_form=form) for style, form in zip(STRICT_STYLES, XML_FORMS * 4, strict=True)),
 )
 FAMILIES: tuple[Family, ...] = (QWEN_V1, *LATER_FAMILIES)
 
@@ -108,7 +110,7 @@ def _whole(text: str) -> str:
     return re.sub("[\ud800-\udfff]", "\ufffd", re.sub("[\ud800-\udbff][\udc00-\udfff]", joined, text))
 
 
-def _fast_tokenizer(ranks: Path) -> PreTrainedTokenizerFast:
+def later_tokenizer(ranks: Path) -> PreTrainedTokenizerFast:
     """Return a tokenizer of the later families' class with the small vocabulary."""
     converted = TikTokenConverter(str(ranks), pattern=SPLIT_PATTERN).converted()
     converted.normalizer = normalizers.NFC()
@@ -126,7 +128,7 @@ def load_subject(name: str, golden: Path, saved: Path) -> Subject:
         golden: folder of the golden set with the vocabulary.
     """
     if name == "fast":
-        fast = _fast_tokenizer(golden / "tiny-qwen-small" / "qwen.tiktoken")
+        fast = later_tokenizer(golden / "tiny-qwen-small" / "qwen.tiktoken")
         fast.save_pretrained(saved)
         return Subject(name, fast, LATER_SPECIALS, saved)
     folder = golden / ("tiny-qwen" if name == "real" else "tiny-qwen-small")
@@ -178,16 +180,22 @@ def texts(subject: Subject) -> st.SearchStrategy[str]:
 
 @st.composite
 def answers(draw: st.DrawFn, subject: Subject, family: Family, calls: Sequence[ToolCall] = ()) -> Turn:
-    thoughts = st.none() | texts(subject) if family.thinking == "block" else st.none()
+    thoughts = st.none() | texts(subject) if family.has_thinking_field else st.none()
     return Turn("assistant", draw(texts(subject)), tuple(calls), thinking=draw(thoughts))
+
+
+def questions(subject: Subject, family: Family) -> st.SearchStrategy[str]:
+    """Draw texts of users; a strict format needs a question, which the result of a call is not."""
+    return texts(subject).map("Q{}".format) if family.is_strict else texts(subject)
 
 
 @st.composite
 def plain_chats(draw: st.DrawFn, subject: Subject, family: Family, weights: Any = WEIGHTS) -> Conversation:
     """Draw system, user and assistant turns in any order."""
     turns = [Turn("system", draw(texts(subject)))] if draw(st.booleans()) else []
-    for role in draw(st.lists(st.sampled_from(["user", "assistant"]), min_size=1, max_size=6)):
-        turns.append(Turn(role, draw(texts(subject))) if role == "user" else draw(answers(subject, family)))
+    roles = draw(st.lists(st.sampled_from(["user", "assistant"]), min_size=1, max_size=6))
+    for role in ["user", *roles] if family.is_strict else roles:
+        turns.append(Turn(role, draw(questions(subject, family))) if role == "user" else draw(answers(subject, family)))
     return Conversation(tuple(turn._replace(weight=draw(weights)) for turn in turns), "here")
 
 
@@ -197,16 +205,17 @@ def tool_chats(draw: st.DrawFn, subject: Subject, family: Family) -> Conversatio
     text = texts(subject)
     names = text.filter(bool)
     tool = st.fixed_dictionaries({"name": names, "description": text}, optional={"parameters": JSON_VALUES})
-    call = st.builds(ToolCall, names, JSON_VALUES | text)
+    objects = st.dictionaries(names, JSON_VALUES | text, max_size=2)  # all that a strict format can write
+    call = st.builds(ToolCall, names, objects if family.is_strict else JSON_VALUES | text)
     turns = [Turn("system", draw(text))] if draw(st.booleans()) else []
     for _ in range(draw(st.integers(1, 3))):
-        turns.append(Turn("user", draw(text)))
+        turns.append(Turn("user", draw(questions(subject, family))))
         for calls in draw(st.lists(st.lists(call, min_size=1, max_size=2), max_size=2)):
             turns.append(draw(answers(subject, family, calls)))
             turns += [Turn("tool", draw(text)) for _ in calls]
         turns.append(draw(answers(subject, family)))
     if draw(st.booleans()):
-        turns += [Turn("user", draw(text)), draw(answers(subject, family, [draw(call)]))]
+        turns += [Turn("user", draw(questions(subject, family))), draw(answers(subject, family, [draw(call)]))]
     return Conversation(tuple(turns), "here", tuple(draw(st.lists(tool, min_size=1, max_size=2))))
 
 

@@ -79,6 +79,7 @@ class Checkpoint:
 
     name: str
     facts: dict[str, Any]
+    chat_template: str
     family: Family
     tokenizer: PreTrainedTokenizerFast
     rows: list[Row]
@@ -93,11 +94,9 @@ class Checkpoint:
 
     def template(self, messages: Sequence[dict[str, Any]], tools: Sequence[Tool] = (), prompt: bool = False) -> str:
         """Return the text of the official template."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                list(messages), tools=list(tools) or None, tokenize=False, add_generation_prompt=prompt, **self.mode
-            )
-        )
+        options: dict[str, Any] = {"add_generation_prompt": prompt, "chat_template": self.chat_template, **self.mode}
+        options["tools"] = list(tools) or None
+        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, **options))
 
 
 @cache
@@ -143,7 +142,7 @@ def load_family(shared: Path, name: str, mode: Row | None = None) -> Checkpoint:
         for row in (recorded, *_other_prompts(recorded))
         if repr(_mode_of(row, template)) == repr(mode)
     ]
-    return Checkpoint(name, facts, family_of(tokenizer, **mode), tokenizer, rows, cases, mode)
+    return Checkpoint(name, facts, template, family_of(tokenizer, **mode), tokenizer, rows, cases, mode)
 
 
 def _mode_of(row: Row, template: str) -> Row:

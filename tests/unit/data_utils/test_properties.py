@@ -22,6 +22,7 @@ from data_utils.schema import Conversation
 from errors import DataError
 from tests.chats import END, FAMILIES, NO_WEIGHTS, PROFILE, START, Subject, chats, plain_chats, tool_chats
 from tests.encoding import trained_of, trained_runs, weights_of
+from tests.families import STRICT, Checkpoint, load_family, messages_of
 from tests.golden import run_python
 
 MASKS: tuple[LabelMask, ...] = ("assistant", "qwen", "last", "all")
@@ -48,6 +49,31 @@ def test_ids_decode_to_the_text_and_labels_are_ids(subject: Subject, data: st.Da
     for id_, label, weight in zip(encoded.input_ids, encoded.labels, weights, strict=True):
         assert label == (id_ if weight > 0 else -100)
     assert encoded.trained_tokens == sum(label != -100 for label in encoded.labels[1:])
+
+
+@pytest.fixture(scope="module")
+def strict_checkpoints(shared: Path) -> list[Checkpoint]:
+    modes: list[tuple[str, dict[str, Any]]] = [(name, {}) for name in STRICT]
+    modes += [("qwen3_6", {"preserve_thinking": True}), ("qwen3_8", {"enable_thinking": False})]
+    return [load_family(shared, name, mode) for name, mode in modes]
+
+
+@pytest.mark.parametrize("subject", ["fast"], indirect=True)
+@PROFILE
+@given(st.data())
+def test_ids_of_strict_formats_decode_to_the_official_template_s_text(
+    subject: Subject, strict_checkpoints: list[Checkpoint], data: st.DataObject
+) -> None:
+    """Texts are trimmed and tools described as there, and only the frames of messages are control tokens."""
+    checkpoint = data.draw(st.sampled_from(strict_checkpoints))
+    family = checkpoint.family
+    conversation = data.draw(tool_chats(subject, family) | plain_chats(subject, family))
+    encoded = subject.encoder(family).encode_conversation(conversation)
+    text = checkpoint.template(messages_of(conversation.turns), conversation.tools)
+    assert subject.decode(encoded.input_ids) == subject.read(text)
+    start, end, *others = subject.tokenizer.convert_tokens_to_ids([START, END.strip(), *subject.specials])
+    messages = len(render(conversation.turns, family, tools=conversation.tools))
+    assert [id_ for id_ in encoded.input_ids if id_ in (start, end, *others)] == [start, end] * messages
 
 
 @V1
