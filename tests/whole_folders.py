@@ -16,7 +16,7 @@ from tests.models import write_later_checkpoint
 TEXT_SIZES: dict[str, Any] = {
     "vocab_size": 768, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
     "num_key_value_heads": 2, "head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "max_position_embeddings": 512, "initializer_range": 0.1,
+    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "max_position_embeddings": 1024, "initializer_range": 0.1,
     "rope_parameters": {
         "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.5, "mrope_interleaved": True,
         "mrope_section": [1, 1, 0],

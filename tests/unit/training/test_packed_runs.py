@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from data_utils.report.data_report import count_steps
 from errors import RunError
 from tests.commands import finetune_here, read_json, read_log
-from tests.models import CONVERSATIONS, TINY
+from tests.models import CONVERSATIONS, TINY, write_later_checkpoint
 from tests.unit.training.test_trainer import build_trainer, logs_of
 from training.config.parsing import parse_args
 from training.data import preview_data
@@ -61,12 +61,22 @@ class Gradients(TrainerCallback):
         self.values = {name: tensor.grad.clone() for name, tensor in model.named_parameters()}
 
 
-def test_a_packed_epoch_is_the_step_of_an_unpacked_one(data: Path, tmp_path: Path) -> None:
-    """One optimizer step of an epoch: loss, counts, gradients and the evaluation are the same."""
+@pytest.mark.parametrize(("model_type", "samples"), [("qwen", 8), ("qwen3_5_text", 11)])
+def test_a_packed_epoch_is_the_step_of_an_unpacked_one(
+    data: Path, tmp_path: Path, model_type: str, samples: int, request: pytest.FixtureRequest
+) -> None:
+    """One optimizer step of an epoch: loss, counts, gradients and the evaluation are the same.
+
+    Qwen3.6 trains a chat of two questions as two samples, one of three as three.
+    """
+    model, one_step = TINY, (*ONE_STEP, "--gradient_accumulation_steps", samples)
+    if model_type != "qwen":
+        template = request.getfixturevalue("shared") / "families" / "templates" / "qwen3_6.jinja"
+        model = write_later_checkpoint(tmp_path / "model", model_type, template.read_text(encoding="utf-8"))
     evaluate = ("--eval_data_path", data, "--per_device_eval_batch_size", 3)
-    plain = build_trainer(data, tmp_path / "1", "--model_max_length", 80, *ONE_STEP)
-    packed = build_trainer(data, tmp_path / "2", *PACKED, *ONE_STEP, *evaluate)
-    assert 1 < len(packs_of(packed)) < 8
+    plain = build_trainer(data, tmp_path / "1", "--model_max_length", 80, *one_step, model=model)
+    packed = build_trainer(data, tmp_path / "2", *PACKED, *one_step, *evaluate, model=model)
+    assert 1 < len(packs_of(packed)) < samples
     gradients = [Gradients(), Gradients()]
     for trainer, each in zip((plain, packed), gradients, strict=True):
         trainer.add_callback(each)
@@ -76,7 +86,7 @@ def test_a_packed_epoch_is_the_step_of_an_unpacked_one(data: Path, tmp_path: Pat
     assert other["token_accuracy"] == one["token_accuracy"]
     for name in ("targets", "tokens", "samples", "steps"):
         assert getattr(packed.progress.total, name) == getattr(plain.progress.total, name), name
-    assert packed.progress.total.samples == 8
+    assert packed.progress.total.samples == samples
     for name, expected in gradients[0].values.items():
         assert (gradients[1].values[name] - expected).norm() <= 1e-5 * expected.norm() > 0, name
     losses = [trainer.evaluate(packed.eval_dataset)["eval_loss"] for trainer in (packed, plain)]
