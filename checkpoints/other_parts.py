@@ -14,7 +14,7 @@ from torch import Tensor
 from checkpoints.files import load_json_or_empty
 from checkpoints.shards import CheckpointReader, open_checkpoint, open_left_out
 from checkpoints.source import TensorSource, View
-from checkpoints.whole import has_other_parts, whole_name
+from checkpoints.whole import has_other_parts, is_whole, whole_name
 from errors import ConfigError
 
 _QUANTISED = (".qweight", ".SCB", ".weight_scale_inv")
@@ -27,10 +27,12 @@ class OtherParts:
     Attributes:
         tensors: by their stored names; there may be none.
         names_are_longer: the text model's tensors are stored by the names that they have in the whole one.
+        is_whole: config.json is that of the whole model, so that other programs open its class.
     """
 
     tensors: CheckpointReader
     names_are_longer: bool
+    is_whole: bool
 
     def stored_name(self, name: str) -> str:
         """Return the name under which a tensor of the text model is stored."""
@@ -43,14 +45,15 @@ def open_other_parts(folder: Path) -> OtherParts | None:
     Raises:
         ConfigError: see :func:`checkpoints.shards.open_checkpoint`; or other parts are quantised.
     """
-    if not has_other_parts(load_json_or_empty(folder / "config.json")):
+    config = load_json_or_empty(folder / "config.json")
+    if not has_other_parts(config):
         return None
     text, others = open_checkpoint(folder), open_left_out(folder)
     quantised = (name for name in others.names() if name.endswith(_QUANTISED) or ".quant_state." in name)
     if (name := next(quantised, None)) is not None:
         what = f"{folder}: {name} is quantised, and is not a part of the text model"
         raise ConfigError(what, "Use the unquantised model: the other parts are written as they are")
-    return OtherParts(others, any(text.stored_name(name) != name for name in text.names()))
+    return OtherParts(others, any(text.stored_name(name) != name for name in text.names()), is_whole(config))
 
 
 class WithOtherParts(View):

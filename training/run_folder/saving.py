@@ -74,7 +74,8 @@ def save_model(
         files = companions(checkpoint)
         if isinstance(model, PeftModel):
             files = {name: content for name, content in files.items() if name not in PROCESSOR_FILES}
-            save_adapter(model, dtype, staging, state_dict, checkpoint.other_parts)
+            others = checkpoint.other_parts
+            save_adapter(model, dtype, staging, state_dict, on_whole=others is not None and others.is_whole)
             if checkpoint.yarn is not None:
                 save_yarn(checkpoint.yarn, staging)
             if exact and not is_plain(model):
@@ -158,13 +159,13 @@ def save_adapter(
     dtype: torch.dtype | None,
     folder: Path,
     state_dict: Mapping[str, Tensor] | None = None,
-    other_parts: OtherParts | None = None,
+    on_whole: bool = False,
 ) -> None:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json`` as peft reads them.
 
     Args:
         dtype: saved precision; ``None`` is that of memory.
-        other_parts: of the base's folder, which decides what its modules are called.
+        on_whole: other programs open the whole model of the base's folder, not its text model: by its config.json.
     """
     trained, config = trained_tensors(model, state_dict), copy.deepcopy(model.peft_config["default"])
     if not is_plain(model):
@@ -172,7 +173,7 @@ def save_adapter(
     # A tied embedding appears twice, and safetensors needs separate memory.
     tensors = {name: _to_disk(name, item, _saved_dtype(name, dtype)).clone() for name, item in trained.items()}
     stored = tensors
-    if other_parts is not None and other_parts.names_are_longer:  # other programs apply it to the whole model
+    if on_whole:
         stored = {adapter_whole_name(name): tensor for name, tensor in tensors.items()}
         for option, value in whole_options(vars(config)).items():
             setattr(config, option, value)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration
 
@@ -102,6 +103,26 @@ def test_adapter_has_the_names_of_the_whole_model(checkpoint: Checkpoint, tmp_pa
     restored = attach_lora(load_model(checkpoint, torch.float32), checkpoint, settings, policy)
     restore_tensors(restored, tmp_path / "adapter")
     torch.testing.assert_close(logits_of(restored), expected, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("embeddings", ["none", "full"])
+def test_adapter_of_a_text_model_s_folder_opens_with_peft(
+    checkpoint: Checkpoint, tmp_path: Path, embeddings: str
+) -> None:
+    """transformers saves a text model of a whole folder by the names of the whole one, but with its own config."""
+    base = tmp_path / "base"
+    shutil.copytree(checkpoint.folder, base, ignore=shutil.ignore_patterns("model*", *PROCESSOR_FILES))
+    Qwen3_5ForCausalLM.from_pretrained(checkpoint.folder, dtype=torch.float32).save_pretrained(base)
+    assert "model.language_model.norm.weight" in load_file(base / "model.safetensors")
+    text = load_checkpoint(str(base))
+    policy = EmbeddingsPolicy(embeddings, "")
+    model = attach_lora(load_model(text, torch.float32), text, LoraSettings(rank=4), policy)
+    randomize(model)
+    save_model(model, text, tmp_path / "adapter", show_progress=False)
+    opened = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter", dtype=torch.float32)
+    torch.testing.assert_close(logits_of(opened), logits_of(model), atol=1e-4, rtol=1e-4)
+    check_adapter(text, str(tmp_path / "adapter"), "--adapter")
+    check_adapter(checkpoint, str(tmp_path / "adapter"), "--adapter")
 
 
 @pytest.mark.parametrize("model_class", [Qwen3_5ForCausalLM, Qwen3_5ForConditionalGeneration])
