@@ -73,7 +73,7 @@ def test_preview_shows_samples_and_counts(tmp_path: Path, capsys: pytest.Capture
     ("records", "flags", "problem"),
     [
         ([answered("")] * 2, [], "all 2 answers are empty"),
-        ([answered("Yes " * 30)] * 2, ["--model_max_length", 30, "--truncation", "cut"], "all 2 samples were"),
+        ([answered("Yes " * 30)] * 2, ["--model_max_length", 30, "--truncation", "cut"], "all 2 conversations were"),
         ([answered("Yes", train=False)] * 2, [], "none of 2 conversations can be used"),
         ([answered("Yes " * 99)] * 2, ["--model_max_length", 30], "none of 2 conversations can be used"),
     ],
