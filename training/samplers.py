@@ -111,10 +111,11 @@ class PackedExamples(Dataset[Any]):
         source_sizes: number of packs of each source, or of all sources as one; the packs are in this order.
         lengths: tokens of each pack.
         fill: share of the packs' capacity that samples take.
+        is_weighted: the examples have ``loss_weights``.
     """
 
     def __init__(self, examples: ExampleSet, capacity: int, by_source: bool = False) -> None:
-        self.examples, self.capacity = examples, capacity
+        self.examples, self.capacity, self.is_weighted = examples, capacity, examples.is_weighted
         lengths, start = np.asarray(examples.lengths, dtype=np.int64), 0
         parts: list[Packs] = []
         for size in examples.source_sizes if by_source else [len(examples)]:
@@ -154,7 +155,9 @@ class PaddedDataset(Dataset[Any]):
         self.examples = examples
         self.sizes = [len(examples)] if sizes is None else list(sizes)
         self.ends = list(accumulate(math.ceil(size / multiple) * multiple for size in self.sizes))
-        self.blank = {"input_ids": [token], "labels": [IGNORE_INDEX]}
+        self.blank: dict[str, list[Any]] = {"input_ids": [token], "labels": [IGNORE_INDEX]}
+        if examples.is_weighted:  # or a rank with blanks alone would count targets where the others sum weights
+            self.blank["loss_weights"] = [0.0]
 
     def __len__(self) -> int:
         return self.ends[-1]

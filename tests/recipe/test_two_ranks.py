@@ -12,19 +12,23 @@ from tests.commands import PLAIN, finetune_here, free_port, logged_losses, names
 from tests.models import CONVERSATIONS, TINY, write_conversations, write_later_checkpoint
 
 
-@pytest.mark.parametrize("mode", ["full, joined", "weighted, packed"])
-def test_two_ranks_equal_one_with_the_same_global_batch(tmp_path: Path, mode: str) -> None:
+@pytest.mark.parametrize(
+    ("mode", "model_type"),
+    [("full, joined", "qwen2"), ("weighted, packed", "qwen"), ("weighted, packed", "qwen3_5_text")],
+)
+def test_two_ranks_equal_one_with_the_same_global_batch(tmp_path: Path, mode: str, model_type: str) -> None:
     """The conversations differ in length, so the ranks differ in targets; they fill the last step.
 
     Rank 1 gets one evaluation example less: none counts twice. In ``weighted, packed`` each answer has a weight of its
-    own, so the ranks' sums of weights differ as well, and the 7 packs do not fill the last step. In ``full, joined`` a
-    rank computes one row where the other computes two, on a model with buffers, which DDP broadcasts.
+    own, so the ranks' sums of weights differ as well, and the packs do not fill the last step: of 7 (Qwen v1) rank 1
+    gets one there, of 6 (Qwen3.5) none. In ``full, joined`` a rank computes one row where the other computes two, on a
+    model with buffers, which DDP broadcasts.
     """
     is_full = mode == "full, joined"
     data = write_conversations(
         tmp_path / "train.json", [*CONVERSATIONS[:7], CONVERSATIONS[3] * 3] if is_full else CONVERSATIONS
     )
-    model = write_later_checkpoint(tmp_path / "model", "qwen2") if is_full else TINY
+    model = TINY if model_type == "qwen" else write_later_checkpoint(tmp_path / "model", model_type)
     held_out = write_conversations(tmp_path / "eval.json", CONVERSATIONS[:3])
     for path in () if is_full else (data, held_out):
         records = json.loads(path.read_text(encoding="utf-8"))

@@ -65,6 +65,9 @@ class Examples:
 
     lengths, source_sizes = LENGTHS, [4, 0, 6]
 
+    def __init__(self, is_weighted: bool = False) -> None:
+        self.is_weighted = is_weighted
+
     def __len__(self) -> int:
         return len(self.lengths)
 
@@ -96,3 +99,5 @@ def test_blank_items_complete_the_batches_of_packs() -> None:
     padded = PaddedDataset(PackedExamples(examples, 10), 4, token=5)
     assert len(padded) == 8 and isinstance(padded[5], list)
     assert padded[6] == padded[7] == {"input_ids": [5], "labels": [-100]}
+    weighted: Any = Examples(is_weighted=True)
+    assert PaddedDataset(PackedExamples(weighted, 10), 4, token=5)[7] == {**padded[7], "loss_weights": [0.0]}
