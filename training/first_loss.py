@@ -24,10 +24,10 @@ def check_first_loss(model: nn.Module, loss: float) -> None:
 
 
 def is_untrained(model: nn.Module) -> bool:
-    """Return whether the weights are random: every norm still has the ones that it starts with."""
+    """Return whether the weights are random: every norm still has the ones or zeros that it starts with."""
     norms = [_local(module.weight) for module in model.modules() if "norm" in type(module).__name__.lower()]
     known = [weight for weight in norms if weight.numel()]
-    return bool(known) and all(bool((weight == 1).all()) for weight in known)
+    return bool(known) and all(bool((weight == 1).all() or (weight == 0).all()) for weight in known)
 
 
 def _local(weight: Any) -> Any:
