@@ -48,10 +48,11 @@ def load_training_model(
     Raises:
         ConfigError: weights or adapter that cannot be loaded.
     """
-    set_seed(training_arguments.seed)  # for the initial values of the adapter
     quantize = None if checkpoint.quantization else args.lora.quantization
     dtype = weights_dtype(training_arguments, args.lora.use_lora, args.options.pure_bf16)
     model = load_model(checkpoint, dtype, args.model.attn_implementation, quantize)
+    # For the initial values of the adapter. Under ZeRO-3 loading draws numbers: modules have values at first.
+    set_seed(training_arguments.seed)
     return complete_model(model, checkpoint, args, policy)
 
 
