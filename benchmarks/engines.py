@@ -1,13 +1,13 @@
 """Every mode of training under every engine, with two processes beside one.
 
-    python -m benchmarks.engines [--modes full lora ...] [--engines ddp zero3 ...] [--output FILE]
+    python -m benchmarks.engines [--model qwen3_5] [--modes full lora ...] [--engines ddp zero3 ...] [--output FILE]
 
 For each mode one process trains with batches of 8, and under each engine two processes with batches of 4 (packed: 2
-packs, and 1): a tiny Qwen v1 in float32 on the CPU, on conversations of many lengths whose last batch is not full.
+packs, and 1): a tiny random model in float32 on the CPU, on conversations of many lengths whose last batch is not full.
 Twenty steps of AdamW, evaluated twice, give the differences of the loss curves; one step of SGD with a huge learning
 rate gives the gradients of the first step, for what it leaves of the weights is the gradient. Then the files of both
-results are compared, and adapters merged. ``--model_name_or_path`` takes another tiny model. A combination that is
-refused is one whose command ended with exit code 2 before a model was loaded.
+results are compared, and adapters merged. A combination that is refused is one whose command ended with exit code 2
+before a model was loaded. The file of results keeps what was measured before of other models, modes and engines.
 """
 
 from __future__ import annotations
@@ -20,13 +20,14 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks.results_file import parse_args, save_results
+from benchmarks.step_inputs import write_tokenizer
 from checkpoints.names import ADAPTER_SAFETENSORS, TRAINING_LOG
 from commands import HelpFormatter
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "engines.json"
-MODEL = ROOT / "tests" / "references" / "qwen_v1_small" / "tiny-qwen-small"
+QWEN = ROOT / "tests" / "references" / "qwen_v1_small" / "tiny-qwen-small"
 TRAINED, EVALUATED = 19, 5  # conversations: neither fills its last batch
 STEPS, BATCH, PACKS, WORLD = 20, 8, 2, 2
 # A power of two: the weights after the step are exactly as many gradients, but for what they were before.
@@ -61,6 +62,31 @@ NO_GRADIENTS = ("zero3_offload",)
 SGD = [
     "--max_steps", 1, "--optim", "sgd", "--learning_rate", GRADIENT_RATE, "--max_grad_norm", 0, "--weight_decay", 0,
 ]  # fmt: skip
+
+
+def write_qwen3_5(folder: Path) -> Path:
+    """Write a tiny Qwen3.5 with Qwen v1's tokens, a block of each kind.
+
+    Its convolution has more than 10 x 32 weights, above which ZeRO-3 shards a parameter.
+    """
+    import torch
+    from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+    write_tokenizer(QWEN, folder)
+    torch.manual_seed(0)
+    config = Qwen3_5TextConfig(
+        vocab_size=768, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2,
+        linear_num_value_heads=4, linear_key_head_dim=8, linear_value_head_dim=16, max_position_embeddings=512,
+        initializer_range=0.1, tie_word_embeddings=False,
+    )  # fmt: skip
+    model: Any = Qwen3_5ForCausalLM(config)
+    model.save_pretrained(folder)
+    return folder
+
+
+MODELS: dict[str, Callable[[Path], Path]] = {"qwen": lambda folder: QWEN, "qwen3_5": write_qwen3_5}
+"""Tiny models: name -> function that returns the folder, given one where the model may be written."""
 
 
 @dataclass
@@ -101,8 +127,8 @@ def python() -> str:
 class Runs:
     """Runs of ``finetune.py`` on the same model and data, in a folder of their own."""
 
-    def __init__(self, folder: Path, model: Path = MODEL) -> None:
-        self.folder, self.model = folder, model
+    def __init__(self, folder: Path, model: str) -> None:
+        self.folder, self.model = folder, MODELS[model](folder / "model")
         records = json.loads((ROOT / "examples" / "identity.json").read_text(encoding="utf-8"))
         for name, part in (("train", records[:TRAINED]), ("eval", records[TRAINED : TRAINED + EVALUATED])):
             (folder / f"{name}.json").write_text(json.dumps(part, ensure_ascii=False), encoding="utf-8")
@@ -198,25 +224,31 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.engines", description=__doc__, formatter_class=HelpFormatter
     )
+    parser.add_argument("--model", default="qwen", choices=MODELS, help="tiny model (default: %(default)s)")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
-    parser.add_argument("--model_name_or_path", type=Path, default=MODEL, help="folder of a tiny model")
     args = parse_args(parser, argv, RESULTS)
-    results: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
-        runs = Runs(Path(folder), args.model_name_or_path.absolute())
+        runs = Runs(Path(folder), args.model)
         for mode in args.modes:
             alone = runs.train(f"{mode}-alone", MODES[mode], None)
             alone_gradients = runs.first_gradients(f"{mode}-alone-gradients", MODES[mode], None)
             for result in (alone, alone_gradients):
                 if result.code:
                     raise RuntimeError(f"{mode}, one process: {result.stderr[-3000:]}")
-            results[mode] = {}
             for engine in args.engines:
-                results[mode][engine] = compare(runs, mode, engine, alone, alone_gradients)
-                print(mode, engine, json.dumps(results[mode][engine]), flush=True)
+                figures = compare(runs, mode, engine, alone, alone_gradients)
+                print(args.model, mode, engine, json.dumps(figures), flush=True)
+                save_figures(figures, (args.model, mode, engine), args.output)
+
+
+def save_figures(figures: dict[str, Any], place: tuple[str, str, str], path: Path) -> None:
+    """Write the figures of a model, mode and engine; others, which may have been measured before, stay."""
+    results: dict[str, Any] = json.loads(path.read_text())["results"] if path.exists() else {}
+    model, mode, engine = place
+    results.setdefault(model, {}).setdefault(mode, {})[engine] = figures
     report = {
-        "command": f"python -m benchmarks.engines {' '.join(argv)}".strip(),
+        "command": "python -m benchmarks.engines",
         "what": "largest differences between two processes with batches of 4 and one with batches of 8; gradients as a "
         "share of each tensor's norm",
         "steps": STEPS,
@@ -224,7 +256,7 @@ def main(argv: Sequence[str]) -> None:
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "peft", "deepspeed")},
         "results": results,
     }
-    save_results(report, args.output)
+    save_results(report, path)
 
 
 if __name__ == "__main__":

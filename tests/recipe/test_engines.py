@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 
@@ -10,32 +10,41 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from benchmarks.engines import ENGINES, MODEL, MODES, Result, Runs, compare, largest_difference
+from benchmarks.engines import ENGINES, MODES, QWEN, Result, Runs, compare, largest_difference
 from planning.devices import find_device
 from planning.expectation import Machine, Planner
 from tests import fork_server
-from tests.bases import TEMPLATE
-from tests.models import write_later_checkpoint
 from tests.programs import require_program
 from training.config.parsing import parse_args
 
 LOSS, GRADIENTS = 1e-5, 1e-6
-# ``test_two_ranks.py`` tests DDP. Gradients of the first step are compared once for each way of sharding them.
+# Gradients of a delta net's decay are differences of large sums: another order of operations changes their last digits
+# more, within one process too, and ZeRO-3 calls layers that are one operation elsewhere.
+TOLERANCES = {"qwen": (LOSS, GRADIENTS), "qwen3_5": (1e-4, 2e-5)}
+# ``test_two_ranks.py`` tests DDP. Gradients of the first step are compared once for each way of sharding them; under
+# ZeRO-3 for Qwen3.5, too, whose delta nets use parameters of modules that they do not call.
 CASES = [
-    ("full", "zero3", True),
-    ("full", "fsdp2", True),
-    ("lora_embeddings", "zero3", False),
-    ("lora_chatml_tokens", "fsdp2", False),
-    ("q_lora_nf4", "zero2", False),
+    ("qwen", "full", "zero3", True),
+    ("qwen", "full", "fsdp2", True),
+    ("qwen", "lora_chatml_tokens", "fsdp2", False),
+    ("qwen", "q_lora_nf4", "zero2", False),
+    ("qwen3_5", "full", "zero3", True),
+    ("qwen3_5", "full", "fsdp2", False),
+    ("qwen3_5", "lora_embeddings", "zero3", False),
 ]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Runs]:
+def runs_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Runs]]:
     """Processes are forked, those of torchrun too, except in the tests of a whole FSDP run and of offloading."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHON_EXEC", fork_server.python())
-        yield Runs(tmp_path_factory.mktemp("engines"))
+        yield cache(lambda model: Runs(tmp_path_factory.mktemp(model), model))
+
+
+@pytest.fixture
+def runs(runs_of: Callable[[str], Runs]) -> Runs:
+    return runs_of("qwen")
 
 
 @cache
@@ -49,26 +58,19 @@ def gradients_alone(runs: Runs, mode: str) -> Result:
     return runs.first_gradients(f"{mode}-alone-gradients", MODES[mode], None)
 
 
-@pytest.mark.parametrize(("mode", "engine", "with_gradients"), CASES)
-def test_two_processes_train_as_one_does(runs: Runs, mode: str, engine: str, with_gradients: bool) -> None:
+@pytest.mark.parametrize(("model", "mode", "engine", "with_gradients"), CASES)
+def test_two_processes_train_as_one_does(
+    runs_of: Callable[[str], Runs], model: str, mode: str, engine: str, with_gradients: bool
+) -> None:
+    runs = runs_of(model)
     gradients = gradients_alone(runs, mode) if with_gradients else None
     figures = compare(runs, mode, engine, alone(runs, mode), gradients)
     losses = alone(runs, mode).logged("loss")
     assert losses[-1] < losses[0]
-    assert figures["loss"] <= LOSS and figures["eval_loss"] <= LOSS
-    assert figures.get("first_gradients", 0) <= GRADIENTS
+    loss, gradient = TOLERANCES[model]
+    assert figures["loss"] <= loss and figures["eval_loss"] <= loss
+    assert figures.get("first_gradients", 0) <= gradient
     assert figures["same_files"] and figures.get("merges", True)
-
-
-def test_delta_nets_train_under_zero3_as_in_one_process(runs: Runs, tmp_path_factory: pytest.TempPathFactory) -> None:
-    """They use parameters of modules that they do not call."""
-    folder = tmp_path_factory.mktemp("delta nets")
-    own = Runs(folder, write_later_checkpoint(folder / "model", "qwen3_5_text", TEMPLATE))
-    flags, engines = ["--max_steps", 5, "--learning_rate", 1e-3], {"alone": None, "zero3": ENGINES["zero3"]}
-    alone, together = (own.run(name, [], engine, *flags) for name, engine in engines.items())
-    assert (alone.code, together.code) == (0, 0), together.stderr
-    assert largest_difference(together.logged("loss"), alone.logged("loss")) <= LOSS
-    assert together.weights().keys() == alone.weights().keys()
 
 
 @pytest.mark.parametrize("config", ["ds_config_zero2_offload.json", "ds_config_zero3_offload.json"])
@@ -107,7 +109,7 @@ def planned_optimizer_bytes(mode: list[str], engine: list[str], monkeypatch: pyt
     """Bytes of optimizer state that a plan of two processes expects in each."""
     monkeypatch.setenv("WORLD_SIZE", "2")
     args = parse_args(
-        ["--model_name_or_path", str(MODEL), "--use_cpu", "--plan", "--model_max_length", "64", *mode, *engine]
+        ["--model_name_or_path", str(QWEN), "--use_cpu", "--plan", "--model_max_length", "64", *mode, *engine]
     )
     machine = Machine(find_device(None, use_cpu=True), memory_gib=8, gpus=2)
     return Planner(machine, hidden_size=32).expect(args).share.components["optimizer"]
