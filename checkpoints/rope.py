@@ -1,6 +1,6 @@
-"""YaRN: rotary embeddings that reach over more positions than a model was trained with; needs no torch.
+"""Rotary embeddings that reach over more positions than a model was trained with, YaRN above all; needs no torch.
 
-``--rope_scaling`` sets it in the config that a run loads its model with, and the results of the run keep it: in
+``--rope_scaling`` sets YaRN in the config that a run loads its model with, and the results of the run keep it: in
 config.json of a model, in a file of its own beside an adapter, whose base is unchanged.
 """
 
@@ -15,6 +15,9 @@ from checkpoints.files import is_file, load_json, save_json
 from checkpoints.names import BASE_ROPE
 from checkpoints.whole import has_other_parts, text_config, with_text_config
 from errors import ConfigError
+
+# The base's multiplier in transformers' dynamic NTK equals Qwen v1's at 2, 4, 8... times the trained length.
+DYNAMIC_NTK = {"rope_type": "dynamic", "factor": 2.0}
 
 MOST_FACTOR = 1000
 MOST_POSITIONS = 10**8

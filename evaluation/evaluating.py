@@ -21,7 +21,7 @@ from data_utils.prepared import load_examples
 from data_utils.sources import parse_source
 from errors import ConfigError
 from evaluation.answering import Answerer
-from evaluation.kept import KeptAnswers, Row
+from evaluation.kept import KeptRows, Row
 from evaluation.losses import answer_losses
 from evaluation.questions import Question, QuestionFinder, draw_questions
 from loading.adapter_check import check_adapter
@@ -73,6 +73,27 @@ def subjects_of(base: str, adapter: str | None, others: Sequence[str]) -> list[S
     return subjects
 
 
+def open_subject(subject: Subject, any_base: bool) -> Checkpoint:
+    """Open the checkpoint of a subject, scaled as in the training of its adapter, without reading its weights.
+
+    Raises:
+        ConfigError: a checkpoint or an adapter that cannot be used.
+    """
+    adapters = [] if subject.adapter is None else [subject.adapter]
+    checkpoint = load_checkpoint(subject.model, adapters=adapters)
+    if subject.adapter is None:
+        return checkpoint
+    check_adapter(checkpoint, subject.adapter, subject.flag, any_base)
+    return scaled_checkpoint(checkpoint, load_yarn(Path(subject.adapter)))
+
+
+def free_models() -> None:
+    """Return the memory of models to which nothing refers any more."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 class Sets:
     """The questions of a subject, with the examples that they are from.
 
@@ -89,11 +110,7 @@ class Sets:
 
     def __init__(self, subject: Subject, max_new_tokens: int, any_base: bool = False) -> None:
         self.subject, self._any_base = subject, any_base
-        adapters = [] if subject.adapter is None else [subject.adapter]
-        self.checkpoint: Checkpoint = load_checkpoint(subject.model, adapters=adapters)
-        if subject.adapter is not None:
-            check_adapter(self.checkpoint, subject.adapter, subject.flag, any_base)
-            self.checkpoint = scaled_checkpoint(self.checkpoint, load_yarn(Path(subject.adapter)))
+        self.checkpoint = open_subject(subject, any_base)
         self._answerer = Answerer(self.checkpoint, max_new_tokens)
         self._examples: dict[str, ExampleSet] = {}
         self.questions: dict[str, list[Question]] = {}
@@ -127,7 +144,7 @@ class Sets:
             what = f"--data_path {' '.join(paths)} has no answer that can be expected"
             raise ConfigError(what, "Give conversations that end with an answer")
 
-    def evaluate(self, kept: KeptAnswers, on_rows: Callable[[int], object]) -> None:
+    def evaluate(self, kept: KeptRows, on_rows: Callable[[int], object]) -> None:
         """Measure losses and answers that are not kept yet. The model is loaded if there are any, and let go.
 
         Args:
@@ -148,9 +165,7 @@ class Sets:
                 kept.add(self._rows(name, part, base))
                 on_rows(len(part))
         del model, base
-        gc.collect()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        free_models()
 
     def _rows(self, name: str, questions: Sequence[Question], model: Any) -> list[Row]:
         rows, answerer = [], self._answerer

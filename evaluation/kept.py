@@ -1,4 +1,4 @@
-"""The answers of an evaluation in a file that grows, so that the same command goes on after it was killed."""
+"""The rows of an evaluation in a file that grows, so that the same command goes on after it was killed."""
 
 from __future__ import annotations
 
@@ -15,30 +15,34 @@ from outputs import stage
 logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
-Key = tuple[str, str, str]
-"""Model, set, and place of a question."""
+Key = tuple[str | int, ...]
+"""The values of a row that name it."""
+
+ANSWER_KEY = ("model", "set", "where")
+"""What names an answer: its model, the set, and the place of the question."""
 
 _OTHER = "Give another folder, or remove the file"
 
 
-class KeptAnswers:
-    """``answers.jsonl``: what the answers were made of, then a row for each; as a context manager this process's.
+class KeptRows:
+    """A file of what decides its rows, then the rows; as a context manager this process's.
 
     Args:
-        run: what decides the answers, as JSON values by name.
+        run: what decides the rows, as JSON values by name.
+        key: fields of a row that name it.
 
     Attributes:
-        rows: by model, set and place.
+        rows: by the values of these fields.
 
     Raises:
         ConfigError: the file is another run's, or another process is writing it.
     """
 
-    def __init__(self, path: Path, run: Mapping[str, Any]) -> None:
-        self._path, self._run = path, json.loads(json.dumps(run))
+    def __init__(self, path: Path, run: Mapping[str, Any], key: Sequence[str] = ANSWER_KEY) -> None:
+        self._path, self._run, self._key = path, json.loads(json.dumps(run)), tuple(key)
         self.rows: dict[Key, Row] = {}
 
-    def __enter__(self) -> KeptAnswers:
+    def __enter__(self) -> KeptRows:
         with contextlib.ExitStack() as stack:
             stack.enter_context(stage(self._path, f"--output {self._path.parent}", prefix="."))
             complete = self._read()
@@ -59,7 +63,7 @@ class KeptAnswers:
     def add(self, rows: Sequence[Row]) -> None:
         """Append rows; they are on their way to the disk when this returns."""
         for row in rows:
-            self.rows[key_of(row)] = row
+            self.rows[self._key_of(row)] = row
         self._file.write("".join(json.dumps(row) + "\n" for row in rows))
         self._file.flush()
 
@@ -71,14 +75,13 @@ class KeptAnswers:
         try:
             run = json.loads(lines[0])["run"]
             rows = [json.loads(line) for line in lines[1:]]
-            self.rows = {key_of(row): row for row in rows}
+            self.rows = {self._key_of(row): row for row in rows}
         except (ValueError, LookupError, TypeError):
             raise ConfigError(f"{self._path} exists, and this command did not write it", _OTHER) from None
         changed = [name for name, value in self._run.items() if run.get(name) != value]
         if changed:
-            raise ConfigError(f"{self._path} has answers with other {', '.join(changed)}", _OTHER)
+            raise ConfigError(f"{self._path} was written with other {', '.join(changed)}", _OTHER)
         return self._path.stat().st_size - len(rest)
 
-
-def key_of(row: Row) -> Key:
-    return str(row["model"]), str(row["set"]), str(row["where"])
+    def _key_of(self, row: Row) -> Key:
+        return tuple(row[name] for name in self._key)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -34,7 +35,7 @@ def render_page(report: Mapping[str, Any], rows: Mapping[Key, Row], places: Mapp
         name: [_answers([rows[label, name, place] for label in labels]) for place in of_set[:_SHOWN_ANSWERS]]
         for name, of_set in places.items()
     }
-    return _environment().get_template("page_of_evaluation.html").render(report=report, answers=answers)
+    return environment().get_template("page_of_evaluation.html").render(report=report, answers=answers)
 
 
 def _answers(rows: Sequence[Row]) -> dict[str, Any]:
@@ -48,7 +49,8 @@ def _shortened(text: str) -> str:
 
 
 @cache
-def _environment() -> Environment:
+def environment() -> Environment:
+    """Return what renders the pages of this package."""
     environment = Environment(
         loader=FileSystemLoader([Path(__file__).parent, Path(page.__file__).parent]),
         autoescape=True,
@@ -58,6 +60,7 @@ def _environment() -> Environment:
         lstrip_blocks=True,
     )
     environment.filters["figure"] = lambda value: f"{value:.4g}"
+    environment.filters["json"] = json.dumps
     meanings = {figure: _MEANINGS.get(figure, "") for figure in (*FIGURES, "perplexity")}
     environment.globals |= {
         "plot": _plot, "titles": _TITLES, "figures": (*FIGURES, "perplexity"), "meanings": meanings,

@@ -1,5 +1,5 @@
 """Compare models on held-out questions: ``python -m scripts.evaluate --model_name_or_path BASE --adapter A
---data_path held_out.jsonl --output DIR``.
+--data_path held_out.jsonl --output DIR``; or, with ``--perplexity FILE``, by the perplexity of a text.
 
 Each model answers the last turn of each sample greedily, and its loss on all answers is measured; so are forty
 general questions, which show what tuning has made it forget. Differences from the base come with 95 % intervals.
@@ -7,6 +7,9 @@ general questions, which show what tuning has made it forget. Differences from t
 The folder has report.json, report.html and answers.jsonl, from which the same command continues a run that was killed.
 The exit code is 1 if a bound such as --min_exact_match is not reached by the adapter, or the model of --against, or
 the only model.
+
+--perplexity measures windows of several lengths (--lengths), also beyond those that a model was trained on: with and
+without dynamic NTK, log-n attention, YaRN (--variants). It writes perplexity.json, perplexity.html and windows.jsonl.
 """
 
 from __future__ import annotations
@@ -18,19 +21,25 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from commands import CommandParser, importing, run_command, set_up_logging
+from commands import CommandParser, importing, is_out_of_memory, run_command, set_up_logging
 from console import show
 from data_utils.files import data_files
 from data_utils.sources import parse_source
+from errors import ConfigError, DataError, RunError, one_line
 from evaluation.metrics import SCORES
+from evaluation.variants import UNPUBLISHED, VARIANTS
 from outputs import check_shared_folder, parse_output
+from training.config.args import ModelArguments
+from training.rope_checks import rope_flag_faults
 
 if TYPE_CHECKING:
     from evaluation.evaluating import Sets, Subject
+    from evaluation.perplexity import Reading, Windows
 
 logger = logging.getLogger(__name__)
 
 _MOST_TOKENS = 1 << 20
+LENGTHS = (1024, 2048, 4096, 8192)
 
 
 def parse_args(argv: Sequence[str]) -> argparse.Namespace:
@@ -44,17 +53,23 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         help="another checkpoint (merged, quantised) or adapter; can be given repeatedly",
     )  # fmt: skip
     parser.add_argument("--any_base", action="store_true", help="accept adapters that were trained on other weights")
-    parser.add_argument("--data_path", required=True, nargs="+", help="held-out conversations")
+    parser.add_argument("--data_path", nargs="+", help="held-out conversations")
     parser.add_argument("--data_format", default="auto", help="format of the records (default: auto)")
     parser.add_argument("--output", required=True, type=parse_output, help="folder of the report")
-    parser.add_argument("--limit", type=int, help="most questions of --data_path, drawn by the seed (default: all)")
+    parser.add_argument(
+        "--limit", type=int,
+        help="most questions of --data_path, drawn by the seed; with --perplexity most windows of the longest length, "
+        "from the beginning (default: all)",
+    )  # fmt: skip
     parser.add_argument("--max_new_tokens", type=int, default=256, help="length limit of an answer (default: 256)")
     parser.add_argument("--seed", type=int, default=42, help="seed of draws and intervals (default: 42)")
     parser.add_argument("--no_general", action="store_true", help="leave out the general questions")
     for name, meaning in SCORES.items():
         parser.add_argument(f"--min_{name}", type=float, metavar="SHARE", help=f"least mean of: {meaning}")
+    add_perplexity_flags(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     args = parser.parse_args(argv)
+    check_kind(parser, args)
     if args.limit is not None and args.limit < 1:
         parser.error(f"--limit {args.limit} is out of range; give 1 or more")
     if not 1 <= args.max_new_tokens <= _MOST_TOKENS:
@@ -67,6 +82,66 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def add_perplexity_flags(parser: CommandParser) -> None:
+    group = parser.add_argument_group("perplexity of a text")
+    group.add_argument(
+        "--perplexity", metavar="FILE", help='UTF-8 text (.txt), or records {"text": ...}; no --data_path'
+    )
+    lengths = ",".join(map(str, LENGTHS))
+    group.add_argument("--lengths", type=parse_lengths, help=f"tokens of the windows (default: {lengths})")
+    group.add_argument(
+        "--variants", type=parse_variants,
+        help=f"of {', '.join(VARIANTS)}, separated by commas (default: all that the models have)",
+    )  # fmt: skip
+    group.add_argument("--rope_scaling", choices=["yarn"], help="what the variant yarn is, as in training")
+    group.add_argument(
+        "--rope_factor", type=float, help="with --rope_scaling: positions afterwards, divided by those before"
+    )
+    group.add_argument(
+        "--rope_original_length", type=int, help="with --rope_scaling: positions before (default: of config.json)"
+    )
+
+
+def parse_lengths(text: str) -> list[int]:
+    lengths = [int(part) if part.strip().isdecimal() else 0 for part in text.split(",")]
+    if not all(2 <= length <= _MOST_TOKENS for length in lengths):
+        what = f"{text!r}: lengths are whole numbers from 2 to {_MOST_TOKENS}, separated by commas"
+        raise argparse.ArgumentTypeError(what)
+    return lengths
+
+
+def parse_variants(text: str) -> list[str]:
+    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    for name in names:
+        if name in UNPUBLISHED:
+            raise argparse.ArgumentTypeError(f"{name}: {UNPUBLISHED[name]}")
+        if name not in VARIANTS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(VARIANTS)}")
+    return names
+
+
+def check_kind(parser: CommandParser, args: argparse.Namespace) -> None:
+    """Check that the flags of one kind of evaluation are given, and none of the other."""
+    if (args.perplexity is None) == (args.data_path is None):
+        parser.error("give --data_path, or --perplexity" + (", not both" if args.data_path else ""))
+    answers = ("data_format", "max_new_tokens", "no_general", *(f"min_{name}" for name in SCORES))
+    texts = ("lengths", "variants", "rope_scaling", "rope_factor", "rope_original_length")
+    others, kind = (texts, "--perplexity") if args.perplexity is None else (answers, "--data_path")
+    for name in others:
+        if getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} has no effect without {kind}")
+    args.yarn = None
+    if args.perplexity is not None:
+        names = ("rope_scaling", "rope_factor", "rope_original_length")
+        model = ModelArguments(**{name: getattr(args, name) for name in names})
+        for fault in rope_flag_faults(model):
+            raise fault
+        args.yarn = model.yarn
+        args.lengths = args.lengths or list(LENGTHS)
+        if args.yarn and args.variants is not None and "yarn" not in args.variants:
+            parser.error("--rope_scaling yarn has no effect without yarn in --variants")
+
+
 def bounds_of(args: argparse.Namespace) -> dict[str, float]:
     return {name: value for name in SCORES if (value := getattr(args, f"min_{name}")) is not None}
 
@@ -74,15 +149,24 @@ def bounds_of(args: argparse.Namespace) -> dict[str, float]:
 def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     set_up_logging()
+    return evaluate_answers(args) if args.perplexity is None else evaluate_perplexity(args)
+
+
+def folders_of(args: argparse.Namespace) -> list[Path]:
+    """Return the folders of the models, as far as they are on this disk."""
+    given = (args.model_name_or_path, args.adapter, *args.against)
+    return [folder for each in given if each is not None and (folder := Path(each)).is_dir()]
+
+
+def evaluate_answers(args: argparse.Namespace) -> int:
+    """Let the models answer questions, and write the report; return 1 if a bound is not reached."""
     paths = [parse_source(path).path for path in args.data_path]
-    folders = [Path(each) for each in (args.model_name_or_path, args.adapter, *args.against) if each is not None]
-    inputs = {"--data_path": paths, "a model": [folder for folder in folders if folder.is_dir()]}
-    check_shared_folder(args.output, "--output", inputs)
+    check_shared_folder(args.output, "--output", {"--data_path": paths, "a model": folders_of(args)})
     with importing():
         from tqdm import tqdm
 
         from evaluation.evaluating import GENERAL, GENERAL_SET, HELD_OUT, Sets, subjects_of
-        from evaluation.kept import KeptAnswers
+        from evaluation.kept import KeptRows
 
     subjects = subjects_of(args.model_name_or_path, args.adapter, args.against)
     of_each = []
@@ -95,7 +179,7 @@ def main(argv: Sequence[str]) -> int:
     places = common_places(of_each)
     args.output.mkdir(parents=True, exist_ok=True)
     total = sum(len(questions) for sets in of_each for questions in sets.questions.values())
-    with KeptAnswers(args.output / "answers.jsonl", run_of(args, of_each, paths)) as kept:
+    with KeptRows(args.output / "answers.jsonl", run_of(args, of_each, paths)) as kept:
         with tqdm(total=total, initial=len(kept.rows), desc="Answering", unit="answer", disable=None) as bar:
             for sets in of_each:
                 logger.info("%s: %s", sets.subject.label, sets.subject.adapter or sets.subject.model)
@@ -116,21 +200,24 @@ def common_places(of_each: Sequence[Sets]) -> dict[str, list[str]]:
 
 def run_of(args: argparse.Namespace, of_each: Sequence[Sets], paths: Sequence[Path]) -> dict[str, Any]:
     """Return what decides the answers: flags, weights and data."""
-    from checkpoints.names import ADAPTER_WEIGHTS
-    from checkpoints.shards import fingerprint
+    models = {sets.subject.label: weights_of(sets.subject, sets.checkpoint.folder) for sets in of_each}
+    flags = {name: getattr(args, name) for name in ("data_path", "data_format", "limit", "max_new_tokens", "seed")}
+    return {**flags, "no_general": args.no_general, "models": models, "data": digest_of(paths)}
 
+
+def digest_of(paths: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for path in (file for each in paths for file in data_files(each)):
         digest.update(hashlib.sha256(path.read_bytes()).digest())
-    models = {
-        sets.subject.label: [
-            fingerprint(sets.checkpoint.folder),
-            None if sets.subject.adapter is None else fingerprint(sets.subject.adapter, ADAPTER_WEIGHTS),
-        ]
-        for sets in of_each
-    }
-    flags = {name: getattr(args, name) for name in ("data_path", "data_format", "limit", "max_new_tokens", "seed")}
-    return {**flags, "no_general": args.no_general, "models": models, "data": digest.hexdigest()}
+    return digest.hexdigest()
+
+
+def weights_of(subject: Subject, folder: Path) -> list[str | None]:
+    """Return what identifies the weights of a model and its adapter."""
+    from checkpoints.names import ADAPTER_WEIGHTS
+    from checkpoints.shards import fingerprint
+
+    return [fingerprint(folder), None if subject.adapter is None else fingerprint(subject.adapter, ADAPTER_WEIGHTS)]
 
 
 def write_report(args: argparse.Namespace, subjects: Sequence[Subject], rows: Any, places: dict[str, list[str]]) -> int:
@@ -156,6 +243,71 @@ def write_report(args: argparse.Namespace, subjects: Sequence[Subject], rows: An
     for line in failed:
         logger.error("%s", line)
     return 1 if failed else 0
+
+
+def evaluate_perplexity(args: argparse.Namespace) -> int:
+    """Measure the perplexities, and write the report."""
+    path = Path(args.perplexity)
+    try:
+        data_files(path)
+    except DataError as error:
+        raise ConfigError(f"--perplexity {error}") from None
+    check_shared_folder(args.output, "--output", {"--perplexity": [path], "a model": folders_of(args)})
+    with importing():
+        from tqdm import tqdm
+
+        from evaluation.evaluating import subjects_of
+        from evaluation.kept import KeptRows
+        from evaluation.perplexity import WINDOW_KEY, Reading, Windows, common_ids, common_variants
+
+    subjects = subjects_of(args.model_name_or_path, args.adapter, args.against)
+    readings = [Reading(subject, args.yarn, args.any_base) for subject in subjects]
+    variants = common_variants(readings, args.variants)
+    ids = common_ids(readings, path)
+    windows = Windows(ids, args.lengths, args.limit, str(path))
+    run = {
+        "models": {each.subject.label: weights_of(each.subject, each.checkpoint.folder) for each in readings},
+        "positions": {each.subject.label: each.variants.settings() for each in readings},
+        "text": hashlib.sha256(ids.tobytes()).hexdigest(),
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    with KeptRows(args.output / "windows.jsonl", run, WINDOW_KEY) as kept:
+        tokens = [reading.tokens(windows, variants, kept) for reading in readings]
+        total, done = (sum(column) for column in zip(*tokens, strict=True))
+        with tqdm(total=total, initial=done, desc="Reading", unit="token", unit_scale=True, disable=None) as bar:
+            for reading in readings:
+                try:
+                    reading.measure(windows, variants, kept, bar.update)
+                except (MemoryError, RuntimeError) as error:
+                    if not is_out_of_memory(error):
+                        raise
+                    fix = "Leave out the longest of --lengths: what has been measured is kept"
+                    raise RunError(f"out of memory ({one_line(error)})", fix) from None
+        return write_perplexities(args, readings, variants, windows, kept.rows)
+
+
+def write_perplexities(
+    args: argparse.Namespace, readings: Sequence[Reading], variants: Sequence[str], windows: Windows, rows: Any
+) -> int:
+    """Write and print the table of perplexities."""
+    from checkpoints.files import save_json, save_text
+    from evaluation.perplexity_report import build_report, render_page, render_table
+
+    labels = [reading.subject.label for reading in readings]
+    models = [
+        {
+            "label": each.subject.label, "model": each.subject.model, "adapter": each.subject.adapter,
+            "variants": {name: each.variants.settings(name) for name in variants},
+        }
+        for each in readings
+    ]  # fmt: skip
+    report = build_report(rows, labels, variants, windows, args.seed)
+    report = {"text": str(args.perplexity), "models": models, **report}
+    save_json(report, args.output / "perplexity.json")
+    save_text(render_page(report), args.output / "perplexity.html")
+    show(render_table(report))
+    show(f"{args.output / 'perplexity.html'} has the intervals")
+    return 0
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ def check_positions(args: RunArguments, config: Mapping[str, Any]) -> Iterator[C
         config: contents of config.json; empty if it is not on this disk yet.
     """
     model, length = args.model, args.data.model_max_length
-    yield from _flag_faults(model)
+    yield from rope_flag_faults(model)
     fault = find_yarn_fault(config) if config else ""
     if model.rope_scaling is not None and fault:
         yield ConfigError(f"--rope_scaling {model.rope_scaling}: {fault}", "Leave out --rope_scaling")
@@ -36,7 +36,8 @@ def check_positions(args: RunArguments, config: Mapping[str, Any]) -> Iterator[C
     yield ConfigError(what, fix)
 
 
-def _flag_faults(model: ModelArguments) -> Iterator[ConfigError]:
+def rope_flag_faults(model: ModelArguments) -> Iterator[ConfigError]:
+    """Yield the faults of ``--rope_*`` that need no checkpoint."""
     factor, original = model.rope_factor, model.rope_original_length
     if model.rope_scaling is None:
         for name, value in (("rope_factor", factor), ("rope_original_length", original)):

@@ -12,6 +12,7 @@ from huggingface_hub.errors import StrictDataclassError
 
 from checkpoints.files import load_json
 from checkpoints.model_config import declared_dtype, find_quantization, with_dtype
+from checkpoints.rope import DYNAMIC_NTK
 from errors import ConfigError, one_line
 from export.layouts.qwen2_names import Layout, convert_suffix
 
@@ -35,9 +36,6 @@ _SIZES = (
 )  # fmt: skip
 # Keys of a quantization_config with lists of modules, which may be nested.
 _MODULE_LISTS = ("modules_to_not_convert", "modules_in_block_to_quantize")
-
-# The base's multiplier in transformers' dynamic NTK equals v1's at 2, 4, 8... times the trained length.
-DYNAMIC_NTK = {"rope_type": "dynamic", "factor": 2.0}
 
 
 def config_to_qwen2(config: Mapping[str, Any], dynamic_ntk: bool = False) -> dict[str, Any]:

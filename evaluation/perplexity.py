@@ -1,0 +1,188 @@
+"""Perplexity of a text in windows of several lengths, by the variants of a model: what is measured and kept."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+from array import array
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from checkpoints.rope import Yarn
+from data_utils.encode import EncodeOptions, Encoder
+from data_utils.files import data_files, read_records
+from data_utils.formats import FORMATS
+from errors import ConfigError, DataError
+from evaluation.evaluating import Subject, free_models, open_subject
+from evaluation.kept import KeptRows, Key
+from evaluation.losses import window_losses
+from evaluation.variants import Variants, use_variant
+from loading.checkpoint import Checkpoint
+from loading.inference import load_for_inference
+from qwen_model.answer_blocks import use_answer_blocks
+
+logger = logging.getLogger(__name__)
+
+WINDOW_KEY = ("model", "variant", "length", "window")
+"""What names the row of a window."""
+
+_TOKENS = 4096  # of the windows that are computed at a time
+
+
+class Windows:
+    """Windows of a text, one after the other, without overlap.
+
+    All lengths share the text that fills whole windows of the longest one, so that their perplexities are of the same
+    text. Where a window is does not depend on the other lengths.
+
+    Args:
+        ids: of the text.
+        lengths: tokens of a window.
+        limit: most windows of the longest length.
+        name: of the text, for the message.
+
+    Attributes:
+        tokens: of the text.
+        used: tokens that the windows share.
+
+    Raises:
+        ConfigError: the text does not fill a window.
+    """
+
+    def __init__(self, ids: array[int], lengths: Sequence[int], limit: int | None, name: str) -> None:
+        self.lengths, longest, self.tokens = sorted(set(lengths)), max(lengths), len(ids)
+        if longest > self.tokens:
+            fix = f"Give lengths up to {self.tokens}, or a longer text" if self.tokens > 1 else "Give a longer text"
+            raise ConfigError(f"--lengths {longest}: {name} has {self.tokens:,} tokens", fix)
+        count = self.tokens // longest
+        self.used = longest * (count if limit is None else min(count, limit))
+        self._ids = torch.tensor(ids[: self.used], dtype=torch.int64)
+
+    def count(self, length: int) -> int:
+        """Return the number of windows of a length."""
+        return self.used // length
+
+    def batch(self, length: int, numbers: Sequence[int]) -> Tensor:
+        """Return windows of a length, [B, T]."""
+        return torch.stack([self._ids[number * length : (number + 1) * length] for number in numbers])
+
+
+def read_ids(checkpoint: Checkpoint, path: Path) -> array[int]:
+    """Tokenise a text as plain text is trained: each document with the end of text behind it.
+
+    Raises:
+        DataError: no file, one that is not UTF-8 or empty, or a record without a text.
+    """
+    encoder = Encoder(checkpoint.tokenizer, checkpoint.family, EncodeOptions(sys.maxsize, needs_answer=False))
+    encoder.prepare_for_many()
+    ids = array("i")
+    for file in data_files(path):
+        for where, value in read_records(file, is_text=True):
+            if isinstance(value, DataError):
+                raise value
+            document = FORMATS["text"].parse(value, where)
+            encoder.check_conversation(document)
+            for piece in encoder.encode(document):
+                ids.extend(piece.input_ids)
+    return ids
+
+
+class Reading:
+    """A model that reads windows by its variants.
+
+    Args:
+        yarn: of ``--rope_scaling``.
+        any_base: see ``load_for_inference``.
+
+    Raises:
+        ConfigError: a checkpoint or an adapter that cannot be used.
+    """
+
+    def __init__(self, subject: Subject, yarn: Yarn | None, any_base: bool = False) -> None:
+        self.subject, self._any_base = subject, any_base
+        self.checkpoint = open_subject(subject, any_base)
+        self.variants = Variants(self.checkpoint.folder, subject.adapter, yarn)
+
+    def measure(
+        self, windows: Windows, variants: Sequence[str], kept: KeptRows, on_tokens: Callable[[int], object]
+    ) -> None:
+        """Measure the losses that are not kept yet. The model is loaded if there are any, and let go.
+
+        Args:
+            on_tokens: called with the number of tokens of the windows that have been measured.
+        """
+        cells = [(variant, length) for variant in variants for length in windows.lengths]
+        missing = [cell for cell in cells if any(key not in kept.rows for key in self._keys(windows, *cell))]
+        if not missing:
+            return
+        model = load_for_inference(self.checkpoint, self.subject.adapter, self._any_base)
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        use_answer_blocks(base)
+        for variant, length in missing:
+            use_variant(base, self.variants.config(variant))
+            keys = self._keys(windows, variant, length)
+            at_once = max(1, _TOKENS // length)
+            # Batches are the same whatever is measured already, so that a continued run has the same figures.
+            for batch in (keys[start : start + at_once] for start in range(0, len(keys), at_once)):
+                if all(key in kept.rows for key in batch):
+                    continue
+                losses = window_losses(base, windows.batch(length, [int(key[-1]) for key in batch]))
+                rows = [
+                    {**dict(zip(WINDOW_KEY, key, strict=True)), "targets": length - 1, "loss": loss}
+                    for key, loss in zip(batch, losses, strict=True)
+                    if key not in kept.rows
+                ]
+                kept.add(rows)
+                on_tokens(length * len(rows))
+            loss = math.fsum(kept.rows[key]["loss"] for key in keys) / ((length - 1) * len(keys))
+            text = "%s, %s, %d tokens: perplexity %.4g of %d windows"
+            logger.info(text, self.subject.label, variant, length, math.exp(min(loss, 700)), len(keys))
+        del model, base
+        free_models()
+
+    def tokens(self, windows: Windows, variants: Sequence[str], kept: KeptRows) -> tuple[int, int]:
+        """Return the tokens of all windows, and of those that are kept."""
+        keys = [key for each in variants for length in windows.lengths for key in self._keys(windows, each, length)]
+        return sum(int(key[2]) for key in keys), sum(int(key[2]) for key in keys if key in kept.rows)
+
+    def _keys(self, windows: Windows, variant: str, length: int) -> list[Key]:
+        """Return what names the rows of a cell."""
+        return [(self.subject.label, variant, length, number) for number in range(windows.count(length))]
+
+
+def common_ids(readings: Sequence[Reading], path: Path) -> array[int]:
+    """Return the tokens of a text, which are the same for all models: a perplexity is per token.
+
+    Raises:
+        ConfigError: names a model with another tokenizer.
+        DataError: a text that cannot be used.
+    """
+    first, *others = readings
+    ids = read_ids(first.checkpoint, path)
+    for reading in others:
+        if reading.subject.model != first.subject.model and read_ids(reading.checkpoint, path) != ids:
+            names = f"{path} are others than those of {first.subject.model}"
+            what = f"--against {reading.subject.model}: its tokens of {names}"
+            raise ConfigError(what, "Perplexities per token cannot be compared: evaluate the models one at a time")
+    return ids
+
+
+def common_variants(readings: Sequence[Reading], names: Sequence[str] | None) -> list[str]:
+    """Return the variants of a table: those that were asked for, or all that the models share.
+
+    Raises:
+        ConfigError: a model lacks one, or a value that one needs.
+    """
+    if names is None:
+        shared = [set(reading.variants.names) for reading in readings]
+        names = [name for name in readings[0].variants.names if all(name in each for each in shared)]
+    for reading in readings:
+        reading.variants.check(names)
+        for name in names:
+            reading.variants.config(name)
+    return list(names)
