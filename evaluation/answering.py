@@ -22,7 +22,7 @@ from evaluation.questions import Question
 from loading.checkpoint import Checkpoint
 from serving.adapters import Adapters
 from serving.batch import Runner
-from serving.requests import Request, Sampling
+from serving.requests import Answer, Request, Sampling
 from serving.row import Row
 from serving.sampling import RowSampler
 from serving.scheduler import Scheduler
@@ -34,7 +34,7 @@ ROWS = 16
 
 # Ids do not tell which functions were offered: both answers are read as if some were, without types of parameters.
 _ANY_TOOLS: tuple[Tool, ...] = ({"type": "function", "function": {"name": "", "parameters": {}}},)
-_GREEDY = Sampling(0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, seed=0)
+GREEDY = Sampling(0.0, top_p=1.0, top_k=0, repetition_penalty=1.0, presence_penalty=0.0, frequency_penalty=0.0, seed=0)
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,34 @@ class Written:
     text: str
     tokens: int
     stopped: bool
+
+
+def ends_of(checkpoint: Checkpoint) -> frozenset[int]:
+    """Return the tokens that end an answer: those at which a tuned model stops, and control tokens."""
+    config = checkpoint.generation_config.to_dict()
+    stopping = stopping_generation_config(config, checkpoint.end_ids, checkpoint.model_type)
+    return frozenset([*stopping["eos_token_id"], *control_ids_of(checkpoint.tokenizer).values()])
+
+
+@torch.no_grad()
+def write_answers(model: Any, rows: Sequence[Row], places: int, on_turn: Callable[[int], object]) -> list[Answer]:
+    """Return the answers of rows, in their order.
+
+    Args:
+        model: without wrappers, in evaluation mode; layers may have adapters.
+        places: rows that are answered at the same time.
+        on_turn: called after each token of the batch with the number of rows that are answered.
+    """
+    scheduler = Scheduler(Runner(model, Adapters(model, {})), places)
+    waiting = deque(sorted(rows, key=lambda row: -row.prompt_length))
+    while waiting or scheduler.running:
+        if scheduler.wants_rows and waiting:
+            chosen = scheduler.choose(list(waiting))
+            waiting = deque(row for row in waiting if row not in chosen)
+            scheduler.begin(chosen)
+        waiting.extendleft(reversed(scheduler.turn()))
+        on_turn(scheduler.answered)
+    return [row.ticket.answer() for row in rows]
 
 
 class Answerer:
@@ -66,15 +94,12 @@ class Answerer:
         self._family, self._limit = checkpoint.family, max_new_tokens
         self._token_bytes = TokenBytes(checkpoint.tokenizer)
         self._positions = int(checkpoint.config.max_position_embeddings)
-        config = checkpoint.generation_config.to_dict()
-        stopping = stopping_generation_config(config, checkpoint.end_ids, checkpoint.model_type)
-        self.end_ids = frozenset([*stopping["eos_token_id"], *control_ids_of(checkpoint.tokenizer).values()])
+        self.end_ids = ends_of(checkpoint)
         form = self._family.tool_form
         self._stops = form.stops if form else ()
 
     # ----------------------------------------------------------------------------------------------------- answers
 
-    @torch.no_grad()
     def answer(
         self, model: Any, questions: Sequence[Question], on_turn: Callable[[int], object] = lambda answered: None
     ) -> list[Written]:
@@ -85,16 +110,7 @@ class Answerer:
             on_turn: called after each token of the batch with the number of questions that are answered.
         """
         rows = [self._row(question) for question in questions]
-        scheduler = Scheduler(Runner(model, Adapters(model, {})), ROWS)
-        waiting = deque(sorted(rows, key=lambda row: -row.prompt_length))
-        while waiting or scheduler.running:
-            if scheduler.wants_rows and waiting:
-                chosen = scheduler.choose(list(waiting))
-                waiting = deque(row for row in waiting if row not in chosen)
-                scheduler.begin(chosen)
-            waiting.extendleft(reversed(scheduler.turn()))
-            on_turn(scheduler.answered)
-        answers = [row.ticket.answer() for row in rows]
+        answers = write_answers(model, rows, ROWS, on_turn)
         return [Written(each.text, each.usage.completion_tokens, each.finish_reason == "stop") for each in answers]
 
     def _row(self, question: Question) -> Row:
@@ -102,7 +118,7 @@ class Answerer:
         # A text that ends calls does not end an answer that has to contain it.
         text, calls = self.text(question.expected_ids), self.expected(question).calls
         stops = tuple(stop for stop in self._stops if calls or stop not in text)
-        sampling = replace(_GREEDY, max_tokens=room, stop=stops)
+        sampling = replace(GREEDY, max_tokens=room, stop=stops)
         sampler = RowSampler(sampling, question.prompt_ids)
         return Row(Ticket(Request(question.prompt_ids, sampling)), sampler, self._token_bytes, self.end_ids, None)
 

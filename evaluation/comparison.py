@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 RESAMPLES = 1000
+LESS_IS_BETTER = ("loss", "false_positive")
 _SHARE = 0.95
 
 Values = Sequence[tuple[float, float]]
@@ -55,7 +56,7 @@ def difference_of(name: str, values: Values, others: Values, seed: int) -> Diffe
     """
     means, other_means = _resampled([values, others], seed)
     low, high = _interval(means - other_means)
-    verdict = "not shown" if low <= 0 <= high else "better" if (low > 0) != (name == "loss") else "worse"
+    verdict = "not shown" if low <= 0 <= high else "better" if (low > 0) != (name in LESS_IS_BETTER) else "worse"
     return Difference(_mean(values) - _mean(others), low, high, len(values), verdict)
 
 

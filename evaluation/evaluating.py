@@ -73,18 +73,26 @@ def subjects_of(base: str, adapter: str | None, others: Sequence[str]) -> list[S
     return subjects
 
 
-def open_subject(subject: Subject, any_base: bool) -> Checkpoint:
-    """Open the checkpoint of a subject, scaled as in the training of its adapter, without reading its weights.
+def open_subject(subject: Subject, any_base: bool = False) -> Checkpoint:
+    """Return the checkpoint of a model without its weights; its adapter is checked.
+
+    Args:
+        any_base: see ``load_for_inference``.
 
     Raises:
         ConfigError: a checkpoint or an adapter that cannot be used.
     """
-    adapters = [] if subject.adapter is None else [subject.adapter]
-    checkpoint = load_checkpoint(subject.model, adapters=adapters)
     if subject.adapter is None:
-        return checkpoint
+        return load_checkpoint(subject.model)
+    checkpoint = load_checkpoint(subject.model, adapters=[subject.adapter])
     check_adapter(checkpoint, subject.adapter, subject.flag, any_base)
     return scaled_checkpoint(checkpoint, load_yarn(Path(subject.adapter)))
+
+
+def load_subject(subject: Subject, checkpoint: Checkpoint, any_base: bool = False) -> Any:
+    """Load a model without wrappers; its layers have its adapter."""
+    model = load_for_inference(checkpoint, subject.adapter, any_base)
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def free_models() -> None:
@@ -157,14 +165,13 @@ class Sets:
         }
         if not any(missing.values()):
             return
-        model = load_for_inference(self.checkpoint, self.subject.adapter, self._any_base)
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        model = load_subject(self.subject, self.checkpoint, self._any_base)
         for name, questions in missing.items():
             for start in range(0, len(questions), _PART):
                 part = questions[start : start + _PART]
-                kept.add(self._rows(name, part, base))
+                kept.add(self._rows(name, part, model))
                 on_rows(len(part))
-        del model, base
+        del model
         free_models()
 
     def _rows(self, name: str, questions: Sequence[Question], model: Any) -> list[Row]:

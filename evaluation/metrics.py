@@ -27,6 +27,15 @@ SCORES = {
 }
 """The scores, and when an answer has 1."""
 
+OTHER_SCORES = {
+    "accuracy": "the right letter, or the right number",
+    "pass@1": "a program that passes the tests",
+    "tool_selection": "the right functions are called, where some are expected",
+    "tool_input": "ROUGE-L of the arguments of calls, of the tokens of their JSON",
+    "false_positive": "a function is called where none is expected",
+}
+"""Those of benchmarks and of tool use. Of ``false_positive`` less is better."""
+
 ANSWER_TOKENS = "answer_tokens"
 """A figure that is no score: tokens of an answer."""
 
@@ -49,7 +58,7 @@ class Reply(NamedTuple):
     @property
     def whole(self) -> str:
         """Return the text followed by the calls, a line each, equal for equal arguments."""
-        calls = [f"{call.name} {_canonical(call.arguments)}" for call in self.calls]
+        calls = [f"{call.name} {canonical(call.arguments)}" for call in self.calls]
         return "\n".join([*([self.text] if self.text or not calls else []), *calls])
 
 
@@ -102,6 +111,13 @@ def rouge_l(expected: str, given: str) -> float:
     words, others = words_of(expected), words_of(given)
     if not words or not others:
         return float(_spaced(expected) == _spaced(given))
+    return sequence_f1(words, others)
+
+
+def sequence_f1(words: Sequence[str], others: Sequence[str]) -> float:
+    """Return the F1 of the longest common subsequence of two sequences; 1 for two empty ones."""
+    if not words and not others:
+        return 1.0
     return 2 * _common_length(words, others) / (len(words) + len(others))
 
 
@@ -157,14 +173,15 @@ def _refuse(name: str) -> Any:
     raise ValueError(name)
 
 
-def _value_of(arguments: Any) -> Any:
+def arguments_value(arguments: Any) -> Any:
     """Return the arguments of a call as a JSON value; a text that is none stays text."""
     value = _parsed(arguments) if isinstance(arguments, str) else arguments
     return _spaced(arguments) if value is _INVALID else value
 
 
-def _canonical(arguments: Any) -> str:
-    value = _value_of(arguments)
+def canonical(arguments: Any) -> str:
+    """Return the arguments of a call as JSON, equal for equal ones."""
+    value = arguments_value(arguments)
     try:
         return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, sort_keys=True)
     except RecursionError:  # deeper than can be written, but not than can be read
@@ -173,7 +190,7 @@ def _canonical(arguments: Any) -> str:
 
 def _same_arguments(call: ToolCall, other: ToolCall) -> bool:
     try:
-        return _same(_value_of(call.arguments), _value_of(other.arguments))
+        return _same(arguments_value(call.arguments), arguments_value(other.arguments))
     except RecursionError:
         return False
 

@@ -14,12 +14,12 @@ from markupsafe import Markup
 from console import visible
 from data_utils.report import page
 from evaluation.kept import Key, Row
-from evaluation.metrics import SCORES
+from evaluation.metrics import OTHER_SCORES, SCORES
 from evaluation.report import FIGURES
 
 _SHOWN_ANSWERS, _SHOWN_CHARACTERS = 200, 2000
 _TITLES = {"held_out": "Held-out questions", "general": "General questions: what was forgotten"}
-_MEANINGS = {**SCORES, "loss": "nats per token of the expected answers", "perplexity": "exp(loss)"}
+_MEANINGS = {**OTHER_SCORES, **SCORES, "loss": "nats per token of the expected answers", "perplexity": "exp(loss)"}
 # Of a plot, in its own units.
 _NAMES, _WIDTH, _ROW = 130, 460, 26
 
@@ -41,7 +41,12 @@ def render_page(report: Mapping[str, Any], rows: Mapping[Key, Row], places: Mapp
 def _answers(rows: Sequence[Row]) -> dict[str, Any]:
     first = rows[0]
     texts = {name: _shortened(first[name]) for name in ("question", "expected", "where")}
-    return {**texts, "answers": [(_shortened(row["answer"]), row["scores"]["exact_match"] == 1) for row in rows]}
+    return {**texts, "answers": [(_shortened(row["answer"]), _is_right(row)) for row in rows]}
+
+
+def _is_right(row: Row) -> bool:
+    scores = row["scores"]
+    return any(scores.get(name) == 1 for name in ("exact_match", "accuracy", "pass@1"))
 
 
 def _shortened(text: str) -> str:

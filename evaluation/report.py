@@ -9,9 +9,9 @@ from typing import Any
 
 from evaluation.comparison import RESAMPLES, Values, difference_of, mean_of
 from evaluation.kept import Key, Row
-from evaluation.metrics import ANSWER_TOKENS, SCORES
+from evaluation.metrics import ANSWER_TOKENS, OTHER_SCORES, SCORES
 
-FIGURES = (*SCORES, "token_accuracy", "loss", ANSWER_TOKENS)
+FIGURES = (*OTHER_SCORES, *SCORES, "token_accuracy", "loss", ANSWER_TOKENS)
 _TURNS = 8  # of a conversation, whose losses are reported apart
 
 
@@ -34,6 +34,7 @@ def build_report(
             "figures": {label: _figures(each, seed) for label, each in by_label.items()},
             "differences": {label: _differences(by_label[label], first, seed) for label in labels[1:]},
             "turns": {label: _turns(each) for label, each in by_label.items()},
+            "subjects": {label: each for label in labels if (each := _subjects(by_label[label]))},
         }
     return {"seed": seed, "resamples": RESAMPLES, "sets": sets}
 
@@ -41,7 +42,7 @@ def build_report(
 def _values(rows: Sequence[Row], name: str) -> Values:
     """Return the value and the weight of a figure for each row that has it."""
     if name not in ("loss", "token_accuracy"):
-        return [(row["scores"][name], 1.0) for row in rows if name in row["scores"]]
+        return [(row["scores"][name], row.get("weight", 1.0)) for row in rows if name in row["scores"]]
     values = []
     for row in rows:
         if row["losses"]:
@@ -64,6 +65,15 @@ def _differences(rows: Sequence[Row], others: Sequence[Row], seed: int) -> dict[
         if name != ANSWER_TOKENS and values and len(values) == len(other_values):
             differences[name] = asdict(difference_of(name, values, other_values, seed))
     return differences
+
+
+def _subjects(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+    """Return the mean of each subject of a benchmark, and the number of its questions; nothing for other sets."""
+    scores: dict[str, list[float]] = {}
+    for row in rows:
+        if "subject" in row:
+            scores.setdefault(row["subject"], []).extend(row["scores"].values())
+    return {name: {"value": sum(each) / len(each), "questions": len(each)} for name, each in scores.items()}
 
 
 def _turns(rows: Sequence[Row]) -> list[dict[str, Any]]:

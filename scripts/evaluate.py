@@ -1,5 +1,6 @@
 """Compare models on held-out questions: ``python -m scripts.evaluate --model_name_or_path BASE --adapter A
---data_path held_out.jsonl --output DIR``; or, with ``--perplexity FILE``, by the perplexity of a text.
+--data_path held_out.jsonl --output DIR``; or on known benchmarks (``--tasks``), by their calls of functions
+(``--tool_use``), by the perplexity of a text (``--perplexity``).
 
 Each model answers the last turn of each sample greedily, and its loss on all answers is measured; so are forty
 general questions, which show what tuning has made it forget. Differences from the base come with 95 % intervals.
@@ -27,6 +28,7 @@ from data_utils.files import data_files
 from data_utils.sources import parse_source
 from errors import ConfigError, DataError, RunError, one_line
 from evaluation.metrics import SCORES
+from evaluation.task_flags import TASK_FLAGS, add_task_flags, check_harness, check_task_flags, read_items
 from evaluation.variants import UNPUBLISHED, VARIANTS
 from outputs import check_shared_folder, parse_output
 from training.config.args import ModelArguments
@@ -58,14 +60,16 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", required=True, type=parse_output, help="folder of the report")
     parser.add_argument(
         "--limit", type=int,
-        help="most questions of --data_path, drawn by the seed; with --perplexity most windows of the longest length, "
-        "from the beginning (default: all)",
+        help="most questions (of each benchmark), drawn by the seed; with --perplexity most windows of the longest "
+        "length, from the beginning (default: all)",
     )  # fmt: skip
-    parser.add_argument("--max_new_tokens", type=int, default=256, help="length limit of an answer (default: 256)")
+    parser.add_argument("--max_new_tokens", type=int, help="length limit of an answer (default: 256; --tasks: 512)")
     parser.add_argument("--seed", type=int, default=42, help="seed of draws and intervals (default: 42)")
     parser.add_argument("--no_general", action="store_true", help="leave out the general questions")
     for name, meaning in SCORES.items():
         parser.add_argument(f"--min_{name}", type=float, metavar="SHARE", help=f"least mean of: {meaning}")
+    parser.add_argument("--tool_use", metavar="FILE", help="conversations with tools, whose calls are scored")
+    add_task_flags(parser)
     add_perplexity_flags(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of a failure")
     args = parser.parse_args(argv)
@@ -84,9 +88,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
 
 def add_perplexity_flags(parser: CommandParser) -> None:
     group = parser.add_argument_group("perplexity of a text")
-    group.add_argument(
-        "--perplexity", metavar="FILE", help='UTF-8 text (.txt), or records {"text": ...}; no --data_path'
-    )
+    group.add_argument("--perplexity", metavar="FILE", help='UTF-8 text (.txt), or records {"text": ...}')
     lengths = ",".join(map(str, LENGTHS))
     group.add_argument("--lengths", type=parse_lengths, help=f"tokens of the windows (default: {lengths})")
     group.add_argument(
@@ -120,16 +122,29 @@ def parse_variants(text: str) -> list[str]:
     return names
 
 
+KINDS = {
+    "data_path": ("no_general", *(f"min_{name}" for name in SCORES)),
+    "tasks": TASK_FLAGS,
+    "tool_use": (),
+    "perplexity": ("lengths", "variants", "rope_scaling", "rope_factor", "rope_original_length"),
+}
+"""Flags that ask for a kind of evaluation, with those that only it has."""
+_OF_ANSWERS = ("data_format", "max_new_tokens")
+
+
 def check_kind(parser: CommandParser, args: argparse.Namespace) -> None:
-    """Check that the flags of one kind of evaluation are given, and none of the other."""
-    if (args.perplexity is None) == (args.data_path is None):
-        parser.error("give --data_path, or --perplexity" + (", not both" if args.data_path else ""))
-    answers = ("data_format", "max_new_tokens", "no_general", *(f"min_{name}" for name in SCORES))
-    texts = ("lengths", "variants", "rope_scaling", "rope_factor", "rope_original_length")
-    others, kind = (texts, "--perplexity") if args.perplexity is None else (answers, "--data_path")
-    for name in others:
+    """Check that one kind of evaluation is asked for, without flags of another."""
+    given = [name for name in KINDS if getattr(args, name) is not None]
+    if len(given) != 1:
+        parser.error(f"give one of {', '.join(f'--{name}' for name in KINDS)}")
+    useless = {name: f"without --{kind}" for kind, flags in KINDS.items() if kind != given[0] for name in flags}
+    if args.perplexity is not None:
+        useless |= dict.fromkeys(_OF_ANSWERS, "with --perplexity")
+    for name, why in useless.items():
         if getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} has no effect without {kind}")
+            parser.error(f"--{name} has no effect {why}")
+    if args.max_new_tokens is None:
+        args.max_new_tokens = 512 if args.tasks else 256
     args.yarn = None
     if args.perplexity is not None:
         names = ("rope_scaling", "rope_factor", "rope_original_length")
@@ -149,7 +164,9 @@ def bounds_of(args: argparse.Namespace) -> dict[str, float]:
 def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     set_up_logging()
-    return evaluate_answers(args) if args.perplexity is None else evaluate_perplexity(args)
+    if args.perplexity is not None:
+        return evaluate_perplexity(args)
+    return evaluate_answers(args) if args.data_path else evaluate_questions(args)
 
 
 def folders_of(args: argparse.Namespace) -> list[Path]:
@@ -159,7 +176,7 @@ def folders_of(args: argparse.Namespace) -> list[Path]:
 
 
 def evaluate_answers(args: argparse.Namespace) -> int:
-    """Let the models answer questions, and write the report; return 1 if a bound is not reached."""
+    """Let the models answer held-out questions, and write the report; return 1 if a bound is not reached."""
     paths = [parse_source(path).path for path in args.data_path]
     check_shared_folder(args.output, "--output", {"--data_path": paths, "a model": folders_of(args)})
     with importing():
@@ -185,6 +202,42 @@ def evaluate_answers(args: argparse.Namespace) -> int:
                 logger.info("%s: %s", sets.subject.label, sets.subject.adapter or sets.subject.model)
                 sets.evaluate(kept, bar.update)
         return write_report(args, subjects, kept.rows, places)
+
+
+def evaluate_questions(args: argparse.Namespace) -> int:
+    """Let the models answer the questions of benchmarks, or call functions, and write the report."""
+    if args.tasks:
+        check_task_flags(args)
+    inputs = {"--data_dir": [args.data_dir]} if args.tasks else {"--tool_use": [Path(args.tool_use)]}
+    check_shared_folder(args.output, "--output", {**inputs, "a model": folders_of(args)})
+    if args.tasks:
+        items = read_items(args)
+        check_harness()
+    with importing():
+        from tqdm import tqdm
+
+        from evaluation.evaluating import subjects_of
+        from evaluation.kept import KeptRows
+        from evaluation.tool_use import ToolRun, read_tool_questions
+
+    subjects = subjects_of(args.model_name_or_path, args.adapter, args.against)
+    run: Any
+    if args.tasks:
+        from evaluation.tasks import TaskRun
+
+        run = TaskRun(args, items, subjects)
+    else:
+        questions = read_tool_questions(Path(args.tool_use), args.data_format, args.limit, args.seed)
+        run = ToolRun(args, questions, subjects)
+    models = {
+        each.label: weights_of(each, checkpoint.folder)
+        for each, checkpoint in zip(subjects, run.checkpoints, strict=True)
+    }
+    args.output.mkdir(parents=True, exist_ok=True)
+    with KeptRows(args.output / "answers.jsonl", {**run.identity(), "models": models}) as kept:
+        with tqdm(total=run.total, initial=len(kept.rows), desc="Answering", unit="answer", disable=None) as bar:
+            rows = run.answer(kept, bar.update)
+        return write_report(args, subjects, rows, run.places)
 
 
 def common_places(of_each: Sequence[Sets]) -> dict[str, list[str]]:
@@ -231,7 +284,8 @@ def write_report(args: argparse.Namespace, subjects: Sequence[Subject], rows: An
     labels = [subject.label for subject in subjects]
     report = build_report(rows, labels, places, args.seed)
     judged = labels[min(1, len(labels) - 1)]
-    scores = {name: each["value"] for name, each in report["sets"][HELD_OUT]["figures"][judged].items()}
+    figures = report["sets"][HELD_OUT]["figures"][judged] if HELD_OUT in places else {}
+    scores = {name: each["value"] for name, each in figures.items()}
     models = [{"label": each.label, "model": each.model, "adapter": each.adapter} for each in subjects]
     failed = [f"{judged}: {line}" for line in failed_bounds(scores, bounds_of(args))]
     report = {"models": models, "bounds": bounds_of(args), "failed": failed, **report}

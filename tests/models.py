@@ -109,6 +109,7 @@ def write_later_checkpoint(
     tied: bool = False,
     dtype: torch.dtype = torch.float32,
     hidden_size: int = 32,
+    positions: int = 512,
 ) -> Path:
     """Write a tiny random checkpoint after Qwen v1, with a fast tokenizer of 700 ranks and a chat template."""
     fast = Tokenizer.from_str(fast_tokenizer(TINY / "qwen.tiktoken"))
@@ -122,8 +123,9 @@ def write_later_checkpoint(
     change_json(folder / "tokenizer_config.json", tokenizer_class="Qwen2Tokenizer")  # as in the published ones
     sizes: dict[str, Any] = {
         "vocab_size": 768, "hidden_size": hidden_size, "intermediate_size": 64, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512, "initializer_range": 0.1,
-        "tie_word_embeddings": tied, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": positions,
+        "initializer_range": 0.1, "tie_word_embeddings": tied,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id,
     }  # fmt: skip
     torch.manual_seed(0)
     model: Any
