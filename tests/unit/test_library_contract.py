@@ -442,8 +442,7 @@ def test_unlisted_members_are_found() -> None:
 
     class Careless(Trainer):
         def _save_rng_state(self, output_dir: str) -> None:
-            self._signature_columns = None
-            self._own = 1
+            self._own = self._signature_columns = None
 
     names = [line.rpartition(".")[2] for line in unlisted_in_class(Careless, "x.py")]
     assert names == ["_save_rng_state", "_signature_columns"]
