@@ -7,13 +7,14 @@ import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from chat.families import QWEN_V1
 from checkpoints.files import is_file
 from checkpoints.model_config import find_quantization
 from checkpoints.shards import open_checkpoint
@@ -78,7 +79,7 @@ def read_checkpoint(args: RunArguments) -> Checkpoint:
         folder=folder,
         config=config,
         tokenizer=_Tokenizer(),
-        family=cast(Any, None),  # of texts, which a rehearsal does not have
+        family=QWEN_V1,  # plain ChatML: a rehearsal has no texts, only rows for the tokens
         generation_config=generation_config,
         dtype=saved_dtype(open_checkpoint(folder) if _has_weights(folder) else None, config),
         chat_format=chat_format_of(config, generation_config),

@@ -16,20 +16,22 @@ from training.config.parsing import parse_args
 _EVERY = "--gradient_checkpointing --gradient_checkpointing_kwargs"
 
 
-@pytest.mark.parametrize("device_type", ["cuda", "cpu"])
 @pytest.mark.parametrize(
-    "flags",
+    ("flags", "device_type"),
     [
-        "--use_lora --bf16",
-        "--use_lora --bf16 --trainable_embeddings full --gradient_checkpointing False",
-        "--use_lora --bf16 --q_lora",
-        "--bf16 --gradient_checkpointing False",
-        "--bf16 --per_device_train_batch_size 1 --gradient_accumulation_steps 1 --gradient_checkpointing False",
-        "--pure_bf16 --optim adamw_bnb_8bit",
-        f'--use_lora --bf16 {_EVERY} {{"every_n_layers":4}}',
-        f'--bf16 {_EVERY} {{"every_n_layers":2}}',
-        f'--use_lora --bf16 {_EVERY} {{"offload":true}}',
-        "--use_lora --bf16 --eval_strategy steps --eval_steps 1 --per_device_eval_batch_size 8",
+        ("--use_lora --bf16", "cpu"),
+        ("--use_lora --bf16 --trainable_embeddings full --gradient_checkpointing False", "cuda"),
+        ("--use_lora --bf16 --q_lora", "cuda"),
+        ("--bf16 --gradient_checkpointing False", "cpu"),
+        (
+            "--bf16 --per_device_train_batch_size 1 --gradient_accumulation_steps 1 --gradient_checkpointing False",
+            "cuda",
+        ),
+        ("--pure_bf16 --optim adamw_bnb_8bit", "cuda"),
+        (f'--use_lora --bf16 {_EVERY} {{"every_n_layers":4}}', "cuda"),
+        (f'--bf16 {_EVERY} {{"every_n_layers":2}}', "cpu"),
+        (f'--use_lora --bf16 {_EVERY} {{"offload":true}}', "cuda"),
+        ("--use_lora --bf16 --eval_strategy steps --eval_steps 1 --per_device_eval_batch_size 8", "cuda"),
     ],
 )
 def test_an_estimate_is_the_rehearsal_of_all_blocks(tmp_path: Path, flags: str, device_type: str) -> None:

@@ -121,8 +121,10 @@ def build_model(golden: Golden, name: str, recorded: dict[str, Any]) -> nn.Modul
 
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")  # peft uses an old name
 def test_training_runs_have_the_recorded_losses_and_weights(any_golden: Golden, tiny_tokenizer: QWenTokenizer) -> None:
+    """All runs of the small set; of the large one, whose steps take ten times as long, that of all parameters."""
     for name, recorded in any_golden.training_runs.items():
-        check_run(any_golden, tiny_tokenizer, name, recorded)
+        if any_golden.name == "small" or not name.startswith("lora"):
+            check_run(any_golden, tiny_tokenizer, name, recorded)
 
 
 def check_run(any_golden: Golden, tiny_tokenizer: QWenTokenizer, name: str, recorded: dict[str, Any]) -> None:
