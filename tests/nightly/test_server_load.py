@@ -62,6 +62,10 @@ async def load(url: str, ended: Counter[str], sizes: list[int]) -> None:
         await asyncio.gather(watch(), *(use(client, number, end, ended) for number in range(CLIENTS)))
 
 
+# httpx leaves generators of its own open where a client leaves a stream in its middle.
+@pytest.mark.filterwarnings(
+    r"ignore:.*async_generator object (Response|\w*Stream)\.:pytest.PytestUnraisableExceptionWarning"
+)
 def test_streams_and_mutated_requests(caplog: pytest.LogCaptureFixture) -> None:
     ended: Counter[str] = Counter()
     statuses: Counter[int] = Counter()
