@@ -132,4 +132,4 @@ def test_a_killed_run_continues_and_chats_are_asked(python: Path, tmp_path: Path
     assert (cut / "report.json").read_bytes() == (whole / "report.json").read_bytes()
     assert sorted((cut / "answers.jsonl").read_text().splitlines()) == sorted(line[:-1] for line in lines)
     result = run(python, *command(TINY, cut, TASKS, *flags, "--limit", 1))
-    assert result.returncode != 0 and "answers with other limit, data" in result.stderr
+    assert result.returncode != 0 and "was written with other limit, data" in result.stderr
