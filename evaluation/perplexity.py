@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from checkpoints.rope import Yarn
@@ -18,12 +17,11 @@ from data_utils.encode import EncodeOptions, Encoder
 from data_utils.files import data_files, read_records
 from data_utils.formats import FORMATS
 from errors import ConfigError, DataError
-from evaluation.evaluating import Subject, free_models, open_subject
+from evaluation.evaluating import Subject, free_models, load_subject, open_subject
 from evaluation.kept import KeptRows, Key
 from evaluation.losses import window_losses
 from evaluation.variants import Variants, use_variant
 from loading.checkpoint import Checkpoint
-from loading.inference import load_for_inference
 from qwen_model.answer_blocks import use_answer_blocks
 
 logger = logging.getLogger(__name__)
@@ -120,18 +118,17 @@ class Reading:
         missing = [cell for cell in cells if any(key not in kept.rows for key in self._keys(windows, *cell))]
         if not missing:
             return
-        model = load_for_inference(self.checkpoint, self.subject.adapter, self._any_base)
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        use_answer_blocks(base)
+        model = load_subject(self.subject, self.checkpoint, self._any_base)
+        use_answer_blocks(model)
         for variant, length in missing:
-            use_variant(base, self.variants.config(variant))
+            use_variant(model, self.variants.config(variant))
             keys = self._keys(windows, variant, length)
             at_once = max(1, _TOKENS // length)
             # Batches are the same whatever is measured already, so that a continued run has the same figures.
             for batch in (keys[start : start + at_once] for start in range(0, len(keys), at_once)):
                 if all(key in kept.rows for key in batch):
                     continue
-                losses = window_losses(base, windows.batch(length, [int(key[-1]) for key in batch]))
+                losses = window_losses(model, windows.batch(length, [int(key[-1]) for key in batch]))
                 rows = [
                     {**dict(zip(WINDOW_KEY, key, strict=True)), "targets": length - 1, "loss": loss}
                     for key, loss in zip(batch, losses, strict=True)
@@ -142,7 +139,7 @@ class Reading:
             loss = math.fsum(kept.rows[key]["loss"] for key in keys) / ((length - 1) * len(keys))
             text = "%s, %s, %d tokens: perplexity %.4g of %d windows"
             logger.info(text, self.subject.label, variant, length, math.exp(min(loss, 700)), len(keys))
-        del model, base
+        del model
         free_models()
 
     def tokens(self, windows: Windows, variants: Sequence[str], kept: KeptRows) -> tuple[int, int]:

@@ -93,7 +93,7 @@ class DataReport:
 
     @property
     def accepts_samples(self) -> bool:
-        """Whether there are fewer than ``max_samples``, or several of a record, whose places samples of others take."""
+        """Whether one more is kept: there are fewer than ``max_samples``, or two are of one record."""
         return len({sample.where for sample in self.samples}) < self.max_samples
 
     def accepts(self, where: str) -> bool:
