@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import os
 import platform
 import subprocess
@@ -25,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from benchmarks.asking import encode_records, greedy_answers, perplexity
 from benchmarks.results_file import parse_args, save_results
 from benchmarks.taught_facts import Fact, make_facts
 from checkpoints.names import RUN_SUMMARY
@@ -88,7 +88,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--only", nargs="+", choices=names, help="run these cases, and keep the other rows of --output")
     args = parse_args(parser, argv, RESULTS)
     facts = make_facts(FACTS)
-    records = [record for record in json.loads(args.general.read_text(encoding="utf-8")) if _length(record) <= SHORT]
+    records = short_records(args.general)
     held_out, general = records[:HELD_OUT], records[HELD_OUT:]
     rows = json.loads(args.output.read_text())["rows"] if args.only and args.output.exists() else []
     with tempfile.TemporaryDirectory() as temporary:
@@ -105,8 +105,12 @@ def main(argv: Sequence[str]) -> None:
             save_results(_results(args, rows), args.output)
 
 
-def _length(record: dict[str, str]) -> int:
-    return sum(len(record[name]) for name in ("instruction", "input", "output"))
+def short_records(path: Path) -> list[dict[str, str]]:
+    """Return the records of an alpaca file that have at most 200 characters."""
+    records: list[dict[str, str]] = json.loads(path.read_text(encoding="utf-8"))
+    return [
+        record for record in records if sum(len(record[name]) for name in ("instruction", "input", "output")) <= SHORT
+    ]
 
 
 def _results(args: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -126,20 +130,12 @@ class Subject:
     def __init__(self, model: str, facts: Sequence[Fact], held_out: Sequence[dict[str, str]], folder: Path) -> None:
         import torch
 
-        from data_utils.dataset import DataOptions, DataReader
-        from data_utils.encode import EncodeOptions, Encoder
-        from data_utils.prepared import load_examples
-        from data_utils.sources import parse_source
         from loading.checkpoint import load_checkpoint
 
         torch.set_num_threads(1)
         self.model, self.facts, self.folder, self.adapter = model, facts, folder, folder / "adapter"
         self.checkpoint = load_checkpoint(model)
-        file = folder / "held_out.json"
-        file.write_text(json.dumps(held_out))
-        encoder = Encoder(self.checkpoint.tokenizer, self.checkpoint.family, EncodeOptions(max_length=512))
-        reader = DataReader({"train": [parse_source(str(file))]}, encoder, DataOptions(), show_progress=False)
-        self.held_out = load_examples(reader)["train"]
+        self.held_out = encode_records(self.checkpoint, held_out, folder / "held_out.json")
 
     def train(self, case: Case, general: Sequence[dict[str, str]]) -> dict[str, Any]:
         """Train an adapter, and return figures of its run."""
@@ -167,50 +163,15 @@ class Subject:
         from loading.inference import load_for_inference
 
         model = load_for_inference(self.checkpoint, None if adapter is None else str(adapter))
-        trained = self._answers(model, [fact.wordings[0] for fact in self.facts])
+        questions = [fact.wordings[0] for fact in self.facts]
+        trained = greedy_answers(model, self.checkpoint, questions, MAX_NEW_TOKENS)
         asked = [(text, fact.key) for fact in self.facts for text in fact.paraphrases]
-        others = self._answers(model, [text for text, _ in asked])
+        others = greedy_answers(model, self.checkpoint, [text for text, _ in asked], MAX_NEW_TOKENS)
         return {
             "reproduced": sum(answer == fact.answer for answer, fact in zip(trained, self.facts, strict=True)),
             "paraphrases_answered": sum(key in answer for answer, (_, key) in zip(others, asked, strict=True)),
-            "perplexity": round(self._perplexity(model), 3),
+            "perplexity": round(perplexity(model, self.held_out), 3),
         }
-
-    def _answers(self, model: Any, questions: Sequence[str]) -> list[str]:
-        """Return the greedy answers, computed 16 at a time with padding on the left."""
-        import torch
-
-        from chat.render import encode_prompt, render_prompt
-        from chat.turns import Turn
-
-        tokenizer, end = self.checkpoint.tokenizer, self.checkpoint.end_ids
-        prompts = [
-            encode_prompt(render_prompt([Turn("user", text)], self.checkpoint.family), tokenizer) for text in questions
-        ]
-        answers = []
-        for first in range(0, len(prompts), 16):
-            batch = prompts[first : first + 16]
-            width = max(map(len, batch))
-            ids = torch.tensor([[end[-1]] * (width - len(prompt)) + prompt for prompt in batch])
-            mask = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in batch])
-            output = model.generate(
-                input_ids=ids, attention_mask=mask, max_new_tokens=MAX_NEW_TOKENS, do_sample=False,
-                eos_token_id=end, pad_token_id=end[-1],
-            )  # fmt: skip
-            answers += [tokenizer.decode(row[width:].tolist(), skip_special_tokens=True).strip() for row in output]
-        return answers
-
-    def _perplexity(self, model: Any) -> float:
-        import torch
-
-        loss, targets = 0.0, 0
-        with torch.inference_mode():
-            for example in self.held_out:
-                labels = torch.tensor([example["labels"]])
-                count = int((labels[:, 1:] >= 0).sum())
-                loss += count * float(model(input_ids=torch.tensor([example["input_ids"]]), labels=labels).loss)
-                targets += count
-        return math.exp(loss / targets)
 
 
 if __name__ == "__main__":
