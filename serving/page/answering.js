@@ -1,6 +1,7 @@
 // One answer, from the request to its last token. The message is filled while it arrives; `draw` is called as often as
 // the page can draw it.
 import { streamAnswer } from "./api.js";
+import { t } from "./language.js";
 
 const SAVED_EVERY = 2000; // milliseconds
 
@@ -53,7 +54,7 @@ export class Answering {
         return null;
       }
       if (this.isLeft) return null;
-      message.error = error.kind ? error.message : `The page failed: ${error.message}`;
+      message.error = error.kind ? error.message : t("The page failed: {fault}", { fault: error.message });
       return error;
     } finally {
       cancelAnimationFrame(this.pending);

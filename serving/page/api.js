@@ -1,4 +1,5 @@
 // The server's interface. Every fault becomes an ApiError whose message says in plain words what to do.
+import { t } from "./language.js";
 import { readEvents } from "./sse.js";
 
 export class ApiError extends Error {
@@ -9,7 +10,7 @@ export class ApiError extends Error {
 }
 
 const UNREACHABLE =
-  "The server cannot be reached. It may have stopped, or the network is down. Start it again, then retry.";
+  t("The server cannot be reached. It may have stopped, or the network is down. Start it again, then retry.");
 
 async function request(path, key, options = {}) {
   const headers = { ...options.headers };
@@ -26,7 +27,7 @@ async function request(path, key, options = {}) {
 }
 
 const badKey = (given) =>
-  given ? "The server does not accept this API key." : "This server wants an API key.";
+  given ? t("The server does not accept this API key.") : t("This server wants an API key.");
 
 async function refusal(response, key) {
   let detail = "";
@@ -39,26 +40,30 @@ async function refusal(response, key) {
     // No JSON: the status alone has to do.
   }
   const status = response.status;
-  if (status === 404 && code === "model_not_found") return new ApiError(`The server no longer has this model. ${detail}`, "model");
+  if (status === 404 && code === "model_not_found") return new ApiError(t("The server no longer has this model. {detail}", { detail }), "model");
   if (status === 401) return new ApiError(badKey(Boolean(key)), "key");
-  if (code === "closing") return new ApiError("The server is shutting down. Start it again, then retry.", "network");
+  if (code === "closing") return new ApiError(t("The server is shutting down. Start it again, then retry."), "network");
   if (status === 408 || status === 504) {
-    return new ApiError(`The request took too long (${status}). ${detail || "Retry, or ask for a shorter answer."}`);
+    const fix = detail || t("Retry, or ask for a shorter answer.");
+    return new ApiError(t("The request took too long ({status}). {fix}", { status, fix }));
   }
   if (status === 429 || status === 503) {
     const wait = Number.parseInt(response.headers.get("Retry-After") ?? "", 10);
-    const when = wait > 0 ? `in ${wait} second${wait === 1 ? "" : "s"}` : "in a moment";
-    return new ApiError(`The server is busy. Retry ${when}.`, "busy");
+    const later = wait === 1 ? t("The server is busy. Retry in 1 second.") : t("The server is busy. Retry in {wait} seconds.", { wait });
+    return new ApiError(wait > 0 ? later : t("The server is busy. Retry in a moment."), "busy");
   }
-  if (status === 413) return new ApiError(`The conversation is too long for the server. ${detail}`, "request");
-  if (status >= 500) return new ApiError(`The server failed (${status}). ${detail || "Its log says why."}`);
-  return new ApiError(detail ? `The server refused: ${detail}` : `The server refused the request (${status}).`, "request");
+  if (status === 413) return new ApiError(t("The conversation is too long for the server. {detail}", { detail }), "request");
+  if (status >= 500) {
+    return new ApiError(t("The server failed ({status}). {why}", { status, why: detail || t("Its log says why.") }));
+  }
+  const refused = detail ? t("The server refused: {detail}", { detail }) : t("The server refused the request ({status}).", { status });
+  return new ApiError(refused, "request");
 }
 
 export async function listModels(key) {
   const response = await request("/v1/models", key);
   const body = await response.json().catch(() => null);
-  if (!Array.isArray(body?.data)) throw new ApiError("The server's list of models cannot be read.");
+  if (!Array.isArray(body?.data)) throw new ApiError(t("The server's list of models cannot be read."));
   return body.data.map(({ id, has_thinking }) => ({ id: String(id), hasThinking: has_thinking === true }));
 }
 
@@ -82,9 +87,9 @@ export async function* streamAnswer(body, key, signal) {
   } catch (error) {
     if (error instanceof ApiError || error.name === "AbortError") throw error;
     if (finished) return;
-    throw new ApiError("The connection to the server broke in the middle of the answer.", "network");
+    throw new ApiError(t("The connection to the server broke in the middle of the answer."), "network");
   }
-  if (!finished) throw new ApiError("The server ended the answer before it was complete.", "network");
+  if (!finished) throw new ApiError(t("The server ended the answer before it was complete."), "network");
 }
 
 function* eventsOf(data) {
@@ -92,10 +97,11 @@ function* eventsOf(data) {
   try {
     chunk = JSON.parse(data);
   } catch {
-    throw new ApiError("The server sent something that is no answer.");
+    throw new ApiError(t("The server sent something that is no answer."));
   }
   if (chunk?.error) {
-    throw new ApiError(`The server ended the answer: ${String(chunk.error.message ?? "it does not say why")}`);
+    const why = String(chunk.error.message ?? t("it does not say why"));
+    throw new ApiError(t("The server ended the answer: {why}", { why }));
   }
   const choice = chunk?.choices?.[0];
   const delta = choice?.delta ?? {};

@@ -3,6 +3,7 @@ import { listModels } from "./api.js";
 import { Answering } from "./answering.js";
 import { announce, byId, el } from "./dom.js";
 import { History, titleOf } from "./history.js";
+import { t, translatePage } from "./language.js";
 import { AnswerView, QuestionView } from "./message.js";
 import { closeCoveringPanel, connectKey, connectPanels, connectTheme, showBanner, showToast } from "./panels.js";
 import { connectSettings, requestSettings } from "./settings.js";
@@ -156,7 +157,7 @@ async function answer() {
   save();
   drawAround();
   scrollToEnd();
-  announce("Answering");
+  announce(t("Answering"));
   const fault = await current.done;
   if (fault?.kind === "network" || fault?.kind === "model") areModelsKnown = false;
   // Another answer has begun, or another conversation is open; stop() has saved this one.
@@ -164,7 +165,7 @@ async function answer() {
   answering = null;
   save();
   following(drawAround);
-  announce(message.error ?? `Answer complete. ${message.content.slice(0, LONGEST_SPOKEN)}`);
+  announce(message.error ?? t("Answer complete. {start}", { start: message.content.slice(0, LONGEST_SPOKEN) }));
   if (fault?.kind === "key") askForKey(fault.message);
 }
 
@@ -202,7 +203,7 @@ async function loadModels() {
     models = await listModels(key);
   } catch (error) {
     if (error.kind === "key") askForKey(error.message);
-    showBanner(error.message, { label: "Retry", run: loadModels });
+    showBanner(error.message, { label: t("Retry"), run: loadModels });
     return;
   }
   showBanner("");
@@ -246,6 +247,7 @@ function keydown(event) {
 }
 
 function connect() {
+  translatePage();
   connectTheme();
   connectPanels();
   connectSettings(settings, changeSettings);
@@ -278,7 +280,7 @@ function connect() {
   store.onOtherTab((id) => {
     if (store.isDeleted(conversation)) {
       openConversation("");
-      showToast("The conversation was deleted in another tab.");
+      showToast(t("The conversation was deleted in another tab."));
     } else if (id === conversation.id && !answering) {
       openChanged(id);
     }

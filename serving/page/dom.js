@@ -1,5 +1,7 @@
 // Elements are built from constants and text; nothing in the page parses text as markup.
 
+import { t } from "./language.js";
+
 const SVG = "http://www.w3.org/2000/svg";
 const ICONS = {
   copy: "M9 9h11v11H9zM5 15H4V4h11v1",
@@ -64,14 +66,14 @@ export async function copyText(text) {
 
 export function copyButton(label, getText) {
   const button = iconButton("copy", label, async () => {
-    let outcome = "Copied";
+    let isCopied = true;
     try {
       await copyText(getText());
     } catch {
-      outcome = "Not copied: the browser refused";
+      isCopied = false;
     }
-    button.replaceChildren(icon(outcome === "Copied" ? "check" : "copy"));
-    announce(outcome);
+    button.replaceChildren(icon(isCopied ? "check" : "copy"));
+    announce(isCopied ? t("Copied") : t("Not copied: the browser refused"));
     setTimeout(() => button.replaceChildren(icon("copy")), 1500);
   });
   return button;

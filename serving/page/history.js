@@ -1,15 +1,16 @@
 // The list of earlier conversations.
 import { byId, download, el, iconButton } from "./dom.js";
+import { t } from "./language.js";
 import { confirmDeletion, showToast } from "./panels.js";
 import { deleteConversation, exportLines, listConversations, restoreConversation } from "./store.js";
 
-export const titleOf = (conversation) => conversation.title || "New conversation";
+export const titleOf = (conversation) => conversation.title || t("New conversation");
 
 function dayOf(time) {
   const days = Math.round((new Date().setHours(0, 0, 0, 0) - new Date(time).setHours(0, 0, 0, 0)) / 86400000);
-  if (days <= 0) return "Today";
-  if (days === 1) return "Yesterday";
-  return days < 7 ? "This week" : "Earlier";
+  if (days <= 0) return t("Today");
+  if (days === 1) return t("Yesterday");
+  return days < 7 ? t("This week") : t("Earlier");
 }
 
 export class History {
@@ -44,8 +45,8 @@ export class History {
         type: "button", class: "open", text: title, title, dir: "auto", "aria-current": isOpen ? "true" : null,
         click: () => this.actions.open(conversation.id),
       }),
-      iconButton("save", `Export ${title}`, () => this.#export([conversation], "conversation.jsonl")),
-      iconButton("trash", `Delete ${title}`, () => this.#delete(conversation.id)));
+      iconButton("save", t("Export {title}", { title }), () => this.#export([conversation], "conversation.jsonl")),
+      iconButton("trash", t("Delete {title}", { title }), () => this.#delete(conversation.id)));
   }
 
   #export(conversations, name) {
@@ -66,13 +67,15 @@ export class History {
         this.actions.failed(error.message);
       }
     };
-    showToast("Conversation deleted.", conversation && { label: "Undo", run });
+    showToast(t("Conversation deleted."), conversation && { label: t("Undo"), run });
     this.actions.freed();
   }
 
   async #deleteAll() {
     const all = listConversations();
-    if (!(await confirmDeletion(`Delete ${all.length} conversation${all.length === 1 ? "" : "s"}? This cannot be undone.`))) return;
+    const count = all.length;
+    const one = t("Delete 1 conversation? This cannot be undone.");
+    if (!(await confirmDeletion(count === 1 ? one : t("Delete {count} conversations? This cannot be undone.", { count })))) return;
     for (const { id } of all) {
       this.actions.close(id);
       deleteConversation(id);

@@ -1,6 +1,7 @@
 // A subset of Markdown as elements. Text reaches the page as text nodes only; addresses only as http, https and mailto.
 import { parseBlocks } from "./blocks.js";
 import { copyButton, el } from "./dom.js";
+import { t } from "./language.js";
 
 const LONGEST_ADDRESS = 2000;
 const DEEPEST = 12;
@@ -157,8 +158,8 @@ function closingOf(text, from, mark) {
 
 function renderCode(block) {
   const code = el("code", { text: block.text });
-  const label = block.language ? `Copy ${block.language} code` : "Copy code";
-  const bar = el("div", { class: "code-bar" }, el("span", { text: block.language || "text" }), copyButton(label, () => code.textContent));
+  const label = block.language ? t("Copy {language} code", { language: block.language }) : t("Copy code");
+  const bar = el("div", { class: "code-bar" }, el("span", { text: block.language || t("text") }), copyButton(label, () => code.textContent));
   return el("div", { class: "code", dir: "ltr" }, bar, el("pre", { tabindex: "0" }, code));
 }
 
@@ -172,7 +173,7 @@ function renderList(block) {
 function renderTable(block) {
   const row = (cells, tag) =>
     el("tr", {}, ...block.align.map((align, at) => el(tag, { dir: "auto", class: align }, ...renderInline(cells[at] ?? ""))));
-  return el("div", { class: "table", tabindex: "0", role: "region", "aria-label": "Table" },
+  return el("div", { class: "table", tabindex: "0", role: "region", "aria-label": t("Table") },
     el("table", {}, el("thead", {}, row(block.head, "th")), el("tbody", {}, ...block.rows.map((cells) => row(cells, "td")))));
 }
 

@@ -1,13 +1,14 @@
 // One message of a conversation on the page. `update` draws what has changed since.
 import { copyButton, el, icon, iconButton } from "./dom.js";
+import { t } from "./language.js";
 import { MarkdownView } from "./markdown.js";
 
 const FINISHED = {
-  length: "The answer reached its limit of tokens. “Longest answer” in the settings raises it.",
-  stopped: "Stopped.",
-  interrupted: "The page was closed before the answer was complete.",
-  timeout: "The server's limit of time for an answer ended it. Its flag --request_timeout raises it; a shorter answer takes less.",
-  content_filter: "The server withheld the rest.",
+  length: t("The answer reached its limit of tokens. “Longest answer” in the settings raises it."),
+  stopped: t("Stopped."),
+  interrupted: t("The page was closed before the answer was complete."),
+  timeout: t("The server's limit of time for an answer ended it. Its flag --request_timeout raises it; a shorter answer takes less."),
+  content_filter: t("The server withheld the rest."),
 };
 
 function fold(label, kind) {
@@ -30,13 +31,13 @@ export class AnswerView {
   constructor(message, actions) {
     this.message = message;
     this.actions = actions;
-    this.thinking = fold("Thinking", "thinking");
+    this.thinking = fold(t("Thinking"), "thinking");
     this.text = el("div", { class: "text" });
     this.markdown = new MarkdownView(this.text);
     this.calls = el("div", { class: "calls" });
     this.notice = el("div", { class: "notice" });
     this.footer = el("footer", {});
-    this.element = el("article", { class: "message answer", "aria-label": "Answer" },
+    this.element = el("article", { class: "message answer", "aria-label": t("Answer") },
       this.thinking.details, this.text, this.calls, this.notice, this.footer);
     this.update();
   }
@@ -57,8 +58,9 @@ export class AnswerView {
     thinking.details.hidden = !message.thinking;
     if (!message.thinking) return;
     const isThinking = isRunning && !message.content && !message.calls?.length;
-    const seconds = message.thinkingTime > 100 ? ` for ${(message.thinkingTime / 1000).toFixed(1)} s` : "";
-    thinking.title.textContent = isThinking ? "Thinking…" : `Thought${seconds}`;
+    const seconds = (message.thinkingTime / 1000).toFixed(1);
+    const thought = message.thinkingTime > 100 ? t("Thought for {seconds} s", { seconds }) : t("Thought");
+    thinking.title.textContent = isThinking ? t("Thinking…") : thought;
     if (thinking.body.textContent !== message.thinking) thinking.body.textContent = message.thinking;
   }
 
@@ -73,7 +75,7 @@ export class AnswerView {
       this.calls.append(details);
     }
     this.calls.querySelectorAll("details").forEach((details, at) => {
-      details.querySelector(".call-name").textContent = `Calls ${calls[at].name || "…"}`;
+      details.querySelector(".call-name").textContent = t("Calls {name}", { name: calls[at].name || "…" });
       const body = details.querySelector("pre");
       const text = isRunning ? calls[at].arguments : readable(calls[at].arguments);
       if (body.textContent !== text) body.textContent = text;
@@ -86,14 +88,14 @@ export class AnswerView {
 
   #resultForm(calls) {
     const fields = calls.map((call, at) => {
-      const field = el("textarea", { rows: "2", id: `result-${call.id}-${at}`, placeholder: "What the call returned", dir: "auto" });
-      return el("div", { class: "field" }, el("label", { for: field.id, text: `Result of ${call.name}` }), field);
+      const field = el("textarea", { rows: "2", id: `result-${call.id}-${at}`, placeholder: t("What the call returned"), dir: "auto" });
+      return el("div", { class: "field" }, el("label", { for: field.id, text: t("Result of {name}", { name: call.name }) }), field);
     });
     const submit = (event) => {
       event.preventDefault();
       this.actions.sendResults(this.message, Array.from(event.target.querySelectorAll("textarea"), (field) => field.value));
     };
-    return el("form", { class: "results", submit }, ...fields, el("button", { class: "primary", text: "Send results" }));
+    return el("form", { class: "results", submit }, ...fields, el("button", { class: "primary", text: t("Send results") }));
   }
 
   #drawNotice(isRunning, isLast) {
@@ -103,7 +105,7 @@ export class AnswerView {
     notice.classList.toggle("error", Boolean(message.error));
     if (!text) return;
     const retry = message.error && isLast
-      ? [el("button", { type: "button", class: "secondary", text: "Retry", click: () => this.actions.regenerate(message) })]
+      ? [el("button", { type: "button", class: "secondary", text: t("Retry"), click: () => this.actions.regenerate(message) })]
       : [];
     notice.replaceChildren(el("span", { text, dir: "auto" }), ...retry);
   }
@@ -111,11 +113,11 @@ export class AnswerView {
   #footerParts(isLast) {
     const { message } = this;
     const parts = [];
-    if (message.content) parts.push(copyButton("Copy answer", () => message.content));
-    if (isLast && !message.error) parts.push(iconButton("retry", "Answer again", () => this.actions.regenerate(message)));
+    if (message.content) parts.push(copyButton(t("Copy answer"), () => message.content));
+    if (isLast && !message.error) parts.push(iconButton("retry", t("Answer again"), () => this.actions.regenerate(message)));
     const figures = [message.model];
     const tokens = message.usage?.completion_tokens;
-    if (tokens) figures.push(`${tokens} token${tokens === 1 ? "" : "s"}`);
+    if (tokens) figures.push(tokens === 1 ? t("1 token") : t("{tokens} tokens", { tokens }));
     if (tokens > 1 && message.time > 100) figures.push(`${((1000 * tokens) / message.time).toFixed(1)}/s`);
     return [...parts, el("span", { class: "figures", text: figures.filter(Boolean).join(" · ") })];
   }
@@ -128,7 +130,7 @@ export class QuestionView {
     this.actions = actions;
     const isResult = message.role === "tool";
     this.element = el("article", {
-      class: `message ${isResult ? "result" : "question"}`, "aria-label": isResult ? "Result of a call" : "You",
+      class: `message ${isResult ? "result" : "question"}`, "aria-label": isResult ? t("Result of a call") : t("You"),
     });
     this.update();
   }
@@ -137,19 +139,19 @@ export class QuestionView {
     const { message } = this;
     const text = el("div", { class: "bubble", text: message.content, dir: "auto" });
     if (message.role === "tool") {
-      this.element.replaceChildren(el("div", { class: "result-name", text: `Result of ${message.name ?? "the call"}` }), text);
+      this.element.replaceChildren(el("div", { class: "result-name", text: message.name ? t("Result of {name}", { name: message.name }) : t("Result of a call") }), text);
       return;
     }
-    const footer = el("footer", {}, copyButton("Copy message", () => message.content), iconButton("edit", "Edit and send again", () => this.edit()));
+    const footer = el("footer", {}, copyButton(t("Copy message"), () => message.content), iconButton("edit", t("Edit and send again"), () => this.edit()));
     this.element.replaceChildren(text, footer);
   }
 
   edit() {
-    const field = el("textarea", { "aria-label": "Edit message", dir: "auto", rows: String(Math.min(12, this.message.content.split("\n").length + 1)) });
+    const field = el("textarea", { "aria-label": t("Edit message"), dir: "auto", rows: String(Math.min(12, this.message.content.split("\n").length + 1)) });
     field.value = this.message.content;
     const close = () => {
       this.update();
-      this.element.querySelector("button[aria-label^=Edit]").focus();
+      this.element.querySelector("footer button:last-child").focus();
     };
     const submit = (event) => {
       event?.preventDefault();
@@ -165,10 +167,10 @@ export class QuestionView {
       }
     };
     this.element.replaceChildren(el("form", { class: "edit", submit, keydown }, field,
-      el("p", { class: "hint", text: "What follows this message is replaced." }),
+      el("p", { class: "hint", text: t("What follows this message is replaced.") }),
       el("div", { class: "row" },
-        el("button", { type: "button", class: "secondary", text: "Cancel", click: close }),
-        el("button", { class: "primary", text: "Send" }))));
+        el("button", { type: "button", class: "secondary", text: t("Cancel"), click: close }),
+        el("button", { class: "primary", text: t("Send") }))));
     field.focus();
     field.setSelectionRange(field.value.length, field.value.length);
   }

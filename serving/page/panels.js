@@ -1,5 +1,6 @@
 // Side panels, dialogs, colours, and the short note with "Undo".
 import { byId, el } from "./dom.js";
+import { t } from "./language.js";
 import { readKey, saveKey, saveTheme } from "./store.js";
 
 const NARROW = matchMedia("(max-width: 60rem)");
@@ -71,7 +72,7 @@ export function connectKey(done) {
     if (!dialog.open) dialog.showModal();
     byId("key").select();
   };
-  byId("change-key").addEventListener("click", () => ask("It is sent to this server only."));
+  byId("change-key").addEventListener("click", () => ask(t("It is sent to this server only.")));
   return ask;
 }
 

@@ -1,5 +1,6 @@
 // The panel of settings: system message, thinking, sampling, tools, key. What is left empty is not sent.
 import { byId } from "./dom.js";
+import { t } from "./language.js";
 
 const NUMBERS = [
   "temperature", "top_p", "top_k", "max_tokens", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed",
@@ -40,14 +41,15 @@ function faultOf(field) {
     field.setCustomValidity("");
     const { min, max } = field;
     if (field.checkValidity()) return "";
-    if (field.validity.stepMismatch) return "A whole number is needed.";
-    return field.validity.badInput ? "A number is needed." : max ? `Between ${min} and ${max}.` : `At least ${min}.`;
+    if (field.validity.stepMismatch) return t("A whole number is needed.");
+    if (field.validity.badInput) return t("A number is needed.");
+    return max ? t("Between {min} and {max}.", { min, max }) : t("At least {min}.", { min });
   }
   if (field.name === "tools" && field.value.trim()) {
     try {
-      if (!Array.isArray(JSON.parse(field.value))) return "A list of functions is needed: [ ... ].";
+      if (!Array.isArray(JSON.parse(field.value))) return t("A list of functions is needed: [ ... ].");
     } catch (error) {
-      return `This is no JSON: ${error.message}`;
+      return t("This is no JSON: {fault}", { fault: error.message });
     }
   }
   return "";

@@ -1,6 +1,8 @@
 // What stays in this browser: conversations, one entry each, and the settings. Nothing of it is sent to the server
 // except the conversation that is being answered.
 
+import { t } from "./language.js";
+
 const PREFIX = "qwen-chat:";
 const CONVERSATION = `${PREFIX}conversation:`;
 
@@ -28,8 +30,8 @@ function write(key, value) {
   } catch (error) {
     throw new StorageFull(
       error.name === "QuotaExceededError"
-        ? "The browser's storage is full, so this conversation is not kept. Export and delete old ones."
-        : "This browser does not let the page store anything, so conversations are gone when it is closed.",
+        ? t("The browser's storage is full, so this conversation is not kept. Export and delete old ones.")
+        : t("This browser does not let the page store anything, so conversations are gone when it is closed."),
     );
   }
 }
@@ -71,7 +73,7 @@ export function saveConversation(conversation) {
   if (isDeleted(conversation)) return;
   const stored = readConversation(conversation.id);
   const isOther = stored && stored.revision !== conversation.revision;
-  const copy = isOther ? { id: newId(), title: `${conversation.title} (this tab)` } : {};
+  const copy = isOther ? { id: newId(), title: t("{title} (this tab)", { title: conversation.title }) } : {};
   const kept = { ...conversation, ...copy, revision: conversation.revision + 1, updated: Date.now() };
   write(CONVERSATION + kept.id, kept);
   Object.assign(conversation, kept);
