@@ -1,19 +1,12 @@
-"""config.json of the four published sizes of Qwen v1, which is all that a plan needs of them, and published memory."""
+"""The four published sizes of Qwen v1, and the memory that was published for them."""
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Any
 
-# hidden_size, num_hidden_layers, num_attention_heads, intermediate_size, vocab_size, seq_length, positions, rope base
-_SIZES = {
-    "1.8B": (2048, 24, 16, 11008, 151936, 8192, 8192, 10_000),
-    "7B": (4096, 32, 32, 22016, 151936, 8192, 32768, 10_000),
-    "14B": (5120, 40, 40, 27392, 152064, 2048, 8192, 10_000),
-    "72B": (8192, 80, 64, 49152, 152064, 32768, 32768, 1_000_000),
-}
-SIZES = tuple(_SIZES)
+from planning.published import write_published_config
+
+SIZES = ("1.8B", "7B", "14B", "72B")
 LENGTHS = (256, 512, 1024, 2048, 4096, 8192)
 
 # Memory in GB of the original scripts, as published: A100-80G, batch 1, accumulation 8, flash attention 2, bfloat16.
@@ -38,21 +31,4 @@ PUBLISHED_GPUS = {("7B", "full"): 2, ("72B", "lora"): 4}
 
 def write_config(size: str, folder: Path, is_quantized: bool = False) -> None:
     """Write config.json and generation_config.json of a chat model, unquantised or as Int4 (GPTQ, groups of 128)."""
-    hidden, layers, heads, width, rows, trained, positions, base = _SIZES[size]
-    config: dict[str, Any] = {
-        "architectures": ["QWenLMHeadModel"], "model_type": "qwen", "hidden_size": hidden, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "intermediate_size": width, "vocab_size": rows, "seq_length": trained,
-        "max_position_embeddings": positions, "rotary_emb_base": base, "kv_channels": 128, "rotary_pct": 1.0,
-        "layer_norm_epsilon": 1e-6, "no_bias": True, "tie_word_embeddings": False, "attn_dropout_prob": 0.0,
-        "emb_dropout_prob": 0.0, "initializer_range": 0.02, "scale_attn_weights": True, "use_cache": True,
-        "use_dynamic_ntk": size != "72B", "use_logn_attn": size != "72B", "tokenizer_class": "QWenTokenizer",
-        "bf16": not is_quantized, "fp16": is_quantized, "fp32": False,
-    }  # fmt: skip
-    if is_quantized:
-        config["quantization_config"] = {
-            "quant_method": "gptq", "bits": 4, "group_size": 128, "damp_percent": 0.01, "desc_act": False, "sym": True,
-            "true_sequential": True, "model_file_base_name": "model", "static_groups": False,
-        }  # fmt: skip
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config, indent=1))
-    (folder / "generation_config.json").write_text(json.dumps({"chat_format": "chatml", "eos_token_id": 151643}))
+    write_published_config(f"Qwen/Qwen-{size.replace('.', '_')}-Chat{'-Int4' if is_quantized else ''}", folder)
