@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from checkpoints.files import load_json_or_empty, open_regular
+from checkpoints.files import is_file, load_json_or_empty, open_regular
 from checkpoints.whole import has_other_parts, text_config, text_name
 
 # Kinds of scaled rotary embeddings whose `factor` multiplies the trained length; for others, the config's
@@ -18,7 +18,7 @@ _EXTENDING_ROPES = ("linear", "dynamic", "yarn")
 
 
 def find_cached_folder(hub_id: str, cache_dir: str | None = None) -> Path | None:
-    """Return the folder of a model in Hugging Face's local cache; ``None`` if it is not there."""
+    """Return the folder of a model in the local cache of Hugging Face, else of ModelScope; ``None`` if in neither."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -26,15 +26,27 @@ def find_cached_folder(hub_id: str, cache_dir: str | None = None) -> Path | None
         config = try_to_load_from_cache(hub_id, "config.json", cache_dir=cache_dir)
     except (HFValidationError, OSError, ValueError):  # not a valid model id, or too long for a file's name
         return None
-    return Path(config).parent if isinstance(config, str) else None
+    return Path(config).parent if isinstance(config, str) else find_in_modelscope_cache(hub_id, cache_dir)
+
+
+def find_in_modelscope_cache(hub_id: str, cache_dir: str | None = None) -> Path | None:
+    """Return the folder of a model that modelscope has downloaded, in the layouts of its versions 1.9 to 1.40."""
+    cache = Path(cache_dir or os.environ.get("MODELSCOPE_CACHE") or Path.home() / ".cache" / "modelscope")
+    owner, _, name = hub_id.partition("/")
+    older = Path(owner, name.replace(".", "___"))
+    snapshots = cache / "models" / f"{owner}--{name}" / "snapshots"
+    folders = [snapshots / "master", *sorted(snapshots.glob("*"))]
+    folders += [cache / "models" / older, cache / "hub" / "models" / older, cache / "hub" / older, cache / older]
+    return next((folder for folder in folders if is_file(folder / "config.json")), None)
 
 
 def find_local_folder(name_or_path: str, cache_dir: str | None = None, hub: str = "hf") -> Path:
     """Return the folder of a checkpoint as far as it is known without the network, else ``name_or_path`` itself."""
     path = Path(name_or_path)
-    if hub != "hf" or os.path.lexists(path) or name_or_path.count("/") != 1:
+    if os.path.lexists(path) or name_or_path.count("/") != 1:
         return path
-    return find_cached_folder(name_or_path, cache_dir) or path
+    find = find_in_modelscope_cache if hub == "modelscope" else find_cached_folder
+    return find(name_or_path, cache_dir) or path
 
 
 def load_model_config(folder: Path) -> dict[str, Any]:

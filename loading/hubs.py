@@ -11,7 +11,7 @@ from checkpoints.input_folders import check_name
 from checkpoints.shards import open_checkpoint
 from console import pip_command
 from errors import ConfigError, one_line
-from loading.config_files import find_cached_folder
+from loading.config_files import find_cached_folder, find_in_modelscope_cache
 
 # The files that a checkpoint is loaded from: no code, no other formats of the weights.
 _FILES = ["*.json", "*.safetensors", "pytorch_model*.bin", "*.tiktoken", "*.jinja", "merges.txt"]
@@ -88,16 +88,18 @@ def _describe(error: Exception) -> str:
 
 
 def _fetch_from_modelscope(name: str, cache_dir: str | None) -> Path:
+    cached = find_in_modelscope_cache(name, cache_dir)
+    if cached and not _incompleteness(cached):
+        return cached
     try:
         from modelscope import snapshot_download  # type: ignore[import-not-found]
     except ImportError as error:
         raise ConfigError("--model_hub modelscope: its library is not installed", pip_command("modelscope")) from error
-    for local_files_only in (True, False):
-        try:
-            return Path(snapshot_download(name, cache_dir=cache_dir, local_files_only=local_files_only))
-        except Exception as error:  # its errors have no common class and differ between versions
-            failure = error
-    raise ConfigError(
-        f"--model_name_or_path {name}: not in modelscope's local cache, and the download failed ({one_line(failure)})",
-        f"Check the name, or download it on a machine with network access: modelscope download --model {name}",
-    ) from failure
+    try:
+        return Path(snapshot_download(name, cache_dir=cache_dir))
+    except Exception as error:  # its errors have no common class and differ between versions
+        fault = f"not in modelscope's local cache, and the download failed ({one_line(error)})"
+        raise ConfigError(
+            f"--model_name_or_path {name}: {fault}",
+            f"Check the name, or download it on a machine with network access: modelscope download --model {name}",
+        ) from error

@@ -13,6 +13,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from errors import ConfigError
 from export.inputs import find_base
 from loading.checkpoint import load_checkpoint
+from loading.config_files import find_local_folder
 from loading.hubs import find_folder
 from tests.commands import run
 from tests.models import TINY
@@ -122,11 +123,9 @@ def test_unreachable_hub_is_reported_within_a_minute(tmp_path: Path) -> None:
 
 MODELSCOPE = """
 import os, shutil
-def snapshot_download(model_id, cache_dir=None, local_files_only=False, **kwargs):
+def snapshot_download(model_id, cache_dir=None, **kwargs):
     folder = os.path.join(cache_dir, *model_id.split("/"))
     if not os.path.isdir(folder):
-        if local_files_only:
-            raise ValueError("Cannot find the requested files in the cached path")
         if model_id != "qwen/Tiny":
             raise RuntimeError(f"Not Found\\nfor url: {model_id}")
         shutil.copytree(SOURCE, folder)
@@ -152,6 +151,29 @@ def test_model_from_modelscope(tmp_path: Path, modelscope: None, capsys: pytest.
         assert capsys.readouterr().out == downloads
     assert load_checkpoint("qwen/Tiny", str(tmp_path / "cache"), "modelscope").folder == folder
     assert find_folder(str(TINY), None, "modelscope") == TINY
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "models/Qwen--Qwen2.5-Tiny/snapshots/master",
+        "models/Qwen--Qwen2.5-Tiny/snapshots/v1.0",
+        "models/Qwen/Qwen2___5-Tiny",
+        "hub/models/Qwen/Qwen2___5-Tiny",
+        "hub/Qwen/Qwen2___5-Tiny",
+    ],
+)
+def test_every_command_finds_what_modelscope_has_downloaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    """By its id and without a flag, in the layouts of several versions of the library."""
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "none"))
+    name, folder = "Qwen/Qwen2.5-Tiny", tmp_path / place
+    shutil.copytree(TINY, folder)
+    assert find_folder(name) == find_folder(name, hub="modelscope") == folder
+    assert find_local_folder(name) == find_local_folder(name, hub="modelscope") == folder
+    assert find_base(None, tmp_path / "adapter", {"base_model_name_or_path": name}) == folder
 
 
 def test_unknown_model_on_modelscope(tmp_path: Path, modelscope: None) -> None:
