@@ -170,14 +170,14 @@ class SmallModel:
         return {"flags": list(map(str, METHODS[name])), "steps": self.steps, **_change(before, after)}
 
     def _perplexity(self, model: Path, adapter: Path | None, *, without_adapter: bool = False) -> float:
-        """Return the perplexity of the held-out answers; an adapter on NF4 has its base rounded while it is loaded."""
+        """Return the perplexity of the held-out answers, in float32; an adapter on NF4 rounds its base while loading."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         from loading.checkpoint import load_checkpoint
         from loading.inference import load_for_inference
 
         checkpoint = load_checkpoint(str(model))
-        loaded = load_for_inference(checkpoint, None if adapter is None else str(adapter))
+        loaded = load_for_inference(checkpoint, None if adapter is None else str(adapter)).float()
         if without_adapter and adapter is not None:
             for module in loaded.modules():
                 if isinstance(module, BaseTunerLayer):

@@ -162,7 +162,7 @@ class Subject:
         """Return how many questions are answered, and the perplexity of the held-out answers."""
         from loading.inference import load_for_inference
 
-        model = load_for_inference(self.checkpoint, None if adapter is None else str(adapter))
+        model = load_for_inference(self.checkpoint, None if adapter is None else str(adapter)).float()
         questions = [fact.wordings[0] for fact in self.facts]
         trained = greedy_answers(model, self.checkpoint, questions, MAX_NEW_TOKENS)
         asked = [(text, fact.key) for fact in self.facts for text in fact.paraphrases]
