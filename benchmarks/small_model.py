@@ -170,7 +170,7 @@ class SmallModel:
         return {"flags": list(map(str, METHODS[name])), "steps": self.steps, **_change(before, after)}
 
     def _perplexity(self, model: Path, adapter: Path | None, *, without_adapter: bool = False) -> float:
-        """Return the perplexity of the held-out answers, in float32; an adapter on NF4 rounds its base while loading."""
+        """Return the perplexity of the held-out answers, in float32. NF4 rounds the base while it is loaded."""
         from peft.tuners.tuners_utils import BaseTunerLayer
 
         from loading.checkpoint import load_checkpoint
