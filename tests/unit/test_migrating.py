@@ -29,11 +29,6 @@ from training.config.trainer_flags import trainer_flags
 MIGRATING, FAQ = REPO / "docs" / "migrating.md", REPO / "docs" / "faq.md"
 BLOCKS = blocks_in(MIGRATING)
 FINETUNE = {name for group in GROUPS.values() for name in flags_of(group)} | {*trainer_flags(), *OLD_FLAGS, "config"}
-SOURCES = [
-    REPO / "merge_lora.py",
-    *(path for name in ("scripts", "serving", "evaluation") for path in (REPO / name).rglob("*.py")),
-]
-OURS = FINETUNE | {name for path in SOURCES for name in re.findall(r'"--([a-z]\w*)"', path.read_text(encoding="utf-8"))}
 OF_VLLM = {"max-lora-rank"}
 # Tables whose first cell has keys of another tool and whose second has what they are here.
 TOOLS = ("LLaMA-Factory", "ms-swift", "axolotl", "TRL")
@@ -126,12 +121,22 @@ def test_a_command_is_parsed_by_its_program(command: Command, folder: Path, monk
     parse_words(shlex.split(command.text))
 
 
-def test_every_flag_that_is_named_exists() -> None:
+def flags_of_programs(capsys: pytest.CaptureFixture[str]) -> set[str]:
+    """Return the flags that the programs print as their help, and those of finetune.py."""
+    for module in ("merge_lora", *(f"scripts.{path.stem}" for path in (REPO / "scripts").glob("*.py"))):
+        if parse := getattr(importlib.import_module(module), "parse_args", None):
+            with pytest.raises(SystemExit):
+                parse(["--help"])
+    return FINETUNE | set(re.findall(r"--([a-z][\w-]*)", capsys.readouterr().out))
+
+
+def test_every_flag_that_is_named_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    known = flags_of_programs(capsys)
     migrating = [line.removesuffix(" |").rpartition(" | ")[2] for line in MIGRATING.read_text("utf-8").splitlines()]
     texts = {MIGRATING: "\n".join(migrating), FAQ: FAQ.read_text("utf-8")}
     for document, text in texts.items():
         named = {name for span in re.findall(r"`([^`]+)`", text) for name in re.findall(r"--([a-z][\w-]*)", span)}
-        assert named - OURS - OF_VLLM == set(), document.name
+        assert named - known - OF_VLLM == set(), document.name
 
 
 def rows_of_tools() -> list[tuple[str, str]]:
