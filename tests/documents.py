@@ -67,3 +67,22 @@ def blocks_in(document: Path) -> list[Block]:
         Block(f"{document.relative_to(REPO)}:{text.count(chr(10), 0, match.start()) + 1}", match[1], match[2])
         for match in re.finditer(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
     ]
+
+
+def broken_links(document: Path) -> list[str]:
+    """Return the links to files or headings that do not exist; addresses on the web are not opened."""
+    broken = []
+    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        file, _, anchor = link.partition("#")
+        target = (document.parent / file).resolve() if file else document
+        if not link.startswith(("http:", "https:")) and not (
+            target.exists() and (not anchor or anchor in heading_anchors(target))
+        ):
+            broken.append(f"{document.name}: {link}")
+    return broken
+
+
+def heading_anchors(document: Path) -> set[str]:
+    """Return the anchors that GitHub gives the headings of a document."""
+    headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}

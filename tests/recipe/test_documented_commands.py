@@ -17,7 +17,7 @@ import pytest
 
 from tests import fork_server
 from tests.commands import TIMEOUT, environment
-from tests.documents import DOCUMENTS, Command, commands_in
+from tests.documents import DOCUMENTS, Command, broken_links, commands_in
 from tests.golden import REPO, SMALL
 from tests.quantized import write_gptq
 
@@ -134,21 +134,9 @@ def test_documents_contain_commands() -> None:
     assert len(TO_RUN) >= 12
 
 
-def heading_anchors(document: Path) -> set[str]:
-    """Return the anchors that GitHub gives the headings of a document."""
-    headings = re.findall(r"^#+ (.*)$", document.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.name)
 def test_links_lead_to_files_and_headings(document: Path) -> None:
-    for link in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
-        if link.startswith(("http:", "https:")):
-            continue
-        file, _, anchor = link.partition("#")
-        target = (document.parent / file).resolve() if file else document
-        assert target.exists(), f"{document.name}: {link}"
-        assert not anchor or anchor in heading_anchors(target), f"{document.name}: {link}"
+    assert broken_links(document) == []
 
 
 @pytest.mark.parametrize("key", ELSEWHERE)
