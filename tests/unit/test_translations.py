@@ -1,7 +1,11 @@
-"""Translations of README.md are in step with it: headings, commands, figures, links, and what is written as code."""
+"""Translations of README.md are in step with it: headings, commands, figures, links, and what is written as code.
+
+The guides of docs/zh are shorter than the English documents; what they name is in those.
+"""
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -10,11 +14,13 @@ from typing import NamedTuple
 
 import pytest
 
-from tests.documents import broken_links
+from data_utils.formats import recognise
+from tests.documents import DOCUMENTS, blocks_in, broken_links, commands_in
 from tests.golden import REPO
 
 ENGLISH = REPO / "README.md"
 TRANSLATIONS = sorted(REPO.glob("README.*.md"))
+GUIDES = sorted((REPO / "docs" / "zh").glob("*.md"))
 BLOCK = re.compile(r"^```\w*\n.*?^```$|(?:^    [^\n]*\n)+", re.DOTALL | re.MULTILINE)
 
 
@@ -45,8 +51,9 @@ def sections_of(text: str) -> list[Section]:
 
 
 def links(prose: str) -> Counter[str]:
-    """Return the targets of links, without those to the other languages."""
-    return Counter(link for link in re.findall(r"\]\(([^)\s]+)\)", prose) if not link.startswith("README"))
+    """Return the targets of links, without those to the other languages and to guides that only one of them has."""
+    targets = re.findall(r"\]\(([^)\s]+)\)", prose)
+    return Counter(link for link in targets if not re.match(r"README|docs/[a-z]+/", link))
 
 
 def code_spans(prose: str) -> Counter[str]:
@@ -101,6 +108,26 @@ def test_each_language_links_to_the_others(document: Path) -> None:
         path.name for path in (ENGLISH, *reversed(TRANSLATIONS)) if path != document
     ]
     assert broken_links(document) == []
+
+
+def commands_of(document: Path) -> set[str]:
+    return {command.text.removeprefix(".venv/bin/") for command in commands_in(document)}
+
+
+def flags_of(text: str) -> set[str]:
+    return set(re.findall(r"--[a-z]\w*", text))
+
+
+@pytest.mark.parametrize("guide", GUIDES, ids=lambda path: path.name)
+def test_a_guide_names_what_the_english_documents_name(guide: Path) -> None:
+    text, english = guide.read_text("utf-8"), "\n".join(document.read_text("utf-8") for document in DOCUMENTS)
+    assert commands_of(guide) - set().union(*map(commands_of, DOCUMENTS)) == set()
+    assert flags_of(text) - flags_of(english) == set()
+    assert {figure for figure in figures(text) if len(figure) > 1} - set(figures(english)) == set()
+    assert broken_links(guide) == []
+    for block in blocks_in(guide):
+        if block.language == "json":
+            recognise(json.loads(block.text), block.place)
 
 
 @pytest.mark.parametrize(
