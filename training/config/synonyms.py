@@ -10,6 +10,7 @@ _NAMES: dict[str, str] = {
     "chat_template": "chat_template_path custom_chat_template chat_template_file jinja_template",
     "attn_implementation": "flash_attn attn_impl use_flash_attn use_flash_attention flash_attention attention "
     "use_flash_attention_2",
+    "loss": "loss_type",
     "data_path": "data dataset datasets dataset_name dataset_path dataset_dir data_files data_file train_file "
     "train_data train_dataset training_data train_path train_data_path custom_train_dataset_path",
     "eval_data_path": "eval_dataset val_dataset validation_dataset eval_file validation_file val_file eval_data "
@@ -19,12 +20,13 @@ _NAMES: dict[str, str] = {
     "data_format": "dataset_format formatting dataset_type",
     "system_message": "system system_prompt default_system",
     "label_mask": "train_on_inputs train_on_prompt mask_history loss_scale assistant_only_loss completion_only_loss "
-    "mask_inputs",
+    "mask_inputs roles_to_train train_on_eos",
     "thinking": "enable_thinking use_thinking train_thinking",
     "split_turns": "split_multi_turn split_conversations",
     "model_max_length": "cutoff_len max_seq_length max_seq_len max_length max_len sequence_len sequence_length "
     "seq_length seq_len block_size context_length max_source_length max_tokens",
     "truncation": "truncation_strategy truncation_side",
+    "on_bad_record": "strict",
     "packing": "neat_packing sample_packing pack_sequences pack_dataset pack multipack_sampler multipack",
     "padding_free": "remove_padding use_remove_padding use_padding_free flattening unpad_inputs",
     "use_lora": "lora finetuning_type train_type tuner_type sft_type use_peft peft tuner tuner_backend peft_type",
@@ -59,14 +61,16 @@ _NAMES: dict[str, str] = {
     "max_grad_norm": "clip_grad grad_clip gradient_clipping clip_grad_norm gradient_clip_val",
     "optim": "optimizer",
     "gradient_checkpointing": "use_gradient_checkpointing checkpointing disable_gradient_checkpointing",
-    "save_steps": "save_interval save_every checkpointing_steps",
-    "eval_steps": "eval_interval eval_every val_check_interval",
+    "gradient_checkpointing_kwargs": "activation_offloading",
+    "save_steps": "save_interval save_every checkpointing_steps saves_per_epoch",
+    "eval_steps": "eval_interval eval_every val_check_interval evals_per_epoch",
     "logging_steps": "log_interval log_steps log_every",
-    "resume_from_checkpoint": "resume auto_resume resume_from resume_training resume_only_model",
+    "resume_from_checkpoint": "resume auto_resume resume_from resume_training resume_only_model "
+    "auto_resume_from_checkpoints",
     "train_sampling_strategy": "shuffle train_dataloader_shuffle dataset_shuffle length_grouped",
     "dataloader_num_workers": "num_workers",
     "dataset_num_proc": "num_proc preprocessing_num_workers",
-    "data_cache_dir": "dataset_cache_dir tokenized_path",
+    "data_cache_dir": "dataset_cache_dir tokenized_path dataset_prepared_path",
     "report_to": "use_wandb wandb wandb_project logger tracker",
     "deepspeed": "deepspeed_config zero_stage ds_config",
     "seed": "random_seed",
