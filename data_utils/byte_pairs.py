@@ -3,41 +3,56 @@
 A tokenizer of byte pairs is its vocabulary, its merges and the pattern that splits texts. tiktoken always merges the
 pair whose token has the lowest id. These are the same merges if ids increase with the merges, every token is made by
 one merge, and the merges of a token's own text end in that token: then no other pair can ever make it. All of this
-is checked; a tokenizer that is built in another way, and a text with a token that was added to the vocabulary, are left
-to the tokenizers library.
+is checked; a tokenizer that is built in another way, and a text with a byte that the vocabulary lacks, are left to the
+tokenizers library. Tokens that were added to the vocabulary, such as ``<think>``, cut a text, and its parts are encoded.
 """
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from chat.render import EncodeText
-from data_utils.special_tokens import any_of
+from data_utils.special_tokens import any_of, encoder_with
 
-# The patterns of GPT-2, which is the default of the library, and of Qwen. Both libraries split all characters alike
-# by them; others are not tried.
+# The patterns of GPT-2, which is the default of the library, of Qwen and of Qwen3.5, which keeps marks with letters.
+# Both libraries split all characters alike by them; others are not tried.
 GPT2_PATTERN = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 QWEN_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-# tiktoken tries the end of both patterns with backtracking: white space that other white space follows. In a text
+QWEN3_5_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?[\p{L}\p{M}]+|\p{N}| ?[^\s\p{L}\p{M}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+# tiktoken tries the end of these patterns with backtracking: white space that other white space follows. In a text
 # without such white space ids are the same without this end, in half the time.
 _SPACE_END = r"|\s+(?!\S)|\s+"
 _QUICK_SPACE_END = r"|\s+"
 # Two white-space characters in a row that this end can match, by whether the text is ASCII.
+_NO_LINE_ENDS = {True: re.compile(r"[\t\v\f ][\t\v\f ]"), False: re.compile(r"[^\S\r\n][^\S\r\n]")}
 _SPACES_IN_A_ROW = {
     GPT2_PATTERN: {True: re.compile(r"[\t-\r ][\t-\r ]"), False: re.compile(r"\s\s")},
-    QWEN_PATTERN: {True: re.compile(r"[\t\v\f ][\t\v\f ]"), False: re.compile(r"[^\S\r\n][^\S\r\n]")},
+    QWEN_PATTERN: _NO_LINE_ENDS,
+    QWEN3_5_PATTERN: _NO_LINE_ENDS,
 }
 _NO_OPTIONS = ("dropout", "unk_token", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+# Options with which an added token takes more than its text, or is no token within a word.
+_WIDER = ("single_word", "lstrip", "rstrip")
 _NO_ID = 1 << 30
 # tiktoken crashes on a million spaces in a row.
 _MOST_SPACES = 900_000
 _SPACES = re.compile(r"[^\S\r\n]+")
-# Texts until the vocabulary is converted, which takes as long as the library's encoding of some thousands.
+# Texts until the vocabulary is converted, which takes as long as the library's encoding of some thousands. A long text
+# counts as several, and is never left to the library for its length: of five megabytes it would take 15 s and 2 GB.
 _TEXTS_BEFORE = 4000
+_CHARACTERS_OF_A_TEXT = 256
+
+
+class _Unknown(Exception):
+    """A text that only the library can encode."""
 
 
 class FasterEncoder:
@@ -54,9 +69,9 @@ class FasterEncoder:
 
     def __call__(self, text: str) -> list[int]:
         if self._backend is not None:
-            if self._left == 0:
+            self._left -= 1 + len(text) // _CHARACTERS_OF_A_TEXT
+            if self._left < 0:
                 self.convert()
-            self._left -= 1
         return self._encode(text)
 
     def convert(self) -> None:
@@ -72,30 +87,59 @@ def _by_tiktoken(backend: Any, encode_text: EncodeText) -> EncodeText | None:
     if pattern is None or normalizer not in ({}, {"type": "NFC"}):  # before the vocabulary, which is large
         return None
     stated = json.loads(backend.to_str())
+    added = stated["added_tokens"]
+    if any(token[name] for token in added if not token["special"] for name in _WIDER):
+        return None
     if (ranks := _ranks(stated["model"], backend.model)) is None:
         return None
-    normalize = backend.normalizer.normalize_str if normalizer else None
-    added = any_of(token["content"] for token in stated["added_tokens"] if not token["special"])
+    normalize: Callable[[str], str] | None = backend.normalizer.normalize_str if normalizer else None
+    encode_normal = _cut_at_added(
+        [token for token in added if token["normalized"]], _encode_normal(pattern, ranks), normalize
+    )
+
+    def encode_part(text: str) -> list[int]:
+        if normalize is not None and not text.isascii():
+            try:
+                text = normalize(text)
+            except UnicodeEncodeError:  # a lone surrogate
+                raise _Unknown from None
+        return encode_normal(text)
+
+    encode_parts = _cut_at_added([token for token in added if not token["normalized"]], encode_part)
+
+    def encode(text: str) -> list[int]:
+        try:
+            return encode_parts(text)
+        except _Unknown:
+            return encode_text(text)
+
+    return encode
+
+
+def _cut_at_added(
+    tokens: Iterable[Mapping[str, Any]], encode_text: EncodeText, normalize: Callable[[str], str] | None = None
+) -> EncodeText:
+    """Return a function that encodes text as ``encode_text`` does, except for added tokens that are not special."""
+    written = [(token["content"] if normalize is None else normalize(token["content"]), token) for token in tokens]
+    ids = {content: int(token["id"]) for content, token in written if content and not token["special"]}
+    return encoder_with(encode_text, ids, {content for content, _ in written})
+
+
+def _encode_normal(pattern: str, ranks: dict[bytes, int]) -> EncodeText:
+    """Return the encoder of normalised texts; it raises ``_Unknown``."""
     missing = [byte for byte in range(256) if ranks[bytes([byte])] >= _NO_ID]
     missing_ascii = any_of(chr(byte) for byte in missing if byte < 128)
     quick, exact = (_encoder(each, ranks) for each in (pattern.removesuffix(_SPACE_END) + _QUICK_SPACE_END, pattern))
     spaces_in_a_row = _SPACES_IN_A_ROW[pattern]
 
     def encode(text: str) -> list[int]:
-        if (added is not None and added.search(text)) or _has_many_spaces(text):
-            return encode_text(text)
-        if (is_ascii := text.isascii()) and missing_ascii is not None and missing_ascii.search(text):
-            return encode_text(text)
-        if normalize is not None and not is_ascii:
-            try:
-                normal = normalize(text)
-            except UnicodeEncodeError:  # a lone surrogate
-                return encode_text(text)
-            if added is not None and normal != text and added.search(normal):
-                return encode_text(text)
-            text, is_ascii = normal, normal.isascii()
+        is_ascii = text.isascii()
+        if _has_many_spaces(text) or (is_ascii and missing_ascii is not None and missing_ascii.search(text)):
+            raise _Unknown
         ids = exact(text) if spaces_in_a_row[is_ascii].search(text) else quick(text)
-        return encode_text(text) if missing and not is_ascii and max(ids, default=0) >= _NO_ID else ids
+        if missing and not is_ascii and max(ids, default=0) >= _NO_ID:
+            raise _Unknown
+        return ids
 
     return encode
 
@@ -129,8 +173,12 @@ def _pattern(step: dict[str, Any]) -> str | None:
         return None
     if not first:
         return GPT2_PATTERN if step.get("use_regex", True) else None
-    splits = {"type": "Split", "pattern": {"Regex": QWEN_PATTERN}, "behavior": "Isolated", "invert": False}
-    return QWEN_PATTERN if first == splits and not step.get("use_regex", True) else None
+    if step.get("use_regex", True):
+        return None
+    for pattern in (QWEN_PATTERN, QWEN3_5_PATTERN):
+        if first == {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}:
+            return pattern
+    return None
 
 
 def _ranks(stated: dict[str, Any], model: Any) -> dict[bytes, int] | None:

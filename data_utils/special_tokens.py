@@ -75,18 +75,25 @@ def any_of(tokens: Iterable[str]) -> re.Pattern[str] | None:
     return re.compile("|".join(map(re.escape, ordered))) if ordered else None
 
 
-def encoder_with(encode_text: EncodeText, allowed: Mapping[str, int]) -> EncodeText:
-    """Return a function that encodes text as ``encode_text`` does, except for the allowed tokens."""
-    pattern = any_of(allowed)
-    if pattern is None:
+def encoder_with(encode_text: EncodeText, allowed: Mapping[str, int], others: Collection[str] = ()) -> EncodeText:
+    """Return a function that encodes text as ``encode_text`` does, except for the allowed tokens.
+
+    Args:
+        others: tokens whose text stays text; no allowed token is found within it.
+    """
+    if not allowed:
         return encode_text
+    pattern = any_of({*allowed, *others})
+    assert pattern is not None
 
     def encode(text: str) -> list[int]:
         ids: list[int] = []
         start = 0
         for match in pattern.finditer(text):
+            if (id_ := allowed.get(match[0])) is None:
+                continue
             ids += encode_text(text[start : match.start()]) if match.start() > start else []
-            ids.append(allowed[match[0]])
+            ids.append(id_)
             start = match.end()
         return ids + encode_text(text[start:]) if start < len(text) or not ids else ids
 

@@ -9,15 +9,14 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 from unicodedata import normalize
 
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from tokenizers import normalizers
 from transformers import AddedToken, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from chat.chatml import DEFAULT_SYSTEM
 from chat.families import ANSWER_STYLES, QWEN_V1, STRICT_STYLES, Family
@@ -28,7 +27,8 @@ from chat.turns import ToolCall, Turn
 from data_utils.encode import EncodeOptions, Encoder
 from data_utils.schema import Conversation
 from qwen_model.prompts import SPECIAL_TOKENS
-from qwen_model.tokenization_qwen import SPLIT_PATTERN, QWenTokenizer
+from qwen_model.tokenization_qwen import QWenTokenizer
+from tests.vocabulary import base_tokenizer
 
 settings.register_profile(
     "ci", max_examples=100, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow], database=None
@@ -50,7 +50,6 @@ LATER_WORDS = (
     "</tool_response>",
     "<|fim_pad|>",
 )
-_BY_WORDS = re.compile(f"({'|'.join(map(re.escape, LATER_WORDS))})")
 LATER_FAMILIES = (
     *(replace(style, tool_form=form) for style in ANSWER_STYLES for form in (HERMES_FORMS[0], HERMES_FORMS[2])),
     replace(ANSWER_STYLES[0], default_system=DEFAULT_SYSTEM),
@@ -89,17 +88,28 @@ class Subject:
     def read(self, text: str) -> str:
         """Return the text that the tokens of a text decode to: its NFC, with U+FFFD for lone surrogates.
 
-        A surrogate pair is one character. Qwen v1 joins pairs after NFC, later tokenizers before it; those also find
-        their added words (such as ``<think>``, no special token) first, and apply NFC to the text between them.
+        A surrogate pair is one character. Qwen v1 joins pairs after NFC, later tokenizers before it.
         """
-        if self.is_v1:
-            return _whole(normalize("NFC", text))
-        return "".join(
-            part if part in LATER_WORDS else normalize("NFC", part) for part in _BY_WORDS.split(_whole(text))
-        )
+        return _whole(normalize("NFC", text)) if self.is_v1 else read_text(text)
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def read_text(text: str, words: tuple[str, ...] = LATER_WORDS) -> str:
+    """Return the text that the tokens of a later tokenizer decode to.
+
+    Args:
+        words: its added words that are no special tokens, such as ``<think>``: it finds them first, and applies NFC to
+            the text between them.
+    """
+    parts = _by_words(words).split(_whole(text))
+    return "".join(part if part in words else normalize("NFC", part) for part in parts)
+
+
+@cache
+def _by_words(words: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile(f"({'|'.join(map(re.escape, words))})" if words else r"(?!)")
 
 
 def _whole(text: str) -> str:
@@ -112,9 +122,7 @@ def _whole(text: str) -> str:
 
 def later_tokenizer(ranks: Path) -> PreTrainedTokenizerFast:
     """Return a tokenizer of the later families' class with the small vocabulary."""
-    converted = TikTokenConverter(str(ranks), pattern=SPLIT_PATTERN).converted()
-    converted.normalizer = normalizers.NFC()
-    fast = PreTrainedTokenizerFast(tokenizer_object=converted, clean_up_tokenization_spaces=False)
+    fast = PreTrainedTokenizerFast(tokenizer_object=base_tokenizer(ranks), clean_up_tokenization_spaces=False)
     for tokens, special in ((LATER_SPECIALS, True), (LATER_WORDS, False)):
         added = [AddedToken(token, special=special, normalized=False) for token in tokens]
         fast.add_tokens(added, special_tokens=special)

@@ -9,9 +9,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from tokenizers import Tokenizer, normalizers
 from transformers import AddedToken, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from chat.detect import family_of
 from chat.families import Family
@@ -21,8 +19,8 @@ from chat.tools_xml import XmlCalls
 from chat.turns import Tool, ToolCall, Turn
 from data_utils.encode import EncodedConversation, EncodeOptions, Encoder
 from data_utils.schema import Conversation
-from qwen_model.tokenization_qwen import SPLIT_PATTERN
 from tests.encoding import check_and_encode
+from tests.vocabulary import base_tokenizer
 
 Row = dict[str, Any]
 
@@ -105,20 +103,20 @@ def _load(path: Path) -> Any:
 
 
 @cache
-def _base_tokenizer(rank_file: Path) -> str:
-    converted = TikTokenConverter(str(rank_file), pattern=SPLIT_PATTERN).converted()
-    converted.normalizer = normalizers.NFC()
-    return converted.to_str()
-
-
-@cache
 def _tokenizer(shared: Path, kind: str) -> PreTrainedTokenizerFast:
-    base = Tokenizer.from_str(_base_tokenizer(shared / "golden" / "tiny-qwen" / "qwen.tiktoken"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=base)
+    return family_tokenizer(shared, kind, shared / "golden" / "tiny-qwen" / "qwen.tiktoken")
+
+
+def family_tokenizer(shared: Path, kind: str, rank_file: Path) -> PreTrainedTokenizerFast:
+    """Return a tokenizer that splits texts as those of a family do, and has their added tokens.
+
+    Args:
+        kind: key of ``added_tokens`` in families.json.
+    """
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=base_tokenizer(rank_file, kind == "qwen3_5"))
     tokens = _load(shared / "families" / "families.json")["added_tokens"][kind]
-    # The vocabulary of Qwen3.5 is larger; the order of its added tokens is that of Qwen3.
+    # Other vocabularies are smaller than that of Qwen3.5; the order of added tokens is the same.
     offset = tokens[0]["id"] - len(tokenizer)
-    assert offset == 0 or kind == "qwen3_5"
     for token in tokens:
         added = AddedToken(token["content"], special=token["special"], normalized=False)
         tokenizer.add_tokens([added], special_tokens=token["special"])

@@ -5,13 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, normalizers
 from transformers import (
     AddedToken,
     GenerationConfig,
@@ -23,10 +21,9 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from transformers.convert_slow_tokenizer import TikTokenConverter
 
-from qwen_model.tokenization_qwen import SPLIT_PATTERN
 from tests.golden import SMALL
+from tests.vocabulary import base_tokenizer
 
 TINY = SMALL / "tiny-qwen-small"
 
@@ -95,13 +92,6 @@ def copy_in_bfloat16(folder: Path, chat_format: str = "chatml") -> Path:
     return folder
 
 
-@cache
-def fast_tokenizer(rank_file: Path) -> str:
-    converted = TikTokenConverter(str(rank_file), pattern=SPLIT_PATTERN).converted()
-    converted.normalizer = normalizers.NFC()
-    return str(converted.to_str())
-
-
 def write_later_checkpoint(
     folder: Path,
     model_type: str,
@@ -112,8 +102,8 @@ def write_later_checkpoint(
     positions: int = 512,
 ) -> Path:
     """Write a tiny random checkpoint after Qwen v1, with a fast tokenizer of 700 ranks and a chat template."""
-    fast = Tokenizer.from_str(fast_tokenizer(TINY / "qwen.tiktoken"))
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=fast)
+    base = base_tokenizer(TINY / "qwen.tiktoken")
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=base)
     for special, tokens in ((True, SPECIAL_TOKENS), (False, PLAIN_TOKENS[model_type])):
         tokenizer.add_tokens(
             [AddedToken(token, special=special, normalized=False) for token in tokens], special_tokens=special

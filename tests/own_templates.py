@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 
-from tokenizers import Tokenizer
 from transformers import AddedToken, PreTrainedTokenizerFast
 
-from tests.models import SPECIAL_TOKENS, TINY, fast_tokenizer
+from tests.models import SPECIAL_TOKENS, TINY
+from tests.vocabulary import base_tokenizer
 
 OTHER_TOKENS = ("<|user|>", "<|assistant|>", "<|end|>", "<s>")
 
@@ -80,7 +80,7 @@ REFUSED = {
 @cache
 def tokenizer_with(template: str) -> PreTrainedTokenizerFast:
     """Return a tokenizer of 700 ranks with control tokens and a chat template."""
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(fast_tokenizer(TINY / "qwen.tiktoken")))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=base_tokenizer(TINY / "qwen.tiktoken"))
     added = [AddedToken(token, special=True, normalized=False) for token in (*SPECIAL_TOKENS, *OTHER_TOKENS)]
     tokenizer.add_tokens(added, special_tokens=True)
     tokenizer.pad_token, tokenizer.eos_token, tokenizer.chat_template = "<|endoftext|>", "<|im_end|>", template

@@ -24,7 +24,8 @@ from data_utils.records import BAD_RECORD
 from data_utils.report.terminal import render_report
 from data_utils.sources import parse_source
 from errors import DataError
-from tests.fuzz_data.oracle import BAD, At, Sample, encoder, expected, oracle_records, row_records
+from tests.fuzz_data.chat_formats import QWEN, ChatFormat, encoder_of
+from tests.fuzz_data.oracle import BAD, At, Sample, expected, oracle_records, row_records
 from tests.fuzz_data.valid_files import Case, Expect
 
 MAX_SECONDS = 8.0  # CPU time for one mutation
@@ -55,6 +56,7 @@ class Result:
 
     number: int
     mutation: str
+    chat: ChatFormat = QWEN
     outcomes: tuple[str, ...] = ()
     findings: list[str] = field(default_factory=list)
     seconds: float = 0.0
@@ -99,12 +101,12 @@ def _recorded_errors(reading: Reading) -> Iterator[None]:
     reading.errors += [f"log line with control characters: {line!r}" for line in log.lines if not line.isprintable()]
 
 
-def read(path: Path, skip_bad: bool) -> Reading:
+def read(path: Path, chat: ChatFormat, skip_bad: bool) -> Reading:
     """Read a file like a training run."""
     reading = Reading()
     sources, options = {"train": [parse_source(str(path))]}, DataOptions(skip_bad=skip_bad)
     with _recorded_errors(reading), tempfile.TemporaryDirectory() as folder:
-        reader = DataReader(sources, encoder(), options, max_samples=2, show_progress=False)
+        reader = DataReader(sources, encoder_of(chat), options, max_samples=2, show_progress=False)
         writer = ExampleWriter(Path(folder, "train"))
         try:
             for block in reader.read_blocks():
@@ -150,8 +152,8 @@ def _read_report(examples: ExampleSet, path: Path, reading: Reading) -> None:
     if not source.in_file == source.read == source.kept + source.skipped.total:
         counts = f"{source.in_file} in the file, {source.read} read, {source.kept} kept, {source.skipped.total} skipped"
         reading.errors.append(f"report that does not add up: {counts}")
-    if source.kept != len(examples):
-        reading.errors.append(f"{source.kept} kept, {len(examples)} examples")
+    if source.samples != len(examples):
+        reading.errors.append(f"{source.samples} samples, {len(examples)} examples")
     shown = render_report(report, color=False)
     if not shown.replace("\n", "").isprintable():
         reading.errors.append("report with control characters")
@@ -160,14 +162,15 @@ def _read_report(examples: ExampleSet, path: Path, reading: Reading) -> None:
 def examine(case: Case, path: Path, number: int = 0) -> Result:
     """Read a mutated file with bad records refused, then skipped, and compare with the oracle."""
     path.write_bytes(case.data)
-    result, started, peak = Result(number, case.mutation), time.process_time(), _peak()
+    encoder_of(case.chat)
+    result, started, peak = Result(number, case.mutation, case.chat), time.process_time(), _peak()
     with (
         patch.object(json_stream, "MAX_RECORD_BYTES", case.limit or json_stream.MAX_RECORD_BYTES),
         patch.object(files, "CHUNK_BYTES", case.chunk or files.CHUNK_BYTES),
         patch.object(parquet, "_BUFFER_BYTES", case.chunk or parquet._BUFFER_BYTES),
         patch.object(parquet, "_BATCH_ROWS", case.chunk or parquet._BATCH_ROWS),
     ):
-        readings = [read(path, skip_bad) for skip_bad in (False, True)]
+        readings = [read(path, case.chat, skip_bad) for skip_bad in (False, True)]
     result.seconds = time.process_time() - started
     for reading, mode in zip(readings, ("refusing", "skipping"), strict=True):
         result.findings += [f"{mode}: {error}" for error in reading.errors]
@@ -176,7 +179,7 @@ def examine(case: Case, path: Path, number: int = 0) -> Result:
     if peak < _peak() > first_peak() + MAX_MEMORY:
         result.findings.append(f"takes {(_peak() - first_peak()) >> 20} MiB")
     if not any(reading.errors for reading in readings):
-        before = [sample for _, sample in expected(row_records(case.original))]
+        before = [sample for _, sample in expected(row_records(case.original), case.chat)]
         result.outcomes = tuple(_outcome(reading, before) for reading in readings)
         result.findings += _differences(case, readings, before)
     return result
@@ -188,7 +191,7 @@ def _peak() -> int:
 
 @cache
 def first_peak() -> int:
-    encoder()
+    encoder_of(QWEN)
     return _peak()
 
 
@@ -208,7 +211,9 @@ def _differences(case: Case, readings: Sequence[Reading], before: list[Sample | 
         records, is_refused = row_records(case.rows), False
     else:
         records, is_refused = ([], True) if case.expect is Expect.REFUSED else oracle_records(case.data)
-    wanted = expected(records)
+    found: list[str] = []
+    wanted = expected(records, case.chat, found)
+    yield from found
     bad = [at for at, sample in wanted if sample == BAD]
     if is_refused:
         if not both_refused:

@@ -9,20 +9,13 @@ import struct
 import zlib
 from array import array
 from collections.abc import Iterable, Sequence
-from functools import cache
-from pathlib import Path
 from typing import Any, NamedTuple
 
-from chat.families import QWEN_V1
-from data_utils.encode import EncodeOptions, Encoder
 from data_utils.formats import Format, recognise
 from errors import DataError
-from qwen_model.tokenization_qwen import QWenTokenizer
-from tests.encoding import check_and_encode, weights_of
+from tests.encoding import weights_of
+from tests.fuzz_data.chat_formats import QWEN, ChatFormat, differences, encoder_of
 from tests.fuzz_data.valid_files import Record
-
-TOKENIZER = Path(__file__).parents[1] / "references" / "qwen_v1_small" / "tiny-qwen-small"
-
 
 At = tuple[int | None, int | None]
 """A location in a file: line, record."""
@@ -166,12 +159,19 @@ def _without_nulls(value: Any) -> Any:
     return [_without_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def expected(records: Sequence[RawRecord]) -> list[tuple[At, Sample | str]]:
-    """Return the result of each record: its sample, ``BAD``, or why it has no trained tokens."""
+def expected(
+    records: Sequence[RawRecord], chat: ChatFormat = QWEN, findings: list[str] | None = None
+) -> list[tuple[At, Sample | str]]:
+    """Return the samples of each record, or instead of them ``BAD``, or why it has no trained tokens.
+
+    Args:
+        findings: is extended by what differs from the official chat template.
+    """
     format_ = next((format_ for format_ in (_format_of(record.value) for record in records) if format_), None)
     return [
-        (record.at, BAD if record.value is BAD or format_ is None else _sample(record.value, format_))
+        (record.at, sample)
         for record in records
+        for sample in ([BAD] if record.value is BAD or format_ is None else _samples(record, format_, chat, findings))
     ]
 
 
@@ -182,16 +182,19 @@ def _format_of(value: Any) -> Format | None:
         return None
 
 
-def _sample(value: Any, format_: Format) -> Sample | str:
+def _samples(
+    record: RawRecord, format_: Format, chat: ChatFormat, findings: list[str] | None
+) -> Sequence[Sample | str]:
+    encoder = encoder_of(chat)
     try:
-        encoded = check_and_encode(encoder(), format_.parse(value, ""))
+        conversation = format_.parse(record.value, "")
+        encoder.check_conversation(conversation)
+        samples = encoder.encode(conversation)
     except DataError:
-        return BAD
-    if not encoded.trained_tokens:
-        return "no trained tokens"
-    return Sample(tuple(encoded.input_ids), tuple(array("f", weights_of(encoded))))
-
-
-@cache
-def encoder() -> Encoder:
-    return Encoder(QWenTokenizer.from_pretrained(TOKENIZER), QWEN_V1, EncodeOptions())
+        return [BAD]
+    if findings is not None:
+        findings += [f"{record.at}: {difference}" for difference in differences(chat, conversation, samples)]
+    kept = [
+        Sample(tuple(each.input_ids), tuple(array("f", weights_of(each)))) for each in samples if each.trained_tokens
+    ]
+    return kept or ["no trained tokens"]

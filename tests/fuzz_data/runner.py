@@ -13,6 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from random import Random
 
+from tests.fuzz_data.chat_formats import FAMILIES, NAMES, QWEN, ChatFormat, chat_formats
 from tests.fuzz_data.examine import Result, examine, first_peak
 from tests.fuzz_data.gzip_mutations import GZIP_MUTATIONS
 from tests.fuzz_data.parquet_mutations import PARQUET_MUTATIONS
@@ -22,6 +23,7 @@ from tests.fuzz_data.valid_files import FORMATS, Case, ValidFile
 MUTATIONS = TEXT_MUTATIONS | GZIP_MUTATIONS | PARQUET_MUTATIONS
 SLOW = ("five_megabytes", "whole_bomb")  # run in every tenth round only
 HANG_TIMEOUT = 120.0
+CASES_OF_A_CHECKPOINT = 40  # before the next one: to detect a chat format takes longer than a case
 
 
 def make_case(seed: int, number: int) -> Case:
@@ -34,7 +36,15 @@ def make_case(seed: int, number: int) -> Case:
     suffixes, mutate = MUTATIONS[name]
     case = mutate(ValidFile(random, name, random.choice(list(FORMATS)), random.choice(suffixes)))
     is_long = name in (*SLOW, "nesting", "numbers", "bomb")
-    return replace(case, chunk=random.choice([None, 5000] if is_long else [None, 1, 7, 64]))
+    chunk = random.choice([None, 5000] if is_long else [None, 1, 7, 64])
+    return replace(case, chunk=chunk, chat=_chat_format(Random(f"{seed} {number} chat"), number))
+
+
+def _chat_format(random: Random, number: int) -> ChatFormat:
+    """Return Qwen v1's format for one case of three, else one of the checkpoint whose turn it is."""
+    if random.random() < 0.33 or not FAMILIES.is_dir():
+        return QWEN
+    return random.choice(chat_formats(NAMES[number // CASES_OF_A_CHECKPOINT % len(NAMES)]))
 
 
 def run(seed: int, numbers: Iterable[int], folder: Path, keep: Path | None = None) -> Iterator[Result]:
@@ -73,7 +83,8 @@ def run_apart(seed: int, numbers: Sequence[int], keep: Path | None = None) -> It
         process.kill()
         process.join()
         if waiting:
-            yield Result(waiting[0], make_case(seed, waiting[0]).mutation, findings=[finding])
+            case = make_case(seed, waiting[0])
+            yield Result(waiting[0], case.mutation, case.chat, findings=[finding])
             waiting = waiting[1:]
 
 
@@ -112,6 +123,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     for result in run_apart(args.seed, range(args.count) if args.only is None else [args.only], args.keep):
         results.append(result)
         for finding in result.findings:
-            print(f"--seed {args.seed} --only {result.number} ({result.mutation}): {finding}", flush=True)
+            print(
+                f"--seed {args.seed} --only {result.number} ({result.mutation}, {result.chat}): {finding}", flush=True
+            )
     print("\n".join(summary(results)))
     return 1 if any(result.findings for result in results) else 0

@@ -26,6 +26,7 @@ from tests.fuzz_data.valid_files import (
 )
 
 TEXT_MUTATIONS = Mutations(TEXTS)
+_CONTENTS = ("value", "content", "instruction", "output", "prompt", "response", "text", "reasoning_content", "system")
 WRONG_VALUES = ("null", "true", "false", "0", "-7", "1.5", '""', '"x"', "[]", '["x"]', "{}", '{"x": 1}', "1" * 30)
 
 
@@ -155,6 +156,53 @@ def _escapes(file: ValidFile) -> Case:
     if file.random.random() < 0.2:
         return file.with_json((), f'{{"{text}": 1, ' + json.dumps(file.record)[1:])
     return file.with_json(file.random_path(str), f'"{text}"')
+
+
+_HOSTILE = (
+    *("<|im_end|>", "<|im_start|>", "<|im_start|>assistant\n", "<|im_end|>\n", "<|endoftext|>", "<|im_"),
+    *("<think>", "</think>", "<think>\n\n</think>\n\n", "<tool_call>", "</tool_call>", "</parameter>", "<function=f>"),
+    *("<tool_response>", "</tool_response>", "\n", "\n\n", "\r\n", " ", "\u3000", "\u2028", "\u200b", "\ufeff", "12"),
+    *("a", "Question?", "北京", "e\u0301", "\u0301", "\u0338", "🙂", "{{name}}", "'s", "<|image_pad|>"),
+)  # fmt: skip
+
+
+@TEXT_MUTATIONS.register
+def _hostile_texts(file: ValidFile) -> Case:
+    """Texts of control tokens, thinking, calls and white space, which must stay text."""
+    record, random = file.record, file.random
+    texts = [path for path, value in nodes(record) if isinstance(value, str) and path and path[-1] in _CONTENTS]
+    for path in random.sample(texts, min(len(texts), random.randint(1, 4))):
+        record = replace_at(record, path, "".join(random.choices(_HOSTILE, k=random.randint(1, 7))))
+    return file.with_value((), record)
+
+
+@TEXT_MUTATIONS.register
+def _arguments(file: ValidFile) -> Case:
+    """Arguments of calls of any JSON type, or the text of some."""
+
+    def any_value(depth: int = 0) -> Any:
+        kind = file.random.choice(["scalar", "text", "list", "object"] if depth < 3 else ["scalar", "text"])
+        if kind == "list":
+            return [any_value(depth + 1) for _ in range(file.random.randrange(3))]
+        if kind == "object":
+            return {file.random.choice(_HOSTILE): any_value(depth + 1) for _ in range(file.random.randrange(3))}
+        return file.random.choice((None, True, False, 0, -7, 1.5, 1e-07, 10**20) if kind == "scalar" else _HOSTILE)
+
+    paths = [path for path, _ in nodes(file.record, inside=True) if path and path[-1] == "arguments"]
+    if not paths:
+        return _hostile_texts(file)
+    value = any_value(file.random.randrange(4))
+    value = json.dumps(value, ensure_ascii=False) if file.random.random() < 0.3 else value
+    return file.with_value(file.random.choice(paths), value)
+
+
+@TEXT_MUTATIONS.register
+def _images(file: ValidFile) -> Case:
+    """A message with an image, which is refused with its line."""
+    images = [{"type": "image_url", "image_url": {"url": "data:,"}}, {"type": "image"}, {"image": "a.png"}]
+    parts = [{"type": "text", "text": "Look:"}, file.random.choice(images)]
+    texts = [path for path, _ in nodes(file.record) if path and path[-1] in _CONTENTS]
+    return file.with_value(file.random.choice(texts), file.random.sample(parts, 2), Expect.FAULT)
 
 
 @TEXT_MUTATIONS.register

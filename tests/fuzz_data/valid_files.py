@@ -10,6 +10,8 @@ from enum import Enum
 from random import Random
 from typing import Any, NamedTuple
 
+from tests.fuzz_data.chat_formats import QWEN, ChatFormat
+
 Record = dict[str, Any]
 KeyPath = tuple[Any, ...]
 
@@ -56,6 +58,7 @@ class Case:
         rows: the rows of a table, which the oracle cannot read itself.
         limit: replaces the largest size of a record, so that files beyond it can be small.
         chunk: bytes and rows that are read at once; ``None`` is the default.
+        chat: the chat format that the file is read with.
     """
 
     mutation: str
@@ -66,6 +69,7 @@ class Case:
     rows: list[Record] | None = None
     limit: int | None = None
     chunk: int | None = None
+    chat: ChatFormat = QWEN
 
 
 _TOOL = {
@@ -129,9 +133,36 @@ def _document(n: int) -> Record:
     return {"text": f"Kapitel {n}: <|im_end|>\r\n{{{{name}}}} 北京 🙂", "id": n, **({} if n % 2 else {"weight": 0.5})}
 
 
+_ARGUMENTS: tuple[Any, ...] = (
+    {}, {"city": "Ulm", "days": 3, "is_long": True}, {"a": None, "b": [1.5, "2", {"c": []}], "d": 1e-07},
+    {"text": "</parameter>\n</tool_call><|im_end|>", "more": "  two\nlines \n"}, {"an": "", "empty": {}}, {"é北": "12"},
+)  # fmt: skip
+
+
+def _thoughts(n: int) -> Record:
+    """Answers with thinking in its field, in the text or without, some with calls; control tokens in texts."""
+    arguments = _ARGUMENTS[n % len(_ARGUMENTS)]
+    function = {"name": "weather", "arguments": arguments if n % 2 else json.dumps(arguments, ensure_ascii=False)}
+    calls = [{"type": "function", "function": function}] * (1 + n % 2)
+    asks = _message("assistant", "Let me look." if n % 3 else "", reasoning_content=f"\nstep {n}\n", tool_calls=calls)
+    thought = f"<think>\nso {n}\n</think>\n\n" if n % 2 else ""
+    return {
+        "messages": [
+            *([_message("system", f" Rules <|im_end|> {n}\n")] if n % 4 == 0 else []),
+            _message("user", f"<|im_start|>system\nQuestion {n} </think>?"),
+            *([asks, *[_message("tool", f" {n} °C <|im_start|>\n")] * (1 + n % 2)] if n % 3 else []),
+            _message("assistant", f"{thought}Answer {n} <|im_end|>\n"),
+            *([_message("user", f"<tool_response>{n}</tool_response>")] if n % 5 == 0 else []),
+            _message("user", f"\nand {n}?"),
+            _message("assistant", f"no {n}\n", **({"reasoning_content": f"why {n}"} if n % 2 else {})),
+        ],
+        **({"tools": [{"type": "function", "function": _TOOL}]} if n % 3 else {}),
+    }
+
+
 FORMATS = {
     "chats": _chat, "tools": _tool_chat, "messages": _openai_chat, "alpaca": _alpaca, "pairs": _pair,
-    "texts": _document,
+    "texts": _document, "thoughts": _thoughts,
 }  # fmt: skip
 
 
@@ -144,8 +175,18 @@ def _as_row(record: Record) -> Record:
         parts = [turn["content"] if isinstance(turn["content"], list) else [] for turn in row["messages"]]
         texts = ["".join(part["text"] for part in turn_parts) for turn_parts in parts]
         turns = zip(row["messages"], texts, strict=True)
-        row["messages"] = [{**turn, "content": text} if text else turn for turn, text in turns]
+        row["messages"] = [_with_argument_texts({**turn, "content": text} if text else turn) for turn, text in turns]
     return row
+
+
+def _with_argument_texts(turn: Record) -> Record:
+    calls = [
+        {**call, "function": {**call["function"], "arguments": json.dumps(call["function"]["arguments"])}}
+        if isinstance(call["function"]["arguments"], dict)
+        else call
+        for call in turn.get("tool_calls", ())
+    ]
+    return {**turn, "tool_calls": calls} if calls else turn
 
 
 class ValidFile:

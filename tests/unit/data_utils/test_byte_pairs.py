@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AddedToken, PreTrainedTokenizerFast
 
 from chat.render import plain_encoder
 from data_utils import byte_pairs
-from data_utils.byte_pairs import QWEN_PATTERN, FasterEncoder
+from data_utils.byte_pairs import QWEN3_5_PATTERN, QWEN_PATTERN, FasterEncoder
 from tests.models import CONVERSATIONS
 
 TEXTS = [text for turns in CONVERSATIONS for _, text in turns] * 3 + [
@@ -26,8 +26,24 @@ TEXTS = [text for turns in CONVERSATIONS for _, text in turns] * 3 + [
 ]
 
 
+PATTERNS = {"gpt2": None, "qwen": QWEN_PATTERN, "qwen3_5": QWEN3_5_PATTERN}
+ADDED = [
+    "<tool_call>",
+    "<think>",
+    "</think>",
+    "\n",
+    "<|im_start|>",
+    "<|im_end|>",
+    "x<|",
+    "|im",
+    "t><th",
+    "\u212b",
+    "e\u0301",
+]
+
+
 def build(pattern: str | None, *, normalizer: Any = None) -> Any:
-    """Train a tokenizer with added tokens, special and plain, and without some bytes."""
+    """Train a tokenizer with added tokens, special and plain, some within others, and without some bytes."""
     tokenizer = Tokenizer(models.BPE())
     levels = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pattern is None)
     tokenizer.pre_tokenizer = levels
@@ -41,7 +57,10 @@ def build(pattern: str | None, *, normalizer: Any = None) -> Any:
     trainer = trainers.BpeTrainer(vocab_size=600, initial_alphabet=alphabet, special_tokens=["<|im_start|>"])
     tokenizer.train_from_iterator(TEXTS * 5, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer)
-    fast.add_tokens(["<tool_call>"])
+    fast.add_tokens(["<tool_call>", "\u212b"])  # looked for in normalised text
+    plain, special = ["<think>", "<think>\n", "e\u0301", "x<|"], ["<|im_end|>", "|im", "t><th"]
+    fast.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
+    fast.add_tokens([AddedToken(token, special=True, normalized=False) for token in special], special_tokens=True)
     return fast
 
 
@@ -50,7 +69,8 @@ def subject(name: str) -> tuple[Callable[[str], list[int]], Callable[[str], list
     """Return the encoder by tiktoken and that of the tokenizers library."""
     from tokenizers import normalizers
 
-    tokenizer = build(None) if name == "gpt2" else build(QWEN_PATTERN, normalizer=normalizers.NFC())
+    pattern = PATTERNS[name]
+    tokenizer = build(pattern, normalizer=None if pattern is None else normalizers.NFC())
     plain = plain_encoder(tokenizer)
     fast = byte_pairs._by_tiktoken(tokenizer.backend_tokenizer, plain)
     assert fast is not None
@@ -65,7 +85,7 @@ def classes() -> Iterator[str]:
         yield from {members[0], members[len(members) // 2], members[-1]}
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen"])
+@pytest.mark.parametrize("name", PATTERNS)
 def test_every_kind_of_character_is_split_alike(name: str) -> None:
     fast, plain = subject(name)
     for char in classes():
@@ -73,8 +93,15 @@ def test_every_kind_of_character_is_split_alike(name: str) -> None:
         assert fast(text) == plain(text), hex(ord(char))
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen"])
-@given(text=st.one_of(st.text(), st.text("ab 'sS1\n\rtÀ\u0301你<|>"), st.lists(st.sampled_from(TEXTS)).map("".join)))
+@pytest.mark.parametrize("name", PATTERNS)
+@given(
+    text=st.one_of(
+        st.text(),
+        st.text("ab 'sS1\n\rtÀ\u0301\u093e你<|>"),
+        st.lists(st.sampled_from(TEXTS)).map("".join),
+        st.lists(st.sampled_from([*ADDED, "a", " ", "<", "\u0301", "\u0338"])).map("".join),
+    )
+)
 def test_every_text_has_the_same_ids(name: str, text: str) -> None:
     fast, plain = subject(name)
     assert fast(text) == plain(text)
@@ -84,6 +111,9 @@ def test_every_text_has_the_same_ids(name: str, text: str) -> None:
     "text",
     [
         "<tool_call>{}</tool_call>",
+        "<think>\nso\n</think>\n\n<think>x<|im_end|>",
+        "t><think>",  # the special token takes the start of the other
+        "A\u030a \u212b e\u0301 \u00e9",
         "<|im_start|>user",
         "\ud800",
         "\x0b",
@@ -93,8 +123,8 @@ def test_every_text_has_the_same_ids(name: str, text: str) -> None:
         " " * 5000,
     ],
 )
-def test_what_tiktoken_has_no_ids_for_is_left_to_the_library(text: str) -> None:
-    for name in ("gpt2", "qwen"):
+def test_added_tokens_and_what_tiktoken_has_no_ids_for(text: str) -> None:
+    for name in PATTERNS:
         fast, plain = subject(name)
         assert fast(f"before {text} after") == plain(f"before {text} after")
         assert fast(text) == plain(text)
@@ -116,6 +146,7 @@ def _changed(change: Callable[[dict[str, Any]], object]) -> Any:
         lambda stated: stated["pre_tokenizer"].update(add_prefix_space=True),
         lambda stated: stated["model"]["merges"].reverse(),
         lambda stated: stated["model"]["merges"].pop(0),
+        lambda stated: stated["added_tokens"][-4].update(lstrip=True),
     ],
 )
 def test_other_tokenizers_are_left_to_the_library(change: Callable[[dict[str, Any]], object]) -> None:
@@ -141,7 +172,21 @@ def test_first_texts_are_not_worth_a_conversion(monkeypatch: pytest.MonkeyPatch)
     assert built == [1]
 
 
-def test_qwens_pattern_is_that_of_its_tokenizer() -> None:
+def test_a_long_text_is_worth_a_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[int] = []
+    monkeypatch.setattr(byte_pairs, "_by_tiktoken", lambda *arguments: built.append(1))
+    tokenizer = build(None)
+    encode = FasterEncoder(tokenizer, plain_encoder(tokenizer), texts_before=3)
+    encode("a" * 256)
+    assert built == []
+    encode("a" * 512)
+    assert built == [1]
+
+
+def test_patterns_are_those_of_the_tokenizers() -> None:
+    from transformers.models.qwen3_5.tokenization_qwen3_5 import PRETOKENIZE_REGEX
+
     from qwen_model.tokenization_qwen import SPLIT_PATTERN
 
     assert QWEN_PATTERN == SPLIT_PATTERN
+    assert QWEN3_5_PATTERN == PRETOKENIZE_REGEX

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from transformers import AddedToken, PreTrainedTokenizerFast
-from transformers.convert_slow_tokenizer import TikTokenConverter
 
 from chat.chatml import IM_END
 from chat.families import ANSWER_STYLES, QWEN_V1, Family, thought_block
@@ -18,8 +17,9 @@ from chat.turns import Turn
 from data_utils.encode import EncodedConversation, EncodeOptions, Encoder
 from data_utils.schema import Conversation
 from errors import DataError
-from qwen_model.tokenization_qwen import SPLIT_PATTERN, QWenTokenizer
+from qwen_model.tokenization_qwen import QWenTokenizer
 from tests.encoding import OriginalEncoder, check_and_encode, weights_of
+from tests.vocabulary import base_tokenizer
 
 SYSTEM_IDS = [701, 458, 198, 418, 317, 258, 590, 637, 13, 702, 198]  # You are a helpful assistant.
 HI_IDS = [701, 388, 198, 39, 72, 702, 198]
@@ -38,8 +38,7 @@ def tokenizer(golden_small: Path) -> QWenTokenizer:
 def fast_tokenizer(golden_small: Path) -> PreTrainedTokenizerFast:
     """A tokenizer of the later families' class with the small vocabulary."""
     ranks = golden_small / "tiny-qwen-small" / "qwen.tiktoken"
-    converted = TikTokenConverter(str(ranks), pattern=SPLIT_PATTERN).converted()
-    fast = PreTrainedTokenizerFast(tokenizer_object=converted)
+    fast = PreTrainedTokenizerFast(tokenizer_object=base_tokenizer(ranks))
     controls = [AddedToken(token, special=True) for token in ("<|endoftext|>", "<|im_start|>", "<|im_end|>")]
     fast.add_tokens(controls, special_tokens=True)
     fast.add_tokens([AddedToken(token, special=False) for token in ("<think>", "</think>")])

@@ -23,8 +23,9 @@ from data_utils.report.source_report import SourceReport
 from errors import DataError
 from tests.fuzz_data import examine as examine_module
 from tests.fuzz_data import runner
+from tests.fuzz_data.chat_formats import encoder_of
 from tests.fuzz_data.examine import Result, examine
-from tests.fuzz_data.oracle import encoder, expected, row_records
+from tests.fuzz_data.oracle import expected, row_records
 from tests.fuzz_data.runner import MUTATIONS, OUTCOMES, main, make_case, run, run_apart
 from tests.fuzz_data.valid_files import FORMATS, TEXTS, Case, Expect
 
@@ -42,7 +43,7 @@ def test_mutations_have_no_findings(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["a", "word ", " ", "\n", "北", "1", "🙂", "e\u0301"])
 def test_text_of_five_megabytes(text: str, tmp_path: Path) -> None:
     examine_module.first_peak.cache_clear()
-    encoder.cache_clear()  # its tokenizer caches texts
+    encoder_of.cache_clear()  # its tokenizer caches texts
     record = {"prompt": text * (5_000_000 // len(text.encode())), "response": "Answer"}
     assert findings(tmp_path, lines(*GOOD[:2], json.dumps(record), *GOOD[3:])) == []
 
@@ -259,9 +260,10 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch
     head, names, *rows, total = capsys.readouterr().out.splitlines()
     assert "bad records refused" in head and names.startswith("mutation") and len(rows) == 3
     assert rows[0].split()[:2] == ["unchanged", "1"] and total.split()[:2] == ["all", "3"]
-    monkeypatch.setattr(examine_module, "read", lambda path, skip_bad: examine_module.Reading(errors=["bites"]))
+    monkeypatch.setattr(examine_module, "read", lambda *arguments: examine_module.Reading(errors=["bites"]))
     keep = tmp_path / "kept"
     assert main(["--only", "1", "--seed", "1", "--keep", str(keep)]) == 1
-    assert capsys.readouterr().out.startswith("--seed 1 --only 1 (byte_order_mark): refusing: bites\n")
     case = make_case(1, 1)
+    found = f"--seed 1 --only 1 (byte_order_mark, {case.chat}): refusing: bites\n"
+    assert capsys.readouterr().out.startswith(found)
     assert [(path.name, path.read_bytes()) for path in keep.iterdir()] == [(f"1-1-{case.name}", case.data)]
