@@ -35,7 +35,7 @@ from training.config.args import ModelArguments
 from training.rope_checks import rope_flag_faults
 
 if TYPE_CHECKING:
-    from evaluation.evaluating import Sets, Subject
+    from evaluation.evaluating import Opened, Sets, Subject
     from evaluation.perplexity import Reading, Windows
 
 logger = logging.getLogger(__name__)
@@ -182,13 +182,13 @@ def evaluate_answers(args: argparse.Namespace) -> int:
     with importing():
         from tqdm import tqdm
 
-        from evaluation.evaluating import GENERAL, GENERAL_SET, HELD_OUT, Sets, subjects_of
+        from evaluation.evaluating import GENERAL, GENERAL_SET, HELD_OUT, Opened, Sets, subjects_of
         from evaluation.kept import KeptRows
 
     subjects = subjects_of(args.model_name_or_path, args.adapter, args.against)
     of_each = []
     for subject in subjects:  # all, before the first is loaded: a fault of the last one would come after hours
-        sets = Sets(subject, args.max_new_tokens, args.any_base)
+        sets = Sets(Opened(subject, args.any_base), args.max_new_tokens)
         sets.read(HELD_OUT, args.data_path, args.data_format, args.limit, args.seed)
         if not args.no_general:
             sets.read(GENERAL_SET, [str(GENERAL)], "messages", None, args.seed)
@@ -199,7 +199,6 @@ def evaluate_answers(args: argparse.Namespace) -> int:
     with KeptRows(args.output / "answers.jsonl", run_of(args, of_each, paths)) as kept:
         with tqdm(total=total, initial=len(kept.rows), desc="Answering", unit="answer", disable=None) as bar:
             for sets in of_each:
-                logger.info("%s: %s", sets.subject.label, sets.subject.adapter or sets.subject.model)
                 sets.evaluate(kept, bar.update)
         return write_report(args, subjects, kept.rows, places)
 
@@ -216,25 +215,22 @@ def evaluate_questions(args: argparse.Namespace) -> int:
     with importing():
         from tqdm import tqdm
 
-        from evaluation.evaluating import subjects_of
+        from evaluation.evaluating import Opened, subjects_of
         from evaluation.kept import KeptRows
         from evaluation.tool_use import ToolRun, read_tool_questions
 
     subjects = subjects_of(args.model_name_or_path, args.adapter, args.against)
+    models = [Opened(subject, args.any_base) for subject in subjects]
     run: Any
     if args.tasks:
         from evaluation.tasks import TaskRun
 
-        run = TaskRun(args, items, subjects)
+        run = TaskRun(args, items, models)
     else:
         questions = read_tool_questions(Path(args.tool_use), args.data_format, args.limit, args.seed)
-        run = ToolRun(args, questions, subjects)
-    models = {
-        each.label: weights_of(each, checkpoint.folder)
-        for each, checkpoint in zip(subjects, run.checkpoints, strict=True)
-    }
+        run = ToolRun(args, questions, models)
     args.output.mkdir(parents=True, exist_ok=True)
-    with KeptRows(args.output / "answers.jsonl", {**run.identity(), "models": models}) as kept:
+    with KeptRows(args.output / "answers.jsonl", {**run.identity(), "models": weights_of(models)}) as kept:
         with tqdm(total=run.total, initial=len(kept.rows), desc="Answering", unit="answer", disable=None) as bar:
             rows = run.answer(kept, bar.update)
         return write_report(args, subjects, rows, run.places)
@@ -253,7 +249,7 @@ def common_places(of_each: Sequence[Sets]) -> dict[str, list[str]]:
 
 def run_of(args: argparse.Namespace, of_each: Sequence[Sets], paths: Sequence[Path]) -> dict[str, Any]:
     """Return what decides the answers: flags, weights and data."""
-    models = {sets.subject.label: weights_of(sets.subject, sets.checkpoint.folder) for sets in of_each}
+    models = weights_of([sets.opened for sets in of_each])
     flags = {name: getattr(args, name) for name in ("data_path", "data_format", "limit", "max_new_tokens", "seed")}
     return {**flags, "no_general": args.no_general, "models": models, "data": digest_of(paths)}
 
@@ -265,12 +261,17 @@ def digest_of(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def weights_of(subject: Subject, folder: Path) -> list[str | None]:
-    """Return what identifies the weights of a model and its adapter."""
+def weights_of(models: Sequence[Opened]) -> dict[str, list[str | None]]:
+    """Return what identifies the weights of models and their adapters, by the models' labels."""
     from checkpoints.names import ADAPTER_WEIGHTS
     from checkpoints.shards import fingerprint
 
-    return [fingerprint(folder), None if subject.adapter is None else fingerprint(subject.adapter, ADAPTER_WEIGHTS)]
+    found = {}
+    for each in models:
+        adapter = each.subject.adapter
+        of_adapter = None if adapter is None else fingerprint(adapter, ADAPTER_WEIGHTS)
+        found[each.label] = [fingerprint(each.checkpoint.folder), of_adapter]
+    return found
 
 
 def write_report(args: argparse.Namespace, subjects: Sequence[Subject], rows: Any, places: dict[str, list[str]]) -> int:
@@ -320,8 +321,8 @@ def evaluate_perplexity(args: argparse.Namespace) -> int:
     ids = common_ids(readings, path)
     windows = Windows(ids, args.lengths, args.limit, str(path))
     run = {
-        "models": {each.subject.label: weights_of(each.subject, each.checkpoint.folder) for each in readings},
-        "positions": {each.subject.label: each.variants.settings() for each in readings},
+        "models": weights_of([each.opened for each in readings]),
+        "positions": {each.opened.label: each.variants.settings() for each in readings},
         "text": hashlib.sha256(ids.tobytes()).hexdigest(),
     }
     args.output.mkdir(parents=True, exist_ok=True)
@@ -331,7 +332,8 @@ def evaluate_perplexity(args: argparse.Namespace) -> int:
         with tqdm(total=total, initial=done, desc="Reading", unit="token", unit_scale=True, disable=None) as bar:
             for reading in readings:
                 try:
-                    reading.measure(windows, variants, kept, bar.update)
+                    with reading.opened:
+                        reading.measure(windows, variants, kept, bar.update)
                 except (MemoryError, RuntimeError) as error:
                     if not is_out_of_memory(error):
                         raise
@@ -347,14 +349,12 @@ def write_perplexities(
     from checkpoints.files import save_json, save_text
     from evaluation.perplexity_report import build_report, render_page, render_table
 
-    labels = [reading.subject.label for reading in readings]
+    labels = [reading.opened.label for reading in readings]
+    settings = [{name: each.variants.settings(name) for name in variants} for each in readings]
     models = [
-        {
-            "label": each.subject.label, "model": each.subject.model, "adapter": each.subject.adapter,
-            "variants": {name: each.variants.settings(name) for name in variants},
-        }
-        for each in readings
-    ]  # fmt: skip
+        {"label": each.label, "model": each.model, "adapter": each.adapter, "variants": of_each}
+        for each, of_each in zip((reading.opened.subject for reading in readings), settings, strict=True)
+    ]
     report = build_report(rows, labels, variants, windows, args.seed)
     report = {"text": str(args.perplexity), "models": models, **report}
     save_json(report, args.output / "perplexity.json")

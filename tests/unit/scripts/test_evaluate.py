@@ -100,12 +100,13 @@ def test_loss_is_that_of_the_whole_logits(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_command_continues(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With bits that are those of the whole run, because losses are computed in the same batches."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
+    monkeypatch.setattr("evaluation.evaluating._PART", 2)
     evaluate(folder, whole, "--no_general")
     shutil.copytree(whole, cut)
     lines = (whole / "answers.jsonl").read_text().splitlines(keepends=True)
     (cut / "answers.jsonl").write_text("".join(lines[:4]) + lines[4][:20])
-    monkeypatch.setattr("evaluation.evaluating._PART", 2)
     evaluate(folder, cut, "--no_general")
     for name in ("report.json", "report.html"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()

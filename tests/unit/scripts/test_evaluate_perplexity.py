@@ -84,7 +84,7 @@ def test_the_same_command_continues_and_can_have_more(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    monkeypatch.setattr("evaluation.perplexity._TOKENS", 96)
+    monkeypatch.setattr("evaluation.perplexity.TOKENS", 96)
     evaluate(folder, whole)
     lines = (whole / "windows.jsonl").read_text().splitlines(keepends=True)
     cut.mkdir()
