@@ -167,8 +167,8 @@ class Sets:
     """
 
     def __init__(self, opened: Opened, max_new_tokens: int) -> None:
-        self.opened, self._answerer = opened, Answerer(opened.checkpoint, max_new_tokens)
-        self._examples: dict[str, ExampleSet] = {}
+        self.opened, self.answerer = opened, Answerer(opened.checkpoint, max_new_tokens)
+        self.examples: dict[str, ExampleSet] = {}
         self.questions: dict[str, list[Question]] = {}
 
     def read(self, name: str, paths: Sequence[str], data_format: str, count: int | None, seed: int) -> None:
@@ -189,7 +189,7 @@ class Sets:
         sources = {"eval": [parse_source(path) for path in paths]}
         examples = load_examples(DataReader(sources, encoder, DataOptions(data_format), show_progress=False))["eval"]
         most = len(examples) if count is None else count
-        self._examples[name] = examples
+        self.examples[name] = examples
         questions = draw_questions(examples, QuestionFinder(families, tokenizer), most, seed)
         seen: Counter[str] = Counter()
         for number, question in enumerate(questions):  # a conversation can have several
@@ -216,9 +216,9 @@ class Sets:
             self.opened.add_missing(kept, asked, self._rows, on_rows)
 
     def _rows(self, model: Any, asked: Sequence[tuple[str, Question]]) -> list[Row]:
-        answerer, questions = self._answerer, [question for _, question in asked]
+        answerer, questions = self.answerer, [question for _, question in asked]
         answers = answerer.answer(model, questions)
-        of_each = answer_losses(model, [self._examples[name][question.index] for name, question in asked])
+        of_each = answer_losses(model, [self.examples[name][question.index] for name, question in asked])
         return [
             {
                 "question": answerer.asked(question),

@@ -70,7 +70,7 @@ def test_two_processes_train_as_one_does(
     loss, gradient = TOLERANCES[model]
     assert figures["loss"] <= loss and figures["eval_loss"] <= loss
     assert figures.get("first_gradients", 0) <= gradient
-    assert figures["same_files"] and figures.get("merges", True)
+    assert figures["same_files"] and figures.get("merges", True) and figures.get("same_answers", True)
 
 
 @pytest.mark.parametrize("config", ["ds_config_zero2_offload.json", "ds_config_zero3_offload.json"])

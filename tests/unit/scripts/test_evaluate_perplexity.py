@@ -93,7 +93,7 @@ def test_the_same_command_continues_and_can_have_more(
     evaluate(folder, cut)
     for name in ("perplexity.json", "perplexity.html"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
-    monkeypatch.setattr("evaluation.perplexity.load_subject", None)  # nothing is missing, so nothing is loaded
+    monkeypatch.setattr("evaluation.evaluating.load_for_inference", None)  # nothing is missing, so nothing is loaded
     evaluate(folder, cut, "--variants", "logn", "--limit", 1)
     report = read_json(cut / "perplexity.json")
     assert [cell["windows"] for cell in report["rows"][0]["cells"]] == [4, 1]
