@@ -17,7 +17,7 @@ from chat.reading import opening_of, read_answer
 from chat.render import control_ids_of
 from chat.stops import stopping_generation_config
 from chat.turns import Tool
-from evaluation.metrics import ANSWER_TOKENS, Reply, score_answer
+from evaluation.metrics import ANSWER_TOKENS, SCORES, Reply, score_answer
 from evaluation.questions import Question
 from loading.checkpoint import Checkpoint
 from serving.adapters import Adapters
@@ -162,6 +162,12 @@ class Answerer:
         """Return the scores of an answer, and its number of tokens."""
         scores = score_answer(self.expected(question), self.given(question, written))
         return {**scores, "stopped": float(written.stopped), ANSWER_TOKENS: float(written.tokens)}
+
+    def score_names(self, questions: Sequence[Question]) -> list[str]:
+        """Return the names of the scores that answers to questions have."""
+        blank = Written("", 0, True)
+        found = {name for question in questions for name in self.scores(question, blank)}
+        return [name for name in SCORES if name in found]
 
     def too_long(self, questions: Sequence[Question]) -> int:
         """Return how many of the expected answers exceed the limit, with the token that ends them."""

@@ -129,6 +129,14 @@ KINDS = {
     "perplexity": ("lengths", "variants", "rope_scaling", "rope_factor", "rope_original_length"),
 }
 """Flags that ask for a kind of evaluation, with those that only it has."""
+_SHORTER = "Lower --max_new_tokens, leave out the longest conversations, or evaluate a quantised checkpoint"
+LESS_MEMORY = {
+    "data_path": _SHORTER,
+    "tasks": "Lower --batch_size: what has been answered is kept; or --num_fewshot, with another --output",
+    "tool_use": _SHORTER,
+    "perplexity": "Leave out the longest of --lengths: what has been measured is kept",
+}
+"""What to do about memory that does not suffice, by kind."""
 _OF_ANSWERS = ("data_format", "max_new_tokens")
 
 
@@ -137,14 +145,17 @@ def check_kind(parser: CommandParser, args: argparse.Namespace) -> None:
     given = [name for name in KINDS if getattr(args, name) is not None]
     if len(given) != 1:
         parser.error(f"give one of {', '.join(f'--{name}' for name in KINDS)}")
-    useless = {name: f"without --{kind}" for kind, flags in KINDS.items() if kind != given[0] for name in flags}
+    args.kind = given[0]
+    if "" in (value if isinstance(value := getattr(args, args.kind), list) else [value]):
+        parser.error(f"--{args.kind} '' names nothing")
+    useless = {name: f"without --{kind}" for kind, flags in KINDS.items() if kind != args.kind for name in flags}
     if args.perplexity is not None:
         useless |= dict.fromkeys(_OF_ANSWERS, "with --perplexity")
     for name, why in useless.items():
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} has no effect {why}")
     if args.max_new_tokens is None:
-        args.max_new_tokens = 512 if args.tasks else 256
+        args.max_new_tokens = 512 if args.kind == "tasks" else 256
     args.yarn = None
     if args.perplexity is not None:
         names = ("rope_scaling", "rope_factor", "rope_original_length")
@@ -164,9 +175,13 @@ def bounds_of(args: argparse.Namespace) -> dict[str, float]:
 def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     set_up_logging()
-    if args.perplexity is not None:
-        return evaluate_perplexity(args)
-    return evaluate_answers(args) if args.data_path else evaluate_questions(args)
+    evaluate = {"data_path": evaluate_answers, "perplexity": evaluate_perplexity}.get(args.kind, evaluate_questions)
+    try:
+        return evaluate(args)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(f"out of memory ({one_line(error)})", LESS_MEMORY[args.kind]) from None
 
 
 def folders_of(args: argparse.Namespace) -> list[Path]:
@@ -193,6 +208,7 @@ def evaluate_answers(args: argparse.Namespace) -> int:
         if not args.no_general:
             sets.read(GENERAL_SET, [str(GENERAL)], "messages", None, args.seed)
         of_each.append(sets)
+    check_bounds(args, of_each[judged_of(subjects)])
     places = common_places(of_each)
     args.output.mkdir(parents=True, exist_ok=True)
     total = sum(len(questions) for sets in of_each for questions in sets.questions.values())
@@ -205,11 +221,12 @@ def evaluate_answers(args: argparse.Namespace) -> int:
 
 def evaluate_questions(args: argparse.Namespace) -> int:
     """Let the models answer the questions of benchmarks, or call functions, and write the report."""
-    if args.tasks:
+    has_tasks = args.kind == "tasks"
+    if has_tasks:
         check_task_flags(args)
-    inputs = {"--data_dir": [args.data_dir]} if args.tasks else {"--tool_use": [Path(args.tool_use)]}
+    inputs = {"--data_dir": [args.data_dir]} if has_tasks else {"--tool_use": [Path(args.tool_use)]}
     check_shared_folder(args.output, "--output", {**inputs, "a model": folders_of(args)})
-    if args.tasks:
+    if has_tasks:
         items = read_items(args)
         check_harness()
     with importing():
@@ -222,7 +239,7 @@ def evaluate_questions(args: argparse.Namespace) -> int:
     subjects = subjects_of(args.model_name_or_path, args.adapter, args.against)
     models = [Opened(subject, args.any_base) for subject in subjects]
     run: Any
-    if args.tasks:
+    if has_tasks:
         from evaluation.tasks import TaskRun
 
         run = TaskRun(args, items, models)
@@ -234,6 +251,27 @@ def evaluate_questions(args: argparse.Namespace) -> int:
         with tqdm(total=run.total, initial=len(kept.rows), desc="Answering", unit="answer", disable=None) as bar:
             rows = run.answer(kept, bar.update)
         return write_report(args, subjects, rows, run.places)
+
+
+def judged_of(subjects: Sequence[Subject]) -> int:
+    """Return the index of the model that the bounds are for."""
+    return min(1, len(subjects) - 1)
+
+
+def check_bounds(args: argparse.Namespace, sets: Sets) -> None:
+    """Check that answers can have the scores of the bounds.
+
+    Raises:
+        ConfigError: none of the expected answers has one.
+    """
+    from evaluation.evaluating import HELD_OUT
+
+    questions = sets.questions[HELD_OUT]
+    known = sets.answerer.score_names(questions)
+    for name, least in bounds_of(args).items():
+        if name not in known:
+            what = f"--min_{name} {least:g}: none of the {len(questions)} expected answers has {name}"
+            raise ConfigError(what, f"Give a bound of {', '.join(known)}, or data with such answers")
 
 
 def common_places(of_each: Sequence[Sets]) -> dict[str, list[str]]:
@@ -284,7 +322,7 @@ def write_report(args: argparse.Namespace, subjects: Sequence[Subject], rows: An
 
     labels = [subject.label for subject in subjects]
     report = build_report(rows, labels, places, args.seed)
-    judged = labels[min(1, len(labels) - 1)]
+    judged = labels[judged_of(subjects)]
     figures = report["sets"][HELD_OUT]["figures"][judged] if HELD_OUT in places else {}
     scores = {name: each["value"] for name, each in figures.items()}
     models = [{"label": each.label, "model": each.model, "adapter": each.adapter} for each in subjects]
@@ -331,14 +369,8 @@ def evaluate_perplexity(args: argparse.Namespace) -> int:
         total, done = (sum(column) for column in zip(*tokens, strict=True))
         with tqdm(total=total, initial=done, desc="Reading", unit="token", unit_scale=True, disable=None) as bar:
             for reading in readings:
-                try:
-                    with reading.opened:
-                        reading.measure(windows, variants, kept, bar.update)
-                except (MemoryError, RuntimeError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    fix = "Leave out the longest of --lengths: what has been measured is kept"
-                    raise RunError(f"out of memory ({one_line(error)})", fix) from None
+                with reading.opened:
+                    reading.measure(windows, variants, kept, bar.update)
         return write_perplexities(args, readings, variants, windows, kept.rows)
 
 

@@ -124,6 +124,10 @@ def test_the_same_command_continues(folder: Path, tmp_path: Path, monkeypatch: p
         (("--data_path", "{empty}"), "empty.jsonl"),
         (("--data_path", "{text}"), "has no answer that can be expected. Give conversations that end with an answer"),
         (("--min_chrf", 2), "--min_chrf 2 is out of range; give 0 to 1"),
+        (
+            ("--min_call_name", 0.5),
+            "--min_call_name 0.5: none of the 9 expected answers has call_name. Give a bound of",
+        ),
         (("--limit", 0), "--limit 0 is out of range; give 1 or more"),
         (("--max_new_tokens", 0), "--max_new_tokens 0 is out of range"),
         (("--model_name_or_path", "{other}", "--adapter", "{adapter}"), "--adapter"),

@@ -82,6 +82,7 @@ def test_tool_use_of_a_taught_adapter_is_right(
             ("--tasks", "mmlu,bbh", "--data_dir", "{benchmarks}"),
             "'bbh' is unknown. Give some of ceval,cmmlu,mmlu,gsm8k",
         ),
+        (("--tasks", "", "--data_dir", "{benchmarks}"), "--tasks '' names nothing"),
         (("--tasks", "mmlu"), "--tasks mmlu needs --data_dir"),
         (("--tasks", "mmlu", "--data_dir", "/none"), "--data_dir /none: there is no folder mmlu"),
         (("--tasks", "mmlu", "--data_dir", "{benchmarks}", "--num_fewshot", 6), "mmlu has 5 examples of common_things"),
