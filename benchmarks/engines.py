@@ -7,7 +7,8 @@ packs, and 1): a tiny random model in float32 on the CPU, on conversations of ma
 Twenty steps of AdamW, evaluated twice, give the differences of the loss curves; one step of SGD with a huge learning
 rate gives the gradients of the first step, for what it leaves of the weights is the gradient. Then the files of both
 results are compared, and adapters merged. A combination that is refused is one whose command ended with exit code 2
-before a model was loaded. The file of results keeps what was measured before of other models, modes and engines.
+before a model was loaded. Answers to held-out questions are compared under the engines that write them. The file of
+results keeps what was measured before of other models, modes and engines.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from benchmarks.results_file import parse_args, save_results
 from benchmarks.step_inputs import write_tokenizer
-from checkpoints.names import ADAPTER_SAFETENSORS, TRAINING_LOG
+from checkpoints.names import ADAPTER_SAFETENSORS, EVAL_SAMPLES, TRAINING_LOG
 from commands import HelpFormatter
 
 if TYPE_CHECKING:
@@ -57,6 +58,8 @@ ENGINES: dict[str, list[str]] = {
     "zero3_offload": ["--deepspeed", "finetune/ds_config_zero3_offload.json"],
     "fsdp2": ["--fsdp", "--fsdp_config", "finetune/fsdp_config.json"],
 }
+# Where each process has all weights.
+ANSWERING = ("ddp", "zero2")
 # DeepSpeed offloads its own Adam only.
 NO_GRADIENTS = ("zero3_offload",)
 SGD = [
@@ -115,8 +118,12 @@ class Result:
 
         return load_file(adapter if adapter.exists() else self.folder / "model.safetensors")
 
+    def answers(self) -> list[str]:
+        """The answers to held-out questions at all evaluations."""
+        return [json.loads(line)["answer"] for line in (self.folder / EVAL_SAMPLES).read_text().splitlines()]
+
     def files(self) -> list[str]:
-        return sorted(path.name for path in self.folder.iterdir())
+        return sorted(path.name for path in self.folder.iterdir() if path.name != EVAL_SAMPLES)
 
 
 def python() -> str:
@@ -157,8 +164,10 @@ class Runs:
         return Result(done.returncode, done.stderr, output)
 
     def train(self, name: str, mode: Sequence[object], engine: Sequence[object] | None) -> Result:
-        """Twenty steps of AdamW, evaluated twice."""
+        """Twenty steps of AdamW, evaluated twice; with answers where an engine writes them."""
         evaluate = ["--eval_strategy", "steps", "--eval_steps", STEPS // 2]
+        if engine is None or engine in [ENGINES[each] for each in ANSWERING]:
+            evaluate += ["--eval_generate", EVALUATED, "--eval_max_new_tokens", 4]
         return self.run(name, mode, engine, "--max_steps", STEPS, "--learning_rate", 1e-3, *evaluate)
 
     def first_gradients(self, name: str, mode: Sequence[object], engine: Sequence[object] | None) -> Result:
@@ -207,6 +216,8 @@ def compare(runs: Runs, mode: str, engine: str, alone: Result, alone_gradients: 
         {name: (tensor.shape, tensor.dtype) for name, tensor in run.weights().items()} for run in (together, alone)
     ]
     figures["same_files"] = together.files() == alone.files() and shapes[0] == shapes[1]
+    if engine in ANSWERING:
+        figures["same_answers"] = together.answers() == alone.answers()
     if mode != "full":
         figures["merges"] = merges(together.folder)
     return figures

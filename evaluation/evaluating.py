@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import gc
+import logging
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
@@ -21,19 +22,24 @@ from data_utils.prepared import load_examples
 from data_utils.sources import parse_source
 from errors import ConfigError
 from evaluation.answering import Answerer
-from evaluation.kept import KeptRows, Row
+from evaluation.kept import KeptRows, Key, Row
 from evaluation.losses import answer_losses
 from evaluation.questions import Question, QuestionFinder, draw_questions
 from loading.adapter_check import check_adapter
 from loading.checkpoint import Checkpoint, load_checkpoint, scaled_checkpoint
 from loading.inference import load_for_inference
 from loading.prompt_modes import prompt_families
+from qwen_model.answer_blocks import use_answer_blocks
+
+logger = logging.getLogger(__name__)
 
 GENERAL = Path(__file__).with_name("general.jsonl")
 """Forty short questions of general knowledge, which tuning should not make a model forget."""
 
 HELD_OUT, GENERAL_SET = "held_out", "general"
-_PART = 32  # questions whose rows are kept together
+_PART = 64  # rows that are computed and kept together
+
+Asked = TypeVar("Asked")
 
 
 @dataclass(frozen=True)
@@ -89,38 +95,80 @@ def open_subject(subject: Subject, any_base: bool = False) -> Checkpoint:
     return scaled_checkpoint(checkpoint, load_yarn(Path(subject.adapter)))
 
 
-def load_subject(subject: Subject, checkpoint: Checkpoint, any_base: bool = False) -> Any:
-    """Load a model without wrappers; its layers have its adapter."""
-    model = load_for_inference(checkpoint, subject.adapter, any_base)
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def free_models() -> None:
-    """Return the memory of models to which nothing refers any more."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
-
-
-class Sets:
-    """The questions of a subject, with the examples that they are from.
+class Opened:
+    """A model whose checkpoint is open; as a context manager its turn, behind which its weights are let go.
 
     Args:
-        max_new_tokens: length limit of an answer.
         any_base: see ``load_for_inference``.
-
-    Attributes:
-        questions: by set.
 
     Raises:
         ConfigError: a checkpoint or an adapter that cannot be used.
     """
 
-    def __init__(self, subject: Subject, max_new_tokens: int, any_base: bool = False) -> None:
+    def __init__(self, subject: Subject, any_base: bool = False) -> None:
         self.subject, self._any_base = subject, any_base
-        self.checkpoint = open_subject(subject, any_base)
-        self._answerer = Answerer(self.checkpoint, max_new_tokens)
-        self._examples: dict[str, ExampleSet] = {}
+        self.label, self.checkpoint = subject.label, open_subject(subject, any_base)
+        self._model: Any = None
+
+    @property
+    def model(self) -> Any:
+        """Return the model without wrappers, which is loaded when it is first needed; its layers have its adapter."""
+        if self._model is None:
+            model = load_for_inference(self.checkpoint, self.subject.adapter, self._any_base)
+            self._model = model.get_base_model() if isinstance(model, PeftModel) else model
+            use_answer_blocks(self._model)
+        return self._model
+
+    def __enter__(self) -> Opened:
+        logger.info("%s: %s", self.label, self.subject.adapter or self.subject.model)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._model = None
+        gc.collect()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+
+    def add_missing(
+        self,
+        kept: KeptRows,
+        asked: Mapping[Key, Asked],
+        compute: Callable[[Any, Sequence[Asked]], Sequence[Row]],
+        on_rows: Callable[[int], object],
+        at_once: int | None = None,
+    ) -> None:
+        """Compute the rows that are not kept yet, and keep them.
+
+        Args:
+            asked: what the rows are computed from, by the values that name them.
+            compute: returns the rows, without these values, of some of them; called with the model.
+            on_rows: called with the number of rows that have been added.
+            at_once: rows that are computed and kept together (default: 64).
+        """
+        items, size = list(asked.items()), at_once or _PART
+        # Parts are the same whatever is kept already, so that a continued run has the same figures to the last digit.
+        for part in (items[start : start + size] for start in range(0, len(items), size)):
+            if all(key in kept.rows for key, _ in part):
+                continue
+            rows = zip(part, compute(self.model, [each for _, each in part]), strict=True)
+            new = [{**dict(zip(kept.key, key, strict=True)), **row} for (key, _), row in rows if key not in kept.rows]
+            kept.add(new)
+            on_rows(len(new))
+
+
+class Sets:
+    """The questions of a model, with the examples that they are from.
+
+    Args:
+        max_new_tokens: length limit of an answer.
+
+    Attributes:
+        questions: by set.
+    """
+
+    def __init__(self, opened: Opened, max_new_tokens: int) -> None:
+        self.opened, self.answerer = opened, Answerer(opened.checkpoint, max_new_tokens)
+        self.examples: dict[str, ExampleSet] = {}
         self.questions: dict[str, list[Question]] = {}
 
     def read(self, name: str, paths: Sequence[str], data_format: str, count: int | None, seed: int) -> None:
@@ -133,14 +181,15 @@ class Sets:
             ConfigError: no questions.
             DataError: data that cannot be used.
         """
-        tokenizer, positions = self.checkpoint.tokenizer, int(self.checkpoint.config.max_position_embeddings)
-        families = prompt_families(self.checkpoint, "auto", {})
+        checkpoint = self.opened.checkpoint
+        tokenizer, positions = checkpoint.tokenizer, int(checkpoint.config.max_position_embeddings)
+        families = prompt_families(checkpoint, "auto", {})
         options = EncodeOptions(positions, thinking="auto", split_turns="auto")  # as a run without flags
         encoder = Encoder(tokenizer, families[0], options, families[1])
         sources = {"eval": [parse_source(path) for path in paths]}
         examples = load_examples(DataReader(sources, encoder, DataOptions(data_format), show_progress=False))["eval"]
         most = len(examples) if count is None else count
-        self._examples[name] = examples
+        self.examples[name] = examples
         questions = draw_questions(examples, QuestionFinder(families, tokenizer), most, seed)
         seen: Counter[str] = Counter()
         for number, question in enumerate(questions):  # a conversation can have several
@@ -153,39 +202,30 @@ class Sets:
             raise ConfigError(what, "Give conversations that end with an answer")
 
     def evaluate(self, kept: KeptRows, on_rows: Callable[[int], object]) -> None:
-        """Measure losses and answers that are not kept yet. The model is loaded if there are any, and let go.
+        """Measure losses and answers that are not kept yet.
 
         Args:
             on_rows: called with the number of rows that have been added.
         """
-        label = self.subject.label
-        missing = {
-            name: [each for each in questions if (label, name, each.where) not in kept.rows]
+        asked: dict[Key, tuple[str, Question]] = {
+            (self.opened.label, name, question.where): (name, question)
             for name, questions in self.questions.items()
+            for question in questions
         }
-        if not any(missing.values()):
-            return
-        model = load_subject(self.subject, self.checkpoint, self._any_base)
-        for name, questions in missing.items():
-            for start in range(0, len(questions), _PART):
-                part = questions[start : start + _PART]
-                kept.add(self._rows(name, part, model))
-                on_rows(len(part))
-        del model
-        free_models()
+        with self.opened:
+            self.opened.add_missing(kept, asked, self._rows, on_rows)
 
-    def _rows(self, name: str, questions: Sequence[Question], model: Any) -> list[Row]:
-        rows, answerer = [], self._answerer
-        for question, answer in zip(questions, answerer.answer(model, questions), strict=True):
-            losses = answer_losses(model, self._examples[name][question.index])
-            rows.append({
-                "model": self.subject.label,
-                "set": name,
-                "where": question.where,
+    def _rows(self, model: Any, asked: Sequence[tuple[str, Question]]) -> list[Row]:
+        answerer, questions = self.answerer, [question for _, question in asked]
+        answers = answerer.answer(model, questions)
+        of_each = answer_losses(model, [self.examples[name][question.index] for name, question in asked])
+        return [
+            {
                 "question": answerer.asked(question),
                 "expected": answerer.text(question.expected_ids),
                 "answer": answer.text,
                 "scores": answerer.scores(question, answer),
                 "losses": [[each.targets, each.loss, each.correct] for each in losses],
-            })  # fmt: skip
-        return rows
+            }
+            for question, answer, losses in zip(questions, answers, of_each, strict=True)
+        ]

@@ -39,7 +39,7 @@ class KeptRows:
     """
 
     def __init__(self, path: Path, run: Mapping[str, Any], key: Sequence[str] = ANSWER_KEY) -> None:
-        self._path, self._run, self._key = path, json.loads(json.dumps(run)), tuple(key)
+        self._path, self._run, self.key = path, json.loads(json.dumps(run)), tuple(key)
         self.rows: dict[Key, Row] = {}
 
     def __enter__(self) -> KeptRows:
@@ -84,4 +84,4 @@ class KeptRows:
         return self._path.stat().st_size - len(rest)
 
     def _key_of(self, row: Row) -> Key:
-        return tuple(row[name] for name in self._key)
+        return tuple(row[name] for name in self.key)

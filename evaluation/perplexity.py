@@ -8,6 +8,7 @@ import sys
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,19 +18,16 @@ from data_utils.encode import EncodeOptions, Encoder
 from data_utils.files import data_files, read_records
 from data_utils.formats import FORMATS
 from errors import ConfigError, DataError
-from evaluation.evaluating import Subject, free_models, load_subject, open_subject
-from evaluation.kept import KeptRows, Key
-from evaluation.losses import window_losses
+from evaluation.evaluating import Opened, Subject
+from evaluation.kept import KeptRows, Key, Row
+from evaluation.losses import TOKENS, window_losses
 from evaluation.variants import Variants, use_variant
 from loading.checkpoint import Checkpoint
-from qwen_model.answer_blocks import use_answer_blocks
 
 logger = logging.getLogger(__name__)
 
 WINDOW_KEY = ("model", "variant", "length", "window")
 """What names the row of a window."""
-
-_TOKENS = 4096  # of the windows that are computed at a time
 
 
 class Windows:
@@ -102,45 +100,35 @@ class Reading:
     """
 
     def __init__(self, subject: Subject, yarn: Yarn | None, any_base: bool = False) -> None:
-        self.subject, self._any_base = subject, any_base
-        self.checkpoint = open_subject(subject, any_base)
-        self.variants = Variants(self.checkpoint.folder, subject.adapter, yarn)
+        self.opened = Opened(subject, any_base)
+        self.variants = Variants(self.opened.checkpoint.folder, subject.adapter, yarn)
 
     def measure(
         self, windows: Windows, variants: Sequence[str], kept: KeptRows, on_tokens: Callable[[int], object]
     ) -> None:
-        """Measure the losses that are not kept yet. The model is loaded if there are any, and let go.
+        """Measure the losses that are not kept yet.
 
         Args:
             on_tokens: called with the number of tokens of the windows that have been measured.
         """
         cells = [(variant, length) for variant in variants for length in windows.lengths]
         missing = [cell for cell in cells if any(key not in kept.rows for key in self._keys(windows, *cell))]
-        if not missing:
-            return
-        model = load_subject(self.subject, self.checkpoint, self._any_base)
-        use_answer_blocks(model)
         for variant, length in missing:
-            use_variant(model, self.variants.config(variant))
-            keys = self._keys(windows, variant, length)
-            at_once = max(1, _TOKENS // length)
-            # Batches are the same whatever is measured already, so that a continued run has the same figures.
-            for batch in (keys[start : start + at_once] for start in range(0, len(keys), at_once)):
-                if all(key in kept.rows for key in batch):
-                    continue
-                losses = window_losses(model, windows.batch(length, [int(key[-1]) for key in batch]))
-                rows = [
-                    {**dict(zip(WINDOW_KEY, key, strict=True)), "targets": length - 1, "loss": loss}
-                    for key, loss in zip(batch, losses, strict=True)
-                    if key not in kept.rows
-                ]
-                kept.add(rows)
-                on_tokens(length * len(rows))
-            loss = math.fsum(kept.rows[key]["loss"] for key in keys) / ((length - 1) * len(keys))
-            text = "%s, %s, %d tokens: perplexity %.4g of %d windows"
-            logger.info(text, self.subject.label, variant, length, math.exp(min(loss, 700)), len(keys))
-        del model
-        free_models()
+            self._measure_cell(windows, variant, length, kept, on_tokens)
+
+    def _measure_cell(
+        self, windows: Windows, variant: str, length: int, kept: KeptRows, on_tokens: Callable[[int], object]
+    ) -> None:
+        def compute(model: Any, numbers: Sequence[int]) -> list[Row]:
+            losses = window_losses(model, windows.batch(length, numbers))
+            return [{"targets": length - 1, "loss": loss} for loss in losses]
+
+        use_variant(self.opened.model, self.variants.config(variant))
+        asked = {key: int(key[-1]) for key in self._keys(windows, variant, length)}
+        self.opened.add_missing(kept, asked, compute, lambda count: on_tokens(length * count), max(1, TOKENS // length))
+        loss = math.fsum(kept.rows[key]["loss"] for key in asked) / ((length - 1) * len(asked))
+        text = "%s, %s, %d tokens: perplexity %.4g of %d windows"
+        logger.info(text, self.opened.label, variant, length, math.exp(min(loss, 700)), len(asked))
 
     def tokens(self, windows: Windows, variants: Sequence[str], kept: KeptRows) -> tuple[int, int]:
         """Return the tokens of all windows, and of those that are kept."""
@@ -149,7 +137,7 @@ class Reading:
 
     def _keys(self, windows: Windows, variant: str, length: int) -> list[Key]:
         """Return what names the rows of a cell."""
-        return [(self.subject.label, variant, length, number) for number in range(windows.count(length))]
+        return [(self.opened.label, variant, length, number) for number in range(windows.count(length))]
 
 
 def common_ids(readings: Sequence[Reading], path: Path) -> array[int]:
@@ -160,11 +148,12 @@ def common_ids(readings: Sequence[Reading], path: Path) -> array[int]:
         DataError: a text that cannot be used.
     """
     first, *others = readings
-    ids = read_ids(first.checkpoint, path)
-    for reading in others:
-        if reading.subject.model != first.subject.model and read_ids(reading.checkpoint, path) != ids:
-            names = f"{path} are others than those of {first.subject.model}"
-            what = f"--against {reading.subject.model}: its tokens of {names}"
+    ids = read_ids(first.opened.checkpoint, path)
+    model = first.opened.subject.model
+    for other in (reading.opened for reading in others):
+        if other.subject.model != model and read_ids(other.checkpoint, path) != ids:
+            names = f"{path} are others than those of {model}"
+            what = f"--against {other.subject.model}: its tokens of {names}"
             raise ConfigError(what, "Perplexities per token cannot be compared: evaluate the models one at a time")
     return ids
 

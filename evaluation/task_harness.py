@@ -16,58 +16,55 @@ from lm_eval.api.model import LM
 from lm_eval.api.task import ConfigurableTask
 from lm_eval.evaluator import evaluate
 
-from evaluation.kept import KeptRows, Row
-from evaluation.task_model import TaskModel
+from evaluation.evaluating import Opened
+from evaluation.kept import KeptRows, Key, Row
+from evaluation.task_answerer import TaskAnswerer
 from evaluation.task_prompts import BENCHMARKS, Item, Judge
 
 REQUESTS = "requests"
 """Set of the rows of kept answers: what lm_eval asked the model."""
-
-_PART = 64  # requests whose results are kept together
 
 
 class HarnessModel(LM):
     """A model as lm_eval asks it; what it was asked before, in this run or an earlier one, it is not asked again.
 
     Args:
-        label: of the model in the rows of ``kept``.
+        kept: its answers; grows.
         advance: called with the number of requests that have been answered.
     """
 
-    def __init__(self, model: TaskModel, label: str, kept: KeptRows, advance: Callable[[int], object]) -> None:
+    def __init__(
+        self, opened: Opened, answerer: TaskAnswerer, kept: KeptRows, advance: Callable[[int], object]
+    ) -> None:
         super().__init__()
-        self._model, self._label, self._kept, self._advance = model, label, kept, advance
+        self._opened, self._answerer, self._kept, self._advance = opened, answerer, kept, advance
 
     def loglikelihood(self, requests: Sequence[Any]) -> list[tuple[float, bool]]:
-        def compute(part: Sequence[tuple[str, Any]]) -> list[Any]:
-            return list(self._model.likelihoods(part))
-
-        return [(log, bool(is_greedy)) for log, is_greedy in self._results(requests, compute)]
+        results = self._results(requests, self._answerer.likelihoods)
+        return [(log, bool(is_greedy)) for log, is_greedy in results]
 
     def generate_until(self, requests: Sequence[Any]) -> list[str]:
-        def compute(part: Sequence[tuple[str, Any]]) -> list[Any]:
-            prompts = [(prompt, tuple(options["until"])) for prompt, options in part]
-            return list(self._model.write(prompts, lambda answered: None))
+        def write(model: Any, asked: Sequence[tuple[str, Any]]) -> list[str]:
+            return self._answerer.write(model, [(prompt, tuple(options["until"])) for prompt, options in asked])
 
-        return self._results(requests, compute)
+        return self._results(requests, write)
 
     def loglikelihood_rolling(self, requests: Sequence[Any]) -> list[float]:
         raise NotImplementedError("no benchmark here asks for the likelihood of a whole text")
 
-    def _results(self, requests: Sequence[Any], compute: Callable[[Sequence[tuple[str, Any]]], list[Any]]) -> list[Any]:
-        keys = [(self._label, REQUESTS, digest_of(request.args)) for request in requests]
-        missing = {key: request.args for key, request in zip(keys, requests, strict=True) if key not in self._kept.rows}
-        waiting = list(missing.items())
-        for start in range(0, len(waiting), _PART):
-            part = waiting[start : start + _PART]
-            results = compute([args for _, args in part])
-            rows: list[Row] = [
-                {"model": self._label, "set": REQUESTS, "where": key[2], "result": result}
-                for (key, _), result in zip(part, results, strict=True)
-            ]
-            self._kept.add(rows)
-            self._advance(len(rows))
-        return [self._kept.rows[key]["result"] for key in keys]
+    def _results(
+        self, requests: Sequence[Any], ask: Callable[[Any, Sequence[tuple[str, Any]]], Sequence[Any]]
+    ) -> list[Any]:
+        def compute(model: Any, asked: Sequence[tuple[str, Any]]) -> list[Row]:
+            return [{"result": result} for result in ask(model, asked)]
+
+        asked: dict[Key, Any] = {
+            (self._opened.label, REQUESTS, digest_of(request.args)): request.args for request in requests
+        }
+        self._opened.add_missing(self._kept, asked, compute, self._advance)
+        return [
+            self._kept.rows[self._opened.label, REQUESTS, digest_of(request.args)]["result"] for request in requests
+        ]
 
 
 def digest_of(arguments: Sequence[Any]) -> str:

@@ -14,10 +14,10 @@ from chat.families import Family
 from chat.samples import opens_thinking
 from errors import ConfigError
 from evaluation.code_execution import isolation, passes
-from evaluation.evaluating import Subject, free_models, load_subject, open_subject
+from evaluation.evaluating import Opened
 from evaluation.kept import KeptRows, Key, Row
+from evaluation.task_answerer import TaskAnswerer
 from evaluation.task_harness import HarnessModel, run_benchmark
-from evaluation.task_model import TaskModel
 from evaluation.task_prompts import BENCHMARKS, Item, Judge, is_right_number, program_of
 from loading.checkpoint import Checkpoint
 from loading.prompt_modes import prompt_families
@@ -31,28 +31,24 @@ class TaskRun:
     Args:
         args: flags of the command.
         items: the questions of each benchmark.
-        subjects: models that answer them.
+        models: that answer them.
 
     Attributes:
-        checkpoints: of the models, without weights.
         places: the places of the questions, by benchmark.
         total: how often all models are asked.
 
     Raises:
-        ConfigError: a checkpoint, an adapter or a chat format that cannot be used.
+        ConfigError: a chat format that cannot be used.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, items: Mapping[str, Sequence[Item]], subjects: Sequence[Subject]
-    ) -> None:
-        self._args, self._items, self._subjects = args, items, subjects
-        self.checkpoints = [open_subject(subject, args.any_base) for subject in subjects]
-        self._families = [self._family(checkpoint) for checkpoint in self.checkpoints]
+    def __init__(self, args: argparse.Namespace, items: Mapping[str, Sequence[Item]], models: Sequence[Opened]) -> None:
+        self._args, self._items, self._models = args, items, models
+        self._families = [self._family(each.checkpoint) for each in models]
         self.places = {name: [item.where for item in of_benchmark] for name, of_benchmark in items.items()}
         asked = {
             (item.prompt, each) for of_each in items.values() for item in of_each for each in item.choices or ("",)
         }
-        self.total = len(asked) * len(subjects)
+        self.total = len(asked) * len(models)
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the answers, beside the models."""
@@ -71,9 +67,9 @@ class TaskRun:
         if "humaneval" in self._items and not isolation():
             logger.warning("humaneval: this machine does not run programs without its network")
         rows: dict[Key, Row] = {}
-        for each in zip(self._subjects, self.checkpoints, self._families, strict=True):
-            rows |= self._answers_of(*each, kept, advance)
-            free_models()
+        for opened, family in zip(self._models, self._families, strict=True):
+            with opened:
+                rows |= self._answers_of(opened, family, kept, advance)
         return rows
 
     def _family(self, checkpoint: Checkpoint) -> Family | None:
@@ -87,27 +83,17 @@ class TaskRun:
         return family
 
     def _answers_of(
-        self,
-        subject: Subject,
-        checkpoint: Checkpoint,
-        family: Family | None,
-        kept: KeptRows,
-        advance: Callable[[int], object],
+        self, opened: Opened, family: Family | None, kept: KeptRows, advance: Callable[[int], object]
     ) -> dict[Key, Row]:
-        args = self._args
-        logger.info("%s: %s", subject.label, subject.adapter or subject.model)
-        model = TaskModel(
-            checkpoint, lambda: load_subject(subject, checkpoint, args.any_base), family, args.batch_size,
-            args.max_new_tokens,
-        )  # fmt: skip
-        harness = HarnessModel(model, subject.label, kept, advance)
+        answerer = TaskAnswerer(opened.checkpoint, family, self._args.batch_size, self._args.max_new_tokens)
+        harness = HarnessModel(opened, answerer, kept, advance)
         rows: dict[Key, Row] = {}
         for name, items in self._items.items():
-            for row in _rows(subject.label, name, items, run_benchmark(harness, name, items, self._judge(name))):
+            for row in _rows(opened.label, name, items, run_benchmark(harness, name, items, self._judge(name))):
                 rows[row["model"], row["set"], row["where"]] = row
-        if model.shortened:
+        if answerer.shortened:
             what = "prompts lost their beginning: they are longer than the model's positions. Lower --num_fewshot"
-            logger.warning("%s: %d %s", subject.label, model.shortened, what)
+            logger.warning("%s: %d %s", opened.label, answerer.shortened, what)
         return rows
 
     def _judge(self, name: str) -> Judge:

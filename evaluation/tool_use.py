@@ -11,7 +11,7 @@ import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -23,24 +23,18 @@ from chat.turns import Tool, ToolCall, Turn
 from data_utils.files import data_files, read_records
 from data_utils.formats import FORMATS, recognise
 from errors import ConfigError, DataError
-from evaluation.answering import GREEDY, ROWS, ends_of, write_answers
-from evaluation.evaluating import Subject, free_models, load_subject, open_subject
+from evaluation.answering import Writer
+from evaluation.evaluating import Opened
 from evaluation.kept import KeptRows, Key, Row
 from evaluation.metrics import ANSWER_TOKENS, Reply, arguments_value, canonical, score_answer, sequence_f1
 from loading.checkpoint import Checkpoint
 from loading.prompt_modes import prompt_families
-from serving import row as serving_row
-from serving.requests import Answer, Request
-from serving.sampling import RowSampler
-from serving.text_stream import TokenBytes
-from serving.ticket import Ticket
+from serving.requests import Answer
 
 logger = logging.getLogger(__name__)
 
 TOOL_USE = "tool_use"
 """Name of the set of these questions."""
-
-_PART = 32  # questions whose rows are kept together
 
 
 @dataclass(frozen=True)
@@ -127,27 +121,23 @@ class ToolRun:
 
     Args:
         args: flags of the command.
-        subjects: models that answer the questions.
+        models: that answer the questions.
 
     Attributes:
-        checkpoints: of the models, without weights.
         places: the places of the questions, by set.
         total: answers of all models.
 
     Raises:
-        ConfigError: a checkpoint, an adapter, or a chat format without tools.
+        ConfigError: a chat format without tools.
         DataError: a question that a chat format cannot write, or that exceeds a model's positions.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, questions: Sequence[ToolQuestion], subjects: Sequence[Subject]
-    ) -> None:
-        self._args, self._questions, self._subjects = args, questions, subjects
-        self.checkpoints = [open_subject(subject, args.any_base) for subject in subjects]
-        self._callers = [Caller(checkpoint, args.max_new_tokens) for checkpoint in self.checkpoints]
+    def __init__(self, args: argparse.Namespace, questions: Sequence[ToolQuestion], models: Sequence[Opened]) -> None:
+        self._args, self._questions, self._models = args, questions, models
+        self._callers = [Caller(each.checkpoint, args.max_new_tokens) for each in models]
         self._prompts = [[caller.prompt(question) for question in questions] for caller in self._callers]
         self.places = {TOOL_USE: [question.where for question in questions]}
-        self.total = len(questions) * len(subjects)
+        self.total = len(questions) * len(models)
 
     def identity(self) -> dict[str, Any]:
         """Return what decides the answers, beside the models."""
@@ -163,22 +153,12 @@ class ToolRun:
             kept: earlier answers; grows.
             advance: called with the number of new ones.
         """
-        for subject, checkpoint, caller, prompts in zip(
-            self._subjects, self.checkpoints, self._callers, self._prompts, strict=True
-        ):
-            logger.info("%s: %s", subject.label, subject.adapter or subject.model)
-            pairs = list(zip(self._questions, prompts, strict=True))
-            missing = [each for each in pairs if (subject.label, TOOL_USE, each[0].where) not in kept.rows]
-            if not missing:
-                continue
-            model = load_subject(subject, checkpoint, self._args.any_base)
-            for start in range(0, len(missing), _PART):
-                part = missing[start : start + _PART]
-                rows = caller.rows(model, part)
-                kept.add([{"model": subject.label, "set": TOOL_USE, **row} for row in rows])
-                advance(len(rows))
-            del model
-            free_models()
+        for opened, caller, prompts in zip(self._models, self._callers, self._prompts, strict=True):
+            asked: dict[Key, tuple[ToolQuestion, tuple[int, ...]]] = {
+                (opened.label, TOOL_USE, each[0].where): each for each in zip(self._questions, prompts, strict=True)
+            }
+            with opened:
+                opened.add_missing(kept, asked, caller.rows, advance)
         return kept.rows
 
 
@@ -186,13 +166,12 @@ class Caller:
     """The questions of a model as prompts, and its answers as rows."""
 
     def __init__(self, checkpoint: Checkpoint, max_new_tokens: int) -> None:
-        self._tokenizer, self._limit = checkpoint.tokenizer, max_new_tokens
+        self._tokenizer, self._writer = checkpoint.tokenizer, Writer(checkpoint, max_new_tokens)
         self._family: Family = prompt_families(checkpoint, "auto", {})[1]
         if self._family.tool_form is None:
             what = f"--tool_use: the chat format of {checkpoint.name} ({self._family.name}) has no known form of tools"
             raise ConfigError(what, "Give a checkpoint of Qwen v1, or of a family from Qwen2.5 on")
-        self._positions = int(checkpoint.config.max_position_embeddings)
-        self._end_ids, self._token_bytes = ends_of(checkpoint), TokenBytes(checkpoint.tokenizer)
+        self._stops = self._family.tool_form.stops
 
     def prompt(self, question: ToolQuestion) -> tuple[int, ...]:
         try:
@@ -200,26 +179,19 @@ class Caller:
         except ValueError as error:
             raise DataError(question.where, f"cannot be asked: {error}", "Correct the record") from None
         ids = tuple(encode_prompt(rendered, self._tokenizer))
-        if len(ids) >= self._positions:
-            what = f"the question has {len(ids)} tokens with its tools, and the model {self._positions} positions"
+        if len(ids) >= self._writer.positions:
+            positions = self._writer.positions
+            what = f"the question has {len(ids)} tokens with its tools, and the model {positions} positions"
             raise DataError(question.where, what, "Remove the record, or some of its tools")
         return ids
 
     def rows(self, model: Any, questions: Sequence[tuple[ToolQuestion, tuple[int, ...]]]) -> list[Row]:
-        """Let a model answer, and return the answers as rows without its label."""
-        waiting = [self._waiting(ids) for _, ids in questions]
-        answers = write_answers(model, waiting, ROWS, lambda answered: None)
+        """Let a model answer, and return the answers as rows without their names."""
+        answers = self._writer.write(model, [(ids, self._stops) for _, ids in questions])
         return [self.row(question, answer) for (question, _), answer in zip(questions, answers, strict=True)]
 
-    def _waiting(self, ids: tuple[int, ...]) -> serving_row.Row:
-        assert self._family.tool_form is not None
-        room = min(self._limit, self._positions - len(ids))
-        sampling = replace(GREEDY, max_tokens=room, stop=self._family.tool_form.stops)
-        sampler = RowSampler(sampling, ids)
-        return serving_row.Row(Ticket(Request(ids, sampling)), sampler, self._token_bytes, self._end_ids, None)
-
     def row(self, question: ToolQuestion, answer: Answer) -> Row:
-        """Return an answer with its scores, without the label of its model."""
+        """Return an answer with its scores, without what names the row."""
         given = read_answer(answer.text, self._family, question.tools, opening_of(self._family, True, False))
         text = read_answer(question.expected.content, self._family).content  # without thinking
         expected = question.expected._replace(content=text)
@@ -230,7 +202,6 @@ class Caller:
             ANSWER_TOKENS: float(answer.usage.completion_tokens),
         }
         return {
-            "where": question.where,
             "question": question.turns[-1].content,
             "expected": Reply.of(expected).whole,
             "answer": answer.text,
@@ -241,4 +212,4 @@ class Caller:
     def _tokens_of(self, text: str) -> list[str]:
         """Return the tokens of a text as the original compares them: without white space."""
         ids = plain_encoder(self._tokenizer)(text)
-        return " ".join(self._token_bytes.of(id_).decode("utf-8", "replace") for id_ in ids).split()
+        return " ".join(self._writer.token_bytes.of(id_).decode("utf-8", "replace") for id_ in ids).split()

@@ -35,7 +35,7 @@ from training.config.args import ModelArguments
 from training.rope_checks import rope_flag_faults
 
 if TYPE_CHECKING:
-    from evaluation.evaluating import Sets, Subject
+    from evaluation.evaluating import Opened, Sets, Subject
     from evaluation.perplexity import Reading, Windows
 
 logger = logging.getLogger(__name__)
@@ -129,6 +129,14 @@ KINDS = {
     "perplexity": ("lengths", "variants", "rope_scaling", "rope_factor", "rope_original_length"),
 }
 """Flags that ask for a kind of evaluation, with those that only it has."""
+_SHORTER = "Lower --max_new_tokens, leave out the longest conversations, or evaluate a quantised checkpoint"
+LESS_MEMORY = {
+    "data_path": _SHORTER,
+    "tasks": "Lower --batch_size: what has been answered is kept; or --num_fewshot, with another --output",
+    "tool_use": _SHORTER,
+    "perplexity": "Leave out the longest of --lengths: what has been measured is kept",
+}
+"""What to do about memory that does not suffice, by kind."""
 _OF_ANSWERS = ("data_format", "max_new_tokens")
 
 
@@ -137,14 +145,17 @@ def check_kind(parser: CommandParser, args: argparse.Namespace) -> None:
     given = [name for name in KINDS if getattr(args, name) is not None]
     if len(given) != 1:
         parser.error(f"give one of {', '.join(f'--{name}' for name in KINDS)}")
-    useless = {name: f"without --{kind}" for kind, flags in KINDS.items() if kind != given[0] for name in flags}
+    args.kind = given[0]
+    if "" in (value if isinstance(value := getattr(args, args.kind), list) else [value]):
+        parser.error(f"--{args.kind} '' names nothing")
+    useless = {name: f"without --{kind}" for kind, flags in KINDS.items() if kind != args.kind for name in flags}
     if args.perplexity is not None:
         useless |= dict.fromkeys(_OF_ANSWERS, "with --perplexity")
     for name, why in useless.items():
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} has no effect {why}")
     if args.max_new_tokens is None:
-        args.max_new_tokens = 512 if args.tasks else 256
+        args.max_new_tokens = 512 if args.kind == "tasks" else 256
     args.yarn = None
     if args.perplexity is not None:
         names = ("rope_scaling", "rope_factor", "rope_original_length")
@@ -164,9 +175,13 @@ def bounds_of(args: argparse.Namespace) -> dict[str, float]:
 def main(argv: Sequence[str]) -> int:
     args = parse_args(argv)
     set_up_logging()
-    if args.perplexity is not None:
-        return evaluate_perplexity(args)
-    return evaluate_answers(args) if args.data_path else evaluate_questions(args)
+    evaluate = {"data_path": evaluate_answers, "perplexity": evaluate_perplexity}.get(args.kind, evaluate_questions)
+    try:
+        return evaluate(args)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        raise RunError(f"out of memory ({one_line(error)})", LESS_MEMORY[args.kind]) from None
 
 
 def folders_of(args: argparse.Namespace) -> list[Path]:
@@ -182,62 +197,81 @@ def evaluate_answers(args: argparse.Namespace) -> int:
     with importing():
         from tqdm import tqdm
 
-        from evaluation.evaluating import GENERAL, GENERAL_SET, HELD_OUT, Sets, subjects_of
+        from evaluation.evaluating import GENERAL, GENERAL_SET, HELD_OUT, Opened, Sets, subjects_of
         from evaluation.kept import KeptRows
 
     subjects = subjects_of(args.model_name_or_path, args.adapter, args.against)
     of_each = []
     for subject in subjects:  # all, before the first is loaded: a fault of the last one would come after hours
-        sets = Sets(subject, args.max_new_tokens, args.any_base)
+        sets = Sets(Opened(subject, args.any_base), args.max_new_tokens)
         sets.read(HELD_OUT, args.data_path, args.data_format, args.limit, args.seed)
         if not args.no_general:
             sets.read(GENERAL_SET, [str(GENERAL)], "messages", None, args.seed)
         of_each.append(sets)
+    check_bounds(args, of_each[judged_of(subjects)])
     places = common_places(of_each)
     args.output.mkdir(parents=True, exist_ok=True)
     total = sum(len(questions) for sets in of_each for questions in sets.questions.values())
     with KeptRows(args.output / "answers.jsonl", run_of(args, of_each, paths)) as kept:
         with tqdm(total=total, initial=len(kept.rows), desc="Answering", unit="answer", disable=None) as bar:
             for sets in of_each:
-                logger.info("%s: %s", sets.subject.label, sets.subject.adapter or sets.subject.model)
                 sets.evaluate(kept, bar.update)
         return write_report(args, subjects, kept.rows, places)
 
 
 def evaluate_questions(args: argparse.Namespace) -> int:
     """Let the models answer the questions of benchmarks, or call functions, and write the report."""
-    if args.tasks:
+    has_tasks = args.kind == "tasks"
+    if has_tasks:
         check_task_flags(args)
-    inputs = {"--data_dir": [args.data_dir]} if args.tasks else {"--tool_use": [Path(args.tool_use)]}
+    inputs = {"--data_dir": [args.data_dir]} if has_tasks else {"--tool_use": [Path(args.tool_use)]}
     check_shared_folder(args.output, "--output", {**inputs, "a model": folders_of(args)})
-    if args.tasks:
+    if has_tasks:
         items = read_items(args)
         check_harness()
     with importing():
         from tqdm import tqdm
 
-        from evaluation.evaluating import subjects_of
+        from evaluation.evaluating import Opened, subjects_of
         from evaluation.kept import KeptRows
         from evaluation.tool_use import ToolRun, read_tool_questions
 
     subjects = subjects_of(args.model_name_or_path, args.adapter, args.against)
+    models = [Opened(subject, args.any_base) for subject in subjects]
     run: Any
-    if args.tasks:
+    if has_tasks:
         from evaluation.tasks import TaskRun
 
-        run = TaskRun(args, items, subjects)
+        run = TaskRun(args, items, models)
     else:
         questions = read_tool_questions(Path(args.tool_use), args.data_format, args.limit, args.seed)
-        run = ToolRun(args, questions, subjects)
-    models = {
-        each.label: weights_of(each, checkpoint.folder)
-        for each, checkpoint in zip(subjects, run.checkpoints, strict=True)
-    }
+        run = ToolRun(args, questions, models)
     args.output.mkdir(parents=True, exist_ok=True)
-    with KeptRows(args.output / "answers.jsonl", {**run.identity(), "models": models}) as kept:
+    with KeptRows(args.output / "answers.jsonl", {**run.identity(), "models": weights_of(models)}) as kept:
         with tqdm(total=run.total, initial=len(kept.rows), desc="Answering", unit="answer", disable=None) as bar:
             rows = run.answer(kept, bar.update)
         return write_report(args, subjects, rows, run.places)
+
+
+def judged_of(subjects: Sequence[Subject]) -> int:
+    """Return the index of the model that the bounds are for."""
+    return min(1, len(subjects) - 1)
+
+
+def check_bounds(args: argparse.Namespace, sets: Sets) -> None:
+    """Check that answers can have the scores of the bounds.
+
+    Raises:
+        ConfigError: none of the expected answers has one.
+    """
+    from evaluation.evaluating import HELD_OUT
+
+    questions = sets.questions[HELD_OUT]
+    known = sets.answerer.score_names(questions)
+    for name, least in bounds_of(args).items():
+        if name not in known:
+            what = f"--min_{name} {least:g}: none of the {len(questions)} expected answers has {name}"
+            raise ConfigError(what, f"Give a bound of {', '.join(known)}, or data with such answers")
 
 
 def common_places(of_each: Sequence[Sets]) -> dict[str, list[str]]:
@@ -253,7 +287,7 @@ def common_places(of_each: Sequence[Sets]) -> dict[str, list[str]]:
 
 def run_of(args: argparse.Namespace, of_each: Sequence[Sets], paths: Sequence[Path]) -> dict[str, Any]:
     """Return what decides the answers: flags, weights and data."""
-    models = {sets.subject.label: weights_of(sets.subject, sets.checkpoint.folder) for sets in of_each}
+    models = weights_of([sets.opened for sets in of_each])
     flags = {name: getattr(args, name) for name in ("data_path", "data_format", "limit", "max_new_tokens", "seed")}
     return {**flags, "no_general": args.no_general, "models": models, "data": digest_of(paths)}
 
@@ -265,12 +299,17 @@ def digest_of(paths: Sequence[Path]) -> str:
     return digest.hexdigest()
 
 
-def weights_of(subject: Subject, folder: Path) -> list[str | None]:
-    """Return what identifies the weights of a model and its adapter."""
+def weights_of(models: Sequence[Opened]) -> dict[str, list[str | None]]:
+    """Return what identifies the weights of models and their adapters, by the models' labels."""
     from checkpoints.names import ADAPTER_WEIGHTS
     from checkpoints.shards import fingerprint
 
-    return [fingerprint(folder), None if subject.adapter is None else fingerprint(subject.adapter, ADAPTER_WEIGHTS)]
+    found = {}
+    for each in models:
+        adapter = each.subject.adapter
+        of_adapter = None if adapter is None else fingerprint(adapter, ADAPTER_WEIGHTS)
+        found[each.label] = [fingerprint(each.checkpoint.folder), of_adapter]
+    return found
 
 
 def write_report(args: argparse.Namespace, subjects: Sequence[Subject], rows: Any, places: dict[str, list[str]]) -> int:
@@ -283,7 +322,7 @@ def write_report(args: argparse.Namespace, subjects: Sequence[Subject], rows: An
 
     labels = [subject.label for subject in subjects]
     report = build_report(rows, labels, places, args.seed)
-    judged = labels[min(1, len(labels) - 1)]
+    judged = labels[judged_of(subjects)]
     figures = report["sets"][HELD_OUT]["figures"][judged] if HELD_OUT in places else {}
     scores = {name: each["value"] for name, each in figures.items()}
     models = [{"label": each.label, "model": each.model, "adapter": each.adapter} for each in subjects]
@@ -320,8 +359,8 @@ def evaluate_perplexity(args: argparse.Namespace) -> int:
     ids = common_ids(readings, path)
     windows = Windows(ids, args.lengths, args.limit, str(path))
     run = {
-        "models": {each.subject.label: weights_of(each.subject, each.checkpoint.folder) for each in readings},
-        "positions": {each.subject.label: each.variants.settings() for each in readings},
+        "models": weights_of([each.opened for each in readings]),
+        "positions": {each.opened.label: each.variants.settings() for each in readings},
         "text": hashlib.sha256(ids.tobytes()).hexdigest(),
     }
     args.output.mkdir(parents=True, exist_ok=True)
@@ -330,13 +369,8 @@ def evaluate_perplexity(args: argparse.Namespace) -> int:
         total, done = (sum(column) for column in zip(*tokens, strict=True))
         with tqdm(total=total, initial=done, desc="Reading", unit="token", unit_scale=True, disable=None) as bar:
             for reading in readings:
-                try:
+                with reading.opened:
                     reading.measure(windows, variants, kept, bar.update)
-                except (MemoryError, RuntimeError) as error:
-                    if not is_out_of_memory(error):
-                        raise
-                    fix = "Leave out the longest of --lengths: what has been measured is kept"
-                    raise RunError(f"out of memory ({one_line(error)})", fix) from None
         return write_perplexities(args, readings, variants, windows, kept.rows)
 
 
@@ -347,14 +381,12 @@ def write_perplexities(
     from checkpoints.files import save_json, save_text
     from evaluation.perplexity_report import build_report, render_page, render_table
 
-    labels = [reading.subject.label for reading in readings]
+    labels = [reading.opened.label for reading in readings]
+    settings = [{name: each.variants.settings(name) for name in variants} for each in readings]
     models = [
-        {
-            "label": each.subject.label, "model": each.subject.model, "adapter": each.subject.adapter,
-            "variants": {name: each.variants.settings(name) for name in variants},
-        }
-        for each in readings
-    ]  # fmt: skip
+        {"label": each.label, "model": each.model, "adapter": each.adapter, "variants": of_each}
+        for each, of_each in zip((reading.opened.subject for reading in readings), settings, strict=True)
+    ]
     report = build_report(rows, labels, variants, windows, args.seed)
     report = {"text": str(args.perplexity), "models": models, **report}
     save_json(report, args.output / "perplexity.json")

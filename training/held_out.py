@@ -46,9 +46,7 @@ class HeldOut:
 
     def __init__(self, questions: Sequence[Question], checkpoint: Checkpoint, max_new_tokens: int) -> None:
         self.questions, self.answerer = questions, Answerer(checkpoint, max_new_tokens)
-        repeated = [Written("", 0, True)] * len(questions)
-        found = {name for pair in zip(questions, repeated, strict=True) for name in self.answerer.scores(*pair)}
-        self.scores = [name for name in SCORES if name in found]
+        self.scores = self.answerer.score_names(questions)
 
     def evaluate(self, model: Any, step: int, names: Sequence[str], world: World, status: RankStatus) -> list[Row]:
         """Let the model answer, each rank a part of the questions, and return a row for each of all questions.

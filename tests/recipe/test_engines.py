@@ -69,7 +69,7 @@ def test_two_processes_train_as_one_does(
     loss, gradient = TOLERANCES[model]
     assert figures["loss"] <= loss and figures["eval_loss"] <= loss
     assert figures.get("first_gradients", 0) <= gradient
-    assert figures["same_files"] and figures.get("merges", True)
+    assert figures["same_files"] and figures.get("merges", True) and figures.get("same_answers", True)
 
 
 def test_resumed_fsdp_run_ends_with_the_same_bits_and_holds_what_was_planned(

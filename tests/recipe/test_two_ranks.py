@@ -1,4 +1,4 @@
-"""Two ranks train like one process with the same global batch."""
+"""Two ranks train, and answer held-out questions, like one process with the same global batch."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from checkpoints.names import EVAL_SAMPLES
 from tests.commands import PLAIN, finetune_here, free_port, logged_losses, names_in, read_json, read_log, run_well
 from tests.models import CONVERSATIONS, TINY, write_conversations, write_later_checkpoint
 
@@ -43,7 +44,7 @@ def test_two_ranks_equal_one_with_the_same_global_batch(tmp_path: Path, mode: st
             tmp_path / output, "--per_device_train_batch_size", batch, "--num_train_epochs", 2, "--learning_rate", 1e-3,
             "--logging_steps", 1, "--save_strategy", "no", "--eval_strategy", "epoch",
             "--per_device_eval_batch_size", batch * accumulation, "--gradient_accumulation_steps", accumulation,
-            "--include_num_input_tokens_seen", "all", *lora,
+            "--include_num_input_tokens_seen", "all", "--eval_generate", 3, "--eval_max_new_tokens", 4, *lora,
         ]  # fmt: skip
 
     finetune_here(*arguments("one", 4, 1))
@@ -60,6 +61,8 @@ def test_two_ranks_equal_one_with_the_same_global_batch(tmp_path: Path, mode: st
         assert len(logged_losses(one, name)) >= 2
     for name in ("token_accuracy", "eval_token_accuracy"):
         assert logged_losses(two, name) == pytest.approx(logged_losses(one, name), abs=1e-6)
+    assert (two / EVAL_SAMPLES).read_bytes() == (one / EVAL_SAMPLES).read_bytes()
+    assert logged_losses(two, "eval_chrf") == logged_losses(one, "eval_chrf")
     for name in ("tokens", "samples"):
         assert [row[name] for row in read_log(two)] == [row[name] for row in read_log(one)]
     assert names_in(two) == names_in(one)

@@ -39,7 +39,7 @@ def test_losses_beyond_seq_length_are_those_of_the_original(any_golden: Golden) 
     names = {"ntk0_logn0": "plain", "ntk1_logn0": "ntk", "ntk0_logn1": "logn", "ntk1_logn1": "ntk+logn"}
     for case in any_golden.cases(r"C\.(ntk\d_logn\d)\.eval\.loss"):
         use_variant(model, Variants(any_golden.tiny).config(names[case]))
-        turns = answer_losses(model, {"input_ids": ids, "labels": labels})
+        [turns] = answer_losses(model, [{"input_ids": ids, "labels": labels}])
         loss = sum(turn.loss for turn in turns) / sum(turn.targets for turn in turns)
         assert loss == pytest.approx(tensors[f"C.{case}.eval.loss"].item(), abs=LOSS_ATOL), case
 

@@ -100,12 +100,13 @@ def test_loss_is_that_of_the_whole_logits(folder: Path, tmp_path: Path) -> None:
 
 
 def test_the_same_command_continues(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With bits that are those of the whole run, because losses are computed in the same batches."""
     whole, cut = tmp_path / "whole", tmp_path / "cut"
+    monkeypatch.setattr("evaluation.evaluating._PART", 2)
     evaluate(folder, whole, "--no_general")
     shutil.copytree(whole, cut)
     lines = (whole / "answers.jsonl").read_text().splitlines(keepends=True)
     (cut / "answers.jsonl").write_text("".join(lines[:4]) + lines[4][:20])
-    monkeypatch.setattr("evaluation.evaluating._PART", 2)
     evaluate(folder, cut, "--no_general")
     for name in ("report.json", "report.html"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
@@ -123,6 +124,10 @@ def test_the_same_command_continues(folder: Path, tmp_path: Path, monkeypatch: p
         (("--data_path", "{empty}"), "empty.jsonl"),
         (("--data_path", "{text}"), "has no answer that can be expected. Give conversations that end with an answer"),
         (("--min_chrf", 2), "--min_chrf 2 is out of range; give 0 to 1"),
+        (
+            ("--min_call_name", 0.5),
+            "--min_call_name 0.5: none of the 9 expected answers has call_name. Give a bound of",
+        ),
         (("--limit", 0), "--limit 0 is out of range; give 1 or more"),
         (("--max_new_tokens", 0), "--max_new_tokens 0 is out of range"),
         (("--model_name_or_path", "{other}", "--adapter", "{adapter}"), "--adapter"),

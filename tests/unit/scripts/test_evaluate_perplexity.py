@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +86,7 @@ def test_the_same_command_continues_and_can_have_more(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    monkeypatch.setattr("evaluation.perplexity._TOKENS", 96)
+    monkeypatch.setattr("evaluation.perplexity.TOKENS", 96)
     evaluate(folder, whole)
     lines = (whole / "windows.jsonl").read_text().splitlines(keepends=True)
     cut.mkdir()
@@ -93,11 +95,36 @@ def test_the_same_command_continues_and_can_have_more(
     evaluate(folder, cut)
     for name in ("perplexity.json", "perplexity.html"):
         assert (cut / name).read_bytes() == (whole / name).read_bytes()
-    monkeypatch.setattr("evaluation.perplexity.load_subject", None)  # nothing is missing, so nothing is loaded
+    monkeypatch.setattr("evaluation.evaluating.load_for_inference", None)  # nothing is missing, so nothing is loaded
     evaluate(folder, cut, "--variants", "logn", "--limit", 1)
     report = read_json(cut / "perplexity.json")
     assert [cell["windows"] for cell in report["rows"][0]["cells"]] == [4, 1]
     assert "low" not in report["rows"][0]["cells"][0]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_memory_that_does_not_suffice_names_the_lengths(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def losses(model: Any, ids: torch.Tensor) -> list[float]:
+        if ids.shape[1] == 128:
+            raise error
+        return window_losses(model, ids)
+
+    monkeypatch.setattr("evaluation.perplexity.window_losses", losses)
+    flags = ["--perplexity", folder / "text.txt", "--lengths", "128,32", "--variants", "plain"]
+    command = ["--model_name_or_path", TINY, *flags, "--output", tmp_path / "out"]
+    assert run_here(main, "scripts.evaluate", command) == 1
+    fix = "Leave out the longest of --lengths: what has been measured is kept"
+    assert capsys.readouterr().err.splitlines()[-1] == f"scripts.evaluate: error: out of memory ({error}). {fix}"
+    lengths = [json.loads(line)["length"] for line in (tmp_path / "out" / "windows.jsonl").read_text().splitlines()[1:]]
+    assert set(lengths) == {32}
 
 
 NO_FACTOR = "--variants yarn needs a factor. Give --rope_scaling yarn --rope_factor, such as 4"
@@ -127,6 +154,7 @@ NO_FACTOR = "--variants yarn needs a factor. Give --rope_scaling yarn --rope_fac
         (("--against", "{qwen2}", "--variants", "ntk+logn"), "has no ntk+logn"),
         (("--against", "{v1_no_length}"), "config.json: seq_length is missing"),
         (("--output", "{folder}/text.txt"), "--output"),
+        (("--perplexity", ""), "--perplexity '' names nothing"),
     ],
 )  # fmt: skip
 def test_a_fault_is_one_line(

@@ -68,7 +68,7 @@ def test_tool_use_of_a_taught_adapter_is_right(
     assert "tool_use: 2 questions\n" in capsys.readouterr().out
     assert "tool_selection" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
-    monkeypatch.setattr("evaluation.tool_use.load_subject", None)  # nothing is missing, so nothing is loaded
+    monkeypatch.setattr("evaluation.evaluating.load_for_inference", None)  # nothing is missing, so nothing is loaded
     assert evaluate(*flags, "--max_new_tokens", 120) == 0
 
 
@@ -82,6 +82,7 @@ def test_tool_use_of_a_taught_adapter_is_right(
             ("--tasks", "mmlu,bbh", "--data_dir", "{benchmarks}"),
             "'bbh' is unknown. Give some of ceval,cmmlu,mmlu,gsm8k",
         ),
+        (("--tasks", "", "--data_dir", "{benchmarks}"), "--tasks '' names nothing"),
         (("--tasks", "mmlu"), "--tasks mmlu needs --data_dir"),
         (("--tasks", "mmlu", "--data_dir", "/none"), "--data_dir /none: there is no folder mmlu"),
         (("--tasks", "mmlu", "--data_dir", "{benchmarks}", "--num_fewshot", 6), "mmlu has 5 examples of common_things"),

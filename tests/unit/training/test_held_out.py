@@ -88,7 +88,7 @@ def test_answers_are_greedy_and_change_no_bit_of_the_training(
     if held_out is None:
         pytest.fail("no questions")
     checkpoint = load_checkpoint(str(model))
-    trained, end_ids = load_for_inference(checkpoint, str(tmp_path / "out")), list(held_out.answerer.end_ids)
+    trained, end_ids = load_for_inference(checkpoint, str(tmp_path / "out")), list(held_out.answerer.writer.end_ids)
     for row, question in zip(rows[5:], held_out.questions, strict=True):
         assert row["answer"] == greedy(trained, checkpoint.tokenizer, list(question.prompt_ids), end_ids)
         assert row["expected"] in dict(turns[-1][::-1] for turns in CONVERSATIONS)
