@@ -20,7 +20,6 @@ from evaluation.task_harness import HarnessModel, run_benchmark
 from evaluation.task_model import TaskModel
 from evaluation.task_prompts import BENCHMARKS, Item, Judge, is_right_number, program_of
 from loading.checkpoint import Checkpoint
-from loading.prompt_modes import prompt_families
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +46,9 @@ class TaskRun:
     ) -> None:
         self._args, self._items, self._subjects = args, items, subjects
         self.checkpoints = [open_subject(subject, args.any_base) for subject in subjects]
-        self._families = [self._family(checkpoint) for checkpoint in self.checkpoints]
+        self._families = [
+            self._family(subject, checkpoint) for subject, checkpoint in zip(subjects, self.checkpoints, strict=True)
+        ]
         self.places = {name: [item.where for item in of_benchmark] for name, of_benchmark in items.items()}
         asked = {
             (item.prompt, each) for of_each in items.values() for item in of_each for each in item.choices or ("",)
@@ -76,11 +77,11 @@ class TaskRun:
             free_models()
         return rows
 
-    def _family(self, checkpoint: Checkpoint) -> Family | None:
+    def _family(self, subject: Subject, checkpoint: Checkpoint) -> Family | None:
         """Return the chat format in which a model is asked; ``None``: prompts are continued as they are."""
         if not self._args.apply_chat_template:
             return None
-        family = prompt_families(checkpoint, "auto", {})[1]
+        family = subject.prompts.families(checkpoint)[1]
         if opens_thinking(family) and any(of_benchmark[0].choices for of_benchmark in self._items.values()):
             what = f"--apply_chat_template: every answer of {checkpoint.name} begins with thinking, not with a letter"
             raise ConfigError(what, "Leave it out for benchmarks with choices")

@@ -17,7 +17,7 @@ from random import Random
 from typing import Any
 
 from chat.families import Family
-from chat.reading import opening_of, read_answer
+from chat.reading import opening_of, read_answer, with_begun_thinking
 from chat.render import encode_prompt, plain_encoder, render_prompt
 from chat.turns import Tool, ToolCall, Turn
 from data_utils.files import data_files, read_records
@@ -27,8 +27,8 @@ from evaluation.answering import GREEDY, ROWS, ends_of, write_answers
 from evaluation.evaluating import Subject, free_models, load_subject, open_subject
 from evaluation.kept import KeptRows, Key, Row
 from evaluation.metrics import ANSWER_TOKENS, Reply, arguments_value, canonical, score_answer, sequence_f1
+from evaluation.prompt_flags import Prompts
 from loading.checkpoint import Checkpoint
-from loading.prompt_modes import prompt_families
 from serving import row as serving_row
 from serving.requests import Answer, Request
 from serving.sampling import RowSampler
@@ -144,7 +144,10 @@ class ToolRun:
     ) -> None:
         self._args, self._questions, self._subjects = args, questions, subjects
         self.checkpoints = [open_subject(subject, args.any_base) for subject in subjects]
-        self._callers = [Caller(checkpoint, args.max_new_tokens) for checkpoint in self.checkpoints]
+        self._callers = [
+            Caller(checkpoint, subject.prompts, args.max_new_tokens)
+            for subject, checkpoint in zip(subjects, self.checkpoints, strict=True)
+        ]
         self._prompts = [[caller.prompt(question) for question in questions] for caller in self._callers]
         self.places = {TOOL_USE: [question.where for question in questions]}
         self.total = len(questions) * len(subjects)
@@ -185,9 +188,9 @@ class ToolRun:
 class Caller:
     """The questions of a model as prompts, and its answers as rows."""
 
-    def __init__(self, checkpoint: Checkpoint, max_new_tokens: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, prompts: Prompts, max_new_tokens: int) -> None:
         self._tokenizer, self._limit = checkpoint.tokenizer, max_new_tokens
-        self._family: Family = prompt_families(checkpoint, "auto", {})[1]
+        self._family: Family = prompts.families(checkpoint)[1]
         if self._family.tool_form is None:
             what = f"--tool_use: the chat format of {checkpoint.name} ({self._family.name}) has no known form of tools"
             raise ConfigError(what, "Give a checkpoint of Qwen v1, or of a family from Qwen2.5 on")
@@ -220,7 +223,8 @@ class Caller:
 
     def row(self, question: ToolQuestion, answer: Answer) -> Row:
         """Return an answer with its scores, without the label of its model."""
-        given = read_answer(answer.text, self._family, question.tools, opening_of(self._family, True, False))
+        opening = opening_of(self._family, True, False)
+        given = read_answer(answer.text, self._family, question.tools, opening)
         text = read_answer(question.expected.content, self._family).content  # without thinking
         expected = question.expected._replace(content=text)
         scores = {
@@ -233,7 +237,7 @@ class Caller:
             "where": question.where,
             "question": question.turns[-1].content,
             "expected": Reply.of(expected).whole,
-            "answer": answer.text,
+            "answer": with_begun_thinking(answer.text, self._family, opening),
             "scores": scores,
             "losses": [],
         }
