@@ -107,6 +107,11 @@ def ends_in_thinking(text: str, family: Family, opening: str = "") -> bool:
     return family.has_thinking and whole.startswith(THINK) and THINK_END not in whole
 
 
+def with_begun_thinking(text: str, family: Family, opening: str) -> str:
+    """Return an answer as it is shown: behind the beginning of its thinking, if that is part of the prompt."""
+    return f"{opening}{text}" if ends_in_thinking("", family, opening) else text
+
+
 def read_answer(text: str, family: Family, tools: Sequence[Tool] = (), opening: str = "") -> Turn:
     """Parse a whole answer; see :class:`AnswerReader`."""
     reader = AnswerReader(family, tools, opening)

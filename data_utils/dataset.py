@@ -106,6 +106,7 @@ class DataReader:
         max_samples: maximum number of samples to show in each report.
         show_progress: draw progress bars on stderr.
         processes: number of processes that check and tokenise. The result is always the same.
+        names_formats: log as what each file is read.
 
     Attributes:
         reports: the report of each set, complete when ``read`` is exhausted.
@@ -122,12 +123,13 @@ class DataReader:
         max_samples: int = 0,
         show_progress: bool = True,
         processes: int = 1,
+        names_formats: bool = True,
     ) -> None:
         self.encoder = encoder
         self.options = options or DataOptions()
         self.sources = [(set_name, source) for set_name, of_set in sources.items() for source in of_set]
         self.max_samples = max_samples
-        self._show_progress, self._processes = show_progress, processes
+        self._show_progress, self._processes, self._names_formats = show_progress, processes, names_formats
         self._faults: list[DataError] = []
         self._placeholders: set[str] = set()
         self._skipped = 0
@@ -173,7 +175,7 @@ class DataReader:
                 checked = [self._check_source(paths, advance, workers) for paths in files]
             self._raise_faults()
             reason = "" if self.options.data_format == "auto" else " (--data_format)"
-            for file in itertools.chain.from_iterable(checked):
+            for file in itertools.chain.from_iterable(checked) if self._names_formats else ():
                 logger.info("%s: read as %s%s", file.path, file.format_name or "no known format", reason)
             with self._progress("Tokenising", size) as advance:
                 for (set_name, source), of_source in zip(self.sources, checked, strict=True):

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from chat.reading import opening_of, read_answer
+from chat.reading import opening_of, read_answer, with_begun_thinking
 from chat.render import control_ids_of
 from chat.stops import stopping_generation_config
 from chat.turns import Tool
@@ -149,6 +149,10 @@ class Answerer:
     def asked(self, question: Question) -> str:
         """Return the text of the message that is answered."""
         return self.text(question.asked_ids).partition("\n")[2]
+
+    def shown(self, question: Question, text: str) -> str:
+        """Return the text of an answer as it is shown."""
+        return with_begun_thinking(text, self._family, question.opening)
 
     def expected(self, question: Question) -> Reply:
         """Return the expected answer."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import gc
 import logging
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -24,11 +25,11 @@ from errors import ConfigError
 from evaluation.answering import Answerer
 from evaluation.kept import KeptRows, Key, Row
 from evaluation.losses import answer_losses
+from evaluation.prompt_flags import Prompts
 from evaluation.questions import Question, QuestionFinder, draw_questions
 from loading.adapter_check import check_adapter
 from loading.checkpoint import Checkpoint, load_checkpoint, scaled_checkpoint
 from loading.inference import load_for_inference
-from loading.prompt_modes import prompt_families
 from qwen_model.answer_blocks import use_answer_blocks
 
 logger = logging.getLogger(__name__)
@@ -36,7 +37,7 @@ logger = logging.getLogger(__name__)
 GENERAL = Path(__file__).with_name("general.jsonl")
 """Forty short questions of general knowledge, which tuning should not make a model forget."""
 
-HELD_OUT, GENERAL_SET = "held_out", "general"
+HELD_OUT, GENERAL_SET, BASE = "held_out", "general", "base"
 _PART = 64  # rows that are computed and kept together
 
 Asked = TypeVar("Asked")
@@ -47,25 +48,28 @@ class Subject:
     """A model that is evaluated.
 
     Attributes:
-        label: ``base``, ``adapter``, or the name of a folder.
+        label: ``BASE``, ``adapter``, or the name of a folder.
         model: folder or id of its checkpoint.
         adapter: folder of its adapter.
         flag: that named the adapter.
+        prompts: how it is asked.
     """
 
     label: str
     model: str
     adapter: str | None = None
     flag: str = "--adapter"
+    prompts: Prompts = field(default_factory=Prompts)
 
 
-def subjects_of(base: str, adapter: str | None, others: Sequence[str]) -> list[Subject]:
-    """Return the models of a command, the base first.
+def subjects_of(args: argparse.Namespace) -> list[Subject]:
+    """Return the models of ``scripts.evaluate``, the base first.
 
     Args:
-        others: folders of checkpoints, or of adapters of the base.
+        args: flags of the command; ``--against`` are folders of checkpoints, or of adapters of the base.
     """
-    subjects = [Subject("base", base), *([Subject("adapter", base, adapter)] if adapter else [])]
+    base, adapter, others, prompts = args.model_name_or_path, args.adapter, args.against, Prompts.of(args)
+    subjects = [Subject(BASE, base), *([Subject("adapter", base, adapter)] if adapter else [])]
     for other in others:
         name = label = Path(other).absolute().name
         taken = {subject.label for subject in subjects}
@@ -76,7 +80,7 @@ def subjects_of(base: str, adapter: str | None, others: Sequence[str]) -> list[S
             raise ConfigError(f"--against {other}: there is no such folder", "Give a checkpoint or an adapter")
         else:
             subjects.append(Subject(label, other))
-    return subjects
+    return [replace(subject, prompts=prompts) for subject in subjects]
 
 
 def open_subject(subject: Subject, any_base: bool = False) -> Checkpoint:
@@ -89,8 +93,8 @@ def open_subject(subject: Subject, any_base: bool = False) -> Checkpoint:
         ConfigError: a checkpoint or an adapter that cannot be used.
     """
     if subject.adapter is None:
-        return load_checkpoint(subject.model)
-    checkpoint = load_checkpoint(subject.model, adapters=[subject.adapter])
+        return load_checkpoint(subject.model, chat_template=subject.prompts.chat_template)
+    checkpoint = load_checkpoint(subject.model, chat_template=subject.prompts.chat_template, adapters=[subject.adapter])
     check_adapter(checkpoint, subject.adapter, subject.flag, any_base)
     return scaled_checkpoint(checkpoint, load_yarn(Path(subject.adapter)))
 
@@ -181,13 +185,16 @@ class Sets:
             ConfigError: no questions.
             DataError: data that cannot be used.
         """
-        checkpoint = self.opened.checkpoint
+        checkpoint, prompts = self.opened.checkpoint, self.opened.subject.prompts
         tokenizer, positions = checkpoint.tokenizer, int(checkpoint.config.max_position_embeddings)
-        families = prompt_families(checkpoint, "auto", {})
-        options = EncodeOptions(positions, thinking="auto", split_turns="auto")  # as a run without flags
+        families = prompts.families(checkpoint)
+        options = EncodeOptions(positions, thinking=prompts.thinking, split_turns="auto")  # as a run without flags
         encoder = Encoder(tokenizer, families[0], options, families[1])
         sources = {"eval": [parse_source(path) for path in paths]}
-        examples = load_examples(DataReader(sources, encoder, DataOptions(data_format), show_progress=False))["eval"]
+        # All models read the same files, and the general questions are this package's.
+        is_new = name == HELD_OUT and self.opened.label == BASE
+        reader = DataReader(sources, encoder, DataOptions(data_format), show_progress=False, names_formats=is_new)
+        examples = load_examples(reader)["eval"]
         most = len(examples) if count is None else count
         self.examples[name] = examples
         questions = draw_questions(examples, QuestionFinder(families, tokenizer), most, seed)
@@ -222,8 +229,8 @@ class Sets:
         return [
             {
                 "question": answerer.asked(question),
-                "expected": answerer.text(question.expected_ids),
-                "answer": answer.text,
+                "expected": answerer.shown(question, answerer.text(question.expected_ids)),
+                "answer": answerer.shown(question, answer.text),
                 "scores": answerer.scores(question, answer),
                 "losses": [[each.targets, each.loss, each.correct] for each in losses],
             }

@@ -19,8 +19,6 @@ from evaluation.kept import KeptRows, Key, Row
 from evaluation.task_answerer import TaskAnswerer
 from evaluation.task_harness import HarnessModel, run_benchmark
 from evaluation.task_prompts import BENCHMARKS, Item, Judge, is_right_number, program_of
-from loading.checkpoint import Checkpoint
-from loading.prompt_modes import prompt_families
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +41,7 @@ class TaskRun:
 
     def __init__(self, args: argparse.Namespace, items: Mapping[str, Sequence[Item]], models: Sequence[Opened]) -> None:
         self._args, self._items, self._models = args, items, models
-        self._families = [self._family(each.checkpoint) for each in models]
+        self._families = [self._family(each) for each in models]
         self.places = {name: [item.where for item in of_benchmark] for name, of_benchmark in items.items()}
         asked = {
             (item.prompt, each) for of_each in items.values() for item in of_each for each in item.choices or ("",)
@@ -72,13 +70,14 @@ class TaskRun:
                 rows |= self._answers_of(opened, family, kept, advance)
         return rows
 
-    def _family(self, checkpoint: Checkpoint) -> Family | None:
+    def _family(self, opened: Opened) -> Family | None:
         """Return the chat format in which a model is asked; ``None``: prompts are continued as they are."""
         if not self._args.apply_chat_template:
             return None
-        family = prompt_families(checkpoint, "auto", {})[1]
+        family = opened.subject.prompts.families(opened.checkpoint)[1]
         if opens_thinking(family) and any(of_benchmark[0].choices for of_benchmark in self._items.values()):
-            what = f"--apply_chat_template: every answer of {checkpoint.name} begins with thinking, not with a letter"
+            name = opened.checkpoint.name
+            what = f"--apply_chat_template: every answer of {name} begins with thinking, not with a letter"
             raise ConfigError(what, "Leave it out for benchmarks with choices")
         return family
 

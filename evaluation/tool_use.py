@@ -17,7 +17,7 @@ from random import Random
 from typing import Any
 
 from chat.families import Family
-from chat.reading import opening_of, read_answer
+from chat.reading import opening_of, read_answer, with_begun_thinking
 from chat.render import encode_prompt, plain_encoder, render_prompt
 from chat.turns import Tool, ToolCall, Turn
 from data_utils.files import data_files, read_records
@@ -27,8 +27,8 @@ from evaluation.answering import Writer
 from evaluation.evaluating import Opened
 from evaluation.kept import KeptRows, Key, Row
 from evaluation.metrics import ANSWER_TOKENS, Reply, arguments_value, canonical, score_answer, sequence_f1
+from evaluation.prompt_flags import Prompts
 from loading.checkpoint import Checkpoint
-from loading.prompt_modes import prompt_families
 from serving.requests import Answer
 
 logger = logging.getLogger(__name__)
@@ -134,7 +134,7 @@ class ToolRun:
 
     def __init__(self, args: argparse.Namespace, questions: Sequence[ToolQuestion], models: Sequence[Opened]) -> None:
         self._args, self._questions, self._models = args, questions, models
-        self._callers = [Caller(each.checkpoint, args.max_new_tokens) for each in models]
+        self._callers = [Caller(each.checkpoint, each.subject.prompts, args.max_new_tokens) for each in models]
         self._prompts = [[caller.prompt(question) for question in questions] for caller in self._callers]
         self.places = {TOOL_USE: [question.where for question in questions]}
         self.total = len(questions) * len(models)
@@ -165,9 +165,9 @@ class ToolRun:
 class Caller:
     """The questions of a model as prompts, and its answers as rows."""
 
-    def __init__(self, checkpoint: Checkpoint, max_new_tokens: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, prompts: Prompts, max_new_tokens: int) -> None:
         self._tokenizer, self._writer = checkpoint.tokenizer, Writer(checkpoint, max_new_tokens)
-        self._family: Family = prompt_families(checkpoint, "auto", {})[1]
+        self._family: Family = prompts.families(checkpoint)[1]
         if self._family.tool_form is None:
             what = f"--tool_use: the chat format of {checkpoint.name} ({self._family.name}) has no known form of tools"
             raise ConfigError(what, "Give a checkpoint of Qwen v1, or of a family from Qwen2.5 on")
@@ -192,7 +192,8 @@ class Caller:
 
     def row(self, question: ToolQuestion, answer: Answer) -> Row:
         """Return an answer with its scores, without what names the row."""
-        given = read_answer(answer.text, self._family, question.tools, opening_of(self._family, True, False))
+        opening = opening_of(self._family, True, False)
+        given = read_answer(answer.text, self._family, question.tools, opening)
         text = read_answer(question.expected.content, self._family).content  # without thinking
         expected = question.expected._replace(content=text)
         scores = {
@@ -204,7 +205,7 @@ class Caller:
         return {
             "question": question.turns[-1].content,
             "expected": Reply.of(expected).whole,
-            "answer": answer.text,
+            "answer": with_begun_thinking(answer.text, self._family, opening),
             "scores": scores,
             "losses": [],
         }

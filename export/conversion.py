@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,20 +10,23 @@ from typing import Any
 import torch
 
 from chat.stops import end_ids_of, stopping_generation_config
-from checkpoints.adapter import read_adapter
+from checkpoints.adapter import Adapter, read_adapter
 from checkpoints.base_files import read_tokenizer, update_json, write_files
 from checkpoints.companions import TOKENIZER_FILES, copy_companion, find_companion
 from checkpoints.dequantized_reader import open_dequantized
-from checkpoints.files import load_json, save_json
+from checkpoints.files import load_json, load_json_or_empty, save_json
 from checkpoints.folders import check_space, staged_folder
 from checkpoints.input_folders import check_model_files
 from checkpoints.model_config import with_dtype
+from checkpoints.names import RUN_SUMMARY
 from checkpoints.shards import fingerprint, open_checkpoint
 from checkpoints.source import InDtype, TensorSource
+from checkpoints.whole import adapter_text_name, load_text_config
 from checkpoints.writing import save_source
 from errors import ConfigError
 from export.chat import write_chat_template, write_generation_config
 from export.companion_files import convert_tokenizer
+from export.inputs import find_base
 from export.layouts.adapter_config import save_converted_adapter
 from export.layouts.config import QWEN_CONFIG, find_quantization_config
 from export.layouts.convert import convert_model
@@ -32,6 +36,10 @@ from export.progress import progress_bar
 from export.standalone import write_code
 from loading.tensor_check import check_tensors
 from loading.tokenizer import load_tokenizer
+
+logger = logging.getLogger(__name__)
+
+_ONLY_THESE = "Only qwen and qwen2 can be converted"
 
 
 @dataclass(frozen=True)
@@ -66,12 +74,41 @@ def convert_adapter(options: Conversion) -> str:
     layout = layout_of_names(adapter.edits)
     if layout is None:
         raise ConfigError(f"{options.source}: the adapter has the same names in every layout", "Use it as it is")
+    if layout == "qwen2":
+        _check_family(adapter)
     target = _target_layout(layout, options)
     with staged_folder(options.output, "OUT") as folder:
         save_converted_adapter(adapter, target, folder, options.base)
         _convert_tokenizer_and_licenses(options, folder, target)
         _save_adapter_generation_config(options, folder, target)
     return f"an adapter of {len(adapter.edits)} parameters, {layout} -> {target}"
+
+
+def _check_family(adapter: Adapter) -> None:
+    """Raise ``ConfigError`` for an adapter of a later family, which may have the same names as one of Qwen2."""
+    stored = map(adapter.tensors.stored_name, adapter.tensors.names())
+    if longer := next((name for name in stored if adapter_text_name(name) != name), None):
+        what = f"{adapter.folder}: {longer} is of the text model of a larger one, which has no other layout"
+        raise ConfigError(what, _ONLY_THESE)
+    if (model_type := _base_type(adapter)) is None:
+        logger.warning(
+            "%s: its base is not on this machine. It is taken for an adapter of Qwen2; those of Qwen3 can have the "
+            "same names",
+            adapter.folder,
+        )
+    elif model_type not in LAYOUTS:
+        what = f"{adapter.folder} is an adapter of a model of model_type {model_type!r}, which has no other layout"
+        raise ConfigError(what, _ONLY_THESE)
+
+
+def _base_type(adapter: Adapter) -> str | None:
+    """Return the ``model_type`` of the model that was adapted: as recorded, or as its config.json has it, if any."""
+    if recorded := load_json_or_empty(adapter.folder / RUN_SUMMARY).get("model_type"):
+        return str(recorded)
+    try:
+        return str(load_text_config(find_base(None, adapter.folder, adapter.config)).get("model_type"))
+    except ConfigError:
+        return None
 
 
 def convert_checkpoint(options: Conversion) -> str:
@@ -84,7 +121,7 @@ def convert_checkpoint(options: Conversion) -> str:
     config = load_json(options.source / "config.json")
     if (model_type := config.get("model_type")) not in LAYOUTS:
         what = f"{options.source / 'config.json'}: model_type {model_type!r} has no other layout"
-        raise ConfigError(what, "Only qwen and qwen2 can be converted")
+        raise ConfigError(what, _ONLY_THESE)
     target = _target_layout(model_type, options)
     source, new_config = convert_model(_open_source(options, config), config, target, options.dynamic_ntk)
     check_tensors(options.source, open_dequantized(options.source, torch.float16))

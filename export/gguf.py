@@ -19,19 +19,18 @@ from chat.stops import end_ids_of
 from checkpoints.dequantized_reader import open_dequantized
 from checkpoints.folders import check_space
 from checkpoints.input_folders import check_model_files
-from checkpoints.model_config import dtype_name, find_quantization
+from checkpoints.model_config import dtype_name
 from checkpoints.source import TensorSource, main_dtype
-from checkpoints.whole import load_text_config
 from console import ROOT, show
 from errors import ConfigError, RunError
 from export.conversion import Conversion, convert_checkpoint
 from export.gguf_driver import Q4_K_M, Job
+from export.gguf_models import load_model_type
 from loading.chat_family import chat_family
 from loading.checkpoint import load_generation_config
 from loading.tensor_check import check_tensors
 from loading.tokenizer import load_tokenizer
 from outputs import staged_file
-from qwen_model.architectures import TEXT_TYPES, architecture_of
 
 # Bytes per weight. Q4_K_M has 0.6 if its blocks of 256 divide the rows, and stores others in more bits.
 _BYTES = {"f32": 4.0, "f16": 2.0, "bf16": 2.0, "q8_0": 34 / 32, Q4_K_M: 0.85}
@@ -63,14 +62,7 @@ def open_model(folder: Path) -> Exported:
         ConfigError: it is quantised, of an unknown architecture, damaged, or has no ChatML.
     """
     check_model_files(folder)
-    file = folder / "config.json"
-    model_type = architecture_of(load_text_config(folder).get("model_type"), file).model_type
-    if model_type in TEXT_TYPES.values():
-        what = f"{file}: model_type {model_type} is not converted: its GGUF files were not compared with the model here"
-        raise ConfigError(what, "Use llama.cpp's convert_hf_to_gguf.py of a version that knows it")
-    if quantization := find_quantization(folder):
-        fix = "Give the model that it was made of; --quantize quantises that for llama.cpp"
-        raise ConfigError(f"{folder} is quantised ({quantization}) already", fix)
+    model_type = load_model_type(folder)
     source = open_dequantized(folder, torch.float16)
     check_tensors(folder, source)
     tokenizer = load_tokenizer(folder, f"{folder}: its tokenizer cannot be read")

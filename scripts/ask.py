@@ -11,13 +11,12 @@ import argparse
 import logging
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from commands import CommandParser, quiet_libraries, run_command
 from console import visible
 from errors import ConfigError, one_line
-from serving.flags import add_template_flags, template_options
+from serving.flags import add_template_flags, template_arguments
 
 if TYPE_CHECKING:
     from loading.checkpoint import Checkpoint
@@ -76,9 +75,7 @@ def main(argv: Sequence[str]) -> None:
         read_adapter(args.adapter)  # refused before the base is read
     adapters = [] if args.adapter is None else [args.adapter]
     checkpoint = load_checkpoint(args.model_name_or_path, chat_template=args.chat_template, adapters=adapters)
-    arguments = {name: value for name, value in asdict(template_options(args)).items() if value is not None}
-    arguments.pop("enable_thinking", None)
-    family, _ = prompt_families(checkpoint, args.thinking, arguments)
+    family, _ = prompt_families(checkpoint, args.thinking, template_arguments(args))
     settings = _settings(checkpoint, args.do_sample)
     model = load_for_inference(checkpoint, args.adapter, args.any_base)
     tokenizer = checkpoint.tokenizer

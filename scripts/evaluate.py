@@ -28,6 +28,7 @@ from data_utils.files import data_files
 from data_utils.sources import parse_source
 from errors import ConfigError, DataError, RunError, one_line
 from evaluation.metrics import SCORES
+from evaluation.prompt_flags import PROMPT_FLAGS, Prompts, add_prompt_flags
 from evaluation.task_flags import TASK_FLAGS, add_task_flags, check_harness, check_task_flags, read_items
 from evaluation.variants import UNPUBLISHED, VARIANTS
 from outputs import check_shared_folder, parse_output
@@ -55,6 +56,7 @@ def parse_args(argv: Sequence[str]) -> argparse.Namespace:
         help="another checkpoint (merged, quantised) or adapter; can be given repeatedly",
     )  # fmt: skip
     parser.add_argument("--any_base", action="store_true", help="accept adapters that were trained on other weights")
+    add_prompt_flags(parser)
     parser.add_argument("--data_path", nargs="+", help="held-out conversations")
     parser.add_argument("--data_format", default="auto", help="format of the records (default: auto)")
     parser.add_argument("--output", required=True, type=parse_output, help="folder of the report")
@@ -150,7 +152,9 @@ def check_kind(parser: CommandParser, args: argparse.Namespace) -> None:
         parser.error(f"--{args.kind} '' names nothing")
     useless = {name: f"without --{kind}" for kind, flags in KINDS.items() if kind != args.kind for name in flags}
     if args.perplexity is not None:
-        useless |= dict.fromkeys(_OF_ANSWERS, "with --perplexity")
+        useless |= dict.fromkeys((*_OF_ANSWERS, *PROMPT_FLAGS), "with --perplexity")
+    elif args.tasks is not None and not args.apply_chat_template:
+        useless |= dict.fromkeys(PROMPT_FLAGS, "without --apply_chat_template")
     for name, why in useless.items():
         if getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} has no effect {why}")
@@ -200,7 +204,7 @@ def evaluate_answers(args: argparse.Namespace) -> int:
         from evaluation.evaluating import GENERAL, GENERAL_SET, HELD_OUT, Opened, Sets, subjects_of
         from evaluation.kept import KeptRows
 
-    subjects = subjects_of(args.model_name_or_path, args.adapter, args.against)
+    subjects = subjects_of(args)
     of_each = []
     for subject in subjects:  # all, before the first is loaded: a fault of the last one would come after hours
         sets = Sets(Opened(subject, args.any_base), args.max_new_tokens)
@@ -236,7 +240,7 @@ def evaluate_questions(args: argparse.Namespace) -> int:
         from evaluation.kept import KeptRows
         from evaluation.tool_use import ToolRun, read_tool_questions
 
-    subjects = subjects_of(args.model_name_or_path, args.adapter, args.against)
+    subjects = subjects_of(args)
     models = [Opened(subject, args.any_base) for subject in subjects]
     run: Any
     if has_tasks:
@@ -247,7 +251,8 @@ def evaluate_questions(args: argparse.Namespace) -> int:
         questions = read_tool_questions(Path(args.tool_use), args.data_format, args.limit, args.seed)
         run = ToolRun(args, questions, models)
     args.output.mkdir(parents=True, exist_ok=True)
-    with KeptRows(args.output / "answers.jsonl", {**run.identity(), "models": weights_of(models)}) as kept:
+    identity = {**run.identity(), **Prompts.of(args).identity(), "models": weights_of(models)}
+    with KeptRows(args.output / "answers.jsonl", identity) as kept:
         with tqdm(total=run.total, initial=len(kept.rows), desc="Answering", unit="answer", disable=None) as bar:
             rows = run.answer(kept, bar.update)
         return write_report(args, subjects, rows, run.places)
@@ -288,8 +293,9 @@ def common_places(of_each: Sequence[Sets]) -> dict[str, list[str]]:
 def run_of(args: argparse.Namespace, of_each: Sequence[Sets], paths: Sequence[Path]) -> dict[str, Any]:
     """Return what decides the answers: flags, weights and data."""
     models = weights_of([sets.opened for sets in of_each])
-    flags = {name: getattr(args, name) for name in ("data_path", "data_format", "limit", "max_new_tokens", "seed")}
-    return {**flags, "no_general": args.no_general, "models": models, "data": digest_of(paths)}
+    names = ("data_path", "data_format", "limit", "max_new_tokens", "seed", "no_general")
+    flags = {name: getattr(args, name) for name in names} | Prompts.of(args).identity()
+    return {**flags, "models": models, "data": digest_of(paths)}
 
 
 def digest_of(paths: Sequence[Path]) -> str:
@@ -353,7 +359,7 @@ def evaluate_perplexity(args: argparse.Namespace) -> int:
         from evaluation.kept import KeptRows
         from evaluation.perplexity import WINDOW_KEY, Reading, Windows, common_ids, common_variants
 
-    subjects = subjects_of(args.model_name_or_path, args.adapter, args.against)
+    subjects = subjects_of(args)
     readings = [Reading(subject, args.yarn, args.any_base) for subject in subjects]
     variants = common_variants(readings, args.variants)
     ids = common_ids(readings, path)

@@ -21,6 +21,7 @@ from checkpoints.names import ADAPTER_CONFIG
 from commands import CommandParser, run_command, set_up_logging
 from console import python_command, show
 from errors import ConfigError
+from export.gguf_models import load_model_type
 from export.gguf_tools import TOOLS, check_tools
 from outputs import check_output_file, parse_output
 
@@ -75,13 +76,14 @@ def main(argv: Sequence[str]) -> None:
 
 
 def check_model(folder: Path) -> None:
-    """Raise ``ConfigError`` unless a folder holds a model."""
+    """Raise ``ConfigError`` unless a folder holds a model that can be exported."""
     if is_file(folder / ADAPTER_CONFIG) and not is_file(folder / "config.json"):
         merge = python_command("merge_lora.py --adapter", folder, "--output", Path(f"{folder}-merged"))
         raise ConfigError(f"{folder} holds an adapter, not a model", f"Merge it first: {merge}")
     if not is_file(folder / "config.json"):
         what = "has no config.json" if os.path.isdir(folder) else "is not a folder"
         raise ConfigError(f"{folder} {what}", "Give the folder of a checkpoint")
+    load_model_type(folder)  # refused before the converter is asked for
 
 
 if __name__ == "__main__":

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import asdict
 from importlib.util import find_spec
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from console import pip_command
 from errors import ConfigError
@@ -44,6 +45,13 @@ def add_template_flags(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--preserve_thinking", choices=("on", "off"), help="whether earlier thinking is read again")
     parser.add_argument("--reasoning_effort", metavar="VALUE", help="how much the model is told to think, such as low")
+
+
+def template_arguments(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of the chat template that the flags give, but for the one that ``--thinking`` decides."""
+    arguments = {name: value for name, value in asdict(template_options(args)).items() if value is not None}
+    arguments.pop("enable_thinking", None)
+    return arguments
 
 
 def template_options(args: argparse.Namespace) -> TemplateOptions:

@@ -75,8 +75,8 @@ class HeldOut:
                 "source": names[question.source],
                 "where": question.where,
                 "question": self.answerer.asked(question),
-                "expected": self.answerer.text(question.expected_ids),
-                "answer": answer.text,
+                "expected": self.answerer.shown(question, self.answerer.text(question.expected_ids)),
+                "answer": self.answerer.shown(question, answer.text),
                 "scores": self.answerer.scores(question, answer),
             })  # fmt: skip
         return rows

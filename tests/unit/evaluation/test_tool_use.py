@@ -17,6 +17,7 @@ from chat.tools_xml import XML_FORMS
 from chat.turns import ToolCall, Turn
 from errors import DataError
 from evaluation.metrics import mean_scores
+from evaluation.prompt_flags import Prompts
 from evaluation.tool_use import Caller, ToolQuestion, read_tool_questions, tool_scores
 from serving.requests import Answer, Usage
 from tests.chats import Subject, load_subject
@@ -58,7 +59,7 @@ def caller(subjects: dict[bool, Subject], form: str) -> Caller:
         family=FORMS[form], tokenizer=subjects[form == "react"].tokenizer, name="tiny", end_ids=[1, 2],
         config=SimpleNamespace(max_position_embeddings=4096), generation_config=GenerationConfig(), model_type="qwen2",
     )  # fmt: skip
-    return Caller(checkpoint, 64)
+    return Caller(checkpoint, Prompts(), 64)
 
 
 @pytest.mark.parametrize("form", FORMS)

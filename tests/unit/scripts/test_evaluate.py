@@ -132,6 +132,12 @@ def test_the_same_command_continues(folder: Path, tmp_path: Path, monkeypatch: p
         (("--max_new_tokens", 0), "--max_new_tokens 0 is out of range"),
         (("--model_name_or_path", "{other}", "--adapter", "{adapter}"), "--adapter"),
         (("--output", "{data}"), "--output"),
+        (("--thinking", "on"), "--thinking on: the chat format 'qwen' has no thinking. Leave it out"),
+        (
+            ("--reasoning_effort", "low"),
+            "--reasoning_effort low: the checkpoint's chat template has no",
+        ),
+        (("--chat_template", "{data}"), "Qwen v1 has one fixed chat format"),
     ],
 )
 def test_a_fault_is_one_line(
