@@ -51,16 +51,18 @@ def main(asked: str) -> None:
     encoders: list[Encoder | None] = []
     for folder, _, samples in json.loads(asked):
         try:
-            encoders.append(build_encoder(Path(folder), samples))
+            encoder = build_encoder(Path(folder), samples)
         except (ImportError, TypeError, ConfigError):
             encoders.append(None)  # an older checkout has no such samples, or no such chat format
         else:
-            encoders[-1].prepare_for_many()
+            encoder.prepare_for_many()
+            encoders.append(encoder)
     print(json.dumps([encoder is not None for encoder in encoders]), flush=True)
     for line in sys.stdin:
-        data, encoder = json.loads(asked)[int(line)][1], encoders[int(line)]
+        data, chosen = json.loads(asked)[int(line)][1], encoders[int(line)]
+        assert chosen is not None  # the caller was told
         started = time.process_time()
-        reader = DataReader({"train": [parse_source(data)]}, encoder, show_progress=False)
+        reader = DataReader({"train": [parse_source(data)]}, chosen, show_progress=False)
         total = load_examples(reader)["train"].report.total()
         seconds = time.process_time() - started
         print(json.dumps({"seconds": seconds, "records": total.kept, "tokens": total.tokens}), flush=True)

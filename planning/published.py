@@ -86,8 +86,8 @@ def _qwen(size: str, name: str) -> dict[str, Any]:
 def _dense(hidden: int, layers: int, heads: int, groups: int, width: int, rows: int, tied: int) -> dict[str, Any]:
     return {
         "hidden_size": hidden, "num_hidden_layers": layers, "num_attention_heads": heads, "vocab_size": rows,
-        "num_key_value_heads": groups, "intermediate_size": width, "tie_word_embeddings": bool(tied), "dtype": "bfloat16",
-        "rms_norm_eps": 1e-6, "hidden_act": "silu", "use_cache": True,
+        "num_key_value_heads": groups, "intermediate_size": width, "tie_word_embeddings": bool(tied),
+        "dtype": "bfloat16", "rms_norm_eps": 1e-6, "hidden_act": "silu", "use_cache": True,
     }  # fmt: skip
 
 
