@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal, NamedTuple
 
 from chat.answers import Answers, has_thinking, move_thinking, without_thinking
@@ -54,17 +55,17 @@ class SampleRules:
     split_turns: SplitTurns = "never"
     label_mask: LabelMask = "assistant"
 
-    @property
+    @cached_property
     def has_switch(self) -> bool:
         """Return whether prompts with and without thinking differ."""
         return self.family != self.plain
 
-    @property
+    @cached_property
     def always_thinks(self) -> bool:
         """Return whether every answer has to begin with thinking."""
         return not self.has_switch and opens_thinking(self.family) and self.family.thinking != "stripped"
 
-    @property
+    @cached_property
     def is_trivial(self) -> bool:
         """Return whether every conversation is read as it is, and is one sample."""
         if self.thinking == "off" or self.split_turns == "always" or not self.family.has_thinking_in_text:

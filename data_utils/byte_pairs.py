@@ -4,7 +4,7 @@ A tokenizer of byte pairs is its vocabulary, its merges and the pattern that spl
 pair whose token has the lowest id. These are the same merges if ids increase with the merges, every token is made by
 one merge, and the merges of a token's own text end in that token: then no other pair can ever make it. All of this
 is checked; a tokenizer that is built in another way, and a text with a byte that the vocabulary lacks, are left to the
-tokenizers library. Tokens that were added to the vocabulary, such as ``<think>``, divide a text into parts.
+tokenizers library. Tokens that were added to the vocabulary, such as ``<think>``, cut a text into parts.
 """
 
 from __future__ import annotations

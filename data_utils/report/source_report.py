@@ -193,8 +193,9 @@ class SourceReport:
 
     def count_samples(self, samples: Sequence[EncodedConversation], copies: int = 1) -> None:
         """Count the trained answers of a conversation, and what splitting it adds, beside ``keep``."""
-        self.answers_trained += sum(sample.answers for sample in samples) * copies
-        self.answers_with_thinking += sum(sample.with_thinking for sample in samples) * copies
+        for sample in samples:
+            self.answers_trained += sample.answers * copies
+            self.answers_with_thinking += sample.with_thinking * copies
         if len(samples) > 1:
             lengths = [len(sample.input_ids) for sample in samples]
             self.split += copies
