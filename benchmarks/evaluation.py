@@ -1,15 +1,16 @@
 """Questions per minute of ``scripts.evaluate`` on known benchmarks, beside lm_eval's own model, and on held-out data.
 
-    python -m benchmarks.evaluation --model_name_or_path DIR [--only tasks] [--questions 8] [--tokens 48]
+    python -m benchmarks.evaluation --model_name_or_path DIR [--parts held_out gsm8k mmlu] [--ways ...] [--questions 8]
 
-``tasks``: generated questions in the files of GSM8K (8 examples in a prompt, answers of ``--tokens``) and of MMLU (5
-examples), asked in the same prompts of this toolkit and of lm_eval's model for transformers (``HFLM``), each with the
-checkpoint as it is stored and in float32. Needs lm_eval: ``pip install -r requirements_evaluate.txt``.
+``gsm8k``, ``mmlu``: generated questions in the files of GSM8K (8 examples in a prompt, answers of ``--tokens``) and of
+MMLU (5 examples), asked in the same prompts of this toolkit and of lm_eval's model for transformers (``HFLM``), each
+with the checkpoint as it is stored and in float32, and compared with the first of these. Need lm_eval: ``pip install
+-r requirements_evaluate.txt``.
 
-``held_out``: generated conversations, whose last answers are written and whose losses are taken: as now (blocks and
-packed weights of the engine, losses in batches) and as before (transformers' blocks, losses one at a time).
+``held_out``: conversations of ``examples/``, whose last answers are written and whose losses are taken: by blocks and
+packed weights of the engine with losses in batches, and by transformers' blocks with losses one at a time.
 
-Loading is not measured. Results are added to benchmarks/results/evaluation.json.
+Loading is not measured. The file of results keeps what was measured before of other parts and ways.
 """
 
 from __future__ import annotations
@@ -23,13 +24,11 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.data import conversations
 from benchmarks.results_file import parse_args, save_results
 from commands import HelpFormatter
 
@@ -40,6 +39,8 @@ ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results" / "evaluation.json"
 BATCH = 8
 TASKS = ("gsm8k", "mmlu")
+FIRST = "scripts.evaluate, float32"
+WAYS = (FIRST, "HFLM, float32", "scripts.evaluate, as stored", "HFLM, as stored")
 
 # ---------------------------------------------------------------------------------------------------------- questions
 
@@ -90,37 +91,25 @@ def choice_question(draw: Random) -> str:
 # -------------------------------------------------------------------------------------------------- known benchmarks
 
 
-def measure_tasks(model: Path, questions: int, tokens: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """Return the figures of both harness models, and print them."""
+def measure_task(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Return the figures of each way by its name, and print them."""
     from evaluation.task_flags import read_items
 
-    write_questions(folder / "data", questions)
-    args = argparse.Namespace(
-        tasks=",".join(TASKS), data_dir=folder / "data", num_fewshot=None, limit=None, seed=0, apply_chat_template=False
-    )
-    items = read_items(args)
-    wide = write_in_float32(model, folder / "float32")
-    ways: dict[str, Callable[[], Any]] = {
-        "scripts.evaluate, float32": partial(build_own, wide, tokens),
-        "HFLM, float32": partial(build_theirs, wide, tokens),
-        "scripts.evaluate, as stored": partial(build_own, model, tokens),
-        "HFLM, as stored": partial(build_theirs, model, tokens),
-    }
+    write_questions(folder / "data", args.questions)
+    flags = {"num_fewshot": None, "limit": None, "seed": 0, "apply_chat_template": False}
+    [items] = read_items(argparse.Namespace(tasks=name, data_dir=folder / "data", **flags)).values()
+    wide = write_in_float32(args.model_name_or_path, folder / "float32")
     figures: dict[str, Any] = {}
-    results: dict[str, dict[str, Any]] = {}
-    for way, build in ways.items():
-        lm = build()
-        for name in TASKS:
-            measured = [ask(lm(), name, items[name]) for _ in range(rounds)]
-            seconds, accuracy, results[f"{way} {name}"] = min(measured, key=lambda each: each[0])
-            figures.setdefault(way, {})[name] = {
-                "questions_per_minute": round(60 * questions / seconds, 1),
-                "accuracy": accuracy,
-                **compared(results[f"{way} {name}"], results[f"scripts.evaluate, float32 {name}"]),
-            }
-            print(f"{way:30}{name:8}", figures[way][name], flush=True)
-        del lm
-    return {"questions": questions, "tokens": tokens, "rounds": rounds, "batch": BATCH, "models": figures}
+    of_first: dict[str, Any] = {}
+    for way in dict.fromkeys([FIRST, *args.ways]):
+        build = build_own if way.startswith("scripts") else build_theirs
+        lm = build(wide if way.endswith("float32") else args.model_name_or_path, args.tokens)
+        seconds, accuracy, results = min((ask(lm(), name, items) for _ in range(args.rounds)), key=lambda each: each[0])
+        of_first = of_first or results
+        rate = round(60 * len(items) / seconds, 2)
+        figures[way] = {"questions_per_minute": rate, "accuracy": accuracy, **compared(results, of_first)}
+        print(f"{name:8}{way:30}", figures[way], flush=True)
+    return figures
 
 
 def write_in_float32(model: Path, folder: Path) -> Path:
@@ -206,42 +195,47 @@ def compared(results: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
 # ----------------------------------------------------------------------------------------------------------- held out
 
 
-def measure_held_out(model: Path, questions: int, tokens: int, rounds: int, folder: Path) -> dict[str, Any]:
-    """Return the figures of answers and losses, as now and as before, and print them."""
+def measure_held_out(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the figures of answers and losses, and print them."""
     from evaluation.evaluating import Opened, Sets, Subject
     from evaluation.losses import answer_losses
     from loading.inference import load_for_inference
 
-    data = folder / "held_out.jsonl"
-    data.write_text("".join(json.dumps(each) + "\n" for each in conversations(questions)), encoding="utf-8")
-    opened = Opened(Subject("base", str(model)))
-    sets = Sets(opened, tokens)
-    sets.read("held_out", [str(data)], "auto", None, 0)
+    opened = Opened(Subject("base", str(args.model_name_or_path)))
+    sets = Sets(opened, args.tokens)
+    sets.read("held_out", [str(ROOT / "examples" / "identity.json")], "auto", args.conversations, 0)
     asked = sets.questions["held_out"]
     examples = [sets.examples["held_out"][question.index] for question in asked]
     plain = load_for_inference(opened.checkpoint)
     ways: dict[str, Callable[[], Any]] = {
-        "answers, now": lambda: sets.answerer.answer(opened.model, asked),
-        "answers, before": lambda: sets.answerer.answer(plain, asked),
-        "losses, now": lambda: answer_losses(opened.model, examples),
-        "losses, before": lambda: [answer_losses(plain, [example])[0] for example in examples],
+        "answers": lambda: sets.answerer.answer(opened.model, asked),
+        "answers, transformers' blocks": lambda: sets.answerer.answer(plain, asked),
+        "losses": lambda: answer_losses(opened.model, examples),
+        "losses, one at a time": lambda: [answer_losses(opened.model, [example])[0] for example in examples],
+        "losses, transformers' blocks, one at a time": lambda: [
+            answer_losses(plain, [example])[0] for example in examples
+        ],
     }
     assert opened.model is not None, "loaded before anything is measured"
     seconds: dict[str, float] = {}
     found: dict[str, Any] = {}
-    for _ in range(rounds):
+    for _ in range(args.rounds):
         for name, run in ways.items():
             start = time.perf_counter()
             found[name] = run()
             seconds[name] = min(time.perf_counter() - start, seconds.get(name, float("inf")))
     rates = {name: round(60 * len(asked) / value, 1) for name, value in seconds.items()}
-    same = sum(one == other for one, other in zip(found["answers, now"], found["answers, before"], strict=True))
-    totals = [[sum(turn.loss for turn in turns) for turns in found[f"losses, {when}"]] for when in ("now", "before")]
+    pairs = list(zip(found["answers"], found["answers, transformers' blocks"], strict=True))
+    totals = [
+        [sum(turn.loss for turn in turns) for turns in losses]
+        for name, losses in found.items()
+        if name.startswith("losses")
+    ]
     figures = {
-        "conversations": len(asked), "tokens": tokens, "rounds": rounds, "conversations_per_minute": rates,
-        "equal_answers": f"{same} of {len(asked)}",
-        "largest_share_of_a_loss": max(abs(one / other - 1) for one, other in zip(*totals, strict=True)),
-    }  # fmt: skip
+        "conversations_per_minute": rates,
+        "equal_answers": f"{sum(one == other for one, other in pairs)} of {len(asked)}",
+        "largest_difference_of_a_loss": max((max(each) - min(each)) / min(each) for each in zip(*totals, strict=True)),
+    }
     print(figures, flush=True)
     return figures
 
@@ -251,24 +245,25 @@ def main(argv: Sequence[str]) -> None:
         prog="python -m benchmarks.evaluation", description=__doc__, formatter_class=HelpFormatter
     )
     parser.add_argument("--model_name_or_path", type=Path, required=True, help="checkpoint folder")
-    parser.add_argument("--only", choices=["tasks", "held_out"], help="measure this alone")
+    parser.add_argument("--parts", nargs="+", choices=["held_out", *TASKS], default=["held_out", *TASKS])
+    parser.add_argument("--ways", nargs="+", choices=WAYS, default=list(WAYS))
     parser.add_argument("--questions", type=int, default=8, help="of each benchmark (default: 8)")
-    parser.add_argument("--conversations", type=int, default=32, help="held out (default: 32)")
+    parser.add_argument("--conversations", type=int, default=16, help="held out (default: 16)")
     parser.add_argument("--tokens", type=int, default=48, help="most tokens of an answer (default: 48)")
     parser.add_argument("--rounds", type=int, default=1, help="the fastest counts (default: 1)")
     args = parse_args(parser, argv, RESULTS)
     results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
     with tempfile.TemporaryDirectory() as name:
-        settings = args.tokens, args.rounds, Path(name)
-        if args.only != "tasks":
-            results["held_out"] = measure_held_out(args.model_name_or_path, args.conversations, *settings)
-        if args.only != "held_out":
-            results["tasks"] = measure_tasks(args.model_name_or_path, args.questions, *settings)
-            results["lm_eval"] = version("lm_eval")
+        for part in args.parts:
+            folder = Path(name) / part
+            figures = measure_held_out(args) if part == "held_out" else measure_task(part, args, folder)
+            settings = {key: getattr(args, key) for key in ("questions", "conversations", "tokens", "rounds")}
+            results[part] = {**results.get(part, {}), **settings, **figures}
+    libraries = ["torch", "transformers", *(["lm_eval"] if set(args.parts) & set(TASKS) else [])]
     results |= {
         "command": "python -m benchmarks.evaluation",
         "machine": f"{platform.machine()}, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads",
-        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "versions": {**results.get("versions", {}), **{each: version(each) for each in libraries}},
     }
     save_results(results, args.output)
 
