@@ -7,9 +7,10 @@ import subprocess
 from pathlib import Path
 
 from tests.commands import environment
+from tests.documents import commands_in
 from tests.golden import REPO
 from tests.nightly.training import TIMEOUT
-from tests.recipe.test_documented_commands import commands_in, prepare
+from tests.recipe.test_documented_commands import prepare
 
 COMMANDS = [each.text for each in commands_in(REPO / "README.md") if "small" in each.text and "pip" not in each.text]
 PROGRAMS = ("scripts.make_small_qwen", "finetune_lora_single_gpu.sh", "merge_lora.py", "scripts.ask")
