@@ -123,7 +123,7 @@ def test_a_command_is_parsed_by_its_program(command: Command, folder: Path, monk
 
 def flags_of_programs(capsys: pytest.CaptureFixture[str]) -> set[str]:
     """Return the flags that the programs print as their help, and those of finetune.py."""
-    for module in ("merge_lora", *(f"scripts.{path.stem}" for path in (REPO / "scripts").glob("*.py"))):
+    for module in ("merge_lora", *(f"scripts.{path.stem}" for path in (REPO / "scripts").glob("[a-z]*.py"))):
         if parse := getattr(importlib.import_module(module), "parse_args", None):
             with pytest.raises(SystemExit):
                 parse(["--help"])
