@@ -260,10 +260,11 @@ def add_figures(part: str, figures: dict[str, Any], args: argparse.Namespace) ->
     results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
     of_part = ("conversations",) if part == "held_out" else ("questions",)
     settings = {key: getattr(args, key) for key in (*of_part, "tokens", "rounds")}
+    settings["threads"] = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
     libraries = ["torch", "transformers", *(["lm_eval"] if part in TASKS else [])]
     results |= {
         "command": "python -m benchmarks.evaluation",
-        "machine": f"{platform.machine()}, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
         "versions": {**results.get("versions", {}), **{each: version(each) for each in libraries}},
         part: {**results.get(part, {}), **settings, **figures},
     }
