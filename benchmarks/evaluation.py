@@ -23,7 +23,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from random import Random
@@ -91,15 +91,14 @@ def choice_question(draw: Random) -> str:
 # -------------------------------------------------------------------------------------------------- known benchmarks
 
 
-def measure_task(name: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Return the figures of each way by its name, and print them."""
+def measure_task(name: str, args: argparse.Namespace, folder: Path) -> Iterator[dict[str, Any]]:
+    """Yield the figures of each way by its name."""
     from evaluation.task_flags import read_items
 
     write_questions(folder / "data", args.questions)
     flags = {"num_fewshot": None, "limit": None, "seed": 0, "apply_chat_template": False}
     [items] = read_items(argparse.Namespace(tasks=name, data_dir=folder / "data", **flags)).values()
     wide = write_in_float32(args.model_name_or_path, folder / "float32")
-    figures: dict[str, Any] = {}
     of_first: dict[str, Any] = {}
     for way in dict.fromkeys([FIRST, *args.ways]):
         build = build_own if way.startswith("scripts") else build_theirs
@@ -107,9 +106,7 @@ def measure_task(name: str, args: argparse.Namespace, folder: Path) -> dict[str,
         seconds, accuracy, results = min((ask(lm(), name, items) for _ in range(args.rounds)), key=lambda each: each[0])
         of_first = of_first or results
         rate = round(60 * len(items) / seconds, 2)
-        figures[way] = {"questions_per_minute": rate, "accuracy": accuracy, **compared(results, of_first)}
-        print(f"{name:8}{way:30}", figures[way], flush=True)
-    return figures
+        yield {way: {"questions_per_minute": rate, "accuracy": accuracy, **compared(results, of_first)}}
 
 
 def write_in_float32(model: Path, folder: Path) -> Path:
@@ -196,7 +193,7 @@ def compared(results: dict[str, Any], others: dict[str, Any]) -> dict[str, Any]:
 
 
 def measure_held_out(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the figures of answers and losses, and print them."""
+    """Return the figures of answers and losses."""
     from evaluation.evaluating import Opened, Sets, Subject
     from evaluation.losses import answer_losses
     from loading.inference import load_for_inference
@@ -231,13 +228,11 @@ def measure_held_out(args: argparse.Namespace) -> dict[str, Any]:
         for name, losses in found.items()
         if name.startswith("losses")
     ]
-    figures = {
+    return {
         "conversations_per_minute": rates,
         "equal_answers": f"{sum(one == other for one, other in pairs)} of {len(asked)}",
         "largest_difference_of_a_loss": max((max(each) - min(each)) / min(each) for each in zip(*totals, strict=True)),
     }
-    print(figures, flush=True)
-    return figures
 
 
 def main(argv: Sequence[str]) -> None:
@@ -252,18 +247,26 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--tokens", type=int, default=48, help="most tokens of an answer (default: 48)")
     parser.add_argument("--rounds", type=int, default=1, help="the fastest counts (default: 1)")
     args = parse_args(parser, argv, RESULTS)
-    results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
     with tempfile.TemporaryDirectory() as name:
         for part in args.parts:
-            folder = Path(name) / part
-            figures = measure_held_out(args) if part == "held_out" else measure_task(part, args, folder)
-            settings = {key: getattr(args, key) for key in ("questions", "conversations", "tokens", "rounds")}
-            results[part] = {**results.get(part, {}), **settings, **figures}
-    libraries = ["torch", "transformers", *(["lm_eval"] if set(args.parts) & set(TASKS) else [])]
+            measured = [measure_held_out(args)] if part == "held_out" else measure_task(part, args, Path(name) / part)
+            for figures in measured:
+                print(part, figures, flush=True)
+                add_figures(part, figures, args)
+
+
+def add_figures(part: str, figures: dict[str, Any], args: argparse.Namespace) -> None:
+    """Write figures of a part; others, which may have been measured before, stay."""
+    results: dict[str, Any] = json.loads(args.output.read_text()) if args.output.exists() else {}
+    of_part = ("conversations",) if part == "held_out" else ("questions",)
+    settings = {key: getattr(args, key) for key in (*of_part, "tokens", "rounds")}
+    settings["threads"] = int(os.environ.get("OMP_NUM_THREADS", os.cpu_count() or 1))
+    libraries = ["torch", "transformers", *(["lm_eval"] if part in TASKS else [])]
     results |= {
         "command": "python -m benchmarks.evaluation",
-        "machine": f"{platform.machine()}, {os.environ.get('OMP_NUM_THREADS', os.cpu_count())} threads",
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPU cores",
         "versions": {**results.get("versions", {}), **{each: version(each) for each in libraries}},
+        part: {**results.get(part, {}), **settings, **figures},
     }
     save_results(results, args.output)
 
