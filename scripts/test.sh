@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Run the tests in the toolkit's own environment:  bash scripts/test.sh [pytest arguments]
-# Without arguments the whole suite runs in two processes, each test file in one of them.
+# Without arguments the whole suite runs in four processes, each test file in one of them: half of their time is waiting.
 # With --nightly in front: the tests on a real small model, tests/nightly (at most 40 minutes). The model is downloaded,
 # or read from QWEN_SMALL_MODEL=DIR, which python -m scripts.make_small_qwen has written.
 set -euo pipefail
@@ -16,6 +16,6 @@ if [ "${1:-}" = --nightly ]; then
     esac
 elif [ $# -eq 0 ]; then
     # In file order: the long tests in tests/recipe start first, and the short ones fill the gaps.
-    set -- --numprocesses 2 --dist loadfile --no-loadscope-reorder
+    set -- --numprocesses 4 --dist loadfile --no-loadscope-reorder
 fi
 exec .venv/bin/python -m pytest "$@"
