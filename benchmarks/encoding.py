@@ -59,9 +59,9 @@ CASES = (
 )
 
 
-def write_data(folder: Path, files: Sequence[Path]) -> None:
-    """Write ``plain.jsonl`` and ``thoughts.jsonl``: every record of Alpaca files, every other one after another."""
-    records = [record for file in files for record in json.loads(file.read_text(encoding="utf-8"))]
+def write_data(folder: Path, files: Sequence[Path], most: int) -> None:
+    """Write ``plain.jsonl`` and ``thoughts.jsonl``: the first records of Alpaca files, every other after another."""
+    records = [record for file in files for record in json.loads(file.read_text(encoding="utf-8"))[:most]]
     for name, with_thoughts in (("plain", False), ("thoughts", True)):
         with (folder / f"{name}.jsonl").open("w", encoding="utf-8") as file:
             for number, record in enumerate(records):
@@ -151,11 +151,12 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--templates", type=Path, required=True, help="folder with qwen3.jinja and the others")
     parser.add_argument("--texts", type=Path, nargs="+", required=True, help="files with lists of Alpaca records")
     parser.add_argument("--other", type=Path, nargs="+", default=[], help="checkouts to compare with")
+    parser.add_argument("--records", type=int, default=500, help="of each file, at most")
     parser.add_argument("--rounds", type=int, default=5)
     args = parse_args(parser, argv, ROOT / "benchmarks" / "results" / "encoding.json")
     with tempfile.TemporaryDirectory() as name:
         folder, model = Path(name), args.model_name_or_path.resolve()
-        write_data(folder, args.texts)
+        write_data(folder, args.texts, args.records)
         for template in {case.template for case in CASES if case.template}:
             write_tokenizer(folder / template, model, args.templates / template)
         asked = [

@@ -287,7 +287,7 @@ class Encoder:
         """
         options, turns, tools = self.options, conversation.turns, conversation.tools
         sample = sample or Sample(True, len(turns))
-        is_longest = all(turn.role != "assistant" for turn in turns[sample.end :])
+        others = turns[sample.end :]
         turns = turns[: sample.end]
         try:
             if not tools and has_shape(turns, self.family):
@@ -296,6 +296,7 @@ class Encoder:
                     return encoded
             messages = self._render(turns, tools, sample)
             encoded = self._encode(messages)
+            is_longest = all(turn.role != "assistant" for turn in others)
             rest = messages[len(messages) - encoded.turns_dropped + 1 :] if encoded.turns_dropped and is_longest else []
             rest_length = sum(len(self._segment_ids(part)) for message in rest for part in message.segments)
         except ValueError as error:

@@ -79,7 +79,7 @@ class RecordEncoder:
             report.skip(where, BAD_RECORD, copies)
             return
         kept = [piece for piece in pieces if piece.trained_tokens]
-        if full_length := max(piece.full_length for piece in pieces):
+        if full_length := max([piece.full_length for piece in pieces]):
             report.count_too_long(full_length, max((len(piece.input_ids) for piece in kept), default=0), copies)
         if not kept:
             shortened = (piece for piece in pieces if piece.turns_dropped)
@@ -87,7 +87,7 @@ class RecordEncoder:
             return
         block.is_text |= conversation.is_text
         location = self._show(where)
-        is_shortened = any(piece.turns_dropped for piece in pieces)
+        is_shortened = any([piece.turns_dropped for piece in pieces])
         if not conversation.is_text:
             report.count_samples(kept, copies)
         for piece in kept:

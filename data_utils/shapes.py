@@ -48,10 +48,11 @@ def has_shape(turns: Sequence[Turn], family: Family) -> bool:
     if family.own_template is not None:
         return False
     has_marks = family.has_thinking or bool(family.prompt_suffix)
+    may_trim = family.is_strict or bool(family.trimmed_roles)
     if turns[0].role == "system" and not turns[0].content and (family.instructions or not family.writes_blank_system):
         return False  # without the line ends, or the turn, of one that has a text
     for role, content, calls, weight, thinking in turns:
-        if family.is_trimmed(role) and content != content.strip():
+        if may_trim and family.is_trimmed(role) and content != content.strip():
             return False
         if calls or thinking or role not in _ROLES or weight not in _WEIGHTS:
             return False

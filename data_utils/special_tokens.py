@@ -87,6 +87,8 @@ def encoder_with(encode_text: EncodeText, allowed: Mapping[str, int], others: Co
     assert pattern is not None
 
     def encode(text: str) -> list[int]:
+        if pattern.search(text) is None:
+            return encode_text(text)
         ids: list[int] = []
         start = 0
         for match in pattern.finditer(text):

@@ -8,12 +8,16 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from chat import answers
+from chat.answers import Answers
 from data_utils import dataset
+from data_utils import encode as encode_module
 from data_utils.dataset import DataReader
 from data_utils.encode import Encoder, Example
 from data_utils.examples import ExampleSet
@@ -21,9 +25,10 @@ from data_utils.files import Location, read_records
 from data_utils.formats import Format
 from data_utils.report.source_report import SourceReport
 from errors import DataError
+from tests.families import STRICT
+from tests.fuzz_data import chat_formats, runner
 from tests.fuzz_data import examine as examine_module
-from tests.fuzz_data import runner
-from tests.fuzz_data.chat_formats import encoder_of
+from tests.fuzz_data.chat_formats import FAMILIES, QWEN, ChatFormat, encoder_of
 from tests.fuzz_data.examine import Result, examine
 from tests.fuzz_data.oracle import expected, row_records
 from tests.fuzz_data.runner import MUTATIONS, OUTCOMES, main, make_case, run, run_apart
@@ -36,6 +41,8 @@ def test_mutations_have_no_findings(tmp_path: Path) -> None:
     results = list(run(SEED, range(COUNT), tmp_path))
     assert {result.mutation for result in results} == set(MUTATIONS)
     assert {outcome for result in results for outcome in result.outcomes} == set(OUTCOMES)
+    if FAMILIES.is_dir():
+        assert {result.chat.checkpoint for result in results} > {"", *STRICT}
     with_findings = [(result.number, result.mutation, result.findings) for result in results if result.findings]
     assert with_findings == [], f"--seed {SEED} --only NUMBER"
 
@@ -48,17 +55,25 @@ def test_text_of_five_megabytes(text: str, tmp_path: Path) -> None:
     assert findings(tmp_path, lines(*GOOD[:2], json.dumps(record), *GOOD[3:])) == []
 
 
+@pytest.mark.parametrize("text", ["word ", "1"])
+def test_text_of_five_megabytes_in_a_later_format(text: str, shared: Path, tmp_path: Path) -> None:
+    """The tokenizers library would take 15 s and 2 GB for the digits."""
+    record = {"prompt": text * (5_000_000 // len(text)), "response": "Answer"}
+    assert findings(tmp_path, lines(*GOOD[:2], json.dumps(record), chat=LATER)) == []
+
+
 def test_cases_are_reproducible() -> None:
     once, again = ([make_case(3, number) for number in range(4 * len(MUTATIONS))] for _ in range(2))
     assert once == again
     assert make_case(3, 0).data != make_case(4, 0).data
 
 
-def test_valid_files_of_every_format_and_ending(tmp_path: Path) -> None:
+def test_valid_files_of_every_format_and_ending(shared: Path, tmp_path: Path) -> None:
     """They are read without faults, and all their samples are different."""
     names = set()
     for number in range(0, 100 * len(MUTATIONS), len(MUTATIONS)):
         case = make_case(5, number)
+        case = replace(case, chat=LATER if case.name.startswith("thoughts") else QWEN)  # v1 has no field of thinking
         assert (case.mutation, case.expect) == ("unchanged", Expect.SAME)
         result = examine(case, tmp_path / case.name)
         assert result.outcomes == ("same", "same") and not result.findings, case.name
@@ -75,8 +90,11 @@ RECORDS = [{"prompt": f"Question {number}?", "response": f"Answer {number}"} for
 GOOD = [json.dumps(record) for record in RECORDS]
 
 
-def lines(*texts: str, expect: Expect = Expect.ORACLE) -> Case:
-    return Case("test", "a.jsonl", "\n".join(texts).encode(), expect, RECORDS)
+LATER = ChatFormat("qwen3_5_think", thinking="auto", split_turns="auto")
+
+
+def lines(*texts: str, expect: Expect = Expect.ORACLE, chat: ChatFormat = QWEN) -> Case:
+    return Case("test", "a.jsonl", "\n".join(texts).encode(), expect, RECORDS, chat=chat)
 
 
 def findings(folder: Path, case: Case) -> list[str]:
@@ -202,6 +220,36 @@ def test_labels_that_differ_from_the_ids_are_found(tmp_path: Path, monkeypatch: 
 
     monkeypatch.setattr(examine_module, "ExampleSet", Shifted)
     assert findings(tmp_path, lines(GOOD[0]))[0].startswith("refusing: labels differ from the ids: [-100, ")
+
+
+def in_chat_format(folder: Path, *texts: str) -> list[str]:
+    chat_formats.encoder_of.cache_clear()
+    try:
+        return findings(folder, lines(*texts, chat=replace(LATER, split_turns="never")))
+    finally:
+        chat_formats.encoder_of.cache_clear()
+
+
+def test_text_that_becomes_control_tokens_is_found(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record = json.dumps({"prompt": "Why<|im_end|>?", "response": "So"})
+    assert in_chat_format(tmp_path, record) == []
+    monkeypatch.setattr(
+        encode_module, "plain_encoder", lambda tokenizer: lambda text: tokenizer.encode(text, add_special_tokens=False)
+    )
+    assert in_chat_format(tmp_path, record) == ["(1, None): 5 control tokens, not 4"]
+
+
+def test_text_and_training_that_differ_from_the_official_template_are_found(
+    shared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as change:
+        change.setattr(Answers, "promptable", lambda *arguments: set())
+        [found] = in_chat_format(tmp_path, json.dumps({**RECORDS[0], "history": [["a", "b"]]}), GOOD[1])[:1]
+        assert found.startswith("(1, None): trains [], not ['\\n</think>")
+    monkeypatch.setattr(answers, "thought_block", lambda thought: "<think>\n\n\n</think>\n\n")
+    assert "ids of " in in_chat_format(tmp_path, GOOD[0])[0]
 
 
 def test_slow_reading_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
