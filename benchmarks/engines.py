@@ -1,6 +1,6 @@
 """Every mode of training under every engine, with two processes beside one.
 
-    python -m benchmarks.engines [--model qwen3_5] [--modes full lora ...] [--engines ddp zero3 ...] [--output FILE]
+    python -m benchmarks.engines [--model qwen3_5] [--float64] [--modes full lora ...] [--engines ddp zero3 ...]
 
 For each mode one process trains with batches of 8, and under each engine two processes with batches of 4 (packed: 2
 packs, and 1): a tiny random model in float32 on the CPU, on conversations of many lengths whose last batch is not full.
@@ -48,9 +48,13 @@ MODES: dict[str, list[str]] = {
     "lora": ["--use_lora", "--trainable_embeddings", "none"],
     "lora_packed": ["--use_lora", "--trainable_embeddings", "none", "--packing", "--model_max_length", "128"],
     "lora_embeddings": ["--use_lora", "--trainable_embeddings", "full"],
+    "lora_embeddings_packed": [
+        "--use_lora", "--trainable_embeddings", "full", "--packing", "--model_max_length", "128",
+        "--gradient_checkpointing", "True",
+    ],
     "lora_chatml_tokens": ["--use_lora", "--trainable_embeddings", "chatml_tokens"],
     "q_lora_nf4": ["--use_lora", "--q_lora", "--trainable_embeddings", "none"],
-}
+}  # fmt: skip
 ENGINES: dict[str, list[str]] = {
     "ddp": [],
     "zero2": ["--deepspeed", "finetune/ds_config_zero2.json"],
@@ -132,10 +136,15 @@ def python() -> str:
 
 
 class Runs:
-    """Runs of ``finetune.py`` on the same model and data, in a folder of their own."""
+    """Runs of ``finetune.py`` on the same model and data, in a folder of their own.
 
-    def __init__(self, folder: Path, model: str) -> None:
+    Args:
+        in_float64: compute in float64, see ``benchmarks/in_float64.py``.
+    """
+
+    def __init__(self, folder: Path, model: str, in_float64: bool = False) -> None:
         self.folder, self.model = folder, MODELS[model](folder / "model")
+        self._command = ["-m", "benchmarks.in_float64"] if in_float64 else ["finetune.py"]
         records = json.loads((ROOT / "examples" / "identity.json").read_text(encoding="utf-8"))
         for name, part in (("train", records[:TRAINED]), ("eval", records[TRAINED : TRAINED + EVALUATED])):
             (folder / f"{name}.json").write_text(json.dumps(part, ensure_ascii=False), encoding="utf-8")
@@ -146,7 +155,7 @@ class Runs:
         processes, batch = 1 if engine is None else WORLD, PACKS if "--packing" in mode else BATCH
         start = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", WORLD] if processes > 1 else []
         words = [
-            python(), *start, "finetune.py", "--model_name_or_path", self.model, "--data_path",
+            python(), *start, *self._command, "--model_name_or_path", self.model, "--data_path",
             self.folder / "train.json", "--eval_data_path", self.folder / "eval.json", "--output_dir", output,
             "--per_device_train_batch_size", batch // processes, "--gradient_accumulation_steps", 1, "--weight_decay",
             0, "--per_device_eval_batch_size", 2, "--lora_dropout", 0, "--logging_steps", 1, "--save_strategy", "no",
@@ -238,9 +247,13 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument("--model", default="qwen", choices=MODELS, help="tiny model (default: %(default)s)")
     parser.add_argument("--modes", nargs="+", default=list(MODES), choices=MODES)
     parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
+    parser.add_argument(
+        "--float64", action="store_true", help="compute in float64: rounding then explains no difference in float32"
+    )
     args = parse_args(parser, argv, RESULTS)
+    model = f"{args.model} in float64" if args.float64 else args.model
     with tempfile.TemporaryDirectory() as folder:
-        runs = Runs(Path(folder), args.model)
+        runs = Runs(Path(folder), args.model, args.float64)
         for mode in args.modes:
             alone = runs.train(f"{mode}-alone", MODES[mode], None)
             alone_gradients = runs.first_gradients(f"{mode}-alone-gradients", MODES[mode], None)
@@ -249,8 +262,8 @@ def main(argv: Sequence[str]) -> None:
                     raise RuntimeError(f"{mode}, one process: {result.stderr[-3000:]}")
             for engine in args.engines:
                 figures = compare(runs, mode, engine, alone, alone_gradients)
-                print(args.model, mode, engine, json.dumps(figures), flush=True)
-                save_figures(figures, (args.model, mode, engine), args.output)
+                print(model, mode, engine, json.dumps(figures), flush=True)
+                save_figures(figures, (model, mode, engine), args.output)
 
 
 def save_figures(figures: dict[str, Any], place: tuple[str, str, str], path: Path) -> None:

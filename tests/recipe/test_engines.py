@@ -18,7 +18,7 @@ from training.config.parsing import parse_args
 
 LOSS, GRADIENTS = 1e-5, 1e-6
 # Gradients of a delta net's decay are differences of large sums: another order of operations changes their last digits
-# more, within one process too, and ZeRO-3 calls layers that are one operation elsewhere.
+# more, and ZeRO-3 calls layers that are one operation elsewhere. It is rounding: see ``--float64`` of the benchmark.
 TOLERANCES = {"qwen": (LOSS, GRADIENTS), "qwen3_5": (1e-4, 2e-5)}
 # ``test_two_ranks.py`` tests DDP. Gradients of the first step are compared once for each way of sharding them; under
 # ZeRO-3 for Qwen3.5, too, whose delta nets use parameters of modules that they do not call.
@@ -29,7 +29,7 @@ CASES = [
     ("qwen", "q_lora_nf4", "zero2", False),
     ("qwen3_5", "full", "zero3", True),
     ("qwen3_5", "full", "fsdp2", False),
-    ("qwen3_5", "lora_embeddings", "zero3", False),
+    ("qwen3_5", "lora_embeddings_packed", "zero3", False),
 ]
 
 
