@@ -8,15 +8,15 @@ conversations in the alpaca format.
 
 facts       the recipe of docs/training.md teaches 12 invented facts: trained questions answered to the letter, other
             wordings that name the fact, and the perplexity of general answers, before and after
-methods     40 steps of 4 general conversations with LoRA, all parameters, and Q-LoRA on NF4, GPTQ and AWQ: perplexity
+lora, ...   40 steps of 4 general conversations with LoRA, all parameters, and Q-LoRA on NF4, GPTQ and AWQ: perplexity
             of other conversations' answers, before (quantised where the method does so) and after
 quantised   perplexity after scripts.quantize to 4 bits in groups of 64, and after rounding to nearest
 merged      the adapter of ``facts`` merged: the share of its greedy answers that are the same, and the perplexity
 layouts     the same for the model in Qwen v1's layout (``--qwen DIR``), both in float32
 gguf        the same for the merged float32 model as a GGUF file in llama.cpp (``--tools DIR``)
 
-Some parts use folders that earlier ones write below the working folder; these are run with them. Two threads take an
-hour. Every number is of one run.
+Parts that need the adapter or a quantised model make it. Every figure is of one run, in float32 but for a merge in
+bfloat16; two threads take an hour or two.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from functools import cached_property
 from importlib.metadata import version
+from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ class SmallModel:
         model: folder in the layout qwen2.
         records: general conversations in the alpaca format; the first ones are held out.
         work: folder for adapters, merged and quantised models.
-        steps: optimizer steps of a run of ``methods``.
+        steps: optimizer steps of a method's run.
         qwen: the same model in Qwen v1's layout.
         tools: folder of scripts.export_gguf, with llama-cpp-python.
     """
@@ -94,10 +95,20 @@ class SmallModel:
         return {"recipe": asdict(CASES[RECIPE]), "questions": FACTS, "other_wordings": 2 * FACTS,
                 "before": before, "after": after, **_change(before["perplexity"], after["perplexity"])}  # fmt: skip
 
-    def methods(self) -> dict[str, Any]:
+    def method(self, name: str) -> dict[str, Any]:
+        """Train by one of ``METHODS``."""
         data = self.work / "train.json"
         data.write_text(json.dumps(self.general[:TRAINED]))
-        return {name: self._method(name, data) for name in METHODS}
+        kind, output = name.rpartition(" ")[2], self.work / f"method {name}"
+        base = self.quantised_folder(kind) if kind in ("gptq", "awq") else self.model
+        _run("finetune.py", "--model_name_or_path", base, "--data_path", data, "--output_dir", output, "--max_steps",
+             self.steps, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1, "--use_cpu", "True",
+             "--gradient_checkpointing", "False", "--save_strategy", "no", "--disable_tqdm", "True",
+             *METHODS[name])  # fmt: skip
+        is_adapter = "--use_lora" in METHODS[name]
+        after = self._perplexity(base if is_adapter else output, output if is_adapter else None)
+        before = self._perplexity(base, output if kind == "nf4" else None, without_adapter=True)
+        return {"flags": list(map(str, METHODS[name])), "steps": self.steps, **_change(before, after)}
 
     def quantised(self) -> dict[str, Any]:
         rows = {}
@@ -162,18 +173,6 @@ class SmallModel:
                  "--output_dir", folder, "--format", format_, "--group_size", 64, "--samples", 32)  # fmt: skip
         return folder
 
-    def _method(self, name: str, data: Path) -> dict[str, Any]:
-        kind, output = name.rpartition(" ")[2], self.work / f"method {name}"
-        base = self.quantised_folder(kind) if kind in ("gptq", "awq") else self.model
-        _run("finetune.py", "--model_name_or_path", base, "--data_path", data, "--output_dir", output, "--max_steps",
-             self.steps, "--per_device_train_batch_size", 4, "--gradient_accumulation_steps", 1, "--use_cpu", "True",
-             "--gradient_checkpointing", "False", "--save_strategy", "no", "--disable_tqdm", "True",
-             *METHODS[name])  # fmt: skip
-        is_adapter = "--use_lora" in METHODS[name]
-        after = self._perplexity(base if is_adapter else output, output if is_adapter else None)
-        before = self._perplexity(base, output if kind == "nf4" else None, without_adapter=True)
-        return {"flags": list(map(str, METHODS[name])), "steps": self.steps, **_change(before, after)}
-
     def _perplexity(self, model: Path, adapter: Path | None, *, without_adapter: bool = False) -> float:
         """Return the perplexity of the held-out answers. An adapter on NF4 rounds its base while that is loaded."""
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -203,8 +202,10 @@ class SmallModel:
 
 
 PARTS: dict[str, Callable[[SmallModel], dict[str, Any]]] = {
-    "facts": SmallModel.facts, "methods": SmallModel.methods, "quantised": SmallModel.quantised,
-    "merged": SmallModel.merges, "layouts": SmallModel.layouts, "gguf": SmallModel.gguf,
+    "facts": SmallModel.facts,
+    **{name: methodcaller("method", name) for name in METHODS},
+    "quantised": SmallModel.quantised, "merged": SmallModel.merges, "layouts": SmallModel.layouts,
+    "gguf": SmallModel.gguf,
 }  # fmt: skip
 NEEDS = {"layouts": "qwen", "gguf": "tools"}
 

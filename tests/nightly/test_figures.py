@@ -27,5 +27,5 @@ def test_taught_facts_come_back_in_other_words_and_general_answers_stay(small: S
 
 
 def test_every_method_lowers_the_loss_of_other_conversations(small: SmallModel) -> None:
-    ratios = {name: row["ratio"] for name, row in small.methods().items()}
-    assert ratios.keys() == METHODS.keys() and max(ratios.values()) < 0.995, ratios
+    ratios = {name: small.method(name)["ratio"] for name in METHODS}
+    assert max(ratios.values()) < 0.995, ratios
