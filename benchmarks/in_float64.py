@@ -6,7 +6,9 @@ DeepSpeed keeps the optimizer's weights in float32, and results are saved in the
 
 from __future__ import annotations
 
+import runpy
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from commands import run_command
@@ -17,7 +19,6 @@ def main(argv: Sequence[str]) -> None:
     from torch import Tensor
     from torch.overrides import TorchFunctionMode
 
-    import finetune
     import training.model
 
     class Wide(TorchFunctionMode):
@@ -30,7 +31,8 @@ def main(argv: Sequence[str]) -> None:
             args: Sequence[Any] = (),
             kwargs: Mapping[str, Any] | None = None,
         ) -> Any:
-            if any(isinstance(each, Tensor) and each.dtype == torch.float64 for each in args):
+            tensors = [each for value in args for each in (value if isinstance(value, (list, tuple)) else [value])]
+            if any(isinstance(each, Tensor) and each.dtype == torch.float64 for each in tensors):
                 if func is Tensor.float:
                     return args[0]
                 args = tuple(torch.float64 if each is torch.float32 else each for each in args)
@@ -42,7 +44,7 @@ def main(argv: Sequence[str]) -> None:
     training.model.weights_dtype = lambda *flags: torch.float64  # type: ignore[assignment]
     torch.set_default_dtype(torch.float64)  # of the loss that is summed over steps
     with Wide():
-        finetune.main(argv)
+        runpy.run_path(str(Path(__file__).parents[1] / "finetune.py"))["main"](argv)
 
 
 if __name__ == "__main__":
