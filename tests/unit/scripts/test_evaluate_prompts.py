@@ -9,8 +9,7 @@ from typing import Any
 
 import pytest
 
-from evaluation.answering import Answerer
-from evaluation.evaluating import Sets, Subject
+from evaluation.evaluating import Opened, Sets, Subject
 from evaluation.prompt_flags import Prompts
 from scripts.evaluate import main
 from tests.commands import run_here
@@ -62,8 +61,8 @@ def test_flags_choose_the_prompts(
 ) -> None:
     if prompts.chat_template:
         prompts = replace(prompts, chat_template=str(shared / "families" / "templates" / prompts.chat_template))
-    sets = Sets(Subject("base", str(folder / "model"), prompts=prompts), 8)
+    sets = Sets(Opened(Subject("base", str(folder / "model"), prompts=prompts)), 8)
     sets.read("held_out", [str(folder / "data.jsonl")], "auto", None, seed=1)
-    answerer, questions = Answerer(sets.checkpoint, 8), sets.questions["held_out"]
+    answerer, questions = sets.answerer, sets.questions["held_out"]
     assert [question.opening for question in questions] == [opening, opening]
     assert tuple(answerer.shown(each, answerer.text(each.expected_ids)) for each in questions) == expected
