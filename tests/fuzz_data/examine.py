@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unicodedata import category
+from unicodedata import bidirectional, category
 from unittest.mock import patch
 
 from chat.label_mask import IGNORE_INDEX
@@ -32,6 +32,9 @@ from tests.fuzz_data.valid_files import Case, Expect
 MAX_SECONDS = 8.0  # CPU time for one mutation
 MAX_MEMORY = 640 << 20  # bytes beyond the peak before anything is read
 MAX_FAULTS = 20
+# What controls a terminal, or the direction of text; other spaces and joiners are letters of a text.
+_CONTROLS = ("Cc", "Cs", "Zl", "Zp")
+_DIRECTIONS = ("LRE", "RLE", "LRO", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI")
 
 
 @dataclass
@@ -156,7 +159,7 @@ def _read_report(examples: ExampleSet, path: Path, reading: Reading) -> None:
     if source.samples != len(examples):
         reading.errors.append(f"{source.samples} samples, {len(examples)} examples")
     shown = render_report(report, color=False)
-    if any(not char.isprintable() and char != "\n" and category(char) != "Zs" for char in shown):  # U+3000 is a space
+    if any(category(char) in _CONTROLS or bidirectional(char) in _DIRECTIONS for char in shown.replace("\n", "")):
         reading.errors.append("report with control characters")
 
 

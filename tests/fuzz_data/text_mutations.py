@@ -94,7 +94,9 @@ def _null_fields(file: ValidFile) -> Case:
     named = [path for path, value in nodes(file.record, inside=True) if isinstance(value, dict) and "name" in value]
     if named and file.random.random() < 0.5:
         path, names = file.random.choice(named), (*TOOL_FIELDS, *CALL_FIELDS)
-    return file.with_value(path, {**dict.fromkeys(names), **value_at(file.record, path)}, Expect.SAME)
+    # Later formats describe a tool with all its fields.
+    expect = Expect.ORACLE if path[:1] == ("tools",) else Expect.SAME
+    return file.with_value(path, {**dict.fromkeys(names), **value_at(file.record, path)}, expect)
 
 
 @TEXT_MUTATIONS.register

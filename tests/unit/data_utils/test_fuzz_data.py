@@ -34,7 +34,7 @@ from tests.fuzz_data.oracle import expected, row_records
 from tests.fuzz_data.runner import MUTATIONS, OUTCOMES, main, make_case, run, run_apart
 from tests.fuzz_data.valid_files import FORMATS, TEXTS, Case, Expect
 
-SEED, COUNT = 20, 8 * len(MUTATIONS)
+SEED, COUNT = 20, 5 * len(MUTATIONS)
 
 
 def test_mutations_have_no_findings(tmp_path: Path) -> None:
@@ -71,13 +71,13 @@ def test_cases_are_reproducible() -> None:
 def test_valid_files_of_every_format_and_ending(shared: Path, tmp_path: Path) -> None:
     """They are read without faults, and all their samples are different."""
     names = set()
-    for number in range(0, 100 * len(MUTATIONS), len(MUTATIONS)):
-        case = make_case(5, number)
+    for number in range(0, 60 * len(MUTATIONS), len(MUTATIONS)):
+        case = make_case(11, number)
         case = replace(case, chat=LATER if case.name.startswith("thoughts") else QWEN)  # v1 has no field of thinking
         assert (case.mutation, case.expect) == ("unchanged", Expect.SAME)
         result = examine(case, tmp_path / case.name)
         assert result.outcomes == ("same", "same") and not result.findings, case.name
-        samples = [str(sample) for _, sample in expected(row_records(case.original))]
+        samples = [str(sample) for _, sample in expected(row_records(case.original), case.chat)]
         assert len(set(samples)) == len(samples) >= 5
         names.add(case.name)
     assert names == {f"{format_}{suffix}" for format_ in FORMATS for suffix in TEXTS}
@@ -246,8 +246,8 @@ def test_text_and_training_that_differ_from_the_official_template_are_found(
 ) -> None:
     with monkeypatch.context() as change:
         change.setattr(Answers, "promptable", lambda *arguments: set())
-        [found] = in_chat_format(tmp_path, json.dumps({**RECORDS[0], "history": [["a", "b"]]}), GOOD[1])[:1]
-        assert found.startswith("(1, None): trains [], not ['\\n</think>")
+        found = in_chat_format(tmp_path, GOOD[0])
+        assert "(1, None): trains [], not ['Answer 0<|im_end|>\\n']" in found
     monkeypatch.setattr(answers, "thought_block", lambda thought: "<think>\n\n\n</think>\n\n")
     assert "ids of " in in_chat_format(tmp_path, GOOD[0])[0]
 
