@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Run the tests in the toolkit's own environment:  bash scripts/test.sh [pytest arguments]
-# Without arguments the whole suite runs in four processes, each test file in one of them: half of their time is waiting.
+# Without arguments all tests but those marked long run in three processes, each test file in one of them: much of their
+# time is waiting for others.
+# With --long in front: the tests marked long (whole runs in further modes), which CI leaves out.
 # With --nightly in front: the tests on a real small model, tests/nightly (at most 40 minutes). The model is downloaded,
 # or read from QWEN_SMALL_MODEL=DIR, which python -m scripts.make_small_qwen has written.
 set -euo pipefail
@@ -14,8 +16,11 @@ if [ "${1:-}" = --nightly ]; then
         tests/nightly*) ;;
         *) set -- tests/nightly "$@" ;;
     esac
+elif [ "${1:-}" = --long ]; then
+    shift
+    set -- -m long --numprocesses 3 --dist loadfile --no-loadscope-reorder "$@"
 elif [ $# -eq 0 ]; then
     # In file order: the long tests in tests/recipe start first, and the short ones fill the gaps.
-    set -- --numprocesses 4 --dist loadfile --no-loadscope-reorder
+    set -- --numprocesses 3 --dist loadfile --no-loadscope-reorder
 fi
 exec .venv/bin/python -m pytest "$@"

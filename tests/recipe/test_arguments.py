@@ -41,11 +41,14 @@ LORA = COMMON + (
 )
 
 
-def test_command_lines_of_the_original_scripts(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "kinds", [{"full": "chat", "lora": "base"}, pytest.param({"full": "base", "lora": "chat"}, marks=pytest.mark.long)]
+)
+def test_command_lines_of_the_original_scripts(tmp_path: Path, kinds: dict[str, str]) -> None:
     """Full parameters and LoRA, chat and base model: five steps with the original's learning rates."""
     data = write_conversations(tmp_path / "train.json")
     models = {"chat": TINY, "base": copy_checkpoint(tmp_path / "base", chat_format="raw")}
-    recipes = {(mode, kind): flags for mode, flags in (("full", FULL), ("lora", LORA)) for kind in models}
+    recipes = {(mode, kinds[mode]): flags for mode, flags in (("full", FULL), ("lora", LORA))}
     outputs = {key: tmp_path / "-".join(key) for key in recipes}
     commands = [
         ["finetune.py", "--model_name_or_path", models[key[1]], "--data_path", data, "--output_dir", outputs[key],
@@ -174,6 +177,7 @@ def test_preview_and_dry_run_start_no_process_group(tmp_path: Path, monkeypatch:
     assert preview.stdout == dry_run.stdout and "a step uses 32 samples" in preview.stdout
 
 
+@pytest.mark.long
 def test_help_and_refusals_are_faster_than_importing_torch() -> None:
     seconds = measure_startup(rounds=1)
     slow = {name: value for name, value in seconds.items() if name != IMPORT and value > 0.4 * seconds[IMPORT]}

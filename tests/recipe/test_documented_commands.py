@@ -1,6 +1,7 @@
 """Every command in README.md, CONTRIBUTING.md and docs/ runs here on a tiny model, or is listed below.
 
-What is listed has the test that runs it, or the reason why it is not run.
+What is listed has the test that runs it, or the reason why it is not run. Those of other documents than README.md take
+minutes and are marked long.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,6 +44,8 @@ ELSEWHERE = {
     "python -m scripts.export_gguf": "tests/recipe/test_export_gguf.py",
     "python -m scripts.generate": "tests/unit/scripts/test_generate.py",
     "python -m scripts.serve": "tests/unit/scripts/test_serve.py",
+    "python -m scripts.recipes": "tests/unit/scripts/test_recipes.py",
+    "python finetune.py --config recipes/": "tests/unit/scripts/test_recipes.py",
     "python -m tests.fuzz_requests": "tests/unit/serving/api/test_clients.py",
     "python -m tests.fuzz_data": "tests/unit/data_utils/test_fuzz_data.py",
 }
@@ -75,6 +79,11 @@ def listed(command: Command, table: dict[str, str]) -> str | None:
     """The entry of a table whose key the command starts with."""
     text = command.text.removeprefix(".venv/bin/")
     return next((value for key, value in table.items() if text.startswith(key)), None)
+
+
+def in_time(command: Command) -> Any:
+    """Mark a command as long if it is not one of README.md."""
+    return pytest.param(command, marks=[pytest.mark.long] if command.document != "README.md" else [])
 
 
 def is_form(command: Command) -> bool:
@@ -154,7 +163,7 @@ def test_forms_name_what_exists(command: Command) -> None:
         assert (REPO / file).is_file() or (REPO / "finetune" / file).is_file(), command.text
 
 
-@pytest.mark.parametrize("command", TO_RUN, ids=lambda command: command.place)
+@pytest.mark.parametrize("command", [in_time(command) for command in TO_RUN], ids=lambda command: command.place)
 def test_a_documented_command_runs(command: Command, workspaces: Callable[[str], Path]) -> None:
     """In the order of the documents: a command may need the results of the ones before it."""
     folder = workspaces(command.document)

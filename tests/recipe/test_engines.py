@@ -10,10 +10,11 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader
 
-from benchmarks.engines import ENGINES, MODES, QWEN, Result, Runs, compare
+from benchmarks.engines import ENGINES, MODES, QWEN, Result, Runs, compare, largest_difference
 from planning.devices import find_device
 from planning.expectation import Machine, Planner
 from tests import fork_server
+from tests.programs import require_program
 from training.config.parsing import parse_args
 
 LOSS, GRADIENTS = 1e-5, 1e-6
@@ -25,17 +26,17 @@ TOLERANCES = {"qwen": (LOSS, GRADIENTS), "qwen3_5": (1e-4, 2e-5)}
 CASES = [
     ("qwen", "full", "zero3", True),
     ("qwen", "full", "fsdp2", True),
-    ("qwen", "lora_chatml_tokens", "fsdp2", False),
+    pytest.param("qwen", "lora_chatml_tokens", "fsdp2", False, marks=pytest.mark.long),
     ("qwen", "q_lora_nf4", "zero2", False),
     ("qwen3_5", "full", "zero3", True),
-    ("qwen3_5", "full", "fsdp2", False),
+    pytest.param("qwen3_5", "full", "fsdp2", False, marks=pytest.mark.long),
     ("qwen3_5", "lora_embeddings_packed", "zero3", False),
 ]
 
 
 @pytest.fixture(scope="module")
 def runs_of(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Runs]]:
-    """Processes are forked, those of torchrun too, except in the test of a whole FSDP run."""
+    """Processes are forked, those of torchrun too, except in the tests of a whole FSDP run and of offloading."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHON_EXEC", fork_server.python())
         yield cache(lambda model: Runs(tmp_path_factory.mktemp(model), model))
@@ -70,6 +71,18 @@ def test_two_processes_train_as_one_does(
     assert figures["loss"] <= loss and figures["eval_loss"] <= loss
     assert figures.get("first_gradients", 0) <= gradient
     assert figures["same_files"] and figures.get("merges", True) and figures.get("same_answers", True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("config", ["ds_config_zero2_offload.json", "ds_config_zero3_offload.json"])
+def test_offloaded_optimizer_gives_the_same_losses(runs: Runs, config: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """DeepSpeed compiles its optimizer for the CPU. The processes of ZeRO-2 are new ones."""
+    require_program("g++", "g++")
+    if "zero2" in config:
+        monkeypatch.delenv("PYTHON_EXEC")
+    offloaded = runs.train(config, MODES["full"], ["--deepspeed", f"finetune/{config}"])
+    assert offloaded.code == 0, offloaded.stderr
+    assert largest_difference(offloaded.logged("loss"), alone(runs, "full").logged("loss")) <= LOSS
 
 
 def test_resumed_fsdp_run_ends_with_the_same_bits_and_holds_what_was_planned(

@@ -165,6 +165,7 @@ def is_driver(pid: str) -> bool:
         return False
 
 
+@pytest.mark.long
 def test_killed_export_leaves_no_file_and_ends_the_converter(tmp_path: Path) -> None:
     model, out = write_published(tmp_path / "model"), tmp_path / "out.gguf"
     pid = tmp_path / "pid"

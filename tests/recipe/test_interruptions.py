@@ -112,7 +112,11 @@ def test_a_full_disk_at_the_end_saves_no_weights(tmp_path: Path, capfd: pytest.C
 
 
 @pytest.mark.parametrize(
-    ("number", "code", "word"), [(signal.SIGTERM, 143, "terminated"), (signal.SIGINT, 130, "interrupted")]
+    ("number", "code", "word"),
+    [
+        (signal.SIGTERM, 143, "terminated"),
+        pytest.param(signal.SIGINT, 130, "interrupted", marks=pytest.mark.long),
+    ],
 )
 def test_a_stopped_run_saves_a_checkpoint_first(tmp_path: Path, number: signal.Signals, code: int, word: str) -> None:
     """It saves after the current step, long before the next checkpoint is due; SIGUSR1 only saves."""
