@@ -25,12 +25,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
-
 from benchmarks.results_file import parse_args, save_results
 from commands import HelpFormatter
-from data_utils.byte_pairs import QWEN3_5_PATTERN, QWEN_PATTERN
-from export.layouts.tokenizer import save_fast_tokenizer
 
 ROOT = Path(__file__).parents[1]
 NEW = "this checkout"
@@ -79,6 +75,11 @@ def _messages(record: dict[str, str], with_thoughts: bool) -> Iterator[dict[str,
 
 def write_tokenizer(folder: Path, model: Path, template: Path) -> None:
     """Write the vocabulary of a Qwen v1 checkpoint as the tokenizer of a later family."""
+    from tokenizers import AddedToken, Regex, Tokenizer, pre_tokenizers
+
+    from data_utils.byte_pairs import QWEN3_5_PATTERN, QWEN_PATTERN
+    from export.layouts.tokenizer import save_fast_tokenizer
+
     folder.mkdir()
     save_fast_tokenizer(model, folder)
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))

@@ -45,7 +45,7 @@ def build_encoder(folder: Path, samples: str) -> Encoder:
     return Encoder(tokenizer, families[0], options, families[1])
 
 
-def main(asked: str) -> None:
+def answer_requests(asked: str) -> None:
     logging.disable()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     encoders: list[Encoder | None] = []
@@ -69,4 +69,4 @@ def main(asked: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    answer_requests(sys.argv[1])

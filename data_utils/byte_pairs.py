@@ -46,7 +46,7 @@ _NO_ID = 1 << 30
 _MOST_SPACES = 900_000
 _SPACES = re.compile(r"[^\S\r\n]+")
 # Texts until the vocabulary is converted, which takes as long as the library's encoding of some thousands. A long text
-# counts as several, and is never left to the library for its length: of five megabytes it would take 15 s and 2 GB.
+# counts as several, so that one of a megabyte is not left to the library, which takes far more time and memory for it.
 _TEXTS_BEFORE = 4000
 _CHARACTERS_OF_A_TEXT = 256
 

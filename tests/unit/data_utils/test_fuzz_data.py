@@ -57,7 +57,7 @@ def test_text_of_five_megabytes(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", ["word ", "1"])
 def test_text_of_five_megabytes_in_a_later_format(text: str, shared: Path, tmp_path: Path) -> None:
-    """The tokenizers library would take 15 s and 2 GB for the digits."""
+    """Of these the tokenizers library takes the most time and memory."""
     record = {"prompt": text * (5_000_000 // len(text)), "response": "Answer"}
     assert findings(tmp_path, lines(*GOOD[:2], json.dumps(record), chat=LATER)) == []
 
