@@ -15,6 +15,7 @@ from tests.golden import REPO
 NOTEBOOK = REPO / "examples" / "tune_merge_chat.ipynb"
 
 
+@pytest.mark.long
 def test_cells_run_and_the_model_gives_the_trained_answer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     notebook = json.loads(NOTEBOOK.read_text(encoding="utf-8"))
     cells = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]

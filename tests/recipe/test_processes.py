@@ -71,6 +71,7 @@ def last_line(folder: Path, number: int) -> str:
     return (folder / f"err.{number}").read_text().rstrip().splitlines()[-1]
 
 
+@pytest.mark.long
 def test_mpirun_and_srun_give_the_same_losses(tmp_path: Path) -> None:
     """Only rank 0 logs, and mpirun reports no crash at the end."""
     require_program("mpirun", "openmpi-bin")

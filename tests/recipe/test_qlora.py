@@ -67,6 +67,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 NAMES = [f"qwen-{kind}" for kind in KINDS] + ["wide-gptq-int4"]
 NAMES += [f"{model_type}-{kind}" for model_type, kinds in LATER.items() for kind in kinds]
+USUAL = ("qwen-nf4", "qwen-gptq-int4", "qwen-awq", "qwen2-gptq-int4", "qwen3-nf4")  # the others are long
+TRAINED = [name if name in USUAL else pytest.param(name, marks=pytest.mark.long) for name in NAMES]
 
 
 def kind_of(name: str) -> str:
@@ -142,7 +144,7 @@ def dense(model: Any) -> Any:
 IDS = torch.tensor([[5, 39, 72, 198, 5, 6, 7, 300, 400, 12, 13, 14]])
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_training_lowers_the_loss_and_keeps_the_quantised_weights(
     name: str, models: dict[str, Path], runs: Callable[[str], tuple[Path, Recorder]]
 ) -> None:
@@ -157,7 +159,7 @@ def test_training_lowers_the_loss_and_keeps_the_quantised_weights(
     assert {parameter.dtype for parameter in trained} == {torch.float32}
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_reloaded_adapter_gives_the_trained_logits(
     name: str, models: dict[str, Path], runs: Callable[[str], tuple[Path, Recorder]]
 ) -> None:
@@ -302,7 +304,7 @@ def quantised_folder(name: str, models: dict[str, Path], folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TRAINED)
 def test_merging_into_the_quantised_base(
     name: str, models: dict[str, Path], runs: Callable[[str], tuple[Path, Recorder]], tmp_path: Path
 ) -> None:
@@ -324,6 +326,7 @@ def test_merging_into_the_quantised_base(
     assert difference.abs().max() <= 1e-5 * max(1, expected(input_ids=IDS).logits.abs().max())
 
 
+@pytest.mark.long
 def test_peft_does_not_import_gptqmodel(models: dict[str, Path], tmp_path: Path) -> None:
     """gptqmodel is installed here; importing it prints a banner and patches other libraries."""
     assert importlib.util.find_spec("gptqmodel") is not None

@@ -113,8 +113,16 @@ def quantised(
     return make
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize(("format_", "bits"), [("gptq", 4), ("gptq", 8), ("awq", 4), ("nf4", 4)])
+@pytest.mark.parametrize(
+    ("family", "format_", "bits"),
+    [
+        (family, *kind)
+        if family == "qwen" or kind == ("gptq", 4)
+        else pytest.param(family, *kind, marks=pytest.mark.long)
+        for family in FAMILIES
+        for kind in (("gptq", 4), ("gptq", 8), ("awq", 4), ("nf4", 4))
+    ],
+)
 def test_perplexity_stays_low(
     quantised: Callable[[str, str, int], Quantised], family: str, format_: str, bits: int
 ) -> None:

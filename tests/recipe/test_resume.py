@@ -37,6 +37,7 @@ CASES: dict[str, tuple[str, list[object], list[int]]] = {
     "schedule free": ("float32", [*LORA, *BEST, "--optim", "schedule_free_adamw", "--learning_rate", 0.1], [2, 4]),
     "by epochs": ("float32", [*LORA, "--eval_strategy", "epoch", "--logging_strategy", "epoch"], [6, 9]),
 }
+USUAL = ("full", "lora", "lora and embeddings", "packing", "joined", "stopped early", "workers")  # the others are long
 TIMED = ("elapsed", "tokens_per_second", "peak_memory_gib", "eta_seconds")
 
 
@@ -79,7 +80,9 @@ def die_after(output: Path, step: int) -> None:
         file.write('{"step": 9, "lo')  # it died while it wrote a row
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "case", [case if case in USUAL else pytest.param(case, marks=pytest.mark.long) for case in CASES]
+)
 def test_a_resumed_run_ends_like_an_uninterrupted_one(tmp_path: Path, base: Path, case: str) -> None:
     dtype, flags, steps = CASES[case]
     if case == "schedule free":

@@ -49,6 +49,7 @@ def test_installs_once_and_again_after_a_change_of_requirements(folder: Path) ->
     assert setup_env(*arguments, cwd=folder).stdout == ""
 
 
+@pytest.mark.long
 def test_failed_installation_is_repeated(folder: Path) -> None:
     (folder / "all.txt").write_text("-r base.txt\n./not-there.whl\n")
     for _ in range(2):
