@@ -16,23 +16,24 @@ from training.config.parsing import parse_args
 _EVERY = "--gradient_checkpointing --gradient_checkpointing_kwargs"
 
 
+USUAL = [
+    ("--use_lora --bf16", "cpu"),
+    ("--use_lora --bf16 --q_lora", "cuda"),
+    ("--bf16 --gradient_checkpointing False", "cpu"),
+    (f'--use_lora --bf16 {_EVERY} {{"every_n_layers":4}}', "cuda"),
+]
+OTHERS = [
+    ("--use_lora --bf16 --trainable_embeddings full --gradient_checkpointing False", "cuda"),
+    ("--bf16 --per_device_train_batch_size 1 --gradient_accumulation_steps 1 --gradient_checkpointing False", "cuda"),
+    ("--pure_bf16 --optim adamw_bnb_8bit", "cuda"),
+    (f'--bf16 {_EVERY} {{"every_n_layers":2}}', "cpu"),
+    (f'--use_lora --bf16 {_EVERY} {{"offload":true}}', "cuda"),
+    ("--use_lora --bf16 --eval_strategy steps --eval_steps 1 --per_device_eval_batch_size 8", "cuda"),
+]
+
+
 @pytest.mark.parametrize(
-    ("flags", "device_type"),
-    [
-        ("--use_lora --bf16", "cpu"),
-        ("--use_lora --bf16 --trainable_embeddings full --gradient_checkpointing False", "cuda"),
-        ("--use_lora --bf16 --q_lora", "cuda"),
-        ("--bf16 --gradient_checkpointing False", "cpu"),
-        (
-            "--bf16 --per_device_train_batch_size 1 --gradient_accumulation_steps 1 --gradient_checkpointing False",
-            "cuda",
-        ),
-        ("--pure_bf16 --optim adamw_bnb_8bit", "cuda"),
-        (f'--use_lora --bf16 {_EVERY} {{"every_n_layers":4}}', "cuda"),
-        (f'--bf16 {_EVERY} {{"every_n_layers":2}}', "cpu"),
-        (f'--use_lora --bf16 {_EVERY} {{"offload":true}}', "cuda"),
-        ("--use_lora --bf16 --eval_strategy steps --eval_steps 1 --per_device_eval_batch_size 8", "cuda"),
-    ],
+    ("flags", "device_type"), [*USUAL, *(pytest.param(*case, marks=pytest.mark.long) for case in OTHERS)]
 )
 def test_an_estimate_is_the_rehearsal_of_all_blocks(tmp_path: Path, flags: str, device_type: str) -> None:
     folder = write_config(tmp_path, num_hidden_layers=15, hidden_size=128, intermediate_size=256)

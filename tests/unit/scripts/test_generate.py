@@ -100,7 +100,9 @@ def test_killed_run_goes_on_with_the_same_answers(tmp_path: Path, capsys: pytest
     assert "is complete" in capsys.readouterr().out and output.read_bytes() == whole
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=pytest.mark.long), signal.SIGTERM]
+)
 def test_process_that_was_stopped_goes_on_with_the_same_answers(tmp_path: Path, number: int) -> None:
     data, output = tmp_path / "q.txt.gz", tmp_path / "a.jsonl"
     data.write_bytes(gzip.compress("".join(f"{'word ' * (i % 7)}{i}\n" for i in range(100)).encode()))
