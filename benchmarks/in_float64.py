@@ -14,7 +14,7 @@ from typing import Any
 from commands import run_command
 
 
-def main(argv: Sequence[str]) -> None:
+def train(argv: Sequence[str]) -> None:
     import torch
     from torch import Tensor
     from torch.overrides import TorchFunctionMode
@@ -48,4 +48,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    run_command(main, "finetune.py")
+    run_command(train, "finetune.py")

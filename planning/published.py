@@ -103,6 +103,8 @@ def _qwen3(size: str, name: str) -> dict[str, Any]:
 
 def _qwen3_5(size: str, name: str) -> dict[str, Any]:
     """The text model; the vision tower is neither loaded nor trained."""
+    from transformers import Qwen3_5TextConfig
+
     *dense, value_heads = _QWEN3_5[size]
     layers: int = dense[1]
     more = {
@@ -111,7 +113,12 @@ def _qwen3_5(size: str, name: str) -> dict[str, Any]:
         "layer_types": (["linear_attention"] * 3 + ["full_attention"]) * (layers // 4),
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": 0.25},
     }  # fmt: skip
-    return {"architectures": ["Qwen3_5ForCausalLM"], "model_type": "qwen3_5_text", **_dense(*dense), **more}
+    return {
+        "architectures": ["Qwen3_5ForCausalLM"],
+        "model_type": Qwen3_5TextConfig.model_type,
+        **_dense(*dense),
+        **more,
+    }
 
 
 _Series = tuple[str, dict[str, Any], Callable[[str, str], dict[str, Any]]]
