@@ -45,7 +45,7 @@ ELSEWHERE = {
     "python -m scripts.generate": "tests/unit/scripts/test_generate.py",
     "python -m scripts.serve": "tests/unit/scripts/test_serve.py",
     "python -m scripts.recipes": "tests/unit/scripts/test_recipes.py",
-    "python finetune.py --config recipes/": "tests/unit/scripts/test_recipes.py",
+    "python finetune.py --config recipes": "tests/unit/scripts/test_recipes.py",
     "python -m tests.fuzz_requests": "tests/unit/serving/api/test_clients.py",
     "python -m tests.fuzz_data": "tests/unit/data_utils/test_fuzz_data.py",
 }
