@@ -1,4 +1,4 @@
-"""What a small chat model answers, and the perplexity of answers that it was not trained on."""
+"""Greedy answers of a small chat model, and the perplexity of held-out answers."""
 
 from __future__ import annotations
 
@@ -11,23 +11,31 @@ from typing import Any
 BATCH = 16
 
 
+def encode_questions(checkpoint: Any, questions: Sequence[str], system: str | None = None) -> list[list[int]]:
+    """Return the ids of the prompts of questions.
+
+    Args:
+        system: system message (default: that of the model's format).
+    """
+    from chat.render import encode_prompt, render_prompt
+    from chat.turns import Turn
+
+    family, tokenizer = checkpoint.family, checkpoint.tokenizer
+    return [encode_prompt(render_prompt([Turn("user", text)], family, system), tokenizer) for text in questions]
+
+
 def greedy_answers(
     model: Any, checkpoint: Any, questions: Sequence[str], max_new_tokens: int, system: str | None = None
 ) -> list[str]:
     """Return the greedy answers, computed 16 at a time with padding on the left.
 
     Args:
-        system: system message (default: that of the model's format).
+        system: see ``encode_questions``.
     """
     import torch
 
-    from chat.render import encode_prompt, render_prompt
-    from chat.turns import Turn
-
     tokenizer, end = checkpoint.tokenizer, checkpoint.end_ids
-    prompts = [
-        encode_prompt(render_prompt([Turn("user", text)], checkpoint.family, system), tokenizer) for text in questions
-    ]
+    prompts = encode_questions(checkpoint, questions, system)
     answers = []
     for first in range(0, len(prompts), BATCH):
         batch = prompts[first : first + BATCH]

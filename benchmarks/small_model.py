@@ -1,4 +1,4 @@
-"""What the toolkit does to a real small model: facts taught, losses lowered, 4 bits, merges, layouts, GGUF.
+"""Measure training, quantising, merging and exporting of a small real model.
 
     python -m benchmarks.small_model --model_name_or_path DIR --data_path FILE [--qwen DIR] [--tools DIR]
                                      [--only PART ...] [--output FILE]
@@ -35,7 +35,7 @@ from operator import methodcaller
 from pathlib import Path
 from typing import Any
 
-from benchmarks.asking import encode_records, greedy_answers, perplexity
+from benchmarks.asking import encode_questions, encode_records, greedy_answers, perplexity
 from benchmarks.results_file import parse_args, save_results
 from benchmarks.taught_facts import make_facts
 from benchmarks.teach import CASES, FACTS, HELD_OUT, Subject, short_records
@@ -141,16 +141,11 @@ class SmallModel:
 
     def gguf(self) -> dict[str, Any]:
         from benchmarks.llama_cpp import ask_llama_cpp
-        from chat.render import encode_prompt, render_prompt
-        from chat.turns import Turn
         from loading.checkpoint import load_checkpoint
 
         assert self.tools is not None
         checkpoint, rows = load_checkpoint(str(self.merged)), {}
-        prompts = [
-            encode_prompt(render_prompt([Turn("user", text)], checkpoint.family), checkpoint.tokenizer)
-            for text in self._questions
-        ]
+        prompts = encode_questions(checkpoint, self._questions)
         requests = {"texts": [], "prompts": prompts, "greedy_tokens": NEW_TOKENS, "end_ids": checkpoint.end_ids}
         expected, _ = self._behaviour(self.merged, None)
         for type_ in ("f32", "f16", "q8_0", "q4_k_m"):
@@ -228,7 +223,7 @@ def main(argv: Sequence[str]) -> None:
         small = SmallModel(args.model_name_or_path.resolve(), short_records(args.data_path), Path(temporary),
                            qwen=args.qwen, tools=args.tools)  # fmt: skip
         for name in names:
-            rows = {each: rows[each] for each in PARTS if each in rows} | {name: PARTS[name](small)}
+            rows[name] = PARTS[name](small)
             print(name, json.dumps(rows[name], ensure_ascii=False), flush=True)
             save_results(_results(args, {each: rows[each] for each in PARTS if each in rows}), args.output)
 

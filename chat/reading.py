@@ -108,7 +108,7 @@ def ends_in_thinking(text: str, family: Family, opening: str = "") -> bool:
 
 
 def with_begun_thinking(text: str, family: Family, opening: str) -> str:
-    """Return an answer as it is shown: behind the beginning of its thinking, if that is part of the prompt."""
+    """Return an answer with the beginning of its thinking, if the prompt contains that."""
     return f"{opening}{text}" if ends_in_thinking("", family, opening) else text
 
 

@@ -30,7 +30,7 @@ def find_cached_folder(hub_id: str, cache_dir: str | None = None) -> Path | None
 
 
 def find_in_modelscope_cache(hub_id: str, cache_dir: str | None = None) -> Path | None:
-    """Return the folder of a model that modelscope has downloaded, in the layouts of its versions 1.9 to 1.40."""
+    """Return the folder of a model that modelscope has downloaded, as its version 1.40 or an earlier one does."""
     cache = Path(cache_dir or os.environ.get("MODELSCOPE_CACHE") or Path.home() / ".cache" / "modelscope")
     owner, _, name = hub_id.partition("/")
     older = Path(owner, name.replace(".", "___"))

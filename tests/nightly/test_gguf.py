@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.asking import encode_questions
 from benchmarks.llama_cpp import ask_llama_cpp
-from chat.render import encode_prompt, render_prompt
-from chat.turns import Turn
 from export.ollama import go_template
 from loading.checkpoint import load_checkpoint
 from scripts import export_gguf
@@ -33,10 +32,7 @@ def answers_in_llama_cpp(model: Path, gguf: Path, data: Path, folder: Path) -> l
     """Return the greedy answers to the questions of ``behaviour``."""
     checkpoint = load_checkpoint(str(model))
     questions = [record["conversations"][0]["value"] for record in json.loads(data.read_text(encoding="utf-8"))[:24]]
-    prompts = [
-        encode_prompt(render_prompt([Turn("user", text)], checkpoint.family), checkpoint.tokenizer)
-        for text in questions
-    ]
+    prompts = encode_questions(checkpoint, questions)
     requests = {"texts": [], "prompts": prompts, "greedy_tokens": 48, "end_ids": checkpoint.end_ids}
     folder.mkdir()
     greedy = ask_llama_cpp(gguf, requests, converter_and_library(), folder)["greedy"]
